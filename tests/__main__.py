@@ -1,0 +1,85 @@
+"""Set up everything the suite needs in a private environment, then run pytest, or the linters with --lint.
+
+    python3 -m tests [pytest arguments]
+    python3 -m tests --lint
+
+The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
+It holds the pinned tools, and llama.cpp's server from PyPI as llmstack itself installs it; where a real
+llama-server or llama-swap is on PATH, the suite uses them as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOOLS = ("pytest==8.4.2", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
+
+
+def cache_dir() -> str:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(root, "llmstack-tests")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run(command: list[str], what: str) -> None:
+    began = time.monotonic()
+    say(f"tests: {what} ...")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        sys.stdout.write(done.stdout.decode("utf-8", "replace"))
+        say(f"tests: error: {what} failed\nhint: see that PyPI can be reached")
+        sys.exit(1)
+    say(f"tests: {what}: done in {time.monotonic() - began:.0f} s")
+
+
+def tools_python() -> str:
+    """The Python of the environment with the pinned tools, made on first use."""
+    key = hashlib.sha256(" ".join((sys.version, *TOOLS)).encode()).hexdigest()[:12]
+    directory = os.path.join(cache_dir(), "tools-" + key)
+    python = os.path.join(directory, "Scripts" if os.name == "nt" else "bin", "python")
+    ready = os.path.join(directory, "ready")
+    if not os.path.exists(ready):
+        run([sys.executable, "-m", "venv", "--clear", directory], "private environment")
+        run([python, "-m", "pip", "-q", "install", "--disable-pip-version-check", *TOOLS], "pytest, ruff, mypy, vermin")
+        with open(ready, "w") as file:
+            file.write("\n".join(TOOLS) + "\n")
+    return python
+
+
+def provision_llama_cpp() -> str:
+    """llama.cpp's server from PyPI, put there by llmstack's own installer; the shared data directory."""
+    import llmstack
+    data = os.path.join(cache_dir(), "data")
+    try:
+        llmstack.install_stand_in(data, lambda line: say("tests: " + line.strip()))
+    except llmstack.UserError as exc:
+        say(f"tests: error: {exc}\nhint: {exc.hint}")
+        sys.exit(1)
+    return data
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    python = tools_python()
+    if sys.argv[1:] == ["--lint"]:
+        for command in (["ruff", "check", "."], ["mypy"],
+                        ["vermin", "-q", "--no-tips", "-t=3.9-", "--violations", "llmstack.py", "build_zipapp.py", "tests"]):
+            say("tests: " + " ".join(command))
+            code = subprocess.call([os.path.join(os.path.dirname(python), command[0]), *command[1:]])
+            if code:
+                return code
+        return 0
+    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_llama_cpp()}
+    return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

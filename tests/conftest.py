@@ -1,0 +1,85 @@
+"""What every test shares: a home of its own, and proof that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import llmstack  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory, data directory and project of the test's own; the project is the current directory."""
+    for name in list(os.environ):
+        if name.startswith(("LLMSTACK_", "LLAMA_", "XDG_", "HF_")) and name != "LLMSTACK_TEST_DATA":
+            monkeypatch.delenv(name)
+    directory = tmp_path / "home"
+    project = tmp_path / "project"
+    for path in (directory, project):
+        path.mkdir()
+    monkeypatch.setenv("HOME", str(directory))
+    monkeypatch.setenv("USERPROFILE", str(directory))
+    monkeypatch.setenv("XDG_DATA_HOME", str(directory / "data"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(directory / "local"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.chdir(project)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(home: Path) -> Iterator[None]:
+    """No process that a test started survives it. Proof: all of them inherit the test's HOME."""
+    yield
+    mark = f"HOME={home}".encode()
+    deadline = time.monotonic() + 5
+    while True:
+        left = [pid for pid in _processes() if mark in _environment(pid)]
+        if not left or time.monotonic() > deadline:
+            break
+        threading.Event().wait(0.02)
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left, f"processes left behind: {left}"
+
+
+def _processes() -> list[int]:
+    if not os.path.isdir("/proc/self"):
+        return []
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+@pytest.fixture
+def real_data(home: Path) -> Path:
+    """A data directory of the test's own, in which llama.cpp's server from PyPI is installed already."""
+    shared = os.environ.get("LLMSTACK_TEST_DATA")
+    if not shared:
+        pytest.skip("run the suite with `python3 -m tests`: it provisions llama.cpp's server")
+    data = home / "data" / "llmstack"
+    data.mkdir(parents=True)
+    (data / "llama-cpp").symlink_to(Path(shared) / "llama-cpp", target_is_directory=True)
+    return data
+
+
+@pytest.fixture
+def config() -> llmstack.Config:
+    """The bundled models.ini."""
+    return llmstack.parse_models_ini((ROOT / "models.ini").read_text(encoding="utf-8"))[0]

@@ -1,0 +1,2 @@
+def test_smoke() -> None:
+    assert True
