@@ -512,8 +512,8 @@ def _rung_trigger(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
 def _rung_high(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
     if f.tokens > r.high_fidelity_ceiling:
         return None
-    unwired = "" if ultra else ", no ultra tier"
-    return _Want("ultra", "high", f"{f.tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier{unwired}")
+    top = "top tier" if ultra else "top tier (no ultra tier here)"
+    return _Want("ultra", "high", f"{f.tokens:,} tokens <= {r.high_fidelity_ceiling:,}: {top}")
 
 
 def _rung_mid(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
@@ -2718,6 +2718,8 @@ class _Answer:
         self.rechunk = can_chunk and (response.framing == "close" or (opened and self.framing is None))
         self.decode = self.framing is not None and not can_chunk
         self.chunked = self.rechunk or (self.framing is not None and can_chunk)
+        self.cut = ""
+        self.tail = b""                         # the last bytes of an event stream so far, framing and all
         if not can_chunk or response.status == 101:
             client.keep_alive = False
 
@@ -2733,6 +2735,13 @@ class _Answer:
                 raise UpstreamBroken(str(exc)) from None
             ended = self.framing.done
             data = data[:-over] if over else data
+            if self.response.events:
+                self.tail = (self.tail + data)[-512:] if len(data) < 512 else data[-512:]
+                self.cut = self._cut_event() if ended else ""
+                if self.cut:                    # keep the clean end from the client
+                    ended = False
+                    if data.endswith(b"0\r\n\r\n"):
+                        data, self.framing = data[:-5], ChunkFraming()
             if payload is not None:
                 data = b"".join(payload)
         elif self.response.framing == "length":
@@ -2745,6 +2754,18 @@ class _Answer:
         if self.rechunk:
             data = (chunk(data) if data else b"") + (b"0\r\n\r\n" if ended else b"")
         return data, ended, ended and not over and self.response.keep_alive
+
+    def _cut_event(self) -> str:
+        """Why an event stream that ended cleanly is broken all the same, "" when it is not.
+
+        llama-swap appends a failed load's JSON to the stream of its loading messages and ends that cleanly;
+        opencode then asks again without bound.
+        """
+        body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
+        if not found or body.endswith((b"\n", b"\r")):
+            return ""
+        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
+        return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
 
     def end_of_close(self) -> bytes:
         return b"0\r\n\r\n" if self.rechunk else b""
@@ -2778,11 +2799,13 @@ def _relay_answer(client: Client, sock: socket.socket, response: Response, data:
                 client.send(body)
             if ended:
                 return reusable
+            if answer.cut:
+                raise UpstreamBroken(answer.cut)
             data = _receive(sock, client)
             if not data:
                 break
     except UpstreamBroken as exc:
-        _say_broken(client, answer, f"the answer from upstream was garbled: {exc}")
+        _say_broken(client, answer, f"the model's server failed: {exc}")
         raise
     if response.framing == "close":
         client.send(answer.end_of_close())
@@ -3131,8 +3154,13 @@ class RouterApp(App):
             hosted = tier is not None and tier.backend == "litellm"
             extra = decision_headers(decision, name, fallbacks)
             reject = functools.partial(falls_through, hosted=hosted) if following else None
-            outcome = relay(client, request, self.upstream, target, with_model(body, present, name), extra=extra,
-                            drop=drop, reject=reject)
+            try:
+                outcome = relay(client, request, self.upstream, target, with_model(body, present, name), extra=extra,
+                                drop=drop, reject=reject)
+            except ClientGone:
+                self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; the client left after"
+                              f" {(time.monotonic() - began) * 1000:,.0f} ms")
+                raise
             failed = outcome.state == "rejected" or falls_through(outcome.status, hosted)
             if failed:
                 self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s)
@@ -3332,8 +3360,159 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
     return text
 
 
+# The stand-in. xllamacpp runs llama.cpp's HTTP server inside a Python process but reads no command line. Flags,
+# defaults and enum numbers are those of common/arg.cpp, llama.h and ggml.h at b11549, the build we pin.
+
+_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+
+
+class StandInError(Exception):
+    """The server cannot start; the message is one line, without its leading ``error:``."""
+
+
+def _within(kind: Callable[[str], float], low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return read
+
+
+def _comma_list(text: str) -> List[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _thread_count(text: str) -> int:
+    """llama-server reads 0 and -1 as all hardware threads; a container's share is its affinity, not cpu_count."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    hardware = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return int(text) if int(text) > 0 else hardware
+
+
+# spellings · CommonParams attribute · reader of the value, or what a flag without a value means
+_STAND_IN_TABLE: Tuple[Tuple[str, str, Any], ...] = (
+    ("--version", "version", True),
+    ("--host", "hostnames", _comma_list),
+    ("--port", "port", _within(int, 0, 65535)),
+    ("-m --model", "model.path", str),
+    ("-hf -hfr --hf-repo", "model.hf_repo", str),
+    ("-hff --hf-file", "model.hf_file", str),
+    ("--offline", "offline", True),
+    ("-a --alias", "model_alias", _comma_list),
+    ("-c --ctx-size", "n_ctx", _within(int, 0)),
+    ("-np --parallel", "n_parallel", lambda text: -1 if text == "-1" else _within(int, 1)(text)),
+    ("-t --threads", "cpuparams.n_threads", _thread_count),
+    ("-ngl --gpu-layers --n-gpu-layers", "n_gpu_layers", lambda text: {"auto": -1, "all": -2}.get(text) or int(text)),
+    ("-fa --flash-attn", "flash_attn_type", {"on": 1, "off": 0, "auto": -1}.__getitem__),
+    ("-ctk --cache-type-k", "cache_type_k", _KV_TYPES.__getitem__),
+    ("-ctv --cache-type-v", "cache_type_v", _KV_TYPES.__getitem__),
+    ("-lm --load-mode", "load_mode", {"auto": -1, "none": 0, "mmap": 1, "mlock": 2}.__getitem__),
+    ("--jinja", "use_jinja", True),
+    ("--no-warmup", "warmup", False),
+    ("--rope-scaling", "rope_scaling_type", {"none": 0, "linear": 1, "yarn": 2}.__getitem__),
+    ("--rope-scale", "rope_freq_scale", lambda text: 1 / _within(float, 1e-6)(text)),
+    ("--yarn-orig-ctx", "yarn_orig_ctx", _within(int, 0)),
+    ("--temp --temperature", "sampling.temp", lambda text: max(0.0, _within(float, -1e6)(text))),
+    ("--top-p", "sampling.top_p", _within(float, -1e6)),
+    ("--top-k", "sampling.top_k", _within(int, -(2**31))),
+    ("--min-p", "sampling.min_p", _within(float, -1e6)),
+    ("--repeat-penalty", "sampling.penalty_repeat", _within(float, 1e-6)),
+)
+_STAND_IN_FLAGS = {flag: (target, read) for flags, target, read in _STAND_IN_TABLE for flag in flags.split()}
+
+
+def parse_llama_server_argv(argv: Sequence[str]) -> Dict[str, Any]:
+    """Return CommonParams attribute -> value; ``version`` ends the reading, as the real --version exits there."""
+    wanted: Dict[str, Any] = {}
+    words = iter(argv)
+    for flag in words:
+        if flag not in _STAND_IN_FLAGS:
+            raise StandInError(f"invalid argument: {flag}")
+        target, read = _STAND_IN_FLAGS[flag]
+        text = next(words, None) if callable(read) else ""
+        if text is None:
+            raise StandInError(f"{flag} needs a value")
+        try:
+            wanted[target] = read(text) if callable(read) else read
+        except (KeyError, ValueError):
+            raise StandInError(f"invalid value for {flag}: {text}") from None
+        if target == "version":
+            break
+    return wanted
+
+
+def _check_model(path: str) -> None:
+    if not path:
+        raise StandInError("--model or --hf-repo is required")
+    try:
+        with open(path, "rb") as model:
+            if model.read(4) != b"GGUF":
+                raise StandInError(f"not a GGUF file: {path}")
+    except OSError as error:
+        raise StandInError(f"cannot read the model {path}: {error.strerror}") from error
+
+
+def _common_params(xllamacpp: Any, wanted: Dict[str, Any]) -> Any:
+    """Return the CommonParams that llama-server's own parser would have made of *wanted*."""
+    params = xllamacpp.CommonParams()
+    params.port, params.n_parallel = 9931, -1
+    params.default_template_kwargs = {"preserve_reasoning": "true"}
+    params.hf_token = os.environ.get("HF_TOKEN", "")
+    for target, value in wanted.items():
+        owner, _, name = target.rpartition(".")
+        setattr(getattr(params, owner) if owner else params, name, value)
+        if owner == "sampling":  # without its bit, sampling metadata in the GGUF overrides the flag
+            bit = xllamacpp.common_params_sampling_config["COMMON_PARAMS_SAMPLING_CONFIG_" + name.upper()]
+            params.sampling.user_sampling_config |= bit
+    if wanted.get("n_ctx") == 0:  # the model's full context: --fit may not shrink it
+        params.fit_params_min_ctx = -1
+    if params.model.hf_repo:  # Server() demands a path; the download replaces it
+        params.model.path = f"{params.model.hf_repo} (not downloaded)"
+    return params
+
+
+def _serve_until_signal(server: object) -> None:
+    """Hold *server* until SIGTERM or SIGINT, then exit 0 at once.
+
+    Destroying a Server holds the GIL and waits for every client: os._exit is what no request in flight can delay.
+    The wakeup socket, because a signal that lands on one of llama.cpp's threads does not end the main thread's sleep.
+    """
+    import signal
+    wakeup, signalled = socket.socketpair()
+    signalled.setblocking(False)
+    signal.set_wakeup_fd(signalled.fileno())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    wakeup.recv(1)
+    os._exit(0)
+
+
 def run_llama_server(argv: Sequence[str]) -> int:
-    raise NotImplementedError
+    """Serve like ``llama-server ARGV``; return 1 after one ``error:`` line when that is impossible."""
+    try:
+        wanted = parse_llama_server_argv(argv)
+        import importlib
+        xllamacpp: Any = importlib.import_module("xllamacpp")
+        if wanted.get("version"):
+            sys.stderr.write(f"version: xllamacpp {xllamacpp.__version__} (llama.cpp)\n")
+            return 0
+        params = _common_params(xllamacpp, wanted)
+        if not params.model.hf_repo:
+            _check_model(params.model.path)
+        if not all(port_is_free(host, params.port) for host in params.hostnames):
+            raise StandInError(f"couldn't bind HTTP server socket, port {params.port} is taken")
+        import signal
+        for number in (signal.SIGINT, signal.SIGTERM):  # loading holds the GIL: a Python handler would run after it
+            signal.signal(number, signal.SIG_DFL)
+        _serve_until_signal(xllamacpp.Server(params))
+    except RuntimeError:
+        time.sleep(0.2)  # llama.cpp logs from a thread of its own: let it finish
+        sys.stderr.write(f"error: llama.cpp could not start {params.model.path}: see its log above\n")
+    except (StandInError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+    return 1
 
 
 # ===================================================================================================
@@ -3515,6 +3694,8 @@ class Engine:
                 raise LoadError("the engine is stopping")
             taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
             port = next(p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
+            if model.tier.path and not os.path.exists(model.tier.path):
+                raise LoadError(f"{model.name}: there is no {model.tier.path}")
             model.port, model.upstream = port, Upstream("127.0.0.1", port)
             model.command = self._command(model.tier, port)
             before = file_size(log)
@@ -3590,6 +3771,10 @@ class Engine:
         for model in idle:
             threading.Thread(target=self._stop, args=(model,), daemon=True).start()
 
+    def rotate_logs(self) -> None:
+        for name in self.models:
+            rotate_foreign_log(self._log_path(name))
+
     def preload(self) -> None:
         """Begin to load the fast tier."""
         for model in self.models.values():
@@ -3634,6 +3819,7 @@ class EngineApp(App):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
+            self.engine.rotate_logs()
 
     def answer(self, client: Client, request: Request) -> None:
         wrong = refusal(request, True)
@@ -4142,9 +4328,8 @@ def _prepare_demo(places: Places) -> None:
             model = noise
             if not os.path.exists(noise):
                 write_atomic(noise, render_noise_gguf())
-    text = render_demo_ini(model, os.path.basename(model) == DEMO_FILE)
-    if read_text(places.models_ini) != text:
-        write_atomic(places.models_ini, text)
+    if read_text(places.models_ini) in ("", render_demo_ini(noise, False)):     # what a user has changed stays
+        write_atomic(places.models_ini, render_demo_ini(model, model != noise))
 
 
 def download_file(url: str, path: str, say: Say) -> None:
