@@ -281,7 +281,7 @@ class Decision(NamedTuple):
     rung: str                                   # explicit | fim | trigger | high | mid | floor | long
     tokens: int
     reason: str
-    chain: Tuple[str, ...]                      # this tier, then those a failure falls to, in order
+    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
     facts: Facts
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
@@ -384,7 +384,13 @@ class _Tally:
 
     def message(self, message: Mapping[str, Any]) -> None:
         """One chat message, or one item of a /v1/responses input."""
-        self.content(message.get("content"))
+        content = message.get("content")
+        if isinstance(content, str) and content.isascii():     # the common case, many times a request
+            self.chars += len(content)
+        else:
+            self.content(content)
+        if len(message) <= 2:                          # role and content
+            return
         self.content(message.get("output"))            # function_call_output
         self.aside(message.get("reasoning_content"))
         if message.get("type") == "function_call":
@@ -407,10 +413,8 @@ def _plain_text(content: object) -> str:
 
 
 def _is_user_turn(message: Mapping[str, Any]) -> bool:
-    """A user's message; one that only carries tool results back (Anthropic's shape) is the loop's, not theirs."""
+    """False for a user's message that only carries tool results back (Anthropic's shape): it is the loop's."""
     content = message.get("content")
-    if message.get("role") != "user":
-        return False
     if isinstance(content, list) and content:
         return not all(isinstance(p, dict) and p.get("type") == "tool_result" for p in content)
     return True
@@ -455,30 +459,35 @@ def _asked_output(body: Mapping[str, Any]) -> int:
     return 0
 
 
+_TEXT_KEYS = frozenset({"system", "instructions", "prompt", "suffix", "input_prefix", "input_suffix", "input_extra"})
+
+
 def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ()) -> Facts:
     """Count a parsed request body once. `path` is canonical (see inference_path); wrong types count nothing."""
     tally = _Tally()
     messages = _messages(body)
     turns = 0
-    user_text = ""
-    systems = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    last: object = None
+    systems: List[object] = []
     for message in messages:
         tally.message(message)
-        if _is_user_turn(message):
-            turns += 1
-            user_text = _plain_text(message.get("content"))
-        elif message.get("role") in ("system", "developer"):
-            systems.append(_plain_text(message.get("content")))
-    for text in (body.get("system"), body.get("instructions"), body.get("prompt")):
-        tally.content(text)
-    for key in ("suffix", "input_prefix", "input_suffix", "input_extra"):
-        tally.content(body.get(key))
+        role = message.get("role")
+        if role == "user":
+            if _is_user_turn(message):
+                turns += 1
+                last = message.get("content")
+        elif role in ("system", "developer"):
+            systems.append(message.get("content"))
+    for key in _TEXT_KEYS & body.keys():
+        tally.content(body[key])
+        if key in ("system", "instructions"):
+            systems.append(body[key])
     for key in ("tools", "functions"):
         if body.get(key):
             tally.aside(body[key])
     prompt = body.get("prompt")
     if not messages and isinstance(prompt, str):
-        turns, user_text = 1, prompt
+        turns, last = 1, prompt
     model = body.get("model")
     return Facts(
         auto=is_auto(model),
@@ -490,7 +499,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         pictures=tally.pictures,
         turns=turns,
         max_tokens=_asked_output(body),
-        trigger=find_trigger(triggers, user_text, systems) if triggers else "",
+        trigger=find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems]) if triggers else "",
         stream=body.get("stream") is True,
     )
 
@@ -536,20 +545,21 @@ def _rung_long(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
 RUNGS = (_rung_fim, _rung_trigger, _rung_high, _rung_mid, _rung_floor, _rung_long)
 
 
+def output_reserve(facts: Facts, tier: Tier) -> int:
+    """Tokens kept free for the answer: min(max_tokens or 1,024, max_output_tokens, ctx / 4)."""
+    return min(facts.max_tokens or DEFAULT_RESERVE_TOKENS, tier.ctx_size // 4, tier.max_output_tokens or tier.ctx_size)
+
+
 def tokens_needed(facts: Facts, tier: Tier) -> int:
     """What `tier` must hold for this request: the fuller estimate plus room to answer, in tokens."""
-    limits = [facts.max_tokens or DEFAULT_RESERVE_TOKENS, tier.ctx_size // 4]
-    if tier.max_output_tokens:
-        limits.append(tier.max_output_tokens)
-    return facts.full_tokens + min(limits)
+    return facts.full_tokens + output_reserve(facts, tier)
 
 
 def _preference(ladder: Sequence[Tier], role: str) -> List[Tier]:
     """The ladder in the order it is tried from `role`: it and those below, then those above, nearest first."""
-    rank = LADDER_ROLES.index(role)
-    below = [t for t in ladder if LADDER_ROLES.index(t.role) >= rank]
-    above = [t for t in ladder if LADDER_ROLES.index(t.role) < rank]
-    return below + above[::-1]
+    wanted = LADDER_ROLES.index(role)
+    split = sum(LADDER_ROLES.index(t.role) < wanted for t in ladder)
+    return [*ladder[split:], *ladder[:split][::-1]]
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None) -> Decision:
@@ -561,21 +571,28 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     """
     down = down or {}
     if not facts.auto:
-        return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (facts.model,), facts, config, down)
+        return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (), facts, config, down)
     ladder = config.ladder
     if not ladder:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    want = next(w for w in (rung(facts, config.routing, ladder[0].role == "ultra") for rung in RUNGS) if w is not None)
+    want = None
+    for rung in RUNGS:
+        want = rung(facts, config.routing, ladder[0].role == "ultra")
+        if want is not None:
+            break
+    assert want is not None                     # the last rung takes all
     order = _preference(ladder, want.role)
-    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
-    chain = [t for t in holds if t.name not in down] or holds[:1] or [max(order, key=lambda t: t.ctx_size)]
+    full = facts.full_tokens
+    holds = [t for t in order if full + output_reserve(facts, t) <= t.ctx_size]
+    healthy = [t for t in holds if t.name not in down] if down else holds
+    chain = healthy or holds[:1] or [max(order, key=lambda t: t.ctx_size)]
     chosen = chain[0]
     reason = want.reason
     if not holds:
         reason += f"; no tier holds {tokens_needed(facts, chosen):,} tokens, {chosen.name} has the largest context"
     elif chosen is not order[0]:
         reason += f"; {_why_not(order[0], chosen.name, facts, down, config)}, so {chosen.name}"
-    return Decision(chosen.name, want.rung, facts.tokens, reason, tuple([t.name for t in chain]), facts, config, down)
+    return Decision(chosen.name, want.rung, facts.tokens, reason, tuple(chain), facts, config, down)
 
 
 def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], config: Config) -> str:
@@ -647,7 +664,7 @@ def with_model(body: bytes, present: bool, name: str) -> List[bytes]:
 
     `present` says whether the parsed body has the key; where it has not, it is put first.
     """
-    value = json.dumps(name).encode()
+    value = b'"%b"' % name.encode()             # a tier's name has nothing to escape
     view = memoryview(body)
     pieces: List[bytes] = []
     done = 0
@@ -1266,6 +1283,7 @@ HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"p
                         b"te", b"trailer", b"transfer-encoding", b"upgrade"})
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
+_PRIVATE = frozenset({b"authorization", b"x-api-key", b"cookie", b"set-cookie", b"proxy-authorization"})  # not remembered
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -1287,9 +1305,11 @@ class Request(NamedTuple):
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
+    fields: Dict[bytes, bytes]                  # lower-case name -> first value
 
     def header(self, name: bytes) -> str:
-        return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
+        value = self.fields.get(name)
+        return "" if value is None else value.decode("latin-1")
 
 
 class Response(NamedTuple):
@@ -1307,15 +1327,25 @@ class Response(NamedTuple):
         return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
 
 
-def _parse_headers(lines: Sequence[bytes]) -> List[Header]:
+_LINES: Dict[bytes, Header] = {}                # a header line as it came -> parsed; most repeat with every request
+
+
+def _parse_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
-    headers = []
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or name.translate(None, _TOKEN_BYTES):
-            raise ValueError("malformed header line")
-        headers.append((name.lower(), value.strip(b" \t"), line))
-    return headers
+    name, colon, value = line.partition(b":")
+    if not colon or not name or name.translate(None, _TOKEN_BYTES):
+        raise ValueError("malformed header line")
+    header = (name.lower(), value.strip(b" \t"), line)
+    if len(line) < 256 and name.lower() not in _PRIVATE:
+        if len(_LINES) > 2048:
+            _LINES.clear()
+        _LINES[line] = header
+    return header
+
+
+def _parse_headers(lines: Sequence[bytes]) -> List[Header]:
+    known = _LINES.get
+    return [known(line) or _parse_header(line) for line in lines]
 
 
 def _is_clean(head: bytes, lines: int) -> bool:
@@ -1323,9 +1353,19 @@ def _is_clean(head: bytes, lines: int) -> bool:
     return head.count(b"\n") == head.count(b"\r") == lines - 1 and b"\0" not in head
 
 
+_NO_WORDS: FrozenSet[bytes] = frozenset()
+
+
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     values = [v for n, v, _ in headers if n == b"connection"]
-    return frozenset(w.strip().lower() for v in values for w in v.split(b",")) if values else frozenset()
+    return frozenset([w.strip().lower() for v in values for w in v.split(b",")]) if values else _NO_WORDS
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_request_line(line: bytes) -> Optional[Tuple[str, str, int]]:
+    """(method, target, minor version)."""
+    match = _REQUEST_LINE.match(line)
+    return (match.group(1).decode("ascii"), match.group(2).decode("latin-1"), int(match.group(3))) if match else None
 
 
 def parse_request_head(head: bytes) -> Request:
@@ -1334,7 +1374,7 @@ def parse_request_head(head: bytes) -> Request:
     Source: RFC 9112; llhttp and nginx refuse the same.
     """
     lines = head.split(b"\r\n")
-    first = _REQUEST_LINE.match(lines[0])
+    first = _parse_request_line(lines[0])
     if first is None or not _is_clean(head, len(lines)):
         raise HttpError(400, "malformed request line, a NUL, or a bare CR or LF")
     if len(lines) > MAX_HEADERS + 1:
@@ -1343,44 +1383,31 @@ def parse_request_head(head: bytes) -> Request:
         headers = _parse_headers(lines[1:])
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
-    minor = int(first.group(3))
-    lengths: List[bytes] = []
-    hosts = 0
-    codings: List[bytes] = []
-    expect = b""
-    words: FrozenSet[bytes] = frozenset()
-    for name, value, _ in headers:                      # one pass: this runs for every request
-        if name == b"content-length":
-            lengths.append(value)
-        elif name == b"host":
-            hosts += 1
-        elif name == b"transfer-encoding":
-            codings.append(value.lower())
-        elif name == b"expect":
-            expect = value.lower()
-        elif name == b"connection":
-            words = _connection_words(headers)
-    if len(lengths) > 1 or (lengths and not lengths[0].isdigit()) or (lengths and len(lengths[0]) > 15):
-        raise HttpError(400, "Content-Length is there twice or is no number")
-    if codings and (lengths or codings != [b"chunked"] or minor == 0):
+    method, target, minor = first
+    fields = {name: value for name, value, _ in reversed(headers)}
+    if len(fields) < len(headers):
+        for name in (b"content-length", b"transfer-encoding", b"host"):
+            if sum(n == name for n, _, _ in headers) > 1:
+                raise HttpError(400, f"{name.decode()} is there twice")
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if length is not None and (not length.isdigit() or len(length) > 15):
+        raise HttpError(400, "Content-Length is no number")
+    if coding is not None and (length is not None or coding.lower() != b"chunked" or minor == 0):
         raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
-    if hosts > 1 or (hosts == 0 and minor == 1):
-        raise HttpError(400, "exactly one Host header is needed")
+    if minor == 1 and b"host" not in fields:
+        raise HttpError(400, "a Host header is needed")
+    expect = fields.get(b"expect", b"").lower()
     if expect and expect != b"100-continue":
         raise HttpError(417, "only Expect: 100-continue is known")
-    length = -1 if codings else int(lengths[0]) if lengths else 0
-    return Request(
-        method=first.group(1).decode("ascii"),
-        target=first.group(2).decode("latin-1"),
-        minor=minor,
-        headers=tuple(headers),
-        length=length,
-        keep_alive=minor == 1 and b"close" not in words,
-        upgrade=minor == 1 and b"upgrade" in words and any(n == b"upgrade" for n, _, _ in headers),
-        expects=minor == 1 and expect == b"100-continue",
-    )
+    words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
+    return Request(method, target, minor, tuple(headers),
+                   -1 if coding is not None else int(length) if length is not None else 0,
+                   minor == 1 and b"close" not in words,
+                   minor == 1 and b"upgrade" in words and b"upgrade" in fields,
+                   minor == 1 and bool(expect), fields)
 
 
+@functools.lru_cache(maxsize=128)               # llama-server's heads are the same bytes for every stream
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError."""
     lines = head.split(b"\r\n")
@@ -1416,10 +1443,9 @@ def parse_response_head(head: bytes, method: str) -> Response:
 
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
     """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
-    for name, _, _ in headers:
-        if name == b"connection":
-            drop = drop | _connection_words(headers)
-            break
+    words = _connection_words(headers)
+    if words:
+        drop = drop | words
     return [line for name, _, line in headers if name not in drop]
 
 
@@ -1550,6 +1576,7 @@ def error_event(message: str, kind: str = "upstream_error") -> bytes:
 _LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """True for a host, with or without a port, that can only mean this machine."""
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
@@ -1934,6 +1961,7 @@ class Log:
         self._level = LEVELS.get(level.strip().lower(), 20)
         self._lock = threading.Lock()
         self._fd = 2
+        self._second, self._stamp = 0, ""
         if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self._open()
@@ -1957,7 +1985,10 @@ class Log:
         self._write("ERROR", message)
 
     def _write(self, level: str, message: str) -> None:
-        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {level} {message}\n"
+        second = int(time.time())
+        if second != self._second:
+            self._second, self._stamp = second, time.strftime("%Y-%m-%dT%H:%M:%S")
+        line = f"{self._stamp} {level} {message}\n"
         try:
             os.write(self._fd, line.encode("utf-8", "replace"))
         except OSError:                         # a full disk must not stop the relay
@@ -2547,17 +2578,18 @@ class Upstream:
         """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
         while self._idle and not fresh:
             try:
-                sock = self._idle.pop()
+                sock, since = self._idle.pop()
             except IndexError:                  # another thread took the last one
                 break
-            if self._tls or _peek(sock) is None:
+            # One used this second is not looked at: should it have been closed just now, relay() sees that.
+            if time.monotonic() - since < 1.0 or self._tls or _peek(sock) is None:
                 return sock, True
             sock.close()
         return self.connect(), False
 
     def checkin(self, sock: socket.socket) -> None:
         if len(self._idle) < MAX_CONNECTIONS:
-            self._idle.append(sock)
+            self._idle.append((sock, time.monotonic()))
         else:
             sock.close()
 
@@ -2565,7 +2597,7 @@ class Upstream:
         """Close the idle connections: their server is gone."""
         while self._idle:
             try:
-                self._idle.pop().close()
+                self._idle.pop()[0].close()
             except IndexError:
                 return
 
@@ -3073,14 +3105,15 @@ class RouterApp(App):
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
-        drop = self._check_key(request) if self._key else frozenset()
-        path = request.target.split("?", 1)[0]
-        if request.method in ("GET", "HEAD") and path == "/models.ini":
+        drop = self._check_key(request) if self._key else _NO_WORDS
+        path = request.target.partition("?")[0]
+        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
+        if inference:
+            self._infer(client, request, inference, drop)
+        elif request.method in ("GET", "HEAD") and path == "/models.ini":
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
             self._models(client, request)
-        elif request.method == "POST" and inference_path(path) and not request.header(b"content-encoding"):
-            self._infer(client, request, inference_path(path), drop)
         else:
             body = client.read_body(request)
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
@@ -3149,9 +3182,8 @@ class RouterApp(App):
                    drop: FrozenSet[bytes], began: float) -> None:
         """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
         fallbacks: List[str] = []
-        for name, following in zip(decision.chain, [*decision.chain[1:], ""]):
-            tier = self.config.by_name(name)
-            hosted = tier is not None and tier.backend == "litellm"
+        for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
+            name, hosted = tier.name, tier.backend == "litellm"
             extra = decision_headers(decision, name, fallbacks)
             reject = functools.partial(falls_through, hosted=hosted) if following else None
             try:
@@ -3164,9 +3196,9 @@ class RouterApp(App):
             failed = outcome.state == "rejected" or falls_through(outcome.status, hosted)
             if failed:
                 self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s)
-            if outcome.state not in ("rejected", "unreachable") or not following:
+            if outcome.state not in ("rejected", "unreachable") or following is None:
                 break
-            fallbacks.append(f"{name}\u2192{following} ({outcome.status or outcome.detail})")
+            fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
         ms = (time.monotonic() - began) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; {outcome.status or outcome.state} in {ms:,.0f} ms"
                       + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
@@ -3373,7 +3405,7 @@ class StandInError(Exception):
 def _within(kind: Callable[[str], float], low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high:            # false for nan, too
             raise ValueError(text)
         return value
 
@@ -3494,6 +3526,10 @@ def run_llama_server(argv: Sequence[str]) -> int:
     try:
         wanted = parse_llama_server_argv(argv)
         import importlib
+        import signal
+        # Loading holds the GIL, so a Python handler would run after it; KeyboardInterrupt crashes xllamacpp's import.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         xllamacpp: Any = importlib.import_module("xllamacpp")
         if wanted.get("version"):
             sys.stderr.write(f"version: xllamacpp {xllamacpp.__version__} (llama.cpp)\n")
@@ -3503,9 +3539,6 @@ def run_llama_server(argv: Sequence[str]) -> int:
             _check_model(params.model.path)
         if not all(port_is_free(host, params.port) for host in params.hostnames):
             raise StandInError(f"couldn't bind HTTP server socket, port {params.port} is taken")
-        import signal
-        for number in (signal.SIGINT, signal.SIGTERM):  # loading holds the GIL: a Python handler would run after it
-            signal.signal(number, signal.SIG_DFL)
         _serve_until_signal(xllamacpp.Server(params))
     except RuntimeError:
         time.sleep(0.2)  # llama.cpp logs from a thread of its own: let it finish

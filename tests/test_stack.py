@@ -1,0 +1,414 @@
+"""The daemons as a user runs them: real processes, and the real llama.cpp for the conversations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+
+import llmstack
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = str(ROOT / "llmstack.py")
+NO_MODELS = "[hosted]\nrole = agent\nmodel = provider/some-model\n"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def get(url: str) -> tuple[int, bytes]:
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return answer.status, answer.read()
+
+
+def ask(port: int, path: str = "/v1/chat/completions", **body: Any) -> tuple[dict[str, str], bytes]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(answer.headers), answer.read()
+
+
+def command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, PROGRAM, *words], capture_output=True, text=True, timeout=120,
+                          stdin=subprocess.DEVNULL, check=False, **options)
+
+
+class Project:
+    """A project in the current directory, with ports of its own."""
+
+    def __init__(self, tiers: str = NO_MODELS, engine: str = "embedded") -> None:
+        self.directory = Path.cwd()
+        self.state = self.directory / ".llmstack"
+        self.router_port, self.engine_port = free_ports(2)
+        self.defaults = f"[DEFAULT]\nengine = {engine}\nrouter_port = {self.router_port}\nengine_port = {self.engine_port}\n"
+        self.write(tiers)
+
+    def write(self, tiers: str) -> None:
+        self.state.mkdir(exist_ok=True)
+        (self.state / "models.ini").write_text(self.defaults + tiers)
+
+    def pid(self, name: str) -> int:
+        return int((self.state / f"{name}.pid").read_text().split()[0])
+
+    def log(self, name: str) -> str:
+        return (self.state / "logs" / f"{name}.log").read_text()
+
+
+@pytest.fixture
+def project() -> Iterator[Project]:
+    yield Project()
+    llmstack.main(["stop"])
+
+
+@pytest.fixture
+def noise(home: Path) -> Path:
+    path = home / "noise.gguf"
+    path.write_bytes(llmstack.render_noise_gguf())
+    return path
+
+
+def two_tiers(model: Path) -> str:
+    return (f"[code-fast]\nrole = fast\npath = {model}\nctx_size = 8k\nsize_gb = 0.1\n"
+            f"[code-smart]\nrole = agent\npath = {model}\nctx_size = 2k\nsize_gb = 0.1\n")
+
+
+def alive(pid: int) -> bool:
+    return bool(llmstack.process_started(pid))
+
+
+# ---- up and down
+
+
+def test_start_brings_both_up_and_stop_leaves_nothing(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(["start"]) == 0
+    said = capsys.readouterr().out
+    assert f"http://127.0.0.1:{project.router_port}/v1" in said
+    assert get(f"http://127.0.0.1:{project.router_port}/models.ini")[1] == (project.state / "models.ini").read_bytes()
+    assert get(f"http://127.0.0.1:{project.engine_port}/health") == (200, b"OK")
+    assert (project.state / "active-channel").read_text() == "current\n"
+    pids = [project.pid("router"), project.pid("llama-swap")]
+    assert llmstack.main(["stop"]) == 0
+    assert not any(map(alive, pids))
+    assert not list(project.state.glob("*.pid"))
+    assert not (project.state / "active-channel").exists()
+
+
+def test_start_seeds_a_directory_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
+    assert llmstack.main(["start"]) == 1
+    out, err = capsys.readouterr()
+    assert "Wrote" in out
+    assert Path(".llmstack/models.ini").read_bytes() == (ROOT / "models.ini").read_bytes()
+    assert err.splitlines() == ["llmstack: error: there is no llama-server on this machine",
+                                "hint: " + llmstack.LLAMA_SERVER_HINT]
+
+
+def test_a_second_start_finds_it_running(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    llmstack.main(["start"])
+    pids = project.pid("router"), project.pid("llama-swap")
+    capsys.readouterr()
+    assert llmstack.main(["start"]) == 0
+    assert capsys.readouterr().out.startswith("Running already")
+    assert (project.pid("router"), project.pid("llama-swap")) == pids
+
+
+def test_parallel_starts_end_with_one_stack(project: Project) -> None:
+    starts = [subprocess.Popen([sys.executable, PROGRAM, "start"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               stdin=subprocess.DEVNULL, text=True) for _ in range(4)]
+    said = [p.communicate(timeout=60)[0] for p in starts]
+    assert [p.returncode for p in starts] == [0, 0, 0, 0], said
+    assert sum("Router  http" in text for text in said) == 1
+    assert sum("Running already" in text for text in said) == 3
+
+
+def test_stop_with_nothing_running(capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(["stop"]) == 0
+    assert capsys.readouterr().out == "Nothing is running.\n"
+
+
+def test_a_dead_router_is_started_again_beside_the_living_engine(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    llmstack.main(["start"])
+    router, engine = project.pid("router"), project.pid("llama-swap")
+    os.kill(router, signal.SIGKILL)
+    until(lambda: not alive(router), "the router is dead")
+    assert llmstack.main(["status"]) == 1
+    assert "died" in capsys.readouterr().out
+    assert llmstack.main(["start"]) == 0
+    assert "The router has died; starting it again" in capsys.readouterr().out
+    assert project.pid("llama-swap") == engine
+    assert llmstack.main(["status"]) == 0
+
+
+def test_daemons_outlive_their_terminal(project: Project) -> None:
+    llmstack.main(["start"])
+    for name in ("router", "llama-swap"):
+        os.kill(project.pid(name), signal.SIGHUP)
+    until(lambda: "models.ini read again" in project.log("router"), "the router has seen SIGHUP")
+    assert get(f"http://127.0.0.1:{project.engine_port}/health")[0] == 200
+    assert os.getsid(project.pid("router")) == project.pid("router") != os.getsid(0)
+
+
+# ---- what is not ours
+
+
+def test_a_busy_port_names_its_holder(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", project.router_port)):
+        assert llmstack.main(["start"]) == 1
+    assert f"port {project.router_port} is taken by" in capsys.readouterr().err
+    assert not (project.state / "router.pid").exists()
+
+
+@pytest.mark.parametrize("content", ["{pid}\n", '{pid}\n{{"started": "long ago", "stack": "x", "kind": "router"}}\n', "abc", ""])
+def test_stop_leaves_strangers_alone(project: Project, content: str) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        for name in ("router", "llama-swap"):
+            (project.state / f"{name}.pid").write_text(content.format(pid=stranger.pid))
+        assert llmstack.main(["stop"]) == 0
+        assert stranger.poll() is None
+        assert alive(stranger.pid)
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_second_project_is_told_who_owns_the_daemons(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    llmstack.main(["start"])
+    (tmp_path / "second").mkdir()
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path / "second")
+        Project()
+        assert llmstack.main(["start"]) == 1
+        assert f"belong to {project.directory}" in capsys.readouterr().err
+        assert llmstack.main(["stop"]) == 1
+        assert str(project.directory) in capsys.readouterr().err
+    assert llmstack.main(["status"]) == 0
+
+
+# ---- options, files
+
+
+def test_host_and_port_are_seen_by_status_and_kept_by_restart(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_ports(1)[0]
+    assert llmstack.main(["start", "--port", str(port)]) == 0
+    capsys.readouterr()
+    assert llmstack.main(["status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["router"]["url"] == f"http://127.0.0.1:{port}"
+    assert status["running"] is True
+    assert llmstack.main(["start"]) == 1, "another address than the running one"
+    assert llmstack.main(["restart"]) == 0
+    assert get(f"http://127.0.0.1:{port}/models.ini")[0] == 200
+
+
+def test_restart_with_a_broken_file_stops_nothing(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    llmstack.main(["start"])
+    project.write("[broken\n")
+    assert llmstack.main(["restart"]) == 2
+    assert "models.ini:5:" in capsys.readouterr().err
+    assert get(f"http://127.0.0.1:{project.router_port}/models.ini")[0] == 200
+
+
+def test_reload_changes_routing_live_and_refuses_a_broken_file(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    llmstack.main(["start"])
+    project.write(NO_MODELS + "[ROUTING]\nhigh_fidelity_ceiling = 5\n")
+    assert llmstack.main(["reload"]) == 0
+    until(lambda: "read again" in project.log("router"), "the reload")
+    project.write("[ROUTING]\nmulti_turn = many\n")
+    assert llmstack.main(["reload"]) == 2
+    os.kill(project.pid("router"), signal.SIGHUP)
+    until(lambda: "refused, the old one stays" in project.log("router"), "the refusal")
+    _, body = get(f"http://127.0.0.1:{project.router_port}/v1/models")
+    assert json.loads(body)["data"][0]["id"] == "auto"
+
+
+def test_other_addresses_need_a_key(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(["start", "--host", "0.0.0.0"]) == 2
+    assert "LLMSTACK_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
+    assert llmstack.main(["start", "--host", "0.0.0.0"]) == 0
+    assert llmstack.main(["status"]) == 0
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        get(f"http://127.0.0.1:{project.router_port}/models.ini")
+    environ = Path(f"/proc/{project.pid('llama-swap')}/environ")
+    if environ.exists():
+        assert b"a-key-of-the-test" not in environ.read_bytes()
+    for file in project.state.rglob("*"):
+        assert not file.is_file() or b"a-key-of-the-test" not in file.read_bytes()
+
+
+def test_an_engine_that_cannot_start_shows_its_last_words(project: Project, capsys: pytest.CaptureFixture[str],
+                                                          monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    swap = tmp_path / "bin" / "llama-swap"
+    swap.parent.mkdir()
+    swap.write_text("#!/bin/sh\necho 'no such config key' >&2\nexit 3\n")
+    swap.chmod(0o755)
+    monkeypatch.setenv("LLMSTACK_BIN_DIR", str(swap.parent))
+    project.defaults = project.defaults.replace("embedded", "llama-swap")
+    project.write(NO_MODELS)
+    assert llmstack.main(["start"]) == 1
+    err = capsys.readouterr().err
+    assert "exited with 3 at start" in err
+    assert "no such config key" in err
+    assert not list(project.state.glob("*.pid"))
+
+
+# ---- the command line
+
+
+def test_serve_prints_its_address_first_and_ends_on_interrupt() -> None:
+    process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--upstream", "http://127.0.0.1:9", "--port", "0"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    assert process.stdout
+    url = process.stdout.readline().split()[0]
+    assert get(url + "/models.ini")[1] == (ROOT / "models.ini").read_bytes()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_traceback(project: Project) -> None:
+    process = subprocess.Popen([sys.executable, PROGRAM, "status", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=20)
+    assert err == b""
+
+
+@pytest.mark.parametrize("words", [["strat"], ["start", "--prot", "1"], ["start", "--port", "abc"], ["why"],
+                                   ["serve", "--upstream", "ftp://x"]])
+def test_usage_errors_are_two_lines_and_exit_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(words) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2
+    assert err[0].startswith("llmstack: error: ")
+    assert err[1].startswith("hint: ")
+
+
+def test_a_full_disk_or_a_read_only_directory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path(".llmstack").write_text("a file where the directory should be")
+    assert llmstack.main(["start"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ---- conversations with the real llama.cpp
+
+
+def engines() -> list[Any]:
+    missing = pytest.mark.skipif(shutil.which("llama-swap") is None, reason="no llama-swap on PATH")
+    return ["embedded", pytest.param("llama-swap", marks=missing)]
+
+
+@pytest.mark.parametrize("engine", engines())
+def test_a_chat_through_auto_is_answered_by_real_llama_cpp(engine: str, real_data: Path, noise: Path,
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "find_program", only_llama_swap(llmstack.find_program))
+    project = Project(two_tiers(noise), engine)
+    message = {"role": "user", "content": "capital of France?"}
+    try:
+        assert llmstack.main(["start"]) == 0
+        headers, body = ask(project.router_port, model="auto", stream=True, max_tokens=8, messages=[message])
+        assert headers["X-LLMStack-Model"] == "code-smart"
+        events = [line for line in body.decode().split("\n\n") if line.startswith("data: {")]
+        words = [json.loads(e[6:])["choices"][0]["delta"].get("content") for e in events]
+        assert any(words)
+        assert body.endswith(b"data: [DONE]\n\n")
+        headers, body = ask(project.router_port, model="", messages=[{"role": "user", "content": "x" * 7_000}], max_tokens=600)
+        assert headers["X-LLMStack-Model"] == "code-fast", "1,750 tokens and room to answer do not fit code-smart's 2k"
+        assert json.loads(body)["usage"]["prompt_tokens"] > 2048
+        for path, extra in (("/v1/completions", {"prompt": "one two"}), ("/v1/responses", {"input": "one two"}),
+                            ("/v1/messages", {"messages": [message]}), ("/v1/messages/count_tokens", {"messages": [message]}),
+                            ("/completion", {"prompt": "one", "n_predict": 2}),
+                            ("/infill", {"input_prefix": "a", "input_suffix": "b", "n_predict": 2})):
+            headers, body = ask(project.router_port, path, model="auto", max_tokens=4, **extra)
+            assert headers["X-LLMStack-Model"] == ("code-fast" if path == "/infill" else "code-smart"), path
+            assert json.loads(body), path
+        assert llmstack.main(["status"]) == 0
+        assert "ready" in capsys.readouterr().out
+    finally:
+        llmstack.main(["stop"])
+
+
+def only_llama_swap(find: Callable[..., str]) -> Callable[..., str]:
+    """Hides any llama-server of the machine, so that the one from PyPI is used everywhere."""
+    def find_program(name: str, *places: Any) -> str:
+        return "" if name.startswith("llama-server") else find(name, *places)
+    return find_program
+
+
+def test_after_kill_9_of_the_engine_its_children_go_and_nothing_else(real_data: Path, noise: Path,
+                                                                     capsys: pytest.CaptureFixture[str],
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "find_program", only_llama_swap(llmstack.find_program))
+    project = Project(two_tiers(noise))
+    try:
+        llmstack.main(["start"])
+        ask(project.router_port, model="code-smart", messages=[{"role": "user", "content": "x"}], max_tokens=1)
+        record = llmstack.read_record(str(project.state / "llama-swap.pid"))
+        assert record is not None
+        children = [pid for pid in llmstack.stack_members(record.stack) if pid != record.pid]
+        assert len(children) == 2
+        os.kill(record.pid, signal.SIGKILL)
+        until(lambda: not alive(record.pid), "the engine is dead")
+        assert all(map(alive, children)), "orphans, as after any kill -9"
+        assert llmstack.main(["start"]) == 0
+        assert "cleaning up after it" in capsys.readouterr().out
+        assert not any(map(alive, children))
+        assert ask(project.router_port, model="auto", messages=[{"role": "user", "content": "x"}], max_tokens=1)
+    finally:
+        llmstack.main(["stop"])
+
+
+def test_the_demo_answers_and_leaves_nothing(real_data: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "find_program", only_llama_swap(llmstack.find_program))
+    monkeypatch.setattr(llmstack, "ROUTER_PORT", 0)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    router, engine = free_ports(2)
+    ini = real_data / "demo" / ".llmstack" / "models.ini"
+    render = llmstack.render_demo_ini
+    monkeypatch.setattr(llmstack, "render_demo_ini", lambda *a: render(*a).replace(
+        "engine = auto", f"engine = embedded\nrouter_port = {router}\nengine_port = {engine}"))
+    try:
+        assert llmstack.main(["start", "--demo"]) == 0
+        said = capsys.readouterr().out
+        assert "noise" in said
+        assert f"curl -N http://127.0.0.1:{router}/v1/chat/completions" in said
+        _, body = ask(router, model="auto", stream=True, messages=[{"role": "user", "content": "hello"}])
+        assert body.count(b"data: {") > 5
+        assert not Path(".llmstack").exists(), "the demo has a directory of its own"
+        assert ini.exists()
+    finally:
+        assert llmstack.main(["stop", "--demo"]) == 0

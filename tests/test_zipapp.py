@@ -1,0 +1,117 @@
+"""The one file people copy: built twice alike, and run from elsewhere on the oldest and newest Pythons here."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmstack
+
+ROOT = Path(__file__).resolve().parent.parent
+MODERN = [f"3.{minor}" for minor in range(9, 20)]
+
+
+def pythons(versions: list[str]) -> list[str]:
+    """Installed interpreters of these versions: on PATH, and those that pyenv keeps."""
+    found = []
+    for version in versions:
+        kept = sorted(glob.glob(os.path.join(os.environ.get("PYENV_ROOT", "/root/.pyenv".replace("/root", str(Path.home()))),
+                                             "versions", version + ".*", "bin", "python")))
+        on_path = shutil.which("python" + version)
+        found += kept[-1:] or ([on_path] if on_path and "shims" not in on_path else [])
+    return found
+
+
+PYTHONS = pythons(MODERN)
+OLD = pythons(["2.7", "3.6", "3.7", "3.8"])
+OLDEST_AND_NEWEST = sorted({*PYTHONS[:1], *PYTHONS[-1:]}) or [sys.executable]
+
+
+def run(python: str, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          universal_newlines=True, timeout=60, check=False, **options)  # type: ignore[call-overload]
+
+
+def build(path: Path) -> Path:
+    done = run(sys.executable, str(ROOT / "build_zipapp.py"), "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("built") / "llmstack.pyz")
+
+
+def test_two_builds_are_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
+    assert build(tmp_path / "again.pyz").read_bytes() == pyz.read_bytes()
+
+
+def test_one_file_under_300_kb(pyz: Path) -> None:
+    assert pyz.stat().st_size < 300_000
+    assert os.access(pyz, os.X_OK)
+
+
+def test_check_tells_whether_a_file_is_this_tree(pyz: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pyz"
+    other.write_bytes(pyz.read_bytes() + b" ")
+    script = str(ROOT / "build_zipapp.py")
+    assert run(sys.executable, script, "--check", str(pyz)).returncode == 0
+    assert run(sys.executable, script, "--check", str(other)).returncode == 1
+    assert run(sys.executable, script, "--check", str(tmp_path / "none")).returncode == 1
+
+
+@pytest.mark.parametrize("python", OLDEST_AND_NEWEST)
+def test_it_runs_alone_in_an_empty_directory(pyz: Path, python: str, tmp_path: Path) -> None:
+    directory = tmp_path / "elsewhere with spaces"
+    directory.mkdir()
+    shutil.copy(pyz, directory)
+    assert run(python, "llmstack.pyz", "version", cwd=directory).stdout == f"llmstack {llmstack.VERSION}\n"
+    (directory / "body.json").write_text('{"model":"auto","messages":[{"role":"user","content":"hi"}]}')
+    why = run(python, "llmstack.pyz", "why", "body.json", cwd=directory)
+    assert why.stdout.startswith("code-smart: "), why.stderr
+    status = run(python, "./llmstack.pyz", "status", cwd=directory)
+    assert status.returncode == 1, status.stderr
+    assert "llmstack start" in status.stdout
+
+
+@pytest.mark.parametrize("python", OLD or [pytest.param("", marks=pytest.mark.skip(reason="no old Python here"))])
+def test_old_pythons_get_one_clean_line(pyz: Path, python: str) -> None:
+    done = run(python, str(pyz), "start")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith("llmstack: error: Python 3.9 or newer is needed, this is ")
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_bytecode_is_cached_used_and_replaced(pyz: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
+    cache = home / "cache" / "llmstack"
+    help_text = run(sys.executable, str(pyz), "help").stdout
+    first = list(cache.iterdir())
+    assert len(first) == 1
+    assert run(sys.executable, str(pyz), "help").stdout == help_text
+    assert list(cache.iterdir()) == first
+    first[0].write_bytes(b"garbage")
+    assert run(sys.executable, str(pyz), "help").stdout == help_text, "a broken cache is made again"
+    changed = tmp_path / "changed.pyz"
+    changed.write_bytes(pyz.read_bytes().replace(b"A multi-tier local LLM stack", b"A multi-tier local llm stack"))
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert "local llm stack" in run(sys.executable, "-c", f"import sys, zipfile; z = zipfile.ZipFile({str(pyz)!r}); "
+                                    "src = z.read('llmstack.py').replace(b'local LLM stack behind', b'local llm stack behind'); "
+                                    f"import runpy; out = zipfile.ZipFile({str(changed)!r}, 'w'); "
+                                    "[out.writestr(n, src if n == 'llmstack.py' else z.read(n)) for n in z.namelist()]; out.close(); "
+                                    f"import subprocess; print(subprocess.check_output([sys.executable, {str(changed)!r}, 'help'])"
+                                    ".decode())").stdout
+    assert len(list(cache.iterdir())) == 1, "one file a Python version"
+
+
+def test_an_unwritable_cache_is_no_obstacle(pyz: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
+    (home / "cache").write_text("not a directory")
+    assert run(sys.executable, str(pyz), "help").returncode == 0
