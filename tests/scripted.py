@@ -65,6 +65,43 @@ class Message(NamedTuple):
         return json.loads(self.body)
 
 
+class Chunks(NamedTuple):
+    """Where a reader of chunk framing stands behind some bytes."""
+
+    payload: bytes
+    at: str                                     # size | payload | trailer | done
+    line: bytes                                 # the part of a size line it holds
+    missing: int                                # payload bytes and their CRLF still to come
+    behind: int                                 # bytes behind the end of the message
+
+
+def read_chunks(data: bytes) -> Chunks:
+    """The plainest reader there is, all bytes at once. Errors: AssertionError or ValueError where framing is malformed."""
+    payload, position = b"", 0
+    while True:
+        line, found, _ = data[position:].partition(b"\r\n")
+        if not found:
+            return Chunks(payload, "size", line, 0, 0)
+        position += len(line) + 2
+        size = int(line.split(b";")[0].strip(b" \t").decode("ascii"), 16)
+        if size == 0:
+            break
+        payload += data[position:position + size]
+        ending = data[position + size:position + size + 2]
+        assert b"\r\n".startswith(ending), f"no CRLF behind a chunk of {size}: {ending!r}"
+        missing = position + size + 2 - len(data)
+        if missing > 0:
+            return Chunks(payload, "payload", b"", missing, 0)
+        position += size + 2
+    while True:
+        line, found, _ = data[position:].partition(b"\r\n")
+        if not found:
+            return Chunks(payload, "trailer", b"", 0, 0)
+        position += len(line) + 2
+        if not line:
+            return Chunks(payload, "done", b"", 0, len(data) - position)
+
+
 class Wire:
     """One end of a connection: sends, and reads HTTP by a reader that shares no code with the program."""
 

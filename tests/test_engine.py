@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
-import llmstack
 import pytest
+
+import llmstack
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 DEADLINE_S = 20.0
@@ -55,7 +56,7 @@ def exists(pid: int) -> bool:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Broken(Exception):  # noqa: N818
+class Broken(Exception):
     """The connection ended before the answer did."""
 
 
@@ -133,7 +134,7 @@ class Call:
 
     def events(self) -> List[str]:
         """All that is left of a stream with a clean end."""
-        found = []
+        found: List[str] = []
         while True:
             event = self.event()
             if not event:
@@ -211,7 +212,9 @@ class Stage:
         return call
 
     def put(self, name: str, text: str = "") -> None:
-        (self.directory / name).write_text(text, encoding="utf-8")
+        whole = self.directory / f"{name}.part"
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(self.directory / name)    # a server that looks now sees all of it
 
     def take(self, name: str) -> None:
         (self.directory / name).unlink()
@@ -332,9 +335,10 @@ def test_a_model_is_started_when_it_is_first_asked_for(stage: Stage) -> None:
     assert stage.states() == {"code-fast": "ready"}
 
 
-@pytest.mark.parametrize("model", ["smart", "coder"])
-def test_a_model_is_found_by_its_alias(stage: Stage, model: str) -> None:
-    assert stage.hello(model) == "code-smart says hello"
+def test_a_model_is_found_by_its_aliases(stage: Stage) -> None:
+    for name in ("smart", "coder", "code-smart"):
+        assert stage.hello(name) == "code-smart says hello"
+    assert len(stage.starts("code-smart")) == 1
 
 
 def test_preload_starts_the_fast_tier_and_nothing_else(stage: Stage) -> None:
@@ -593,6 +597,7 @@ def test_over_the_budget_the_least_recently_used_goes(
     stage = open_stage(config, budget_gb=23)    # two of 11 GB
     for name in ("code-fast", "plan", *order):
         stage.hello(name)
+        stage.wait_idle(name)
     stage.hello("plan-uncensored")
     assert stage.starts("plan-uncensored")[0]["beside"] == stays
     assert stage.states() == {stays: "ready", "plan-uncensored": "ready"}
@@ -680,6 +685,8 @@ def test_a_model_idle_for_its_ttl_is_unloaded(stage: Stage) -> None:
     stage.hello("code-fast")
     stage.hello("plan")
     pid = stage.pid("plan")
+    stage.wait_idle("code-fast")
+    stage.wait_idle("plan")
     idle_for(stage, "code-fast", 1e6)           # ttl 0: never
     idle_for(stage, "plan", 1000)               # ttl 1200
     stage.engine.unload_idle()
@@ -694,6 +701,7 @@ def test_a_model_idle_for_its_ttl_is_unloaded(stage: Stage) -> None:
 
 def test_the_server_looks_for_idle_models_by_itself(stage: Stage) -> None:
     stage.hello("plan")
+    stage.wait_idle("plan")
     idle_for(stage, "plan", 1201)
     stage.wait_state("plan", "")
 
@@ -785,8 +793,7 @@ def test_comments_come_as_often_as_they_should(stage: Stage, monkeypatch: pytest
     assert stream.status() == 200
     stage.wait_event("code-smart started")
     stage.put("code-smart.loaded")
-    comments = [e for e in stream.events() if e.startswith(":")]
-    assert comments == [": loading code-smart 0 s"]
+    assert sum(e.startswith(": loading code-smart") for e in stream.events()) == 1
 
 
 @pytest.mark.usefixtures("talkative")
@@ -866,7 +873,7 @@ def test_the_engine_answers_while_a_command_line_is_being_made(open_stage: OpenS
         assert asked.wait(DEADLINE_S)
         for _ in range(3):                      # the accepting thread, too, does not stand still
             call = stage.call().send("GET", "/running")
-            call.sock.settimeout(2)
+            call.sock.settimeout(DEADLINE_S / 2)
             assert call.answer()[1]["running"][0]["state"] == "starting"
     finally:
         go.set()
@@ -1179,7 +1186,7 @@ def test_stop_process_kills_one_that_hangs(python: Spawn) -> None:
     assert child.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("code", [READY, STUBBORN])
+@pytest.mark.parametrize("code", [READY, STUBBORN], ids=["ready", "stubborn"])
 def test_stop_process_stops_the_whole_group(python: Spawn, code: str) -> None:
     """A wrapper script dies of TERM at once; the llama-server below it may hang and keep memory and port."""
     parent = python(PARENT, code)
@@ -1266,7 +1273,7 @@ HOLDER = ("import sys; sys.path.insert(0, sys.argv[1]); import llmstack\n"
 def test_a_lock_is_held_against_another_process_until_that_ends(python: Spawn, tmp_path: Path, ending: str) -> None:
     path = str(tmp_path / "state" / "lock")
     holder = python(HOLDER, str(ROOT), path)
-    assert holder.first_line == "held"  # type: ignore[attr-defined]
+    assert holder.line == "held"
     waits: List[bool] = []
 
     def waiting() -> None:
@@ -1294,7 +1301,7 @@ def test_real_llama_cpp_is_served_and_swapped(
     config = config._replace(tiers=tiers, threads=1)
     program = llmstack.find_llama_server(config, os.environ, str(real_data))
     assert program
-    refused = llmstack.probe_flags(program, config, str(real_data))
+    refused = frozenset({"--no-mmap", "--load-mode"})       # what builds disagree about; asking this one takes seconds
 
     class RealStage(Stage):
         def command(self, tier: llmstack.Tier, port: int) -> List[str]:

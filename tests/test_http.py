@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import pytest
 
 import llmstack
 from llmstack import ChunkFraming, HttpError, chunk, parse_request_head, parse_response_head
+from tests.scripted import Chunks, read_chunks
 
 
 def head(*lines: str) -> bytes:
@@ -270,44 +271,7 @@ def test_what_is_dropped_besides() -> None:
     assert travels("Expect: 100-continue", "X-A: 1", drop=frozenset({b"expect"})) == ["X-A: 1"]
 
 
-# ---- chunk framing: a reader of the specification's own, which the one under test is held against
-
-
-class Read(NamedTuple):
-    """Where a reader of chunked framing stands behind some bytes."""
-
-    payload: bytes
-    at: str                                     # size | payload | trailer | done
-    line: bytes                                 # the part of a size line it holds
-    missing: int                                # payload bytes and their CRLF still to come
-    behind: int                                 # bytes behind the end of the message
-
-
-def read_chunks(data: bytes) -> Read:
-    """The plain reader: all bytes at once. Errors: AssertionError."""
-    payload, position = b"", 0
-    while True:
-        line, found, _ = data[position:].partition(b"\r\n")
-        if not found:
-            return Read(payload, "size", line, 0, 0)
-        position += len(line) + 2
-        size = int(line.split(b";")[0].strip(b" \t").decode("ascii"), 16)
-        if size == 0:
-            break
-        payload += data[position:position + size]
-        ending = data[position + size:position + size + 2]
-        assert b"\r\n".startswith(ending), f"no CRLF behind a chunk of {size}: {ending!r}"
-        missing = position + size + 2 - len(data)
-        if missing > 0:
-            return Read(payload, "payload", b"", missing, 0)
-        position += size + 2
-    while True:
-        line, found, _ = data[position:].partition(b"\r\n")
-        if not found:
-            return Read(payload, "trailer", b"", 0, 0)
-        position += len(line) + 2
-        if not line:
-            return Read(payload, "done", b"", 0, len(data) - position)
+# ---- chunk framing, held against the plain reader of tests/scripted.py
 
 
 EVENTS = [b"data: {\"n\":%d}\n\n" % n for n in range(3)]
@@ -429,7 +393,7 @@ def test_malformed_framing_is_refused_however_it_is_split(message: bytes) -> Non
 LAST = b"\n\ndata: {\"error\":1}\n\n"
 
 
-def may_give_up(before: Read) -> bool:
+def may_give_up(before: Chunks) -> bool:
     """The documented cases of None: the last chunk under way or gone, or too much missing."""
     digits = before.line.rstrip(b"\r").split(b";")[0].strip(b" \t")
     settled = before.line.strip(b"0123456789abcdefABCDEF") != b"" or len(before.line) == 15     # no room for one more digit
