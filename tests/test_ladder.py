@@ -410,6 +410,7 @@ DOES_NOT_ASK = [
     ("prose-in-anthropic-system", {"system": "say [opus] if", "messages": [user("hi")]}),
     ("prose-in-instructions", {"instructions": "say [opus] if", "input": "hi"}),
     ("backticks-in-system", chat(system("Write\n`[ultra]`\nif"), "hi")),
+    ("beside-backticks-in-system", chat(system("`Write`\n`x` [ultra]"), "hi")),
     ("fence-in-system", chat(system(f"Write\n{FENCE}\n[ultra]\n{FENCE}\nto get the best model."), "hi")),
 ]
 
@@ -556,7 +557,7 @@ def any_facts(rng: random.Random) -> Facts:
 
 def test_auto_never_picks_a_tier_that_cannot_hold_the_request_while_another_can() -> None:
     rng = random.Random(1)
-    for case in range(4_000):
+    for case in range(3_000):
         config, asked = any_config(rng), any_facts(rng)
         down = {t.name: "down" for t in config.tiers if rng.random() < 0.2}
         by_role = {t.role: t for t in config.tiers}
@@ -650,7 +651,7 @@ def fewer(asked: Facts, tokens: int) -> Facts:
 def test_nearest_is_true() -> None:
     """Made, the change gives the tier it promises; with one token or turn less of it, nothing above."""
     rng = random.Random(3)
-    for case in range(3_000):
+    for case in range(2_000):
         config = any_config(rng)
         asked = any_facts(rng)._replace(wide=0, extra=0, pictures=0, fim=False)
         decision = decide(asked, config)
@@ -743,7 +744,7 @@ def junk(rng: random.Random, depth: int = 4) -> Any:
 
 def test_wrong_types_never_raise() -> None:
     rng = random.Random(4)
-    for _ in range(6_000):
+    for _ in range(4_000):
         body = {key: junk(rng) for key in rng.sample(KEYS, rng.randrange(6))}
         if rng.random() < 0.5:
             parts = [junk(rng) for _ in range(2)] if rng.random() < 0.5 else junk(rng)

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -36,7 +37,12 @@ from tests.scripted import (
 HOST = "Host: 127.0.0.1:10101"
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
-ULTRA = llmstack.Tier("code-ultra", role="ultra", backend="litellm", model="anthropic/claude-opus", ctx_size=24_000)
+CONFIG = llmstack.Config(tiers=(
+    llmstack.Tier("code-fast", "fast", ctx_size=131_072, aliases=("fast",)),
+    llmstack.Tier("code-smart", "agent", ctx_size=65_536, aliases=("coder",)),
+    llmstack.Tier("code-ultra", "ultra", backend="litellm", model="anthropic/claude-opus", ctx_size=24_000),
+    llmstack.Tier("plan", "plan", ctx_size=65_536),
+))
 
 
 class Client(Wire):
@@ -82,19 +88,18 @@ class HeardLog(llmstack.Log):
 class Rig:
     """A router on port 0, what is behind it, and the clients of one test."""
 
-    def __init__(self, config: llmstack.Config, directory: Path, script: Optional[Script], *, most: int = 512,
-                 head_timeout_s: float = 30.0, prefix: str = "", upstream_port: int = 0, receive_buffer_bytes: int = 0,
-                 **settings: Any) -> None:
+    def __init__(self, script: Optional[Script], *, most: int = 512, head_timeout_s: float = 30.0, prefix: str = "",
+                 upstream_port: int = 0, receive_buffer_bytes: int = 0, **settings: Any) -> None:
+        self._others = set(threading.enumerate())
         self.upstream = ScriptedUpstream(script, receive_buffer_bytes)
         self.log = HeardLog()
         self.never_logged = ["internal error"]      # checked at the end
         behind = llmstack.Upstream("127.0.0.1", upstream_port or self.upstream.port, prefix)
-        settings.setdefault("models_ini", str(directory / "models.ini"))
-        self.app = llmstack.RouterApp(config, behind, self.log, **settings)
+        self.app = llmstack.RouterApp(CONFIG, behind, self.log, **settings)
         self._server = llmstack.make_server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
         self.port: int = self._server.server_port
         self._clients: list[Client] = []
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.002,), daemon=True)
         self._thread.start()
 
     def client(self) -> Client:
@@ -116,10 +121,9 @@ class Rig:
             self.upstream.close()
         finally:
             self.app.upstream.forget()
-            for thread in threading.enumerate():    # those that serve connections: all of them must come to an end
-                if thread not in (threading.current_thread(), threading.main_thread()):
-                    thread.join(WAIT_S)
-                    assert not thread.is_alive(), thread
+            for thread in set(threading.enumerate()) - self._others:    # those that serve connections: all must end
+                thread.join(WAIT_S)
+                assert not thread.is_alive(), thread
         for text in self.never_logged:
             assert not self.log.says(text), self.log.line_with(text)
 
@@ -127,14 +131,18 @@ class Rig:
 Start = Callable[..., Rig]
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> None:
+    """No processes here; that all threads end is seen to by Rig.close."""
+
+
 @pytest.fixture
-def start(config: llmstack.Config, tmp_path: Path) -> Iterator[Start]:
-    """Starts a router with the bundled models.ini and an ultra tier; all of it is closed behind the test."""
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts a router with the tiers above; all of it is closed behind the test."""
+    monkeypatch.setattr(llmstack, "PATIENCE_MS", 5)     # the suite's time, not its outcome
     with contextlib.ExitStack() as stack:
         def start(script: Optional[Script] = None, **settings: Any) -> Rig:
-            directory = tmp_path / f"rig-{len(list(tmp_path.iterdir()))}"
-            directory.mkdir()
-            rig = Rig(config._replace(tiers=(*config.tiers, ULTRA)), directory, script, **settings)
+            rig = Rig(script, **settings)
             stack.callback(rig.close)
             return rig
         yield start
@@ -475,19 +483,28 @@ def test_an_upgrade_that_is_not_granted_is_an_ordinary_answer(start: Start) -> N
 # ---- keep-alive and the upstream pool
 
 
-def test_connections_are_kept_on_both_sides(start: Start) -> None:
-    rig = start()
-    client = rig.client()
-    client.send(request("GET", "/1"))
+def served_once(rig: Rig, client: Client) -> Connection:
+    """An upstream connection that has answered one request of the client's and is kept."""
+    client.send(request("GET", "/first"))
     up = rig.upstream.next()
     up.read()
     up.send(OK)
     assert client.read_message("GET").body == b"ok"
+    # The answer goes out before the connection is put by; when the next is answered, it has been.
+    assert client.ask(request("GET", "/models.ini")).status == 404
+    return up
+
+
+def test_connections_are_kept_on_both_sides(start: Start) -> None:
+    rig = start()
+    client = rig.client()
+    up = served_once(rig, client)
     other = rig.client()                        # another client, the same upstream connection
     other.send(chat("code-fast"))
     assert up.read().target == CHAT
     up.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")
     assert other.read_message("POST").body == b"ok"
+    assert other.ask(request("GET", "/models.ini")).status == 404
     client.send(request("GET", "/2"))
     assert up.read().target == "/2"
     up.send(OK)
@@ -514,16 +531,6 @@ def test_a_connection_that_cannot_be_used_again_is_closed(start: Start, data: by
         assert up.ended(), "closed by the router"
 
 
-def served_once(rig: Rig, client: Client) -> Connection:
-    """An upstream connection that has answered one request and is kept."""
-    client.send(request("GET", "/first"))
-    up = rig.upstream.next()
-    up.read()
-    up.send(OK)
-    client.read_message("GET")
-    return up
-
-
 def test_a_kept_connection_that_was_closed_is_passed_over(start: Start) -> None:
     rig = start()
     client = rig.client()
@@ -540,16 +547,13 @@ def test_a_kept_connection_on_which_something_came_is_passed_over(said: bytes) -
     """It would be taken for the answer to the next request."""
     with ScriptedUpstream() as scripted:
         upstream = llmstack.Upstream("127.0.0.1", scripted.port)
-        upstream.checkin(upstream.connect())
+        kept = upstream.connect()
+        upstream.checkin(kept)
         scripted.next().send(said)
-        kept, used = upstream.checkout()
-        with kept:
-            assert used
-            upstream.checkin(kept)
-            assert select.select([kept], [], [], WAIT_S)[0]
-            new, used = upstream.checkout()
-            new.close()
-            assert not used
+        assert select.select([kept], [], [], WAIT_S)[0]
+        new, used = upstream.checkout()
+        new.close()
+        assert not used
 
 
 @pytest.mark.parametrize("end", [Connection.close, Connection.reset])
@@ -642,7 +646,8 @@ def test_a_client_that_asks_to_close_is_closed(start: Start) -> None:
     assert client.ended()
 
 
-@pytest.mark.parametrize("size", [100, 8_000_000])
+@pytest.mark.parametrize("size", [100, pytest.param(8_000_000, marks=pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere a RST takes what came before it along"))])
 def test_an_upstream_may_answer_before_it_has_read_the_body(start: Start, size: int) -> None:
     """As one does that refuses it; nothing more can be sent to it then, but its answer is there to be read."""
     rig = start(receive_buffer_bytes=4096)
@@ -853,8 +858,9 @@ FAILED_LOAD = chunk(b": loading\n\n") + chunk(b'{"error":{"message":"no such fil
 
 @pytest.mark.parametrize("pieces", [
     [FAILED_LOAD + b"0\r\n\r\n"], [FAILED_LOAD, b"0\r\n\r\n"], [FAILED_LOAD + b"0", b"\r\n\r\n"],
-    [FAILED_LOAD + b"0\r\n", b"\r\n"], [FAILED_LOAD + b"0\r\n\r", b"\n"], [FAILED_LOAD[:-1], b"\n0\r\n\r\n"], [FAILED_LOAD + b"0\r\nX: 0\r\n\r\n"],
-    [FAILED_LOAD + b"0\r\nX: 0\r\n", b"\r\n"], [FAILED_LOAD[:9], FAILED_LOAD[9:] + b"0\r\n\r\n"],
+    [FAILED_LOAD + b"0\r\n", b"\r\n"], [FAILED_LOAD + b"0\r\n\r", b"\n"], [FAILED_LOAD[:-1], b"\n0\r\n\r\n"],
+    [FAILED_LOAD + b"0\r\nX: 0\r\n\r\n"],    [FAILED_LOAD + b"0\r\nX: 0\r\n", b"\r\n"],
+    [FAILED_LOAD[:9], FAILED_LOAD[9:] + b"0\r\n\r\n"],
 ])
 def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pieces: list[bytes]) -> None:
     """llama-swap ends a stream of loading messages with a failed load's JSON and a clean last chunk."""
@@ -871,7 +877,7 @@ def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pie
     up.send(pieces[-1])
     got = read_chunks(b"".join(pieces[:-1]) + client.rest())
     assert got.at != "done"
-    if got.at == "size":                        # else it was too late to say more
+    if got.at == "size" and not got.line:       # else it was too late to say more
         check_last_words(got.payload)
         assert b"no such file" in got.payload.rpartition(b"data: ")[2]
     else:
@@ -1062,15 +1068,42 @@ def test_other_paths_and_methods_are_not_decided(start: Start) -> None:
     assert [m.json["model"] for m in rig.upstream.requests[:4]] == ["auto"] * 4
 
 
+def test_a_tier_that_is_not_served_is_passed_over(start: Start) -> None:
+    rig = start(always(OK), unserved={"code-ultra": "LiteLLM is not installed"})
+    got = rig.ask(chat())
+    assert got.header("x-llmstack-model") == "code-smart"
+    assert "LiteLLM is not installed" in got.header("x-llmstack-reason")
+    assert rig.ask(chat("code-ultra")).status == 200, "by name, the upstream is to say so"
+
+
+def test_models_ini_read_again_changes_the_routing(start: Start) -> None:
+    def reload() -> llmstack.Config:
+        return readings.pop(0)()
+
+    def broken() -> llmstack.Config:
+        raise llmstack.ConfigError(["models.ini:3: what is this"])
+    smaller = CONFIG._replace(tiers=CONFIG.tiers[:1])
+    readings = [lambda: smaller, broken]
+    rig = start(always(OK), reload=reload)
+    client = rig.client()
+    took = []
+    for _ in range(3):
+        took.append(client.ask(chat()).header("x-llmstack-model"))
+        if readings:
+            rig.app.reload()
+    assert took == ["code-ultra", "code-fast", "code-fast"], "a broken file is refused, the old one stays"
+    rig.log.line_with("models.ini:3: what is this")
+
+
 def test_a_compressed_body_is_not_read(start: Start) -> None:
     rig = start(always(OK))
     assert rig.ask(post(b"\x1f\x8b\x08", "Content-Encoding: gzip")).status == 200
     assert rig.upstream.requests[0].body == b"\x1f\x8b\x08"
 
 
-def test_no_tier_of_the_ladder_is_a_400(start: Start, config: llmstack.Config) -> None:
+def test_no_tier_of_the_ladder_is_a_400(start: Start) -> None:
     rig = start()
-    rig.app.config = config._replace(tiers=tuple(t for t in config.tiers if t.role.startswith("plan")))
+    rig.app.config = CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan"))
     assert "auto" in error_of(rig.ask(chat()))["message"]
 
 
@@ -1170,13 +1203,13 @@ def test_the_upstreams_key_is_passed_on_for_its_models(start: Start) -> None:
     assert rig.upstream.requests[0].all("x-api-key") == []
 
 
-BUNDLED = ["auto", "code-fast", "code-smart", "plan", "plan-uncensored", "code-ultra"]
+KNOWN = ["auto", "code-fast", "code-smart", "code-ultra", "plan"]
 
 
 def test_the_models_without_an_upstream(start: Start, nothing_listens: int) -> None:
     rig = start(upstream_port=nothing_listens)
     got = rig.ask(request("GET", "/v1/models"))
-    assert names(got) == BUNDLED
+    assert names(got) == KNOWN
     assert all(entry["object"] == "model" for entry in got.json["data"])
 
 
@@ -1192,7 +1225,7 @@ GARBAGE = {
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE.keys())
 def test_the_models_of_an_upstream_that_talks_nonsense(start: Start, data: bytes) -> None:
     rig = start(closing(data))
-    assert names(rig.ask(request("GET", "/v1/models"))) == BUNDLED
+    assert names(rig.ask(request("GET", "/v1/models"))) == KNOWN
 
 
 def test_entries_that_are_none_are_left_out(start: Start) -> None:
@@ -1217,6 +1250,15 @@ def test_models_ini_is_read_fresh(start: Start, tmp_path: Path) -> None:
     assert len(error_of(got)["message"].split()) > 5, "a sentence"
     assert client.ask(request("HEAD", "/models.ini")).status == 404
     assert rig.upstream.connections == 0
+
+
+@pytest.mark.parametrize("target", ["/models.ini", "/v1/models"])
+def test_a_body_that_nobody_reads_is_no_request(start: Start, nothing_listens: int, target: str, tmp_path: Path) -> None:
+    (tmp_path / "m.ini").write_text("; mine")
+    client = start(upstream_port=nothing_listens, models_ini=str(tmp_path / "m.ini")).client()
+    got = client.ask(request("GET", target, body=request("DELETE", "/smuggled")))
+    assert (got.status, got.header("connection")) == (200, "close")
+    assert client.ended()
 
 
 # ---- fallback
@@ -1509,10 +1551,10 @@ def test_a_client_that_goes_away_behind_a_kept_connection(start: Start) -> None:
 def test_a_client_that_goes_away_with_more_said_already(start: Start, more: bytes) -> None:
     rig = start()
     client = rig.client()
-    body = chat("code-fast")
-    client.send(body + more)
+    client.send(chat("code-fast"))
     up = rig.upstream.next()
     up.read()
+    client.send(more)
     client.close()
     assert up.ended()
 
@@ -1671,10 +1713,8 @@ def test_connections_over_the_limit_are_a_503(start: Start) -> None:
     clients[0].close()
     deadline = time.monotonic() + WAIT_S        # its thread leaves when it has seen the end; nothing tells us when
     while time.monotonic() < deadline:
-        again = rig.client()
-        again.send(request())
         with contextlib.suppress(AssertionError, ConnectionError):
-            if again.read_message("GET").status == 200:
+            if rig.ask(request()).status == 200:
                 return
     raise AssertionError("its place was not given free")
 

@@ -264,8 +264,8 @@ def test_other_addresses_need_a_key(project: Project, monkeypatch: pytest.Monkey
         assert not file.is_file() or b"a-key-of-the-test" not in file.read_bytes()
 
 
-def test_an_engine_that_cannot_start_shows_its_last_words(project: Project, capsys: pytest.CaptureFixture[str],
-                                                          monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_start_shows_its_last_words(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     swap = tmp_path / "bin" / "llama-swap"
     swap.parent.mkdir()
     swap.write_text("#!/bin/sh\necho 'no such config key' >&2\nexit 3\n")
