@@ -2215,11 +2215,19 @@ def process_started(pid: int) -> str:
     if stat:
         fields = stat.rsplit(")", 1)[1].split()
         boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-        return "" if fields[0] in "ZX" else f"{boot}-{fields[19]}"
+        return "" if fields[0] in "ZX" and _is_empty_shell(pid) else f"{boot}-{fields[19]}"
     if sys.platform.startswith("linux"):
         return ""
     state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
     return "" if len(state) < 2 or state[0].startswith("Z") else " ".join(state[1].split())
+
+
+def _is_empty_shell(pid: int) -> bool:
+    """True for a zombie without threads: one whose first thread alone has ended still holds its memory."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) <= 1
+    except OSError:
+        return True
 
 
 def _windows_started(pid: int) -> str:
@@ -2277,14 +2285,14 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str], cwd: Optiona
                                 cwd=cwd, close_fds=True, **flags)
 
 
-def _signal_group(pid: int, force: bool) -> None:
-    """TERM or KILL a process and its group; all that we start leads a group of its own."""
+def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
+    """TERM or KILL a process's group; all that we start leads one of its own. `alone`: else the process itself."""
     if IS_WINDOWS:
         _output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
     number = signal.SIGKILL if force else signal.SIGTERM
-    for send in (os.killpg, os.kill):
+    for send in (os.killpg, os.kill) if alone else (os.killpg,):
         try:
             send(pid, number)
             return
@@ -2306,6 +2314,8 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Optional[Callable
             if reap:
                 reap()
             if process_started(pid) != started:
+                if not IS_WINDOWS:
+                    _signal_group(pid, True, alone=False)       # a wrapper ends at once; what it wrapped may hang
                 return True
             time.sleep(0.02)
     return False
@@ -2359,16 +2369,20 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def listener(port: int) -> int:
+    """The pid of whoever listens on `port`, 0 when that cannot be told."""
+    if os.path.exists("/proc/net/tcp"):
+        return _linux_listener(port)
+    if IS_WINDOWS:
+        rows = [r.split() for r in _output(["netstat", "-ano", "-p", "TCP"]).splitlines()]
+        return next((int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")), 0)
+    first = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split()
+    return int(first[0]) if first else 0
+
+
 def port_holder(port: int) -> str:
     """Who listens on `port`: "nginx (pid 123)", or "another program"."""
-    if os.path.exists("/proc/net/tcp"):
-        pid = _linux_listener(port)
-    elif IS_WINDOWS:
-        rows = [r.split() for r in _output(["netstat", "-ano", "-p", "TCP"]).splitlines()]
-        pid = next((int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")), 0)
-    else:
-        first = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split()
-        pid = int(first[0]) if first else 0
+    pid = listener(port)
     if not pid:
         return "another program"
     name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
@@ -3748,6 +3762,7 @@ class Model:
         self.port = 0
         self.command: List[str] = []
         self.upstream: Optional[Upstream] = None
+        self.cancelled = False                  # to be unloaded as soon as its load notices
         self.failure = ""
         self.failed_at = -1e9
 
@@ -3759,13 +3774,17 @@ class Model:
         self.state, self.since = state, time.monotonic()
 
 
+class _Cancelled(Exception):  # noqa: N818
+    """A load is no longer wanted: it was unloaded meanwhile, or the engine is closing."""
+
+
 class Ticket:
     """A request that waits for a model."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.since = time.monotonic()
-        self.blocked_by: FrozenSet[str] = frozenset()
+        self.blocked_by: Set[str] = set()       # models that must become idle first
         self.said_s = -COMMENT_EVERY_S          # when its stream last got a comment, seconds after `since`
 
 
@@ -3854,19 +3873,21 @@ class Engine:
             raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is {self._budget_gb:.1f} GB"
                             " (memory_gb in models.ini)")
         running = [m for m in self.models.values() if m.state != "stopped" and m is not model]
-        names = [m.name for m in sorted(running, key=lambda m: m.last_used)]
+        wanted = {t.model.name for t in self._tickets[:self._tickets.index(ticket)]}     # by those who came before
+        busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
+        names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
         victims = choose_evictions(model.name, names, self._sets, self._costs)
         staying = [n for n in names if n not in victims]
         while sum(self.models[n].gb for n in staying) + model.gb > self._budget_gb:
-            victims.append(staying.pop(0))
-        chosen = [self.models[n] for n in victims]
-        ticket.blocked_by = frozenset(m.name for m in chosen if m.state != "ready" or m.in_flight)
-        return None if ticket.blocked_by else chosen
+            victims.append(staying.pop(0))      # idle ones first, the longest unused first of these
+        ticket.blocked_by = busy.intersection(victims)
+        return None if ticket.blocked_by else [self.models[n] for n in victims]
 
     # ---- loading and unloading
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
         model.turn("starting")
+        model.cancelled = False
         for victim in victims:
             victim.turn("stopping")
         threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}", daemon=True).start()
@@ -3878,11 +3899,13 @@ class Engine:
                 self._stop(victim)
             self._start(model)
             with self._changed:
-                if model.state == "starting":
-                    took = time.monotonic() - model.since
-                    model.turn("ready")
-                    model.last_used = time.monotonic()
-                    self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+                took = time.monotonic() - model.since
+                model.turn("ready")
+                model.last_used = time.monotonic()
+                self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+        except _Cancelled:
+            self._log.info(f"{model.name}: unloaded while it was loading")
+            self._stop(model)
         except LoadError as exc:
             with self._changed:
                 model.failure, model.failed_at = str(exc), time.monotonic()
@@ -3899,20 +3922,23 @@ class Engine:
                 self._changed.notify_all()
 
     def _start(self, model: Model) -> None:
-        """Spawn a model's server and wait until it is healthy. Errors: LoadError."""
+        """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled."""
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
+        if model.tier.path and not os.path.exists(model.tier.path):
+            raise LoadError(f"{model.name}: there is no {model.tier.path}")
         with self._changed:
-            if self._closing:
-                raise LoadError("the engine is stopping")
             taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
             port = next(p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
-            if model.tier.path and not os.path.exists(model.tier.path):
-                raise LoadError(f"{model.name}: there is no {model.tier.path}")
             model.port, model.upstream = port, Upstream("127.0.0.1", port)
-            model.command = self._command(model.tier, port)
-            before = file_size(log)
+        try:
+            model.command = self._command(model.tier, port)     # may ask the binary about its flags: not under the lock
+        except UserError as exc:
+            raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
+        before = file_size(log)
+        with self._changed:
+            self._check_wanted(model)
             try:
                 model.process = spawn(model.command, log, self._env)
             except OSError as exc:
@@ -3920,7 +3946,9 @@ class Engine:
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
         end = time.monotonic() + LOAD_TIMEOUT_S
-        while not self._healthy(model):
+        while not self._healthy(model.process, model.upstream):
+            with self._changed:
+                self._check_wanted(model)
             if model.process.poll() is not None:
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
                 raise LoadError(f"{model.name}: its server exited with {model.process.returncode} while loading:\n{tail}")
@@ -3928,15 +3956,24 @@ class Engine:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
 
+    def _check_wanted(self, model: Model) -> None:
+        if self._closing or model.cancelled:
+            raise _Cancelled
+
     @staticmethod
-    def _healthy(model: Model) -> bool:
-        """200 on /health, from our process: where the port was taken, another one answers and ours has died."""
-        assert model.upstream is not None
+    def _healthy(process: Any, upstream: Upstream) -> bool:
+        """200 on /health, from our process: one that still downloads does not listen, and a stranger may."""
         try:
-            response, _ = model.upstream.get("/health", 2.0)
+            response, _ = upstream.get("/health", 2.0)
         except (OSError, ValueError):
             return False
-        return response.status == 200 and model.process.poll() is None
+        if response.status != 200 or process.poll() is not None:
+            return False
+        pid = listener(upstream.port)
+        try:
+            return pid in (0, process.pid) or IS_WINDOWS or os.getpgid(pid) == process.pid
+        except OSError:
+            return False
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards."""
@@ -3950,24 +3987,24 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream = None, 0, None
+        model.process, model.port, model.upstream, model.cancelled = None, 0, None, False
         model.turn("stopped")
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
-        """Stop models because the user says so, busy or not; returns when they are gone."""
+        """Stop models because the user says so, busy, loading or not; returns when they are gone."""
+        chosen = list(models)
         with self._changed:
-            chosen = [m for m in models if m.state == "ready"]
             for model in chosen:
-                model.turn("stopping")
-        self._stop_all(chosen)
+                if model.state == "ready":
+                    model.turn("stopping")
+                    self._stop_soon(model)
+                model.cancelled = model.state == "starting"
+            while any(m.state == "stopping" or m.cancelled for m in chosen):
+                self._changed.wait(1.0)
 
-    def _stop_all(self, models: Sequence[Model]) -> None:
-        threads = [threading.Thread(target=self._stop, args=(m,), daemon=True) for m in models]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    def _stop_soon(self, model: Model) -> None:
+        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}", daemon=True).start()
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
@@ -3982,8 +4019,7 @@ class Engine:
             for model in idle:
                 self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
                 model.turn("stopping")
-        for model in idle:
-            threading.Thread(target=self._stop, args=(model,), daemon=True).start()
+                self._stop_soon(model)
 
     def rotate_logs(self) -> None:
         for name in self.models:
@@ -4006,7 +4042,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._stop_all([m for m in self.models.values() if m.process is not None])
+        self.unload(self.models.values())
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""

@@ -661,6 +661,20 @@ def test_an_upstream_may_answer_before_it_has_read_the_body(start: Start, size: 
     assert (got.status, got.body) == (413, b"too much")
 
 
+def test_a_connection_on_which_a_body_stopped_short_is_not_kept(start: Start) -> None:
+    """The next request on it would be taken for the rest of that body."""
+    rig = start(receive_buffer_bytes=4096)
+    client = rig.client()
+    client.send(request("PUT", "/x", body=b"x" * 8_000_000))
+    up = rig.upstream.next()
+    up.read_head()
+    up.send(answer(b"too much", "413 Content Too Large"))
+    assert client.read_message("PUT").body == b"too much"
+    assert len(up.rest()) < 8_000_000, "and then its end"
+    client.send(request("GET", "/next"))
+    assert rig.upstream.next().read().target == "/next"
+
+
 # ---- streaming
 
 
@@ -856,14 +870,25 @@ def test_half_a_garbled_size_line_is_no_bug_of_ours(start: Start, end: End) -> N
 FAILED_LOAD = chunk(b": loading\n\n") + chunk(b'{"error":{"message":"no such file","code":502}}')
 
 
-@pytest.mark.parametrize("pieces", [
-    [FAILED_LOAD + b"0\r\n\r\n"], [FAILED_LOAD, b"0\r\n\r\n"], [FAILED_LOAD + b"0", b"\r\n\r\n"],
-    [FAILED_LOAD + b"0\r\n", b"\r\n"], [FAILED_LOAD + b"0\r\n\r", b"\n"], [FAILED_LOAD[:-1], b"\n0\r\n\r\n"],
-    [FAILED_LOAD + b"0\r\nX: 0\r\n\r\n"],    [FAILED_LOAD + b"0\r\nX: 0\r\n", b"\r\n"],
-    [FAILED_LOAD[:9], FAILED_LOAD[9:] + b"0\r\n\r\n"],
-])
-def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pieces: list[bytes]) -> None:
-    """llama-swap ends a stream of loading messages with a failed load's JSON and a clean last chunk."""
+CLEAN_ENDS = {
+    "at once": ([FAILED_LOAD + b"0\r\n\r\n"], True),
+    "in two": ([FAILED_LOAD[:9], FAILED_LOAD[9:] + b"0\r\n\r\n"], True),
+    "apart": ([FAILED_LOAD, b"0\r\n\r\n"], True),
+    "with the last LF": ([FAILED_LOAD[:-1], b"\n0\r\n\r\n"], True),
+    "behind its digit": ([FAILED_LOAD + b"0", b"\r\n\r\n"], False),
+    "behind its line": ([FAILED_LOAD + b"0\r\n", b"\r\n"], False),
+    "before its last byte": ([FAILED_LOAD + b"0\r\n\r", b"\n"], False),
+    "with a trailer": ([FAILED_LOAD + b"0\r\nX: 0\r\n\r\n"], False),
+    "with a trailer in two": ([FAILED_LOAD + b"0\r\nX: 0\r\n", b"\r\n"], False),
+}
+
+
+@pytest.mark.parametrize(("pieces", "in_time"), CLEAN_ENDS.values(), ids=CLEAN_ENDS.keys())
+def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pieces: list[bytes], in_time: bool) -> None:
+    """llama-swap ends a stream of loading messages with a failed load's JSON and a clean last chunk.
+
+    In time, an error event takes the last chunk's place; behind a part of it, there is no more to be said.
+    """
     rig = start()
     client = rig.client()
     client.send(chat(stream=True))
@@ -875,13 +900,13 @@ def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pie
         up.send(piece)
         assert client.take(len(piece)) == piece
     up.send(pieces[-1])
-    got = read_chunks(b"".join(pieces[:-1]) + client.rest())
+    more = client.rest()
+    got = read_chunks(b"".join(pieces[:-1]) + more)
     assert got.at != "done"
-    if got.at == "size" and not got.line:       # else it was too late to say more
+    assert (b"data: {" in more) is in_time
+    if in_time:
         check_last_words(got.payload)
         assert b"no such file" in got.payload.rpartition(b"data: ")[2]
-    else:
-        assert b"0" in pieces[0][len(FAILED_LOAD):], "only where the last chunk had begun before"
 
 
 PLAIN = [
@@ -1771,6 +1796,7 @@ KEYS = {
     "empty x-api-key": (["X-Api-Key:"], False),
     "in other letters": (["Authorization: Bearer s\xe9same"], False),
     "Basic": (["Authorization: Basic sesame"], False),
+    "without a scheme": (["Authorization: sesame"], False),
     "in a cookie": (["Cookie: key=sesame"], False),
 }
 
