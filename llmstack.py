@@ -2805,8 +2805,8 @@ class Outcome(NamedTuple):
     retry_after_s: float = 0.0
 
 
-def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client) -> None:
-    """Send all pieces, or as many as an upstream takes that answers before it has read them all (413, say).
+def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client) -> bool:
+    """Send all pieces; False when the upstream has answered before it had read them all (413, say).
 
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
@@ -2820,16 +2820,17 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
             if client.gone():
                 raise ClientGone from None
             if _peek(sock) is not None:
-                return
+                return False
             continue
         except OSError:
             if _peek(sock):                     # it has said why it hung up
-                return
+                return False
             raise
         while views and sent >= len(views[0]):
             sent -= len(views.pop(0))
         if sent:
             views[0] = views[0][sent:]
+    return True
 
 
 def _why_unreachable(exc: Exception) -> str:
@@ -2948,7 +2949,7 @@ class _Answer:
                 self.cut = self._cut_event() if ended else ""
                 if self.cut:                    # keep the clean end from the client
                     ended = False
-                    if data.endswith(b"0\r\n\r\n"):
+                    if self.tail.endswith(b"\r\n0\r\n\r\n") and data.endswith(b"0\r\n\r\n"):
                         data, self.framing = data[:-5], ChunkFraming()
                     else:                       # half of the end has gone out: nothing more can be said
                         data = b""
@@ -3044,13 +3045,13 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
         try:
             sock, reused = upstream.checkout()
             try:
-                response, data = _exchange(sock, client, request.method, pieces)
+                response, data, whole = _exchange(sock, client, request.method, pieces)
             except _NoAnswer:
                 if not reused:
                     raise
                 sock.close()                    # a kept connection that died before a byte came: once more
                 sock = upstream.connect()
-                response, data = _exchange(sock, client, request.method, pieces)
+                response, data, whole = _exchange(sock, client, request.method, pieces)
             if reject and reject(response.status):
                 return Outcome("rejected", response.status, "", _retry_after_s(response))
             if opened and not (response.status == 200 and response.events):
@@ -3064,7 +3065,7 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
         if response.status == 101:
             client.send(out + data)
             client.tunnel(sock)
-        elif _relay_answer(client, sock, answer, out, first):
+        elif _relay_answer(client, sock, answer, out, first) and whole:
             upstream.checkin(sock)
             sock = None
         return Outcome("done", response.status)
@@ -3075,13 +3076,16 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
             sock.close()
 
 
-def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes]) -> Tuple[Response, bytes]:
-    """Send a request, receive the head of its answer. Errors: _NoAnswer, UpstreamBroken, ClientGone."""
+def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes]) -> Tuple[Response, bytes, bool]:
+    """(head of the answer, bytes behind it, whether the request was sent whole).
+
+    Errors: _NoAnswer, UpstreamBroken, ClientGone.
+    """
     try:
-        _send_upstream(sock, pieces, client)
+        whole = _send_upstream(sock, pieces, client)
     except OSError:
         raise _NoAnswer from None
-    return _receive_head(sock, client, method)
+    return (*_receive_head(sock, client, method), whole)
 
 
 def _retry_after_s(response: Response) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import queue
 import socket
+import ssl
 import struct
 import threading
 from types import TracebackType
@@ -236,10 +237,12 @@ class Connection(Wire):
 class ScriptedUpstream:
     """Listens on 127.0.0.1:0. `requests` and `connections` tell what came, over all connections."""
 
-    def __init__(self, script: Optional[Script] = None, receive_buffer_bytes: int = 0) -> None:
+    def __init__(self, script: Optional[Script] = None, receive_buffer_bytes: int = 0,
+                 tls: Optional[ssl.SSLContext] = None) -> None:
         self.requests: list[Message] = []
         self.connections = 0
         self._script = script
+        self._tls = tls
         self._handed: queue.Queue[Connection] = queue.Queue()
         self._errors: list[BaseException] = []
         self._open: list[Connection] = []
@@ -266,6 +269,12 @@ class ScriptedUpstream:
                 sock.close()
                 return
             self.connections += 1
+            if self._tls is not None:
+                sock.settimeout(WAIT_S)
+                try:
+                    sock = self._tls.wrap_socket(sock, server_side=True)
+                except OSError:     # the router does not trust it
+                    continue
             connection = Connection(sock, self, self.connections)
             self._open.append(connection)
             if self._script is None:

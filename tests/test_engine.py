@@ -445,14 +445,17 @@ def test_unload_reaches_a_model_that_is_loading(stage: Stage) -> None:
 
 def test_unload_reaches_a_load_that_has_no_process_yet(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for another to end; what was called off must not start after all."""
-    monkeypatch.setattr(llmstack, "STOP_GRACE_S", 0.2)
+    monkeypatch.setattr(llmstack, "STOP_GRACE_S", 1e9)
     stage.put("code-smart.hang")
     stage.hello("code-smart")
     asking = stage.call().chat("plan")
     stage.wait_event("code-smart term")
     asking.close()
     wait_for(lambda: not stage.waiting(), "the client's leaving")
-    assert stage.ask("POST", "/unload") == (200, "OK")
+    unloading = stage.call().send("POST", "/unload")
+    wait_for(lambda: stage.states().get("plan") != "starting", "the load's being called off")
+    os.kill(stage.pid("code-smart"), signal.SIGKILL)
+    assert unloading.status() == 200
     assert stage.states() == {}
     wait_for(lambda: not any(t.name == "load plan" for t in threading.enumerate()), "the end of the load's thread")
     assert stage.starts("plan") == []

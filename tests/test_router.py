@@ -9,7 +9,10 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -89,12 +92,13 @@ class Rig:
     """A router on port 0, what is behind it, and the clients of one test."""
 
     def __init__(self, script: Optional[Script], *, most: int = 512, head_timeout_s: float = 30.0, prefix: str = "",
-                 upstream_port: int = 0, receive_buffer_bytes: int = 0, **settings: Any) -> None:
+                 upstream_port: int = 0, receive_buffer_bytes: int = 0, tls: Optional[ssl.SSLContext] = None,
+                 **settings: Any) -> None:
         self._others = set(threading.enumerate())
-        self.upstream = ScriptedUpstream(script, receive_buffer_bytes)
+        self.upstream = ScriptedUpstream(script, receive_buffer_bytes, tls)
         self.log = HeardLog()
         self.never_logged = ["internal error"]      # checked at the end
-        behind = llmstack.Upstream("127.0.0.1", upstream_port or self.upstream.port, prefix)
+        behind = llmstack.Upstream("127.0.0.1", upstream_port or self.upstream.port, prefix, tls is not None)
         self.app = llmstack.RouterApp(CONFIG, behind, self.log, **settings)
         self._server = llmstack.make_server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
         self.port: int = self._server.server_port
@@ -673,6 +677,92 @@ def test_a_connection_on_which_a_body_stopped_short_is_not_kept(start: Start) ->
     assert len(up.rest()) < 8_000_000, "and then its end"
     client.send(request("GET", "/next"))
     assert rig.upstream.next().read().target == "/next"
+
+
+# ---- an upstream behind TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 and its key, in one file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+                    "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(path) + ".c"],
+                   check=True, stderr=subprocess.DEVNULL)
+    path.write_text(path.read_text() + Path(str(path) + ".c").read_text())
+    return path
+
+
+@pytest.fixture
+def tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """What the upstream speaks; the router trusts it."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+def test_tls_streams_and_is_kept(start: Start, tls: ssl.SSLContext) -> None:
+    rig = start(tls=tls)
+    client = rig.client()
+    client.send(chat(stream=True))
+    up = rig.upstream.next()
+    for more in (True, False):
+        assert up.read().json["model"] == "code-ultra"
+        up.send(SSE_CHUNKED)
+        client.read_head()
+        for event in EVENTS:
+            up.send(chunk(event))
+            assert client.read_chunk() == event
+        up.send(b"0\r\n\r\n")
+        assert client.take(5) == b"0\r\n\r\n"
+        if more:
+            client.send(chat(stream=True))
+    assert rig.upstream.connections == 1
+
+
+def test_tls_carries_a_large_body_slowly(start: Start, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS 1.3 begins with tickets from the server: bytes that are there to be read, and no answer."""
+    looked, enough, gone = [0], threading.Event(), llmstack.Client.gone
+
+    def gone_and_tell(client: llmstack.Client) -> bool:
+        looked[0] += 1
+        if looked[0] == 3:
+            enough.set()
+        return gone(client)
+    monkeypatch.setattr(llmstack.Client, "gone", gone_and_tell)
+    rig = start(tls=tls, receive_buffer_bytes=4096)
+    client = rig.client()
+    client.send(request("PUT", "/x", body=b"x" * 8_000_000))
+    up = rig.upstream.next()
+    wait(enough)                                # the router has been waiting for this upstream to read on
+    assert len(up.read().body) == 8_000_000
+    up.send(OK)
+    assert client.read_message("PUT").status == 200
+
+
+def test_tls_that_breaks_off(start: Start, tls: ssl.SSLContext) -> None:
+    more = broken_off(start(tls=tls), chat(stream=True), SSE_CHUNKED, ONE, Connection.close)
+    check_last_words(read_chunks(ONE + more).payload)
+
+
+def test_a_client_that_goes_away_cancels_over_tls(start: Start, tls: ssl.SSLContext) -> None:
+    rig = start(tls=tls)
+    client = rig.client()
+    client.send(chat())
+    up = rig.upstream.next()
+    up.read()
+    client.close()
+    assert up.ended()
+
+
+def test_tls_that_is_not_trusted_is_a_502(start: Start, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    rig = start(tls=tls)
+    assert "certificate" in error_of(rig.ask(chat("code-fast")))["message"].lower()
 
 
 # ---- streaming

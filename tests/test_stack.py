@@ -249,7 +249,8 @@ def test_reload_changes_routing_live_and_refuses_a_broken_file(project: Project,
     assert json.loads(body)["data"][0]["id"] == "auto"
 
 
-def test_other_addresses_need_a_key(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_addresses_need_a_key(project: Project, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     assert llmstack.main(["start", "--host", "0.0.0.0"]) == 2
     assert "LLMSTACK_API_KEY" in capsys.readouterr().err
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
