@@ -376,7 +376,7 @@ def inference_path(target: str) -> str:
 
 def is_auto(model: object) -> bool:
     """True for `auto` in any case, with or without a provider's prefix, and for empty, null or absent."""
-    if model is None:
+    if model is None or model == "auto":
         return True
     return isinstance(model, str) and model.strip().rsplit("/", 1)[-1].lower() in ("", "auto")
 
@@ -473,16 +473,18 @@ def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable
     `word:` counts only as the first word of the user's message.
     """
     first = user_text[:4096].split(None, 1)[:1]
-    for trigger in triggers:
-        if not trigger.startswith("["):
-            if first and first[0].lower().startswith(trigger):
+    if first and ":" in first[0]:
+        word = first[0].lower()
+        for trigger in triggers:
+            if trigger[0] != "[" and word.startswith(trigger):
                 return trigger
-            continue
-        for text in system_texts:
-            if "[" in text and any(line.strip().lower() == trigger for line in _outside_code(text).splitlines()):
+    for text, alone in [(user_text, False), *[(text, True) for text in system_texts]]:
+        lowered = text.lower() if "[" in text else ""
+        found = [t for t in triggers if t[0] == "[" and t in lowered] if lowered else []
+        outside = _outside_code(lowered) if found else ""       # read as Markdown only where it may matter
+        for trigger in found:
+            if trigger in outside and (not alone or trigger in map(str.strip, outside.splitlines())):
                 return trigger
-        if "[" in user_text and trigger in user_text.lower() and trigger in _outside_code(user_text).lower():
-            return trigger
     return ""
 
 
@@ -497,15 +499,9 @@ def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return []
 
 
-def _asked_output(body: Mapping[str, Any]) -> int:
-    for key in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"):
-        value = body.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return 0
-
-
-_TEXT_KEYS = frozenset({"system", "instructions", "prompt", "suffix", "input_prefix", "input_suffix", "input_extra"})
+_OUTPUT_KEYS = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"})
+_COUNTED_KEYS = _OUTPUT_KEYS | {"system", "instructions", "prompt", "suffix", "input_prefix", "input_suffix", "input_extra",
+                                "tools", "functions"}
 
 
 def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ()) -> Facts:
@@ -524,30 +520,26 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
                 last = message.get("content")
         elif role in ("system", "developer"):
             systems.append(message.get("content"))
-    for key in _TEXT_KEYS & body.keys():
-        tally.content(body[key])
-        if key in ("system", "instructions"):
-            systems.append(body[key])
-    for key in ("tools", "functions"):
-        if body.get(key):
-            tally.aside(body[key])
-    prompt = body.get("prompt")
-    if not messages and isinstance(prompt, str):
-        turns, last = 1, prompt
+    asked = 0
+    for key in _COUNTED_KEYS & body.keys():
+        value = body[key]
+        if key in _OUTPUT_KEYS:
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                asked = max(asked, value)
+        elif key in ("tools", "functions"):
+            if value:
+                tally.aside(value)
+        else:
+            tally.content(value)
+            if key in ("system", "instructions"):
+                systems.append(value)
+            elif key == "prompt" and not messages and isinstance(value, str):
+                turns, last = 1, value
     model = body.get("model")
-    return Facts(
-        auto=is_auto(model),
-        model=model if isinstance(model, str) else "",
-        fim=path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix"))),
-        chars=tally.chars,
-        wide=tally.wide,
-        extra=tally.extra,
-        pictures=tally.pictures,
-        turns=turns,
-        max_tokens=_asked_output(body),
-        trigger=find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems]) if triggers else "",
-        stream=body.get("stream") is True,
-    )
+    trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems]) if triggers else ""
+    fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
+    return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
+                 tally.pictures, turns, asked, trigger, body.get("stream") is True)
 
 
 class _Want(NamedTuple):
@@ -1366,6 +1358,7 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
                         b"te", b"trailer", b"transfer-encoding", b"upgrade"})
+_NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
 _PRIVATE = frozenset({b"authorization", b"x-api-key", b"cookie", b"set-cookie", b"proxy-authorization"})  # not remembered
@@ -1407,6 +1400,7 @@ class Response(NamedTuple):
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
+    lines: Tuple[bytes, ...]                    # the header lines that travel on, without any length
 
     def header(self, name: bytes) -> str:
         return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
@@ -1492,6 +1486,14 @@ def parse_request_head(head: bytes) -> Request:
                    minor == 1 and bool(expect), fields)
 
 
+def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
+    """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
+    words = _connection_words(headers)
+    if words:
+        drop = drop | words
+    return [line for name, _, line in headers if name not in drop]
+
+
 @functools.lru_cache(maxsize=128)               # llama-server's heads are the same bytes for every stream
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError."""
@@ -1523,15 +1525,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
         framing = "close"
     alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
     return Response(status, b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b""), tuple(headers), framing,
-                    max(length, 0), alive and framing != "close", events)
-
-
-def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
-    return [line for name, _, line in headers if name not in drop]
+                    max(length, 0), alive and framing != "close", events, tuple(end_to_end(headers, _NO_LENGTH)))
 
 
 _SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
@@ -2819,7 +2813,7 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
-            if _peek(sock) is not None:
+            if not hasattr(sock, "cipher") and _peek(sock) is not None:     # with TLS that may be a session ticket
                 return False
             continue
         except OSError:
@@ -2884,7 +2878,6 @@ def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Res
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
-_NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
 
 
 def request_head(request: Request, upstream: Upstream, target: str, length: int, drop: FrozenSet[bytes]) -> bytes:
@@ -2900,15 +2893,14 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
-    lines = [response.line]
     if response.status == 101:
-        lines += [line for _, _, line in response.headers]
-    elif chunked or response.framing == "close" or (response.framing == "chunked" and client.minor == 0):
-        lines += end_to_end(response.headers, _NO_LENGTH)
-    elif response.framing == "length":          # once, however often it was said, and whatever Connection names
-        lines += [*end_to_end(response.headers, _NO_LENGTH), b"Content-Length: %d" % response.length]
+        lines = [response.line, *(line for _, _, line in response.headers)]
     else:
-        lines += end_to_end(response.headers, HOP_BY_HOP)
+        lines = [response.line, *response.lines]
+        if response.framing == "length" and not chunked:    # once, however often it was said, and whatever Connection names
+            lines.append(b"Content-Length: %d" % response.length)
+        elif response.framing == "none":                    # a HEAD's answer says what a GET's would be
+            lines += [line for name, _, line in response.headers if name == b"content-length"]
     if chunked:
         lines.append(b"Transfer-Encoding: chunked")
     if not client.keep_alive and response.status != 101:
@@ -3397,7 +3389,7 @@ class RouterApp(App):
         ms = (time.monotonic() - began) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; {outcome.status or outcome.state} in {ms:,.0f} ms"
                       + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", decision_headers(decision, name, fallbacks))
+        self._finish(client, outcome, f"auto -> {name}", extra)
 
     def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"") -> None:
         """Say in the log how a relay ended, and to the client when nothing has reached it yet."""

@@ -202,6 +202,13 @@ def test_expectations() -> None:
     assert caught.value.status == 417
 
 
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "Cookie", "Proxy-Authorization"])
+def test_credentials_are_not_remembered(name: str) -> None:
+    request("Host: localhost", f"{name}: open sesame", "X-Other: remembered")
+    assert b"X-Other: remembered" in llmstack._LINES
+    assert not [line for line in llmstack._LINES if b"sesame" in line]
+
+
 # ---- response heads
 
 

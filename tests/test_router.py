@@ -155,9 +155,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 # ---- what is sent
 
 
-def request(method: str = "GET", target: str = "/props", *lines: str, body: bytes = b"", minor: int = 1) -> bytes:
+def request(method: str = "GET", target: str = "/props", *lines: str, body: bytes = b"") -> bytes:
     """A request with a Content-Length where it has a body; its Host is the router's unless `lines` have one."""
-    head = [f"{method} {target} HTTP/1.{minor}", *([] if any(x.lower().startswith("host:") for x in lines) else [HOST]), *lines]
+    head = [f"{method} {target} HTTP/1.1", *([] if any(x.lower().startswith("host:") for x in lines) else [HOST]), *lines]
     if body:
         head.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*head, "", ""]).encode("latin-1") + body
@@ -482,6 +482,13 @@ def test_an_upgrade_that_is_not_granted_is_an_ordinary_answer(start: Start) -> N
     client = start(always(answer(b"no", "400 Bad Request"))).client()
     for _ in range(2):
         assert client.ask(request("GET", "/ws", *UPGRADE)).body == b"no"
+
+
+def test_an_upgrade_that_nobody_asked_for_is_a_502(start: Start) -> None:
+    rig = start(always(SWITCH))
+    client = rig.client()
+    for _ in range(2):                          # the client still speaks HTTP, and so does the router
+        assert client.ask(request("GET", "/x")).status == 502
 
 
 # ---- keep-alive and the upstream pool
@@ -1144,6 +1151,8 @@ REWRITES = {
                  b'{"prompt":"say \\"model\\":\\"auto\\"","model":"code-ultra"}'),
     "numbers and letters as they were": ('{"a":1.50e+01,"b":"é\\u00e9😀\\/","model":"auto","c":[1 ,2]}'.encode(),
                                          '{"a":1.50e+01,"b":"é\\u00e9😀\\/","model":"code-ultra","c":[1 ,2]}'.encode()),
+    "given 6,000 times": (b"{" + b",".join([b'"model":"auto"'] * 6000) + b"}",
+                          b"{" + b",".join([b'"model":"code-ultra"'] * 6000) + b"}"),
     "400 kB behind it": (b'{"model":"auto","x":' + BIG + b"}", b'{"model":"code-ultra","x":' + BIG + b"}"),
     "400 kB before it": (b'{"x":' + BIG + b',"model":"auto"}', b'{"x":' + BIG + b',"model":"code-ultra"}'),
 }
