@@ -2150,6 +2150,10 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", x) for x in text.splitlines()[-lines:])
 
 
+# What this process may use, before prefer_one_core: a container's share, or a user's taskset.
+CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
 def prefer_one_core() -> None:
     """Keep this thread, and those it starts, on one core where the interpreter has a global lock.
 
@@ -2167,11 +2171,11 @@ def prefer_one_core() -> None:
 
 
 def every_core() -> None:
-    """Undo prefer_one_core for this thread, before it starts a process that should use the whole machine."""
+    """Undo prefer_one_core for this thread, before it starts a process that should use all there is."""
     if hasattr(os, "sched_setaffinity"):
         try:
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        except (OSError, ValueError):
+            os.sched_setaffinity(0, CORES)
+        except OSError:
             pass
 
 
@@ -4585,8 +4589,8 @@ def download_file(url: str, path: str, say: Say) -> None:
     part = path + ".part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     have = file_size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
             have = have if answer.status == 206 else 0
             total = have + int(answer.headers.get("Content-Length") or 0)

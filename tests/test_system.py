@@ -1,0 +1,316 @@
+"""What stands between the program and the machine: files, logs, downloads, private environments, cores."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+import llmstack
+
+CONTENT = bytes(range(256)) * 4000
+
+
+class Hub(ThreadingHTTPServer):
+    """A model hub that serves one file, as it is told to."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.digest = hashlib.sha256(CONTENT).hexdigest()
+        self.cut_at: int | None = None
+        self.ranges: list[str | None] = []
+        self.agents: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/owner/repo/resolve/main/model.gguf"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.server.ranges.append(asked)
+        if "model.gguf" not in self.path:
+            self.send_error(404)
+            return
+        start = int(asked.split("=")[1].rstrip("-")) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("X-Linked-Etag", f'"{self.server.digest}"')
+        self.end_headers()
+        self.wfile.write(CONTENT[start:self.server.cut_at])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# ---- downloads
+
+
+def test_a_file_arrives_whole(hub: Hub, tmp_path: Path) -> None:
+    llmstack.download_file(hub.url, str(tmp_path / "x" / "model.gguf"), quiet)
+    assert (tmp_path / "x" / "model.gguf").read_bytes() == CONTENT
+    assert not (tmp_path / "x" / "model.gguf.part").exists()
+
+
+def test_a_download_that_was_cut_off_is_resumed(hub: Hub, tmp_path: Path) -> None:
+    hub.cut_at = 300_000
+    path = tmp_path / "model.gguf"
+    with pytest.raises(OSError, match=r"resume|IncompleteRead"):
+        llmstack.download_file(hub.url, str(path), quiet)
+    assert not path.exists()
+    assert (tmp_path / "model.gguf.part").stat().st_size == 300_000
+    hub.cut_at = None
+    llmstack.download_file(hub.url, str(path), quiet)
+    assert path.read_bytes() == CONTENT
+    assert hub.ranges == [None, "bytes=300000-"]
+
+
+def test_a_damaged_download_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
+    hub.digest = "0" * 64
+    with pytest.raises(OSError, match="SHA-256"):
+        llmstack.download_file(hub.url, str(tmp_path / "model.gguf"), quiet)
+    assert list(tmp_path.glob("model*")) == []
+
+
+@pytest.mark.parametrize(("url", "said"), [
+    ("http://127.0.0.1:9/x", "refused"), ("{hub}/none", "answered 404"), ("nonsense", "unknown url"),
+])
+def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=said):
+        llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
+
+
+def test_the_demo_takes_the_hubs_model_where_it_can_be_had(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "DEMO_FILE", "model.gguf")
+    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.split("/owner")[0] + "/")
+    places = llmstack.find_places(os.environ, demo=True)
+    llmstack._prepare_demo(places)
+    config = llmstack.load_config(places)
+    assert [Path(t.path).read_bytes() == CONTENT for t in config.tiers] == [True, True]
+    assert [t.role for t in config.ladder] == ["agent", "fast"]
+
+
+def test_the_demo_keeps_what_its_user_has_changed(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    places = llmstack.find_places(os.environ, demo=True)
+    llmstack._prepare_demo(places)
+    noise = Path(places.models_ini).read_text()
+    assert "noise" in noise
+    mine = noise + "# mine\n"
+    Path(places.models_ini).write_text(mine)
+    llmstack._prepare_demo(places)
+    assert Path(places.models_ini).read_text() == mine
+
+
+# ---- the private environment
+
+
+def test_the_stand_in_needs_a_python_its_wheels_are_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "newer_python", lambda: "")
+    with pytest.raises(llmstack.UserError, match=r"needs Python 3\.10") as failure:
+        llmstack.install_stand_in(str(home / "data"), quiet)
+    assert "brew install llama.cpp" in failure.value.hint
+
+
+def test_a_failed_installation_leaves_nothing_and_says_why(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho one; echo 'ERROR: no route to the index' >&2; exit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(llmstack, "newer_python", lambda: str(python))
+    said: list[str] = []
+    with pytest.raises(llmstack.UserError, match="no route to the index"):
+        llmstack.install_stand_in(str(home / "data"), said.append)
+    assert not Path(llmstack.stand_in_dir(str(home / "data"))).exists()
+    assert "34 MB" in said[0]
+
+
+def test_a_newer_python_is_found_for_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    newer = tmp_path / "python3.12"
+    newer.write_text("#!/bin/sh\necho 12\n")
+    newer.chmod(0o755)
+    (tmp_path / "python3.14").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "python3.14").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
+    monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
+    assert llmstack.newer_python() == str(newer)
+
+
+def test_an_environment_that_is_there_is_used_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Path(llmstack.stand_in_dir(str(home / "data")))
+    directory.mkdir(parents=True)
+    (directory / "ready").write_text("x")
+    monkeypatch.setattr(llmstack, "newer_python", lambda: pytest.fail("not looked for"))
+    llmstack.install_stand_in(str(home / "data"), quiet)
+
+
+# ---- files
+
+
+def test_a_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file"
+    llmstack.write_atomic(str(path), "one")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(llmstack.os, "fsync", full)
+    with pytest.raises(llmstack.UserError, match="No space left"):
+        llmstack.write_atomic(str(path), "two")
+    assert path.read_text() == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("env", "data"), [
+    ({"LLMSTACK_DATA_DIR": "/d"}, "/d"), ({"XDG_DATA_HOME": "/x"}, "/x/llmstack"), ({}, "~/.local/share/llmstack"),
+])
+def test_the_data_directory(env: dict[str, str], data: str) -> None:
+    assert llmstack.data_dir(env) == os.path.expanduser(data)
+
+
+def test_the_data_directory_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "IS_WINDOWS", True)
+    assert llmstack.data_dir({"LOCALAPPDATA": "/local"}) == "/local/llmstack"
+
+
+# ---- logs
+
+
+def test_our_log_rotates_and_keeps_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "LOG_BYTES", 200)
+    path = tmp_path / "logs" / "router.log"
+    log = llmstack.Log(str(path))
+    for number in range(8):
+        log.error(f"number {number} " + "x" * 200)
+        log.rotate()
+    names = sorted(p.name for p in path.parent.iterdir())
+    assert names == ["router.log", "router.log.1", "router.log.2", "router.log.3"]
+    assert "number 7" in (path.parent / "router.log.1").read_text()
+    assert "number 5" in (path.parent / "router.log.3").read_text()
+
+
+def test_a_log_another_program_writes_rotates_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "LOG_BYTES", 200)
+    path = tmp_path / "llama-swap.log"
+    with open(path, "ab", buffering=0) as writer:
+        for number in range(6):
+            writer.write(b"number %d " % number + b"x" * 200)
+            llmstack.rotate_foreign_log(str(path))
+        writer.write(b"behind")
+    assert path.read_bytes() == b"behind"
+    assert sorted(p.name for p in tmp_path.glob("llama-swap*")) == [
+        "llama-swap.log", "llama-swap.log.1", "llama-swap.log.2", "llama-swap.log.3"]
+    assert b"number 5" in (tmp_path / "llama-swap.log.1").read_bytes()
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 4), ("INFO", 3), (" Warning ", 2), ("error", 1), ("nonsense", 3)])
+def test_log_level_in_any_case(level: str, lines: int, tmp_path: Path) -> None:
+    log = llmstack.Log(str(tmp_path / "x.log"), level)
+    for write in (log.debug, log.info, log.warning, log.error):
+        write("line")
+    log.flush()
+    assert len((tmp_path / "x.log").read_text().splitlines()) == lines
+
+
+def test_lines_of_many_threads_are_all_written(tmp_path: Path) -> None:
+    log = llmstack.Log(str(tmp_path / "x.log"))
+    threads = [threading.Thread(target=lambda: [log.info("line") for _ in range(500)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.flush()
+    assert len((tmp_path / "x.log").read_text().splitlines()) == 4000
+
+
+def test_a_tail_shows_no_control_characters(tmp_path: Path) -> None:
+    (tmp_path / "x.log").write_bytes(b"\x1b[31mred\x1b[0m\r\n" * 30)
+    tail = llmstack.tail_of(str(tmp_path / "x.log"), 3)
+    assert tail.count("red") == 3
+    assert "\x1b" not in tail
+
+
+# ---- cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_what_a_pinned_thread_starts_has_every_core(tmp_path: Path) -> None:
+    every = os.sched_getaffinity(0)
+    found: list[Any] = []
+
+    def pinned() -> None:
+        llmstack.prefer_one_core()
+        found.append(os.sched_getaffinity(0))
+        process = llmstack.spawn([sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"],
+                                 str(tmp_path / "x.log"), os.environ)
+        process.wait()
+
+    thread = threading.Thread(target=pinned)
+    thread.start()
+    thread.join()
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        assert len(found[0]) == 1
+    assert (tmp_path / "x.log").read_text().strip() == str(sorted(every))
+    assert os.sched_getaffinity(0) == every
+
+
+# ---- the stand-in's command line
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--no-mmap", "--version"], "error: invalid argument: --no-mmap"),
+    (["-c", "abc", "--version"], "error: invalid value for -c: abc"),
+    (["--flash-attn", "maybe", "--version"], "error: invalid value for --flash-attn: maybe"),
+    (["--temp"], "error: --temp needs a value"),
+])
+def test_the_stand_in_refuses_as_llama_server_does(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.run_llama_server(argv) == 1
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_the_stand_in_takes_every_flag_we_use(config: llmstack.Config) -> None:
+    command = llmstack.server_command((), config.tiers[0], config, 10001, False, frozenset({"--no-mmap"}))
+    values = llmstack.parse_llama_server_argv(command)
+    assert values["n_ctx"] == 131_072
+    assert values["rope_freq_scale"] == 0.25
+    assert values["load_mode"] == 0
+
+
+def test_the_stand_in_says_what_is_wrong_with_a_model(real_data: Path, tmp_path: Path) -> None:
+    python = llmstack.stand_in_python(str(real_data))
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    for model, said in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "bad.gguf", "not a GGUF file")):
+        done = subprocess.run([python, llmstack.PROGRAM, "_llama-server", "-m", str(model), "--port", "0"], text=True,
+                              capture_output=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
