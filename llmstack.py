@@ -2485,7 +2485,7 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 class Client:
     """The side of a connection that asks."""
 
-    __slots__ = ("_buffer", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "unread")
+    __slots__ = ("_buffer", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "served", "unread")
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
@@ -2494,6 +2494,7 @@ class Client:
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
         self.unread = False                     # a body was announced and not read
+        self.served = False                     # a first request has come
         self.method = ""
         self.minor = 1
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2520,7 +2521,7 @@ class Client:
             except OSError:
                 return None
             waited_s = time.monotonic() - began
-            if data == b"" or (not self._buffer and waited_s > IDLE_CLIENT_S):
+            if data == b"" or (not self._buffer and waited_s > (IDLE_CLIENT_S if self.served else self.head_timeout_s)):
                 return None
             if self._buffer and waited_s > self.head_timeout_s:
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
@@ -2533,6 +2534,7 @@ class Client:
         request = parse_request_head(head)
         self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
         self.unread = request.length != 0
+        self.served = True
         return request
 
     def read_body(self, request: Request) -> bytes:
@@ -2813,7 +2815,7 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
     views = [memoryview(p) for p in pieces if len(p)] if gather else [memoryview(b"".join(pieces))]
     while views:
         try:
-            sent = sock.sendmsg(views) if gather else sock.send(views[0])
+            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])     # the kernel takes 1,024 at most
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
@@ -3048,6 +3050,8 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
                 sock.close()                    # a kept connection that died before a byte came: once more
                 sock = upstream.connect()
                 response, data, whole = _exchange(sock, client, request.method, pieces)
+            if response.status == 101 and not request.upgrade:
+                raise UpstreamBroken("it switched protocols unasked")
             if reject and reject(response.status):
                 return Outcome("rejected", response.status, "", _retry_after_s(response))
             if opened and not (response.status == 200 and response.events):
@@ -3124,7 +3128,11 @@ class App:
 
 def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
     """Answer one connection's requests until it ends."""
-    client = Client(sock, head_timeout_s)
+    try:
+        client = Client(sock, head_timeout_s)
+    except OSError:                             # gone before it began
+        sock.close()
+        return
     try:
         while client.keep_alive:
             request = None
