@@ -3907,6 +3907,7 @@ class Engine:
                 self._stop(victim)
             self._start(model)
             with self._changed:
+                self._check_wanted(model)       # it may have become unwanted in the moment it became healthy
                 took = time.monotonic() - model.since
                 model.turn("ready")
                 model.last_used = time.monotonic()

@@ -83,8 +83,8 @@ def start_orphan() -> None:
     if pid:
         say("orphan", pid)
         return
-    while True:
-        time.sleep(60)
+    time.sleep(60)
+    os._exit(0)
 
 
 class Conversation:
@@ -179,6 +179,13 @@ def watch_loading() -> None:
         time.sleep(0.005)
 
 
+def watch_parent(pid: int) -> None:
+    """A test run that was killed leaves none of us behind, not even those told to hang."""
+    while os.getppid() == pid:
+        time.sleep(1)
+    os._exit(1)
+
+
 def accept(listener: socket.socket) -> None:
     while True:
         sock, _ = listener.accept()
@@ -201,6 +208,7 @@ def main() -> None:
     if there(f"{NAME}.fail"):
         die_of(f"{NAME}.fail")
     listener.listen(64)
+    threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
     threading.Thread(target=watch_loading, daemon=True).start()
     threading.Thread(target=accept, args=(listener,), daemon=True).start()
     while True:

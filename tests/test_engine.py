@@ -448,18 +448,21 @@ def test_unload_reaches_a_load_that_has_no_process_yet(stage: Stage, monkeypatch
     monkeypatch.setattr(llmstack, "STOP_GRACE_S", 1e9)
     stage.put("code-smart.hang")
     stage.hello("code-smart")
-    asking = stage.call().chat("plan")
-    stage.wait_event("code-smart term")
-    asking.close()
-    wait_for(lambda: not stage.waiting(), "the client's leaving")
-    unloading = stage.call().send("POST", "/unload")
-    wait_for(lambda: stage.states().get("plan") != "starting", "the load's being called off")
-    os.kill(stage.pid("code-smart"), signal.SIGKILL)
+    hanging, plan = stage.engine.models["code-smart"].process, stage.engine.models["plan"]
+    try:
+        asking = stage.call().chat("plan")
+        stage.wait_event("code-smart term")
+        asking.close()
+        wait_for(lambda: not stage.waiting(), "the client's leaving")
+        unloading = stage.call().send("POST", "/unload")
+        wait_for(lambda: plan.cancelled or plan.state != "starting", "the load's being called off")
+    finally:
+        hanging.kill()
     assert unloading.status() == 200
     assert stage.states() == {}
-    wait_for(lambda: not any(t.name == "load plan" for t in threading.enumerate()), "the end of the load's thread")
     assert stage.starts("plan") == []
-    assert not exists(stage.pid("code-smart"))
+    assert not exists(hanging.pid)
+    stage.take("code-smart.hang")
     assert stage.hello("plan") == "plan says hello"
 
 
