@@ -1291,8 +1291,12 @@ def windows_quote(word: str) -> str:
 
 
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
-                           quote: Callable[[str], str]) -> str:
-    """The configuration of llama-swap v250 and newer for `config`. `quote` protects a word in a command line."""
+                           quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT) -> str:
+    """The configuration of llama-swap v250 and newer for `config`.
+
+    `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
+    must be free, for llama-swap does not look.
+    """
     local = local_tiers(config)
     letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
     keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
@@ -1304,7 +1308,7 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         f"healthCheckTimeout: {LOAD_TIMEOUT_S}",
         "logLevel: info",
         "logToStdout: both",
-        f"startPort: {FIRST_SERVER_PORT}",
+        f"startPort: {first_port}",
         "sendLoadingState: true",
         "includeAliasesInList: true",
         "captureBuffer: 0                  # keep no copies of prompts and answers",
@@ -2365,6 +2369,17 @@ def port_is_free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def free_run(first: int, count: int) -> int:
+    """The first port from `first` on that is free with the `count` - 1 behind it."""
+    start = first
+    for port in range(first, 65_536):
+        if not port_is_free("127.0.0.1", port):
+            start = port + 1
+        if port - start + 1 >= count:
+            return start
+    raise UserError(f"there are no {count} free ports in a row above {first}", "stop something that listens on them")
 
 
 def listener(port: int) -> int:
@@ -4422,7 +4437,8 @@ def _start_engine(plan: Plan, say: Say) -> None:
         quote = windows_quote if IS_WINDOWS else posix_quote
         path = places.in_state("llama-swap.yaml")
         refused = probe_flags(program, config, places.data) if program else frozenset()
-        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote))
+        first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
+        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port))
         command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
     else:
         command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]

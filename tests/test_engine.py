@@ -409,14 +409,13 @@ def test_unload_stops_all_models_before_it_answers(stage: Stage, method: str, ta
     assert not any(map(exists, pids))           # stopped, and reaped
 
 
-@pytest.mark.parametrize("name", ["plan", "chat"])
-def test_unload_of_one_model_leaves_the_others(stage: Stage, name: str) -> None:
+def test_unload_of_one_model_leaves_the_others(stage: Stage) -> None:
     stage.hello("code-fast")
     stage.hello("plan")
-    assert stage.ask("POST", f"/api/models/unload/{name}") == (200, "OK")
+    assert stage.ask("POST", "/api/models/unload/chat") == (200, "OK")     # an alias of plan
     assert stage.states() == {"code-fast": "ready"}
     assert not exists(stage.pid("plan"))
-    assert stage.ask("POST", f"/api/models/unload/{name}") == (200, "OK")     # it is not loaded: that is fine
+    assert stage.ask("POST", "/api/models/unload/plan") == (200, "OK")     # it is not loaded: that is fine
     assert stage.hello("plan") == "plan says hello"
     assert len(stage.starts("plan")) == 2
 
@@ -464,6 +463,43 @@ def test_unload_reaches_a_load_that_has_no_process_yet(stage: Stage, monkeypatch
     assert not exists(hanging.pid)
     stage.take("code-smart.hang")
     assert stage.hello("plan") == "plan says hello"
+
+
+def test_unload_reaches_a_load_in_its_last_moment(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy, plan = stage.engine._healthy, stage.engine.models["plan"]
+    unloading = threading.Thread(target=stage.engine.unload, args=([plan],), daemon=True)
+
+    def late(*arguments: Any) -> bool:
+        if not healthy(*arguments):
+            return False
+        unloading.start()
+        wait_for(lambda: plan.cancelled or plan.state != "starting", "the load's being called off")
+        return True
+
+    monkeypatch.setattr(stage.engine, "_healthy", late)
+    ticket = stage.engine.enqueue(plan)
+    assert not stage.engine.try_enter(ticket)
+    stage.engine.dequeue(ticket)                # who asked has left
+    wait_for(lambda: unloading.ident, "its last moment")
+    unloading.join(DEADLINE_S)
+    assert not unloading.is_alive()
+    assert stage.states() == {}
+    assert not exists(stage.pid("plan"))
+
+
+def test_a_model_that_goes_just_before_it_is_asked_is_502(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entered, and then unloaded or dead before the request is passed on: nobody's bug."""
+    dequeue = stage.engine.dequeue
+
+    def late(ticket: llmstack.Ticket) -> None:
+        dequeue(ticket)
+        stage.engine.unload([ticket.model])
+
+    monkeypatch.setattr(stage.engine, "dequeue", late)
+    status, answer = stage.call().chat("plan").answer()
+    assert status == 502
+    assert "plan: its server" in message_of(answer)
+    assert "Traceback" not in stage.log()
 
 
 def test_unload_waits_for_what_is_stopping_already(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,6 +711,29 @@ def test_over_the_budget_an_idle_model_goes_before_a_busy_one(open_stage: OpenSt
     assert stage.starts("plan-uncensored")[0]["beside"] == "code-fast"
     stage.put("one.go")
     assert held.content() == "hello."
+
+
+def test_nothing_more_goes_where_what_is_stopping_makes_room_enough(
+        open_stage: OpenStage, config: llmstack.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "STOP_GRACE_S", 1e9)
+    config = config._replace(tiers=tuple(t._replace(size_gb=10.0) for t in config.tiers))
+    stage = open_stage(config, budget_gb=23)
+    stage.put("plan.hang")
+    stage.hello("code-fast")
+    stage.hello("plan")
+    stage.wait_idle("code-fast")
+    stage.wait_idle("plan")
+    hanging = stage.engine.models["plan"].process
+    try:
+        idle_for(stage, "plan", 1201)
+        stage.wait_event("plan term")
+        call = stage.call().chat("plan-uncensored")
+        wait_for(lambda: stage.waiting() and stage.engine._tickets[0].blocked_by, "waiting for what is stopping")
+        assert stage.engine._tickets[0].blocked_by == {"plan"}
+    finally:
+        hanging.kill()
+    assert call.answer()[0] == 200
+    assert stage.starts("plan-uncensored")[0]["beside"] == "code-fast"
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def test_start_brings_both_up_and_stop_leaves_nothing(project: Project, capsys: 
 def test_start_seeds_a_directory_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
+    monkeypatch.setattr(llmstack, "port_is_free", lambda *_: True)      # a stack of the developer's own may be running
     assert llmstack.main(["start"]) == 1
     out, err = capsys.readouterr()
     assert "Wrote" in out
