@@ -15,7 +15,7 @@
 A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp (who may
 ask, which route) -> read_facts -> decide -> relay (pooled upstream connection, bytes as they come).
 
-Map of the file; each section is built only from those above it:
+Map of the file, bottom-up; each section is built from those above it:
     CONSTANTS            numbers with their units and sources
     ERRORS               UserError and its kin; only main() prints them
     VALUES               the frozen records everything else passes around
@@ -34,16 +34,17 @@ Map of the file; each section is built only from those above it:
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
 Files, below the project's .llmstack/: models.ini (yours), llama-swap.yaml, router.pid, llama-swap.pid,
-active-channel, logs/. Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/,
-flags.json, owner.json, llama-cpp/ (private environment), demo/.
+active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory ($LLMSTACK_DATA_DIR, else
+$XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, lock, llama-cpp/ (private environment), demo/.
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT}, LLAMA_SERVER_BIN,
-HF_ENDPOINT, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import collections
+import errno
 import functools
 import io
 import json
@@ -101,6 +102,7 @@ MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
+IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
 RECV_BYTES = 65_536
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
@@ -128,7 +130,7 @@ ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "plan-uncensored": ("uncensored", "nofilter", "plan-nofilter", "heretic"),
 }
 ROLE_TTL_S = {"fast": 0, "agent": 1800, "plan": 1200, "plan-uncensored": 1200}
-RESERVED_NAMES = frozenset({"auto", "litellm_proxy"})
+RESERVED_NAMES = frozenset({"auto", "litellm_proxy", "router", "engine", "llama-swap"})     # the last three name logs
 
 # ===================================================================================================
 # ERRORS
@@ -262,7 +264,6 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
-    stream: bool
 
     @property
     def tokens(self) -> int:
@@ -274,30 +275,6 @@ class Facts(NamedTuple):
         """The fuller estimate, which must fit a tier's context."""
         narrow = self.chars - self.wide + self.extra
         return narrow // CHARS_PER_TOKEN + self.wide + self.pictures * PICTURE_TOKENS
-
-
-class Decision(NamedTuple):
-    """Where a request goes and why; log line, response headers and `why` are all made from it."""
-
-    tier: str
-    rung: str                                   # explicit | fim | trigger | high | mid | floor | long
-    tokens: int
-    reason: str
-    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
-    facts: Facts
-    config: Config
-    down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
-
-    @property
-    def refused(self) -> Dict[str, str]:
-        """Every other tier, with its reason for not being taken."""
-        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
-                for t in self.config.tiers if t.name != self.tier and self.rung != "explicit"}
-
-    @property
-    def nearest(self) -> str:
-        """The smallest change that would move the request up the ladder, "" at its top."""
-        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier)
 
 
 # ===================================================================================================
@@ -539,7 +516,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems]) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger, body.get("stream") is True)
+                 tally.pictures, turns, asked, trigger)
 
 
 class _Want(NamedTuple):
@@ -597,6 +574,30 @@ def _preference(ladder: Sequence[Tier], role: str) -> List[Tier]:
     wanted = LADDER_ROLES.index(role)
     split = sum(LADDER_ROLES.index(t.role) < wanted for t in ladder)
     return [*ladder[split:], *ladder[:split][::-1]]
+
+
+class Decision(NamedTuple):
+    """Where a request goes and why; log line, response headers and `why` are all made from it."""
+
+    tier: str
+    rung: str                                   # explicit | fim | trigger | high | mid | floor | long
+    tokens: int
+    reason: str
+    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
+    facts: Facts
+    config: Config
+    down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+
+    @property
+    def refused(self) -> Dict[str, str]:
+        """Every other tier, with its reason for not being taken."""
+        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
+                for t in self.config.tiers if t.name != self.tier and self.rung != "explicit"}
+
+    @property
+    def nearest(self) -> str:
+        """The smallest change that would move the request up the ladder, "" at its top."""
+        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier)
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None) -> Decision:
@@ -939,7 +940,7 @@ def _scan(text: str) -> Tuple[List[_Line], List[Tuple[int, str]]]:
             continue
         bare = re.split(r"\s;", stripped)[0].rstrip()
         header = re.match(r"\[([^\]]+)\]\s*(?:#.*)?$", bare)
-        match = re.match(r"([^:=]+?)\s*[:=]", bare)
+        match = re.match(r"(?!\[)([^:=]+?)\s*[:=]", bare)
         if header:
             section, key = None if hidden else header.group(1), ""
         elif hidden:
@@ -970,6 +971,15 @@ def _secret_problem(key: str, value: str) -> str:
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
+
+
+def holds_secret(text: str) -> bool:
+    """True when a models.ini, comments included, would give a secret away to whoever may read it."""
+    lines, problems = _scan(text)
+    if any("key or password" in what for _, what in problems):
+        return True
+    values = ((x.key, re.split("[=:]", x.text, maxsplit=1)[1]) for x in lines if x.key)
+    return any(_secret_problem(key, re.split(r"\s;", value)[0].strip()) for key, value in values)
 
 
 class _Reader:
@@ -1029,6 +1039,8 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
         return None
+    if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
+        reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
         reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'role')}: role {role} is none that auto or the"
@@ -1448,7 +1460,12 @@ def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
 def _parse_request_line(line: bytes) -> Optional[Tuple[str, str, int]]:
     """(method, target, minor version)."""
     match = _REQUEST_LINE.match(line)
-    return (match.group(1).decode("ascii"), match.group(2).decode("latin-1"), int(match.group(3))) if match else None
+    if match is None:
+        return None
+    target = match.group(2).decode("latin-1")
+    if target.lower().startswith(("http://", "https://")):      # absolute form, RFC 9112, 3.2.2
+        target = "/" + target.split("://", 1)[1].partition("/")[2]
+    return match.group(1).decode("ascii"), target, int(match.group(3))
 
 
 def parse_request_head(head: bytes) -> Request:
@@ -2004,7 +2021,7 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
 
 
 def total_memory_gb() -> float:
-    """Physical memory in GB, 0.0 when it cannot be told."""
+    """Physical memory, or a container's share of it, in GB; 0.0 when it cannot be told."""
     if IS_WINDOWS:
         import ctypes
         status = ctypes.create_string_buffer(64)        # MEMORYSTATUSEX
@@ -2012,10 +2029,12 @@ def total_memory_gb() -> float:
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
             return 0.0
         return int.from_bytes(status.raw[8:16], "little") / 1e9
+    share = read_text("/sys/fs/cgroup/memory.max").strip()
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (ValueError, OSError):
         return 0.0
+    return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
 def memory_budget_gb(config: Config) -> float:
@@ -2030,11 +2049,12 @@ def memory_budget_gb(config: Config) -> float:
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails."""
+    """What a small system program prints, "" when it is missing or fails. In C and UTC: ps prints local times."""
     import subprocess
     try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=10, check=False).stdout.decode("utf-8", "replace")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=10, check=False, env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"})
+        return done.stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -2104,10 +2124,15 @@ class Log:
     def rotate(self) -> None:
         """Start a new file when this one has grown over its size."""
         with self._lock:
-            if self._path and file_size(self._path) > LOG_BYTES:
+            if self._fd != 2 and file_size(self._path) > LOG_BYTES:
+                os.close(self._fd)              # first: Windows renames no open file
+                self._fd = 2
                 shift_logs(self._path)
-                os.close(self._fd)
-                self._open()
+            if self._path and self._fd == 2:    # standard error until the file can be opened again
+                try:
+                    self._open()
+                except OSError:
+                    pass
 
 
 def file_size(path: str) -> int:
@@ -2359,15 +2384,17 @@ def stop_stack_members(stack: str) -> int:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """True when `port` can be listened on now."""
+    """True when `port` can be listened on now. Errors: UserError for an address that is none of this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as exc:
+            if exc.errno in (errno.EADDRINUSE, errno.EACCES) or getattr(exc, "winerror", 0) in (10_013, 10_048):
+                return False
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}", "choose an address of this machine", 2) from None
     return True
 
 
@@ -2471,25 +2498,28 @@ _LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises,
 
 def _set_patience(sock: socket.socket, milliseconds: int) -> None:
     """Make receiving and sending on `sock` return (with one of _LAPSED) after this long without progress."""
-    if IS_WINDOWS or not isinstance(sock.type, int) or hasattr(sock, "cipher"):
+    if IS_WINDOWS or hasattr(sock, "cipher"):
         sock.settimeout(milliseconds / 1000)
         return
-    import struct
     value = struct.pack("ll", milliseconds // 1000, milliseconds % 1000 * 1000)     # struct timeval
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
+def _readable(sock: socket.socket) -> bool:
+    import selectors  # select() itself cannot take a descriptor above 1,023
+    with selectors.DefaultSelector() as ready:
+        ready.register(sock, selectors.EVENT_READ)
+        return bool(ready.select(0))
+
+
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
-    if hasattr(sock, "cipher"):                 # TLS has no peeking: something there is taken for its end
-        import select
-        return b"" if select.select([sock], [], [], 0)[0] else None
     try:
-        if not _DONTWAIT:
-            import select
-            if not select.select([sock], [], [], 0)[0]:
-                return None
+        if hasattr(sock, "cipher"):             # TLS has no peeking: something there is taken for its end
+            return b"" if _readable(sock) else None
+        if not _DONTWAIT and not _readable(sock):
+            return None
         return sock.recv(1, socket.MSG_PEEK | _DONTWAIT)
     except BlockingIOError:
         return None
@@ -2500,7 +2530,8 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 class Client:
     """The side of a connection that asks."""
 
-    __slots__ = ("_buffer", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "served", "unread")
+    __slots__ = ("_buffer", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
+                 "served", "unread")
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
@@ -2512,6 +2543,7 @@ class Client:
         self.served = False                     # a first request has come
         self.method = ""
         self.minor = 1
+        self.origin = b""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_patience(sock, max(int(min(5.0, head_timeout_s / 3) * 1000), 1))
 
@@ -2520,7 +2552,7 @@ class Client:
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
         began = time.monotonic()
-        self.answering, self.method, self.minor = False, "", 1
+        self.answering, self.method, self.minor, self.origin = False, "", 1, b""
         while True:
             if self._buffer.startswith((b"\r", b"\n")):
                 self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
@@ -2548,6 +2580,7 @@ class Client:
         head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
         request = parse_request_head(head)
         self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
+        self.origin = request.fields.get(b"origin", b"")
         self.unread = request.length != 0
         self.served = True
         return request
@@ -2569,12 +2602,12 @@ class Client:
         if len(have) >= length:
             self._buffer = have[length:]
             return have[:length]
-        body = bytearray(length)
-        body[:len(have)] = have
-        self._buffer = b""
-        rest = memoryview(body)[len(have):]
-        while rest:
-            rest = rest[self._wait_for(self._sock.recv_into, rest):]
+        body, filled, self._buffer = bytearray(have), len(have), b""
+        while filled < length:                  # grows with what has come: an announcement alone costs nothing
+            if filled == len(body):
+                body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
+            with memoryview(body)[filled:] as rest:
+                filled += self._wait_for(self._sock.recv_into, rest)
         return body                             # type: ignore[return-value]  # as good as bytes to all that read it
 
     def _read_chunked(self) -> bytes:
@@ -2647,6 +2680,8 @@ class Client:
         if self.unread or self.minor == 0:
             self.keep_alive = False
         close = b"" if self.keep_alive else b"Connection: close\r\n"
+        if self.origin and status != 403:       # a page of this machine, or refusal() would have said so
+            extra += b"Access-Control-Allow-Origin: " + self.origin + b"\r\n"
         head = b"HTTP/1.1 %d %b\r\nServer: llmstack\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n" % (
             status, REASONS.get(status, "Error").encode(), content_type.encode(), len(body), extra, close)
         self.answering = True
@@ -2673,13 +2708,15 @@ class Client:
         import selectors
         self.keep_alive = False
         ends = {self._sock: upstream, upstream: self._sock}
-        if self._buffer:
-            upstream.sendall(self._buffer)
         with selectors.DefaultSelector() as ready:
             for sock in ends:
                 sock.settimeout(None)
                 _set_patience(sock, 600_000)
                 ready.register(sock, selectors.EVENT_READ)
+            try:
+                upstream.sendall(self._buffer)
+            except OSError:
+                return
             while ready.get_map():
                 for key, _ in ready.select():
                     source: socket.socket = key.fileobj     # type: ignore[assignment]
@@ -2725,18 +2762,18 @@ class Upstream:
         """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
         while self._idle:
             try:
-                sock = self._idle.pop()
+                since, sock = self._idle.pop()
             except IndexError:                  # another thread took the last one
                 break
             # Whatever came meanwhile, an end or a late 408, is no answer to what is asked now.
-            if _peek(sock) is None:
+            if time.monotonic() - since < IDLE_UPSTREAM_S and _peek(sock) is None:
                 return sock, True
             sock.close()
         return self.connect(), False
 
     def checkin(self, sock: socket.socket) -> None:
         if len(self._idle) < MAX_CONNECTIONS:
-            self._idle.append(sock)
+            self._idle.append((time.monotonic(), sock))
         else:
             sock.close()
 
@@ -2744,7 +2781,7 @@ class Upstream:
         """Close the idle connections: their server is gone."""
         while self._idle:
             try:
-                self._idle.pop().close()
+                self._idle.pop()[1].close()
             except IndexError:
                 return
 
@@ -2986,7 +3023,7 @@ class _Answer:
         opencode then asks again without bound.
         """
         body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
-        if not found or body.endswith((b"\n", b"\r")):
+        if not found or body.endswith((b"\n", b"\r", b"[DONE]")):
             return ""
         said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
         return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
@@ -3275,26 +3312,39 @@ class RouterApp(App):
 
     def __init__(self, config: Config, upstream: Upstream, log: Log, *, loopback: bool = True, key: str = "",
                  models_ini: str = "", bundled: bytes = b"", reload: Optional[Callable[[], Config]] = None,
-                 use_next: bool = False, unserved: Optional[Mapping[str, str]] = None, foreign_logs: Sequence[str] = (),
+                 use_next: bool = False, unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
+                 foreign_logs: Sequence[str] = (),
                  remedy: str = "run `llmstack start`") -> None:
         self.config, self.upstream, self.log = config, upstream, log
         self._loopback, self._key, self._models_ini, self._reload = loopback, key, models_ini, reload
-        self._use_next, self._unserved, self._foreign_logs = use_next, dict(unserved or {}), foreign_logs
+        self._use_next, self._foreign_logs = use_next, foreign_logs
+        self._unserved = unserved or (lambda config: {})
+        self._unserved_now = dict(self._unserved(config))
         self._remedy, self._bundled = remedy, bundled
         self._breaker = Breaker()
         self._last_rotation = time.monotonic()
+        self._reload_asked = False
+
+    def ask_reload(self) -> None:
+        """For the signal handler: it may have interrupted the main thread in the log's lock, so it only leaves a note."""
+        self._reload_asked = True
 
     def reload(self) -> None:
         """Read models.ini again (SIGHUP): routing changes live, a broken file is refused and the old one kept."""
         if self._reload is None:
             return
         try:
-            self.config = self._reload()
+            config = self._reload()
+            self._unserved_now = dict(self._unserved(config))
+            self.config = config
             self.log.info("models.ini read again: " + ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers))
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
 
     def every_second(self) -> None:
+        if self._reload_asked:
+            self._reload_asked = False
+            self.reload()
         self.log.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
@@ -3309,6 +3359,8 @@ class RouterApp(App):
         if wrong:
             raise HttpError(403, wrong, "forbidden")
         drop = self._check_key(request) if self._key else _NO_WORDS
+        if not self._loopback:                  # judged here; the engine on loopback would refuse it
+            drop = drop | {b"origin"}
         path = request.target.partition("?")[0]
         inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
         if inference:
@@ -3349,6 +3401,9 @@ class RouterApp(App):
                 raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack start` in its project to seed"
                                      " one", "not_found") from None
             text = self._bundled
+        if holds_secret(text.decode("utf-8", "replace")):
+            raise HttpError(404, "models.ini holds what looks like a key and is not served; `llmstack reload` names the line",
+                            "not_found")
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
     def _models(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
@@ -3381,13 +3436,14 @@ class RouterApp(App):
         config = self.config
         if not is_auto(asked.get("model")):
             outcome = relay(client, request, self.upstream, request.target, [body], drop=drop)
-            self._finish(client, outcome, f"{path} {asked.get('model')!r}")
+            self._finish(client, outcome, path)
             return
         try:
             facts = read_facts(path, asked, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        decision = decide(facts, config, {**self._breaker.down(), **self._unserved} if self._unserved else self._breaker.down())
+        down = self._breaker.down()
+        decision = decide(facts, config, {**down, **self._unserved_now} if self._unserved_now else down)
         query = request.target.partition("?")[2]
         target = f"{path}?{query}" if query else path
         self._try_tiers(client, request, target, body, "model" in asked, decision, drop, began)
@@ -3761,7 +3817,7 @@ def run_llama_server(argv: Sequence[str]) -> int:
     except RuntimeError:
         time.sleep(0.2)  # llama.cpp logs from a thread of its own: let it finish
         sys.stderr.write(f"error: llama.cpp could not start {params.model.path}: see its log above\n")
-    except (StandInError, ImportError) as error:
+    except (StandInError, UserError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
     return 1
 
@@ -3895,7 +3951,8 @@ class Engine:
         if model.gb > self._budget_gb:
             raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is {self._budget_gb:.1f} GB"
                             " (memory_gb in models.ini)")
-        running = [m for m in self.models.values() if m.state != "stopped" and m is not model]
+        leaving = {m.name for m in self.models.values() if m.state == "stopping"}      # they make room as it is
+        running = [m for m in self.models.values() if m.state in ("starting", "ready") and m is not model]
         wanted = {t.model.name for t in self._tickets[:self._tickets.index(ticket)]}     # by those who came before
         busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
         names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
@@ -3903,7 +3960,7 @@ class Engine:
         staying = [n for n in names if n not in victims]
         while sum(self.models[n].gb for n in staying) + model.gb > self._budget_gb:
             victims.append(staying.pop(0))      # idle ones first, the longest unused first of these
-        ticket.blocked_by = busy.intersection(victims)
+        ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
 
     # ---- loading and unloading
@@ -3978,6 +4035,8 @@ class Engine:
                 raise LoadError(f"{model.name}: its server exited with {model.process.returncode} while loading:\n{tail}")
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
+            if not model.tier.path and port_is_free("127.0.0.1", port):
+                end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
 
     def _check_wanted(self, model: Model) -> None:
@@ -4101,6 +4160,10 @@ class EngineApp(App):
         if wrong:
             raise HttpError(403, wrong, "forbidden")
         path, _, query = request.target.partition("?")
+        if request.method == "OPTIONS":         # a page's question whether it may ask; llama-swap answers it, too
+            client.reply(200, b"", extra=b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Allow-Headers: "
+                         + request.fields.get(b"access-control-request-headers", b"*") + b"\r\n")
+            return
         if request.method in ("GET", "HEAD", "POST") and self._manage(client, request, path):
             return
         body = client.read_body(request)
@@ -4179,8 +4242,9 @@ class EngineApp(App):
             self._fail(client, opened, str(exc), 500)
             return
         try:
-            assert model.upstream is not None
-            outcome = relay(client, request, model.upstream, target, [body] if body else [], opened=opened)
+            upstream = model.upstream
+            outcome = (Outcome("unreachable", 0, "has just ended") if upstream is None else
+                       relay(client, request, upstream, target, [body] if body else [], opened=opened))
         finally:
             engine.leave(model)
         if outcome.state == "unreachable":
@@ -4272,7 +4336,7 @@ def answers(record: Optional[Record], headers: bytes = b"") -> bool:
     if record.kind == "llama-swap":             # foreign: it cannot say its pid
         return response.status == 200
     said = response.header(b"x-llmstack-pid")
-    return response.status in (200, 401, 404) and said in ("", str(record.pid))
+    return said == str(record.pid) if response.status == 200 else response.status in (401, 404)
 
 
 def connectable(host: str) -> str:
@@ -4285,14 +4349,22 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
+def api_key(env: Mapping[str, str]) -> str:
+    """LLMSTACK_API_KEY without the newline its file ended with. Errors: UserError where no header can carry it."""
+    key = env.get("LLMSTACK_API_KEY", "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII", "set it to one plain line", 2)
+    return key
+
+
 def key_header(env: Mapping[str, str]) -> bytes:
-    key = env.get("LLMSTACK_API_KEY", "")
+    key = api_key(env)
     return b"X-Api-Key: " + key.encode() + b"\r\n" if key else b""
 
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if not is_loopback(host) and not env.get("LLMSTACK_API_KEY") and not config.allow_unauthenticated:
+    if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
         raise UserError(f"{host} can be reached by others, and no API key is set",
                         "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes in models.ini", 2)
 
@@ -4449,8 +4521,8 @@ def _start_engine(plan: Plan, say: Say) -> None:
 
 def _start_router(plan: Plan, say: Say) -> None:
     env = _daemon_env(plan, _new_stack_mark())
-    if plan.env.get("LLMSTACK_API_KEY"):
-        env["LLMSTACK_API_KEY"] = plan.env["LLMSTACK_API_KEY"]
+    if api_key(plan.env):
+        env["LLMSTACK_API_KEY"] = api_key(plan.env)
     command = [sys.executable, PROGRAM, "_router", "--host", plan.host, "--port", str(plan.port),
                *(["--next"] if plan.use_next else [])]
     _launch(plan, "router", command, plan.host, plan.port, plan.places.log("router.log"), env, 20)
@@ -4590,6 +4662,11 @@ def _cmd_start(args: Any) -> int:
 
 def _prepare_demo(places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say("Another start is preparing the demo; waiting for it")):
+        _prepare_demo_files(places)
+
+
+def _prepare_demo_files(places: Places) -> None:
     model = os.path.join(places.data, "demo", DEMO_FILE)
     noise = os.path.join(places.data, "demo", "noise.gguf")
     if not find_llama_server(Config(), os.environ, places.data):
@@ -4609,6 +4686,7 @@ def _prepare_demo(places: Places) -> None:
 
 def download_file(url: str, path: str, say: Say) -> None:
     """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
+    import http.client
     import urllib.error
     import urllib.request
     part = path + ".part"
@@ -4628,8 +4706,8 @@ def download_file(url: str, path: str, say: Say) -> None:
         raise OSError(f"{url} answered {exc.code}") from None
     except urllib.error.URLError as exc:
         raise OSError(str(exc.reason)) from None
-    except (ValueError, EOFError) as exc:
-        raise OSError(str(exc)) from None
+    except (ValueError, EOFError, http.client.HTTPException) as exc:
+        raise OSError(str(exc) or type(exc).__name__) from None
     if total and file_size(part) != total:
         raise OSError(f"the connection ended at {file_size(part):,} of {total:,} bytes; run it again to resume")
     if re.match(r"[0-9a-f]{64}\Z", digest) and _sha256(part) != digest:
@@ -4702,6 +4780,9 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if args.demo:
+        _prepare_demo(places)
+    seed_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
     router, engine = read_daemons(places)
     if router is not None and router.alive:
@@ -4845,8 +4926,15 @@ def _cmd_serve(args: Any) -> int:
 def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, host: str, use_next: bool, local: bool,
                 remedy: str = "run `llmstack start`") -> RouterApp:
     bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
-    unserved = {t.name: "no LiteLLM proxy runs behind this router" for t in config.tiers if t.backend == "litellm"}
-    return RouterApp(config, upstream, log, loopback=is_loopback(host), key=os.environ.get("LLMSTACK_API_KEY", ""),
+    known = {t.name for t in config.tiers}
+
+    def unserved(config: Config) -> Dict[str, str]:
+        """Tiers that the engine beside this router does not serve, with the reason."""
+        return {t.name: "no LiteLLM proxy runs behind this router" if t.backend == "litellm" else
+                "the engine does not know it before `llmstack restart`"
+                for t in config.tiers if t.backend == "litellm" or t.name not in known}
+
+    return RouterApp(config, upstream, log, loopback=is_loopback(host), key=api_key(os.environ),
                      models_ini=places.models_ini, bundled=bundled, reload=lambda: load_config(places, log.warning),
                      use_next=use_next, unserved=unserved if local else None, remedy=remedy,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
@@ -4860,7 +4948,7 @@ def _run_router(app: RouterApp, host: str, port: int, announce: Callable[[str, i
     except OSError as exc:
         holder = f"taken by {port_holder(port)}" if port and not port_is_free(host, port) else exc.strerror
         raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
-    _on_signals(app.reload)
+    _on_signals(app.ask_reload)
     announce(host, server.server_port)
     prefer_one_core()                           # after all imports; connection threads inherit it
     try:
@@ -4873,6 +4961,13 @@ def _run_router(app: RouterApp, host: str, port: int, announce: Callable[[str, i
 
 class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
+
+
+def _ignore_signals() -> None:
+    """While ending: a second TERM must not cut the cleaning up short; whoever is in a hurry sends KILL."""
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _on_signals(hangup: Callable[[], None]) -> None:
@@ -4937,6 +5032,7 @@ def _cmd_engine(args: Any) -> int:
         prefer_one_core()
         server.serve_forever(1.0)
     finally:
+        _ignore_signals()
         server.server_close()
         engine.close()
         log.flush()

@@ -26,7 +26,7 @@ Written, a line an event, to DIRECTORY/events:
     NAME request PATH                    a request has been read (not those to /health)
     NAME held X                          it is being held
     NAME left X                          who asked has gone while it was held
-    NAME done PATH                       it has been answered whole
+    NAME done PATH                       its answer ends now
 """
 
 import json
@@ -123,8 +123,8 @@ class Conversation:
         else:
             say("request", target)
             if not self.chat(target, body):
+                say("done", target)
                 self.json(200, {"server": NAME, "method": method, "target": target, "body": body.decode()})
-            say("done", target)
         return headers.get("connection", "").lower() != "close"
 
     def chat(self, target: str, body: bytes) -> bool:
@@ -136,6 +136,7 @@ class Conversation:
         if not asked.get("stream"):
             if words[0] == "hold":
                 self.hold(words[1])
+            say("done", target)                 # before it is: who has the answer may stop us at once
             self.json(200, {"choices": [{"message": {"role": "assistant", "content": f"{NAME} says hello"}}]})
             return True
         self.sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -144,6 +145,7 @@ class Conversation:
             self.hold(words[1])
         self.event("hello")
         self.chunk(b"data: [DONE]\n\n")
+        say("done", target)
         self.sock.sendall(b"0\r\n\r\n")
         return True
 

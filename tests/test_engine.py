@@ -728,7 +728,7 @@ def test_nothing_more_goes_where_what_is_stopping_makes_room_enough(
         idle_for(stage, "plan", 1201)
         stage.wait_event("plan term")
         call = stage.call().chat("plan-uncensored")
-        wait_for(lambda: stage.waiting() and stage.engine._tickets[0].blocked_by, "waiting for what is stopping")
+        stage.wait_blocked("plan-uncensored")
         assert stage.engine._tickets[0].blocked_by == {"plan"}
     finally:
         hanging.kill()

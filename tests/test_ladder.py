@@ -52,7 +52,7 @@ def facts(tokens: int = 0, turns: int = 1, **others: Any) -> Facts:
     """A request of so many tokens in narrow text."""
     values: dict[str, Any] = {
         "auto": True, "model": "auto", "fim": False, "chars": tokens * 4, "wide": 0, "extra": 0, "pictures": 0,
-        "turns": turns, "max_tokens": 0, "trigger": "", "stream": False,
+        "turns": turns, "max_tokens": 0, "trigger": "",
     }
     return Facts(**{**values, **others})
 

@@ -1194,7 +1194,7 @@ def test_other_paths_and_methods_are_not_decided(start: Start) -> None:
 
 
 def test_a_tier_that_is_not_served_is_passed_over(start: Start) -> None:
-    rig = start(always(OK), unserved={"code-ultra": "LiteLLM is not installed"})
+    rig = start(always(OK), unserved=lambda config: {"code-ultra": "LiteLLM is not installed"})
     got = rig.ask(chat())
     assert got.header("x-llmstack-model") == "code-smart"
     assert "LiteLLM is not installed" in got.header("x-llmstack-reason")
