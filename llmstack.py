@@ -102,6 +102,7 @@ MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
+TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
 IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
 RECV_BYTES = 65_536
@@ -290,6 +291,13 @@ INFERENCE_PATHS = {
     "/messages/count_tokens": "/v1/messages/count_tokens",
     "/completion": "/completion",
     "/infill": "/infill",
+}
+# What the last bytes of a whole event stream hold, one of these; where none does, the model's server died and
+# somebody between it and us ended its stream cleanly (llama-swap does).
+STREAM_ENDS = {
+    "/v1/chat/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
+    "/v1/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
+    "/v1/messages": (b"message_stop", b"error"),
 }
 _PICTURE_KINDS = ("image_url", "image", "input_image")
 _WIDE = re.compile(
@@ -2015,8 +2023,11 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
     for warning in warnings if warn else ():
         warn(warning)                           # type: ignore[misc]
+    if not config.tiers:
+        raise ConfigError([f"{source}:1: names no tier"])
     base = os.path.dirname(places.models_ini)
-    tiers = tuple(t._replace(path=os.path.join(base, os.path.expanduser(t.path))) if t.path else t for t in config.tiers)
+    tiers = tuple(t._replace(path=os.path.normpath(os.path.join(base, os.path.expanduser(t.path)))) if t.path else t
+                  for t in config.tiers)
     return config._replace(tiers=tiers)
 
 
@@ -2288,7 +2299,11 @@ class Record(NamedTuple):
 
 def read_record(path: str) -> Optional[Record]:
     """The record in a pid file; None when there is none or it is not ours (a bare number proves nothing)."""
-    lines = read_text(path).splitlines()
+    return parse_record(read_text(path))
+
+
+def parse_record(text: str) -> Optional[Record]:
+    lines = text.splitlines()
     try:
         values = json.loads(lines[1])
         return Record(int(lines[0]), **{k: values[k] for k in Record._fields[1:] if k in values})
@@ -2969,8 +2984,8 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Answer:
     """The body of one answer on its way from an upstream to a client."""
 
-    def __init__(self, client: Client, response: Response, opened: bool) -> None:
-        self.client, self.response = client, response
+    def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
+        self.client, self.response, self.ends = client, response, ends
         self.framing = ChunkFraming() if response.framing == "chunked" else None
         self.left = response.length
         can_chunk = client.minor == 1
@@ -2995,7 +3010,7 @@ class _Answer:
             ended = self.framing.done
             data = data[:-over] if over else data
             if self.response.events:
-                self.tail = (self.tail + data)[-512:] if len(data) < 512 else data[-512:]
+                self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
                 self.cut = self._cut_event() if ended else ""
                 if self.cut:                    # keep the clean end from the client
                     ended = False
@@ -3023,8 +3038,10 @@ class _Answer:
         opencode then asks again without bound.
         """
         body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
-        if not found or body.endswith((b"\n", b"\r", b"[DONE]")):
+        if not found:
             return ""
+        if body.endswith((b"\n", b"\r", b"[DONE]")):
+            return "" if not self.ends or any(end in body for end in self.ends) else "its stream ended without an end"
         said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
         return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
 
@@ -3082,12 +3099,13 @@ def _say_broken(client: Client, answer: _Answer, message: str) -> None:
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes], *,
           extra: bytes = b"", drop: FrozenSet[bytes] = frozenset(), reject: Optional[Callable[[int], bool]] = None,
-          opened: bool = False) -> Outcome:
+          opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
     """Send a request upstream and pass the answer to the client.
 
     `extra` are header lines added to the answer, `drop` headers not sent on, `reject` statuses that are not
     passed on but returned (for the next tier to be tried), `opened` says that the head of an event stream
-    has already gone out. Errors: ClientGone, after the upstream's connection has been closed.
+    has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS). Errors: ClientGone,
+    after the upstream's connection has been closed.
     """
     pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
     sock: Optional[socket.socket] = None
@@ -3108,7 +3126,7 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
                 return Outcome("rejected", response.status, "", _retry_after_s(response))
             if opened and not (response.status == 200 and response.events):
                 return Outcome("rejected", response.status, _body_text(sock, client, response, data))
-            answer = _Answer(client, response, opened)
+            answer = _Answer(client, response, opened, ends)
             first = answer.take(data)
         except (OSError, UpstreamBroken, _NoAnswer) as exc:
             return Outcome("unreachable", 0, _why_unreachable(exc))
@@ -3433,9 +3451,13 @@ class RouterApp(App):
             raise HttpError(400, f"the body is not JSON: {exc}") from None
         if not isinstance(asked, dict):
             raise HttpError(400, "the body is not a JSON object")
+        if b"json" not in request.fields.get(b"content-type", b"").lower():     # curl -d says it is a form
+            others = tuple(h for h in request.headers if h[0] != b"content-type")
+            ours = (b"content-type", b"application/json", b"Content-Type: application/json")
+            request = request._replace(headers=(*others, ours))
         config = self.config
         if not is_auto(asked.get("model")):
-            outcome = relay(client, request, self.upstream, request.target, [body], drop=drop)
+            outcome = relay(client, request, self.upstream, request.target, [body], drop=drop, ends=STREAM_ENDS.get(path, ()))
             self._finish(client, outcome, path)
             return
         try:
@@ -3458,7 +3480,7 @@ class RouterApp(App):
             reject = functools.partial(falls_through, hosted=hosted) if following else None
             try:
                 outcome = relay(client, request, self.upstream, target, with_model(body, present, name), extra=extra,
-                                drop=drop, reject=reject)
+                                drop=drop, reject=reject, ends=STREAM_ENDS.get(target.partition("?")[0], ()))
             except ClientGone:
                 self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; the client left after"
                               f" {(time.monotonic() - began) * 1000:,.0f} ms")
@@ -3623,7 +3645,10 @@ def install_stand_in(data: str, say: Callable[[str], None]) -> None:
         raise UserError("llama.cpp's server from PyPI needs Python 3.10 or newer, and there is none on PATH", other)
     say(f"Installing llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB) into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    os.makedirs(directory, exist_ok=True)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as exc:
+        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
     steps = (
         ("environment", [python, "-m", "venv", directory]),
         ("download and install", [stand_in_python(data), "-m", "pip", "install", "--disable-pip-version-check",
@@ -3646,7 +3671,8 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
     import tempfile
     began, said = time.monotonic(), 0.0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   start_new_session=not IS_WINDOWS)
         try:
             while process.poll() is None:
                 passed = time.monotonic() - began
@@ -3655,7 +3681,7 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
                     say(f"  {what}: {passed:.0f} s")
                 time.sleep(0.05)
         except BaseException:
-            process.kill()
+            _signal_group(process.pid, True)    # pip and ensurepip have children of their own
             process.wait()
             raise
         output.seek(0)
@@ -4224,7 +4250,7 @@ class EngineApp(App):
         model = self.engine.find(name)
         if model is None:
             known = ", ".join(self.engine.models) or "none"
-            what = f"no model {name!r}" if name else "no model named in the request"
+            what = f"no model {name!r}" if name else "no such path here, and no model named in the request"
             raise HttpError(404, f"{what}; there are: {known}", "not_found")
         return model
 
@@ -4320,8 +4346,17 @@ def pid_files(places: Places) -> Tuple[str, str]:
     return places.in_state("router.pid"), places.in_state("llama-swap.pid")
 
 
+def owner_file(data: str) -> str:
+    return os.path.join(data, "owner.json")
+
+
 def read_daemons(places: Places) -> Daemons:
-    return Daemons(*map(read_record, pid_files(places)))
+    """What the pid files say, or, where somebody has deleted .llmstack under a running stack, their copies do."""
+    copies = _read_json(owner_file(places.data))
+    if copies.get("work") != places.work:
+        copies = {}
+    return Daemons(*(read_record(path) or parse_record(str(copies.get(os.path.basename(path), "")))
+                     for path in pid_files(places)))
 
 
 def answers(record: Optional[Record], headers: bytes = b"") -> bool:
@@ -4384,10 +4419,6 @@ class Plan(NamedTuple):
         return "next" if self.use_next else "current"
 
 
-def owner_file(data: str) -> str:
-    return os.path.join(data, "owner.json")
-
-
 def other_owner(places: Places) -> str:
     """The project whose daemons are alive, when that is not this one; "" otherwise."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
@@ -4436,6 +4467,8 @@ def start_stack(plan: Plan, say: Say) -> bool:
         if not engine_up:
             _start_engine(plan, say)
         _start_router(plan, say)
+        copies = {os.path.basename(path): read_text(path) for path in pid_files(places)}
+        write_atomic(owner_file(places.data), json.dumps({"work": places.work, **copies}))
         write_atomic(places.in_state("active-channel"), plan.channel + "\n")
         return True
 
@@ -4516,7 +4549,11 @@ def _start_engine(plan: Plan, say: Say) -> None:
         command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
         kind = "embedded"
     _launch(plan, kind, command, "127.0.0.1", port, places.log("llama-swap.log" if swap else "engine.log"), env, 60)
-    say(f"Engine  {kind} on http://127.0.0.1:{port}" + (f", llama-server is {' '.join(program[:1])}" if program else ""))
+    say(f"Engine  {kind} on http://127.0.0.1:{port}" + (f", llama-server is {program_name(program)}" if program else ""))
+
+
+def program_name(program: Sequence[str]) -> str:
+    return program[0] if len(program) == 1 else f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
 def _start_router(plan: Plan, say: Say) -> None:
@@ -4586,10 +4623,21 @@ def _engine_states(record: Optional[Record]) -> Dict[str, str]:
 # ===================================================================================================
 
 
+class _OutputFailed(Exception):  # noqa: N818
+    """Standard output is closed or full; `message` is "" where that is the reader's will."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
 def say(line: str = "") -> None:
     """One line on standard output, at once: who pipes us sees progress."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except OSError as exc:
+        raise _OutputFailed("" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}") from None
 
 
 def warn(line: str) -> None:
@@ -4613,10 +4661,18 @@ def _wants_next(args: Any) -> bool:
     return bool(args.next) or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
 
 
+def _warn_of_missing(config: Config) -> None:
+    """Say which models are not on the disk; a tier whose file comes later works then."""
+    for tier in config.tiers:
+        if tier.path and not os.path.exists(tier.path):
+            warn(f"[{tier.name}] there is no {tier.path}")
+
+
 def _plan(args: Any, places: Places, config: Config) -> Plan:
     host = args.host or config.host
     port = args.port or config.router_port
     check_exposure(host, config, os.environ)
+    _warn_of_missing(config)
     return Plan(places, config, host, port, _wants_next(args), dict(os.environ))
 
 
@@ -4805,9 +4861,16 @@ def _add_status(commands: Any) -> None:
 
 def _cmd_status(args: Any) -> int:
     places = _places(args)
-    rows = stack_status(places, load_config(places), os.environ)
+    broken: Optional[UserError] = None
+    try:
+        config = load_config(places)
+    except UserError as exc:                    # what runs is of interest all the more
+        broken, config = exc, Config()
+    rows = stack_status(places, config, os.environ)
     if args.json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
+        if broken:
+            raise broken
         return 0 if rows["running"] else 1
     say(f"Project  {rows['project']}" + (f" ({rows['channel']})" if rows["channel"] else ""))
     for name in ("router", "engine"):
@@ -4826,7 +4889,10 @@ def _cmd_status(args: Any) -> int:
     if not rows["running"]:
         say("")
         owner = rows["other_owner"]
-        say(f"The daemons of this machine belong to {owner}." if owner else "Bring it up with `llmstack start`.")
+        up = "llmstack start --demo" if args.demo else "llmstack start"
+        say(f"The daemons of this machine belong to {owner}." if owner else f"Bring it up with `{up}`.")
+    if broken:
+        raise broken
     return 0 if rows["running"] else 1
 
 
@@ -4848,7 +4914,7 @@ def _cmd_reload(args: Any) -> int:
         raise UserError("Windows has no signal for this", "run `llmstack restart`")
     import signal
     os.kill(router.pid, signal.SIGHUP)
-    say("The router has been told to read models.ini again.")
+    say("models.ini is fine; the router reads it again. Changed tiers need `llmstack restart`.")
     return 0
 
 
@@ -5066,7 +5132,7 @@ def make_parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            raise UserError(message, f"see `{self.prog} --help`", 2)
+            raise UserError(re.sub(r", '?_[a-z-]+'?", "", message), f"see `{self.prog} --help`", 2)
 
     parser = Parser(prog="llmstack", description="A multi-tier local LLM stack behind one OpenAI-compatible address.",
                     epilog="Settings stand in .llmstack/models.ini. Exit codes: 0 done, 1 failed, 2 usage or configuration,"
@@ -5097,6 +5163,9 @@ def run_command(argv: Sequence[str]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line and return its exit code; the one place that prints errors."""
+    for name in ("stdout", "stderr"):           # `llmstack status >&-` leaves none
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):     # a terminal without Unicode shows \u2192 rather than a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -5114,9 +5183,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 130
     except _Terminated:
         return 0
-    except BrokenPipeError:                     # `llmstack status | head`
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
+    except _OutputFailed as exc:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails no more
+        if exc.message:                         # not for `llmstack status | head`
+            sys.stderr.write(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere\n")
         return 1
 
 

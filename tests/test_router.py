@@ -826,7 +826,7 @@ SPLITS = {
     "by sevens": [STREAM[i:i + 7] for i in range(0, len(STREAM), 7)],
     "two events at a time": [b"".join(map(chunk, EVENTS[:2])), b"".join(map(chunk, EVENTS[2:4])), STREAM[len(b"".join(map(
         chunk, EVENTS[:4]))):]],
-    "an event over two chunks": [chunk(EVENTS[0][:5]), chunk(EVENTS[0][5:] + EVENTS[1]), b"0\r\n\r\n"],
+    "an event over two chunks": [chunk(EVENTS[0][:5]), chunk(EVENTS[0][5:] + EVENTS[-1]), b"0\r\n\r\n"],
     "extensions": [b"3;x=y\r\ndat\r\n", b"005\r\na: 1\n\r\n1\r\n\n\r\n", b"0;z\r\n\r\n"],
 }
 
@@ -963,6 +963,17 @@ def test_a_garbled_stream_says_so_and_never_ends_cleanly(start: Start, garbage: 
 def test_half_a_garbled_size_line_is_no_bug_of_ours(start: Start, end: End) -> None:
     rig = start()
     assert broken_off(rig, chat(stream=True), SSE_CHUNKED, ONE + b"zz", end) == b""
+
+
+@pytest.mark.parametrize("model", ["auto", "code-smart"])
+@pytest.mark.parametrize("event", [b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n', b": loading\n\n"])
+def test_a_stream_that_ends_cleanly_without_its_end_is_broken(start: Start, event: bytes, model: str) -> None:
+    """llama-swap ends it so when the llama-server behind it is killed."""
+    rig = start()
+    more = broken_off(rig, chat(stream=True, model=model), SSE_CHUNKED, chunk(event), lambda up: up.send(b"0\r\n\r\n"))
+    got = read_chunks(chunk(event) + more)
+    assert (got.at, got.line) == ("size", b"")
+    check_last_words(got.payload)
 
 
 FAILED_LOAD = chunk(b": loading\n\n") + chunk(b'{"error":{"message":"no such file","code":502}}')

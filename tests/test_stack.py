@@ -175,6 +175,16 @@ def test_daemons_outlive_their_terminal(project: Project) -> None:
     assert os.getsid(project.pid("router")) == project.pid("router") != os.getsid(0)
 
 
+def test_a_stack_whose_directory_was_deleted_can_still_be_stopped(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    llmstack.main(["start"])
+    pids = [project.pid("router"), project.pid("llama-swap")]
+    shutil.rmtree(project.state)
+    capsys.readouterr()
+    assert llmstack.main(["stop"]) == 0
+    assert capsys.readouterr().out == "Stopped.\n"
+    assert not any(map(alive, pids))
+
+
 # ---- what is not ours
 
 
@@ -306,6 +316,29 @@ def test_a_closed_pipe_is_no_traceback(project: Project) -> None:
     process.stderr.close()
     process.wait(timeout=20)
     assert err == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, PROGRAM, "status"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["llmstack: error: cannot write the output: No space left on device",
+                                        "hint: redirect the output elsewhere"]
+
+
+def test_no_output_at_all_is_no_traceback() -> None:
+    done = subprocess.run(["sh", "-c", f"exec '{sys.executable}' '{PROGRAM}' status >&-"], stderr=subprocess.PIPE, text=True,
+                          check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_data_directory_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMSTACK_DATA_DIR", str(tmp_path / "file" / "data"))
+    assert llmstack.main(["start", "--demo"]) == 1
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["llmstack", "hint"]
 
 
 @pytest.mark.parametrize("words", [["strat"], ["start", "--prot", "1"], ["start", "--port", "abc"], ["why"],
