@@ -42,7 +42,7 @@ def test_every_option_stands_in_its_commands_row(name: str, option: str) -> None
 
 
 def test_every_option_in_the_readme_exists() -> None:
-    known = {option for _, option in options()} | {"--lint", "--check", "--version"}
+    known = {option for _, option in options()} | {"--lint", "--check", "--version", "--rounds", "--pyz", "--peer"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 

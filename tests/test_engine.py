@@ -1187,6 +1187,16 @@ def test_a_port_that_a_stranger_has_is_passed_over(open_stage: OpenStage) -> Non
         assert stage.times("code-fast refused") == 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="127.0.0.2 is this machine on Linux only")
+def test_a_stranger_on_the_same_port_of_another_address_is_no_matter(stage: Stage) -> None:
+    with socket.socket() as stranger:
+        port = next(p for p in range(FIRST_PORT, FIRST_PORT + 40) if llmstack.port_is_free("127.0.0.1", p))
+        stranger.bind(("127.0.0.2", port))
+        stranger.listen()
+        assert stage.hello("plan") == "plan says hello"
+        assert stage.starts("plan")[0]["port"] == port
+
+
 @pytest.mark.usefixtures("taciturn")
 def test_a_stranger_that_takes_the_port_is_not_taken_for_our_server(
         open_stage: OpenStage, monkeypatch: pytest.MonkeyPatch) -> None:
