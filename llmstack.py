@@ -2363,6 +2363,13 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Optional[Callable
     return False
 
 
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return 0
+
+
 def stack_members(stack: str) -> List[int]:
     """Pids of living processes that carry our mark in their environment: children left behind by a kill -9.
 
@@ -2424,42 +2431,45 @@ def free_run(first: int, count: int) -> int:
     raise UserError(f"there are no {count} free ports in a row above {first}", "stop something that listens on them")
 
 
-def listener(port: int) -> int:
-    """The pid of whoever listens on `port`, 0 when that cannot be told."""
+def listeners(port: int) -> Set[int]:
+    """The pids of those who listen on `port` of this machine's own or every address, as far as that can be told."""
     if os.path.exists("/proc/net/tcp"):
-        return _linux_listener(port)
+        return _linux_listeners(port)
     if IS_WINDOWS:
         rows = [r.split() for r in _output(["netstat", "-ano", "-p", "TCP"]).splitlines()]
-        return next((int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")), 0)
-    first = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split()
-    return int(first[0]) if first else 0
+        return {int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")}
+    return {int(pid) for pid in _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split() if pid.isdigit()}
 
 
 def port_holder(port: int) -> str:
     """Who listens on `port`: "nginx (pid 123)", or "another program"."""
-    pid = listener(port)
+    pid = min(listeners(port), default=0)
     if not pid:
         return "another program"
     name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
     return f"{name or 'a program'} (pid {pid})"
 
 
-def _linux_listener(port: int) -> int:
+_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+
+
+def _linux_listeners(port: int) -> Set[int]:
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for row in read_text(table).splitlines()[1:]:
             fields = row.split()
-            if fields[3] == "0A" and int(fields[1].rsplit(":", 1)[1], 16) == port:
+            address, _, number = fields[1].rpartition(":")
+            if fields[3] == "0A" and int(number, 16) == port and address in _LOCAL_ADDRESSES:
                 inodes.add(f"socket:[{fields[9]}]")
+    pids = set()
     for name in os.listdir("/proc") if inodes else ():
         if name.isdigit():
             try:
-                for fd in os.listdir(f"/proc/{name}/fd"):
-                    if os.readlink(f"/proc/{name}/fd/{fd}") in inodes:
-                        return int(name)
+                if any(os.readlink(f"/proc/{name}/fd/{fd}") in inodes for fd in os.listdir(f"/proc/{name}/fd")):
+                    pids.add(int(name))
             except OSError:
                 continue
-    return 0
+    return pids
 
 
 class FileLock:
@@ -4078,11 +4088,8 @@ class Engine:
             return False
         if response.status != 200 or process.poll() is not None:
             return False
-        pid = listener(upstream.port)
-        try:
-            return pid in (0, process.pid) or IS_WINDOWS or os.getpgid(pid) == process.pid
-        except OSError:
-            return False
+        pids = listeners(upstream.port)
+        return not pids or IS_WINDOWS or any(_group_of(pid) == process.pid for pid in pids)
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards."""
