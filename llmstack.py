@@ -3602,7 +3602,12 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     if not takes(()):
         raise UserError(f"{program[0]} --version fails", "reinstall llama.cpp, or name another one in llama_server_bin")
     refused: Set[str] = set()
-    if not takes(groups.values()):
+    swapped = [alternatives.get(name, flag) for name, flag in groups.items()]
+    if takes(groups.values()):
+        pass
+    elif takes(swapped):                        # the usual case: three runs, not one a flag
+        refused = {name for name in alternatives if not takes([groups[name]])}
+    else:
         refused = {name for name, flag in groups.items() if not takes([flag])}
         refused |= {other[0] for name, other in alternatives.items() if name in refused and not takes([other])}
     cache = {stamp: {"asked": values, "refused": sorted(refused)}, **{k: v for k, v in list(cache.items())[:7] if k != stamp}}
@@ -3918,10 +3923,15 @@ class Engine:
         self.config = config
         self._changed = threading.Condition()
         self._sets = residency_sets(config)
-        self.models = {t.name: Model(t, footprint_gb(weights_for(t, use_next).size_gb)) for t in local_tiers(config)}
+        self.models = {t.name: Model(t, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
         self._costs = {t.name: tier_cost(t, use_next) for t in local_tiers(config)}
         self._tickets: List[Ticket] = []
         self._closing = False
+
+    @staticmethod
+    def _size_gb(weights: Weights) -> float:
+        """As models.ini says, else the file's size where there is one."""
+        return weights.size_gb or (file_size(weights.path) / 1e9 if weights.path else 0.0)
 
     def find(self, name: str) -> Optional[Model]:
         tier = self.config.by_name(name)
@@ -4043,8 +4053,9 @@ class Engine:
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
-        if model.tier.path and not os.path.exists(model.tier.path):
-            raise LoadError(f"{model.name}: there is no {model.tier.path}")
+        path = weights_for(model.tier, self.use_next).path
+        if path and not os.path.exists(path):
+            raise LoadError(f"{model.name}: there is no {path}")
         with self._changed:
             taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
             port = next(p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
@@ -4071,7 +4082,7 @@ class Engine:
                 raise LoadError(f"{model.name}: its server exited with {model.process.returncode} while loading:\n{tail}")
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
-            if not model.tier.path and port_is_free("127.0.0.1", port):
+            if not path and port_is_free("127.0.0.1", port):
                 end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
 
