@@ -26,9 +26,10 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROCESSES            identity, records, ports, stopping what is ours
+    PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
     ROUTER               the application on 10101
-    LLAMA-SERVER         finding it, asking which flags it takes, the stand-in from PyPI
+    LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -2509,6 +2510,126 @@ class FileLock:
 
 
 # ===================================================================================================
+# PROGRAMS
+# ===================================================================================================
+
+USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxbrew/.linuxbrew/bin")
+
+
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
+    """A program on PATH or in its usual places, "" when there is none."""
+    import shutil
+    return shutil.which(name) or next((p for p in (os.path.join(d, name) for d in places) if os.access(p, os.X_OK)), "")
+
+
+class PrivateEnvironment(NamedTuple):
+    """Pinned packages from PyPI in a virtual environment below the data directory, never in the user's Python."""
+
+    name: str                                   # its directory, with the version below it
+    version: str
+    requirements: Tuple[str, ...]
+    module: str                                 # what is imported as proof that it works
+    what: str                                   # for people, with the size of the download
+    oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
+    newest: Tuple[int, int] = (3, 14)
+    otherwise: str = ""                         # what to do where it cannot be installed
+
+
+LLAMA_CPP = PrivateEnvironment(
+    "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
+    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
+    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp")
+
+
+def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
+    return os.path.join(data, wanted.name, wanted.version)
+
+
+def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
+    """A program of the environment, whether or not that is there."""
+    return os.path.join(environment_dir(wanted, data), "Scripts" if IS_WINDOWS else "bin", program + EXE)
+
+
+def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
+    return os.path.exists(os.path.join(environment_dir(wanted, data), "ready"))
+
+
+def suitable_python(wanted: PrivateEnvironment) -> str:
+    """A Python that an environment's wheels are built for: this one, else the newest on PATH; "" for none."""
+    if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
+        return sys.executable
+    for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
+        python = find_program(f"python3.{minor}" + EXE)
+        if python and _output([python, "-c", "import sys; print(sys.version_info[1])"]).strip() == str(minor):
+            return python
+    return ""
+
+
+def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
+    """Make a private environment where it is not there yet; wheels only, nothing is built. Errors: UserError."""
+    if environment_ready(wanted, data):
+        return
+    import shutil
+    directory = environment_dir(wanted, data)
+    python = suitable_python(wanted)
+    if not python:
+        raise UserError(f"{wanted.what} needs Python {'.'.join(map(str, wanted.oldest))} to"
+                        f" {'.'.join(map(str, wanted.newest))}, and there is none on PATH", wanted.otherwise)
+    say(f"Installing {wanted.what} into {directory}")
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as exc:
+        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
+    inside = environment_program(wanted, data)
+    steps = (
+        ("environment", [python, "-m", "venv", directory]),
+        ("download and install", [inside, "-m", "pip", "install", "--disable-pip-version-check",
+                                  "--only-binary", ":all:", *wanted.requirements]),
+        ("first start", [inside, "-c", f"import {wanted.module}"]),
+    )
+    for what, command in steps:
+        output = _run_with_progress(what, command, say)
+        if output is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            reason = next((x for x in reversed(output.splitlines()) if x.strip()), "no reason given")
+            hint = "apt install python3-venv, then again" if "ensurepip" in output else "see that PyPI can be reached, then again"
+            raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
+    write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
+
+
+def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], None]) -> Optional[str]:
+    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
+    import subprocess
+    import tempfile
+    began, said = time.monotonic(), 0.0
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   start_new_session=not IS_WINDOWS)
+        try:
+            while process.poll() is None:
+                passed = time.monotonic() - began
+                if passed - said >= 3:
+                    said = passed
+                    say(f"  {what}: {passed:.0f} s")
+                time.sleep(0.05)
+        except BaseException:
+            _signal_group(process.pid, True)    # pip and ensurepip have children of their own
+            process.wait()
+            raise
+        output.seek(0)
+        text = output.read().decode("utf-8", "replace")
+    if process.returncode == 0:
+        say(f"  {what}: done in {time.monotonic() - began:.0f} s")
+        return None
+    return text
+
+
+# ===================================================================================================
 # RELAY
 # ===================================================================================================
 # One thread a connection, blocking sockets, bytes as they come. What was measured and chosen:
@@ -3531,19 +3652,6 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str]) ->
 # LLAMA-SERVER
 # ===================================================================================================
 
-USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxbrew/.linuxbrew/bin")
-
-
-def _expand(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
-    """A program on PATH or in its usual places, "" when there is none."""
-    import shutil
-    return shutil.which(name) or next((p for p in (os.path.join(d, name) for d in places) if os.access(p, os.X_OK)), "")
-
-
 def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tuple[str, ...]:
     """The command that starts llama-server: configured, from the environment, on PATH, or our stand-in.
 
@@ -3559,8 +3667,7 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     found = find_program("llama-server" + EXE)
     if found:
         return (found,)
-    python = stand_in_python(data)
-    return (python, PROGRAM, "_llama-server") if os.path.exists(os.path.join(stand_in_dir(data), "ready")) else ()
+    return (environment_program(LLAMA_CPP, data), PROGRAM, "_llama-server") if environment_ready(LLAMA_CPP, data) else ()
 
 
 def find_llama_swap(env: Mapping[str, str], data: str) -> str:
@@ -3629,84 +3736,6 @@ def _read_json(path: str) -> Dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def stand_in_dir(data: str) -> str:
-    return os.path.join(data, "llama-cpp", LLAMA_CPP_PIN)
-
-
-def stand_in_python(data: str) -> str:
-    return os.path.join(stand_in_dir(data), "Scripts" if IS_WINDOWS else "bin", "python" + EXE)
-
-
-def newer_python() -> str:
-    """A Python that the stand-in's wheels are built for: this one, else the newest on PATH; "" for none."""
-    if sys.version_info >= (3, 10):
-        return sys.executable
-    for minor in range(14, 9, -1):
-        python = find_program(f"python3.{minor}" + EXE)
-        if python and _output([python, "-c", "import sys; print(sys.version_info[1])"]).strip() == str(minor):
-            return python
-    return ""
-
-
-def install_stand_in(data: str, say: Callable[[str], None]) -> None:
-    """Put llama.cpp's server from PyPI into a private environment below the data directory. Errors: UserError."""
-    directory = stand_in_dir(data)
-    if os.path.exists(os.path.join(directory, "ready")):
-        return
-    import shutil
-    python = newer_python()
-    other = "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp"
-    if not python:
-        raise UserError("llama.cpp's server from PyPI needs Python 3.10 or newer, and there is none on PATH", other)
-    say(f"Installing llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB) into {directory}")
-    shutil.rmtree(directory, ignore_errors=True)
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as exc:
-        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
-    steps = (
-        ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [stand_in_python(data), "-m", "pip", "install", "--disable-pip-version-check",
-                                  "--only-binary", ":all:", f"xllamacpp=={LLAMA_CPP_PIN}"]),
-        ("first start", [stand_in_python(data), "-c", "import xllamacpp"]),
-    )
-    for what, command in steps:
-        output = _run_with_progress(what, command, say)
-        if output is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            reason = next((x for x in reversed(output.splitlines()) if x.strip()), "no reason given")
-            hint = "apt install python3-venv, then again" if "ensurepip" in output else "see that PyPI can be reached, then again"
-            raise UserError(f"the {what} failed: {reason}", f"{hint}; {other}")
-    write_atomic(os.path.join(directory, "ready"), LLAMA_CPP_PIN + "\n")
-
-
-def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], None]) -> Optional[str]:
-    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
-    import subprocess
-    import tempfile
-    began, said = time.monotonic(), 0.0
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=not IS_WINDOWS)
-        try:
-            while process.poll() is None:
-                passed = time.monotonic() - began
-                if passed - said >= 3:
-                    said = passed
-                    say(f"  {what}: {passed:.0f} s")
-                time.sleep(0.05)
-        except BaseException:
-            _signal_group(process.pid, True)    # pip and ensurepip have children of their own
-            process.wait()
-            raise
-        output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-    if process.returncode == 0:
-        say(f"  {what}: done in {time.monotonic() - began:.0f} s")
-        return None
-    return text
 
 
 # The stand-in. xllamacpp runs llama.cpp's HTTP server inside a Python process but reads no command line. Flags,
@@ -4746,7 +4775,7 @@ def _prepare_demo_files(places: Places) -> None:
     model = os.path.join(places.data, "demo", DEMO_FILE)
     noise = os.path.join(places.data, "demo", "noise.gguf")
     if not find_llama_server(Config(), os.environ, places.data):
-        install_stand_in(places.data, say)
+        install_environment(LLAMA_CPP, places.data, say)
     if not os.path.exists(model):
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         try:

@@ -59,7 +59,7 @@ def provision_llama_cpp() -> str:
     import llmstack
     data = os.path.join(cache_dir(), "data")
     try:
-        llmstack.install_stand_in(data, lambda line: say("tests: " + line.strip()))
+        llmstack.install_environment(llmstack.LLAMA_CPP, data, lambda line: say("tests: " + line.strip()))
     except llmstack.UserError as exc:
         say(f"tests: error: {exc}\nhint: {exc.hint}")
         sys.exit(1)

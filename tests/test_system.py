@@ -135,9 +135,9 @@ def test_the_demo_keeps_what_its_user_has_changed(hub: Hub, home: Path, monkeypa
 
 
 def test_the_stand_in_needs_a_python_its_wheels_are_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "newer_python", lambda: "")
+    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "")
     with pytest.raises(llmstack.UserError, match=r"needs Python 3\.10") as failure:
-        llmstack.install_stand_in(str(home / "data"), quiet)
+        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
     assert "brew install llama.cpp" in failure.value.hint
 
 
@@ -145,11 +145,11 @@ def test_a_failed_installation_leaves_nothing_and_says_why(home: Path, monkeypat
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho one; echo 'ERROR: no route to the index' >&2; exit 1\n")
     python.chmod(0o755)
-    monkeypatch.setattr(llmstack, "newer_python", lambda: str(python))
+    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: str(python))
     said: list[str] = []
     with pytest.raises(llmstack.UserError, match="no route to the index"):
-        llmstack.install_stand_in(str(home / "data"), said.append)
-    assert not Path(llmstack.stand_in_dir(str(home / "data"))).exists()
+        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), said.append)
+    assert not Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data"))).exists()
     assert "34 MB" in said[0]
 
 
@@ -162,15 +162,15 @@ def test_a_newer_python_is_found_for_an_old_one(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
     monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
-    assert llmstack.newer_python() == str(newer)
+    assert llmstack.suitable_python(llmstack.LLAMA_CPP) == str(newer)
 
 
 def test_an_environment_that_is_there_is_used_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = Path(llmstack.stand_in_dir(str(home / "data")))
+    directory = Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data")))
     directory.mkdir(parents=True)
     (directory / "ready").write_text("x")
-    monkeypatch.setattr(llmstack, "newer_python", lambda: pytest.fail("not looked for"))
-    llmstack.install_stand_in(str(home / "data"), quiet)
+    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: pytest.fail("not looked for"))
+    llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
 
 
 # ---- files
@@ -306,7 +306,7 @@ def test_the_stand_in_takes_every_flag_we_use(config: llmstack.Config) -> None:
 
 
 def test_the_stand_in_says_what_is_wrong_with_a_model(real_data: Path, tmp_path: Path) -> None:
-    python = llmstack.stand_in_python(str(real_data))
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     for model, said in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "bad.gguf", "not a GGUF file")):
         done = subprocess.run([python, llmstack.PROGRAM, "_llama-server", "-m", str(model), "--port", "0"], text=True,

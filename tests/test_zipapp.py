@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import build_zipapp
 import llmstack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,33 @@ def build(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("built") / "llmstack.pyz")
+
+
+@pytest.mark.parametrize("python", OLDEST_AND_NEWEST)
+def test_every_python_builds_the_same_file(python: str, pyz: Path) -> None:
+    done = run(python, str(ROOT / "build_zipapp.py"), "--check", str(pyz))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_program_inside_is_the_source_without_what_only_readers_need() -> None:
+    source = (ROOT / "llmstack.py").read_text(encoding="utf-8")
+    bare = build_zipapp.bare(source)
+
+    def shape(text: str) -> list[str]:
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Expr(ast.Constant("", lineno=0, end_lineno=0), lineno=node.body[0].lineno)
+        return [f"{getattr(n, 'lineno', 0)} {ast.dump(n)[:200]}" for n in ast.walk(tree)]
+
+    assert shape(bare) == shape(source)
+    assert bare.startswith("#!/usr/bin/env python3\n")
+    assert len(bare) < 0.9 * len(source)
+
+
+def test_bare_keeps_what_only_looks_like_a_comment() -> None:
+    source = 'A = "# no"  # gone\n\n\ndef f():\n    """Gone,\n    é.\n    """  # gone\n    # gone\n    return """#\n kept """\n'
+    assert build_zipapp.bare(source) == 'A = "# no"\n\n\ndef f():\n    ""\n\n\n\n    return """#\n kept """\n'
 
 
 def test_two_builds_are_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
