@@ -110,7 +110,7 @@ def bare(source: str) -> str:
             assert text.end_col_offset is not None
             cuts.append((text.lineno, text.col_offset, text.end_lineno, text.end_col_offset, '""'))
     for line, column, last, end, instead in sorted(cuts, reverse=True):
-        rest = lines[last - 1].encode()[end:].decode() if instead else ""    # ast counts bytes; a comment ends its line
+        rest = str(lines[last - 1].encode()[end:], "utf-8") if instead else ""   # ast counts bytes; a comment ends its line
         kept = (lines[line - 1][:column] + instead + rest).rstrip()
         lines[line - 1:last] = [kept, *[""] * (last - line)]
     return "\n".join(lines)
@@ -123,7 +123,7 @@ def build() -> bytes:
         with open(os.path.join(ROOT, name), "rb") as file:
             contents[name] = file.read().replace(b"\r\n", b"\n")
     version = program_version(contents["llmstack.py"])
-    contents["llmstack.py"] = bare(contents["llmstack.py"].decode()).encode()
+    contents["llmstack.py"] = bare(str(contents["llmstack.py"], "utf-8")).encode()
     main = MAIN % {"major": OLDEST[0], "minor": OLDEST[1], "version": version}
     contents["__main__.py"] = main.encode("ascii")
     out = io.BytesIO()

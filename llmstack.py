@@ -25,6 +25,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
+    PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
@@ -2236,6 +2237,134 @@ def more_files() -> None:
             pass
 
 
+def _read_json(path: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(read_text(path))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class FileLock:
+    """An exclusive lock between processes, freed by the system when its holder dies."""
+
+    def __init__(self, path: str, waiting: Callable[[], None]) -> None:
+        self._path, self._waiting, self._file = path, waiting, -1
+
+    def _try(self) -> bool:
+        try:
+            if IS_WINDOWS:
+                import msvcrt
+                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            else:
+                import fcntl
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
+
+    def __enter__(self) -> FileLock:
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as exc:
+            raise UserError(f"cannot open {self._path}: {exc.strerror}", "mend the permissions of its directory") from None
+        if not self._try():
+            self._waiting()
+            while not self._try():
+                time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+
+# ===================================================================================================
+# PROJECTS
+# ===================================================================================================
+
+
+class Marker(NamedTuple):
+    """What a project is pinned to (default-channel) or runs (active-channel): `<channel>[ <url>]`, as the peer writes it."""
+
+    channel: str                                # current | next | external
+    url: str = ""                               # external: the router's, without /v1
+
+
+# What a shell prompt, a variable and a JSON file may hold as it is: no quote, blank, $, %, backslash or control character.
+_SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]{0,512})?\Z")
+
+
+def parse_marker(text: str) -> Optional[Marker]:
+    """A marker file's text; None where it is none, or names a URL that is not plainly one."""
+    words = text.split()
+    if words in (["current"], ["next"]):
+        return Marker(words[0])
+    if len(words) == 2 and words[0] == "external" and _SAFE_URL.match(words[1]):
+        return Marker("external", words[1])
+    return None
+
+
+def render_marker(marker: Marker) -> str:
+    return f"{marker.channel} {marker.url}".rstrip() + "\n"
+
+
+def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
+    return parse_marker(read_text(places.in_state(name)))
+
+
+# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
+# would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
+# `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
+_HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
+_RUN_KEYS = re.compile(r"^[ \t]*(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*$", re.MULTILINE | re.IGNORECASE)
+_RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
+
+
+def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
+    import hashlib
+    digest = hashlib.sha256()
+    for name, data in parts:
+        digest.update(b"%b %d\n%b" % (name.encode(), len(data), data))
+    return digest.hexdigest()
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def project_digests(places: Places) -> Dict[str, str]:
+    """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
+    lines = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
+    run = [("models.ini", "\n".join(lines).encode())] if lines else []
+    run += [(name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))]
+    return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
+            "run": _digest(run) if run else ""}
+
+
+def trust_file(data: str) -> str:
+    return os.path.join(data, "trust.json")
+
+
+def is_trusted(places: Places, what: str) -> bool:
+    """True when the project's "hook" or "run" part is as it was when it was trusted, or has nothing that needs trust."""
+    digest = project_digests(places)[what]
+    known = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
+    return not digest or (isinstance(known, dict) and known.get(what) == digest)
+
+
+def trust_project(places: Places) -> None:
+    """Trust what the project's .llmstack/ holds now. Errors: UserError."""
+    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
+        known = _read_json(trust_file(places.data))
+        known[os.path.realpath(places.state)] = project_digests(places)
+        write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+
+
 # ===================================================================================================
 # PROCESSES
 # ===================================================================================================
@@ -2473,40 +2602,6 @@ def _linux_listeners(port: int) -> Set[int]:
             except OSError:
                 continue
     return pids
-
-
-class FileLock:
-    """An exclusive lock between processes, freed by the system when its holder dies."""
-
-    def __init__(self, path: str, waiting: Callable[[], None]) -> None:
-        self._path, self._waiting, self._file = path, waiting, -1
-
-    def _try(self) -> bool:
-        try:
-            if IS_WINDOWS:
-                import msvcrt
-                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-            else:
-                import fcntl
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            return False
-
-    def __enter__(self) -> FileLock:
-        try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as exc:
-            raise UserError(f"cannot open {self._path}: {exc.strerror}", "mend the permissions of its directory") from None
-        if not self._try():
-            self._waiting()
-            while not self._try():
-                time.sleep(0.05)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
 
 
 # ===================================================================================================
@@ -3728,14 +3823,6 @@ def _stamp(program: Sequence[str]) -> str:
     """Names one build of a program: its path, size and time of change, and the pin of the stand-in."""
     status = os.stat(program[0])
     return f"{program[0]}:{status.st_size}:{status.st_mtime_ns}" + (f":{LLAMA_CPP_PIN}:{VERSION}" if len(program) > 1 else "")
-
-
-def _read_json(path: str) -> Dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 # The stand-in. xllamacpp runs llama.cpp's HTTP server inside a Python process but reads no command line. Flags,
