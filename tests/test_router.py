@@ -1618,9 +1618,9 @@ def test_breaker() -> None:
 
 
 @pytest.mark.parametrize(("status", "local", "hosted"), [
-    (200, False, False), (302, False, False), (400, False, False), (401, True, True), (403, True, True),
-    (402, False, True), (404, False, True), (408, False, False), (413, False, False), (422, False, False), (429, True, True), (499, False, False), (500, True, True),
-    (503, True, True), (529, True, True), (599, True, True),
+    (200, False, False), (302, False, False), (400, False, False), (401, True, True), (402, False, True), (403, True, True),
+    (404, False, True), (408, False, False), (413, False, False), (422, False, False), (429, True, True), (499, False, False),
+    (500, True, True), (503, True, True), (529, True, True), (599, True, True),
 ])
 def test_which_statuses_fall_through(status: int, local: bool, hosted: bool) -> None:
     assert (llmstack.falls_through(status, False), llmstack.falls_through(status, True)) == (local, hosted)
