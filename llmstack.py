@@ -22,6 +22,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LADDER         facts of a request -> Decision; where the model's name stands in a body
     PURE: MODELS.INI     text -> Config, every problem with its line
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
+    PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -33,13 +34,15 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
+    INSTALL              what a project is given for opencode; the router of another machine
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
-Files, below the project's .llmstack/: models.ini (yours), llama-swap.yaml, router.pid, llama-swap.pid,
-active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory ($LLMSTACK_DATA_DIR, else
-$XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, lock, llama-cpp/ (private environment), demo/.
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT}, LLAMA_SERVER_BIN,
-HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+Files, below the project's .llmstack/: models.ini (yours), opencode.json, AGENTS.md, llama-swap.yaml, router.pid,
+llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory
+($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json, written.json, lock,
+llama-cpp/ (private environment), demo/.
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL}, LLAMA_SERVER_BIN,
+NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -209,6 +212,8 @@ class Tier(NamedTuple):
     description: str = ""
     aliases: Tuple[str, ...] = ()
     ttl: int = 1200                             # 0: never unloaded for idleness
+    tool_call: bool = True                      # for clients that ask: the model can call tools...
+    reasoning: bool = False                     # ...and thinks aloud
 
     @property
     def has_next(self) -> bool:
@@ -240,6 +245,7 @@ class Config(NamedTuple):
     cache_type_k: str = "q8_0"
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
+    build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
 
     def by_role(self, role: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.role == role), None)
@@ -769,6 +775,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "cache_type_k": Option("choice", choices=_CACHE_TYPES),
     "cache_type_v": Option("choice", choices=_CACHE_TYPES),
     "llama_server_bin": Option("text"),
+    "build_model": Option("choice", choices=("agent", "auto")),
 }
 TIER_OPTIONS: Dict[str, Option] = {
     "tier": Option("text"),
@@ -792,6 +799,8 @@ TIER_OPTIONS: Dict[str, Option] = {
     "description": Option("text"),
     "aliases": Option("names"),
     "ttl": Option("int", 0, 31_536_000),
+    "tool_call": Option("bool"),
+    "reasoning": Option("bool"),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
     "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
@@ -1376,6 +1385,106 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
         meta.update(model=tier.model)
     return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack",
             "description": tier.description, "aliases": list(tier.aliases), "meta": {"llmstack": meta}}
+
+
+# ===================================================================================================
+# PURE: OPENCODE
+# ===================================================================================================
+
+PROVIDER = "llama.cpp"                          # opencode's name for this stack: its models are llama.cpp/auto and so on
+KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's value in; the key itself is never written
+DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
+_SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
+_READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny"}
+_PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
+                   " change nothing and run nothing yourself.")
+
+AGENTS_MD = """\
+# Notes for agents
+
+You run on a llmstack: mostly local models, several of them, of limited context. Loading one takes a while.
+
+- Search before you read, and read the part of a file that matters: every line read is context spent.
+- Read a file again before you edit it if it may have changed. Keep edits small, then run the tests that touch them.
+- The agents plan and plan-nofilter describe changes; build makes them.
+- `.llmstack/` is settings and generated state: leave it out of searches, and change it only when the user asks.
+  Models and routing are in `.llmstack/models.ini`: after a change `llmstack install`, then `llmstack restart`.
+  Never put a key or a password there.
+- Be brief. Say what you did, not what you are about to do.
+"""
+
+
+def client_limits(tier: Tier) -> Tuple[int, int]:
+    """(context, output) that a client is told, in tokens.
+
+    opencode compacts a conversation at context - min(output, 32000), and never stops compacting where output is not
+    below context: half the context is the most an answer is promised.
+    """
+    return tier.ctx_size, min(tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS), tier.ctx_size // 2)
+
+
+def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
+    """The largest context the ladder reaches, and an answer that every tier with a cap of its own may give."""
+    context, output = client_limits(max(ladder, key=lambda t: t.ctx_size))
+    return context, min([output, *(t.max_output_tokens for t in ladder if t.max_output_tokens)])
+
+
+def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], config: Config) -> Dict[str, Any]:
+    """One model of opencode's list, which any of `tiers` may answer."""
+    entry: Dict[str, Any] = {
+        "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name), "limit": dict(zip(("context", "output"), limits)),
+        "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers)}
+    if all(t.reasoning for t in tiers):
+        entry["reasoning"] = True
+    if all(t.backend == "gguf" for t in tiers):
+        entry["cost"] = {"input": 0, "output": 0}
+    return entry
+
+
+def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False, mcp_url: str = "") -> str:
+    """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
+
+    No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
+    that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
+    """
+    ladder = config.ladder
+    models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
+    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
+
+    def model(role: str) -> Dict[str, str]:
+        """The tier of a role, or nothing, and then opencode takes its default model."""
+        tier = config.by_role(role)
+        return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+
+    default = f"{PROVIDER}/{next(iter(models))}"
+    agents: Dict[str, Any] = {"build": model("agent") if config.build_model == "agent" else {"model": default},
+                              "plan": {**model("plan"), "permission": _READ_ONLY}}
+    commands = {"review": {"description": "Trade-offs, risks and follow-ups, by the planner", "agent": "plan",
+                           "template": "Review for trade-offs, risks and follow-ups. Be concrete.\n\n$ARGUMENTS"}}
+    if model("plan-uncensored"):
+        agents["plan-nofilter"] = {**model("plan-uncensored"), "description": "Plans without a filter; changes nothing",
+                                   "mode": "all", "prompt": _PLANNER_PROMPT, "permission": _READ_ONLY}
+        commands["nofilter"] = {"description": "Ask the planner without a filter", "agent": "plan-nofilter",
+                                "template": "$ARGUMENTS"}
+    options = {"baseURL": f"{url}/v1", "headerTimeout": _SILENCE_MS, "chunkTimeout": _SILENCE_MS,
+               **({"apiKey": None} if api_key else {})}
+    value: Dict[str, Any] = {
+        "$schema": "https://opencode.ai/config.json",
+        "model": default,
+        "small_model": model("fast").get("model", default),
+        "share": "disabled",
+        "autoupdate": False,
+        "enabled_providers": [PROVIDER],        # without it, eight hosted models stand in the list: prompts could leave
+        "instructions": [agents_md],
+        "provider": {PROVIDER: {"npm": "@ai-sdk/openai-compatible", "name": "llmstack", "options": options, "models": models}},
+        "agent": agents,
+        "command": commands,
+    }
+    if mcp_url:
+        value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
+    # opencode replaces {env:X} and {file:X} wherever they stand in the text: a description must not name any.
+    text = re.sub(r"\{(?=env:|file:)", r"\\u007b", json.dumps(value, indent=2))
+    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
 
 
 # ===================================================================================================
@@ -2985,6 +3094,10 @@ class Upstream:
         self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
         self._context: Any = None
 
+    def use_tls(self, context: Any) -> None:
+        """Verify the server as this ssl.SSLContext says, not as the default one does."""
+        self._context = context
+
     def connect(self) -> socket.socket:
         """A new connection. Errors: OSError."""
         sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
@@ -3046,6 +3159,8 @@ class Upstream:
                     more = None
                 if time.monotonic() > end:
                     raise OSError(f"no answer within {timeout_s:g} s")
+                if len(data) > MAX_BODY_BYTES:
+                    raise ValueError("an answer without end")
                 if more == b"":
                     answer = _whole_answer(data, method, True)
                     if answer is None:
@@ -4732,26 +4847,293 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     daemons = read_daemons(places)
     engine_up = answers(daemons.engine)
     router_up = answers(daemons.router, key_header(env))
-    states = _engine_states(daemons.engine) if engine_up else {}
+    states = _engine_states(Upstream("127.0.0.1", daemons.engine.port)) if engine_up and daemons.engine else None
     rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
     for name, record, up in (("router", daemons.router, router_up), ("engine", daemons.engine, engine_up)):
         rows[name] = None if record is None else {
             "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
             "answers": up}
     rows["channel"] = daemons.engine.channel if daemons.engine else None
-    rows["tiers"] = [{"name": t.name, "role": t.role, "backend": t.backend, "ctx_size": t.ctx_size,
-                      "state": states.get(t.name, "stopped" if engine_up else "unknown")} for t in config.tiers]
+    rows["tiers"] = tier_rows(config, states, "stopped" if engine_up else "unknown")
     rows["other_owner"] = other_owner(places) or None
     return rows
 
 
-def _engine_states(record: Optional[Record]) -> Dict[str, str]:
-    assert record is not None
+def tier_rows(config: Config, states: Optional[Mapping[str, str]], otherwise: str) -> List[Dict[str, Any]]:
+    return [{"name": t.name, "role": t.role, "backend": t.backend, "ctx_size": t.ctx_size,
+             "state": (states or {}).get(t.name, otherwise)} for t in config.tiers]
+
+
+def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+    """Tier -> state, as an engine, or a router before one, tells; None when it does not."""
     try:
-        _, body = Upstream(connectable(record.host), record.port).get("/running", 2.0)
+        _, body = upstream.get("/running", 2.0, headers=headers)
         return {row["model"]: row["state"] for row in json.loads(body)["running"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return None
+
+
+# ===================================================================================================
+# INSTALL
+# ===================================================================================================
+
+LITELLM_MCP_URL = "http://127.0.0.1:10103/mcp"
+REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
+
+
+def prepare_project(places: Places, say: Say) -> None:
+    """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
+    seed_project(places, say)
+
+
+def router_address(places: Places, config: Config) -> Tuple[str, int]:
+    """(host, port) of the project's router: where it runs, else where models.ini would have it."""
+    router = read_daemons(places).router
+    return (router.host, router.port) if router is not None and router.alive else (config.host, config.router_port)
+
+
+def local_opencode_json(places: Places, config: Config, host: str, port: int, env: Mapping[str, str]) -> str:
+    hosted = any(t.backend == "litellm" for t in config.tiers)
+    return render_opencode_json(config, base_url(host, port), places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
+                                mcp_url=LITELLM_MCP_URL if hosted else "")
+
+
+def _written_file(data: str) -> str:
+    return os.path.join(data, "written.json")
+
+
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
+    known = _read_json(_written_file(places.data)).get(os.path.join(os.path.realpath(places.state), name))
+    return known == _digest([(name, data)])
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
+        known = _read_json(_written_file(places.data))
+        known[os.path.join(os.path.realpath(places.state), name)] = _digest([(name, data)])
+        write_atomic(_written_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+
+
+def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
+    """Write a generated file into .llmstack/; True when anything has changed.
+
+    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as opencode.json.old.
+    """
+    path, data = places.in_state(name), text.encode()
+    old = _read_bytes(path)
+    if old != data and old and name != "default-channel" and not _is_ours(places, name, old):
+        if name == "AGENTS.md":
+            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+            if _read_bytes(path + ".new") == data:
+                return False
+            write_atomic(path + ".new", data)
+            return True
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
+    if old == data:
+        return False
+    write_atomic(path, data)
+    if name != "default-channel":
+        _remember(places, name, data)
+    say(f"Wrote {path}")
+    return True
+
+
+def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
+    """Write opencode.json, AGENTS.md and the pin; True when anything has changed. What is there then is trusted."""
+    files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
+    changed = [name for name, text in files if write_ours(places, name, text, say)]
+    active = read_marker(places, "active-channel")
+    if active is not None and active.channel == "external" and active != marker:
+        _remove(places.in_state("active-channel"))
+    if trust and not (is_trusted(places, "hook") and is_trusted(places, "run")):
+        if not is_trusted(places, "run"):
+            say("Trusted from now on: the program and addresses that models.ini and litellm_config.yaml name")
+        trust_project(places)
+    return bool(changed)
+
+
+def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str], say: Say) -> None:
+    """After a start: opencode.json where there is none, and where it leads to another address than the running one.
+
+    What was not trusted before is not trusted for that.
+    """
+    old = _read_bytes(places.in_state("opencode.json"))
+    if f'"{base_url(host, port)}/v1"'.encode() in old:
+        return
+    if old and not _is_ours(places, "opencode.json", old):
+        say(f"opencode.json leads elsewhere than to {base_url(host, port)}; `llmstack install` writes it anew")
+        return
+    trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    wire_project(places, read_marker(places) or Marker("current"), local_opencode_json(places, config, host, port, env), say,
+                 trust)
+
+
+# The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
+
+
+class Remote(NamedTuple):
+    """A router that answers, as its /models.ini describes it."""
+
+    url: str                                    # without /v1 or a trailing slash
+    config: Config
+    pid: str                                    # what it says its pid is
+    upstream: Upstream
+
+
+def pinned_url(places: Places) -> str:
+    """The router a thin client is pinned to, "" for a local project."""
+    marker = read_marker(places)
+    return marker.url if marker is not None and marker.channel == "external" else ""
+
+
+def refuse_external(places: Places) -> None:
+    """For commands about what is local. Errors: UserError in a thin client."""
+    url = pinned_url(places)
+    if url:
+        raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
+                        "run it in the project that owns the daemons; `llmstack install --current` makes this one local")
+
+
+def trusted_url(places: Places) -> str:
+    """pinned_url, which a cloned directory may have brought along: a key goes there. Errors: UserError where untrusted."""
+    url = pinned_url(places)
+    if url and not is_trusted(places, "hook"):
+        raise UserError(f"this project's .llmstack/ leads to {url}, and it is not trusted on this machine",
+                        f"look at it, then run `llmstack trust`, or `llmstack install --external {url}`")
+    return url
+
+
+def _client_tls(env: Mapping[str, str], insecure: bool) -> Any:
+    import ssl
+    context = ssl.create_default_context()
+    extra = env.get("NODE_EXTRA_CA_CERTS")      # opencode's own variable for it
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif extra:
+        try:
+            context.load_verify_locations(extra)
+        except OSError as exc:                  # ssl.SSLError, too
+            raise UserError(f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates ({exc.strerror})",
+                            "name a PEM file", 2) from None
+    return context
+
+
+def _why_no_router(exc: Exception) -> Tuple[str, str]:
+    """(what is wrong, what to do) when no whole answer came."""
+    import ssl
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return (f"its certificate is not trusted: {exc.verify_message}", "name its certificate, a PEM file, in"
+                " NODE_EXTRA_CA_CERTS, which opencode reads as well; --insecure does without verification here")
+    if isinstance(exc, ssl.SSLError):
+        return "it does not speak TLS", "give the URL with http://"
+    if isinstance(exc, ConnectionRefusedError):
+        return "nothing listens there", "run `llmstack start` in the project that owns the router, or correct the URL"
+    if isinstance(exc, socket.gaierror):
+        return f"its name is not found ({exc.strerror})", "correct the URL, or give the address in numbers"
+    if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
+        return f"no answer within {REMOTE_PATIENCE_S:g} s", "see that the machine is up and that no firewall stands between"
+    if isinstance(exc, OSError):
+        return str(exc.strerror or exc), "correct the URL, or see why that machine is not reached"
+    return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
+
+
+def _said(body: bytes) -> str:
+    """": " and the message of an error body, as far as it is fit to print."""
+    try:
+        message = str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return ": " + "".join(c for c in message[:300] if c.isprintable())
+
+
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came."""
+    place = "".join(c for c in response.header(b"location") if c.isprintable() and c.isascii())
+    if 300 <= response.status < 400:
+        base = place[:-len("/models.ini")]
+        if place.endswith("/models.ini") and _SAFE_URL.match(base):
+            return f"redirects to {place}", f"give that: llmstack install --external {base}"
+        return f"redirects to {place or 'nowhere'}", "a login page stands before it: name the router's own address"
+    if response.status == 401:
+        return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
+                "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+    if response.status == 200 and ("html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"):
+        return "is a web page, no router's models.ini", "correct the URL; a login page or a proxy may stand before the router"
+    if response.status == 200:
+        return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    hint = "correct the URL: a llmstack router answers there, llama-server and llama-swap do not"
+    return f"answers {response.status}{_said(body)}", hint if response.status == 404 else "look at that machine's router.log"
+
+
+def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Remote:
+    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up. Errors: UserError."""
+    upstream = parse_upstream(url)
+    if not _SAFE_URL.match(upstream.url):
+        raise UserError(f"{url!r} has characters that a shell's prompt could not show", "use letters, digits and . _ ~ - /", 2)
+    where, headers = f"{upstream.url}/models.ini", key_header(env)
+    try:
+        if upstream.url.startswith("https"):
+            upstream.use_tls(_client_tls(env, insecure))
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers)
+    except (OSError, ValueError) as exc:
+        what, hint = _why_no_router(exc)
+        raise UserError(f"{where}: {what}", hint) from None
+    problem = ""
+    if response.status == 200:
+        try:
+            config = parse_models_ini(decode_models_ini(body, where), where)[0]
+            if config.tiers:
+                return Remote(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+            problem = ", it names no tier"
+        except ConfigError as exc:
+            problem = ", " + exc.problems[0].replace(where + ":", "line ")
+    what, hint = _why_no_models_ini(response, body, bool(headers))
+    raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
+
+
+def leave_daemons(places: Places, remote: Remote, say: Say) -> None:
+    """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
+    daemons = read_daemons(places)
+    if not daemons.any_alive:
+        return
+    router = daemons.router
+    if router is not None and remote.pid == str(router.pid) and remote.upstream.port == router.port:
+        raise UserError(f"{remote.url} is this project's own router", "run `install --external` in another project; to use"
+                        " another router here, name its URL")
+    say(f"Stopping this project's daemons: from now on it uses {remote.url}")
+    stop_stack(places, say)
+
+
+def connect_external(places: Places, insecure: bool, say: Say) -> None:
+    """`start` in a thin client: see that its router is up. Errors: UserError."""
+    remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    write_atomic(places.in_state("active-channel"), render_marker(Marker("external", remote.url)))
+    say(f"Router  {remote.url}/v1 is up")
+    if external_opencode_json(places, remote, os.environ).encode() != _read_bytes(places.in_state("opencode.json")):
+        say("Its tiers are not those of opencode.json any more; `llmstack install` writes it anew")
+
+
+def external_opencode_json(places: Places, remote: Remote, env: Mapping[str, str]) -> str:
+    return render_opencode_json(remote.config, remote.url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)))
+
+
+def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
+    """stack_status of a thin client; "problem" says why the router does not answer."""
+    url = pinned_url(places)
+    rows: Dict[str, Any] = {"running": False, "project": places.work, "models_ini": f"{url}/models.ini", "router": {
+        "kind": "external", "pid": None, "url": url, "alive": False, "answers": False}, "engine": None, "channel": "external",
+        "tiers": [], "other_owner": None, "problem": None}
+    try:
+        remote = fetch_remote(trusted_url(places), env)
+    except UserError as exc:
+        rows["problem"] = f"{exc}; {exc.hint}"
+        return rows
+    states = _engine_states(remote.upstream, key_header(env))
+    rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
+    rows["tiers"] = tier_rows(remote.config, states, "stopped" if states is not None else "unknown")
+    return rows
 
 
 # ===================================================================================================
@@ -4791,10 +5173,12 @@ def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
 
 
-def _wants_next(args: Any) -> bool:
+def _wants_next(args: Any, places: Places) -> bool:
+    """By option, else by LLMSTACK_USE_NEXT, else by the project's pin."""
     if getattr(args, "current", False):
         return False
-    return bool(args.next) or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
+    return bool(args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
+                or read_marker(places) == Marker("next"))
 
 
 def _warn_of_missing(config: Config) -> None:
@@ -4809,7 +5193,7 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
     port = args.port or config.router_port
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
-    return Plan(places, config, host, port, _wants_next(args), dict(os.environ))
+    return Plan(places, config, host, port, _wants_next(args, places), dict(os.environ))
 
 
 def _add_start(commands: Any) -> None:
@@ -4827,6 +5211,7 @@ def _add_stack_options(parser: Any) -> None:
     parser.add_argument("--current", action="store_true", help="run the current models, whatever LLMSTACK_USE_NEXT says")
     parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
     parser.add_argument("--port", metavar="P", type=_port, help="port to listen on (models.ini: router_port)")
+    parser.add_argument("--insecure", action="store_true", help="thin client: do not verify the router's certificate")
 
 
 def _port(text: str) -> int:
@@ -4838,17 +5223,30 @@ def _port(text: str) -> int:
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if pinned_url(places):
+        return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
-    seed_project(places, say)
+    prepare_project(places, say)
     config = load_config(places, warn)
     plan = _plan(args, places, config)
-    if not start_stack(plan, say):
+    started = start_stack(plan, say)
+    if not args.demo:
+        rewire_project(places, config, plan.host, plan.port, os.environ, say)
+    if not started:
         say(f"Running already: {base_url(plan.host, plan.port)}/v1")
     elif not args.demo:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     if args.demo:
         _say_demo(base_url(plan.host, plan.port))
+    return 0
+
+
+def _start_external(args: Any, places: Places) -> int:
+    if args.next or args.current or args.host or args.port:
+        raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and address are not decided here",
+                        "`llmstack install --current` makes the project local", 2)
+    connect_external(places, args.insecure, say)
     return 0
 
 
@@ -4954,6 +5352,9 @@ def _cmd_stop(args: Any) -> int:
     if stop_stack(places, say):
         say("Stopped.")
         return 0
+    if pinned_url(places):
+        say(f"There is nothing local to stop: this project uses the router at {pinned_url(places)}.")
+        return 0
     owner = other_owner(places)
     if owner:
         where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
@@ -4972,9 +5373,11 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if pinned_url(places):
+        return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
-    seed_project(places, say)
+    prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
     router, engine = read_daemons(places)
     if router is not None and router.alive:
@@ -4984,6 +5387,8 @@ def _cmd_restart(args: Any) -> int:
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
+    if not args.demo:
+        rewire_project(places, config, plan.host, plan.port, os.environ, say)
     return 0
 
 
@@ -4998,25 +5403,29 @@ def _add_status(commands: Any) -> None:
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     broken: Optional[UserError] = None
+    external = bool(pinned_url(places))
     try:
-        config = load_config(places)
+        config = Config() if external else load_config(places)
     except UserError as exc:                    # what runs is of interest all the more
         broken, config = exc, Config()
-    rows = stack_status(places, config, os.environ)
+    rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
     if args.json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
         if broken:
             raise broken
         return 0 if rows["running"] else 1
     say(f"Project  {rows['project']}" + (f" ({rows['channel']})" if rows["channel"] else ""))
-    for name in ("router", "engine"):
+    for name in ("router",) if external else ("router", "engine"):
         row = rows[name]
+        if external and not row["answers"]:
+            say(f"Router   {paint('not reached', '31')}, {rows['problem']}")
+            return 1
         if row is None:
             say(f"{name.capitalize():<8} {paint('not running', '33')}")
             continue
         health = paint("up", "32") if row["answers"] else paint("alive, but does not answer" if row["alive"] else "died", "31")
         kind = "" if name == "router" else f", {row['kind']}"
-        say(f"{name.capitalize():<8} {health}, {row['url']}, pid {row['pid']}{kind}")
+        say(f"{name.capitalize():<8} {health}, {row['url']}" + (f", pid {row['pid']}{kind}" if row["pid"] else ""))
     say("")
     width = max([len(t["name"]) for t in rows["tiers"]] + [4])
     for tier in rows["tiers"]:
@@ -5054,6 +5463,75 @@ def _cmd_reload(args: Any) -> int:
     return 0
 
 
+def _add_install(commands: Any) -> None:
+    parser = commands.add_parser("install", help="give this project its opencode.json",
+                                 description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
+                                 " to; models.ini where there is none. Without an option the channel stays as it is.")
+    channel = parser.add_mutually_exclusive_group()
+    channel.add_argument("--current", action="store_true", help="pin the current models")
+    channel.add_argument("--next", action="store_true", help="pin the queued upgrades (hf_file_next, model_next)")
+    channel.add_argument("--external", metavar="URL", nargs="?", const="", help="use the router at URL (default:"
+                         f" $LLMSTACK_REMOTE_URL, else http://{ROUTER_HOST}:{ROUTER_PORT}) instead of one of this project")
+    parser.add_argument("--insecure", action="store_true", help="do not verify that router's certificate")
+    parser.add_argument("-n", "--print", action="store_true", help="print opencode.json and write nothing")
+    parser.set_defaults(run=_cmd_install)
+
+
+def _external_url(args: Any, places: Places) -> str:
+    """The router that `install` is to use, "" for this project's own. Errors: UserError."""
+    if args.current or args.next:
+        return ""
+    named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
+    if args.external is not None:
+        return args.external or named or f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+    return named or trusted_url(places)
+
+
+def _cmd_install(args: Any) -> int:
+    places = _places(args)
+    url = _external_url(args, places)
+    if url:
+        return _install_external(args, places, url)
+    if args.insecure:
+        raise UserError("--insecure is for --external https://...", "leave it out", 2)
+    if not args.print:
+        prepare_project(places, say)
+    config = load_config(places, warn)
+    queued = any(t.has_next for t in config.tiers)
+    if args.next and not queued:
+        raise UserError("no tier has a queued upgrade", f"give one hf_file_next or model_next in {places.models_ini}", 2)
+    marker = Marker("next" if queued and _wants_next(args, places) else "current")
+    host, port = router_address(places, config)
+    text = local_opencode_json(places, config, host, port, os.environ)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    if not wire_project(places, marker, text, say):
+        say(f"Nothing to change: {places.state} is as it should be.")
+    daemons = read_daemons(places)
+    if daemons.engine is not None and daemons.engine.alive:
+        if daemons.engine.channel != marker.channel:
+            say(f"The {daemons.engine.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
+    else:
+        say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
+    return 0
+
+
+def _install_external(args: Any, places: Places, url: str) -> int:
+    remote = fetch_remote(url, os.environ, args.insecure)
+    text = external_opencode_json(places, remote, os.environ)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    leave_daemons(places, remote, say)
+    if not wire_project(places, Marker("external", remote.url), text, say):
+        say(f"Nothing to change: {places.state} is as it should be.")
+    say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
+    if args.insecure:
+        warn("its certificate was not verified; opencode verifies it, so name it in NODE_EXTRA_CA_CERTS before you run that")
+    return 0
+
+
 def _add_why(commands: Any) -> None:
     parser = commands.add_parser("why", help="which tier a request would go to, and why",
                                  description="Print the decision for a request body without sending anything.")
@@ -5066,7 +5544,8 @@ def _add_why(commands: Any) -> None:
 
 def _cmd_why(args: Any) -> int:
     places = _places(args)
-    config = load_config(places, warn)
+    url = trusted_url(places)
+    config = fetch_remote(url, os.environ).config if url else load_config(places, warn)
     path = inference_path(args.path)
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on", "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
@@ -5121,7 +5600,7 @@ def _cmd_serve(args: Any) -> int:
     upstream = parse_upstream(args.upstream) if args.upstream else Upstream("127.0.0.1", config.engine_port)
     level = os.environ.get("LOG_LEVEL", "info")
     remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
-    app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args), not args.upstream, remedy)
+    app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places), not args.upstream, remedy)
     return _run_router(app, host, port, lambda h, p: say(f"{base_url(h, p)} is the router, upstream {upstream.url}"))
 
 
@@ -5258,8 +5737,8 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_serve, _add_version, _add_help,
-                _add_router, _add_engine, _add_llama_server)
+ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_serve, _add_version,
+                _add_help, _add_router, _add_engine, _add_llama_server)
 
 
 def make_parser() -> Any:
