@@ -128,7 +128,8 @@ def _uncommented(source: str) -> str:
 def _unindented(source: str) -> str:
     """One blank a level, none before the lines that continue a statement; lines inside a string stay as they are."""
     lines, depth, fresh, inside = source.split("\n"), 0, True, 0
-    starts, text = {}, set()
+    starts: dict[int, int] = {}
+    text: set[int] = set()
     for token in _tokens(source)[1:]:
         name = tokenize.tok_name[token.type]
         depth += (name == "INDENT") - (name == "DEDENT")
