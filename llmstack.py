@@ -359,6 +359,9 @@ def _outside_code(text: str) -> str:
     return "\n".join(kept)
 
 
+parse_json = json.JSONDecoder().decode          # json.loads asks on every call how it is to decode
+
+
 def inference_path(target: str) -> str:
     """Return the canonical inference path for a request target, or "" when it is not one."""
     path = target.split("?", 1)[0].rstrip("/")
@@ -465,18 +468,20 @@ def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable
     `[word]` counts anywhere in the user's words outside code, and alone on a line of a system message;
     `word:` counts only as the first word of the user's message.
     """
-    first = user_text[:4096].split(None, 1)[:1]
-    if first and ":" in first[0]:
-        word = first[0].lower()
+    start = user_text[:4096]
+    if ":" in start:
+        word = (start.split(None, 1) or [""])[0].lower()
         for trigger in triggers:
             if trigger[0] != "[" and word.startswith(trigger):
                 return trigger
-    for text, alone in [(user_text, False), *[(text, True) for text in system_texts]]:
-        lowered = text.lower() if "[" in text else ""
-        found = [t for t in triggers if t[0] == "[" and t in lowered] if lowered else []
+    for index, text in enumerate((user_text, *system_texts)):
+        if "[" not in text:
+            continue
+        lowered = text.lower()
+        found = [t for t in triggers if t[0] == "[" and t in lowered]
         outside = _outside_code(lowered) if found else ""       # read as Markdown only where it may matter
         for trigger in found:
-            if trigger in outside and (not alone or trigger in map(str.strip, outside.splitlines())):
+            if trigger in outside and (index == 0 or trigger in map(str.strip, outside.splitlines())):
                 return trigger
     return ""
 
@@ -550,9 +555,10 @@ def _rung_trigger(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
 
 
 def _rung_high(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    if f.tokens > r.high_fidelity_ceiling:
+    tokens = f.tokens
+    if tokens > r.high_fidelity_ceiling:
         return None
-    return _Want("ultra", "high", f"{f.tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
+    return _Want("ultra", "high", f"{tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
 
 
 def _rung_mid(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
@@ -585,11 +591,12 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-def _preference(ladder: Sequence[Tier], role: str) -> List[Tier]:
-    """The ladder in the order it is tried from `role`: it and those below, then those above, nearest first."""
-    wanted = LADDER_ROLES.index(role)
-    split = sum(LADDER_ROLES.index(t.role) < wanted for t in ladder)
-    return [*ladder[split:], *ladder[:split][::-1]]
+@functools.lru_cache(maxsize=16)                # once for every models.ini that is read
+def _orders(tiers: Tuple[Tier, ...]) -> Dict[str, Tuple[Tier, ...]]:
+    """Role -> the ladder in the order it is tried from there: it and those below, then those above, nearest first."""
+    ladder = Config(tiers).ladder
+    rank = {role: sum(t.role in LADDER_ROLES[:index] for t in ladder) for index, role in enumerate(LADDER_ROLES)}
+    return {role: (*ladder[split:], *ladder[:split][::-1]) for role, split in rank.items()}
 
 
 class Decision(NamedTuple):
@@ -626,16 +633,17 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     down = down or {}
     if not facts.auto:
         return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (), facts, config, down)
-    ladder = config.ladder
+    orders = _orders(config.tiers)
+    ladder = orders[LADDER_ROLES[0]]
     if not ladder:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    want = None
-    for rung in RUNGS:
-        want = rung(facts, config.routing, ladder[0].role == "ultra")
+    routing, ultra = config.routing, ladder[0].role == "ultra"
+    for rung in RUNGS:                          # the last takes all
+        want = rung(facts, routing, ultra)
         if want is not None:
             break
-    assert want is not None                     # the last rung takes all
-    order = _preference(ladder, want.role)
+    assert want is not None
+    order = orders[want.role]
     full = facts.full_tokens
     holds = [t for t in order if full + output_reserve(facts, t) <= t.ctx_size]
     healthy = [t for t in holds if t.name not in down] if down else holds
@@ -1514,11 +1522,12 @@ class Request(NamedTuple):
     target: str
     minor: int                                  # HTTP/1.minor
     headers: Tuple[Header, ...]
-    length: int
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
+    notes: Dict[Any, Any]                       # what was worked out of this head, for the next request that has it
+    length: int                                 # this counts: in `headers`, Content-Length may be an earlier request's
 
     def header(self, name: bytes) -> str:
         value = self.fields.get(name)
@@ -1529,13 +1538,12 @@ class Response(NamedTuple):
     """An upstream's head. framing: none | length | chunked | close."""
 
     status: int
-    line: bytes
     headers: Tuple[Header, ...]
     framing: str
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
-    lines: Tuple[bytes, ...]                    # the header lines that travel on, without any length
+    text: bytes                                 # status line and the header lines that travel on, each with its CRLF
 
     def header(self, name: bytes) -> str:
         return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
@@ -1620,10 +1628,40 @@ def parse_request_head(head: bytes) -> Request:
         raise HttpError(417, "only Expect: 100-continue is known")
     words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
     return Request(method, target, minor, tuple(headers),
-                   -1 if coding is not None else int(length) if length is not None else 0,
                    minor == 1 and b"close" not in words,
                    minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-                   minor == 1 and bool(expect), fields)
+                   minor == 1 and bool(expect), fields, {},
+                   -1 if coding is not None else int(length) if length is not None else 0)
+
+
+class HeadReader:
+    """Parses the heads of one connection, where each mostly says what the one before said but for the body's length.
+
+    Such a head is known by its bytes on both sides of the digits; its request shares fields and notes with the last
+    one's. Kept by the connection and gone with it: a head may hold a key.
+    """
+
+    __slots__ = ("_after", "_before", "_last")
+
+    def __init__(self) -> None:
+        self._before = self._after = b""
+        self._last: Optional[Request] = None
+
+    def read(self, head: bytes) -> Request:
+        """As parse_request_head."""
+        last = self._last
+        if last is not None and head.startswith(self._before) and head.endswith(self._after):
+            digits = head[len(self._before):len(head) - len(self._after)]
+            if digits.isdigit() and len(digits) <= 15:
+                length = int(digits)
+                return last if length == last.length else Request._make((*last[:-1], length))
+        self._last = None
+        request = parse_request_head(head)
+        digits = request.fields.get(b"content-length", b"")
+        if digits:
+            start = head.index(digits, head.lower().index(b"\r\ncontent-length:") + 17)
+            self._before, self._after, self._last = head[:start], head[start + len(digits):], request
+        return request
 
 
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
@@ -1664,8 +1702,17 @@ def parse_response_head(head: bytes, method: str) -> Response:
     else:
         framing = "close"
     alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
-    return Response(status, b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b""), tuple(headers), framing,
-                    max(length, 0), alive and framing != "close", events, tuple(end_to_end(headers, _NO_LENGTH)))
+    line = b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b"")
+    if status == 101:
+        travel = [line, *(line for _, _, line in headers)]
+    else:
+        travel = [line, *end_to_end(headers, _NO_LENGTH)]
+        if framing == "length":                 # once, however often it was said, and whatever Connection names
+            travel.append(b"Content-Length: %d" % length)
+        elif framing == "none":                 # a HEAD's answer says what a GET's would be
+            travel += [line for name, _, line in headers if name == b"content-length"]
+    return Response(status, tuple(headers), framing, max(length, 0), alive and framing != "close", events,
+                    b"\r\n".join(travel) + b"\r\n")
 
 
 _SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
@@ -2193,6 +2240,7 @@ class Log:
     def __init__(self, path: str = "", level: str = "info") -> None:
         self._path = path
         self._level = LEVELS.get(level.strip().lower(), 20)
+        self.is_verbose = self._level <= 10
         self._lock = threading.Lock()
         self._fd = 2
         self._second, self._stamp = 0, ""
@@ -2844,7 +2892,8 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 
-_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+_PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
 _LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
 
 
@@ -2859,10 +2908,13 @@ def _set_patience(sock: socket.socket, milliseconds: int) -> None:
 
 
 def _readable(sock: socket.socket) -> bool:
-    import selectors  # select() itself cannot take a descriptor above 1,023
-    with selectors.DefaultSelector() as ready:
-        ready.register(sock, selectors.EVENT_READ)
-        return bool(ready.select(0))
+    """Whether receiving would return at once: bytes have come, or the end."""
+    import select
+    if not hasattr(select, "poll"):             # Windows; elsewhere select() takes no descriptor above 1,023
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _peek(sock: socket.socket) -> Optional[bytes]:
@@ -2872,7 +2924,7 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
             return b"" if _readable(sock) else None
         if not _DONTWAIT and not _readable(sock):
             return None
-        return sock.recv(1, socket.MSG_PEEK | _DONTWAIT)
+        return sock.recv(1, _PEEK)
     except BlockingIOError:
         return None
     except (OSError, ValueError):
@@ -2882,12 +2934,13 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 class Client:
     """The side of a connection that asks."""
 
-    __slots__ = ("_buffer", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
+    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
                  "served", "unread")
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
+        self._heads = HeadReader()
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
@@ -2903,34 +2956,36 @@ class Client:
 
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
-        began = time.monotonic()
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
+        began = time.monotonic()
         while True:
-            if self._buffer.startswith((b"\r", b"\n")):
-                self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-            end = self._buffer.find(b"\r\n\r\n")
-            if end >= 0:
-                break
-            if self._buffer and (len(self._buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(self._buffer)):
-                raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
+            if self._buffer:
+                if self._buffer[0] in b"\r\n":
+                    self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
+                end = self._buffer.find(b"\r\n\r\n")
+                if end >= 0:
+                    break
+                if len(self._buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(self._buffer):
+                    raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
             try:
                 data = self._sock.recv(RECV_BYTES)
+                if not data:
+                    return None
             except _LAPSED:
-                data = None
+                data = b""
             except OSError:
                 return None
-            waited_s = time.monotonic() - began
-            if data == b"" or (not self._buffer and waited_s > (IDLE_CLIENT_S if self.served else self.head_timeout_s)):
-                return None
-            if self._buffer and waited_s > self.head_timeout_s:
+            if not self._buffer and data:
+                began = time.monotonic()        # a head has from its first byte on
+            elif time.monotonic() - began > (self.head_timeout_s if self._buffer or not self.served else IDLE_CLIENT_S):
+                if not self._buffer:
+                    return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
-            if data:
-                began = began if self._buffer else time.monotonic()
-                self._buffer += data
+            self._buffer += data
         if end > MAX_HEAD_BYTES:
             raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
         head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        request = parse_request_head(head)
+        request = self._heads.read(head)
         self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
         self.origin = request.fields.get(b"origin", b"")
         self.unread = request.length != 0
@@ -2939,10 +2994,12 @@ class Client:
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
-        if request.length == 0:
-            return b""
-        if request.length > MAX_BODY_BYTES:
+        length, have = request.length, self._buffer
+        if length > MAX_BODY_BYTES:
             raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+        if 0 <= length <= len(have):            # it came with its head
+            self.unread, self._buffer = False, have[length:]
+            return have[:length]
         if request.expects and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self._read_chunked() if request.length < 0 else self._read_sized(request.length)
@@ -2950,11 +3007,7 @@ class Client:
         return body
 
     def _read_sized(self, length: int) -> bytes:
-        have = self._buffer
-        if len(have) >= length:
-            self._buffer = have[length:]
-            return have[:length]
-        body, filled, self._buffer = bytearray(have), len(have), b""
+        body, filled, self._buffer = bytearray(self._buffer), len(self._buffer), b""
         while filled < length:                  # grows with what has come: an announcement alone costs nothing
             if filled == len(body):
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
@@ -3122,7 +3175,7 @@ class Upstream:
             except IndexError:                  # another thread took the last one
                 break
             # Whatever came meanwhile, an end or a late 408, is no answer to what is asked now.
-            if time.monotonic() - since < IDLE_UPSTREAM_S and _peek(sock) is None:
+            if time.monotonic() - since < IDLE_UPSTREAM_S and not _readable(sock):
                 return sock, True
             sock.close()
         return self.connect(), False
@@ -3220,10 +3273,10 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
 
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
-    total = sum(map(len, pieces))
-    gather = total > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")   # no copy of a 400 kB prompt
-    views = [memoryview(p) for p in pieces if len(p)] if gather else [memoryview(b"".join(pieces))]
-    while views:
+    left = sum(map(len, pieces))
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")    # no copy of a 400 kB prompt
+    views: List[Any] = [memoryview(p) for p in pieces if len(p)] if gather else [b"".join(pieces)]
+    while True:
         try:
             sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])     # the kernel takes 1,024 at most
         except _LAPSED:
@@ -3236,11 +3289,12 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
             if _peek(sock):                     # it has said why it hung up
                 return False
             raise
-        while views and sent >= len(views[0]):
+        left -= sent
+        if not left:
+            return True
+        while sent >= len(views[0]):
             sent -= len(views.pop(0))
-        if sent:
-            views[0] = views[0][sent:]
-    return True
+        views[0] = memoryview(views[0])[sent:]
 
 
 def _why_unreachable(exc: Exception) -> str:
@@ -3271,18 +3325,6 @@ def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Res
     data = b""
     came = False
     while True:
-        end = data.find(b"\r\n\r\n")
-        if end >= 0:
-            try:
-                response = parse_response_head(data[:end], method)
-            except ValueError as exc:
-                raise UpstreamBroken(str(exc)) from None
-            if response.status >= 200 or response.status == 101:
-                return response, data[end + 4:]
-            data = data[end + 4:]               # 100, 102, 103: not for the client, it has had its 100 from us
-            continue
-        if len(data) > MAX_HEAD_BYTES:
-            raise UpstreamBroken("its head is too large")
         try:
             more = _receive(sock, client)
         except UpstreamBroken:
@@ -3291,37 +3333,47 @@ def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Res
             raise UpstreamBroken("closed the connection in the middle of its head") if came else _NoAnswer
         came = True
         data += more
+        end = data.find(b"\r\n\r\n")
+        while end >= 0:
+            try:
+                response = parse_response_head(data[:end], method)
+            except ValueError as exc:
+                raise UpstreamBroken(str(exc)) from None
+            data = data[end + 4:]
+            if response.status >= 200 or response.status == 101:
+                return response, data
+            end = data.find(b"\r\n\r\n")      # 100, 102, 103: not for the client, it has had its 100 from us
+        if len(data) > MAX_HEAD_BYTES:
+            raise UpstreamBroken("its head is too large")
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
+_NO_NOTE: Tuple[Any, bytes] = (None, b"")
 
 
 def request_head(request: Request, upstream: Upstream, target: str, length: int, drop: FrozenSet[bytes]) -> bytes:
     """The head we send upstream for a client's request."""
+    key = (upstream, target, drop)
+    known: Tuple[Any, bytes] = request.notes.get(key, _NO_NOTE)
+    if known[0] is not request.headers:         # not worked out yet, or of other headers: _replace() keeps the notes
+        known = request.notes[key] = request.headers, _request_text(request, upstream, target, drop)
+    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
+        return b"%bContent-Length: %d\r\n\r\n" % (known[1], length)
+    return known[1] + b"\r\n"
+
+
+def _request_text(request: Request, upstream: Upstream, target: str, drop: FrozenSet[bytes]) -> bytes:
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"), b"Host: " + upstream.authority]
     lines += end_to_end(request.headers, _DROPPED | drop if drop else _DROPPED)
-    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
-        lines.append(b"Content-Length: %d" % length)
     if request.upgrade:
         lines += [b"Connection: Upgrade", *(line for name, _, line in request.headers if name == b"upgrade")]
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+    return b"\r\n".join(lines) + b"\r\n"
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
-    if response.status == 101:
-        lines = [response.line, *(line for _, _, line in response.headers)]
-    else:
-        lines = [response.line, *response.lines]
-        if response.framing == "length" and not chunked:    # once, however often it was said, and whatever Connection names
-            lines.append(b"Content-Length: %d" % response.length)
-        elif response.framing == "none":                    # a HEAD's answer says what a GET's would be
-            lines += [line for name, _, line in response.headers if name == b"content-length"]
-    if chunked:
-        lines.append(b"Transfer-Encoding: chunked")
-    if not client.keep_alive and response.status != 101:
-        lines.append(b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
+    framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+    close = b"" if client.keep_alive or response.status == 101 else b"Connection: close\r\n"
+    return b"".join((response.text, framing, close, extra, b"\r\n"))
 
 
 class _Answer:
@@ -3716,14 +3768,7 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, self._loopback)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
-        drop = self._check_key(request) if self._key else _NO_WORDS
-        if not self._loopback:                  # judged here; the engine on loopback would refuse it
-            drop = drop | {b"origin"}
-        path = request.target.partition("?")[0]
-        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
+        path, inference, drop = request.notes.get("route") or self._route(request)
         if inference:
             self._infer(client, request, inference, drop)
         elif request.method in ("GET", "HEAD") and path == "/models.ini":
@@ -3734,6 +3779,19 @@ class RouterApp(App):
             body = client.read_body(request)
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
+
+    def _route(self, request: Request) -> Tuple[str, str, FrozenSet[bytes]]:
+        """(path, canonical inference path or "", headers not sent on), from the head alone. Errors: HttpError 401, 403."""
+        wrong = refusal(request, self._loopback)
+        if wrong:
+            raise HttpError(403, wrong, "forbidden")
+        drop = self._check_key(request) if self._key else _NO_WORDS
+        if not self._loopback:                  # judged here; the engine on loopback would refuse it
+            drop = drop | {b"origin"}
+        path = request.target.partition("?")[0]
+        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
+        request.notes["route"] = path, inference, drop
+        return path, inference, drop
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -3789,7 +3847,7 @@ class RouterApp(App):
         began = time.monotonic()
         body = client.read_body(request)
         try:
-            asked = json.loads(str(body, "utf-8"))
+            asked = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
             raise HttpError(400, f"the body is not JSON: {exc}") from None
         if not isinstance(asked, dict):
@@ -3841,7 +3899,8 @@ class RouterApp(App):
 
     def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"") -> None:
         """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
-        self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        if self.log.is_verbose:
+            self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
         elif outcome.state == "unreachable":
