@@ -110,6 +110,9 @@ IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
 IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
+HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
+PROBE_S = 2                        # after this long an unreachable host is looked at again, then twice as long...
+MAX_PROBE_S = 60                   # ...up to this
 RECV_BYTES = 65_536
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
 BREAKER_S = 20                     # a tier that failed is left alone this long...
@@ -192,7 +195,7 @@ class Tier(NamedTuple):
     name: str
     role: str = ""
     tier: str = ""
-    backend: str = "gguf"                       # gguf | litellm
+    backend: str = "gguf"                       # gguf | litellm | openai
     hf_repo: str = ""
     hf_file: str = ""
     hf_repo_next: str = ""
@@ -214,10 +217,20 @@ class Tier(NamedTuple):
     ttl: int = 1200                             # 0: never unloaded for idleness
     tool_call: bool = True                      # for clients that ask: the model can call tools...
     reasoning: bool = False                     # ...and thinks aloud
+    base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
+    api_key_env: str = ""                       # the variable that holds its key
 
     @property
     def has_next(self) -> bool:
-        return bool(self.model_next if self.backend == "litellm" else self.hf_file_next or self.hf_repo_next)
+        return bool(self.hf_file_next or self.hf_repo_next if self.backend == "gguf" else self.model_next)
+
+    @property
+    def remote(self) -> bool:
+        """True where a request leaves this machine, as far as models.ini can tell."""
+        return self.backend == "litellm" or (self.backend == "openai" and not _LOCAL_URL.match(self.base_url))
+
+
+_LOCAL_URL = re.compile(r"https?://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?![^:/])")
 
 
 class Routing(NamedTuple):
@@ -238,6 +251,7 @@ class Config(NamedTuple):
     engine: str = "auto"                        # auto | llama-swap | embedded
     memory_gb: float = 0.0                      # 0: auto
     allow_unauthenticated: bool = False
+    local_only: bool = False                    # no request leaves this machine
     n_gpu_layers: str = "999"
     flash_attn: str = "on"
     jinja: bool = True
@@ -256,7 +270,7 @@ class Config(NamedTuple):
     @property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
-        roles = {t.role: t for t in reversed(self.tiers)}
+        roles = {t.role: t for t in reversed(self.tiers) if not (self.local_only and t.remote)}
         return tuple(roles[role] for role in LADDER_ROLES if role in roles)
 
 
@@ -592,9 +606,9 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
 
 
 @functools.lru_cache(maxsize=16)                # once for every models.ini that is read
-def _orders(tiers: Tuple[Tier, ...]) -> Dict[str, Tuple[Tier, ...]]:
+def _orders(tiers: Tuple[Tier, ...], local_only: bool) -> Dict[str, Tuple[Tier, ...]]:
     """Role -> the ladder in the order it is tried from there: it and those below, then those above, nearest first."""
-    ladder = Config(tiers).ladder
+    ladder = Config(tiers, local_only=local_only).ladder
     rank = {role: sum(t.role in LADDER_ROLES[:index] for t in ladder) for index, role in enumerate(LADDER_ROLES)}
     return {role: (*ladder[split:], *ladder[:split][::-1]) for role, split in rank.items()}
 
@@ -623,17 +637,19 @@ class Decision(NamedTuple):
         return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier)
 
 
-def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None) -> Decision:
-    """Return the tier for *facts*; `down` names tiers not to be tried now, with the reason.
+def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
+           barred: Optional[Mapping[str, str]] = None) -> Decision:
+    """Return the tier for *facts*; `down` names tiers not to be tried now, `barred` those that cannot answer, with the reason.
 
-    Invariant: a tier that cannot hold the request is never taken while another can. A tier that is down but
-    the only one that holds it is still taken. Errors: HttpError 400 where no tier has a role of the ladder.
-    Source: README, "How auto decides".
+    Invariant: a tier that cannot hold the request is never taken while another can. Where all that hold it are
+    down, they are tried all the same; a barred one only where no other holds it. Errors: HttpError 400 where no
+    tier has a role of the ladder. Source: README, "How auto decides".
     """
-    down = down or {}
+    barred = barred or {}
+    down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
         return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (), facts, config, down)
-    orders = _orders(config.tiers)
+    orders = _orders(config.tiers, config.local_only)
     ladder = orders[LADDER_ROLES[0]]
     if not ladder:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
@@ -646,8 +662,10 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     order = orders[want.role]
     full = facts.full_tokens
     holds = [t for t in order if full + output_reserve(facts, t) <= t.ctx_size]
-    healthy = [t for t in holds if t.name not in down] if down else holds
-    chain = healthy or holds[:1] or [max(order, key=lambda t: t.ctx_size)]
+    tries = holds
+    if down:
+        tries = [t for t in holds if t.name not in down] or [t for t in holds if t.name not in barred] or holds[:1]
+    chain = tries or [max([t for t in order if t.name not in barred] or order, key=lambda t: t.ctx_size)]
     chosen = chain[0]
     reason = want.reason
     if order[0].role != want.role:
@@ -659,10 +677,15 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     return Decision(chosen.name, want.rung, facts.tokens, reason, tuple(chain), facts, config, down)
 
 
+LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
+
+
 def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], config: Config) -> str:
     """Why `tier` was not taken, in words."""
     if tier.role not in LADDER_ROLES:
         return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
+    if config.local_only and tier.remote:
+        return f"{tier.name} is hosted, and {LOCAL_ONLY}"
     need, routing = tokens_needed(facts, tier), config.routing
     if need > tier.ctx_size:
         return f"{tier.name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
@@ -728,24 +751,26 @@ def model_spans(body: bytes) -> List[Tuple[int, int]]:
     return spans
 
 
-def with_model(body: bytes, present: bool, name: str) -> List[bytes]:
+def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()) -> List[bytes]:
     """The body in pieces with the model's name changed to `name`, every other byte as it was.
 
-    `present` says whether the parsed body has the key; where it has not, it is put first.
+    `present` says whether the parsed body has the key; where it has not, it is put first. `more` are members
+    (`"top_p":0.9`) that the body has not got; they go to its front.
     """
-    value = b'"%b"' % name.encode()             # a tier's name has nothing to escape
+    value = b'"%b"' % name.encode()             # a tier's name has nothing to escape, a Remote's id is escaped
     view = memoryview(body)
     pieces: List[bytes] = []
     done = 0
+    if not present:
+        more = (b'"model":' + value, *more)
+    opening = _OPENING.match(body) if more else None
+    if opening:
+        done = body.index(b"{") + 1
+        pieces = [view[:done], b",".join(more) + (b"" if opening.group(1) else b",")]  # type: ignore[list-item]
     if present:
         for start, end in model_spans(body):
             pieces += [view[done:start], value]         # type: ignore[list-item]
             done = end
-    else:
-        opening = _OPENING.match(body)
-        if opening:
-            done = body.index(b"{") + 1
-            pieces = [view[:done], b'"model":' + value + (b"" if opening.group(1) else b",")]  # type: ignore[list-item]
     pieces.append(view[done:])                          # type: ignore[arg-type]
     return pieces
 
@@ -784,11 +809,12 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "cache_type_v": Option("choice", choices=_CACHE_TYPES),
     "llama_server_bin": Option("text"),
     "build_model": Option("choice", choices=("agent", "auto")),
+    "local_only": Option("bool"),
 }
 TIER_OPTIONS: Dict[str, Option] = {
     "tier": Option("text"),
     "role": Option("text"),
-    "backend": Option("choice", choices=("gguf", "litellm")),
+    "backend": Option("choice", choices=("gguf", "litellm", "openai")),
     "hf_repo": Option("repo"),
     "hf_file": Option("text"),
     "hf_repo_next": Option("repo"),
@@ -796,6 +822,8 @@ TIER_OPTIONS: Dict[str, Option] = {
     "path": Option("text"),
     "model": Option("text"),
     "model_next": Option("text"),
+    "base_url": Option("url"),
+    "api_key_env": Option("text"),
     "ctx_size": Option("tokens", 256, 100_000_000),
     "max_output_tokens": Option("tokens", 1, 100_000_000),
     "size_gb": Option("gb", 0, 100_000),
@@ -838,6 +866,10 @@ _SECRET_VALUE = re.compile(
 )
 # What names a model may look as it likes.
 _MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
+# A host is asked by what it is here, so no user, query or escape; a variable's name is told from a key by its shape.
+_BASE_URL = re.compile(r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
+                       re.ASCII)
+_VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
 _NO_OPAQUE = frozenset({"hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next", "llama_server_bin"})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
@@ -921,6 +953,11 @@ def parse_value(option: Option, text: str) -> Any:
         if not re.match(r"[A-Za-z0-9.:_-]+\Z", text):
             raise ValueError(f"{text!r} is not a host name or address")
         return text
+    if kind == "url":
+        match = _BASE_URL.match(text)
+        if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
+            raise ValueError("not of the form https://host[:port][/path], such as https://api.groq.com/openai/v1")
+        return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
     if kind == "names":
@@ -995,6 +1032,8 @@ def _secret_problem(key: str, value: str) -> str:
     advice = "credentials come from the environment, never from this file"
     if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
         return f"{key} would hold a secret: {advice}"
+    if key == "api_key_env" and value and not _VARIABLE.match(value):
+        return "api_key_env names the environment variable that holds the key, such as GROQ_API_KEY; the key itself stays there"
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
@@ -1055,13 +1094,32 @@ class _Reader:
         return values
 
 
+def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
+    """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
+    url, variable = values.get("base_url", ""), values.get("api_key_env", "")
+    if backend == "openai" and not reader.line_of(name, "base_url"):
+        reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
+    if backend == "litellm" and url:
+        reader.wrong(reader.line_of(name, "base_url"), "base_url is for backend = openai; LiteLLM's is api_base in"
+                     " litellm_config.yaml")
+    for key in ("base_url", "api_key_env"):
+        if backend == "gguf" and values.get(key):
+            reader.wrong(reader.line_of(name, key), f"{key} is for hosted tiers, and [{name}] runs a GGUF here")
+    if variable == "LLMSTACK_API_KEY":
+        reader.wrong(reader.line_of(name, "api_key_env"), "LLMSTACK_API_KEY is the router's own key and goes to no host")
+    elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
+        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'base_url')}: the key in {variable} travels unencrypted;"
+                               " https would protect it")
+
+
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
-    backend = values.get("backend") or ("litellm" if values.get("model") else "gguf")
-    if backend == "litellm" and not values.get("model"):
-        reader.wrong(line, f"[{name}] has backend = litellm but no model")
+    backend = values.get("backend") or ("gguf" if not values.get("model") else "openai" if own.get("base_url") else "litellm")
+    _check_host(reader, name, backend, values)
+    if backend != "gguf" and not values.get("model"):
+        reader.wrong(line, f"[{name}] has backend = {backend} but no model")
     elif backend == "gguf" and not values.get("path") and not (own.get("hf_repo") and own.get("hf_file")):
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
@@ -1373,6 +1431,68 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def hosted_model(tier: Tier, use_next: bool) -> str:
+    """The provider's id of a hosted tier's model on a channel."""
+    return tier.model_next if use_next and tier.model_next else tier.model
+
+
+def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str]:
+    """Hosted tiers whose api_key_env is not set in `env` -> what to say of it."""
+    found = {}
+    for tier in config.tiers:
+        key = env.get(tier.api_key_env, "").strip() if tier.api_key_env else "none needed"
+        if not (key and key.isascii() and key.isprintable()):
+            found[tier.name] = f"{tier.api_key_env} " + ("holds more than printable ASCII" if key else "is not set")
+    return found
+
+
+def check_queued(config: Config) -> None:
+    """The next channel needs an upgrade to run. Errors: UserError."""
+    if not any(t.has_next for t in config.tiers):
+        raise UserError("no tier has a queued upgrade, so there is no next channel to run",
+                        "add hf_file_next or model_next to a tier of models.ini, or say --current (and unset"
+                        " LLMSTACK_USE_NEXT)", 2)
+
+
+class Remote(NamedTuple):
+    """What the router does to a request for a hosted tier."""
+
+    tier: Tier
+    model: str                                  # what its body asks for, as JSON spells it
+    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...]      # keys of which the caller gave none -> the member to add
+    refused: Tuple[int, str, str] = (0, "", "")             # the error it gets instead: status, message, kind
+    host: Any = None                            # the Host it goes to, None for the engine's LiteLLM proxy
+    headers: Tuple[Any, ...] = ()               # what is added for the host: its key
+    bare: bool = False                          # the host's paths begin with a version of their own instead of /v1
+
+
+# models.ini's key -> the body's, and other spellings by which a caller may have set it.
+_SAMPLER_MEMBERS = {"temp": ("temperature",), "top_p": ("top_p",), "top_k": ("top_k",), "min_p": ("min_p",),
+                    "rep_pen": ("repetition_penalty", "repeat_penalty")}
+SAMPLED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+
+
+def plan_remote(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Remote:
+    """A hosted tier's Remote, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
+    entry = tier.name + ("_next" if use_next and tier.model_next else "")
+    model = entry if tier.backend == "litellm" else json.dumps(hosted_model(tier, use_next))[1:-1]
+    sampler = tuple((_SAMPLER_MEMBERS[key], b'"%b":%b' % (_SAMPLER_MEMBERS[key][0].encode(), _number(value).encode()))
+                    for key, value in tier.sampler)
+    refused = (0, "", "")
+    if config.local_only and tier.remote:
+        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
+    elif tier.name in missing:
+        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it, then `llmstack restart`",
+                   "authentication_error")
+    return Remote(tier, model, sampler, refused)
+
+
+def remote_body(body: bytes, asked: Mapping[str, Any], remote: Remote, path: str) -> List[bytes]:
+    """A request's body as a hosted tier gets it: its model's id, and of its sampler what the caller has not set."""
+    more = [member for keys, member in remote.sampler if not any(key in asked for key in keys)] if path in SAMPLED_PATHS else []
+    return with_model(body, "model" in asked, remote.model, more)
+
+
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
     contexts = [t.ctx_size for t in config.ladder]
@@ -1385,13 +1505,14 @@ def auto_entry(config: Config) -> Dict[str, Any]:
 def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
     weights = weights_for(tier, use_next)
+    channel = "next" if use_next and tier.has_next else "current"
     meta: Dict[str, Any] = {"tier": tier.tier or tier.role, "role": tier.role, "ctx_size": tier.ctx_size,
-                            "channel": weights.channel, "backend": tier.backend}
+                            "channel": channel, "backend": tier.backend}
     if tier.backend == "gguf":
         meta.update(size_gb=weights.size_gb, quant=weights.quant)
     else:
-        meta.update(model=tier.model)
-    return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack",
+        meta.update(model=hosted_model(tier, use_next))
+    return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack", "channel": channel,
             "description": tier.description, "aliases": list(tier.aliases), "meta": {"llmstack": meta}}
 
 
@@ -3139,6 +3260,8 @@ class Client:
 class Upstream:
     """A host we ask, and its idle keep-alive connections, the last used first."""
 
+    timeout_s: float = CONNECT_TIMEOUT_S
+
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
         self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
         self._idle: Any = collections.deque()
@@ -3151,9 +3274,9 @@ class Upstream:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
         self._context = context
 
-    def connect(self) -> socket.socket:
-        """A new connection. Errors: OSError."""
-        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT_S)
+    def connect(self, client: Optional[Client] = None) -> socket.socket:
+        """A new connection, for `client` where one waits for it. Errors: OSError."""
+        sock = socket.create_connection((self.host, self.port), self.timeout_s)
         try:
             if self._tls:
                 import ssl
@@ -3167,7 +3290,7 @@ class Upstream:
             raise
         return sock
 
-    def checkout(self) -> Tuple[socket.socket, bool]:
+    def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
         """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
         while self._idle:
             try:
@@ -3178,7 +3301,7 @@ class Upstream:
             if time.monotonic() - since < IDLE_UPSTREAM_S and not _readable(sock):
                 return sock, True
             sock.close()
-        return self.connect(), False
+        return self.connect(client), False
 
     def checkin(self, sock: socket.socket) -> None:
         if len(self._idle) < MAX_CONNECTIONS:
@@ -3305,7 +3428,12 @@ def _why_unreachable(exc: Exception) -> str:
         return "closed the connection without an answer"
     if not isinstance(exc, OSError):
         return str(exc)
-    return "no answer to the connection" if isinstance(exc, socket.timeout) else str(exc.strerror or exc)
+    if isinstance(exc, socket.timeout):
+        return "no answer to the connection"
+    verify, reason = getattr(exc, "verify_message", ""), getattr(exc, "reason", "")     # of ssl.SSLError
+    if verify:
+        return f"its certificate does not verify: {verify.rstrip('.')}; SSL_CERT_FILE names other authorities to trust"
+    return f"TLS failed: {reason.lower().replace('_', ' ')}" if reason else str(exc.strerror or exc)
 
 
 def _receive(sock: socket.socket, client: Client) -> bytes:
@@ -3506,14 +3634,14 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     sock: Optional[socket.socket] = None
     try:
         try:
-            sock, reused = upstream.checkout()
+            sock, reused = upstream.checkout(client)
             try:
                 response, data, whole = _exchange(sock, client, request.method, pieces)
             except _NoAnswer:
                 if not reused:
                     raise
                 sock.close()                    # a kept connection that died before a byte came: once more
-                sock = upstream.connect()
+                sock = upstream.connect(client)
                 response, data, whole = _exchange(sock, client, request.method, pieces)
             if response.status == 101 and not request.upgrade:
                 raise UpstreamBroken("it switched protocols unasked")
@@ -3698,9 +3826,18 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._down: Dict[str, Tuple[float, str]] = {}
+        self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
 
-    def trip(self, tier: str, reason: str, seconds: float = 0.0) -> None:
-        self._down[tier] = (self._clock() + min(seconds or BREAKER_S, MAX_BREAKER_S), reason)
+    def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
+        """Leave a tier alone; with `growing`, twice as long with each failure that follows upon the last."""
+        now = self._clock()
+        if growing and self._down.get(tier, (0.0, ""))[0] <= now:
+            self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
+        seconds = seconds or BREAKER_S * 2 ** max(self._strikes.get(tier, 0) - 1, 0)
+        self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
+
+    def answered(self, tier: str) -> None:
+        self._strikes.pop(tier, None)
 
     def down(self) -> Dict[str, str]:
         """Tier -> reason, those still left alone."""
@@ -3715,9 +3852,124 @@ class Breaker:
 def falls_through(status: int, hosted: bool) -> bool:
     """True for an upstream's status that another tier may do better on; a 400 is the request's own fault.
 
-    404 counts for a hosted tier: its provider has retired the model.
+    For a hosted tier also 402 (its credit is used up) and 404 (its provider has retired the model).
     """
-    return status in (401, 403, 429) or status >= 500 or (hosted and status == 404)
+    return status in (401, 403, 429) or status >= 500 or (hosted and status in (402, 404))
+
+
+class Host(Upstream):
+    """A host of hosted tiers that the router asks itself, and whether it can be reached."""
+
+    timeout_s = 2.0                             # an address that is silent so long gives way to the name's next
+
+    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log, clock: Callable[[], float]) -> None:
+        super().__init__(host, port, prefix, tls)
+        if tls:
+            import ssl  # noqa: F401  # now: the .pyz may be replaced under a running daemon
+        self.offline = ""                       # why no connection comes about, "" while one does
+        self.since = 0.0
+        self._log, self._clock = log, clock
+        self._lock = threading.Lock()
+        self._probe_at = self._wait_s = 0.0
+        self._probing = False
+
+    def connect(self, client: Optional[Client] = None) -> socket.socket:
+        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included, and when the client goes.
+
+        Errors: OSError; ClientGone.
+        """
+        got: List[Union[socket.socket, OSError]] = []
+        done, left = threading.Event(), threading.Event()
+
+        def dial() -> None:
+            result = self._dial()
+            got.append(result)
+            done.set()
+            if left.is_set() and isinstance(result, socket.socket):
+                result.close()
+        threading.Thread(target=dial, name="dial", daemon=True).start()
+        end = time.monotonic() + HOST_CONNECT_S
+        gone = False
+        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
+            gone = client is not None and client.gone()
+        left.set()                              # from here on, whoever sees both closes what came
+        result = got[0] if done.is_set() else socket.timeout()
+        if gone:
+            if isinstance(result, socket.socket):
+                result.close()
+            raise ClientGone
+        if isinstance(result, OSError):
+            self._lost(_why_unreachable(result))
+            raise result
+        if self.offline:
+            self._found()
+        return result
+
+    def _dial(self) -> Union[socket.socket, OSError]:
+        try:
+            sock = super().connect()
+            _end_when_silent(sock)
+            return sock
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a label of the name is too long
+            return exc if isinstance(exc, OSError) else OSError(str(exc))
+
+    def _lost(self, why: str, again: bool = False) -> None:
+        with self._lock:
+            first = not self.offline
+            if first or again:
+                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
+                self._probe_at = self._clock() + self._wait_s
+            self.since = self._clock() if first else self.since
+            self.offline = why
+        if first:
+            self.forget()
+            self._log.warning(f"offline: no connection to {self.url} ({why}); auto runs locally meanwhile")
+
+    def _found(self) -> None:
+        with self._lock:
+            was, self.offline = self.offline, ""
+        if was:
+            self._log.info(f"back: {self.url} can be reached again, after {self._clock() - self.since:,.0f} s")
+
+    def look_again(self) -> None:
+        """While unreachable, try the connection alone, without a request or the key, on a thread of its own."""
+        with self._lock:
+            due = self.offline and not self._probing and self._clock() >= self._probe_at
+            self._probing = self._probing or bool(due)
+        if due:
+            threading.Thread(target=self._probe, name="probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        result = self._dial()
+        if isinstance(result, OSError):
+            self._lost(_why_unreachable(result), True)
+        else:
+            result.close()
+            self._found()
+        self._probing = False
+
+
+def _end_when_silent(sock: socket.socket) -> None:
+    """A network that goes away says nothing: notice within half a minute instead of in a quarter of an hour."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+                        ("TCP_USER_TIMEOUT", 10_000)):
+        if hasattr(socket, name):               # TCP_KEEPALIVE is KEEPIDLE on a Mac, USER_TIMEOUT is Linux's, in ms
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+_OF_THE_CLIENT = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
+                            b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+
+
+def host_request(request: Request, remote: Remote, target: str) -> Tuple[Request, str]:
+    """A client's request and its target as a host gets them: no credentials or cookies but the host's own.
+
+    Nothing compressed is asked for: the relay reads the end of a stream.
+    """
+    drop = _OF_THE_CLIENT | _connection_words(request.headers)
+    headers = (*(h for h in request.headers if h[0] not in drop), *remote.headers)
+    return request._replace(headers=headers), target[3:] if remote.bare and target.startswith("/v1/") else target
 
 
 class RouterApp(App):
@@ -3727,14 +3979,17 @@ class RouterApp(App):
                  models_ini: str = "", bundled: bytes = b"", reload: Optional[Callable[[], Config]] = None,
                  use_next: bool = False, unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
                  foreign_logs: Sequence[str] = (),
-                 remedy: str = "run `llmstack start`") -> None:
-        self.config, self.upstream, self.log = config, upstream, log
+                 remedy: str = "run `llmstack start`", env: Optional[Mapping[str, str]] = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.upstream, self.log = upstream, log
         self._loopback, self._key, self._models_ini, self._reload = loopback, key, models_ini, reload
         self._use_next, self._foreign_logs = use_next, foreign_logs
         self._unserved = unserved or (lambda config: {})
-        self._unserved_now = dict(self._unserved(config))
         self._remedy, self._bundled = remedy, bundled
-        self._breaker = Breaker()
+        self._env, self._clock = env or {}, clock
+        self._breaker = Breaker(clock)
+        self._hosts: Dict[str, Host] = {}
+        self._adopt(config)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
@@ -3747,17 +4002,39 @@ class RouterApp(App):
         if self._reload is None:
             return
         try:
-            config = self._reload()
-            self._unserved_now = dict(self._unserved(config))
-            self.config = config
+            self._adopt(self._reload())
             self.log.info("models.ini read again: " + ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers))
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
+
+    def _adopt(self, config: Config) -> None:
+        """Work out what a configuration means for hosted tiers, once: a request only looks it up."""
+        missing = missing_credentials(config, self._env)
+        hosts: Dict[str, Host] = {}
+        remotes: Dict[str, Remote] = {}         # by name and alias
+        for tier in config.tiers:
+            if tier.backend == "gguf":
+                continue
+            remote = plan_remote(tier, config, self._use_next, missing)
+            if tier.backend == "openai":
+                url = tier.base_url
+                hosts[url] = host = hosts.get(url) or self._hosts.get(url) or self._new_host(url)
+                remote = remote._replace(host=host, headers=_host_headers(self._env.get(tier.api_key_env, "").strip()),
+                                         bare=bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix)))
+            remotes.update(dict.fromkeys((tier.name, *tier.aliases), remote))
+        self._hosts, self._remotes, self._barred = hosts, remotes, {**self._unserved(config), **missing}
+        self.config = config
+
+    def _new_host(self, url: str) -> Host:
+        plain = parse_upstream(url)
+        return Host(plain.host, plain.port, plain.prefix, url.startswith("https:"), self.log, self._clock)
 
     def every_second(self) -> None:
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
+        for host in self._hosts.values():
+            host.look_again()
         self.log.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
@@ -3775,8 +4052,12 @@ class RouterApp(App):
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
             self._models(client, request, drop)
+        elif path == "/llmstack/state" and request.method == "GET":
+            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
         else:
             body = client.read_body(request)
+            if self._remotes and self._names_hosted(client, request, path, body, drop):
+                return
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
 
@@ -3838,8 +4119,40 @@ class RouterApp(App):
                 raise ValueError(response.status)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             listing, entries = {"object": "list"}, [tier_entry(t, self._use_next) for t in self.config.tiers]
-        listing["data"] = [auto_entry(self.config), *(e for e in entries if e.get("id") != "auto")]
+        listing["data"] = [auto_entry(self.config), *self._described(entries)]
         client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+
+    def _described(self, entries: List[Dict[str, Any]]) -> Iterable[Dict[str, Any]]:
+        """The engine's entries and those of the hosts, each tier's with its channel; none that local_only forbids."""
+        ours = {name: (t, tier_entry(t, self._use_next)) for t in self.config.tiers for name in (t.name, *t.aliases)}
+        listed = [e.get("id") for e in entries]
+        entries += [{**e, "id": name} for name, (t, e) in ours.items() if t.backend == "openai" and name not in listed]
+        for entry in entries:
+            tier, own = ours.get(str(entry.get("id")), (None, {}))
+            if tier is not None:
+                meta = entry.get("meta")
+                entry = {**entry, "channel": own["channel"], "meta": {**(meta if isinstance(meta, dict) else {}), **own["meta"]}}
+            if entry.get("id") != "auto" and not (tier is not None and self.config.local_only and tier.remote):
+                yield entry
+
+    def state(self) -> Dict[str, Any]:
+        """What `status` asks: what is known against tiers now, and of every hosted one; no secrets."""
+        failing, rows = self._breaker.down(), {}
+        for tier in self.config.tiers:
+            remote = self._remotes.get(tier.name)
+            host = remote.host if remote else None
+            reason = failing.get(tier.name, "")
+            row: Dict[str, Any] = {"state": "failing" if reason else "available" if remote else "", "reason": reason}
+            if remote and remote.refused[0]:
+                row = {"state": "local_only" if remote.refused[0] == 403 else "no credential",
+                       "reason": self._barred.get(tier.name, "") if remote.refused[0] == 401 else LOCAL_ONLY}
+            elif tier.name in self._barred:
+                row = {"state": "not served", "reason": self._barred[tier.name]}
+            elif host is not None and host.offline:
+                row = {"state": "offline", "reason": host.offline, "since_s": round(self._clock() - host.since)}
+            if row["state"]:
+                rows[tier.name] = row
+        return {"local_only": self.config.local_only, "channel": "next" if self._use_next else "current", "tiers": rows}
 
     # ---- inference
 
@@ -3858,6 +4171,11 @@ class RouterApp(App):
             request = request._replace(headers=(*others, ours))
         config = self.config
         if not is_auto(asked.get("model")):
+            remote = self._remotes.get(str(asked["model"])) if self._remotes else None
+            if remote is not None:
+                query = request.target.partition("?")[2]
+                self._ask_hosted(client, request, path, f"{path}?{query}" if query else path, body, asked, remote, drop)
+                return
             outcome = relay(client, request, self.upstream, request.target, [body], drop=drop, ends=STREAM_ENDS.get(path, ()))
             self._finish(client, outcome, path)
             return
@@ -3866,47 +4184,102 @@ class RouterApp(App):
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
         down = self._breaker.down()
-        decision = decide(facts, config, {**down, **self._unserved_now} if self._unserved_now else down)
+        if self._hosts:
+            down.update((r.tier.name, f"no connection to {r.host.url} ({r.host.offline})") for r in self._remotes.values()
+                        if r.host is not None and r.host.offline)
+        decision = decide(facts, config, down, self._barred)
         query = request.target.partition("?")[2]
         target = f"{path}?{query}" if query else path
-        self._try_tiers(client, request, target, body, "model" in asked, decision, drop, began)
+        self._try_tiers(client, request, target, body, asked, decision, drop, began)
 
-    def _try_tiers(self, client: Client, request: Request, target: str, body: bytes, present: bool, decision: Decision,
-                   drop: FrozenSet[bytes], began: float) -> None:
+    def _names_hosted(self, client: Client, request: Request, path: str, body: bytes, drop: FrozenSet[bytes]) -> bool:
+        """Answer a request on no path of `auto` (embeddings, say) whose model is a hosted tier; False for any other."""
+        try:
+            asked = json.loads(str(body, "utf-8")) if b"json" in request.fields.get(b"content-type", b"").lower() else None
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(asked, dict):
+            return False
+        remote = self._remotes.get(str(asked.get("model")))
+        if remote is None:
+            return False
+        self._ask_hosted(client, request, path, request.target, body, asked, remote, drop)
+        return True
+
+    def _ask_hosted(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
+                    remote: Remote, drop: FrozenSet[bytes]) -> None:
+        """A request that names a hosted tier: it goes there or fails. Errors: HttpError 401, 403."""
+        if remote.refused[0]:
+            raise HttpError(*remote.refused)
+        outcome = self._relay_hosted(client, request, path, target, body, asked, remote, drop)
+        self._finish(client, outcome, f"{path} {remote.tier.name}", b"", remote.host)
+
+    def _relay_hosted(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
+                      remote: Remote, drop: FrozenSet[bytes], extra: bytes = b"",
+                      reject: Optional[Callable[[int], bool]] = None) -> Outcome:
+        pieces, upstream = remote_body(body, asked, remote, path), self.upstream
+        if remote.host is not None:
+            request, target = host_request(request, remote, target)
+            upstream, drop = remote.host, _NO_WORDS
+        return relay(client, request, upstream, target, pieces, extra=extra, drop=drop, reject=reject,
+                     ends=STREAM_ENDS.get(path, ()))
+
+    def _try_tiers(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any],
+                   decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
         """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
         fallbacks: List[str] = []
         for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
-            name, hosted = tier.name, tier.backend == "litellm"
+            name, hosted = tier.name, tier.backend != "gguf"
+            remote = self._remotes.get(name)
             extra = decision_headers(decision, name, fallbacks)
             reject = functools.partial(falls_through, hosted=hosted) if following else None
+            path = target.partition("?")[0]
             try:
-                outcome = relay(client, request, self.upstream, target, with_model(body, present, name), extra=extra,
-                                drop=drop, reject=reject, ends=STREAM_ENDS.get(target.partition("?")[0], ()))
+                if remote is None:
+                    outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
+                                    extra=extra, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
+                elif remote.refused[0]:         # no other tier holds it
+                    outcome = Outcome("refused", remote.refused[0])
+                    client.reply_error(*remote.refused, extra)
+                else:
+                    outcome = self._relay_hosted(client, request, path, target, body, asked, remote, drop, extra, reject)
             except ClientGone:
                 self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; the client left after"
                               f" {(time.monotonic() - began) * 1000:,.0f} ms")
                 raise
-            failed = outcome.state == "rejected" or falls_through(outcome.status, hosted)
-            if failed:
-                self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s)
+            host = remote.host if remote else None
+            if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
+                self._breaker.trip(name, outcome.detail, growing=True)
+            elif outcome.state != "refused" and (outcome.state == "rejected" or falls_through(outcome.status, hosted)):
+                self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s, hosted)
+            elif hosted and outcome.state == "done":
+                self._breaker.answered(name)
             if outcome.state not in ("rejected", "unreachable") or following is None:
                 break
             fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
         ms = (time.monotonic() - began) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; {outcome.status or outcome.state} in {ms:,.0f} ms"
                       + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", extra)
+        self._finish(client, outcome, f"auto -> {name}", extra, host)
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"") -> None:
+    def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"", host: Optional[Host] = None) -> None:
         """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
         elif outcome.state == "unreachable":
-            message = f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
+            message = (f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
+                       if host is None else f"no answer from {host.url} ({outcome.detail})")
             self.log.warning(f"{what}: {message}")
             client.reply_error(502, message, "upstream_error", extra)
+
+
+def _host_headers(key: str) -> Tuple[Header, ...]:
+    """What is added to a host's requests."""
+    headers: Tuple[Header, ...] = ((b"accept-encoding", b"identity", b"Accept-Encoding: identity"),)
+    bearer = b"Bearer " + key.encode("ascii", "ignore")         # one that is not ASCII is refused before it is used
+    return (*headers, (b"authorization", bearer, b"Authorization: " + bearer)) if key else headers
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str]) -> bytes:
@@ -4901,26 +5274,51 @@ def stop_stack(places: Places, say: Say) -> bool:
         return stopped
 
 
+def _router_states(record: Optional[Record], headers: bytes) -> Dict[str, Dict[str, Any]]:
+    """What the router says of its tiers: tier -> state, reason, since_s."""
+    assert record is not None
+    try:
+        _, body = Upstream(connectable(record.host), record.port).get("/llmstack/state", 2.0, headers=headers)
+        return dict(json.loads(body)["tiers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _tier_row(tier: Tier, use_next: bool, told: Mapping[str, Any], state: str, missing: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's row of `status`: the engine knows a local one, the router a hosted one."""
+    weights = weights_for(tier, use_next)
+    row = {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size, "state": state,
+           "channel": "next" if use_next and tier.has_next else "current", "reason": "",
+           "model": weights.path or weights.file if tier.backend == "gguf" else hosted_model(tier, use_next)}
+    if tier.backend != "gguf":
+        row["state"] = "no credential" if tier.name in missing else "unknown"
+        row["reason"] = missing.get(tier.name, "")
+    if told.get("state") == "failing" and tier.backend == "gguf":
+        row["reason"] = told["reason"]
+    elif told:
+        row.update(told)
+    return row
+
+
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
     daemons = read_daemons(places)
     engine_up = answers(daemons.engine)
     router_up = answers(daemons.router, key_header(env))
-    states = _engine_states(Upstream("127.0.0.1", daemons.engine.port)) if engine_up and daemons.engine else None
+    states = (_engine_states(Upstream("127.0.0.1", daemons.engine.port)) if engine_up and daemons.engine else None) or {}
     rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
     for name, record, up in (("router", daemons.router, router_up), ("engine", daemons.engine, engine_up)):
         rows[name] = None if record is None else {
             "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
             "answers": up}
     rows["channel"] = daemons.engine.channel if daemons.engine else None
-    rows["tiers"] = tier_rows(config, states, "stopped" if engine_up else "unknown")
+    told = _router_states(daemons.router, key_header(env)) if router_up else {}
+    missing = missing_credentials(config, env)
+    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", told.get(t.name, {}),
+                               states.get(t.name, "stopped" if engine_up else "unknown"), missing) for t in config.tiers]
+    rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
-
-
-def tier_rows(config: Config, states: Optional[Mapping[str, str]], otherwise: str) -> List[Dict[str, Any]]:
-    return [{"name": t.name, "role": t.role, "backend": t.backend, "ctx_size": t.ctx_size,
-             "state": (states or {}).get(t.name, otherwise)} for t in config.tiers]
 
 
 def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -5032,7 +5430,7 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
 
 
-class Remote(NamedTuple):
+class RemoteRouter(NamedTuple):
     """A router that answers, as its /models.ini describes it."""
 
     url: str                                    # without /v1 or a trailing slash
@@ -5126,7 +5524,7 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     return f"answers {response.status}{_said(body)}", hint if response.status == 404 else "look at that machine's router.log"
 
 
-def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Remote:
+def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
     """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up. Errors: UserError."""
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
@@ -5144,7 +5542,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         try:
             config = parse_models_ini(decode_models_ini(body, where), where)[0]
             if config.tiers:
-                return Remote(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+                return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
             problem = ", it names no tier"
         except ConfigError as exc:
             problem = ", " + exc.problems[0].replace(where + ":", "line ")
@@ -5152,7 +5550,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
 
 
-def leave_daemons(places: Places, remote: Remote, say: Say) -> None:
+def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
     """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
     daemons = read_daemons(places)
     if not daemons.any_alive:
@@ -5174,7 +5572,7 @@ def connect_external(places: Places, insecure: bool, say: Say) -> None:
         say("Its tiers are not those of opencode.json any more; `llmstack install` writes it anew")
 
 
-def external_opencode_json(places: Places, remote: Remote, env: Mapping[str, str]) -> str:
+def external_opencode_json(places: Places, remote: RemoteRouter, env: Mapping[str, str]) -> str:
     return render_opencode_json(remote.config, remote.url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)))
 
 
@@ -5191,7 +5589,8 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         return rows
     states = _engine_states(remote.upstream, key_header(env))
     rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
-    rows["tiers"] = tier_rows(remote.config, states, "stopped" if states is not None else "unknown")
+    otherwise = "unknown" if states is None else "stopped"
+    rows["tiers"] = [_tier_row(t, False, {}, (states or {}).get(t.name, otherwise), {}) for t in remote.config.tiers]
     return rows
 
 
@@ -5232,12 +5631,18 @@ def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
 
 
-def _wants_next(args: Any, places: Places) -> bool:
-    """By option, else by LLMSTACK_USE_NEXT, else by the project's pin."""
+def _wants_next(args: Any, places: Places, config: Config) -> bool:
+    """The channel to run: as asked, else as pinned in default-channel. Errors: UserError where nothing is queued."""
     if getattr(args, "current", False):
         return False
-    return bool(args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
-                or read_marker(places) == Marker("next"))
+    if args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE:
+        check_queued(config)
+        return True
+    pinned = args.pinned if hasattr(args, "pinned") else getattr(read_marker(places), "channel", "")
+    if pinned == "next" and not any(t.has_next for t in config.tiers):
+        warn("no tier has a queued upgrade any more; running the current channel")
+        return False
+    return bool(pinned == "next")
 
 
 def _warn_of_missing(config: Config) -> None:
@@ -5252,7 +5657,7 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
     port = args.port or config.router_port
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
-    return Plan(places, config, host, port, _wants_next(args, places), dict(os.environ))
+    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ))
 
 
 def _add_start(commands: Any) -> None:
@@ -5266,7 +5671,7 @@ def _add_start(commands: Any) -> None:
 
 def _add_stack_options(parser: Any) -> None:
     parser.add_argument("--demo", action="store_true", help="a small model of its own, for a first look on any machine")
-    parser.add_argument("--next", action="store_true", help="run the queued upgrades (hf_file_next)")
+    parser.add_argument("--next", action="store_true", help="run the queued upgrades (hf_file_next, model_next)")
     parser.add_argument("--current", action="store_true", help="run the current models, whatever LLMSTACK_USE_NEXT says")
     parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
     parser.add_argument("--port", metavar="P", type=_port, help="port to listen on (models.ini: router_port)")
@@ -5441,8 +5846,8 @@ def _cmd_restart(args: Any) -> int:
     router, engine = read_daemons(places)
     if router is not None and router.alive:
         args.host, args.port = args.host or router.host, args.port or router.port
-    if engine is not None and engine.alive and not args.current:
-        args.next = args.next or engine.channel == "next"
+    if engine is not None and engine.alive:
+        args.pinned = engine.channel
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
@@ -5489,7 +5894,13 @@ def _cmd_status(args: Any) -> int:
     width = max([len(t["name"]) for t in rows["tiers"]] + [4])
     for tier in rows["tiers"]:
         state = paint(tier["state"], "32" if tier["state"] == "ready" else "2")
+        since = f" for {tier['since_s']:,} s" if "since_s" in tier else ""
+        state += since + (f" ({tier['reason']})" if tier["reason"] else "")
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
+        if tier["backend"] != "gguf":
+            say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
+    if rows["local_only"]:
+        say("local_only: no request leaves this machine")
     if not rows["running"]:
         say("")
         owner = rows["other_owner"]
@@ -5559,7 +5970,7 @@ def _cmd_install(args: Any) -> int:
     queued = any(t.has_next for t in config.tiers)
     if args.next and not queued:
         raise UserError("no tier has a queued upgrade", f"give one hf_file_next or model_next in {places.models_ini}", 2)
-    marker = Marker("next" if queued and _wants_next(args, places) else "current")
+    marker = Marker("next" if queued and _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = local_opencode_json(places, config, host, port, os.environ)
     if args.print:
@@ -5622,11 +6033,16 @@ def _cmd_why(args: Any) -> int:
     if not isinstance(body, dict):
         raise UserError(f"{args.file} is not a JSON object", "give it the body of a request", 2)
     try:
-        decision = decide(read_facts(path, body, config.routing.ultra_triggers), config)
+        decision = decide(read_facts(path, body, config.routing.ultra_triggers), config,
+                          barred=missing_credentials(config, os.environ))
     except HttpError as exc:
         raise UserError(str(exc), f"give a tier one of these roles in {places.models_ini}", 1) from None
     except RecursionError:
         raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
+    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
+    if tier is not None and tier.backend != "gguf":
+        _, wrong, _ = plan_remote(tier, config, False, decision.down).refused
+        decision = decision._replace(reason=f"{decision.reason}; {wrong}" if wrong else decision.reason)
     refused = decision.refused
     if args.json:
         say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": decision.reason,
@@ -5659,24 +6075,25 @@ def _cmd_serve(args: Any) -> int:
     upstream = parse_upstream(args.upstream) if args.upstream else Upstream("127.0.0.1", config.engine_port)
     level = os.environ.get("LOG_LEVEL", "info")
     remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
-    app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places), not args.upstream, remedy)
+    app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places, config),
+                      not args.upstream, remedy)
     return _run_router(app, host, port, lambda h, p: say(f"{base_url(h, p)} is the router, upstream {upstream.url}"))
 
 
 def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, host: str, use_next: bool, local: bool,
                 remedy: str = "run `llmstack start`") -> RouterApp:
     bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
-    known = {t.name for t in config.tiers}
+    known = {t.name for t in config.tiers if t.backend != "openai"}
 
     def unserved(config: Config) -> Dict[str, str]:
         """Tiers that the engine beside this router does not serve, with the reason."""
         return {t.name: "no LiteLLM proxy runs behind this router" if t.backend == "litellm" else
                 "the engine does not know it before `llmstack restart`"
-                for t in config.tiers if t.backend == "litellm" or t.name not in known}
+                for t in config.tiers if t.backend == "litellm" or (t.backend == "gguf" and t.name not in known)}
 
     return RouterApp(config, upstream, log, loopback=is_loopback(host), key=api_key(os.environ),
                      models_ini=places.models_ini, bundled=bundled, reload=lambda: load_config(places, log.warning),
-                     use_next=use_next, unserved=unserved if local else None, remedy=remedy,
+                     use_next=use_next, unserved=unserved if local else None, remedy=remedy, env=os.environ,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
 
 

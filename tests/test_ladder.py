@@ -503,7 +503,7 @@ def test_the_largest_context_serves_where_none_holds() -> None:
     (["code-ultra"], "code-smart", "code-smart code-fast"),
     (["code-smart"], "code-ultra", "code-ultra code-fast"),
     (["code-ultra", "code-smart"], "code-fast", "code-fast"),
-    (["code-ultra", "code-smart", "code-fast"], "code-ultra", "code-ultra"),
+    (["code-ultra", "code-smart", "code-fast"], "code-ultra", "code-ultra code-smart code-fast"),
 ])
 def test_a_tier_that_is_down_is_passed_over_while_another_holds(down: list[str], tier: str, chain: str) -> None:
     decision = decide(facts(100), WITH_ULTRA, dict.fromkeys(down, "answered 401"))
@@ -560,17 +560,20 @@ def test_auto_never_picks_a_tier_that_cannot_hold_the_request_while_another_can(
     for case in range(3_000):
         config, asked = any_config(rng), any_facts(rng)
         down = {t.name: "down" for t in config.tiers if rng.random() < 0.2}
+        barred = {t.name: "barred" for t in config.tiers if rng.random() < 0.1}
         by_role = {t.role: t for t in config.tiers}
         order = [by_role[role] for role in SEARCHED[role_wanted(asked, config)].split() if role in by_role]
         holding = [t for t in order if needs(asked, t) <= t.ctx_size]
-        healthy = [t for t in holding if t.name not in down]
-        decision = decide(asked, config, down)
-        if healthy:
-            expected = healthy
+        able = [t for t in holding if t.name not in barred]
+        healthy = [t for t in able if t.name not in down]
+        decision = decide(asked, config, down, barred)
+        if able:
+            expected = healthy or able
         elif holding:
             expected = holding[:1]
         else:
-            expected = [t for t in order if t.ctx_size == max(t.ctx_size for t in order)][:1]
+            left = [t for t in order if t.name not in barred] or order
+            expected = [t for t in left if t.ctx_size == max(t.ctx_size for t in left)][:1]
         assert list(decision.chain) == expected, (case, asked, config, down)
         assert decision.tier == expected[0].name
 
