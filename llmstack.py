@@ -1097,19 +1097,18 @@ class _Reader:
 def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
     """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
     url, variable = values.get("base_url", ""), values.get("api_key_env", "")
-    if backend == "openai" and not reader.line_of(name, "base_url"):
+    at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
+    if backend == "openai" and not at:
         reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if backend == "litellm" and url:
-        reader.wrong(reader.line_of(name, "base_url"), "base_url is for backend = openai; LiteLLM's is api_base in"
-                     " litellm_config.yaml")
-    for key in ("base_url", "api_key_env"):
-        if backend == "gguf" and values.get(key):
-            reader.wrong(reader.line_of(name, key), f"{key} is for hosted tiers, and [{name}] runs a GGUF here")
+    if url and backend != "openai":
+        reader.wrong(at, "base_url is for backend = openai" + ("; LiteLLM's is api_base in litellm_config.yaml"
+                                                               if backend == "litellm" else " and needs a model"))
+    if variable and backend == "gguf":
+        reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
-        reader.wrong(reader.line_of(name, "api_key_env"), "LLMSTACK_API_KEY is the router's own key and goes to no host")
+        reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
-        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'base_url')}: the key in {variable} travels unencrypted;"
-                               " https would protect it")
+        reader.warnings.append(f"{reader.source}:{at}: the key in {variable} travels unencrypted; https would protect it")
 
 
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
@@ -3931,6 +3930,9 @@ class Host(Upstream):
         if was:
             self._log.info(f"back: {self.url} can be reached again, after {self._clock() - self.since:,.0f} s")
 
+    def why(self) -> str:
+        return f"no connection to {self.url} for {self._clock() - self.since:,.0f} s ({self.offline})"
+
     def look_again(self) -> None:
         """While unreachable, try the connection alone, without a request or the key, on a thread of its own."""
         with self._lock:
@@ -3968,7 +3970,8 @@ def host_request(request: Request, remote: Remote, target: str) -> Tuple[Request
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | _connection_words(request.headers)
-    headers = (*(h for h in request.headers if h[0] not in drop), *remote.headers)
+    headers = (*(h for h in request.headers if h[0] not in drop), *remote.headers,
+               (b"accept-encoding", b"identity", b"Accept-Encoding: identity"))
     return request._replace(headers=headers), target[3:] if remote.bare and target.startswith("/v1/") else target
 
 
@@ -4017,15 +4020,17 @@ class RouterApp(App):
                 continue
             remote = plan_remote(tier, config, self._use_next, missing)
             if tier.backend == "openai":
-                url = tier.base_url
-                hosts[url] = host = hosts.get(url) or self._hosts.get(url) or self._new_host(url)
-                remote = remote._replace(host=host, headers=_host_headers(self._env.get(tier.api_key_env, "").strip()),
-                                         bare=bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix)))
+                host = hosts.get(tier.base_url) or self._hosts.get(tier.base_url) or self._host(tier.base_url)
+                hosts[tier.base_url] = host
+                key = b"Bearer " + self._env.get(tier.api_key_env, "").strip().encode("ascii", "ignore")
+                remote = remote._replace(
+                    host=host, headers=((b"authorization", key, b"Authorization: " + key),) if tier.api_key_env else (),
+                    bare=bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix)))
             remotes.update(dict.fromkeys((tier.name, *tier.aliases), remote))
         self._hosts, self._remotes, self._barred = hosts, remotes, {**self._unserved(config), **missing}
         self.config = config
 
-    def _new_host(self, url: str) -> Host:
+    def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
         return Host(plain.host, plain.port, plain.prefix, url.startswith("https:"), self.log, self._clock)
 
@@ -4056,7 +4061,7 @@ class RouterApp(App):
             client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
         else:
             body = client.read_body(request)
-            if self._remotes and self._names_hosted(client, request, path, body, drop):
+            if self._remotes and self._ask_hosted(client, request, path, body, _json_of(request, body), drop):
                 return
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
@@ -4128,31 +4133,27 @@ class RouterApp(App):
         listed = [e.get("id") for e in entries]
         entries += [{**e, "id": name} for name, (t, e) in ours.items() if t.backend == "openai" and name not in listed]
         for entry in entries:
-            tier, own = ours.get(str(entry.get("id")), (None, {}))
-            if tier is not None:
-                meta = entry.get("meta")
-                entry = {**entry, "channel": own["channel"], "meta": {**(meta if isinstance(meta, dict) else {}), **own["meta"]}}
-            if entry.get("id") != "auto" and not (tier is not None and self.config.local_only and tier.remote):
+            tier, own = ours.get(str(entry.get("id")), (Tier(""), {}))
+            if own:
+                meta = entry["meta"] if isinstance(entry.get("meta"), dict) else {}
+                entry.update(channel=own["channel"], meta={**meta, **own["meta"]})
+            if entry.get("id") != "auto" and not (self.config.local_only and tier.remote):
                 yield entry
 
-    def state(self) -> Dict[str, Any]:
-        """What `status` asks: what is known against tiers now, and of every hosted one; no secrets."""
-        failing, rows = self._breaker.down(), {}
-        for tier in self.config.tiers:
-            remote = self._remotes.get(tier.name)
-            host = remote.host if remote else None
-            reason = failing.get(tier.name, "")
-            row: Dict[str, Any] = {"state": "failing" if reason else "available" if remote else "", "reason": reason}
-            if remote and remote.refused[0]:
-                row = {"state": "local_only" if remote.refused[0] == 403 else "no credential",
-                       "reason": self._barred.get(tier.name, "") if remote.refused[0] == 401 else LOCAL_ONLY}
-            elif tier.name in self._barred:
-                row = {"state": "not served", "reason": self._barred[tier.name]}
-            elif host is not None and host.offline:
-                row = {"state": "offline", "reason": host.offline, "since_s": round(self._clock() - host.since)}
-            if row["state"]:
-                rows[tier.name] = row
-        return {"local_only": self.config.local_only, "channel": "next" if self._use_next else "current", "tiers": rows}
+    def _offline(self) -> Dict[str, str]:
+        """Tiers whose host cannot be reached, with the reason."""
+        return {r.tier.name: r.host.why() for r in self._remotes.values() if r.host is not None and r.host.offline}
+
+    def state(self) -> Dict[str, Dict[str, str]]:
+        """What `status` asks: tier -> its state and the reason, for hosted tiers and those that are left alone; no secrets."""
+        hosted = {r.tier.name: ("available", "") for r in self._remotes.values()}
+        found = {**hosted, **{t: ("failing", why) for t, why in self._breaker.down().items()},
+                 **{t: ("offline", why) for t, why in self._offline().items()},
+                 **{t: ("not served", why) for t, why in self._barred.items()}}
+        for tier, _, _, (status, why, _), *_ in self._remotes.values():
+            if status:
+                found[tier.name] = ("local_only" if status == 403 else "no credential", why)
+        return {name: {"state": state, "reason": reason} for name, (state, reason) in found.items()}
 
     # ---- inference
 
@@ -4171,10 +4172,7 @@ class RouterApp(App):
             request = request._replace(headers=(*others, ours))
         config = self.config
         if not is_auto(asked.get("model")):
-            remote = self._remotes.get(str(asked["model"])) if self._remotes else None
-            if remote is not None:
-                query = request.target.partition("?")[2]
-                self._ask_hosted(client, request, path, f"{path}?{query}" if query else path, body, asked, remote, drop)
+            if self._remotes and self._ask_hosted(client, request, path, body, asked, drop):
                 return
             outcome = relay(client, request, self.upstream, request.target, [body], drop=drop, ends=STREAM_ENDS.get(path, ()))
             self._finish(client, outcome, path)
@@ -4185,44 +4183,32 @@ class RouterApp(App):
             raise HttpError(400, "the body is nested too deeply") from None
         down = self._breaker.down()
         if self._hosts:
-            down.update((r.tier.name, f"no connection to {r.host.url} ({r.host.offline})") for r in self._remotes.values()
-                        if r.host is not None and r.host.offline)
+            down.update(self._offline())
         decision = decide(facts, config, down, self._barred)
         query = request.target.partition("?")[2]
         target = f"{path}?{query}" if query else path
         self._try_tiers(client, request, target, body, asked, decision, drop, began)
 
-    def _names_hosted(self, client: Client, request: Request, path: str, body: bytes, drop: FrozenSet[bytes]) -> bool:
-        """Answer a request on no path of `auto` (embeddings, say) whose model is a hosted tier; False for any other."""
-        try:
-            asked = json.loads(str(body, "utf-8")) if b"json" in request.fields.get(b"content-type", b"").lower() else None
-        except (ValueError, RecursionError):
-            return False
-        if not isinstance(asked, dict):
-            return False
-        remote = self._remotes.get(str(asked.get("model")))
+    def _ask_hosted(self, client: Client, request: Request, path: str, body: bytes, asked: Any, drop: FrozenSet[bytes]) -> bool:
+        """Answer a request that names a hosted tier; False for any other. Errors: HttpError 401, 403."""
+        remote = self._remotes.get(str(asked.get("model"))) if isinstance(asked, dict) else None
         if remote is None:
             return False
-        self._ask_hosted(client, request, path, request.target, body, asked, remote, drop)
-        return True
-
-    def _ask_hosted(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
-                    remote: Remote, drop: FrozenSet[bytes]) -> None:
-        """A request that names a hosted tier: it goes there or fails. Errors: HttpError 401, 403."""
         if remote.refused[0]:
             raise HttpError(*remote.refused)
-        outcome = self._relay_hosted(client, request, path, target, body, asked, remote, drop)
+        target = path + request.target[request.target.find("?"):] if "?" in request.target else path
+        outcome = self._relay_hosted(client, request, target, body, asked, remote, drop)
         self._finish(client, outcome, f"{path} {remote.tier.name}", b"", remote.host)
+        return True
 
-    def _relay_hosted(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
-                      remote: Remote, drop: FrozenSet[bytes], extra: bytes = b"",
-                      reject: Optional[Callable[[int], bool]] = None) -> Outcome:
+    def _relay_hosted(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any], remote: Remote,
+                      drop: FrozenSet[bytes], **settings: Any) -> Outcome:
+        path = target.partition("?")[0]
         pieces, upstream = remote_body(body, asked, remote, path), self.upstream
         if remote.host is not None:
             request, target = host_request(request, remote, target)
             upstream, drop = remote.host, _NO_WORDS
-        return relay(client, request, upstream, target, pieces, extra=extra, drop=drop, reject=reject,
-                     ends=STREAM_ENDS.get(path, ()))
+        return relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
 
     def _try_tiers(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any],
                    decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
@@ -4233,16 +4219,15 @@ class RouterApp(App):
             remote = self._remotes.get(name)
             extra = decision_headers(decision, name, fallbacks)
             reject = functools.partial(falls_through, hosted=hosted) if following else None
-            path = target.partition("?")[0]
             try:
                 if remote is None:
                     outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
-                                    extra=extra, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
+                                    extra=extra, drop=drop, reject=reject, ends=STREAM_ENDS.get(target.partition("?")[0], ()))
                 elif remote.refused[0]:         # no other tier holds it
                     outcome = Outcome("refused", remote.refused[0])
                     client.reply_error(*remote.refused, extra)
                 else:
-                    outcome = self._relay_hosted(client, request, path, target, body, asked, remote, drop, extra, reject)
+                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=extra, reject=reject)
             except ClientGone:
                 self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; the client left after"
                               f" {(time.monotonic() - began) * 1000:,.0f} ms")
@@ -4275,11 +4260,12 @@ class RouterApp(App):
             client.reply_error(502, message, "upstream_error", extra)
 
 
-def _host_headers(key: str) -> Tuple[Header, ...]:
-    """What is added to a host's requests."""
-    headers: Tuple[Header, ...] = ((b"accept-encoding", b"identity", b"Accept-Encoding: identity"),)
-    bearer = b"Bearer " + key.encode("ascii", "ignore")         # one that is not ASCII is refused before it is used
-    return (*headers, (b"authorization", bearer, b"Authorization: " + bearer)) if key else headers
+def _json_of(request: Request, body: bytes) -> Any:
+    """A JSON body, parsed; None for any other."""
+    try:
+        return json.loads(str(body, "utf-8")) if b"json" in request.fields.get(b"content-type", b"").lower() else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str]) -> bytes:
@@ -5274,60 +5260,54 @@ def stop_stack(places: Places, say: Say) -> bool:
         return stopped
 
 
-def _router_states(record: Optional[Record], headers: bytes) -> Dict[str, Dict[str, Any]]:
-    """What the router says of its tiers: tier -> state, reason, since_s."""
-    assert record is not None
+def _asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+    """What a daemon answers, {} where it does not."""
     try:
-        _, body = Upstream(connectable(record.host), record.port).get("/llmstack/state", 2.0, headers=headers)
-        return dict(json.loads(body)["tiers"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(upstream.get(path, 2.0, headers=headers)[1]))
+    except (OSError, ValueError, TypeError):
         return {}
-
-
-def _tier_row(tier: Tier, use_next: bool, told: Mapping[str, Any], state: str, missing: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's row of `status`: the engine knows a local one, the router a hosted one."""
-    weights = weights_for(tier, use_next)
-    row = {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size, "state": state,
-           "channel": "next" if use_next and tier.has_next else "current", "reason": "",
-           "model": weights.path or weights.file if tier.backend == "gguf" else hosted_model(tier, use_next)}
-    if tier.backend != "gguf":
-        row["state"] = "no credential" if tier.name in missing else "unknown"
-        row["reason"] = missing.get(tier.name, "")
-    if told.get("state") == "failing" and tier.backend == "gguf":
-        row["reason"] = told["reason"]
-    elif told:
-        row.update(told)
-    return row
-
-
-def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
-    """What runs, probed now; the value `status --json` prints."""
-    daemons = read_daemons(places)
-    engine_up = answers(daemons.engine)
-    router_up = answers(daemons.router, key_header(env))
-    states = (_engine_states(Upstream("127.0.0.1", daemons.engine.port)) if engine_up and daemons.engine else None) or {}
-    rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
-    for name, record, up in (("router", daemons.router, router_up), ("engine", daemons.engine, engine_up)):
-        rows[name] = None if record is None else {
-            "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
-            "answers": up}
-    rows["channel"] = daemons.engine.channel if daemons.engine else None
-    told = _router_states(daemons.router, key_header(env)) if router_up else {}
-    missing = missing_credentials(config, env)
-    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", told.get(t.name, {}),
-                               states.get(t.name, "stopped" if engine_up else "unknown"), missing) for t in config.tiers]
-    rows["local_only"] = config.local_only
-    rows["other_owner"] = other_owner(places) or None
-    return rows
 
 
 def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
     """Tier -> state, as an engine, or a router before one, tells; None when it does not."""
     try:
-        _, body = upstream.get("/running", 2.0, headers=headers)
-        return {row["model"]: row["state"] for row in json.loads(body)["running"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {row["model"]: row["state"] for row in _asked_json(upstream, "/running", headers)["running"]}
+    except (KeyError, TypeError):
         return None
+
+
+def _tier_row(tier: Tier, use_next: bool, state: str, told: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's row of `status`. The engine knows a local tier's state, the router `told` of a hosted one."""
+    weights = weights_for(tier, use_next)
+    hosted = tier.backend != "gguf"
+    return {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size,
+            "model": hosted_model(tier, use_next) if hosted else weights.path or weights.file,
+            "channel": "next" if use_next and tier.has_next else "current",
+            "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", "")}
+
+
+def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
+    """What runs, probed now; the value `status --json` prints."""
+    daemons = read_daemons(places)
+    router, engine = daemons
+    engine_up = answers(engine)
+    router_up = answers(router, key_header(env))
+    states = _engine_states(Upstream("127.0.0.1", engine.port)) if engine_up and engine else None
+    rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
+    for name, record, up in (("router", router, router_up), ("engine", engine, engine_up)):
+        rows[name] = None if record is None else {
+            "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
+            "answers": up}
+    rows["channel"] = engine.channel if engine else None
+    told = _asked_json(Upstream(connectable(router.host), router.port), "/llmstack/state", key_header(env)) \
+        if router_up and router else {
+            name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
+    otherwise = "stopped" if engine_up else "unknown"
+    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
+                     for t in config.tiers]
+    rows["local_only"] = config.local_only
+    rows["other_owner"] = other_owner(places) or None
+    return rows
 
 
 # ===================================================================================================
@@ -5590,7 +5570,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     states = _engine_states(remote.upstream, key_header(env))
     rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
     otherwise = "unknown" if states is None else "stopped"
-    rows["tiers"] = [_tier_row(t, False, {}, (states or {}).get(t.name, otherwise), {}) for t in remote.config.tiers]
+    rows["tiers"] = [_tier_row(t, False, (states or {}).get(t.name, otherwise), {}) for t in remote.config.tiers]
     return rows
 
 
@@ -5894,12 +5874,10 @@ def _cmd_status(args: Any) -> int:
     width = max([len(t["name"]) for t in rows["tiers"]] + [4])
     for tier in rows["tiers"]:
         state = paint(tier["state"], "32" if tier["state"] == "ready" else "2")
-        since = f" for {tier['since_s']:,} s" if "since_s" in tier else ""
-        state += since + (f" ({tier['reason']})" if tier["reason"] else "")
+        state += f" ({tier['reason']})" if tier["reason"] else ""
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
-        if tier["backend"] != "gguf":
-            say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
-    if rows["local_only"]:
+        say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
+    if rows.get("local_only"):
         say("local_only: no request leaves this machine")
     if not rows["running"]:
         say("")
