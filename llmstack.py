@@ -439,11 +439,7 @@ class _Tally:
 
     def message(self, message: Mapping[str, Any]) -> None:
         """One chat message, or one item of a /v1/responses input."""
-        content = message.get("content")
-        if isinstance(content, str) and content.isascii():     # the common case, many times a request
-            self.chars += len(content)
-        else:
-            self.content(content)
+        self.content(message.get("content"))
         if len(message) <= 2 and "content" in message:     # role and content
             return
         self.content(message.get("output"))            # function_call_output
@@ -524,17 +520,21 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     last: object = None
     systems: List[object] = []
     for message in messages:
-        tally.message(message)
-        role = message.get("role")
+        role, content = message.get("role"), message.get("content")
+        if len(message) == 2 and role and isinstance(content, str) and content.isascii():
+            tally.chars += len(content)         # the common case, many times a request
+        else:
+            tally.message(message)
         if role == "user":
-            if _is_user_turn(message):
+            if isinstance(content, str) or _is_user_turn(message):
                 turns += 1
-                last = message.get("content")
+                last = content
         elif role in ("system", "developer"):
-            systems.append(message.get("content"))
+            systems.append(content)
     asked = 0
-    for key in _COUNTED_KEYS & body.keys():
-        value = body[key]
+    for key, value in body.items():
+        if key not in _COUNTED_KEYS:
+            continue
         if key in _OUTPUT_KEYS:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 asked = max(asked, value)
@@ -605,12 +605,21 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-@functools.lru_cache(maxsize=16)                # once for every models.ini that is read
-def _orders(tiers: Tuple[Tier, ...], local_only: bool) -> Dict[str, Tuple[Tier, ...]]:
+_Orders = Dict[str, Tuple[Tier, ...]]
+_ORDERS: Dict[Tuple[int, bool], Tuple[Tuple[Tier, ...], _Orders]] = {}     # by id(): a hash of all that tiers hold costs as much
+
+
+def _orders(tiers: Tuple[Tier, ...], local_only: bool) -> _Orders:
     """Role -> the ladder in the order it is tried from there: it and those below, then those above, nearest first."""
-    ladder = Config(tiers, local_only=local_only).ladder
-    rank = {role: sum(t.role in LADDER_ROLES[:index] for t in ladder) for index, role in enumerate(LADDER_ROLES)}
-    return {role: (*ladder[split:], *ladder[:split][::-1]) for role, split in rank.items()}
+    key = id(tiers), local_only
+    known = _ORDERS.get(key)
+    if known is None or known[0] is not tiers:
+        if len(_ORDERS) > 16:
+            _ORDERS.clear()
+        ladder = Config(tiers, local_only=local_only).ladder
+        above = {role: sum(t.role in LADDER_ROLES[:i] for t in ladder) for i, role in enumerate(LADDER_ROLES)}
+        known = _ORDERS[key] = tiers, {role: (*ladder[n:], *ladder[:n][::-1]) for role, n in above.items()}
+    return known[1]
 
 
 class Decision(NamedTuple):
@@ -660,8 +669,8 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
             break
     assert want is not None
     order = orders[want.role]
-    full = facts.full_tokens
-    holds = [t for t in order if full + output_reserve(facts, t) <= t.ctx_size]
+    full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
+    holds = [t for t in order if full + most <= t.ctx_size or full + output_reserve(facts, t) <= t.ctx_size]
     tries = holds
     if down:
         tries = [t for t in holds if t.name not in down] or [t for t in holds if t.name not in barred] or holds[:1]
@@ -3077,15 +3086,16 @@ class Client:
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
-        began = time.monotonic()
+        began, buffer = time.monotonic(), self._buffer
         while True:
-            if self._buffer:
-                if self._buffer[0] in b"\r\n":
-                    self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-                end = self._buffer.find(b"\r\n\r\n")
+            if buffer:
+                if buffer[0] in b"\r\n":
+                    buffer = buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
+                end = buffer.find(b"\r\n\r\n")
                 if end >= 0:
                     break
-                if len(self._buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(self._buffer):
+                self._buffer = buffer
+                if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
                     raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
             try:
                 data = self._sock.recv(RECV_BYTES)
@@ -3095,17 +3105,17 @@ class Client:
                 data = b""
             except OSError:
                 return None
-            if not self._buffer and data:
+            if not buffer and data:
                 began = time.monotonic()        # a head has from its first byte on
-            elif time.monotonic() - began > (self.head_timeout_s if self._buffer or not self.served else IDLE_CLIENT_S):
-                if not self._buffer:
+            elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
+                if not buffer:
                     return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
-            self._buffer += data
+            buffer += data
         if end > MAX_HEAD_BYTES:
             raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
-        head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        request = self._heads.read(head)
+        self._buffer = buffer[end + 4:]
+        request = self._heads.read(buffer[:end])
         self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
         self.origin = request.fields.get(b"origin", b"")
         self.unread = request.length != 0
@@ -3507,14 +3517,12 @@ class _Answer:
     """The body of one answer on its way from an upstream to a client."""
 
     def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
-        self.client, self.response, self.ends = client, response, ends
-        self.framing = ChunkFraming() if response.framing == "chunked" else None
-        self.left = response.length
-        can_chunk = client.minor == 1
-        self.rechunk = can_chunk and (response.framing == "close" or (opened and self.framing is None))
-        self.decode = self.framing is not None and not can_chunk
-        self.chunked = self.rechunk or (self.framing is not None and can_chunk)
-        self.cut = ""
+        self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
+        can_chunk, is_chunked = client.minor == 1, response.framing == "chunked"
+        self.framing = ChunkFraming() if is_chunked else None
+        self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
+        self.decode = is_chunked and not can_chunk
+        self.chunked = can_chunk and (is_chunked or self.rechunk)
         self.tail = b""                         # the last bytes of an event stream so far, framing and all
         if not can_chunk or response.status == 101:
             client.keep_alive = False
