@@ -5,8 +5,9 @@
     python3 build_zipapp.py --check FILE       exit 1 unless FILE is what this tree builds
 
 Reproducible: a fixed list of entries, fixed times and modes, nothing compressed (deflate's bytes differ between
-zlib builds). `python -m zipapp` is not, and takes along whatever lies in the directory. Comments and docstrings
-stay behind, a fifth of the program; its lines keep their numbers, so a traceback reads as from the source.
+zlib builds). `python -m zipapp` is not, and takes along whatever lies in the directory. What only readers need,
+comments, docstrings and indentation, stays behind: a third of the program. Its lines keep their numbers, so a
+traceback reads as from the source.
 """
 
 from __future__ import annotations
@@ -99,9 +100,17 @@ def program_version(source: bytes) -> str:
 
 
 def bare(source: str) -> str:
-    """A program without its comments and docstrings, every statement on the line it was on."""
+    """A program without comments, docstrings and deep indentation, every statement on the line it was on."""
+    return _unindented(_uncommented(source))
+
+
+def _tokens(source: str) -> list[tokenize.TokenInfo]:
+    return list(tokenize.tokenize(io.BytesIO(source.encode()).readline))
+
+
+def _uncommented(source: str) -> str:
     lines = source.split("\n")
-    cuts = [(*token.start, *token.end, "") for token in tokenize.tokenize(io.BytesIO(source.encode()).readline)
+    cuts = [(*token.start, *token.end, "") for token in _tokens(source)
             if token.type == tokenize.COMMENT and not token.string.startswith("#!")]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -114,6 +123,28 @@ def bare(source: str) -> str:
         kept = (lines[line - 1][:column] + instead + rest).rstrip()
         lines[line - 1:last] = [kept, *[""] * (last - line)]
     return "\n".join(lines)
+
+
+def _unindented(source: str) -> str:
+    """One blank a level, none before the lines that continue a statement; lines inside a string stay as they are."""
+    lines, depth, fresh, inside = source.split("\n"), 0, True, 0
+    starts: dict[int, int] = {}
+    text: set[int] = set()
+    for token in _tokens(source)[1:]:
+        name = tokenize.tok_name[token.type]
+        depth += (name == "INDENT") - (name == "DEDENT")
+        if fresh and name not in ("INDENT", "DEDENT", "NL", "COMMENT"):
+            starts[token.start[0]] = depth
+            fresh = False
+        if name == "NEWLINE":
+            fresh = True
+        if name == "FSTRING_START":             # Python 3.12 and newer take f-strings apart
+            inside = inside or token.start[0]
+        if name == "STRING" or (name == "FSTRING_END" and inside):
+            text.update(range((inside or token.start[0]) + 1, token.end[0] + 1))
+            inside = 0
+    return "\n".join(line if number in text else " " * starts.get(number, 0) + line.lstrip()
+                     for number, line in enumerate(lines, 1))
 
 
 def build() -> bytes:

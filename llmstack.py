@@ -22,6 +22,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LADDER         facts of a request -> Decision; where the model's name stands in a body
     PURE: MODELS.INI     text -> Config, every problem with its line
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
+    PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -33,13 +34,15 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
+    INSTALL              what a project is given for opencode; the router of another machine
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
-Files, below the project's .llmstack/: models.ini (yours), llama-swap.yaml, router.pid, llama-swap.pid,
-active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory ($LLMSTACK_DATA_DIR, else
-$XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, lock, llama-cpp/ (private environment), demo/.
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT}, LLAMA_SERVER_BIN,
-HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+Files, below the project's .llmstack/: models.ini (yours), opencode.json, AGENTS.md, llama-swap.yaml, router.pid,
+llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory
+($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json, written.json, lock,
+llama-cpp/ (private environment), demo/.
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL}, LLAMA_SERVER_BIN,
+NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -212,6 +215,8 @@ class Tier(NamedTuple):
     description: str = ""
     aliases: Tuple[str, ...] = ()
     ttl: int = 1200                             # 0: never unloaded for idleness
+    tool_call: bool = True                      # for clients that ask: the model can call tools...
+    reasoning: bool = False                     # ...and thinks aloud
     base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
     api_key_env: str = ""                       # the variable that holds its key
 
@@ -254,6 +259,7 @@ class Config(NamedTuple):
     cache_type_k: str = "q8_0"
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
+    build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
 
     def by_role(self, role: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.role == role), None)
@@ -367,6 +373,9 @@ def _outside_code(text: str) -> str:
     return "\n".join(kept)
 
 
+parse_json = json.JSONDecoder().decode          # json.loads asks on every call how it is to decode
+
+
 def inference_path(target: str) -> str:
     """Return the canonical inference path for a request target, or "" when it is not one."""
     path = target.split("?", 1)[0].rstrip("/")
@@ -430,11 +439,7 @@ class _Tally:
 
     def message(self, message: Mapping[str, Any]) -> None:
         """One chat message, or one item of a /v1/responses input."""
-        content = message.get("content")
-        if isinstance(content, str) and content.isascii():     # the common case, many times a request
-            self.chars += len(content)
-        else:
-            self.content(content)
+        self.content(message.get("content"))
         if len(message) <= 2 and "content" in message:     # role and content
             return
         self.content(message.get("output"))            # function_call_output
@@ -473,18 +478,20 @@ def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable
     `[word]` counts anywhere in the user's words outside code, and alone on a line of a system message;
     `word:` counts only as the first word of the user's message.
     """
-    first = user_text[:4096].split(None, 1)[:1]
-    if first and ":" in first[0]:
-        word = first[0].lower()
+    start = user_text[:4096]
+    if ":" in start:
+        word = (start.split(None, 1) or [""])[0].lower()
         for trigger in triggers:
             if trigger[0] != "[" and word.startswith(trigger):
                 return trigger
-    for text, alone in [(user_text, False), *[(text, True) for text in system_texts]]:
-        lowered = text.lower() if "[" in text else ""
-        found = [t for t in triggers if t[0] == "[" and t in lowered] if lowered else []
+    for index, text in enumerate((user_text, *system_texts)):
+        if "[" not in text:
+            continue
+        lowered = text.lower()
+        found = [t for t in triggers if t[0] == "[" and t in lowered]
         outside = _outside_code(lowered) if found else ""       # read as Markdown only where it may matter
         for trigger in found:
-            if trigger in outside and (not alone or trigger in map(str.strip, outside.splitlines())):
+            if trigger in outside and (index == 0 or trigger in map(str.strip, outside.splitlines())):
                 return trigger
     return ""
 
@@ -513,17 +520,21 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     last: object = None
     systems: List[object] = []
     for message in messages:
-        tally.message(message)
-        role = message.get("role")
+        role, content = message.get("role"), message.get("content")
+        if len(message) == 2 and role and isinstance(content, str) and content.isascii():
+            tally.chars += len(content)         # the common case, many times a request
+        else:
+            tally.message(message)
         if role == "user":
-            if _is_user_turn(message):
+            if isinstance(content, str) or _is_user_turn(message):
                 turns += 1
-                last = message.get("content")
+                last = content
         elif role in ("system", "developer"):
-            systems.append(message.get("content"))
+            systems.append(content)
     asked = 0
-    for key in _COUNTED_KEYS & body.keys():
-        value = body[key]
+    for key, value in body.items():
+        if key not in _COUNTED_KEYS:
+            continue
         if key in _OUTPUT_KEYS:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 asked = max(asked, value)
@@ -558,9 +569,10 @@ def _rung_trigger(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
 
 
 def _rung_high(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    if f.tokens > r.high_fidelity_ceiling:
+    tokens = f.tokens
+    if tokens > r.high_fidelity_ceiling:
         return None
-    return _Want("ultra", "high", f"{f.tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
+    return _Want("ultra", "high", f"{tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
 
 
 def _rung_mid(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
@@ -593,11 +605,21 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-def _preference(ladder: Sequence[Tier], role: str) -> List[Tier]:
-    """The ladder in the order it is tried from `role`: it and those below, then those above, nearest first."""
-    wanted = LADDER_ROLES.index(role)
-    split = sum(LADDER_ROLES.index(t.role) < wanted for t in ladder)
-    return [*ladder[split:], *ladder[:split][::-1]]
+_Orders = Dict[str, Tuple[Tier, ...]]
+_ORDERS: Dict[Tuple[int, bool], Tuple[Tuple[Tier, ...], _Orders]] = {}     # by id(): a hash of all that tiers hold costs as much
+
+
+def _orders(tiers: Tuple[Tier, ...], local_only: bool) -> _Orders:
+    """Role -> the ladder in the order it is tried from there: it and those below, then those above, nearest first."""
+    key = id(tiers), local_only
+    known = _ORDERS.get(key)
+    if known is None or known[0] is not tiers:
+        if len(_ORDERS) > 16:
+            _ORDERS.clear()
+        ladder = Config(tiers, local_only=local_only).ladder
+        above = {role: sum(t.role in LADDER_ROLES[:i] for t in ladder) for i, role in enumerate(LADDER_ROLES)}
+        known = _ORDERS[key] = tiers, {role: (*ladder[n:], *ladder[:n][::-1]) for role, n in above.items()}
+    return known[1]
 
 
 class Decision(NamedTuple):
@@ -636,18 +658,19 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
         return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (), facts, config, down)
-    ladder = config.ladder
+    orders = _orders(config.tiers, config.local_only)
+    ladder = orders[LADDER_ROLES[0]]
     if not ladder:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    want = None
-    for rung in RUNGS:
-        want = rung(facts, config.routing, ladder[0].role == "ultra")
+    routing, ultra = config.routing, ladder[0].role == "ultra"
+    for rung in RUNGS:                          # the last takes all
+        want = rung(facts, routing, ultra)
         if want is not None:
             break
-    assert want is not None                     # the last rung takes all
-    order = _preference(ladder, want.role)
-    full = facts.full_tokens
-    holds = [t for t in order if full + output_reserve(facts, t) <= t.ctx_size]
+    assert want is not None
+    order = orders[want.role]
+    full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
+    holds = [t for t in order if full + most <= t.ctx_size or full + output_reserve(facts, t) <= t.ctx_size]
     tries = holds
     if down:
         tries = [t for t in holds if t.name not in down] or [t for t in holds if t.name not in barred] or holds[:1]
@@ -794,6 +817,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "cache_type_k": Option("choice", choices=_CACHE_TYPES),
     "cache_type_v": Option("choice", choices=_CACHE_TYPES),
     "llama_server_bin": Option("text"),
+    "build_model": Option("choice", choices=("agent", "auto")),
     "local_only": Option("bool"),
 }
 TIER_OPTIONS: Dict[str, Option] = {
@@ -820,6 +844,8 @@ TIER_OPTIONS: Dict[str, Option] = {
     "description": Option("text"),
     "aliases": Option("names"),
     "ttl": Option("int", 0, 31_536_000),
+    "tool_call": Option("bool"),
+    "reasoning": Option("bool"),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
     "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
@@ -1499,6 +1525,107 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 
 # ===================================================================================================
+# PURE: OPENCODE
+# ===================================================================================================
+
+PROVIDER = "llama.cpp"                          # opencode's name for this stack: its models are llama.cpp/auto and so on
+KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's value in; the key itself is never written
+DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
+_SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
+_READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny"}
+_PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
+                   " change nothing and run nothing yourself.")
+
+AGENTS_MD = """\
+# Notes for agents
+
+You run on a llmstack: mostly local models, several of them, of limited context. Loading one takes a while.
+
+- Search before you read, and read the part of a file that matters: every line read is context spent.
+- Read a file again before you edit it if it may have changed. Keep edits small, then run the tests that touch them.
+- The agents plan and plan-nofilter describe changes; build makes them.
+- `.llmstack/` is settings and generated state: leave it out of searches, and change it only when the user asks.
+  Models and routing are in `.llmstack/models.ini`: after a change `llmstack install`, then `llmstack restart`.
+  Never put a key or a password there.
+- Be brief. Say what you did, not what you are about to do.
+"""
+
+
+def client_limits(tier: Tier) -> Tuple[int, int]:
+    """(context, output) that a client is told, in tokens.
+
+    opencode compacts a conversation at context - min(output, 32000), and never stops compacting where output is not
+    below context: no answer is promised more than that, or than half the context.
+    """
+    output = tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS)
+    return tier.ctx_size, min(output, tier.ctx_size // 2, 32_000)
+
+
+def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
+    """The largest context the ladder reaches, and an answer that every tier with a cap of its own may give."""
+    context, output = client_limits(max(ladder, key=lambda t: t.ctx_size))
+    return context, min([output, *(t.max_output_tokens for t in ladder if t.max_output_tokens)])
+
+
+def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], config: Config) -> Dict[str, Any]:
+    """One model of opencode's list, which any of `tiers` may answer."""
+    entry: Dict[str, Any] = {
+        "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name), "limit": dict(zip(("context", "output"), limits)),
+        "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers)}
+    if all(t.reasoning for t in tiers):
+        entry["reasoning"] = True
+    if all(t.backend == "gguf" for t in tiers):
+        entry["cost"] = {"input": 0, "output": 0}
+    return entry
+
+
+def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False, mcp_url: str = "") -> str:
+    """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
+
+    No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
+    that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
+    """
+    ladder = config.ladder
+    models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
+    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
+
+    def model(role: str) -> Dict[str, str]:
+        """The tier of a role, or nothing, and then opencode takes its default model."""
+        tier = config.by_role(role)
+        return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+
+    default = f"{PROVIDER}/{next(iter(models))}"
+    agents: Dict[str, Any] = {"build": model("agent") if config.build_model == "agent" else {"model": default},
+                              "plan": {**model("plan"), "permission": _READ_ONLY}}
+    commands = {"review": {"description": "Trade-offs, risks and follow-ups, by the planner", "agent": "plan",
+                           "template": "Review for trade-offs, risks and follow-ups. Be concrete.\n\n$ARGUMENTS"}}
+    if model("plan-uncensored"):
+        agents["plan-nofilter"] = {**model("plan-uncensored"), "description": "Plans without a filter; changes nothing",
+                                   "mode": "all", "prompt": _PLANNER_PROMPT, "permission": _READ_ONLY}
+        commands["nofilter"] = {"description": "Ask the planner without a filter", "agent": "plan-nofilter",
+                                "template": "$ARGUMENTS"}
+    options = {"baseURL": f"{url}/v1", "headerTimeout": _SILENCE_MS, "chunkTimeout": _SILENCE_MS,
+               **({"apiKey": None} if api_key else {})}
+    value: Dict[str, Any] = {
+        "$schema": "https://opencode.ai/config.json",
+        "model": default,
+        "small_model": model("fast").get("model", default),
+        "share": "disabled",
+        "autoupdate": False,
+        "enabled_providers": [PROVIDER],        # without it, eight hosted models stand in the list: prompts could leave
+        "instructions": [agents_md],
+        "provider": {PROVIDER: {"npm": "@ai-sdk/openai-compatible", "name": "llmstack", "options": options, "models": models}},
+        "agent": agents,
+        "command": commands,
+    }
+    if mcp_url:
+        value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
+    # opencode replaces {env:X} and {file:X} wherever they stand in the text: a description must not name any.
+    text = re.sub(r"\{(?=env:|file:)", r"\\u007b", json.dumps(value, indent=2))
+    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
+
+
+# ===================================================================================================
 # PURE: HTTP
 # ===================================================================================================
 
@@ -1525,11 +1652,12 @@ class Request(NamedTuple):
     target: str
     minor: int                                  # HTTP/1.minor
     headers: Tuple[Header, ...]
-    length: int
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
+    notes: Dict[Any, Any]                       # what was worked out of this head, for the next request that has it
+    length: int                                 # this counts: in `headers`, Content-Length may be an earlier request's
 
     def header(self, name: bytes) -> str:
         value = self.fields.get(name)
@@ -1540,13 +1668,12 @@ class Response(NamedTuple):
     """An upstream's head. framing: none | length | chunked | close."""
 
     status: int
-    line: bytes
     headers: Tuple[Header, ...]
     framing: str
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
-    lines: Tuple[bytes, ...]                    # the header lines that travel on, without any length
+    text: bytes                                 # status line and the header lines that travel on, each with its CRLF
 
     def header(self, name: bytes) -> str:
         return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
@@ -1631,10 +1758,40 @@ def parse_request_head(head: bytes) -> Request:
         raise HttpError(417, "only Expect: 100-continue is known")
     words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
     return Request(method, target, minor, tuple(headers),
-                   -1 if coding is not None else int(length) if length is not None else 0,
                    minor == 1 and b"close" not in words,
                    minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-                   minor == 1 and bool(expect), fields)
+                   minor == 1 and bool(expect), fields, {},
+                   -1 if coding is not None else int(length) if length is not None else 0)
+
+
+class HeadReader:
+    """Parses the heads of one connection, where each mostly says what the one before said but for the body's length.
+
+    Such a head is known by its bytes on both sides of the digits; its request shares fields and notes with the last
+    one's. Kept by the connection and gone with it: a head may hold a key.
+    """
+
+    __slots__ = ("_after", "_before", "_last")
+
+    def __init__(self) -> None:
+        self._before = self._after = b""
+        self._last: Optional[Request] = None
+
+    def read(self, head: bytes) -> Request:
+        """As parse_request_head."""
+        last = self._last
+        if last is not None and head.startswith(self._before) and head.endswith(self._after):
+            digits = head[len(self._before):len(head) - len(self._after)]
+            if digits.isdigit() and len(digits) <= 15:
+                length = int(digits)
+                return last if length == last.length else Request._make((*last[:-1], length))
+        self._last = None
+        request = parse_request_head(head)
+        digits = request.fields.get(b"content-length", b"")
+        if digits:
+            start = head.index(digits, head.lower().index(b"\r\ncontent-length:") + 17)
+            self._before, self._after, self._last = head[:start], head[start + len(digits):], request
+        return request
 
 
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
@@ -1675,8 +1832,17 @@ def parse_response_head(head: bytes, method: str) -> Response:
     else:
         framing = "close"
     alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
-    return Response(status, b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b""), tuple(headers), framing,
-                    max(length, 0), alive and framing != "close", events, tuple(end_to_end(headers, _NO_LENGTH)))
+    line = b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b"")
+    if status == 101:
+        travel = [line, *(line for _, _, line in headers)]
+    else:
+        travel = [line, *end_to_end(headers, _NO_LENGTH)]
+        if framing == "length":                 # once, however often it was said, and whatever Connection names
+            travel.append(b"Content-Length: %d" % length)
+        elif framing == "none":                 # a HEAD's answer says what a GET's would be
+            travel += [line for name, _, line in headers if name == b"content-length"]
+    return Response(status, tuple(headers), framing, max(length, 0), alive and framing != "close", events,
+                    b"\r\n".join(travel) + b"\r\n")
 
 
 _SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
@@ -1807,15 +1973,15 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def error_json(message: str, kind: str, code: Optional[int] = None) -> bytes:
+def error_json(message: str, kind: str, code: Union[int, str, None] = None) -> bytes:
     """An OpenAI-shaped error body."""
     error = {"message": message, "type": kind, "param": None, "code": code}
     return json.dumps({"error": error}, ensure_ascii=False).encode()
 
 
-def error_event(message: str, kind: str = "upstream_error") -> bytes:
+def error_event(message: str, kind: str = "upstream_error", code: Optional[str] = None) -> bytes:
     """A server-sent event that says a stream has failed."""
-    return b"data: " + error_json(message, kind) + b"\n\n"
+    return b"data: " + error_json(message, kind, code) + b"\n\n"
 
 
 _LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
@@ -2204,6 +2370,7 @@ class Log:
     def __init__(self, path: str = "", level: str = "info") -> None:
         self._path = path
         self._level = LEVELS.get(level.strip().lower(), 20)
+        self.is_verbose = self._level <= 10
         self._lock = threading.Lock()
         self._fd = 2
         self._second, self._stamp = 0, ""
@@ -2855,7 +3022,8 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 
-_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+_PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
 _LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
 
 
@@ -2870,10 +3038,13 @@ def _set_patience(sock: socket.socket, milliseconds: int) -> None:
 
 
 def _readable(sock: socket.socket) -> bool:
-    import selectors  # select() itself cannot take a descriptor above 1,023
-    with selectors.DefaultSelector() as ready:
-        ready.register(sock, selectors.EVENT_READ)
-        return bool(ready.select(0))
+    """Whether receiving would return at once: bytes have come, or the end."""
+    import select
+    if not hasattr(select, "poll"):             # Windows; elsewhere select() takes no descriptor above 1,023
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _peek(sock: socket.socket) -> Optional[bytes]:
@@ -2883,7 +3054,7 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
             return b"" if _readable(sock) else None
         if not _DONTWAIT and not _readable(sock):
             return None
-        return sock.recv(1, socket.MSG_PEEK | _DONTWAIT)
+        return sock.recv(1, _PEEK)
     except BlockingIOError:
         return None
     except (OSError, ValueError):
@@ -2893,12 +3064,13 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 class Client:
     """The side of a connection that asks."""
 
-    __slots__ = ("_buffer", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
+    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
                  "served", "unread")
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
+        self._heads = HeadReader()
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
@@ -2914,34 +3086,37 @@ class Client:
 
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
-        began = time.monotonic()
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
+        began, buffer = time.monotonic(), self._buffer
         while True:
-            if self._buffer.startswith((b"\r", b"\n")):
-                self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-            end = self._buffer.find(b"\r\n\r\n")
-            if end >= 0:
-                break
-            if self._buffer and (len(self._buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(self._buffer)):
-                raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
+            if buffer:
+                if buffer[0] in b"\r\n":
+                    buffer = buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
+                end = buffer.find(b"\r\n\r\n")
+                if end >= 0:
+                    break
+                self._buffer = buffer
+                if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
+                    raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
             try:
                 data = self._sock.recv(RECV_BYTES)
+                if not data:
+                    return None
             except _LAPSED:
-                data = None
+                data = b""
             except OSError:
                 return None
-            waited_s = time.monotonic() - began
-            if data == b"" or (not self._buffer and waited_s > (IDLE_CLIENT_S if self.served else self.head_timeout_s)):
-                return None
-            if self._buffer and waited_s > self.head_timeout_s:
+            if not buffer and data:
+                began = time.monotonic()        # a head has from its first byte on
+            elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
+                if not buffer:
+                    return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
-            if data:
-                began = began if self._buffer else time.monotonic()
-                self._buffer += data
+            buffer += data
         if end > MAX_HEAD_BYTES:
             raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
-        head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        request = parse_request_head(head)
+        self._buffer = buffer[end + 4:]
+        request = self._heads.read(buffer[:end])
         self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
         self.origin = request.fields.get(b"origin", b"")
         self.unread = request.length != 0
@@ -2950,10 +3125,12 @@ class Client:
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
-        if request.length == 0:
-            return b""
-        if request.length > MAX_BODY_BYTES:
+        length, have = request.length, self._buffer
+        if length > MAX_BODY_BYTES:
             raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+        if 0 <= length <= len(have):            # it came with its head
+            self.unread, self._buffer = False, have[length:]
+            return have[:length]
         if request.expects and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self._read_chunked() if request.length < 0 else self._read_sized(request.length)
@@ -2961,11 +3138,7 @@ class Client:
         return body
 
     def _read_sized(self, length: int) -> bytes:
-        have = self._buffer
-        if len(have) >= length:
-            self._buffer = have[length:]
-            return have[:length]
-        body, filled, self._buffer = bytearray(have), len(have), b""
+        body, filled, self._buffer = bytearray(self._buffer), len(self._buffer), b""
         while filled < length:                  # grows with what has come: an announcement alone costs nothing
             if filled == len(body):
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
@@ -3107,6 +3280,10 @@ class Upstream:
         self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
         self._context: Any = None
 
+    def use_tls(self, context: Any) -> None:
+        """Verify the server as this ssl.SSLContext says, not as the default one does."""
+        self._context = context
+
     def connect(self, client: Optional[Client] = None) -> socket.socket:
         """A new connection, for `client` where one waits for it. Errors: OSError."""
         sock = socket.create_connection((self.host, self.port), self.timeout_s)
@@ -3131,7 +3308,7 @@ class Upstream:
             except IndexError:                  # another thread took the last one
                 break
             # Whatever came meanwhile, an end or a late 408, is no answer to what is asked now.
-            if time.monotonic() - since < IDLE_UPSTREAM_S and _peek(sock) is None:
+            if time.monotonic() - since < IDLE_UPSTREAM_S and not _readable(sock):
                 return sock, True
             sock.close()
         return self.connect(client), False
@@ -3168,6 +3345,8 @@ class Upstream:
                     more = None
                 if time.monotonic() > end:
                     raise OSError(f"no answer within {timeout_s:g} s")
+                if len(data) > MAX_BODY_BYTES:
+                    raise ValueError("an answer without end")
                 if more == b"":
                     answer = _whole_answer(data, method, True)
                     if answer is None:
@@ -3227,10 +3406,10 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
 
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
-    total = sum(map(len, pieces))
-    gather = total > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")   # no copy of a 400 kB prompt
-    views = [memoryview(p) for p in pieces if len(p)] if gather else [memoryview(b"".join(pieces))]
-    while views:
+    left = sum(map(len, pieces))
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")    # no copy of a 400 kB prompt
+    views: List[Any] = [memoryview(p) for p in pieces if len(p)] if gather else [b"".join(pieces)]
+    while True:
         try:
             sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])     # the kernel takes 1,024 at most
         except _LAPSED:
@@ -3243,11 +3422,12 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
             if _peek(sock):                     # it has said why it hung up
                 return False
             raise
-        while views and sent >= len(views[0]):
+        left -= sent
+        if not left:
+            return True
+        while sent >= len(views[0]):
             sent -= len(views.pop(0))
-        if sent:
-            views[0] = views[0][sent:]
-    return True
+        views[0] = memoryview(views[0])[sent:]
 
 
 def _why_unreachable(exc: Exception) -> str:
@@ -3283,18 +3463,6 @@ def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Res
     data = b""
     came = False
     while True:
-        end = data.find(b"\r\n\r\n")
-        if end >= 0:
-            try:
-                response = parse_response_head(data[:end], method)
-            except ValueError as exc:
-                raise UpstreamBroken(str(exc)) from None
-            if response.status >= 200 or response.status == 101:
-                return response, data[end + 4:]
-            data = data[end + 4:]               # 100, 102, 103: not for the client, it has had its 100 from us
-            continue
-        if len(data) > MAX_HEAD_BYTES:
-            raise UpstreamBroken("its head is too large")
         try:
             more = _receive(sock, client)
         except UpstreamBroken:
@@ -3303,51 +3471,59 @@ def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Res
             raise UpstreamBroken("closed the connection in the middle of its head") if came else _NoAnswer
         came = True
         data += more
+        end = data.find(b"\r\n\r\n")
+        while end >= 0:
+            try:
+                response = parse_response_head(data[:end], method)
+            except ValueError as exc:
+                raise UpstreamBroken(str(exc)) from None
+            data = data[end + 4:]
+            if response.status >= 200 or response.status == 101:
+                return response, data
+            end = data.find(b"\r\n\r\n")      # 100, 102, 103: not for the client, it has had its 100 from us
+        if len(data) > MAX_HEAD_BYTES:
+            raise UpstreamBroken("its head is too large")
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
+_NO_NOTE: Tuple[Any, bytes] = (None, b"")
 
 
 def request_head(request: Request, upstream: Upstream, target: str, length: int, drop: FrozenSet[bytes]) -> bytes:
     """The head we send upstream for a client's request."""
+    key = (upstream, target, drop)
+    known: Tuple[Any, bytes] = request.notes.get(key, _NO_NOTE)
+    if known[0] is not request.headers:         # not worked out yet, or of other headers: _replace() keeps the notes
+        known = request.notes[key] = request.headers, _request_text(request, upstream, target, drop)
+    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
+        return b"%bContent-Length: %d\r\n\r\n" % (known[1], length)
+    return known[1] + b"\r\n"
+
+
+def _request_text(request: Request, upstream: Upstream, target: str, drop: FrozenSet[bytes]) -> bytes:
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"), b"Host: " + upstream.authority]
     lines += end_to_end(request.headers, _DROPPED | drop if drop else _DROPPED)
-    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
-        lines.append(b"Content-Length: %d" % length)
     if request.upgrade:
         lines += [b"Connection: Upgrade", *(line for name, _, line in request.headers if name == b"upgrade")]
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+    return b"\r\n".join(lines) + b"\r\n"
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
-    if response.status == 101:
-        lines = [response.line, *(line for _, _, line in response.headers)]
-    else:
-        lines = [response.line, *response.lines]
-        if response.framing == "length" and not chunked:    # once, however often it was said, and whatever Connection names
-            lines.append(b"Content-Length: %d" % response.length)
-        elif response.framing == "none":                    # a HEAD's answer says what a GET's would be
-            lines += [line for name, _, line in response.headers if name == b"content-length"]
-    if chunked:
-        lines.append(b"Transfer-Encoding: chunked")
-    if not client.keep_alive and response.status != 101:
-        lines.append(b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
+    framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+    close = b"" if client.keep_alive or response.status == 101 else b"Connection: close\r\n"
+    return b"".join((response.text, framing, close, extra, b"\r\n"))
 
 
 class _Answer:
     """The body of one answer on its way from an upstream to a client."""
 
     def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
-        self.client, self.response, self.ends = client, response, ends
-        self.framing = ChunkFraming() if response.framing == "chunked" else None
-        self.left = response.length
-        can_chunk = client.minor == 1
-        self.rechunk = can_chunk and (response.framing == "close" or (opened and self.framing is None))
-        self.decode = self.framing is not None and not can_chunk
-        self.chunked = self.rechunk or (self.framing is not None and can_chunk)
-        self.cut = ""
+        self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
+        can_chunk, is_chunked = client.minor == 1, response.framing == "chunked"
+        self.framing = ChunkFraming() if is_chunked else None
+        self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
+        self.decode = is_chunked and not can_chunk
+        self.chunked = can_chunk and (is_chunked or self.rechunk)
         self.tail = b""                         # the last bytes of an event stream so far, framing and all
         if not can_chunk or response.status == 101:
             client.keep_alive = False
@@ -3407,7 +3583,7 @@ class _Answer:
         """For a stream of events that broke: an error event behind whatever was under way, or nothing."""
         if not self.response.events or (self.response.framing == "length" and not self.rechunk):
             return b""
-        event = b"\n\n" + error_event(message)
+        event = b"\n\n" + error_event(message, code="server_error")    # a word that opencode (1.18) asks again upon
         if self.framing is None or self.decode:
             return chunk(event) if self.rechunk else event
         rest = self.framing.finish_frame()
@@ -3902,14 +4078,7 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, self._loopback)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
-        drop = self._check_key(request) if self._key else _NO_WORDS
-        if not self._loopback:                  # judged here; the engine on loopback would refuse it
-            drop = drop | {b"origin"}
-        path = request.target.partition("?")[0]
-        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
+        path, inference, drop = request.notes.get("route") or self._route(request)
         if inference:
             self._infer(client, request, inference, drop)
         elif request.method in ("GET", "HEAD") and path == "/models.ini":
@@ -3924,6 +4093,19 @@ class RouterApp(App):
                 return
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
+
+    def _route(self, request: Request) -> Tuple[str, str, FrozenSet[bytes]]:
+        """(path, canonical inference path or "", headers not sent on), from the head alone. Errors: HttpError 401, 403."""
+        wrong = refusal(request, self._loopback)
+        if wrong:
+            raise HttpError(403, wrong, "forbidden")
+        drop = self._check_key(request) if self._key else _NO_WORDS
+        if not self._loopback:                  # judged here; the engine on loopback would refuse it
+            drop = drop | {b"origin"}
+        path = request.target.partition("?")[0]
+        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
+        request.notes["route"] = path, inference, drop
+        return path, inference, drop
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -4007,7 +4189,7 @@ class RouterApp(App):
         began = time.monotonic()
         body = client.read_body(request)
         try:
-            asked = json.loads(str(body, "utf-8"))
+            asked = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
             raise HttpError(400, f"the body is not JSON: {exc}") from None
         if not isinstance(asked, dict):
@@ -4095,7 +4277,8 @@ class RouterApp(App):
 
     def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"", host: Optional[Host] = None) -> None:
         """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
-        self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        if self.log.is_verbose:
+            self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
         elif outcome.state == "unreachable":
@@ -5105,6 +5288,22 @@ def stop_stack(places: Places, say: Say) -> bool:
         return stopped
 
 
+def _asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+    """What a daemon answers, {} where it does not."""
+    try:
+        return dict(json.loads(upstream.get(path, 2.0, headers=headers)[1]))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+    """Tier -> state, as an engine, or a router before one, tells; None when it does not."""
+    try:
+        return {row["model"]: row["state"] for row in _asked_json(upstream, "/running", headers)["running"]}
+    except (KeyError, TypeError):
+        return None
+
+
 def _tier_row(tier: Tier, use_next: bool, state: str, told: Mapping[str, str]) -> Dict[str, Any]:
     """A tier's row of `status`. The engine knows a local tier's state, the router `told` of a hosted one."""
     weights = weights_for(tier, use_next)
@@ -5118,38 +5317,289 @@ def _tier_row(tier: Tier, use_next: bool, state: str, told: Mapping[str, str]) -
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
     daemons = read_daemons(places)
-    engine_up = answers(daemons.engine)
-    router_up = answers(daemons.router, key_header(env))
-    states = _engine_states(daemons.engine) if engine_up else {}
+    router, engine = daemons
+    engine_up = answers(engine)
+    router_up = answers(router, key_header(env))
+    states = _engine_states(Upstream("127.0.0.1", engine.port)) if engine_up and engine else None
     rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
-    for name, record, up in (("router", daemons.router, router_up), ("engine", daemons.engine, engine_up)):
+    for name, record, up in (("router", router, router_up), ("engine", engine, engine_up)):
         rows[name] = None if record is None else {
             "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
             "answers": up}
-    rows["channel"] = daemons.engine.channel if daemons.engine else None
-    told = _asked_json(daemons.router, "/llmstack/state", key_header(env)) if router_up else {
-        name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
-    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", states.get(t.name, "stopped" if engine_up else "unknown"),
-                               told.get(t.name, {})) for t in config.tiers]
+    rows["channel"] = engine.channel if engine else None
+    told = _asked_json(Upstream(connectable(router.host), router.port), "/llmstack/state", key_header(env)) \
+        if router_up and router else {
+            name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
+    otherwise = "stopped" if engine_up else "unknown"
+    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
+                     for t in config.tiers]
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
 
 
-def _engine_states(record: Optional[Record]) -> Dict[str, str]:
-    try:
-        return {row["model"]: row["state"] for row in _asked_json(record, "/running")["running"]}
-    except (KeyError, TypeError):
-        return {}
+# ===================================================================================================
+# INSTALL
+# ===================================================================================================
+
+LITELLM_MCP_URL = "http://127.0.0.1:10103/mcp"
+REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
 
 
-def _asked_json(record: Optional[Record], path: str, headers: bytes = b"") -> Dict[str, Any]:
-    """What a daemon of ours answers, {} where it does not."""
-    assert record is not None
+def prepare_project(places: Places, say: Say) -> None:
+    """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
+    seed_project(places, say)
+
+
+def router_address(places: Places, config: Config) -> Tuple[str, int]:
+    """(host, port) of the project's router: where it runs, else where models.ini would have it."""
+    router = read_daemons(places).router
+    return (router.host, router.port) if router is not None and router.alive else (config.host, config.router_port)
+
+
+def local_opencode_json(places: Places, config: Config, host: str, port: int, env: Mapping[str, str]) -> str:
+    hosted = any(t.backend == "litellm" for t in config.tiers)
+    return render_opencode_json(config, base_url(host, port), places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
+                                mcp_url=LITELLM_MCP_URL if hosted else "")
+
+
+def _written_file(data: str) -> str:
+    return os.path.join(data, "written.json")
+
+
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
+    known = _read_json(_written_file(places.data)).get(os.path.join(os.path.realpath(places.state), name))
+    return known == _digest([(name, data)])
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
+        known = _read_json(_written_file(places.data))
+        known[os.path.join(os.path.realpath(places.state), name)] = _digest([(name, data)])
+        write_atomic(_written_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+
+
+def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
+    """Write a generated file into .llmstack/; True when anything has changed.
+
+    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as opencode.json.old.
+    """
+    path, data = places.in_state(name), text.encode()
+    old = _read_bytes(path)
+    if old != data and old and name != "default-channel" and not _is_ours(places, name, old):
+        if name == "AGENTS.md":
+            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+            if _read_bytes(path + ".new") == data:
+                return False
+            write_atomic(path + ".new", data)
+            return True
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
+    if old == data:
+        return False
+    write_atomic(path, data)
+    if name != "default-channel":
+        _remember(places, name, data)
+    say(f"Wrote {path}")
+    return True
+
+
+def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
+    """Write opencode.json, AGENTS.md and the pin; True when anything has changed. What is there then is trusted."""
+    files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
+    changed = [name for name, text in files if write_ours(places, name, text, say)]
+    active = read_marker(places, "active-channel")
+    if active is not None and active.channel == "external" and active != marker:
+        _remove(places.in_state("active-channel"))
+    if trust and not (is_trusted(places, "hook") and is_trusted(places, "run")):
+        if not is_trusted(places, "run"):
+            say("Trusted from now on: the program and addresses that models.ini and litellm_config.yaml name")
+        trust_project(places)
+    return bool(changed)
+
+
+def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str], say: Say) -> None:
+    """After a start: opencode.json where there is none, and where it leads to another address than the running one.
+
+    What was not trusted before is not trusted for that.
+    """
+    old = _read_bytes(places.in_state("opencode.json"))
+    if f'"{base_url(host, port)}/v1"'.encode() in old:
+        return
+    if old and not _is_ours(places, "opencode.json", old):
+        say(f"opencode.json leads elsewhere than to {base_url(host, port)}; `llmstack install` writes it anew")
+        return
+    trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    wire_project(places, read_marker(places) or Marker("current"), local_opencode_json(places, config, host, port, env), say,
+                 trust)
+
+
+# The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
+
+
+class RemoteRouter(NamedTuple):
+    """A router that answers, as its /models.ini describes it."""
+
+    url: str                                    # without /v1 or a trailing slash
+    config: Config
+    pid: str                                    # what it says its pid is
+    upstream: Upstream
+
+
+def pinned_url(places: Places) -> str:
+    """The router a thin client is pinned to, "" for a local project."""
+    marker = read_marker(places)
+    return marker.url if marker is not None and marker.channel == "external" else ""
+
+
+def refuse_external(places: Places) -> None:
+    """For commands about what is local. Errors: UserError in a thin client."""
+    url = pinned_url(places)
+    if url:
+        raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
+                        "run it in the project that owns the daemons; `llmstack install --current` makes this one local")
+
+
+def trusted_url(places: Places) -> str:
+    """pinned_url, which a cloned directory may have brought along: a key goes there. Errors: UserError where untrusted."""
+    url = pinned_url(places)
+    if url and not is_trusted(places, "hook"):
+        raise UserError(f"this project's .llmstack/ leads to {url}, and it is not trusted on this machine",
+                        f"look at it, then run `llmstack trust`, or `llmstack install --external {url}`")
+    return url
+
+
+def _client_tls(env: Mapping[str, str], insecure: bool) -> Any:
+    import ssl
+    context = ssl.create_default_context()
+    extra = env.get("NODE_EXTRA_CA_CERTS")      # opencode's own variable for it
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif extra:
+        try:
+            context.load_verify_locations(extra)
+        except OSError as exc:                  # ssl.SSLError, too
+            raise UserError(f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates ({exc.strerror})",
+                            "name a PEM file", 2) from None
+    return context
+
+
+def _why_no_router(exc: Exception) -> Tuple[str, str]:
+    """(what is wrong, what to do) when no whole answer came."""
+    import ssl
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return (f"its certificate is not trusted: {exc.verify_message}", "name its certificate, a PEM file, in"
+                " NODE_EXTRA_CA_CERTS, which opencode reads as well; --insecure does without verification here")
+    if isinstance(exc, ssl.SSLError):
+        return "it does not speak TLS", "give the URL with http://"
+    if isinstance(exc, ConnectionRefusedError):
+        return "nothing listens there", "run `llmstack start` in the project that owns the router, or correct the URL"
+    if isinstance(exc, socket.gaierror):
+        return f"its name is not found ({exc.strerror})", "correct the URL, or give the address in numbers"
+    if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
+        return f"no answer within {REMOTE_PATIENCE_S:g} s", "see that the machine is up and that no firewall stands between"
+    if isinstance(exc, OSError):
+        return str(exc.strerror or exc), "correct the URL, or see why that machine is not reached"
+    return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
+
+
+def _said(body: bytes) -> str:
+    """": " and the message of an error body, as far as it is fit to print."""
     try:
-        return dict(json.loads(Upstream(connectable(record.host), record.port).get(path, 2.0, headers=headers)[1]))
-    except (OSError, ValueError, TypeError):
-        return {}
+        message = str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return ": " + "".join(c for c in message[:300] if c.isprintable())
+
+
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came."""
+    place = "".join(c for c in response.header(b"location") if c.isprintable() and c.isascii())
+    if 300 <= response.status < 400:
+        base = place[:-len("/models.ini")]
+        if place.endswith("/models.ini") and _SAFE_URL.match(base):
+            return f"redirects to {place}", f"give that: llmstack install --external {base}"
+        return f"redirects to {place or 'nowhere'}", "a login page stands before it: name the router's own address"
+    if response.status == 401:
+        return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
+                "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+    if response.status == 200 and ("html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"):
+        return "is a web page, no router's models.ini", "correct the URL; a login page or a proxy may stand before the router"
+    if response.status == 200:
+        return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    hint = "correct the URL: a llmstack router answers there, llama-server and llama-swap do not"
+    return f"answers {response.status}{_said(body)}", hint if response.status == 404 else "look at that machine's router.log"
+
+
+def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
+    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up. Errors: UserError."""
+    upstream = parse_upstream(url)
+    if not _SAFE_URL.match(upstream.url):
+        raise UserError(f"{url!r} has characters that a shell's prompt could not show", "use letters, digits and . _ ~ - /", 2)
+    where, headers = f"{upstream.url}/models.ini", key_header(env)
+    try:
+        if upstream.url.startswith("https"):
+            upstream.use_tls(_client_tls(env, insecure))
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers)
+    except (OSError, ValueError) as exc:
+        what, hint = _why_no_router(exc)
+        raise UserError(f"{where}: {what}", hint) from None
+    problem = ""
+    if response.status == 200:
+        try:
+            config = parse_models_ini(decode_models_ini(body, where), where)[0]
+            if config.tiers:
+                return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+            problem = ", it names no tier"
+        except ConfigError as exc:
+            problem = ", " + exc.problems[0].replace(where + ":", "line ")
+    what, hint = _why_no_models_ini(response, body, bool(headers))
+    raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
+
+
+def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
+    """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
+    daemons = read_daemons(places)
+    if not daemons.any_alive:
+        return
+    router = daemons.router
+    if router is not None and remote.pid == str(router.pid) and remote.upstream.port == router.port:
+        raise UserError(f"{remote.url} is this project's own router", "run `install --external` in another project; to use"
+                        " another router here, name its URL")
+    say(f"Stopping this project's daemons: from now on it uses {remote.url}")
+    stop_stack(places, say)
+
+
+def connect_external(places: Places, insecure: bool, say: Say) -> None:
+    """`start` in a thin client: see that its router is up. Errors: UserError."""
+    remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    write_atomic(places.in_state("active-channel"), render_marker(Marker("external", remote.url)))
+    say(f"Router  {remote.url}/v1 is up")
+    if external_opencode_json(places, remote, os.environ).encode() != _read_bytes(places.in_state("opencode.json")):
+        say("Its tiers are not those of opencode.json any more; `llmstack install` writes it anew")
+
+
+def external_opencode_json(places: Places, remote: RemoteRouter, env: Mapping[str, str]) -> str:
+    return render_opencode_json(remote.config, remote.url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)))
+
+
+def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
+    """stack_status of a thin client; "problem" says why the router does not answer."""
+    url = pinned_url(places)
+    rows: Dict[str, Any] = {"running": False, "project": places.work, "models_ini": f"{url}/models.ini", "router": {
+        "kind": "external", "pid": None, "url": url, "alive": False, "answers": False}, "engine": None, "channel": "external",
+        "tiers": [], "other_owner": None, "problem": None}
+    try:
+        remote = fetch_remote(trusted_url(places), env)
+    except UserError as exc:
+        rows["problem"] = f"{exc}; {exc.hint}"
+        return rows
+    states = _engine_states(remote.upstream, key_header(env))
+    rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
+    otherwise = "unknown" if states is None else "stopped"
+    rows["tiers"] = [_tier_row(t, False, (states or {}).get(t.name, otherwise), {}) for t in remote.config.tiers]
+    return rows
 
 
 # ===================================================================================================
@@ -5233,6 +5683,7 @@ def _add_stack_options(parser: Any) -> None:
     parser.add_argument("--current", action="store_true", help="run the current models, whatever LLMSTACK_USE_NEXT says")
     parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
     parser.add_argument("--port", metavar="P", type=_port, help="port to listen on (models.ini: router_port)")
+    parser.add_argument("--insecure", action="store_true", help="thin client: do not verify the router's certificate")
 
 
 def _port(text: str) -> int:
@@ -5244,17 +5695,30 @@ def _port(text: str) -> int:
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if pinned_url(places):
+        return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
-    seed_project(places, say)
+    prepare_project(places, say)
     config = load_config(places, warn)
     plan = _plan(args, places, config)
-    if not start_stack(plan, say):
+    started = start_stack(plan, say)
+    if not args.demo:
+        rewire_project(places, config, plan.host, plan.port, os.environ, say)
+    if not started:
         say(f"Running already: {base_url(plan.host, plan.port)}/v1")
     elif not args.demo:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     if args.demo:
         _say_demo(base_url(plan.host, plan.port))
+    return 0
+
+
+def _start_external(args: Any, places: Places) -> int:
+    if args.next or args.current or args.host or args.port:
+        raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and address are not decided here",
+                        "`llmstack install --current` makes the project local", 2)
+    connect_external(places, args.insecure, say)
     return 0
 
 
@@ -5360,6 +5824,9 @@ def _cmd_stop(args: Any) -> int:
     if stop_stack(places, say):
         say("Stopped.")
         return 0
+    if pinned_url(places):
+        say(f"There is nothing local to stop: this project uses the router at {pinned_url(places)}.")
+        return 0
     owner = other_owner(places)
     if owner:
         where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
@@ -5378,9 +5845,11 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if pinned_url(places):
+        return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
-    seed_project(places, say)
+    prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
     router, engine = read_daemons(places)
     if router is not None and router.alive:
@@ -5390,6 +5859,8 @@ def _cmd_restart(args: Any) -> int:
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
+    if not args.demo:
+        rewire_project(places, config, plan.host, plan.port, os.environ, say)
     return 0
 
 
@@ -5404,25 +5875,29 @@ def _add_status(commands: Any) -> None:
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     broken: Optional[UserError] = None
+    external = bool(pinned_url(places))
     try:
-        config = load_config(places)
+        config = Config() if external else load_config(places)
     except UserError as exc:                    # what runs is of interest all the more
         broken, config = exc, Config()
-    rows = stack_status(places, config, os.environ)
+    rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
     if args.json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
         if broken:
             raise broken
         return 0 if rows["running"] else 1
     say(f"Project  {rows['project']}" + (f" ({rows['channel']})" if rows["channel"] else ""))
-    for name in ("router", "engine"):
+    for name in ("router",) if external else ("router", "engine"):
         row = rows[name]
+        if external and not row["answers"]:
+            say(f"Router   {paint('not reached', '31')}, {rows['problem']}")
+            return 1
         if row is None:
             say(f"{name.capitalize():<8} {paint('not running', '33')}")
             continue
         health = paint("up", "32") if row["answers"] else paint("alive, but does not answer" if row["alive"] else "died", "31")
         kind = "" if name == "router" else f", {row['kind']}"
-        say(f"{name.capitalize():<8} {health}, {row['url']}, pid {row['pid']}{kind}")
+        say(f"{name.capitalize():<8} {health}, {row['url']}" + (f", pid {row['pid']}{kind}" if row["pid"] else ""))
     say("")
     width = max([len(t["name"]) for t in rows["tiers"]] + [4])
     for tier in rows["tiers"]:
@@ -5430,7 +5905,7 @@ def _cmd_status(args: Any) -> int:
         state += f" ({tier['reason']})" if tier["reason"] else ""
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
         say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
-    if rows["local_only"]:
+    if rows.get("local_only"):
         say("local_only: no request leaves this machine")
     if not rows["running"]:
         say("")
@@ -5464,6 +5939,75 @@ def _cmd_reload(args: Any) -> int:
     return 0
 
 
+def _add_install(commands: Any) -> None:
+    parser = commands.add_parser("install", help="give this project its opencode.json",
+                                 description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
+                                 " to; models.ini where there is none. Without an option the channel stays as it is.")
+    channel = parser.add_mutually_exclusive_group()
+    channel.add_argument("--current", action="store_true", help="pin the current models")
+    channel.add_argument("--next", action="store_true", help="pin the queued upgrades (hf_file_next, model_next)")
+    channel.add_argument("--external", metavar="URL", nargs="?", const="", help="use the router at URL (default:"
+                         f" $LLMSTACK_REMOTE_URL, else http://{ROUTER_HOST}:{ROUTER_PORT}) instead of one of this project")
+    parser.add_argument("--insecure", action="store_true", help="do not verify that router's certificate")
+    parser.add_argument("-n", "--print", action="store_true", help="print opencode.json and write nothing")
+    parser.set_defaults(run=_cmd_install)
+
+
+def _external_url(args: Any, places: Places) -> str:
+    """The router that `install` is to use, "" for this project's own. Errors: UserError."""
+    if args.current or args.next:
+        return ""
+    named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
+    if args.external is not None:
+        return args.external or named or f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+    return named or trusted_url(places)
+
+
+def _cmd_install(args: Any) -> int:
+    places = _places(args)
+    url = _external_url(args, places)
+    if url:
+        return _install_external(args, places, url)
+    if args.insecure:
+        raise UserError("--insecure is for --external https://...", "leave it out", 2)
+    if not args.print:
+        prepare_project(places, say)
+    config = load_config(places, warn)
+    queued = any(t.has_next for t in config.tiers)
+    if args.next and not queued:
+        raise UserError("no tier has a queued upgrade", f"give one hf_file_next or model_next in {places.models_ini}", 2)
+    marker = Marker("next" if queued and _wants_next(args, places, config) else "current")
+    host, port = router_address(places, config)
+    text = local_opencode_json(places, config, host, port, os.environ)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    if not wire_project(places, marker, text, say):
+        say(f"Nothing to change: {places.state} is as it should be.")
+    daemons = read_daemons(places)
+    if daemons.engine is not None and daemons.engine.alive:
+        if daemons.engine.channel != marker.channel:
+            say(f"The {daemons.engine.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
+    else:
+        say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
+    return 0
+
+
+def _install_external(args: Any, places: Places, url: str) -> int:
+    remote = fetch_remote(url, os.environ, args.insecure)
+    text = external_opencode_json(places, remote, os.environ)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    leave_daemons(places, remote, say)
+    if not wire_project(places, Marker("external", remote.url), text, say):
+        say(f"Nothing to change: {places.state} is as it should be.")
+    say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
+    if args.insecure:
+        warn("its certificate was not verified; opencode verifies it, so name it in NODE_EXTRA_CA_CERTS before you run that")
+    return 0
+
+
 def _add_why(commands: Any) -> None:
     parser = commands.add_parser("why", help="which tier a request would go to, and why",
                                  description="Print the decision for a request body without sending anything.")
@@ -5476,7 +6020,8 @@ def _add_why(commands: Any) -> None:
 
 def _cmd_why(args: Any) -> int:
     places = _places(args)
-    config = load_config(places, warn)
+    url = trusted_url(places)
+    config = fetch_remote(url, os.environ).config if url else load_config(places, warn)
     path = inference_path(args.path)
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on", "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
@@ -5674,8 +6219,8 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_serve, _add_version, _add_help,
-                _add_router, _add_engine, _add_llama_server)
+ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_serve, _add_version,
+                _add_help, _add_router, _add_engine, _add_llama_server)
 
 
 def make_parser() -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Optional
+from typing import Callable, Optional
 
 import pytest
 
 import llmstack
-from llmstack import ChunkFraming, HttpError, chunk, parse_request_head, parse_response_head
+from llmstack import ChunkFraming, HeadReader, HttpError, Request, chunk, parse_request_head, parse_response_head
 from tests.scripted import Chunks, read_chunks
 
 
@@ -207,6 +207,70 @@ def test_credentials_are_not_remembered(name: str) -> None:
     request("Host: localhost", f"{name}: open sesame", "X-Other: remembered")
     assert b"X-Other: remembered" in llmstack._LINES
     assert not [line for line in llmstack._LINES if b"sesame" in line]
+
+
+# ---- the heads of one connection
+
+HEADS = [
+    post("Content-Length: 5", "X-A: 1"),
+    post("Content-Length: 5", "X-A: 1"),
+    post("Content-Length: 123456", "X-A: 1"),
+    post("content-length:\t007 ", "X-A: 1"),
+    post("content-length:\t8 ", "X-A: 1"),
+    post("Content-Length: 9"),
+    post("Content-Length: "),
+    post("Content-Length: 9x"),
+    post("Content-Length: 5", "X-A: 2"),
+    post("Content-Length: 5\r\nContent-Length: 5", "X-A: 2"),
+    post("Content-Length: 1111111111111111", "X-A: 2"),
+    post("Content-Length: 55\n", "X-A: 2"),
+    post("Content-Length: 5 5", "X-A: 2"),
+    post("X-B: content-length: 5", "Content-Length: 5"),
+    post("X-B: content-length: 6", "Content-Length: 5"),
+    post("X-5: 5", "Content-Length: 5"),
+    post("X-5: 5", "Content-Length: 65"),
+    post("Transfer-Encoding: chunked"),
+    post("Content-Length: 5", "Transfer-Encoding: chunked"),
+    post("Content-Length: 5", "Connection: close"),
+    head("POST /other HTTP/1.1", "Host: localhost", "Content-Length: 5"),
+    head("GET / HTTP/1.1", "Host: localhost"),
+    head("POST / HTTP/1.1", "Content-Length: 5"),
+    b"\x00", b"",
+]
+
+
+def outcome(read: Callable[[bytes], Request], given: bytes) -> object:
+    """What a head is read as, without what Content-Length's line looks like: the request's `length` stands for it."""
+    try:
+        got = read(given)
+    except HttpError as exc:
+        return exc.status, str(exc)
+    return got._replace(headers=tuple(h for h in got.headers if h[0] != b"content-length"), notes={},
+                        fields={**got.fields, b"content-length": b""})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_head_is_read_the_same_whatever_came_before(seed: int) -> None:
+    rng, reader = random.Random(seed), HeadReader()
+    for given in rng.choices(HEADS, k=200):
+        assert outcome(reader.read, given) == outcome(parse_request_head, given), given
+
+
+def test_what_was_worked_out_of_a_head_serves_those_that_differ_in_length() -> None:
+    reader = HeadReader()
+    first, same, longer, other = (reader.read(h) for h in (HEADS[0], HEADS[1], HEADS[2], HEADS[8]))
+    assert (first.length, same.length, longer.length) == (5, 5, 123456)
+    assert first.notes is same.notes is longer.notes
+    assert other.notes is not first.notes
+
+
+def test_other_headers_make_another_head_for_the_upstream() -> None:
+    upstream, asked = llmstack.Upstream("127.0.0.1", 1), parse_request_head(HEADS[0])
+    changed = asked._replace(headers=(*asked.headers, (b"x-b", b"2", b"X-B: 2")))
+    for each, there in ((asked, False), (changed, True), (asked, False)):
+        assert (b"X-B: 2" in llmstack.request_head(each, upstream, "/", 7, frozenset())) is there
+    assert b"X-A" not in llmstack.request_head(asked, upstream, "/", 7, frozenset({b"x-a"}))
+    assert llmstack.request_head(asked, upstream, "/", 8, frozenset()).endswith(b"\r\nContent-Length: 8\r\n\r\n")
 
 
 # ---- response heads
