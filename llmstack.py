@@ -261,6 +261,11 @@ class Config(NamedTuple):
     llama_server_bin: str = ""
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
 
+    @property
+    def offered(self) -> Tuple[Tier, ...]:
+        """The tiers that a request may name: without those that local_only forbids."""
+        return tuple(t for t in self.tiers if not t.remote) if self.local_only else self.tiers
+
     def by_role(self, role: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.role == role), None)
 
@@ -270,7 +275,7 @@ class Config(NamedTuple):
     @property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
-        roles = {t.role: t for t in reversed(self.tiers) if not (self.local_only and t.remote)}
+        roles = {t.role: t for t in reversed(self.offered)}
         return tuple(roles[role] for role in LADDER_ROLES if role in roles)
 
 
@@ -1585,6 +1590,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
     that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
     """
+    config = config._replace(tiers=config.offered)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
     models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
