@@ -9,6 +9,7 @@
         v
     engine  127.0.0.1:10102   llama-swap where its binary is found, else the embedded one in this file
         |                     starts and stops llama-server so that what is loaded fits in memory
+    |                     (tiers with a base_url are no engine's: the router asks their host itself, over TLS)
         v
     llama-server  10001...    one process a loaded tier, on 127.0.0.1
 

@@ -469,8 +469,14 @@ def test_a_host_that_hangs_up_trips_the_breaker_and_is_not_offline(start: Start)
     rig = start(host=reply_with(lambda m: None))
     got = rig.ask(chat())
     assert got.header("x-llmstack-fallback") == "code-ultra\u2192code-smart (closed the connection without an answer)"
-    assert rig.ask(chat()).all("x-llmstack-fallback") == []
-    assert rig.app.state()["code-ultra"]["state"] == "failing"
+    for seconds in (20, 40, 80):
+        asked = len(rig.host.requests)
+        rig.clock.now_s += seconds - 1
+        assert rig.ask(chat()).all("x-llmstack-fallback") == []
+        assert rig.app.state()["code-ultra"]["state"] == "failing"
+        assert len(rig.host.requests) == asked
+        rig.clock.now_s += 2
+        assert "code-ultra" in rig.ask(chat()).header("x-llmstack-fallback")
 
 
 # ---- offline as a state
