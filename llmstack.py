@@ -9,7 +9,7 @@
         v
     engine  127.0.0.1:10102   llama-swap where its binary is found, else the embedded one in this file
         |                     starts and stops llama-server so that what is loaded fits in memory
-    |                     (tiers with a base_url are no engine's: the router asks their host itself, over TLS)
+        |                     (a tier with a base_url is none of its models: the router asks that host itself)
         v
     llama-server  10001...    one process a loaded tier, on 127.0.0.1
 
@@ -3879,8 +3879,6 @@ class Host(Upstream):
 
     def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log, clock: Callable[[], float]) -> None:
         super().__init__(host, port, prefix, tls)
-        if tls:
-            import ssl  # noqa: F401  # now: the .pyz may be replaced under a running daemon
         self.offline = ""                       # why no connection comes about, "" while one does
         self.since = 0.0
         self._log, self._clock = log, clock
@@ -3991,8 +3989,11 @@ def _end_when_silent(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
                         ("TCP_USER_TIMEOUT", 20_000)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        try:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:                         # named, and not known to this kernel
+            pass
 
 
 _OF_THE_CLIENT = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
@@ -6085,6 +6086,8 @@ def _cmd_serve(args: Any) -> int:
     host = args.host or config.host
     port = config.router_port if args.port is None else args.port
     check_exposure(host, config, os.environ)
+    if config.local_only and args.upstream and not _LOCAL_URL.match(args.upstream):
+        raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}", "take local_only out, or name another", 2)
     upstream = parse_upstream(args.upstream) if args.upstream else Upstream("127.0.0.1", config.engine_port)
     level = os.environ.get("LOG_LEVEL", "info")
     remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"

@@ -636,6 +636,12 @@ def test_local_only_leaves_hosted_tiers_out_of_what_clients_are_told() -> None:
     assert list(told["provider"]["llama.cpp"]["models"]) == ["auto", "code-fast"]
 
 
+def test_local_only_forbids_another_machine_behind_the_router(capsys: pytest.CaptureFixture[str]) -> None:
+    write_ini("[DEFAULT]\nlocal_only = yes\n" + LOCAL)
+    assert llmstack.main(["serve", "--port", "0", "--upstream", "http://10.0.0.5:8080"]) == 2
+    assert "is not on this machine" in capsys.readouterr().err
+
+
 def test_a_host_on_this_machine_is_local(start: Start) -> None:
     rig = start(local_only=True)
     for name in ("auto", "code-ultra"):
