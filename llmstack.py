@@ -22,6 +22,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LADDER         facts of a request -> Decision; where the model's name stands in a body
     PURE: MODELS.INI     text -> Config, every problem with its line
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
+    PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -1220,8 +1221,11 @@ def local_tiers(config: Config) -> List[Tier]:
     return [t for t in config.tiers if t.backend == "gguf"]
 
 
-def residency_sets(config: Config) -> List[ResidencySet]:
-    """The fast tier beside each heavy one, and all chat tiers together beside it."""
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None, budget_gb: float = 0.0) -> List[ResidencySet]:
+    """The fast tier beside each heavy one, and all chat tiers together beside it.
+
+    With `need_gb` of every tier, what does not fit the budget together is left out; a tier left in no set runs alone.
+    """
     local = local_tiers(config)
     fast = [t.name for t in local if t.role == "fast"]
     heavy = [t for t in local if t.role != "fast"]
@@ -1229,6 +1233,10 @@ def residency_sets(config: Config) -> List[ResidencySet]:
     chats = [t.name for t in heavy if t.role.startswith("plan")]
     if len(chats) > 1:
         groups.append(("chats", (*fast, *chats)))
+    if need_gb is not None:
+        groups = [g for g in groups if sum(need_gb.get(t, 0.0) for t in g[1]) <= budget_gb]
+        together = {t for _, tiers in groups for t in tiers}
+        groups += [(t.role or t.name, (t.name,)) for t in local if t.name not in together]
     names = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}_" if len(groups) > 26 else f"{chr(97 + i)}_" for i in range(len(groups))]
     return [ResidencySet(names[i] + re.sub(r"\W", "_", label), tiers) for i, (label, tiers) in enumerate(groups) if tiers]
 
@@ -1252,13 +1260,13 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(outside, key=lambda gone: sum(costs.get(m, 1) for m in gone))
 
 
-def tier_cost(tier: Tier, use_next: bool) -> int:
-    """evict_cost of a tier; one of unknown size counts as 5 GB."""
-    return evict_cost(weights_for(tier, use_next).size_gb or 5.0)
+def tier_cost(tier: Tier, use_next: bool, weights_gb: float = 0.0) -> int:
+    """evict_cost of a tier, by its real weights where they are known; one of unknown size counts as 5 GB."""
+    return evict_cost(weights_gb or weights_for(tier, use_next).size_gb or 5.0)
 
 
 def footprint_gb(size_gb: float) -> float:
-    """Memory a tier is counted with, GB: weights and a tenth for KV and buffers (README, "Memory math")."""
+    """Memory a tier without a header at hand is counted with, GB: weights and a tenth (README, "Memory math")."""
     return size_gb * 1.1
 
 
@@ -1313,13 +1321,20 @@ def windows_quote(word: str) -> str:
 
 
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
-                           quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT) -> str:
+                           quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
+                           fits: Sequence[TierFit] = (), budget_gb: float = 0.0) -> str:
     """The configuration of llama-swap v250 and newer for `config`.
 
     `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
-    must be free, for llama-swap does not look.
+    must be free, for llama-swap does not look. With `fits`, sets beyond the budget are left out.
     """
     local = local_tiers(config)
+    need = {f.name: f.need_gb for f in fits}
+    weights = {f.name: f.weights_gb for f in fits}
+    sets = residency_sets(config, need if fits else None, budget_gb)
+    kept = [s.tiers for s in sets]
+    left_out = [f"    # left out, beyond this machine's {budget_gb:.1f} GB: {' + '.join(s.tiers)} (~{sum(map(need.get, s.tiers)):.1f} GB)"
+                for s in residency_sets(config) if fits and s.tiers not in kept]
     letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
     keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
     defaults = [("--host", "127.0.0.1"), ("--port", "${PORT}"), *accepted_flags(common_flags(config), refused)]
@@ -1348,8 +1363,8 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
     if local:
         lines += ["# What may be loaded together; the cheapest way to make room wins, the first of equals.",
                   "matrix:", "  vars:", *(f"    {keys[t.name]}: {_yaml_text(t.name)}" for t in local), "  evict_costs:",
-                  *(f"    {keys[t.name]}: {tier_cost(t, use_next)}" for t in local), "  sets:",
-                  *(f"    {s.name}: {json.dumps(' & '.join(keys[n] for n in s.tiers))}" for s in residency_sets(config))]
+                  *(f"    {keys[t.name]}: {tier_cost(t, use_next, weights.get(t.name, 0.0))}" for t in local), "  sets:", *left_out,
+                  *(f"    {s.name}: {json.dumps(' & '.join(keys[n] for n in s.tiers))}" for s in sets)]
         preload = [t.name for t in local if t.role == "fast"]
         if preload:
             lines += ["", "hooks:", "  on_startup:", f"    preload: [{', '.join(map(_yaml_text, preload))}]"]
@@ -1376,6 +1391,388 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
         meta.update(model=tier.model)
     return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack",
             "description": tier.description, "aliases": list(tier.aliases), "meta": {"llmstack": meta}}
+
+
+# ===================================================================================================
+# PURE: MEMORY
+# ===================================================================================================
+# What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are llama.cpp's own sums at
+# b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp).
+# The compute buffer is what its allocator makes of the widest layer, fitted to what it reports for the real dimensions
+# of 18 models of 9 architectures: within 12 % of the buffer, which is 1 % of such a model (tests/test_fit.py).
+
+MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
+MAX_GGUF_ENTRIES = 65_536
+SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
+SERVER_UBATCH = 512                             # tokens
+
+# GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
+_GGML_SIZES: Dict[int, Tuple[int, int]] = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36)}
+_CACHE_SIZES = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20),
+                "iq4_nl": (32, 18), "q5_0": (32, 22), "q5_1": (32, 24)}
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+# Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely say it themselves.
+_SWA_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4, "cohere2moe": -4, "olmo2": 4,
+              "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4, "plamo3": 8, "mellum": 4, "laguna": -4}
+_SWA_WINDOW = {"gemma2": 4096, "exaone4": 4096, "exaone-moe": 128, "llama4": 8192}     # where the file names none
+
+
+class GgufError(ValueError):
+    """A header that cannot be read or reckoned with; the message completes "the file ..."."""
+
+
+class GgufHeader(NamedTuple):
+    """What of a GGUF's header decides its memory."""
+
+    arch: str
+    keys: Mapping[str, Any]                     # the architecture's, without its name: numbers and short lists of them
+    vocab: int
+    tensor_bytes: int
+    embd_bytes: int                             # of these, the token embedding
+    tied: bool                                  # it serves as the output matrix, too
+    widest: int                                 # values a token takes in the widest layer
+    parts: int = 1                              # files it is split into
+    end: int = 0                                # where the tensors of this part end: a smaller file is not whole
+
+
+class Memory(NamedTuple):
+    """Bytes."""
+
+    weights: int
+    kv: int
+    recurrent: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.recurrent + self.compute
+
+
+class _GgufReader:
+    """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
+
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        self._read, self._block, self._start, self.at = read, b"", 0, 0
+
+    def _fill(self, count: int) -> int:
+        """Have `count` bytes at hand; where in the block they stand."""
+        if self.at + count > self._start + len(self._block):
+            if self.at + count > MAX_GGUF_HEADER_BYTES:
+                raise GgufError("has a header beyond any reason")
+            self._block, self._start = self._read(self.at, max(count, 1 << 18)), self.at
+            if len(self._block) < count:
+                raise GgufError("ends within its header")
+        return self.at - self._start
+
+    def take(self, count: int) -> bytes:
+        offset = self._fill(count)
+        self.at += count
+        return self._block[offset:offset + count]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "replace")
+
+    def skip_strings(self, count: int) -> None:
+        length = struct.Struct("<Q").unpack_from
+        while count:
+            offset = self._fill(8)
+            block, last = self._block, len(self._block) - 8
+            while count and offset <= last:
+                offset += 8 + length(block, offset)[0]
+                count -= 1
+            self.at = self._start + offset
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """A metadata value; of an array that is long or not of numbers only a range of its length."""
+        if kind in _GGUF_SCALARS:
+            return self.number(_GGUF_SCALARS[kind])
+        if kind == 8:
+            return self.string()
+        if kind != 9 or depth > 1:
+            raise GgufError(f"has metadata of the unknown type {kind}")
+        kind, count = self.number("I"), self.number("Q")
+        code = _GGUF_SCALARS.get(kind, "")
+        if code and count <= 1024:
+            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code))))
+        if code:
+            self.at += count * struct.calcsize(code)
+        elif kind == 8:
+            self.skip_strings(count)
+        elif count > MAX_GGUF_ENTRIES:
+            raise GgufError("has a header beyond any reason")
+        else:
+            for _ in range(count):
+                self.value(kind, depth + 1)
+        return range(count)
+
+
+def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
+    """Return the header of a GGUF, or of one part of it; `read(offset, count)` may return more, or less at its end.
+
+    Errors: GgufError. Source: ggml/docs/gguf.md, versions 2 and 3.
+    """
+    reader = _GgufReader(read)
+    if reader.take(4) != b"GGUF":
+        raise GgufError("is not a GGUF file")
+    version = reader.number("I")
+    if not version & 0xFFFF:
+        raise GgufError("is written for big-endian machines")
+    if version not in (2, 3):
+        raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
+    tensors, pairs = reader.number("Q"), reader.number("Q")
+    if tensors > MAX_GGUF_ENTRIES or pairs > MAX_GGUF_ENTRIES:
+        raise GgufError("has a header beyond any reason")
+    meta: Dict[str, Any] = {}
+    for _ in range(pairs):
+        key = reader.string()
+        value = reader.value(reader.number("I"))
+        if not isinstance(value, str) or key == "general.architecture":
+            meta[key] = value
+    arch = meta.get("general.architecture")
+    parts = meta.get("split.count", 1)
+    if not isinstance(arch, str):               # only a split's first part has the metadata
+        if not meta.get("split.no"):
+            raise GgufError("names no architecture")
+        arch = ""
+    keys = {k[len(arch) + 1:]: v for k, v in meta.items() if arch and k.startswith(arch + ".")}
+    vocab = keys.get("vocab_size")
+    if not isinstance(vocab, int):
+        tokens = meta.get("tokenizer.ggml.tokens")
+        vocab = len(tokens) if isinstance(tokens, (list, range)) else 0
+    alignment = meta.get("general.alignment", 32)
+    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts if isinstance(parts, int) and 0 < parts <= 1000 else 1)
+    return _add_tensors(header, reader, tensors, alignment if isinstance(alignment, int) and alignment > 0 else 32)
+
+
+def _add_tensors(header: GgufHeader, reader: _GgufReader, count: int, alignment: int) -> GgufHeader:
+    sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
+    widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
+    for _ in range(count):
+        name = reader.string()
+        dimensions = reader.number("I")
+        if dimensions > 4:
+            raise GgufError(f"has a tensor of {dimensions} dimensions")
+        shape = struct.unpack(f"<{dimensions}Q", reader.take(8 * dimensions))
+        kind, offset = reader.number("I"), reader.number("Q")
+        block, size = _GGML_SIZES.get(kind, (0, 0))
+        values = 1
+        for length in shape:
+            values *= length
+        sizes.append((offset, values // block * size if block else -1, name))
+        if name.startswith("blk.") and dimensions == 2:
+            what = name.split(".")[2]
+            what = what if what in widths else ""
+            widths[what] = max(widths[what], shape[1])
+    sizes.sort()
+    ends = [offset for offset, _, _ in sizes[1:]]       # a type not known here: as far as the next tensor
+    bytes_of = {name: size if size >= 0 else max(0, end - at) for (at, size, name), end in zip(sizes, [*ends, 0])}
+    start = -(-reader.at // alignment) * alignment
+    end = start + max((at + max(size, 0) for at, size, _ in sizes), default=0)
+    # Where gate and up are one matrix (Phi), its rows are both.
+    up = widths["ffn_up"] if widths["ffn_gate"] else widths["ffn_up"] // 2
+    return header._replace(tensor_bytes=sum(bytes_of.values()), embd_bytes=bytes_of.get("token_embd.weight", 0),
+                           tied="output.weight" not in bytes_of, widest=max(widths[""], widths["ffn_gate"], up), end=end)
+
+
+def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
+    """The header of a split GGUF from those of its parts."""
+    for part in others:
+        first = first._replace(
+            tensor_bytes=first.tensor_bytes + part.tensor_bytes, embd_bytes=first.embd_bytes + part.embd_bytes,
+            tied=first.tied and part.tied, widest=max(first.widest, part.widest))
+    return first
+
+
+def _pad(count: int, unit: int = 256) -> int:
+    return -(-count // unit) * unit
+
+
+class _Layers:
+    """A header's hyperparameters, read as llama.cpp reads them."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.keys, self.arch = header.keys, header.arch
+        self.count = self.number("block_count") - self.number("nextn_predict_layers")     # without those for drafts
+        if not 0 < self.count <= 1024:
+            raise GgufError(f"has {self.count} layers by its header")
+        self.heads = self.each("attention.head_count", [0])
+        self.kv_heads = self.each("attention.head_count_kv", self.heads)
+        self.embd = self.number("embedding_length")
+        size = self.embd // self.heads[0] if self.heads[0] else 0
+        self.key = self.number("attention.key_length", size)
+        self.value = self.number("attention.value_length", size)
+        # Of latent attention (DeepSeek) only the compressed K is kept.
+        self.latent = bool(self.number("attention.key_length_mla") and self.number("attention.value_length_mla"))
+
+    def number(self, key: str, default: int = 0) -> int:
+        value = self.keys.get(key, default)
+        return int(value) if isinstance(value, (int, float)) and 0 <= value < 2 ** 48 else default
+
+    def each(self, key: str, default: Sequence[int]) -> List[int]:
+        """A key that is one number or one a layer."""
+        value = self.keys.get(key)
+        if not isinstance(value, list) or not value:
+            value = list(default) if value is None or isinstance(value, (list, range)) else [self.number(key)]
+        return [max(0, int(v)) for v in [*value, *[value[-1]] * self.count][:self.count]]
+
+    @property
+    def window(self) -> int:
+        """Tokens a sliding layer sees, 0: there are none."""
+        window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
+        if self.arch == "exaone4" and self.count != 64:
+            return 0
+        if self.arch in ("llama4", "smallthinker") and window:
+            return {"llama4": 8192}.get(self.arch, 4096)
+        return window if self.arch in _SWA_EVERY or isinstance(self.keys.get("attention.sliding_window_pattern"), list) else 0
+
+    def slides(self) -> List[bool]:
+        """Which layers keep only the window."""
+        if not self.window:
+            return [False] * self.count
+        pattern = self.keys.get("attention.sliding_window_pattern", _SWA_EVERY.get(self.arch, 0))
+        if isinstance(pattern, list):
+            return [bool(v) for v in self.each("attention.sliding_window_pattern", [0])]
+        every = abs(int(pattern)) or 1
+        first = _SWA_EVERY.get(self.arch, 0) < 0
+        return [i % every != 0 if first else i % every < every - 1 for i in range(self.count)]
+
+    def recurs(self) -> List[bool]:
+        """Which layers carry a state instead of a cache."""
+        listed = self.keys.get("attention.recurrent_layers")
+        if isinstance(listed, list):
+            return [bool(v) for v in self.each("attention.recurrent_layers", [0])]
+        every = self.number("full_attention_interval", 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0)
+        if every:
+            return [(i + 1) % every != 0 for i in range(self.count)]
+        if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
+            return [True] * self.count
+        forward = self.each("feed_forward_length", [0]) if self.arch.startswith("nemotron_h") else [0] * self.count
+        return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
+
+    def state_floats(self) -> int:
+        """What one layer keeps of one sequence: the last inputs of its convolution, and its state."""
+        wkv, conv = self.number("wkv.head_size"), self.number("ssm.conv_kernel")
+        if wkv:
+            return self.number("token_shift_count", 2) * self.embd + self.embd * wkv
+        if self.number("shortconv.l_cache"):
+            return self.embd * (self.number("shortconv.l_cache") - 1)
+        size, heads = self.number("kda.head_dim"), max(self.heads)
+        if size:
+            return (3 * (conv - 1 if conv else 3) + size) * size * heads
+        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
+        return max(conv - 1, 0) * (inner + 2 * self.number("ssm.group_count") * state) + state * inner
+
+
+def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0", cache_type_v: str = "q8_0",
+                    flash_attn: bool = True, slots: int = SERVER_SLOTS, ubatch: int = SERVER_UBATCH,
+                    offload: bool = False) -> Memory:
+    """Return what llama-server takes for a model, in bytes; `offload`: its layers go to a GPU. Errors: GgufError.
+
+    Counted is everything, on either side of a discrete card: the budget is then met with a little to spare.
+    """
+    layers = _Layers(header)
+    slides, recurs = layers.slides(), layers.recurs()
+    cells = _pad(ctx_size)
+    window = _pad(min(cells, layers.window * slots + ubatch))
+    kept = layers.count - layers.number("attention.shared_kv_layers")      # the later ones use the others' cache
+    kept = min(kept, 20) if layers.arch == "gemma3n" else kept
+
+    def row(values: int, kind: str) -> int:
+        block, size = _CACHE_SIZES[kind]
+        return values // block * size
+
+    both = layers.arch.startswith("falcon-h1")  # state and cache in every layer
+    cached = [i for i in range(kept) if layers.kv_heads[i] and (both or not recurs[i])]
+    shapes = []                                 # (cells, values of K, values of V)
+    for i in cached:
+        suffix = "_swa" if slides[i] else ""
+        shapes.append((window if slides[i] else cells,
+                       layers.number("attention.key_length" + suffix, layers.key) * layers.kv_heads[i],
+                       layers.number("attention.value_length" + suffix, layers.value) * layers.kv_heads[i]))
+    widest_v = max((v for _, _, v in shapes), default=0)        # what V is padded to where it is kept transposed
+    indexer = layers.number("attention.indexer.key_length")
+    kv = sum(n * (row(k, cache_type_k) + row(indexer, cache_type_k)
+                  + (0 if layers.latent else row(v if flash_attn else widest_v, cache_type_v))) for n, k, v in shapes)
+    recurrent = sum(recurs) * layers.state_floats() * 4 * slots
+    # A mask for each kind of cache; the GPU gets its copy.
+    masks = sum({n for n, _, _ in shapes}) * min(ubatch, cells) * (2 if flash_attn else 4)
+    compute = masks * (2 if offload else 1) + _layer_floats(header, layers, cells if cached else 0, flash_attn) \
+        * min(ubatch, cells) * 4 + header.vocab * slots * 4
+    weights = header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0)
+    return Memory(weights, kv, recurrent, compute)
+
+
+def _layer_floats(header: GgufHeader, layers: _Layers, cells: int, flash_attn: bool) -> int:
+    """Values a token takes while the most demanding layer is computed: what stays, and what its parts add to it."""
+    experts = max(layers.each("expert_used_count", [0]))
+    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length", [0])))
+    embd, heads = layers.embd, max(layers.heads)
+    peaks = [3 * header.widest + 5 * embd, experts * 3 * width + 5 * embd, experts * (2 * embd + width) + embd]
+    if layers.latent and flash_attn:
+        peaks.append(heads * (2 * layers.key + layers.number("attention.kv_lora_rank")))
+    if not flash_attn:                          # the scores of every head
+        peaks.append(heads * cells + 4 * embd + 2 * heads * layers.key + 2 * max(layers.kv_heads) * layers.key)
+    return max(peaks)
+
+
+def largest_context(budget_bytes: float, limit: int, estimate: Callable[[int], Memory]) -> int:
+    """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    low, high = 0, limit // 256
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if estimate(middle * 256).total <= budget_bytes else (low, middle - 1)
+    return low * 256
+
+
+class TierFit(NamedTuple):
+    """What one tier needs. `need_gb` counts; `memory` says of what, where a header was at hand."""
+
+    name: str
+    source: str                                 # local | hub | size_gb | unknown | hosted
+    where: str
+    need_gb: float
+    memory: Optional[Memory]
+    ctx_size: int
+    largest_ctx: int                            # that fits alone; 0: none, or not known
+    fits: bool
+    weights_gb: float                           # decides the cost of an eviction
+    note: str = ""
+
+
+def fit_tier(tier: Tier, weights: Weights, config: Config, budget_gb: float, offload: bool, source: str = "", where: str = "",
+             header: Optional[GgufHeader] = None, note: str = "") -> TierFit:
+    """Whether a tier fits the budget: by its header, else by its size and a tenth. Errors: GgufError."""
+    if tier.backend != "gguf":
+        return TierFit(tier.name, "hosted", "", 0.0, None, tier.ctx_size, 0, True, 0.0)
+    if header is None:
+        need, kind = footprint_gb(weights.size_gb), "size_gb" if weights.size_gb else "unknown"
+        return TierFit(tier.name, kind, "", need, None, tier.ctx_size, 0, need <= budget_gb, weights.size_gb, note)
+    found = header
+
+    def estimate(ctx: int) -> Memory:
+        return estimate_memory(found, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
+                               offload=offload and config.n_gpu_layers != "0")
+
+    memory = estimate(tier.ctx_size)
+    trained = header.keys.get("context_length")
+    limit = int(trained * max(tier.rope_scale, 1)) if isinstance(trained, int) else 0
+    largest = largest_context(budget_gb * 1e9, max(min(limit, 1 << 24), tier.ctx_size), estimate)
+    return TierFit(tier.name, source, where, memory.total / 1e9, memory, tier.ctx_size, largest,
+                   memory.total <= budget_gb * 1e9, memory.weights / 1e9, note)
+
+
+def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, ...], float]]:
+    """Every set of the matrix, whether or not it fits, with what it needs in GB."""
+    need = {f.name: f.need_gb for f in fits}
+    return [(s.tiers, sum(need[t] for t in s.tiers)) for s in residency_sets(config) if all(t in need for t in s.tiers)]
 
 
 # ===================================================================================================
