@@ -23,6 +23,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: MODELS.INI     text -> Config, every problem with its line
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
     PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
+    PURE: PROFILES       the tiers for other memory sizes, as text of a models.ini
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -32,6 +33,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
+    FIT                  headers from this disk or the hub; what each tier takes on this machine
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -1322,19 +1324,17 @@ def windows_quote(word: str) -> str:
 
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
                            quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
-                           fits: Sequence[TierFit] = (), budget_gb: float = 0.0) -> str:
+                           need_gb: Optional[Mapping[str, float]] = None, weights_gb: Optional[Mapping[str, float]] = None,
+                           budget_gb: float = 0.0) -> str:
     """The configuration of llama-swap v250 and newer for `config`.
 
     `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
-    must be free, for llama-swap does not look. With `fits`, sets beyond the budget are left out.
+    must be free, for llama-swap does not look. With `need_gb` of every tier, sets beyond the budget are left out.
     """
     local = local_tiers(config)
-    need = {f.name: f.need_gb for f in fits}
-    weights = {f.name: f.weights_gb for f in fits}
-    sets = residency_sets(config, need if fits else None, budget_gb)
-    kept = [s.tiers for s in sets]
-    left_out = [f"    # left out, beyond this machine's {budget_gb:.1f} GB: {' + '.join(s.tiers)} (~{sum(map(need.get, s.tiers)):.1f} GB)"
-                for s in residency_sets(config) if fits and s.tiers not in kept]
+    sets = residency_sets(config, need_gb, budget_gb)
+    left_out = [f"    # left out: {' + '.join(s.tiers)} would take ~{sum((need_gb or {}).get(t, 0.0) for t in s.tiers):.1f} GB,"
+                f" and there are {budget_gb:.1f}" for s in residency_sets(config) if s.tiers not in [x.tiers for x in sets]]
     letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
     keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
     defaults = [("--host", "127.0.0.1"), ("--port", "${PORT}"), *accepted_flags(common_flags(config), refused)]
@@ -1363,7 +1363,8 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
     if local:
         lines += ["# What may be loaded together; the cheapest way to make room wins, the first of equals.",
                   "matrix:", "  vars:", *(f"    {keys[t.name]}: {_yaml_text(t.name)}" for t in local), "  evict_costs:",
-                  *(f"    {keys[t.name]}: {tier_cost(t, use_next, weights.get(t.name, 0.0))}" for t in local), "  sets:", *left_out,
+                  *(f"    {keys[t.name]}: {tier_cost(t, use_next, (weights_gb or {}).get(t.name, 0.0))}" for t in local),
+                  "  sets:", *left_out,
                   *(f"    {s.name}: {json.dumps(' & '.join(keys[n] for n in s.tiers))}" for s in sets)]
         preload = [t.name for t in local if t.role == "fast"]
         if preload:
@@ -1542,7 +1543,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         if not meta.get("split.no"):
             raise GgufError("names no architecture")
         arch = ""
-    keys = {k[len(arch) + 1:]: v for k, v in meta.items() if arch and k.startswith(arch + ".")}
+    keys = {k[len(arch) + 1:]: v for k, v in meta.items()
+            if arch and k.startswith(arch + ".") and isinstance(v, (int, float, list))}
     vocab = keys.get("vocab_size")
     if not isinstance(vocab, int):
         tokens = meta.get("tokenizer.ggml.tokens")
@@ -1773,6 +1775,107 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
     """Every set of the matrix, whether or not it fits, with what it needs in GB."""
     need = {f.name: f.need_gb for f in fits}
     return [(s.tiers, sum(need[t] for t in s.tiers)) for s in residency_sets(config) if all(t in need for t in s.tiers)]
+
+
+# ===================================================================================================
+# PURE: PROFILES
+# ===================================================================================================
+# The same tiers and roles for other memory sizes; the bundled models.ini is profile 64. GB of weights are those the hub
+# lists for the file (10^9 bytes). The smallest budget is what each tier must fit within by itself: Metal's share of a Mac
+# of that size, or 75 % of memory as Linux counts it, whichever is less; tests/test_fit.py holds the tiers to it.
+
+
+class Rung(NamedTuple):
+    """One tier of a profile: what differs from the bundled section."""
+
+    tier: str
+    model: str
+    repo: str
+    file: str
+    size_gb: float
+    ctx_size: int
+    yarn: int = 0                               # stretches a window of 32,768
+
+
+_QWEN_3B, _HERETIC = "bartowski/Qwen2.5-Coder-3B-Instruct-GGUF", "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
+PROFILES: Dict[str, Tuple[float, Tuple[Rung, ...]]] = {
+    "8": (5.7, (
+        Rung("code-fast", "Qwen2.5-Coder 1.5B", "bartowski/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+             "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf", 0.99, 32_768),
+        Rung("code-smart", "Qwen3 4B Instruct 2507", "unsloth/Qwen3-4B-Instruct-2507-GGUF",
+             "Qwen3-4B-Instruct-2507-Q4_K_M.gguf", 2.5, 16_384),
+        Rung("plan", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", "gemma-3-4b-it-Q4_K_M.gguf", 2.49, 16_384),
+        Rung("plan-uncensored", "Dolphin 3.0 3B", "bartowski/Dolphin3.0-Llama3.2-3B-GGUF",
+             "Dolphin3.0-Llama3.2-3B-Q4_K_M.gguf", 2.02, 16_384))),
+    "16": (11.4, (
+        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
+        Rung("code-smart", "Qwen3 8B", "Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5.03, 32_768),
+        Rung("plan", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF", "gemma-3-12b-it-Q4_K_M.gguf", 7.3, 16_384),
+        Rung("plan-uncensored", "Dolphin 3.0 8B", "bartowski/Dolphin3.0-Llama3.1-8B-GGUF",
+             "Dolphin3.0-Llama3.1-8B-Q4_K_M.gguf", 4.92, 32_768))),
+    "24": (17.1, (
+        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
+        Rung("code-smart", "gpt-oss 20B", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12.1, 65_536),
+        Rung("plan", "Qwen3 14B", "Qwen/Qwen3-14B-GGUF", "Qwen3-14B-Q4_K_M.gguf", 9.0, 32_768),
+        Rung("plan-uncensored", "Gemma 3 12B abliterated", "mlabonne/gemma-3-12b-it-abliterated-GGUF",
+             "gemma-3-12b-it-abliterated.q4_k_m.gguf", 7.3, 32_768))),
+    "48": (37.0, (
+        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q5_K_M.gguf", 2.44, 65_536, 2),
+        Rung("code-smart", "Qwen3-Coder 30B-A3B", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF",
+             "Qwen3-Coder-30B-A3B-Instruct-Q6_K.gguf", 25.1, 65_536),
+        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q4_K_M.gguf", 19.8, 32_768),
+        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
+             f"{_HERETIC}.i1-Q4_K_M.gguf", 14.3, 65_536))),
+    "64": (50.0, ()),
+    "128": (96.0, (
+        Rung("code-fast", "Qwen2.5-Coder 7B", "bartowski/Qwen2.5-Coder-7B-Instruct-GGUF",
+             "Qwen2.5-Coder-7B-Instruct-Q5_K_M.gguf", 5.44, 131_072, 4),
+        Rung("code-smart", "gpt-oss 120B", "ggml-org/gpt-oss-120b-GGUF", "gpt-oss-120b-mxfp4-00001-of-00003.gguf", 63.4,
+             131_072),
+        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q8_0.gguf", 34.8, 32_768),
+        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
+             f"{_HERETIC}.i1-Q6_K.gguf", 19.3, 131_072))),
+}
+
+
+def choose_profile(budget_gb: float) -> str:
+    """The largest profile whose every tier fits the budget, or the smallest there is."""
+    return max((name for name in PROFILES if PROFILES[name][0] <= budget_gb), key=int, default=min(PROFILES, key=int))
+
+
+def find_profile(name: str) -> str:
+    """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
+    number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
+    known = [p for p in PROFILES if number.isdigit() and int(p) <= int(number)]
+    if not known:
+        raise UserError(f"there is no profile {name}", "one of " + ", ".join(PROFILES) + " (GB of memory)", 2)
+    return max(known, key=int)
+
+
+def render_profile(bundled: str, name: str) -> str:
+    """The text of the bundled models.ini with the tiers of a profile."""
+    text = bundled.replace("# Profile: 64 ", f"# Profile: {name} ", 1)
+    for rung in PROFILES[name][1]:
+        section = re.search(rf"^\[{rung.tier}\]\n(?:.+\n)+", text, re.MULTILINE)
+        assert section is not None              # a test renders them all
+        text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
+    if PROFILES[name][1]:
+        text = re.sub(r"With code-fast and full contexts it takes(?:.+\n)+?(?=\[)",
+                      "`llmstack fit` shows what\n# it takes, alone and beside code-fast.\n", text, count=1)
+    return text
+
+
+def _with_rung(section: str, rung: Rung) -> str:
+    found = re.search(r"(?:i1-)?[Qq][0-9]_\w+|mxfp4", rung.file)
+    quant = found.group().replace("q4_k_m", "Q4_K_M") if found else ""
+    stretched = f"; tokens; trained for 32768 and stretched {rung.yarn} times by YaRN:\nrope_scaling = yarn (scale={rung.yarn}," \
+        " orig_ctx=32768)" if rung.yarn else "; tokens"
+    values = {"hf_repo": rung.repo, "hf_file": rung.file, "size_gb": f"{rung.size_gb:g}", "quant": quant,
+              "ctx_size": f"{rung.ctx_size:<7} {stretched}"}
+    section = re.sub(r"^(?:\w+_next|rope_scaling) .*\n", "", section, flags=re.MULTILINE)
+    for key, value in values.items():
+        section = re.sub(rf"^{key} .*$", f"{key:<12} = {value}", section, flags=re.MULTILINE)
+    return re.sub(r"^(description  = ).*?( - .*)$", rf"\g<1>{rung.model}\2", section, flags=re.MULTILINE)
 
 
 # ===================================================================================================
@@ -2447,15 +2550,60 @@ def total_memory_gb() -> float:
     return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
-def memory_budget_gb(config: Config) -> float:
-    """What may be loaded at once, GB: memory_gb, else the GPU's wired limit on a Mac, else 75 % of memory."""
-    if config.memory_gb:
-        return config.memory_gb
+class Machine(NamedTuple):
+    """The memory models may take together here, GB; why that much; and whether a GPU has its layers."""
+
+    budget_gb: float
+    source: str
+    gpu: bool
+
+
+DRM = "/sys/class/drm"
+CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's own --fit leaves free on a card
+
+
+def cards_gb() -> Tuple[float, str]:
+    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") where there are none.
+
+    An AMD APU has a small carve-out of its own and works in the machine's memory: it is no card here.
+    """
+    listed = _output(["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"])
+    sizes = [int(line.split(",")[0]) * 1_048_576 / 1e9 for line in listed.splitlines() if line.split(",")[0].strip().isdigit()]
+    kind = "NVIDIA"
+    if not sizes:
+        try:
+            names = sorted(n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n))
+        except OSError:
+            names = []
+        texts = [read_text(os.path.join(DRM, n, "device", "mem_info_vram_total")).strip() for n in names]
+        sizes = [int(t) / 1e9 for t in texts if t.isdigit() and int(t) >= 4 * 1024 ** 3]
+        kind = "AMD"
+    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+    return usable, f"{sum(sizes):.1f} GB of {kind} graphics memory, 1 GiB left free" if sizes else ""
+
+
+def this_machine(config: Config) -> Machine:
+    """memory_gb, else what the GPU may take: a Mac's wired limit or macOS's share of memory, graphics cards elsewhere; else
+    75 % of memory."""
+    total = total_memory_gb()
     if IS_MAC:
         limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
+        # Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and 51.5 of 64.
+        share = 2 / 3 if 0 < total < 38 else 0.75
+        found = Machine(total * share, f"{share:.0%} of {total:.1f} GB, what macOS gives the GPU", True)
         if limit.isdigit() and int(limit) > 0:
-            return int(limit) * 1_048_576 / 1e9
-    return total_memory_gb() * 0.75 or 1e9
+            found = Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
+    else:
+        cards, what = cards_gb() if config.n_gpu_layers != "0" else (0.0, "")
+        found = Machine(cards, what, True) if cards else Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+    if config.memory_gb:
+        return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
+    return found if found.budget_gb else found._replace(budget_gb=1e9, source="the size of memory cannot be told")
+
+
+def memory_budget_gb(config: Config) -> float:
+    """What may be loaded at once, GB."""
+    return this_machine(config).budget_gb
 
 
 def _output(command: Sequence[str]) -> str:
@@ -4379,6 +4527,196 @@ def run_llama_server(argv: Sequence[str]) -> int:
 
 
 # ===================================================================================================
+# FIT
+# ===================================================================================================
+
+
+def hub_cache_dir(env: Mapping[str, str]) -> str:
+    """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
+    for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
+                        ("XDG_CACHE_HOME", "huggingface/hub")):
+        if env.get(name):
+            return os.path.normpath(os.path.join(_expand(env[name]), below))
+    return os.path.join(os.path.expanduser("~"), ".cache", "huggingface", "hub")
+
+
+def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
+    """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
+    if weights.path:
+        return weights.path if os.path.exists(weights.path) else ""
+    repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
+    snapshots = os.path.join(repo, "snapshots")
+    try:
+        commits = sorted(os.listdir(snapshots), key=lambda c: os.stat(os.path.join(snapshots, c)).st_mtime, reverse=True)
+    except OSError:
+        commits = []
+    commits.sort(key=lambda c: c != read_text(os.path.join(repo, "refs", "main")).strip())
+    found = [os.path.join(snapshots, c, *weights.file.split("/")) for c in commits]
+    return next((path for path in found if os.path.exists(path)), "")
+
+
+def part_names(name: str, count: int) -> List[str]:
+    """The files of a split GGUF from the name of the first."""
+    if count < 2 or not re.search(r"-00001-of-[0-9]{5}\.gguf\Z", name):
+        return [name]
+    return [re.sub(r"-00001-of-[0-9]{5}\.gguf\Z", f"-{i:05}-of-{count:05}.gguf", name) for i in range(1, count + 1)]
+
+
+def local_header(path: str) -> GgufHeader:
+    """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
+    def one(name: str) -> GgufHeader:
+        with open(name, "rb") as file:
+            def read(offset: int, count: int) -> bytes:
+                file.seek(offset)
+                return file.read(count)
+
+            header = parse_gguf_header(read)
+            if file_size(name) < header.end:
+                raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
+            return header
+
+    first = one(path)
+    return merge_headers(first, [one(name) for name in part_names(path, first.parts)[1:]])
+
+
+def _fetch_range(url: str, first: int, count: int, token: str) -> Tuple[bytes, str]:
+    """(bytes, ETag) of a part of a file on the hub, which redirects to its storage. Errors: OSError, in words."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    class SameHost(urllib.request.HTTPRedirectHandler):
+        """The token goes to the hub, never to where it redirects."""
+
+        def redirect_request(self, req: Any, *args: Any) -> Any:
+            new = super().redirect_request(req, *args)
+            if new is not None and new.host == req.host and new.type == req.type:
+                for name, value in req.unredirected_hdrs.items():
+                    new.add_unredirected_header(name, value)
+            return new
+
+    if not url.startswith(("http://", "https://")):
+        raise OSError(f"{url} is no address of a hub")
+    request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.build_opener(SameHost).open(request, timeout=10) as answer:
+            if answer.status != 206:            # the whole file: read as far as is needed
+                return answer.read(first + count)[first:], ""
+            return answer.read(count), answer.headers.get("ETag") or ""
+    except urllib.error.HTTPError as exc:
+        if exc.code == 416:                     # beyond its end
+            return b"", ""
+        why = {401: ", set HF_TOKEN", 403: ", set HF_TOKEN", 404: ", there is no such file"}.get(exc.code, "")
+        raise OSError(f"{url} answered {exc.code}{why}") from None
+    except urllib.error.URLError as exc:
+        raise ConnectionError(str(exc.reason)) from None
+    except (ValueError, http.client.HTTPException) as exc:
+        raise OSError(str(exc) or type(exc).__name__) from None
+
+
+def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
+    from urllib.parse import quote
+    return f"{(env.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{repo}/resolve/main/{quote(file)}"
+
+
+def hub_header(weights: Weights, env: Mapping[str, str], known: Callable[[str], Optional[GgufHeader]],
+               learn: Callable[[str, GgufHeader], None]) -> GgufHeader:
+    """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
+    token = env.get("HF_TOKEN", "").strip()
+
+    def one(name: str) -> GgufHeader:
+        url = hub_url(weights.repo, name, env)
+        data, tag = _fetch_range(url, 0, 1 << 20, token)
+        found = known(f"{url} {tag}") if tag else None
+        if found:
+            return found
+        held = bytearray(data)
+
+        def read(offset: int, count: int) -> bytes:
+            while len(held) < offset + count:
+                more, _ = _fetch_range(url, len(held), max(len(held), offset + count - len(held)), token)
+                if not more:
+                    break
+                held.extend(more)
+            return bytes(held[offset:offset + count])
+
+        header = parse_gguf_header(read)
+        if tag:
+            learn(f"{url} {tag}", header)
+        return header
+
+    first = one(weights.file)
+    return merge_headers(first, [one(name) for name in part_names(weights.file, first.parts)[1:]])
+
+
+class _KnownHeaders:
+    """Headers read before, by what names one state of a file, in headers.json of the data directory."""
+
+    def __init__(self, data: str) -> None:
+        self._path = os.path.join(data, "headers.json")
+        self._rows = _read_json(self._path)
+        self._changed = False
+
+    def find(self, key: str) -> Optional[GgufHeader]:
+        try:
+            return GgufHeader(*self._rows[f"{VERSION} {key}"])
+        except (KeyError, TypeError):
+            return None
+
+    def learn(self, key: str, header: GgufHeader) -> None:
+        self._rows[f"{VERSION} {key}"] = list(header)
+        self._changed = True
+
+    def local(self, path: str) -> GgufHeader:
+        status = os.stat(path)
+        key = f"{path} {status.st_size} {status.st_mtime_ns}"
+        header = self.find(key)
+        if header is None:
+            header = local_header(path)
+            self.learn(key, header)
+        return header
+
+    def save(self) -> None:
+        if self._changed:
+            try:
+                write_atomic(self._path, json.dumps(dict(list(self._rows.items())[-40:])))
+            except UserError:                   # it is only faster with it
+                pass
+
+
+def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], data: str, use_next: bool, hub: bool = False,
+                  only: Sequence[str] = ()) -> List[TierFit]:
+    """What each tier takes here, by the header of its file on this disk; with `hub`, else on the hub; else by size_gb."""
+    headers, fits = _KnownHeaders(data), []
+    for tier in config.tiers:
+        if only and tier.name not in only:
+            continue
+        weights = weights_for(tier, use_next)
+        path = cached_model(weights, env) if tier.backend == "gguf" else ""
+        weights = weights._replace(size_gb=weights.size_gb or file_size(path) / 1e9)
+        source = where = note = ""
+        header: Optional[GgufHeader] = None
+        try:
+            if path:
+                source, where = "local", path
+                header = headers.local(path)
+            elif hub and weights.repo and tier.backend == "gguf":
+                source, where = "hub", hub_url(weights.repo, weights.file, env)
+                header = hub_header(weights, env, headers.find, headers.learn)
+            fit = fit_tier(tier, weights, config, machine.budget_gb, machine.gpu, source, where, header)
+        except (GgufError, OSError) as exc:
+            hub = hub and not isinstance(exc, ConnectionError)      # offline: not asked again for every tier
+            note = f"{os.path.basename(where)} {exc}" if isinstance(exc, GgufError) else str(exc)
+            note = f"the hub cannot be reached: {note}" if isinstance(exc, ConnectionError) else note
+            fit = fit_tier(tier, weights, config, machine.budget_gb, machine.gpu, note=note)
+        fits.append(fit)
+    headers.save()
+    return fits
+
+
+# ===================================================================================================
 # ENGINE
 # ===================================================================================================
 
@@ -4431,15 +4769,20 @@ class Engine:
     """
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log, log_path: Callable[[str], str],
-                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT) -> None:
+                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
+                 fits: Sequence[TierFit] = ()) -> None:
         self._command, self._log, self._log_path, self._env = command, log, log_path, dict(env)
         self._budget_gb, self._first_port = budget_gb, first_port
         self.use_next = use_next
         self.config = config
         self._changed = threading.Condition()
-        self._sets = residency_sets(config)
-        self.models = {t.name: Model(t, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
-        self._costs = {t.name: tier_cost(t, use_next) for t in local_tiers(config)}
+        known = {f.name: f for f in fits}
+        need = {t.name: known[t.name].need_gb if t.name in known else footprint_gb(self._size_gb(weights_for(t, use_next)))
+                for t in local_tiers(config)}
+        self._sets = residency_sets(config, need if fits else None, budget_gb)
+        self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
+        self._costs = {t.name: tier_cost(t, use_next, known[t.name].weights_gb if t.name in known else 0.0)
+                       for t in local_tiers(config)}
         self._tickets: List[Ticket] = []
         self._closing = False
 
@@ -4961,12 +5304,33 @@ def other_owner(places: Places) -> str:
     return work if read_daemons(theirs).any_alive else ""
 
 
-def seed_project(places: Places, say: Say, text: Optional[bytes] = None) -> None:
-    """Give a directory its .llmstack/models.ini where it has none; never overwrites one."""
+def seed_text(profile: str = "") -> Tuple[bytes, str]:
+    """The models.ini for a new project: of `profile`, else of the one for this machine's memory; and why, in a line.
+
+    Errors: UserError for a profile that there is not.
+    """
+    machine = this_machine(Config())
+    name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
+    why = f"Profile {name}, the tiers for {name} GB of memory ({machine.budget_gb:.1f} GB usable: {machine.source})"
+    if machine.budget_gb < PROFILES[name][0]:
+        why += f"; it needs {PROFILES[name][0]:g} GB, so not every tier can load: `llmstack fit` says which"
+    return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
+
+
+def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile: str = "") -> None:
+    """Give a directory its .llmstack/models.ini where it has none; never overwrites one. Errors: UserError."""
     if os.path.exists(places.models_ini):
+        if profile:
+            raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
+                            "edit it, or move it away first")
         return
-    write_atomic(places.models_ini, text or read_resource("models.ini"))
+    why = ""
+    if text is None:
+        text, why = seed_text(profile)
+    write_atomic(places.models_ini, text)
     say(f"Wrote {places.models_ini}: the tiers of this project, yours to edit")
+    if why:
+        say(why)
 
 
 def start_stack(plan: Plan, say: Say) -> bool:
@@ -5076,7 +5440,11 @@ def _start_engine(plan: Plan, say: Say) -> None:
         path = places.in_state("llama-swap.yaml")
         refused = probe_flags(program, config, places.data) if program else frozenset()
         first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
-        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port))
+        machine = this_machine(config)
+        fits = measure_tiers(config, machine, plan.env, places.data, plan.use_next)
+        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
+                                                  {f.name: f.need_gb for f in fits}, {f.name: f.weights_gb for f in fits},
+                                                  machine.budget_gb))
         command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
     else:
         command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
@@ -5214,6 +5582,8 @@ def _add_start(commands: Any) -> None:
                                  description="Bring up the engine (10102) and the router (10101) for this project. A"
                                  " directory without .llmstack/ gets one. Running already is fine.")
     parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, return at once")
+    parser.add_argument("--profile", metavar="NAME", default="", help="for a directory without models.ini: the tiers for a"
+                        f" machine with this much memory ({', '.join(PROFILES)} GB; default: this machine's)")
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_start)
 
@@ -5237,7 +5607,7 @@ def _cmd_start(args: Any) -> int:
     places = _places(args)
     if args.demo:
         _prepare_demo(places)
-    seed_project(places, say)
+    seed_project(places, say, profile=args.profile)
     config = load_config(places, warn)
     plan = _plan(args, places, config)
     if not start_stack(plan, say):
@@ -5499,6 +5869,64 @@ def _cmd_why(args: Any) -> int:
     return 0
 
 
+def _add_fit(commands: Any) -> None:
+    parser = commands.add_parser("fit", help="what each tier takes in memory, and what fits together here",
+                                 description="Weights, KV cache and buffers of each tier at its ctx_size, from the GGUF's"
+                                 " header: on this disk, else on the hub (nothing is downloaded but the header), else"
+                                 " estimated from size_gb. Exit code 1 when a tier cannot fit.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
+    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_cmd_fit)
+
+
+def _cmd_fit(args: Any) -> int:
+    places = _places(args)
+    config = load_config(places, warn)
+    found = [config.by_name(name) for name in args.tiers]
+    if None in found:
+        raise UserError(f"there is no tier {args.tiers[found.index(None)]}",
+                        "one of " + ", ".join(t.name for t in config.tiers), 2)
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, os.environ, places.data, _wants_next(args), True, [t.name for t in found if t])
+    sets = [(tiers, need, need <= machine.budget_gb) for tiers, need in fit_sets(config, fits)]
+    if args.json:
+        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
+        say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source, "tiers": rows,
+                        "sets": [{"tiers": tiers, "need_gb": need, "fits": ok} for tiers, need, ok in sets]},
+                       indent=2, ensure_ascii=False))
+    else:
+        _say_fits(machine, fits, sets)
+    return 0 if all(f.fits for f in fits) else 1
+
+
+def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
+    say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}")
+    say("")
+    width = max([len(f.name) for f in fits] + [4])
+    say(f"  {'tier':<{width}}  {'weights':>8}  {'KV':>8}  {'compute':>8}  {'total':>8}  {'ctx_size':>9}  {'largest':>9}")
+    for fit in fits:
+        if fit.source == "hosted":
+            say(f"  {fit.name:<{width}}  hosted: takes no memory here")
+            continue
+        m = fit.memory
+        parts = [m.weights, m.kv + m.recurrent, m.compute] if m else []
+        cells = [f"{n / 1e9:.2f}" for n in parts] or ["", "", ""]
+        total = f"{fit.need_gb:.2f}" if m else f"~{fit.need_gb:.1f}" if fit.need_gb else "?"
+        largest = f"{fit.largest_ctx:,}" if m else "?"
+        verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
+        origin = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1"}.get(fit.source, "no size_gb")
+        say(f"  {fit.name:<{width}}  " + "  ".join(f"{c:>8}" for c in [*cells, total])
+            + f"  {fit.ctx_size:>9,}  {largest:>9}  {verdict} ({origin})")
+        if fit.note:
+            say(f"  {'':<{width}}  {fit.note}")
+    if sets:
+        say("")
+        say("Together, in GB:")
+    for tiers, need, ok in sets:
+        say(f"  {need:>7.2f}  {' + '.join(tiers)}" + ("" if ok else "  " + paint("does not fit: never loaded together", "33")))
+
+
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser("serve", help="the router alone, in the foreground",
                                  description="Run the router in the foreground against any OpenAI-compatible upstream;"
@@ -5611,7 +6039,9 @@ def _cmd_engine(args: Any) -> int:
     config = load_config(places)
     log = Log(places.log("engine.log"), os.environ.get("LOG_LEVEL", "info"))
     program = find_llama_server(config, os.environ, places.data)
-    budget_gb = memory_budget_gb(config)
+    machine = this_machine(config)
+    budget_gb = machine.budget_gb
+    fits = measure_tiers(config, machine, os.environ, places.data, args.next)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
@@ -5621,7 +6051,8 @@ def _cmd_engine(args: Any) -> int:
                 refused.append(probe_flags(program, config, places.data))
         return server_command(program, tier, config, port, args.next, refused[0])
 
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next)
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
+                    fits=fits)
     more_files()
     server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
     _on_signals(lambda: None)
@@ -5655,8 +6086,8 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_serve, _add_version, _add_help,
-                _add_router, _add_engine, _add_llama_server)
+ADD_COMMANDS = (_add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_serve, _add_version,
+                _add_help, _add_router, _add_engine, _add_llama_server)
 
 
 def make_parser() -> Any:
