@@ -1399,8 +1399,8 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 # ===================================================================================================
 # What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are llama.cpp's own sums at
 # b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp).
-# The compute buffer is what its allocator makes of the widest layer, fitted to what it reports for the real dimensions
-# of 18 models of 9 architectures: within 12 % of the buffer, which is 1 % of such a model (tests/test_fit.py).
+# The compute buffer is what its allocator makes of the widest layer, fitted to its own report for the real dimensions of
+# 18 models of 9 architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those (tests/test_fit.py).
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
@@ -1409,18 +1409,17 @@ SERVER_UBATCH = 512                             # tokens
 
 # GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
 _GGML_SIZES: Dict[int, Tuple[int, int]] = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
-    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
-    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
-    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36)}
-_CACHE_SIZES = {"f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20),
-                "iq4_nl": (32, 18), "q5_0": (32, 22), "q5_1": (32, 24)}
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84), 11: (256, 110),
+    12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
+    21: (256, 110), 22: (256, 82), 23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
+    39: (32, 17), 40: (64, 36)}
+_CACHE_SIZES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7}
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 # Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely say it themselves.
 _SWA_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4, "cohere2moe": -4, "olmo2": 4,
               "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4, "plamo3": 8, "mellum": 4, "laguna": -4}
-_SWA_WINDOW = {"gemma2": 4096, "exaone4": 4096, "exaone-moe": 128, "llama4": 8192}     # where the file names none
+_SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where the file names none
 
 
 class GgufError(ValueError):
@@ -1451,7 +1450,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.recurrent + self.compute
+        return sum(self)
 
 
 class _GgufReader:
@@ -1475,43 +1474,47 @@ class _GgufReader:
         self.at += count
         return self._block[offset:offset + count]
 
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+    def numbers(self, code: str) -> Tuple[Any, ...]:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+
+    def count(self) -> int:
+        """A number of entries that are all to be read."""
+        count: int = self.numbers("Q")[0]
+        if count > MAX_GGUF_ENTRIES:
+            raise GgufError("has a header beyond any reason")
+        return count
 
     def string(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
+        return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
 
-    def skip_strings(self, count: int) -> None:
+    def _skip_strings(self, count: int) -> None:
         length = struct.Struct("<Q").unpack_from
         while count:
             offset = self._fill(8)
-            block, last = self._block, len(self._block) - 8
-            while count and offset <= last:
-                offset += 8 + length(block, offset)[0]
+            while count and offset + 8 <= len(self._block):
+                offset += 8 + length(self._block, offset)[0]
                 count -= 1
             self.at = self._start + offset
 
-    def value(self, kind: int, depth: int = 0) -> Any:
-        """A metadata value; of an array that is long or not of numbers only a range of its length."""
+    def value(self, depth: int = 0) -> Any:
+        """A metadata value; of a list of more than 1,024 numbers or of anything else only a range of its length."""
+        kind, = self.numbers("I")
         if kind in _GGUF_SCALARS:
-            return self.number(_GGUF_SCALARS[kind])
+            return self.numbers(_GGUF_SCALARS[kind])[0]
         if kind == 8:
             return self.string()
         if kind != 9 or depth > 1:
             raise GgufError(f"has metadata of the unknown type {kind}")
-        kind, count = self.number("I"), self.number("Q")
+        kind, count = self.numbers("IQ")
         code = _GGUF_SCALARS.get(kind, "")
         if code and count <= 1024:
-            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code))))
+            return list(self.numbers(f"{count}{code}"))
         if code:
             self.at += count * struct.calcsize(code)
         elif kind == 8:
-            self.skip_strings(count)
-        elif count > MAX_GGUF_ENTRIES:
-            raise GgufError("has a header beyond any reason")
+            self._skip_strings(count)
         else:
-            for _ in range(count):
-                self.value(kind, depth + 1)
+            raise GgufError(f"has a list of the unknown type {kind}")
         return range(count)
 
 
@@ -1523,78 +1526,70 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     reader = _GgufReader(read)
     if reader.take(4) != b"GGUF":
         raise GgufError("is not a GGUF file")
-    version = reader.number("I")
+    version, = reader.numbers("I")
     if not version & 0xFFFF:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
         raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
-    tensors, pairs = reader.number("Q"), reader.number("Q")
-    if tensors > MAX_GGUF_ENTRIES or pairs > MAX_GGUF_ENTRIES:
-        raise GgufError("has a header beyond any reason")
+    tensors, pairs = reader.count(), reader.count()
     meta: Dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.string()
-        value = reader.value(reader.number("I"))
+        value = reader.value()
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
     arch = meta.get("general.architecture")
-    parts = meta.get("split.count", 1)
-    if not isinstance(arch, str):               # only a split's first part has the metadata
+    if not isinstance(arch, str):               # of a split only the first part says it
         if not meta.get("split.no"):
             raise GgufError("names no architecture")
-        arch = ""
-    keys = {k[len(arch) + 1:]: v for k, v in meta.items()
-            if arch and k.startswith(arch + ".") and isinstance(v, (int, float, list))}
-    vocab = keys.get("vocab_size")
-    if not isinstance(vocab, int):
-        tokens = meta.get("tokenizer.ggml.tokens")
-        vocab = len(tokens) if isinstance(tokens, (list, range)) else 0
-    alignment = meta.get("general.alignment", 32)
-    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts if isinstance(parts, int) and 0 < parts <= 1000 else 1)
-    return _add_tensors(header, reader, tensors, alignment if isinstance(alignment, int) and alignment > 0 else 32)
+        arch = "-"
+    keys = {k[len(arch) + 1:]: v for k, v in meta.items() if k.startswith(arch + ".") and isinstance(v, (int, float, list))}
+    tokens = meta.get("tokenizer.ggml.tokens")
+    vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
+    numbers = [meta.get("general.alignment"), meta.get("split.count")]
+    alignment, parts = (n if isinstance(n, int) and 0 < n <= 1000 else d for n, d in zip(numbers, (32, 1)))
+    header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
+    return _with_tensors(header, reader, tensors, alignment)
 
 
-def _add_tensors(header: GgufHeader, reader: _GgufReader, count: int, alignment: int) -> GgufHeader:
+def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int, alignment: int) -> GgufHeader:
     sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
     for _ in range(count):
         name = reader.string()
-        dimensions = reader.number("I")
+        dimensions, = reader.numbers("I")
         if dimensions > 4:
             raise GgufError(f"has a tensor of {dimensions} dimensions")
-        shape = struct.unpack(f"<{dimensions}Q", reader.take(8 * dimensions))
-        kind, offset = reader.number("I"), reader.number("Q")
+        *shape, kind, offset = reader.numbers(f"{dimensions}QIQ")
         block, size = _GGML_SIZES.get(kind, (0, 0))
         values = 1
         for length in shape:
             values *= length
         sizes.append((offset, values // block * size if block else -1, name))
         if name.startswith("blk.") and dimensions == 2:
-            what = name.split(".")[2]
+            what = (name + "..").split(".")[2]
             what = what if what in widths else ""
             widths[what] = max(widths[what], shape[1])
     sizes.sort()
-    ends = [offset for offset, _, _ in sizes[1:]]       # a type not known here: as far as the next tensor
-    bytes_of = {name: size if size >= 0 else max(0, end - at) for (at, size, name), end in zip(sizes, [*ends, 0])}
-    start = -(-reader.at // alignment) * alignment
-    end = start + max((at + max(size, 0) for at, size, _ in sizes), default=0)
-    # Where gate and up are one matrix (Phi), its rows are both.
-    up = widths["ffn_up"] if widths["ffn_gate"] else widths["ffn_up"] // 2
-    return header._replace(tensor_bytes=sum(bytes_of.values()), embd_bytes=bytes_of.get("token_embd.weight", 0),
-                           tied="output.weight" not in bytes_of, widest=max(widths[""], widths["ffn_gate"], up), end=end)
+    ends = [*(offset for offset, _, _ in sizes[1:]), 0]         # a type not known here: as far as the next tensor
+    bytes_of = {name: size if size >= 0 else max(0, end - at) for (at, size, name), end in zip(sizes, ends)}
+    if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows are counted twice
+        widths["ffn_up"] //= 2
+    return header._replace(
+        tensor_bytes=sum(bytes_of.values()), embd_bytes=bytes_of.get("token_embd.weight", 0),
+        tied="output.weight" not in bytes_of, widest=max(widths.values()),
+        end=-(-reader.at // alignment) * alignment + max((at + max(size, 0) for at, size, _ in sizes), default=0))
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
-    for part in others:
-        first = first._replace(
-            tensor_bytes=first.tensor_bytes + part.tensor_bytes, embd_bytes=first.embd_bytes + part.embd_bytes,
-            tied=first.tied and part.tied, widest=max(first.widest, part.widest))
-    return first
+    parts = [first, *others]
+    return first._replace(tensor_bytes=sum(p.tensor_bytes for p in parts), embd_bytes=sum(p.embd_bytes for p in parts),
+                          tied=all(p.tied for p in parts), widest=max(p.widest for p in parts))
 
 
-def _pad(count: int, unit: int = 256) -> int:
-    return -(-count // unit) * unit
+def _pad(count: int) -> int:
+    return -(-count // 256) * 256
 
 
 class _Layers:
@@ -1618,110 +1613,93 @@ class _Layers:
         value = self.keys.get(key, default)
         return int(value) if isinstance(value, (int, float)) and 0 <= value < 2 ** 48 else default
 
-    def each(self, key: str, default: Sequence[int]) -> List[int]:
-        """A key that is one number or one a layer."""
-        value = self.keys.get(key)
-        if not isinstance(value, list) or not value:
-            value = list(default) if value is None or isinstance(value, (list, range)) else [self.number(key)]
-        return [max(0, int(v)) for v in [*value, *[value[-1]] * self.count][:self.count]]
+    def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
+        """A key that is one number, or one a layer."""
+        value = self.keys.get(key, default)
+        values = [max(0, int(v)) for v in value] if isinstance(value, (list, tuple)) else [self.number(key)]
+        return [*values, *(values or [0])[-1:] * self.count][:self.count]
 
-    @property
-    def window(self) -> int:
-        """Tokens a sliding layer sees, 0: there are none."""
+    def slides(self) -> Tuple[List[bool], int]:
+        """Which layers keep only a window, and its tokens."""
+        pattern = self.keys.get("attention.sliding_window_pattern")
         window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
-        if self.arch == "exaone4" and self.count != 64:
-            return 0
-        if self.arch in ("llama4", "smallthinker") and window:
-            return {"llama4": 8192}.get(self.arch, 4096)
-        return window if self.arch in _SWA_EVERY or isinstance(self.keys.get("attention.sliding_window_pattern"), list) else 0
-
-    def slides(self) -> List[bool]:
-        """Which layers keep only the window."""
-        if not self.window:
-            return [False] * self.count
-        pattern = self.keys.get("attention.sliding_window_pattern", _SWA_EVERY.get(self.arch, 0))
+        every = _SWA_EVERY.get(self.arch, 0) if self.arch != "exaone4" or self.count == 64 else 0
+        if not window or not (every or isinstance(pattern, list)):
+            return [False] * self.count, 0
         if isinstance(pattern, list):
-            return [bool(v) for v in self.each("attention.sliding_window_pattern", [0])]
-        every = abs(int(pattern)) or 1
-        first = _SWA_EVERY.get(self.arch, 0) < 0
-        return [i % every != 0 if first else i % every < every - 1 for i in range(self.count)]
+            return [bool(v) for v in self.each("attention.sliding_window_pattern")], window
+        period = self.number("attention.sliding_window_pattern", abs(every)) or 1
+        return [i % period != (0 if every < 0 else period - 1) for i in range(self.count)], window
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
-        listed = self.keys.get("attention.recurrent_layers")
-        if isinstance(listed, list):
-            return [bool(v) for v in self.each("attention.recurrent_layers", [0])]
+        if isinstance(self.keys.get("attention.recurrent_layers"), list):
+            return [bool(v) for v in self.each("attention.recurrent_layers")]
         every = self.number("full_attention_interval", 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0)
         if every:
             return [(i + 1) % every != 0 for i in range(self.count)]
         if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
             return [True] * self.count
-        forward = self.each("feed_forward_length", [0]) if self.arch.startswith("nemotron_h") else [0] * self.count
+        forward = self.each("feed_forward_length") if self.arch.startswith("nemotron_h") else [0] * self.count
         return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
 
     def state_floats(self) -> int:
         """What one layer keeps of one sequence: the last inputs of its convolution, and its state."""
-        wkv, conv = self.number("wkv.head_size"), self.number("ssm.conv_kernel")
+        wkv, conv, short = map(self.number, ("wkv.head_size", "ssm.conv_kernel", "shortconv.l_cache"))
+        size, inner, state = map(self.number, ("kda.head_dim", "ssm.inner_size", "ssm.state_size"))
         if wkv:
-            return self.number("token_shift_count", 2) * self.embd + self.embd * wkv
-        if self.number("shortconv.l_cache"):
-            return self.embd * (self.number("shortconv.l_cache") - 1)
-        size, heads = self.number("kda.head_dim"), max(self.heads)
+            return self.embd * (self.number("token_shift_count", 2) + wkv)
+        if short:
+            return self.embd * (short - 1)
         if size:
-            return (3 * (conv - 1 if conv else 3) + size) * size * heads
-        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
-        return max(conv - 1, 0) * (inner + 2 * self.number("ssm.group_count") * state) + state * inner
+            return (3 * (conv or 4) - 3 + size) * size * max(self.heads)
+        return (max(conv, 1) - 1) * (inner + 2 * self.number("ssm.group_count") * state) + state * inner
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0", cache_type_v: str = "q8_0",
-                    flash_attn: bool = True, slots: int = SERVER_SLOTS, ubatch: int = SERVER_UBATCH,
-                    offload: bool = False) -> Memory:
+                    flash_attn: bool = True, offload: bool = False, slots: int = SERVER_SLOTS) -> Memory:
     """Return what llama-server takes for a model, in bytes; `offload`: its layers go to a GPU. Errors: GgufError.
 
     Counted is everything, on either side of a discrete card: the budget is then met with a little to spare.
     """
     layers = _Layers(header)
-    slides, recurs = layers.slides(), layers.recurs()
-    cells = _pad(ctx_size)
-    window = _pad(min(cells, layers.window * slots + ubatch))
+    (slides, window), recurs, cells = layers.slides(), layers.recurs(), _pad(ctx_size)
+    tokens = min(SERVER_UBATCH, cells)
+    window = _pad(min(cells, window * slots + tokens))
     kept = layers.count - layers.number("attention.shared_kv_layers")      # the later ones use the others' cache
     kept = min(kept, 20) if layers.arch == "gemma3n" else kept
+    shapes = []                                 # (cells, values of K, values of V)
+    for i in range(kept):
+        if layers.kv_heads[i] and (not recurs[i] or layers.arch == "falcon-h1"):
+            suffix, heads = "_swa" if slides[i] else "", layers.kv_heads[i]
+            shapes.append((window if slides[i] else cells, layers.number("attention.key_length" + suffix, layers.key) * heads,
+                           layers.number("attention.value_length" + suffix, layers.value) * heads))
 
-    def row(values: int, kind: str) -> int:
-        block, size = _CACHE_SIZES[kind]
+    def row(values: int, cache_type: str) -> int:
+        block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
         return values // block * size
 
-    both = layers.arch.startswith("falcon-h1")  # state and cache in every layer
-    cached = [i for i in range(kept) if layers.kv_heads[i] and (both or not recurs[i])]
-    shapes = []                                 # (cells, values of K, values of V)
-    for i in cached:
-        suffix = "_swa" if slides[i] else ""
-        shapes.append((window if slides[i] else cells,
-                       layers.number("attention.key_length" + suffix, layers.key) * layers.kv_heads[i],
-                       layers.number("attention.value_length" + suffix, layers.value) * layers.kv_heads[i]))
     widest_v = max((v for _, _, v in shapes), default=0)        # what V is padded to where it is kept transposed
-    indexer = layers.number("attention.indexer.key_length")
-    kv = sum(n * (row(k, cache_type_k) + row(indexer, cache_type_k)
-                  + (0 if layers.latent else row(v if flash_attn else widest_v, cache_type_v))) for n, k, v in shapes)
-    recurrent = sum(recurs) * layers.state_floats() * 4 * slots
+    index = row(layers.number("attention.indexer.key_length"), cache_type_k)
+    kv = sum(n * (row(k, cache_type_k) + index + (0 if layers.latent else row(v if flash_attn else widest_v, cache_type_v)))
+             for n, k, v in shapes)
     # A mask for each kind of cache; the GPU gets its copy.
-    masks = sum({n for n, _, _ in shapes}) * min(ubatch, cells) * (2 if flash_attn else 4)
-    compute = masks * (2 if offload else 1) + _layer_floats(header, layers, cells if cached else 0, flash_attn) \
-        * min(ubatch, cells) * 4 + header.vocab * slots * 4
-    weights = header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0)
-    return Memory(weights, kv, recurrent, compute)
+    masks = sum({n for n, _, _ in shapes}) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
+    peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
+    return Memory(header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0), kv,
+                  sum(recurs) * layers.state_floats() * 4 * slots, masks + peak + header.vocab * slots * 4)
 
 
-def _layer_floats(header: GgufHeader, layers: _Layers, cells: int, flash_attn: bool) -> int:
-    """Values a token takes while the most demanding layer is computed: what stays, and what its parts add to it."""
-    experts = max(layers.each("expert_used_count", [0]))
-    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length", [0])))
-    embd, heads = layers.embd, max(layers.heads)
-    peaks = [3 * header.widest + 5 * embd, experts * 3 * width + 5 * embd, experts * (2 * embd + width) + embd]
-    if layers.latent and flash_attn:
-        peaks.append(heads * (2 * layers.key + layers.number("attention.kv_lora_rank")))
-    if not flash_attn:                          # the scores of every head
-        peaks.append(heads * cells + 4 * embd + 2 * heads * layers.key + 2 * max(layers.kv_heads) * layers.key)
+def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
+    """Values a token takes while the most demanding layer is computed; `scores`: kept by each head, without flash attention."""
+    experts = max(layers.each("expert_used_count"))
+    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
+    embd, heads, key = layers.embd, max(layers.heads), layers.key
+    peaks = [3 * max(header.widest, experts * width) + 5 * embd, experts * (2 * embd + width) + embd]
+    if scores:
+        peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
+    elif layers.latent:
+        peaks.append(heads * (2 * key + layers.number("attention.kv_lora_rank")))
     return max(peaks)
 
 
@@ -1741,40 +1719,29 @@ class TierFit(NamedTuple):
     source: str                                 # local | hub | size_gb | unknown | hosted
     where: str
     need_gb: float
-    memory: Optional[Memory]
-    ctx_size: int
-    largest_ctx: int                            # that fits alone; 0: none, or not known
     fits: bool
-    weights_gb: float                           # decides the cost of an eviction
+    ctx_size: int
+    largest_ctx: int = 0                        # that fits alone; 0: none, or not known
+    memory: Optional[Memory] = None
     note: str = ""
 
 
-def fit_tier(tier: Tier, weights: Weights, config: Config, budget_gb: float, offload: bool, source: str = "", where: str = "",
-             header: Optional[GgufHeader] = None, note: str = "") -> TierFit:
-    """Whether a tier fits the budget: by its header, else by its size and a tenth. Errors: GgufError."""
-    if tier.backend != "gguf":
-        return TierFit(tier.name, "hosted", "", 0.0, None, tier.ctx_size, 0, True, 0.0)
-    if header is None:
-        need, kind = footprint_gb(weights.size_gb), "size_gb" if weights.size_gb else "unknown"
-        return TierFit(tier.name, kind, "", need, None, tier.ctx_size, 0, need <= budget_gb, weights.size_gb, note)
-    found = header
-
+def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header: GgufHeader, source: str, where: str) -> TierFit:
+    """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
     def estimate(ctx: int) -> Memory:
-        return estimate_memory(found, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                               offload=offload and config.n_gpu_layers != "0")
+        return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
+                               offload and config.n_gpu_layers != "0")
 
-    memory = estimate(tier.ctx_size)
-    trained = header.keys.get("context_length")
-    limit = int(trained * max(tier.rope_scale, 1)) if isinstance(trained, int) else 0
-    largest = largest_context(budget_gb * 1e9, max(min(limit, 1 << 24), tier.ctx_size), estimate)
-    return TierFit(tier.name, source, where, memory.total / 1e9, memory, tier.ctx_size, largest,
-                   memory.total <= budget_gb * 1e9, memory.weights / 1e9, note)
+    memory, trained = estimate(tier.ctx_size), header.keys.get("context_length")
+    limit = min(trained * max(tier.rope_scale, 1), 1 << 24) if isinstance(trained, int) else 0
+    return TierFit(tier.name, source, where, memory.total / 1e9, memory.total <= budget_gb * 1e9, tier.ctx_size,
+                   largest_context(budget_gb * 1e9, max(int(limit), tier.ctx_size), estimate), memory)
 
 
 def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, ...], float]]:
     """Every set of the matrix, whether or not it fits, with what it needs in GB."""
     need = {f.name: f.need_gb for f in fits}
-    return [(s.tiers, sum(need[t] for t in s.tiers)) for s in residency_sets(config) if all(t in need for t in s.tiers)]
+    return [(s.tiers, sum(need[t] for t in s.tiers)) for s in residency_sets(config) if need.keys() >= set(s.tiers)]
 
 
 # ===================================================================================================
@@ -4529,15 +4496,16 @@ def run_llama_server(argv: Sequence[str]) -> int:
 # ===================================================================================================
 # FIT
 # ===================================================================================================
+# Headers are read anew each time: 40 ms for a vocabulary of 152,000, less than a cache of them would be worth.
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
     """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
     for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                        ("XDG_CACHE_HOME", "huggingface/hub")):
-        if env.get(name):
-            return os.path.normpath(os.path.join(_expand(env[name]), below))
-    return os.path.join(os.path.expanduser("~"), ".cache", "huggingface", "hub")
+                        ("XDG_CACHE_HOME", "huggingface/hub"), ("", "~/.cache/huggingface/hub")):
+        if not name or env.get(name):
+            return os.path.normpath(_expand(os.path.join(env.get(name, ""), below)))
+    return ""
 
 
 def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
@@ -4545,21 +4513,19 @@ def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     if weights.path:
         return weights.path if os.path.exists(weights.path) else ""
     repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
-    snapshots = os.path.join(repo, "snapshots")
+    head = read_text(os.path.join(repo, "refs", "main")).strip()
     try:
-        commits = sorted(os.listdir(snapshots), key=lambda c: os.stat(os.path.join(snapshots, c)).st_mtime, reverse=True)
+        commits = sorted(os.listdir(os.path.join(repo, "snapshots")), key=lambda c: c != head)
     except OSError:
-        commits = []
-    commits.sort(key=lambda c: c != read_text(os.path.join(repo, "refs", "main")).strip())
-    found = [os.path.join(snapshots, c, *weights.file.split("/")) for c in commits]
+        return ""
+    found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
     return next((path for path in found if os.path.exists(path)), "")
 
 
 def part_names(name: str, count: int) -> List[str]:
     """The files of a split GGUF from the name of the first."""
-    if count < 2 or not re.search(r"-00001-of-[0-9]{5}\.gguf\Z", name):
-        return [name]
-    return [re.sub(r"-00001-of-[0-9]{5}\.gguf\Z", f"-{i:05}-of-{count:05}.gguf", name) for i in range(1, count + 1)]
+    stem, split, _ = name.rpartition("-00001-of-")
+    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)] if split and count > 1 else [name]
 
 
 def local_header(path: str) -> GgufHeader:
@@ -4571,16 +4537,16 @@ def local_header(path: str) -> GgufHeader:
                 return file.read(count)
 
             header = parse_gguf_header(read)
-            if file_size(name) < header.end:
-                raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
-            return header
+        if file_size(name) < header.end:
+            raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
+        return header
 
     first = one(path)
-    return merge_headers(first, [one(name) for name in part_names(path, first.parts)[1:]])
+    return merge_headers(first, map(one, part_names(path, first.parts)[1:]))
 
 
-def _fetch_range(url: str, first: int, count: int, token: str) -> Tuple[bytes, str]:
-    """(bytes, ETag) of a part of a file on the hub, which redirects to its storage. Errors: OSError, in words."""
+def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
+    """A part of a file on the hub, which redirects to its storage; short at its end. Errors: OSError, in words."""
     import http.client
     import urllib.error
     import urllib.request
@@ -4590,28 +4556,26 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> Tuple[bytes, s
 
         def redirect_request(self, req: Any, *args: Any) -> Any:
             new = super().redirect_request(req, *args)
-            if new is not None and new.host == req.host and new.type == req.type:
-                for name, value in req.unredirected_hdrs.items():
-                    new.add_unredirected_header(name, value)
+            if new is not None and (new.type, new.host) == (req.type, req.host):
+                new.unredirected_hdrs.update(req.unredirected_hdrs)
             return new
 
-    if not url.startswith(("http://", "https://")):
-        raise OSError(f"{url} is no address of a hub")
-    request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
+        if request.type not in ("http", "https"):
+            raise OSError(f"{url} is no address of a hub")
+        if token:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         with urllib.request.build_opener(SameHost).open(request, timeout=10) as answer:
-            if answer.status != 206:            # the whole file: read as far as is needed
-                return answer.read(first + count)[first:], ""
-            return answer.read(count), answer.headers.get("ETag") or ""
+            data: bytes = answer.read(count if answer.status == 206 else first + count)
+            return data if answer.status == 206 else data[first:]       # no ranges: the file as far as is needed
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
-            return b"", ""
-        why = {401: ", set HF_TOKEN", 403: ", set HF_TOKEN", 404: ", there is no such file"}.get(exc.code, "")
+            return b""
+        why = {401: ": set HF_TOKEN", 403: ": set HF_TOKEN", 404: ": there is no such file"}.get(exc.code, "")
         raise OSError(f"{url} answered {exc.code}{why}") from None
     except urllib.error.URLError as exc:
-        raise ConnectionError(str(exc.reason)) from None
+        raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
 
@@ -4621,98 +4585,49 @@ def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
     return f"{(env.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{repo}/resolve/main/{quote(file)}"
 
 
-def hub_header(weights: Weights, env: Mapping[str, str], known: Callable[[str], Optional[GgufHeader]],
-               learn: Callable[[str, GgufHeader], None]) -> GgufHeader:
+def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
-    token = env.get("HF_TOKEN", "").strip()
-
     def one(name: str) -> GgufHeader:
-        url = hub_url(weights.repo, name, env)
-        data, tag = _fetch_range(url, 0, 1 << 20, token)
-        found = known(f"{url} {tag}") if tag else None
-        if found:
-            return found
-        held = bytearray(data)
+        held = bytearray()
 
         def read(offset: int, count: int) -> bytes:
-            while len(held) < offset + count:
-                more, _ = _fetch_range(url, len(held), max(len(held), offset + count - len(held)), token)
+            while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
+                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)),
+                                    env.get("HF_TOKEN", "").strip())
                 if not more:
                     break
                 held.extend(more)
             return bytes(held[offset:offset + count])
 
-        header = parse_gguf_header(read)
-        if tag:
-            learn(f"{url} {tag}", header)
-        return header
+        return parse_gguf_header(read)
 
     first = one(weights.file)
-    return merge_headers(first, [one(name) for name in part_names(weights.file, first.parts)[1:]])
+    return merge_headers(first, map(one, part_names(weights.file, first.parts)[1:]))
 
 
-class _KnownHeaders:
-    """Headers read before, by what names one state of a file, in headers.json of the data directory."""
-
-    def __init__(self, data: str) -> None:
-        self._path = os.path.join(data, "headers.json")
-        self._rows = _read_json(self._path)
-        self._changed = False
-
-    def find(self, key: str) -> Optional[GgufHeader]:
-        try:
-            return GgufHeader(*self._rows[f"{VERSION} {key}"])
-        except (KeyError, TypeError):
-            return None
-
-    def learn(self, key: str, header: GgufHeader) -> None:
-        self._rows[f"{VERSION} {key}"] = list(header)
-        self._changed = True
-
-    def local(self, path: str) -> GgufHeader:
-        status = os.stat(path)
-        key = f"{path} {status.st_size} {status.st_mtime_ns}"
-        header = self.find(key)
-        if header is None:
-            header = local_header(path)
-            self.learn(key, header)
-        return header
-
-    def save(self) -> None:
-        if self._changed:
-            try:
-                write_atomic(self._path, json.dumps(dict(list(self._rows.items())[-40:])))
-            except UserError:                   # it is only faster with it
-                pass
-
-
-def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], data: str, use_next: bool, hub: bool = False,
-                  only: Sequence[str] = ()) -> List[TierFit]:
+def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
     """What each tier takes here, by the header of its file on this disk; with `hub`, else on the hub; else by size_gb."""
-    headers, fits = _KnownHeaders(data), []
+    fits = []
     for tier in config.tiers:
-        if only and tier.name not in only:
+        if tier.backend != "gguf":
+            fits.append(TierFit(tier.name, "hosted", "", 0.0, True, tier.ctx_size))
             continue
         weights = weights_for(tier, use_next)
-        path = cached_model(weights, env) if tier.backend == "gguf" else ""
-        weights = weights._replace(size_gb=weights.size_gb or file_size(path) / 1e9)
-        source = where = note = ""
-        header: Optional[GgufHeader] = None
+        path = cached_model(weights, env)
+        where = path or (hub_url(weights.repo, weights.file, env) if hub and weights.repo else "")
+        note = ""
         try:
-            if path:
-                source, where = "local", path
-                header = headers.local(path)
-            elif hub and weights.repo and tier.backend == "gguf":
-                source, where = "hub", hub_url(weights.repo, weights.file, env)
-                header = hub_header(weights, env, headers.find, headers.learn)
-            fit = fit_tier(tier, weights, config, machine.budget_gb, machine.gpu, source, where, header)
-        except (GgufError, OSError) as exc:
-            hub = hub and not isinstance(exc, ConnectionError)      # offline: not asked again for every tier
-            note = f"{os.path.basename(where)} {exc}" if isinstance(exc, GgufError) else str(exc)
-            note = f"the hub cannot be reached: {note}" if isinstance(exc, ConnectionError) else note
-            fit = fit_tier(tier, weights, config, machine.budget_gb, machine.gpu, note=note)
-        fits.append(fit)
-    headers.save()
+            if where:
+                header = local_header(path) if path else hub_header(weights, env)
+                fits.append(fit_tier(tier, config, machine.budget_gb, machine.gpu, header, "local" if path else "hub", where))
+                continue
+        except GgufError as exc:
+            note = f"{os.path.basename(where)} {exc}"
+        except OSError as exc:
+            note, hub = str(exc), hub and not isinstance(exc, ConnectionError)      # offline: no tier more is asked for
+        need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
+        fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
+                            note=note))
     return fits
 
 
@@ -4776,13 +4691,12 @@ class Engine:
         self.use_next = use_next
         self.config = config
         self._changed = threading.Condition()
-        known = {f.name: f for f in fits}
-        need = {t.name: known[t.name].need_gb if t.name in known else footprint_gb(self._size_gb(weights_for(t, use_next)))
-                for t in local_tiers(config)}
+        known = {f.name: f.need_gb for f in fits}
+        need = {t.name: known.get(t.name, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
         self._sets = residency_sets(config, need if fits else None, budget_gb)
         self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
-        self._costs = {t.name: tier_cost(t, use_next, known[t.name].weights_gb if t.name in known else 0.0)
-                       for t in local_tiers(config)}
+        weights = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._costs = {t.name: tier_cost(t, use_next, weights.get(t.name, 0.0)) for t in local_tiers(config)}
         self._tickets: List[Ticket] = []
         self._closing = False
 
@@ -5441,9 +5355,10 @@ def _start_engine(plan: Plan, say: Say) -> None:
         refused = probe_flags(program, config, places.data) if program else frozenset()
         first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
         machine = this_machine(config)
-        fits = measure_tiers(config, machine, plan.env, places.data, plan.use_next)
+        fits = measure_tiers(config, machine, plan.env, plan.use_next)
         write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
-                                                  {f.name: f.need_gb for f in fits}, {f.name: f.weights_gb for f in fits},
+                                                  {f.name: f.need_gb for f in fits},
+                                                  {f.name: f.memory.weights / 1e9 for f in fits if f.memory},
                                                   machine.budget_gb))
         command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
     else:
@@ -5872,8 +5787,8 @@ def _cmd_why(args: Any) -> int:
 def _add_fit(commands: Any) -> None:
     parser = commands.add_parser("fit", help="what each tier takes in memory, and what fits together here",
                                  description="Weights, KV cache and buffers of each tier at its ctx_size, from the GGUF's"
-                                 " header: on this disk, else on the hub (nothing is downloaded but the header), else"
-                                 " estimated from size_gb. Exit code 1 when a tier cannot fit.")
+                                 " header: on this disk, else on the hub (nothing more is fetched), else estimated from"
+                                 " size_gb. Exit code 1 when a tier cannot fit.")
     parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
     parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -5881,50 +5796,48 @@ def _add_fit(commands: Any) -> None:
 
 
 def _cmd_fit(args: Any) -> int:
-    places = _places(args)
-    config = load_config(places, warn)
-    found = [config.by_name(name) for name in args.tiers]
-    if None in found:
-        raise UserError(f"there is no tier {args.tiers[found.index(None)]}",
-                        "one of " + ", ".join(t.name for t in config.tiers), 2)
+    config = load_config(_places(args), warn)
+    wanted = []
+    for name in args.tiers or [t.name for t in config.tiers]:
+        tier = config.by_name(name)
+        if tier is None:
+            raise UserError(f"there is no tier {name}", "one of " + ", ".join(t.name for t in config.tiers), 2)
+        wanted.append(tier)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, places.data, _wants_next(args), True, [t.name for t in found if t])
+    fits = measure_tiers(config._replace(tiers=tuple(wanted)), machine, os.environ, _wants_next(args), True)
     sets = [(tiers, need, need <= machine.budget_gb) for tiers, need in fit_sets(config, fits)]
     if args.json:
         rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
         say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source, "tiers": rows,
-                        "sets": [{"tiers": tiers, "need_gb": need, "fits": ok} for tiers, need, ok in sets]},
-                       indent=2, ensure_ascii=False))
+                        "sets": [dict(zip(("tiers", "need_gb", "fits"), s)) for s in sets]}, indent=2, ensure_ascii=False))
     else:
         _say_fits(machine, fits, sets)
     return 0 if all(f.fits for f in fits) else 1
 
 
+_ORIGINS = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1", "unknown": "no size_gb",
+            "hosted": "hosted"}
+
+
 def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
-    say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}")
-    say("")
+    def row(name: str, cells: Iterable[str], rest: str) -> None:
+        say(f"  {name:<{width}}" + "".join(f"{c:>10}" for c in cells) + rest)
+
     width = max([len(f.name) for f in fits] + [4])
-    say(f"  {'tier':<{width}}  {'weights':>8}  {'KV':>8}  {'compute':>8}  {'total':>8}  {'ctx_size':>9}  {'largest':>9}")
+    say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}\n")
+    row("tier", ("weights", "KV", "compute", "total GB", "ctx_size", "largest"), "")
     for fit in fits:
-        if fit.source == "hosted":
-            say(f"  {fit.name:<{width}}  hosted: takes no memory here")
-            continue
         m = fit.memory
-        parts = [m.weights, m.kv + m.recurrent, m.compute] if m else []
-        cells = [f"{n / 1e9:.2f}" for n in parts] or ["", "", ""]
-        total = f"{fit.need_gb:.2f}" if m else f"~{fit.need_gb:.1f}" if fit.need_gb else "?"
-        largest = f"{fit.largest_ctx:,}" if m else "?"
+        sizes = [f"{n / 1e9:.2f}" for n in (m.weights, m.kv + m.recurrent, m.compute, m.total)] if m else ["", "", "",
+                                                                                                 f"~{fit.need_gb:.1f}"]
         verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-        origin = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1"}.get(fit.source, "no size_gb")
-        say(f"  {fit.name:<{width}}  " + "  ".join(f"{c:>8}" for c in [*cells, total])
-            + f"  {fit.ctx_size:>9,}  {largest:>9}  {verdict} ({origin})")
+        row(fit.name, [*sizes, f"{fit.ctx_size:,}", f"{fit.largest_ctx:,}" if m else "?"],
+            f"  {verdict} ({_ORIGINS[fit.source]})")
         if fit.note:
-            say(f"  {'':<{width}}  {fit.note}")
-    if sets:
-        say("")
-        say("Together, in GB:")
+            row("", (), fit.note)
+    say("\nTogether, in GB:" if sets else "")
     for tiers, need, ok in sets:
-        say(f"  {need:>7.2f}  {' + '.join(tiers)}" + ("" if ok else "  " + paint("does not fit: never loaded together", "33")))
+        say(f"  {need:>6.2f}  {' + '.join(tiers)}" + ("" if ok else "  " + paint("does not fit: never loaded together", "33")))
 
 
 def _add_serve(commands: Any) -> None:
@@ -6041,7 +5954,7 @@ def _cmd_engine(args: Any) -> int:
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
     budget_gb = machine.budget_gb
-    fits = measure_tiers(config, machine, os.environ, places.data, args.next)
+    fits = measure_tiers(config, machine, os.environ, args.next)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
