@@ -1827,8 +1827,8 @@ def render_profile(bundled: str, name: str) -> str:
         assert section is not None              # a test renders them all
         text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
     if PROFILES[name][1]:
-        text = re.sub(r"With code-fast and full contexts it takes(?:.+\n)+?(?=\[)",
-                      "`llmstack fit` shows what\n# it takes, alone and beside code-fast.\n", text, count=1)
+        text = re.sub(r"With code-fast and\n(?:# .+\n)+", "`llmstack fit` shows\n# what it takes, alone and beside code-fast.\n",
+                      text, count=1)
     return text
 
 
