@@ -264,6 +264,11 @@ class Config(NamedTuple):
     llama_server_bin: str = ""
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
 
+    @property
+    def offered(self) -> Tuple[Tier, ...]:
+        """The tiers that a request may name: without those that local_only forbids."""
+        return tuple(t for t in self.tiers if not t.remote) if self.local_only else self.tiers
+
     def by_role(self, role: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.role == role), None)
 
@@ -273,7 +278,7 @@ class Config(NamedTuple):
     @property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
-        roles = {t.role: t for t in reversed(self.tiers) if not (self.local_only and t.remote)}
+        roles = {t.role: t for t in reversed(self.offered)}
         return tuple(roles[role] for role in LADDER_ROLES if role in roles)
 
 
@@ -2052,6 +2057,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
     that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
     """
+    config = config._replace(tiers=config.offered)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
     models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
@@ -4425,6 +4431,21 @@ class Host(Upstream):
             self._found()
         return result
 
+    def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
+        if self._idle and not self._same_way():
+            self.forget()
+        return super().checkout(client)
+
+    def _same_way(self) -> bool:
+        """False when idle connections lead nowhere: the route to the host, or our address on it, is not what it was."""
+        try:
+            sock = self._idle[-1][1]
+            with socket.socket(sock.family, socket.SOCK_DGRAM) as way:
+                way.connect(sock.getpeername())         # sends nothing: the kernel looks up the route
+                return bool(way.getsockname()[0] == sock.getsockname()[0])
+        except (OSError, IndexError):
+            return False
+
     def _dial(self) -> Union[socket.socket, OSError]:
         try:
             sock = super().connect()
@@ -4473,11 +4494,15 @@ class Host(Upstream):
 
 
 def _end_when_silent(sock: socket.socket) -> None:
-    """A network that goes away says nothing: notice within half a minute instead of in a quarter of an hour."""
+    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+
+    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would end a silent
+    connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 10_000)):
-        if hasattr(socket, name):               # TCP_KEEPALIVE is KEEPIDLE on a Mac, USER_TIMEOUT is Linux's, in ms
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
+                        ("TCP_USER_TIMEOUT", 20_000)):
+        if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 

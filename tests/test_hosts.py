@@ -443,6 +443,19 @@ def test_a_host_that_keeps_failing_is_left_alone_longer_each_time(start: Start) 
         rig.clock.now_s += 2
 
 
+def test_a_litellm_tier_that_keeps_failing_is_left_alone_longer_each_time(start: Start) -> None:
+    rig = start(reply_with(lambda m: OK if model_of(m) == "code-fast" else answer(b"{}", "500 Oh")),
+                tiers=(PROXIED._replace(role="agent", name="hosted"), FAST))
+    ask = chat(text="x" * 100_000)              # beyond the top tier
+    for seconds in (20, 40, 80):
+        asked = len(rig.engine.requests)
+        assert rig.ask(ask).header("x-llmstack-fallback") == "hosted\u2192code-fast (500)"
+        rig.clock.now_s += seconds - 1
+        assert rig.ask(ask).all("x-llmstack-fallback") == []
+        assert len(rig.engine.requests) == asked + 3
+        rig.clock.now_s += 2
+
+
 def test_an_answer_ends_the_growing(start: Start) -> None:
     failing = [True, True, False, True]
     rig = start(host=reply_with(lambda m: answer(b"{}", "500 Oh") if failing.pop(0) else OK))
@@ -511,6 +524,27 @@ def test_a_probe_carries_neither_request_nor_key(start: Start) -> None:
     host.look_again()
     assert rig.host.next().rest() == b""
     rig.log.line_with("back: ")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_kept_connection_is_not_used_where_the_way_to_its_host_has_changed(
+        start: Start, changed: bool) -> None:
+    rig = start()
+    client = rig.client()
+    client.ask(chat())
+    if changed:
+        host = next(iter(rig.app._hosts.values()))
+        used = host._idle[-1][1]
+
+        class Elsewhere:
+            family = used.family
+            getsockname = staticmethod(lambda: ("192.0.2.1", 1))
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(used, name)
+        host._idle[-1] = (host._idle[-1][0], Elsewhere())
+    client.ask(chat())
+    assert rig.host.connections == (2 if changed else 1)
 
 
 def test_asked_by_name_an_offline_host_is_tried_and_found_again(start: Start, closed_port: int) -> None:
@@ -588,6 +622,12 @@ def test_local_only_sends_nothing_out_fallback_included(start: Start) -> None:
     assert rig.app.state()["code-ultra"]["state"] == "local_only"
     listed = [e["id"] for e in rig.ask(request("GET", "/v1/models")).json["data"]]
     assert listed == ["auto", "code-smart", "code-fast"]
+
+
+def test_local_only_leaves_hosted_tiers_out_of_what_clients_are_told() -> None:
+    config = parse_models_ini("[DEFAULT]\nlocal_only = yes\n" + GROQ + LOCAL)[0]
+    told = json.loads(llmstack.render_opencode_json(config, "http://127.0.0.1:1", "/x/AGENTS.md"))
+    assert list(told["provider"]["llama.cpp"]["models"]) == ["auto", "code-fast"]
 
 
 def test_a_host_on_this_machine_is_local(start: Start) -> None:
