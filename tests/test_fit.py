@@ -315,13 +315,17 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("served")
+    gguf_models.write(folder / "big.gguf", *gguf_models.model("qwen2", layers=1, vocab=200_000))
+    split(folder)
+    return {p.name: p.read_bytes()[:9_000_000] for p in folder.iterdir()}
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    (tmp_path / "served").mkdir()
-    gguf_models.write(tmp_path / "served" / "big.gguf", *gguf_models.model("qwen2", layers=1, vocab=200_000))
-    split(tmp_path / "served")
-    files = {p.name: p.read_bytes()[:9_000_000] for p in (tmp_path / "served").iterdir()}
-    server = Hub(files)
+def hub(served: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub(served)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     yield server
     server.shutdown()
@@ -663,4 +667,19 @@ def memory_table() -> Iterator[str]:
 
 def test_the_readmes_memory_table_is_fits() -> None:
     table = "\n".join(memory_table())
+    assert table in README, f"the README's table should read:\n{table}"
+
+
+def sets_table() -> Iterator[str]:
+    yield "| loaded together, profile 64 | weights | with KV and buffers | |"
+    yield "|---|---|---|---|"
+    config, found = tiers_of("64")
+    weights = {f.name: f.memory.weights / 1e9 if f.memory else t.size_gb for t, f in zip(config.tiers, found)}
+    for tiers, need in llmstack.fit_sets(config, found):
+        note = "" if need <= 51.5 else "needs the raised limit" if need <= 60.1 else "never together"
+        yield f"| {' + '.join(tiers)} | {sum(weights[t] for t in tiers):.1f} GB | {need:.1f} GB | {note} |"
+
+
+def test_the_readmes_table_of_sets_is_fits() -> None:
+    table = "\n".join(sets_table())
     assert table in README, f"the README's table should read:\n{table}"
