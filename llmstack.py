@@ -2107,7 +2107,6 @@ HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"p
 _NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
-_PRIVATE = frozenset({b"authorization", b"x-api-key", b"cookie", b"set-cookie", b"proxy-authorization"})  # not remembered
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -2152,25 +2151,12 @@ class Response(NamedTuple):
         return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
 
 
-_LINES: Dict[bytes, Header] = {}                # a header line as it came -> parsed; most repeat with every request
-
-
 def _parse_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
-    header = (name.lower(), value.strip(b" \t"), line)
-    if len(line) < 256 and name.lower() not in _PRIVATE:
-        if len(_LINES) > 2048:
-            _LINES.clear()
-        _LINES[line] = header
-    return header
-
-
-def _parse_headers(lines: Sequence[bytes]) -> List[Header]:
-    known = _LINES.get
-    return [known(line) or _parse_header(line) for line in lines]
+    return name.lower(), value.strip(b" \t"), line
 
 
 def _is_clean(head: bytes, lines: int) -> bool:
@@ -2210,7 +2196,7 @@ def parse_request_head(head: bytes) -> Request:
     if len(lines) > MAX_HEADERS + 1:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
     try:
-        headers = _parse_headers(lines[1:])
+        headers = [_parse_header(line) for line in lines[1:]]
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
     method, target, minor = first
@@ -2283,7 +2269,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
     if first is None or not _is_clean(head, len(lines)):
         raise ValueError("no HTTP status line, or a malformed head")
     status = int(first.group(2))
-    headers = _parse_headers(lines[1:])
+    headers = [_parse_header(line) for line in lines[1:]]
     length, chunked, events, words = -1, False, False, b""
     for name, value, _ in headers:
         if name == b"content-length":
