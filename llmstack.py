@@ -1555,9 +1555,10 @@ def client_limits(tier: Tier) -> Tuple[int, int]:
     """(context, output) that a client is told, in tokens.
 
     opencode compacts a conversation at context - min(output, 32000), and never stops compacting where output is not
-    below context: half the context is the most an answer is promised.
+    below context: no answer is promised more than that, or than half the context.
     """
-    return tier.ctx_size, min(tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS), tier.ctx_size // 2)
+    output = tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS)
+    return tier.ctx_size, min(output, tier.ctx_size // 2, 32_000)
 
 
 def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:

@@ -471,10 +471,11 @@ def test_problem(text: str, expected: Expected) -> None:
 WRONG_KIND = {
     "DEFAULT": {"host": "a b", "router_host": "http://x", "router_port": "1o101", "engine_port": "-", "engine": "ollama",
                 "memory_gb": "12 MB", "allow_unauthenticated": "maybe", "n_gpu_layers": "most", "flash_attn": "1", "jinja": "2",
-                "threads": "four", "cache_type_k": "q9_0", "cache_type_v": "int8", "local_only": "2"},
+                "threads": "four", "cache_type_k": "q9_0", "cache_type_v": "int8", "local_only": "2",
+                "build_model": "smart"},
     "a": {"backend": "ollama", "hf_repo": "a/b/c", "hf_repo_next": "b", "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a/b", "ttl": "30m",
-          "base_url": "groq.com"},
+          "base_url": "groq.com", "tool_call": "2", "reasoning": "maybe"},
     "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??"},
 }
 TABLES = {"DEFAULT": llmstack.DEFAULT_OPTIONS, "a": llmstack.TIER_OPTIONS, "ROUTING": llmstack.ROUTING_OPTIONS}
