@@ -18,11 +18,11 @@ import pytest
 
 import llmstack
 from llmstack import Config, Tier, render_opencode_json
-from tests.scripted import ScriptedUpstream, always, answer
+from tests.scripted import Connection, Script, ScriptedUpstream, always, answer
 from tests.test_stack import NO_MODELS, PROGRAM, Project, alive, free_ports, get
 
 STATE = Path(".llmstack")
-INI = "[DEFAULT]\nengine = embedded\n[far]\nrole = agent\nmodel = x/y\nctx_size = 100k\n[near]\nrole = fast\nmodel = x/z\nctx_size = 8k\n"
+INI = "[far]\nrole = agent\nmodel = x/y\nctx_size = 100k\n[near]\nrole = fast\nmodel = x/z\nctx_size = 8k\n"
 MODELS_INI = answer(INI.encode(), "200 OK", "Content-Type: text/plain", "X-LLMStack-Pid: 1")
 
 GOLDEN = """{
@@ -203,8 +203,8 @@ def test_a_description_names_no_variable_file_or_terminal_code() -> None:
 
 def snapshot() -> dict[str, tuple[int, bytes]]:
     """Every file of the test, HOME included: time stamp and content."""
-    root = Path.cwd().parent
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in root.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
+    files = [p for p in Path.cwd().parent.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def opencode() -> Any:
@@ -472,6 +472,20 @@ def test_a_directory_of_the_peer_works_here(places: llmstack.Places, capsys: pyt
 # ---- the thin client
 
 
+def once(*replies: bytes) -> Script:
+    """A script that gives each connection the next of `replies`, and then waits for it to be closed."""
+    left = list(replies)
+
+    def script(connection: Connection) -> None:
+        connection.read()
+        connection.send(*left[:1])
+        if left:
+            del left[0]
+            connection.half_close()
+        connection.rest()
+    return script
+
+
 def install_external(url: str, *words: str) -> int:
     return llmstack.main(["install", "--external", url, *words])
 
@@ -481,7 +495,7 @@ def test_a_thin_client_end_to_end(places: llmstack.Places, capsys: pytest.Captur
         url = f"http://127.0.0.1:{router.port}"
         assert install_external(url + "/v1/") == 0
         assert router.requests[0].target == "/models.ini"
-        assert sorted(p.name for p in STATE.iterdir()) == ["AGENTS.md", "default-channel", "opencode.json"], "no copy of models.ini"
+        assert sorted(p.name for p in STATE.iterdir()) == ["AGENTS.md", "default-channel", "opencode.json"], "no models.ini"
         assert (STATE / "default-channel").read_text() == f"external {url}\n"
         assert served() == url + "/v1"
         assert list(models(opencode())) == ["auto", "far", "near"]
@@ -571,7 +585,7 @@ HTML = answer(b"<!doctype html><title>Sign in</title>", "200 OK", "Content-Type:
     (b"", "not HTTP", "https://"),
 ])
 def test_what_is_no_router_is_said_in_two_lines(reply: bytes, said: str, hinted: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with ScriptedUpstream(lambda connection: (connection.read(), connection.send(reply)) and None) as router:
+    with ScriptedUpstream(once(reply)) as router:
         assert install_external(f"http://127.0.0.1:{router.port}") == 1
     refused(capsys, said, hinted)
 
@@ -594,15 +608,14 @@ def test_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_router_that_never_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(llmstack, "REMOTE_PATIENCE_S", 0.2)
-    with ScriptedUpstream(lambda connection: connection.rest() and None) as router:
+    with ScriptedUpstream(once()) as router:
         assert install_external(f"http://127.0.0.1:{router.port}") == 1
     refused(capsys, "no answer within 0.2 s", "firewall")
 
 
 def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(llmstack, "MAX_BODY_BYTES", 100_000)
-    with ScriptedUpstream(lambda connection: (connection.read(), connection.send(
-            b"HTTP/1.1 200 OK\r\n\r\n", b"#" * 150_000), connection.rest()) and None) as router:
+    with ScriptedUpstream(once(b"HTTP/1.1 200 OK\r\n\r\n" + b"#" * 150_000)) as router:
         assert install_external(f"http://127.0.0.1:{router.port}") == 1
     refused(capsys, "an answer without end", "correct the URL")
 
@@ -628,14 +641,15 @@ def certificate(tmp_path: Path) -> Path:
     if shutil.which("openssl") is None:
         pytest.skip("no openssl here")
     path = tmp_path / "self-signed.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-                    "-subj", "/CN=box", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", f"{path}.crt"],
-                   check=True, capture_output=True)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=box", "-addext", "subjectAltName=IP:127.0.0.1",
+                    "-keyout", path, "-out", f"{path}.crt"], check=True, capture_output=True)
     path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
     return path
 
 
-def test_a_self_signed_certificate(certificate: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_self_signed_certificate(certificate: Path, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
@@ -693,8 +707,7 @@ def test_why_asks_the_ladder_of_the_router(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_start_says_when_the_tiers_have_changed_over_there(capsys: pytest.CaptureFixture[str]) -> None:
-    replies = [MODELS_INI, answer(INI.replace("100k", "50k").encode())]
-    with ScriptedUpstream(lambda connection: (connection.read(), connection.send(replies.pop(0))) and None) as router:
+    with ScriptedUpstream(once(MODELS_INI, answer(INI.replace("100k", "50k").encode()))) as router:
         install_external(f"http://127.0.0.1:{router.port}")
         assert llmstack.main(["start"]) == 0
     assert "`llmstack install` writes it anew" in capsys.readouterr().out
@@ -840,11 +853,10 @@ def test_two_hosts(hosts: tuple[str, str], second: Path, monkeypatch: pytest.Mon
             assert served() == "http://10.77.0.1:10101/v1"
             assert "http://10.77.0.1:10101/v1 is up" in run(*lap, "start").stdout
             assert "hosted" in run(*lap, "status").stdout
-            fetch = f"import urllib.request as u; r = u.Request('{served()}/models', headers={{'X-Api-Key': 'a-key-of-the-test'}})"
-            listing = run(*lap[:4], sys.executable, "-c", f"{fetch}; print(u.urlopen(r, timeout=20).read().decode())").stdout
-            assert [m["id"] for m in json.loads(listing)["data"]][0] == "auto"
+            fetch = ("import urllib.request as u; print(u.urlopen(u.Request("
+                     f"'{served()}/models', headers={{'X-Api-Key': 'a-key-of-the-test'}}), timeout=20).read().decode())")
+            assert json.loads(run(*lap[:4], sys.executable, "-c", fetch).stdout)["data"][0]["id"] == "auto"
             run("ip", "-n", hosts[0], "link", "set", "desk", "down")
-            monkeypatch.setattr(llmstack, "REMOTE_PATIENCE_S", 1.0)
             assert run(*lap, "status", check=False).returncode == 1
     finally:
         run(*desk, "stop", check=False)
