@@ -1973,15 +1973,15 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def error_json(message: str, kind: str, code: Optional[int] = None) -> bytes:
+def error_json(message: str, kind: str, code: Union[int, str, None] = None) -> bytes:
     """An OpenAI-shaped error body."""
     error = {"message": message, "type": kind, "param": None, "code": code}
     return json.dumps({"error": error}, ensure_ascii=False).encode()
 
 
-def error_event(message: str, kind: str = "upstream_error") -> bytes:
+def error_event(message: str, kind: str = "upstream_error", code: Optional[str] = None) -> bytes:
     """A server-sent event that says a stream has failed."""
-    return b"data: " + error_json(message, kind) + b"\n\n"
+    return b"data: " + error_json(message, kind, code) + b"\n\n"
 
 
 _LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
@@ -3583,7 +3583,7 @@ class _Answer:
         """For a stream of events that broke: an error event behind whatever was under way, or nothing."""
         if not self.response.events or (self.response.framing == "length" and not self.rechunk):
             return b""
-        event = b"\n\n" + error_event(message)
+        event = b"\n\n" + error_event(message, code="server_error")    # a word that opencode (1.18) asks again upon
         if self.framing is None or self.decode:
             return chunk(event) if self.rechunk else event
         rest = self.framing.finish_frame()

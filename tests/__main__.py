@@ -5,19 +5,21 @@
 
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
 It holds the pinned tools, and llama.cpp's server from PyPI as llmstack itself installs it; where a real
-llama-server or llama-swap is on PATH, the suite uses them as well.
+llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also holds the real opencode.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLS = ("pytest==8.4.2", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
+OPENCODE = "1.18.33"                            # of npm's opencode-ai
 
 
 def cache_dir() -> str:
@@ -66,6 +68,26 @@ def provision_llama_cpp() -> str:
     return data
 
 
+def provision_opencode() -> str:
+    """The pinned opencode, in a directory of its own; "" where there is no npm, and its tests are skipped."""
+    import llmstack
+    directory = os.path.join(cache_dir(), "opencode-" + OPENCODE)
+    program = os.path.join(directory, "node_modules", ".bin", "opencode" + (".cmd" if os.name == "nt" else ""))
+    npm = shutil.which("npm")
+    if os.path.exists(program) or not npm:
+        return program if os.path.exists(program) else ""
+    say(f"tests: opencode {OPENCODE} from npm (354 MB) ...")
+    staging = f"{directory}.{os.getpid()}"      # another run may be installing it, too
+    command = [npm, "install", "--no-audit", "--no-fund", "--prefix", staging, "opencode-ai@" + OPENCODE]
+    output = llmstack._run_with_progress("opencode", command, lambda line: say("tests: " + line.strip()))
+    if output is None and not os.path.exists(directory):
+        os.replace(staging, directory)
+    shutil.rmtree(staging, ignore_errors=True)
+    if output is not None:
+        say(f"tests: npm could not install opencode, so its tests are skipped:\n{output[-600:]}")
+    return program if os.path.exists(program) else ""
+
+
 def main() -> int:
     os.chdir(ROOT)
     python = tools_python()
@@ -77,7 +99,7 @@ def main() -> int:
             if code:
                 return code
         return 0
-    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_llama_cpp()}
+    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_llama_cpp(), "LLMSTACK_TEST_OPENCODE": provision_opencode()}
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 
 
