@@ -183,9 +183,9 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             one.communicate(timeout=20)
 
 
-LADDER = "".join(
-    f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\nmax_output_tokens = 4000\n" for name, role, context in (
-        ("code-ultra", "ultra", "24_000"), ("code-smart", "agent", "64k"), ("code-fast", "fast", "128k"), ("plan", "plan", "64k")))
+TIERS = (("code-ultra", "ultra", "24_000"), ("code-smart", "agent", "64k"), ("code-fast", "fast", "128k"), ("plan", "plan", "64k"))
+LADDER = "".join(f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\nmax_output_tokens = 4000\n"
+                 for name, role, context in TIERS)
 
 
 def test_a_tool_call_is_executed_and_its_result_comes_back(serve: Callable[..., OpenAI]) -> None:
