@@ -23,6 +23,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LADDER         facts of a request -> Decision; where the model's name stands in a body
     PURE: MODELS.INI     text -> Config, every problem with its line
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
+    PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
+    PURE: PROFILES       the tiers for other memory sizes, as text of a models.ini
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
@@ -33,6 +35,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
+    FIT                  headers from this disk or the hub; what each tier takes on this machine
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
@@ -1309,8 +1312,11 @@ def local_tiers(config: Config) -> List[Tier]:
     return [t for t in config.tiers if t.backend == "gguf"]
 
 
-def residency_sets(config: Config) -> List[ResidencySet]:
-    """The fast tier beside each heavy one, and all chat tiers together beside it."""
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None, budget_gb: float = 0.0) -> List[ResidencySet]:
+    """The fast tier beside each heavy one, and all chat tiers together beside it.
+
+    With `need_gb` of every tier, what does not fit the budget together is left out; a tier left in no set runs alone.
+    """
     local = local_tiers(config)
     fast = [t.name for t in local if t.role == "fast"]
     heavy = [t for t in local if t.role != "fast"]
@@ -1318,6 +1324,10 @@ def residency_sets(config: Config) -> List[ResidencySet]:
     chats = [t.name for t in heavy if t.role.startswith("plan")]
     if len(chats) > 1:
         groups.append(("chats", (*fast, *chats)))
+    if need_gb is not None:
+        groups = [g for g in groups if sum(need_gb.get(t, 0.0) for t in g[1]) <= budget_gb]
+        together = {t for _, tiers in groups for t in tiers}
+        groups += [(t.role or t.name, (t.name,)) for t in local if t.name not in together]
     names = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}_" if len(groups) > 26 else f"{chr(97 + i)}_" for i in range(len(groups))]
     return [ResidencySet(names[i] + re.sub(r"\W", "_", label), tiers) for i, (label, tiers) in enumerate(groups) if tiers]
 
@@ -1341,13 +1351,13 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(outside, key=lambda gone: sum(costs.get(m, 1) for m in gone))
 
 
-def tier_cost(tier: Tier, use_next: bool) -> int:
-    """evict_cost of a tier; one of unknown size counts as 5 GB."""
-    return evict_cost(weights_for(tier, use_next).size_gb or 5.0)
+def tier_cost(tier: Tier, use_next: bool, weights_gb: float = 0.0) -> int:
+    """evict_cost of a tier, by its real weights where they are known; one of unknown size counts as 5 GB."""
+    return evict_cost(weights_gb or weights_for(tier, use_next).size_gb or 5.0)
 
 
 def footprint_gb(size_gb: float) -> float:
-    """Memory a tier is counted with, GB: weights and a tenth for KV and buffers (README, "Memory math")."""
+    """Memory a tier without a header at hand is counted with, GB: weights and a tenth (README, "Memory math")."""
     return size_gb * 1.1
 
 
@@ -1402,13 +1412,18 @@ def windows_quote(word: str) -> str:
 
 
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
-                           quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT) -> str:
+                           quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
+                           need_gb: Optional[Mapping[str, float]] = None, weights_gb: Optional[Mapping[str, float]] = None,
+                           budget_gb: float = 0.0) -> str:
     """The configuration of llama-swap v250 and newer for `config`.
 
     `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
-    must be free, for llama-swap does not look.
+    must be free, for llama-swap does not look. With `need_gb` of every tier, sets beyond the budget are left out.
     """
     local = local_tiers(config)
+    sets = residency_sets(config, need_gb, budget_gb)
+    left_out = [f"    # left out: {' + '.join(s.tiers)} would take ~{sum((need_gb or {}).get(t, 0.0) for t in s.tiers):.1f} GB,"
+                f" and there are {budget_gb:.1f}" for s in residency_sets(config) if s.tiers not in [x.tiers for x in sets]]
     letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
     keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
     defaults = [("--host", "127.0.0.1"), ("--port", "${PORT}"), *accepted_flags(common_flags(config), refused)]
@@ -1437,8 +1452,9 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
     if local:
         lines += ["# What may be loaded together; the cheapest way to make room wins, the first of equals.",
                   "matrix:", "  vars:", *(f"    {keys[t.name]}: {_yaml_text(t.name)}" for t in local), "  evict_costs:",
-                  *(f"    {keys[t.name]}: {tier_cost(t, use_next)}" for t in local), "  sets:",
-                  *(f"    {s.name}: {json.dumps(' & '.join(keys[n] for n in s.tiers))}" for s in residency_sets(config))]
+                  *(f"    {keys[t.name]}: {tier_cost(t, use_next, (weights_gb or {}).get(t.name, 0.0))}" for t in local),
+                  "  sets:", *left_out,
+                  *(f"    {s.name}: {json.dumps(' & '.join(keys[n] for n in s.tiers))}" for s in sets)]
         preload = [t.name for t in local if t.role == "fast"]
         if preload:
             lines += ["", "hooks:", "  on_startup:", f"    preload: [{', '.join(map(_yaml_text, preload))}]"]
@@ -1531,6 +1547,457 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 
 # ===================================================================================================
+# PURE: MEMORY
+# ===================================================================================================
+# What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are llama.cpp's own sums at
+# b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp).
+# The compute buffer is what its allocator makes of the widest layer, fitted to its own report for the real dimensions of
+# 18 models of 9 architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those (tests/test_fit.py).
+
+MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
+MAX_GGUF_ENTRIES = 65_536
+SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
+SERVER_UBATCH = 512                             # tokens
+
+# GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
+_GGML_SIZES: Dict[int, Tuple[int, int]] = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84), 11: (256, 110),
+    12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
+    21: (256, 110), 22: (256, 82), 23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
+    39: (32, 17), 40: (64, 36)}
+_CACHE_SIZES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7}
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+# Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely say it themselves.
+_SWA_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4, "cohere2moe": -4, "olmo2": 4,
+              "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4, "plamo3": 8, "mellum": 4, "laguna": -4}
+_SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where the file names none
+
+
+class GgufError(ValueError):
+    """A header that cannot be read or reckoned with; the message completes "the file ..."."""
+
+
+class GgufHeader(NamedTuple):
+    """What of a GGUF's header decides its memory."""
+
+    arch: str
+    keys: Mapping[str, Any]                     # the architecture's, without its name: numbers and short lists of them
+    vocab: int
+    tensor_bytes: int
+    embd_bytes: int                             # of these, the token embedding
+    tied: bool                                  # it serves as the output matrix, too
+    widest: int                                 # values a token takes in the widest layer
+    parts: int = 1                              # files it is split into
+    end: int = 0                                # where the tensors of this part end: a smaller file is not whole
+
+
+class Memory(NamedTuple):
+    """Bytes."""
+
+    weights: int
+    kv: int
+    recurrent: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class _GgufReader:
+    """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
+
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        self._read, self._block, self._start, self.at = read, b"", 0, 0
+
+    def _fill(self, count: int) -> int:
+        """Have `count` bytes at hand; where in the block they stand."""
+        if self.at + count > self._start + len(self._block):
+            if self.at + count > MAX_GGUF_HEADER_BYTES:
+                raise GgufError("has a header beyond any reason")
+            self._block, self._start = self._read(self.at, max(count, 1 << 18)), self.at
+            if len(self._block) < count:
+                raise GgufError("ends within its header")
+        return self.at - self._start
+
+    def take(self, count: int) -> bytes:
+        offset = self._fill(count)
+        self.at += count
+        return self._block[offset:offset + count]
+
+    def numbers(self, code: str) -> Tuple[Any, ...]:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+
+    def count(self) -> int:
+        """A number of entries that are all to be read."""
+        count: int = self.numbers("Q")[0]
+        if count > MAX_GGUF_ENTRIES:
+            raise GgufError("has a header beyond any reason")
+        return count
+
+    def string(self) -> str:
+        return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
+
+    def _skip_strings(self, count: int) -> None:
+        length = struct.Struct("<Q").unpack_from
+        while count:
+            offset = self._fill(8)
+            while count and offset + 8 <= len(self._block):
+                offset += 8 + length(self._block, offset)[0]
+                count -= 1
+            self.at = self._start + offset
+
+    def value(self, depth: int = 0) -> Any:
+        """A metadata value; of a list of more than 1,024 numbers or of anything else only a range of its length."""
+        kind, = self.numbers("I")
+        if kind in _GGUF_SCALARS:
+            return self.numbers(_GGUF_SCALARS[kind])[0]
+        if kind == 8:
+            return self.string()
+        if kind != 9 or depth > 1:
+            raise GgufError(f"has metadata of the unknown type {kind}")
+        kind, count = self.numbers("IQ")
+        code = _GGUF_SCALARS.get(kind, "")
+        if code and count <= 1024:
+            return list(self.numbers(f"{count}{code}"))
+        if code:
+            self.at += count * struct.calcsize(code)
+        elif kind == 8:
+            self._skip_strings(count)
+        else:
+            raise GgufError(f"has a list of the unknown type {kind}")
+        return range(count)
+
+
+def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
+    """Return the header of a GGUF, or of one part of it; `read(offset, count)` may return more, or less at its end.
+
+    Errors: GgufError. Source: ggml/docs/gguf.md, versions 2 and 3.
+    """
+    reader = _GgufReader(read)
+    if reader.take(4) != b"GGUF":
+        raise GgufError("is not a GGUF file")
+    version, = reader.numbers("I")
+    if not version & 0xFFFF:
+        raise GgufError("is written for big-endian machines")
+    if version not in (2, 3):
+        raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
+    tensors, pairs = reader.count(), reader.count()
+    meta: Dict[str, Any] = {}
+    for _ in range(pairs):
+        key = reader.string()
+        value = reader.value()
+        if not isinstance(value, str) or key == "general.architecture":
+            meta[key] = value
+    arch = meta.get("general.architecture")
+    if not isinstance(arch, str):               # of a split only the first part says it
+        if not meta.get("split.no"):
+            raise GgufError("names no architecture")
+        arch = "-"
+    keys = {k[len(arch) + 1:]: v for k, v in meta.items() if k.startswith(arch + ".") and isinstance(v, (int, float, list))}
+    tokens = meta.get("tokenizer.ggml.tokens")
+    vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
+    numbers = [meta.get("general.alignment"), meta.get("split.count")]
+    alignment, parts = (n if isinstance(n, int) and 0 < n <= 1000 else d for n, d in zip(numbers, (32, 1)))
+    header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
+    return _with_tensors(header, reader, tensors, alignment)
+
+
+def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int, alignment: int) -> GgufHeader:
+    sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
+    widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
+    for _ in range(count):
+        name = reader.string()
+        dimensions, = reader.numbers("I")
+        if dimensions > 4:
+            raise GgufError(f"has a tensor of {dimensions} dimensions")
+        *shape, kind, offset = reader.numbers(f"{dimensions}QIQ")
+        block, size = _GGML_SIZES.get(kind, (0, 0))
+        values = 1
+        for length in shape:
+            values *= length
+        sizes.append((offset, values // block * size if block else -1, name))
+        if name.startswith("blk.") and dimensions == 2:
+            what = (name + "..").split(".")[2]
+            what = what if what in widths else ""
+            widths[what] = max(widths[what], shape[1])
+    sizes.sort()
+    ends = [*(offset for offset, _, _ in sizes[1:]), 0]         # a type not known here: as far as the next tensor
+    bytes_of = {name: size if size >= 0 else max(0, end - at) for (at, size, name), end in zip(sizes, ends)}
+    if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows are counted twice
+        widths["ffn_up"] //= 2
+    return header._replace(
+        tensor_bytes=sum(bytes_of.values()), embd_bytes=bytes_of.get("token_embd.weight", 0),
+        tied="output.weight" not in bytes_of, widest=max(widths.values()),
+        end=-(-reader.at // alignment) * alignment + max((at + max(size, 0) for at, size, _ in sizes), default=0))
+
+
+def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
+    """The header of a split GGUF from those of its parts."""
+    parts = [first, *others]
+    return first._replace(tensor_bytes=sum(p.tensor_bytes for p in parts), embd_bytes=sum(p.embd_bytes for p in parts),
+                          tied=all(p.tied for p in parts), widest=max(p.widest for p in parts))
+
+
+def _pad(count: int) -> int:
+    return -(-count // 256) * 256
+
+
+class _Layers:
+    """A header's hyperparameters, read as llama.cpp reads them."""
+
+    def __init__(self, header: GgufHeader) -> None:
+        self.keys, self.arch = header.keys, header.arch
+        self.count = self.number("block_count") - self.number("nextn_predict_layers")     # without those for drafts
+        if not 0 < self.count <= 1024:
+            raise GgufError(f"has {self.count} layers by its header")
+        self.heads = self.each("attention.head_count", [0])
+        self.kv_heads = self.each("attention.head_count_kv", self.heads)
+        self.embd = self.number("embedding_length")
+        size = self.embd // self.heads[0] if self.heads[0] else 0
+        self.key = self.number("attention.key_length", size)
+        self.value = self.number("attention.value_length", size)
+        # Of latent attention (DeepSeek) only the compressed K is kept.
+        self.latent = bool(self.number("attention.key_length_mla") and self.number("attention.value_length_mla"))
+
+    def number(self, key: str, default: int = 0) -> int:
+        value = self.keys.get(key, default)
+        return int(value) if isinstance(value, (int, float)) and 0 <= value < 2 ** 48 else default
+
+    def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
+        """A key that is one number, or one a layer."""
+        value = self.keys.get(key, default)
+        values = [max(0, int(v)) for v in value] if isinstance(value, (list, tuple)) else [self.number(key)]
+        return [*values, *(values or [0])[-1:] * self.count][:self.count]
+
+    def slides(self) -> Tuple[List[bool], int]:
+        """Which layers keep only a window, and its tokens."""
+        pattern = self.keys.get("attention.sliding_window_pattern")
+        window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
+        every = _SWA_EVERY.get(self.arch, 0) if self.arch != "exaone4" or self.count == 64 else 0
+        if not window or not (every or isinstance(pattern, list)):
+            return [False] * self.count, 0
+        if isinstance(pattern, list):
+            return [bool(v) for v in self.each("attention.sliding_window_pattern")], window
+        period = self.number("attention.sliding_window_pattern", abs(every)) or 1
+        return [i % period != (0 if every < 0 else period - 1) for i in range(self.count)], window
+
+    def recurs(self) -> List[bool]:
+        """Which layers carry a state instead of a cache."""
+        if isinstance(self.keys.get("attention.recurrent_layers"), list):
+            return [bool(v) for v in self.each("attention.recurrent_layers")]
+        every = self.number("full_attention_interval", 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0)
+        if every:
+            return [(i + 1) % every != 0 for i in range(self.count)]
+        if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
+            return [True] * self.count
+        forward = self.each("feed_forward_length") if self.arch.startswith("nemotron_h") else [0] * self.count
+        return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
+
+    def state_floats(self) -> int:
+        """What one layer keeps of one sequence: the last inputs of its convolution, and its state."""
+        wkv, conv, short = map(self.number, ("wkv.head_size", "ssm.conv_kernel", "shortconv.l_cache"))
+        size, inner, state = map(self.number, ("kda.head_dim", "ssm.inner_size", "ssm.state_size"))
+        if wkv:
+            return self.embd * (self.number("token_shift_count", 2) + wkv)
+        if short:
+            return self.embd * (short - 1)
+        if size:
+            return (3 * (conv or 4) - 3 + size) * size * max(self.heads)
+        return (max(conv, 1) - 1) * (inner + 2 * self.number("ssm.group_count") * state) + state * inner
+
+
+def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0", cache_type_v: str = "q8_0",
+                    flash_attn: bool = True, offload: bool = False, slots: int = SERVER_SLOTS) -> Memory:
+    """Return what llama-server takes for a model, in bytes; `offload`: its layers go to a GPU. Errors: GgufError.
+
+    Counted is everything, on either side of a discrete card: the budget is then met with a little to spare.
+    """
+    layers = _Layers(header)
+    (slides, window), recurs, cells = layers.slides(), layers.recurs(), _pad(ctx_size)
+    tokens = min(SERVER_UBATCH, cells)
+    window = _pad(min(cells, window * slots + tokens))
+    kept = layers.count - layers.number("attention.shared_kv_layers")      # the later ones use the others' cache
+    kept = min(kept, 20) if layers.arch == "gemma3n" else kept
+    shapes = []                                 # (cells, values of K, values of V)
+    for i in range(kept):
+        if layers.kv_heads[i] and (not recurs[i] or layers.arch == "falcon-h1"):
+            suffix, heads = "_swa" if slides[i] else "", layers.kv_heads[i]
+            shapes.append((window if slides[i] else cells, layers.number("attention.key_length" + suffix, layers.key) * heads,
+                           layers.number("attention.value_length" + suffix, layers.value) * heads))
+
+    def row(values: int, cache_type: str) -> int:
+        block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
+        return values // block * size
+
+    widest_v = max((v for _, _, v in shapes), default=0)        # what V is padded to where it is kept transposed
+    index = row(layers.number("attention.indexer.key_length"), cache_type_k)
+    kv = sum(n * (row(k, cache_type_k) + index + (0 if layers.latent else row(v if flash_attn else widest_v, cache_type_v)))
+             for n, k, v in shapes)
+    # A mask for each kind of cache; the GPU gets its copy.
+    masks = sum({n for n, _, _ in shapes}) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
+    peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
+    return Memory(header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0), kv,
+                  sum(recurs) * layers.state_floats() * 4 * slots, masks + peak + header.vocab * slots * 4)
+
+
+def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
+    """Values a token takes while the most demanding layer is computed; `scores`: kept by each head, without flash attention."""
+    experts = max(layers.each("expert_used_count"))
+    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
+    embd, heads, key = layers.embd, max(layers.heads), layers.key
+    peaks = [3 * max(header.widest, experts * width) + 5 * embd, experts * (2 * embd + width) + embd]
+    if scores:
+        peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
+    elif layers.latent:
+        peaks.append(heads * (2 * key + layers.number("attention.kv_lora_rank")))
+    return max(peaks)
+
+
+def largest_context(budget_bytes: float, limit: int, estimate: Callable[[int], Memory]) -> int:
+    """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    low, high = 0, limit // 256
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if estimate(middle * 256).total <= budget_bytes else (low, middle - 1)
+    return low * 256
+
+
+class TierFit(NamedTuple):
+    """What one tier needs. `need_gb` counts; `memory` says of what, where a header was at hand."""
+
+    name: str
+    source: str                                 # local | hub | size_gb | unknown | hosted
+    where: str
+    need_gb: float
+    fits: bool
+    ctx_size: int
+    largest_ctx: int = 0                        # that fits alone; 0: none, or not known
+    memory: Optional[Memory] = None
+    note: str = ""
+
+
+def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header: GgufHeader, source: str, where: str) -> TierFit:
+    """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
+    def estimate(ctx: int) -> Memory:
+        return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
+                               offload and config.n_gpu_layers != "0")
+
+    memory, trained = estimate(tier.ctx_size), header.keys.get("context_length")
+    limit = min(trained * max(tier.rope_scale, 1), 1 << 24) if isinstance(trained, int) else 0
+    return TierFit(tier.name, source, where, memory.total / 1e9, memory.total <= budget_gb * 1e9, tier.ctx_size,
+                   largest_context(budget_gb * 1e9, max(int(limit), tier.ctx_size), estimate), memory)
+
+
+def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, ...], float]]:
+    """Every set of the matrix, whether or not it fits, with what it needs in GB."""
+    need = {f.name: f.need_gb for f in fits}
+    return [(s.tiers, sum(need[t] for t in s.tiers)) for s in residency_sets(config) if need.keys() >= set(s.tiers)]
+
+
+# ===================================================================================================
+# PURE: PROFILES
+# ===================================================================================================
+# The same tiers and roles for other memory sizes; the bundled models.ini is profile 64. GB of weights are those the hub
+# lists for the file (10^9 bytes). The smallest budget is what each tier must fit within by itself: Metal's share of a Mac
+# of that size, or 75 % of memory as Linux counts it, whichever is less; tests/test_fit.py holds the tiers to it.
+
+
+class Rung(NamedTuple):
+    """One tier of a profile: what differs from the bundled section."""
+
+    tier: str
+    model: str
+    repo: str
+    file: str
+    size_gb: float
+    ctx_size: int
+    yarn: int = 0                               # stretches a window of 32,768
+
+
+_QWEN_3B, _HERETIC = "bartowski/Qwen2.5-Coder-3B-Instruct-GGUF", "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
+PROFILES: Dict[str, Tuple[float, Tuple[Rung, ...]]] = {
+    "8": (5.7, (
+        Rung("code-fast", "Qwen2.5-Coder 1.5B", "bartowski/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+             "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf", 0.99, 32_768),
+        Rung("code-smart", "Qwen3 4B Instruct 2507", "unsloth/Qwen3-4B-Instruct-2507-GGUF",
+             "Qwen3-4B-Instruct-2507-Q4_K_M.gguf", 2.5, 16_384),
+        Rung("plan", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", "gemma-3-4b-it-Q4_K_M.gguf", 2.49, 16_384),
+        Rung("plan-uncensored", "Dolphin 3.0 3B", "bartowski/Dolphin3.0-Llama3.2-3B-GGUF",
+             "Dolphin3.0-Llama3.2-3B-Q4_K_M.gguf", 2.02, 16_384))),
+    "16": (11.4, (
+        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
+        Rung("code-smart", "Qwen3 8B", "Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5.03, 32_768),
+        Rung("plan", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF", "gemma-3-12b-it-Q4_K_M.gguf", 7.3, 16_384),
+        Rung("plan-uncensored", "Dolphin 3.0 8B", "bartowski/Dolphin3.0-Llama3.1-8B-GGUF",
+             "Dolphin3.0-Llama3.1-8B-Q4_K_M.gguf", 4.92, 32_768))),
+    "24": (17.1, (
+        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
+        Rung("code-smart", "gpt-oss 20B", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12.1, 65_536),
+        Rung("plan", "Qwen3 14B", "Qwen/Qwen3-14B-GGUF", "Qwen3-14B-Q4_K_M.gguf", 9.0, 32_768),
+        Rung("plan-uncensored", "Gemma 3 12B abliterated", "mlabonne/gemma-3-12b-it-abliterated-GGUF",
+             "gemma-3-12b-it-abliterated.q4_k_m.gguf", 7.3, 32_768))),
+    "48": (37.0, (
+        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q5_K_M.gguf", 2.44, 65_536, 2),
+        Rung("code-smart", "Qwen3-Coder 30B-A3B", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF",
+             "Qwen3-Coder-30B-A3B-Instruct-Q6_K.gguf", 25.1, 65_536),
+        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q4_K_M.gguf", 19.8, 32_768),
+        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
+             f"{_HERETIC}.i1-Q4_K_M.gguf", 14.3, 65_536))),
+    "64": (50.0, ()),
+    "128": (96.0, (
+        Rung("code-fast", "Qwen2.5-Coder 7B", "bartowski/Qwen2.5-Coder-7B-Instruct-GGUF",
+             "Qwen2.5-Coder-7B-Instruct-Q5_K_M.gguf", 5.44, 131_072, 4),
+        Rung("code-smart", "gpt-oss 120B", "ggml-org/gpt-oss-120b-GGUF", "gpt-oss-120b-mxfp4-00001-of-00003.gguf", 63.4,
+             131_072),
+        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q8_0.gguf", 34.8, 32_768),
+        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
+             f"{_HERETIC}.i1-Q6_K.gguf", 19.3, 131_072))),
+}
+
+
+def choose_profile(budget_gb: float) -> str:
+    """The largest profile whose every tier fits the budget, or the smallest there is."""
+    return max((name for name in PROFILES if PROFILES[name][0] <= budget_gb), key=int, default=min(PROFILES, key=int))
+
+
+def find_profile(name: str) -> str:
+    """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
+    number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
+    known = [p for p in PROFILES if number.isdigit() and int(p) <= int(number)]
+    if not known:
+        raise UserError(f"there is no profile {name}", "one of " + ", ".join(PROFILES) + " (GB of memory)", 2)
+    return max(known, key=int)
+
+
+def render_profile(bundled: str, name: str) -> str:
+    """The text of the bundled models.ini with the tiers of a profile."""
+    text = bundled.replace("# Profile: 64 ", f"# Profile: {name} ", 1)
+    for rung in PROFILES[name][1]:
+        section = re.search(rf"^\[{rung.tier}\]\n(?:.+\n)+", text, re.MULTILINE)
+        assert section is not None              # a test renders them all
+        text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
+    if PROFILES[name][1]:
+        text = re.sub(r"With code-fast and\n(?:# .+\n)+", "`llmstack fit` shows\n# what it takes, alone and beside code-fast.\n",
+                      text, count=1)
+    return text
+
+
+def _with_rung(section: str, rung: Rung) -> str:
+    found = re.search(r"(?:i1-)?[Qq][0-9]_\w+|mxfp4", rung.file)
+    quant = found.group().replace("q4_k_m", "Q4_K_M") if found else ""
+    stretched = f"; tokens; trained for 32768 and stretched {rung.yarn} times by YaRN:\nrope_scaling = yarn (scale={rung.yarn}," \
+        " orig_ctx=32768)" if rung.yarn else "; tokens"
+    values = {"hf_repo": rung.repo, "hf_file": rung.file, "size_gb": f"{rung.size_gb:g}", "quant": quant,
+              "ctx_size": f"{rung.ctx_size:<7} {stretched}"}
+    section = re.sub(r"^(?:\w+_next|rope_scaling) .*\n", "", section, flags=re.MULTILINE)
+    for key, value in values.items():
+        section = re.sub(rf"^{key} .*$", f"{key:<12} = {value}", section, flags=re.MULTILINE)
+    return re.sub(r"^(description  = ).*?( - .*)$", rf"\g<1>{rung.model}\2", section, flags=re.MULTILINE)
+
+
+# ===================================================================================================
 # PURE: OPENCODE
 # ===================================================================================================
 
@@ -1580,7 +2047,7 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
         "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers)}
     if all(t.reasoning for t in tiers):
         entry["reasoning"] = True
-    if all(t.backend == "gguf" for t in tiers):
+    if not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -1591,7 +2058,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
     that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
     """
-    config = config._replace(tiers=config.offered)
+    config = config._replace(tiers=config.offered or config.tiers)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
     models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
@@ -1641,7 +2108,6 @@ HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"p
 _NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
-_PRIVATE = frozenset({b"authorization", b"x-api-key", b"cookie", b"set-cookie", b"proxy-authorization"})  # not remembered
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
@@ -1686,25 +2152,12 @@ class Response(NamedTuple):
         return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
 
 
-_LINES: Dict[bytes, Header] = {}                # a header line as it came -> parsed; most repeat with every request
-
-
 def _parse_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
-    header = (name.lower(), value.strip(b" \t"), line)
-    if len(line) < 256 and name.lower() not in _PRIVATE:
-        if len(_LINES) > 2048:
-            _LINES.clear()
-        _LINES[line] = header
-    return header
-
-
-def _parse_headers(lines: Sequence[bytes]) -> List[Header]:
-    known = _LINES.get
-    return [known(line) or _parse_header(line) for line in lines]
+    return name.lower(), value.strip(b" \t"), line
 
 
 def _is_clean(head: bytes, lines: int) -> bool:
@@ -1744,7 +2197,7 @@ def parse_request_head(head: bytes) -> Request:
     if len(lines) > MAX_HEADERS + 1:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
     try:
-        headers = _parse_headers(lines[1:])
+        headers = [_parse_header(line) for line in lines[1:]]
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
     method, target, minor = first
@@ -1817,7 +2270,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
     if first is None or not _is_clean(head, len(lines)):
         raise ValueError("no HTTP status line, or a malformed head")
     status = int(first.group(2))
-    headers = _parse_headers(lines[1:])
+    headers = [_parse_header(line) for line in lines[1:]]
     length, chunked, events, words = -1, False, False, b""
     for name, value, _ in headers:
         if name == b"content-length":
@@ -2343,15 +2796,60 @@ def total_memory_gb() -> float:
     return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
-def memory_budget_gb(config: Config) -> float:
-    """What may be loaded at once, GB: memory_gb, else the GPU's wired limit on a Mac, else 75 % of memory."""
-    if config.memory_gb:
-        return config.memory_gb
+class Machine(NamedTuple):
+    """The memory models may take together here, GB; why that much; and whether a GPU has its layers."""
+
+    budget_gb: float
+    source: str
+    gpu: bool
+
+
+DRM = "/sys/class/drm"
+CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's own --fit leaves free on a card
+
+
+def cards_gb() -> Tuple[float, str]:
+    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") where there are none.
+
+    An AMD APU has a small carve-out of its own and works in the machine's memory: it is no card here.
+    """
+    listed = _output(["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"])
+    sizes = [int(line.split(",")[0]) * 1_048_576 / 1e9 for line in listed.splitlines() if line.split(",")[0].strip().isdigit()]
+    kind = "NVIDIA"
+    if not sizes:
+        try:
+            names = sorted(n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n))
+        except OSError:
+            names = []
+        texts = [read_text(os.path.join(DRM, n, "device", "mem_info_vram_total")).strip() for n in names]
+        sizes = [int(t) / 1e9 for t in texts if t.isdigit() and int(t) >= 4 * 1024 ** 3]
+        kind = "AMD"
+    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+    return usable, f"{sum(sizes):.1f} GB of {kind} graphics memory, 1 GiB left free" if sizes else ""
+
+
+def this_machine(config: Config) -> Machine:
+    """memory_gb, else what the GPU may take: a Mac's wired limit or macOS's share of memory, graphics cards elsewhere; else
+    75 % of memory."""
+    total = total_memory_gb()
     if IS_MAC:
         limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
+        # Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and 51.5 of 64.
+        share = 2 / 3 if 0 < total < 38 else 0.75
+        found = Machine(total * share, f"{share:.0%} of {total:.1f} GB, what macOS gives the GPU", True)
         if limit.isdigit() and int(limit) > 0:
-            return int(limit) * 1_048_576 / 1e9
-    return total_memory_gb() * 0.75 or 1e9
+            found = Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
+    else:
+        cards, what = cards_gb() if config.n_gpu_layers != "0" else (0.0, "")
+        found = Machine(cards, what, True) if cards else Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+    if config.memory_gb:
+        return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
+    return found if found.budget_gb else found._replace(budget_gb=1e9, source="the size of memory cannot be told")
+
+
+def memory_budget_gb(config: Config) -> float:
+    """What may be loaded at once, GB."""
+    return this_machine(config).budget_gb
 
 
 def _output(command: Sequence[str]) -> str:
@@ -4551,6 +5049,144 @@ def run_llama_server(argv: Sequence[str]) -> int:
 
 
 # ===================================================================================================
+# FIT
+# ===================================================================================================
+# Headers are read anew each time: 40 ms for a vocabulary of 152,000, less than a cache of them would be worth.
+
+
+def hub_cache_dir(env: Mapping[str, str]) -> str:
+    """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
+    for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
+                        ("XDG_CACHE_HOME", "huggingface/hub"), ("", "~/.cache/huggingface/hub")):
+        if not name or env.get(name):
+            return os.path.normpath(_expand(os.path.join(env.get(name, ""), below)))
+    return ""
+
+
+def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
+    """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
+    if weights.path:
+        return weights.path if os.path.exists(weights.path) else ""
+    repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
+    head = read_text(os.path.join(repo, "refs", "main")).strip()
+    try:
+        commits = sorted(os.listdir(os.path.join(repo, "snapshots")), key=lambda c: c != head)
+    except OSError:
+        return ""
+    found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
+    return next((path for path in found if os.path.exists(path)), "")
+
+
+def part_names(name: str, count: int) -> List[str]:
+    """The files of a split GGUF from the name of the first."""
+    stem, split, _ = name.rpartition("-00001-of-")
+    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)] if split and count > 1 else [name]
+
+
+def local_header(path: str) -> GgufHeader:
+    """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
+    def one(name: str) -> GgufHeader:
+        with open(name, "rb") as file:
+            def read(offset: int, count: int) -> bytes:
+                file.seek(offset)
+                return file.read(count)
+
+            header = parse_gguf_header(read)
+        if file_size(name) < header.end:
+            raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
+        return header
+
+    first = one(path)
+    return merge_headers(first, map(one, part_names(path, first.parts)[1:]))
+
+
+def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
+    """A part of a file on the hub, which redirects to its storage; short at its end. Errors: OSError, in words."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    class SameHost(urllib.request.HTTPRedirectHandler):
+        """The token goes to the hub, never to where it redirects."""
+
+        def redirect_request(self, req: Any, *args: Any) -> Any:
+            new = super().redirect_request(req, *args)
+            if new is not None and (new.type, new.host) == (req.type, req.host):
+                new.unredirected_hdrs.update(req.unredirected_hdrs)
+            return new
+
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
+        if request.type not in ("http", "https"):
+            raise OSError(f"{url} is no address of a hub")
+        if token:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        with urllib.request.build_opener(SameHost).open(request, timeout=10) as answer:
+            data: bytes = answer.read(count if answer.status == 206 else first + count)
+            return data if answer.status == 206 else data[first:]       # no ranges: the file as far as is needed
+    except urllib.error.HTTPError as exc:
+        if exc.code == 416:                     # beyond its end
+            return b""
+        why = {401: ": set HF_TOKEN", 403: ": set HF_TOKEN", 404: ": there is no such file"}.get(exc.code, "")
+        raise OSError(f"{url} answered {exc.code}{why}") from None
+    except urllib.error.URLError as exc:
+        raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
+    except (ValueError, http.client.HTTPException) as exc:
+        raise OSError(str(exc) or type(exc).__name__) from None
+
+
+def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
+    from urllib.parse import quote
+    return f"{(env.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{repo}/resolve/main/{quote(file)}"
+
+
+def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
+    """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
+    def one(name: str) -> GgufHeader:
+        held = bytearray()
+
+        def read(offset: int, count: int) -> bytes:
+            while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
+                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)),
+                                    env.get("HF_TOKEN", "").strip())
+                if not more:
+                    break
+                held.extend(more)
+            return bytes(held[offset:offset + count])
+
+        return parse_gguf_header(read)
+
+    first = one(weights.file)
+    return merge_headers(first, map(one, part_names(weights.file, first.parts)[1:]))
+
+
+def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
+    """What each tier takes here, by the header of its file on this disk; with `hub`, else on the hub; else by size_gb."""
+    fits = []
+    for tier in config.tiers:
+        if tier.backend != "gguf":
+            fits.append(TierFit(tier.name, "hosted", "", 0.0, True, tier.ctx_size))
+            continue
+        weights = weights_for(tier, use_next)
+        path = cached_model(weights, env)
+        where = path or (hub_url(weights.repo, weights.file, env) if hub and weights.repo else "")
+        note = ""
+        try:
+            if where:
+                header = local_header(path) if path else hub_header(weights, env)
+                fits.append(fit_tier(tier, config, machine.budget_gb, machine.gpu, header, "local" if path else "hub", where))
+                continue
+        except GgufError as exc:
+            note = f"{os.path.basename(where)} {exc}"
+        except OSError as exc:
+            note, hub = str(exc), hub and not isinstance(exc, ConnectionError)      # offline: no tier more is asked for
+        need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
+        fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
+                            note=note))
+    return fits
+
+
+# ===================================================================================================
 # ENGINE
 # ===================================================================================================
 
@@ -4603,15 +5239,19 @@ class Engine:
     """
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log, log_path: Callable[[str], str],
-                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT) -> None:
+                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
+                 fits: Sequence[TierFit] = ()) -> None:
         self._command, self._log, self._log_path, self._env = command, log, log_path, dict(env)
         self._budget_gb, self._first_port = budget_gb, first_port
         self.use_next = use_next
         self.config = config
         self._changed = threading.Condition()
-        self._sets = residency_sets(config)
-        self.models = {t.name: Model(t, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
-        self._costs = {t.name: tier_cost(t, use_next) for t in local_tiers(config)}
+        known = {f.name: f.need_gb for f in fits}
+        need = {t.name: known.get(t.name, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
+        self._sets = residency_sets(config, need if fits else None, budget_gb)
+        self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
+        weights = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._costs = {t.name: tier_cost(t, use_next, weights.get(t.name, 0.0)) for t in local_tiers(config)}
         self._tickets: List[Ticket] = []
         self._closing = False
 
@@ -5133,12 +5773,33 @@ def other_owner(places: Places) -> str:
     return work if read_daemons(theirs).any_alive else ""
 
 
-def seed_project(places: Places, say: Say, text: Optional[bytes] = None) -> None:
-    """Give a directory its .llmstack/models.ini where it has none; never overwrites one."""
+def seed_text(profile: str = "") -> Tuple[bytes, str]:
+    """The models.ini for a new project: of `profile`, else of the one for this machine's memory; and why, in a line.
+
+    Errors: UserError for a profile that there is not.
+    """
+    machine = this_machine(Config())
+    name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
+    why = f"Profile {name}, the tiers for {name} GB of memory ({machine.budget_gb:.1f} GB usable: {machine.source})"
+    if machine.budget_gb < PROFILES[name][0]:
+        why += f"; it needs {PROFILES[name][0]:g} GB, so not every tier can load: `llmstack fit` says which"
+    return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
+
+
+def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile: str = "") -> None:
+    """Give a directory its .llmstack/models.ini where it has none; never overwrites one. Errors: UserError."""
     if os.path.exists(places.models_ini):
+        if profile:
+            raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
+                            "edit it, or move it away first")
         return
-    write_atomic(places.models_ini, text or read_resource("models.ini"))
+    why = ""
+    if text is None:
+        text, why = seed_text(profile)
+    write_atomic(places.models_ini, text)
     say(f"Wrote {places.models_ini}: the tiers of this project, yours to edit")
+    if why:
+        say(why)
 
 
 def start_stack(plan: Plan, say: Say) -> bool:
@@ -5248,7 +5909,12 @@ def _start_engine(plan: Plan, say: Say) -> None:
         path = places.in_state("llama-swap.yaml")
         refused = probe_flags(program, config, places.data) if program else frozenset()
         first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
-        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port))
+        machine = this_machine(config)
+        fits = measure_tiers(config, machine, plan.env, plan.use_next)
+        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
+                                                  {f.name: f.need_gb for f in fits},
+                                                  {f.name: f.memory.weights / 1e9 for f in fits if f.memory},
+                                                  machine.budget_gb))
         command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
     else:
         command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
@@ -5354,9 +6020,9 @@ LITELLM_MCP_URL = "http://127.0.0.1:10103/mcp"
 REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
 
 
-def prepare_project(places: Places, say: Say) -> None:
+def prepare_project(places: Places, say: Say, profile: str = "") -> None:
     """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
-    seed_project(places, say)
+    seed_project(places, say, profile=profile)
 
 
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
@@ -5512,18 +6178,22 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
 
 
+def _shown(text: object) -> str:
+    """What another machine says, as far as it is fit for a terminal."""
+    return "".join(c for c in str(text)[:300] if c.isprintable())
+
+
 def _said(body: bytes) -> str:
-    """": " and the message of an error body, as far as it is fit to print."""
+    """": " and the message of an error body, or nothing."""
     try:
-        message = str(json.loads(body)["error"]["message"])
+        return ": " + _shown(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):
         return ""
-    return ": " + "".join(c for c in message[:300] if c.isprintable())
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
     """(what is wrong, what to do) when something else than a models.ini came."""
-    place = "".join(c for c in response.header(b"location") if c.isprintable() and c.isascii())
+    place = _shown(response.header(b"location"))
     if 300 <= response.status < 400:
         base = place[:-len("/models.ini")]
         if place.endswith("/models.ini") and _SAFE_URL.match(base):
@@ -5561,7 +6231,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
                 return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
             problem = ", it names no tier"
         except ConfigError as exc:
-            problem = ", " + exc.problems[0].replace(where + ":", "line ")
+            problem = ", " + _shown(exc.problems[0].replace(where + ":", "line "))
     what, hint = _why_no_models_ini(response, body, bool(headers))
     raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
 
@@ -5606,7 +6276,11 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     states = _engine_states(remote.upstream, key_header(env))
     rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
     otherwise = "unknown" if states is None else "stopped"
-    rows["tiers"] = [_tier_row(t, False, (states or {}).get(t.name, otherwise), {}) for t in remote.config.tiers]
+    told = _asked_json(remote.upstream, "/llmstack/state", key_header(env))
+    for tier in remote.config.tiers:
+        said = told.get(tier.name)
+        row = _tier_row(tier, False, (states or {}).get(tier.name, otherwise), said if isinstance(said, dict) else {})
+        rows["tiers"].append({k: _shown(v) if isinstance(v, str) else v for k, v in row.items()})
     return rows
 
 
@@ -5681,8 +6355,14 @@ def _add_start(commands: Any) -> None:
                                  description="Bring up the engine (10102) and the router (10101) for this project. A"
                                  " directory without .llmstack/ gets one. Running already is fine.")
     parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, return at once")
+    _add_profile(parser)
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_start)
+
+
+def _add_profile(parser: Any) -> None:
+    parser.add_argument("--profile", metavar="NAME", default="", help="for a directory without models.ini: the tiers for a"
+                        f" machine with this much memory ({', '.join(PROFILES)} GB; default: this machine's)")
 
 
 def _add_stack_options(parser: Any) -> None:
@@ -5707,7 +6387,7 @@ def _cmd_start(args: Any) -> int:
         return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
-    prepare_project(places, say)
+    prepare_project(places, say, args.profile)
     config = load_config(places, warn)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
@@ -5957,6 +6637,7 @@ def _add_install(commands: Any) -> None:
     channel.add_argument("--external", metavar="URL", nargs="?", const="", help="use the router at URL (default:"
                          f" $LLMSTACK_REMOTE_URL, else http://{ROUTER_HOST}:{ROUTER_PORT}) instead of one of this project")
     parser.add_argument("--insecure", action="store_true", help="do not verify that router's certificate")
+    _add_profile(parser)
     parser.add_argument("-n", "--print", action="store_true", help="print opencode.json and write nothing")
     parser.set_defaults(run=_cmd_install)
 
@@ -5979,12 +6660,11 @@ def _cmd_install(args: Any) -> int:
     if args.insecure:
         raise UserError("--insecure is for --external https://...", "leave it out", 2)
     if not args.print:
-        prepare_project(places, say)
+        prepare_project(places, say, args.profile)
     config = load_config(places, warn)
-    queued = any(t.has_next for t in config.tiers)
-    if args.next and not queued:
-        raise UserError("no tier has a queued upgrade", f"give one hf_file_next or model_next in {places.models_ini}", 2)
-    marker = Marker("next" if queued and _wants_next(args, places, config) else "current")
+    if args.print and not os.path.exists(places.models_ini):
+        config = parse_models_ini(seed_text(args.profile)[0].decode("utf-8"))[0]
+    marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = local_opencode_json(places, config, host, port, os.environ)
     if args.print:
@@ -6068,6 +6748,64 @@ def _cmd_why(args: Any) -> int:
     if decision.nearest:
         say(f"  nearest change: {decision.nearest}")
     return 0
+
+
+def _add_fit(commands: Any) -> None:
+    parser = commands.add_parser("fit", help="what each tier takes in memory, and what fits together here",
+                                 description="Weights, KV cache and buffers of each tier at its ctx_size, from the GGUF's"
+                                 " header: on this disk, else on the hub (nothing more is fetched), else estimated from"
+                                 " size_gb. Exit code 1 when a tier cannot fit.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
+    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_cmd_fit)
+
+
+def _cmd_fit(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    config = load_config(places, warn)
+    wanted = []
+    for name in args.tiers or [t.name for t in config.tiers]:
+        tier = config.by_name(name)
+        if tier is None:
+            raise UserError(f"there is no tier {name}", "one of " + ", ".join(t.name for t in config.tiers), 2)
+        wanted.append(tier)
+    machine = this_machine(config)
+    fits = measure_tiers(config._replace(tiers=tuple(wanted)), machine, os.environ, _wants_next(args, places, config), True)
+    sets = [(tiers, need, need <= machine.budget_gb) for tiers, need in fit_sets(config, fits)]
+    if args.json:
+        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
+        say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source, "tiers": rows,
+                        "sets": [dict(zip(("tiers", "need_gb", "fits"), s)) for s in sets]}, indent=2, ensure_ascii=False))
+    else:
+        _say_fits(machine, fits, sets)
+    return 0 if all(f.fits for f in fits) else 1
+
+
+_ORIGINS = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1", "unknown": "no size_gb",
+            "hosted": "hosted"}
+
+
+def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
+    def row(name: str, cells: Iterable[str], rest: str) -> None:
+        say(f"  {name:<{width}}" + "".join(f"{c:>10}" for c in cells) + rest)
+
+    width = max([len(f.name) for f in fits] + [4])
+    say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}\n")
+    row("tier", ("weights", "KV", "compute", "total GB", "ctx_size", "largest"), "")
+    for fit in fits:
+        m = fit.memory
+        sizes = [f"{n / 1e9:.2f}" for n in (m.weights, m.kv + m.recurrent, m.compute, m.total)] if m else ["", "", "",
+                                                                                                 f"~{fit.need_gb:.1f}"]
+        verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
+        row(fit.name, [*sizes, f"{fit.ctx_size:,}", f"{fit.largest_ctx:,}" if m else "?"],
+            f"  {verdict} ({_ORIGINS[fit.source]})")
+        if fit.note:
+            row("", (), fit.note)
+    say("\nTogether, in GB:" if sets else "")
+    for tiers, need, ok in sets:
+        say(f"  {need:>6.2f}  {' + '.join(tiers)}" + ("" if ok else "  " + paint("does not fit: never loaded together", "33")))
 
 
 def _add_serve(commands: Any) -> None:
@@ -6185,7 +6923,9 @@ def _cmd_engine(args: Any) -> int:
     config = load_config(places)
     log = Log(places.log("engine.log"), os.environ.get("LOG_LEVEL", "info"))
     program = find_llama_server(config, os.environ, places.data)
-    budget_gb = memory_budget_gb(config)
+    machine = this_machine(config)
+    budget_gb = machine.budget_gb
+    fits = measure_tiers(config, machine, os.environ, args.next)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
@@ -6195,7 +6935,8 @@ def _cmd_engine(args: Any) -> int:
                 refused.append(probe_flags(program, config, places.data))
         return server_command(program, tier, config, port, args.next, refused[0])
 
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next)
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
+                    fits=fits)
     more_files()
     server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
     _on_signals(lambda: None)
@@ -6229,8 +6970,8 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_serve, _add_version,
-                _add_help, _add_router, _add_engine, _add_llama_server)
+ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_serve,
+                _add_version, _add_help, _add_router, _add_engine, _add_llama_server)
 
 
 def make_parser() -> Any:

@@ -9,20 +9,22 @@
                               peer        opencode-llmstack, where --peer names a Python that has it
 
 How it measures
-    Machines are noisy, so nothing is compared across runs or across minutes. Each round takes every
-    measure over every subject in turn, starting with another subject each round; a comparison with a
-    rival is a ratio within one round; what is reported is the median over the rounds.
-    The client is one selectors loop, which costs less than the thread per connection of a typical Python
-    client: on a shared core that leaves the client less to hide a slow router behind.
-    In every measure the client serialises each body with json.dumps, inside the timed span, and the stub
-    parses each with json.loads, as real clients and servers do. Every request says model "auto", so a
-    router has to parse and rewrite it. Sockets are keep-alive with Nagle off.
-    Before a subject is timed, in every round, one plain and one streamed answer are read through it and
-    compared with what the stub sent; a subject that alters or cuts them fails the round instead of winning.
-    Two things to know when reading it. "direct" is no ceiling for streams: a relay that joins the stub's
-    sends leaves the client fewer reads. And on several cores the p50 of one request at a time depends on
-    whether the kernel puts client, stub and subject on one core or wakes another for each hop (0.02 against
-    0.07 ms for direct); `taskset -c 0 python3 -m tests.bench` takes that choice away.
+    Machines are noisy, so nothing is compared across runs or across minutes. Each round takes every measure over every
+    subject in turn, starting with another subject each round; the two latencies, which are differences of a few dozen
+    microseconds, are taken in short slices that go around the subjects. A comparison with a rival is a ratio within one
+    round; what is reported is the median over the rounds.
+    The client is one selectors loop, which costs less than the thread per connection of a typical Python client: on a
+    shared core that leaves the client less to hide a slow router behind.
+    In every measure the client serialises each body with json.dumps, inside the timed span, and the stub parses each with
+    json.loads, as real clients and servers do. Every request says model "auto", so a router has to parse and rewrite it,
+    and no two prompts of a measure are the same, so that remembering answers or decisions wins nothing. Sockets are
+    keep-alive with Nagle off.
+    Before a subject is timed, in every round, one plain and one streamed answer are read through it and compared with
+    what the stub sent; a subject that alters or cuts them fails the round instead of winning.
+    Two things to know when reading it. "direct" is no ceiling for streams: a relay that joins the stub's sends leaves the
+    client fewer reads. And on several cores the p50 of one request at a time depends on whether the kernel puts client,
+    stub and subject on one core or wakes another for each hop (0.02 against 0.07 ms for direct);
+    `taskset -c 0 python3 -m tests.bench` takes that choice away, and what is left is each subject's own cost.
 
 Measures
     one at a time         p50 of the latency; "added" is what the subject adds to direct's p50 of that round
@@ -49,7 +51,6 @@ import heapq
 import http.client
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -64,13 +65,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
-# ------------------------------------------------------------------------------------------- constants
+# ---- constants
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -79,13 +79,14 @@ POLL_S = 0.001  # how often a booting child is looked at; also the error of the 
 STOP_S = 5  # from SIGTERM to SIGKILL
 
 RECEIVE_BYTES = 1 << 18
+SLICES = 10  # of a latency measure, in turn with the other subjects'
 STREAMS = 16
 LIVE_STREAMS = 64
 STREAM_EVENTS = 500
 LIVE_EVENTS = 200
 LIVE_INTERVAL_S = 0.005
 BIG_PROMPT = "word and " * 44_444  # 400 kB
-BURST, LIVE = "hello", "live"  # the prompt tells the stub which of its two streams to send
+BURST, LIVE = "hello", "live"  # how a prompt begins tells the stub which of its two streams to send
 # A relay may cut the stream into other chunks, and a chunk header may then fall inside a "data:". The exact
 # comparison is the one made before the clock starts; under the clock a stream may look this much short.
 COUNT_TOLERANCE = 0.98
@@ -93,8 +94,6 @@ COUNT_TOLERANCE = 0.98
 DIRECT, NGINX, LLMSTACK, PEER = "direct", "nginx", "llmstack", "peer"
 RIVALS = (NGINX, PEER)
 PYZ = "llmstack.pyz"
-
-# ---------------------------------------------------------------------------------------------- errors
 
 
 class SubjectError(Exception):
@@ -105,11 +104,10 @@ class SetupError(Exception):
     """The benchmark cannot run at all (exit code 2)."""
 
 
-# --------------------------------------------------------------------------------------------- records
+# ---- records
 
 
-@dataclass(frozen=True)
-class Effort:
+class Effort(NamedTuple):
     """How long each measure runs, per subject and round."""
 
     one_s: float
@@ -123,8 +121,7 @@ FULL = Effort(one_s=0.5, requests_s=1.0, streams_s=1.0, big_s=0.5, versions=5)
 QUICK = Effort(one_s=0.2, requests_s=0.3, streams_s=0.3, big_s=0.2, versions=3)
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """One row of the table."""
 
     key: str
@@ -149,13 +146,12 @@ MEASURES = (
 )
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """A bound on llmstack's median, or on the median of its per-round ratios to the rival it needs."""
 
     text: str
     measure: str
-    needs: str | None  # what may be missing: a rival, or the .pyz
+    needs: Optional[str]  # what may be missing: a rival, or the .pyz
     at_most: bool
     limit: float
     unit: str
@@ -177,15 +173,14 @@ GOALS = (
 PASS, MISS, UNKNOWN = "PASS", "MISS", "NOT MEASURED"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A goal with what was measured: *value* is the median, *low* and *high* the extremes of the rounds."""
 
     goal: Goal
     verdict: str
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
+    value: Optional[float] = None
+    low: Optional[float] = None
+    high: Optional[float] = None
 
 
 class Results:
@@ -195,69 +190,57 @@ class Results:
         self.rounds: list[dict[str, dict[str, float]]] = []
         self.failures: list[str] = []
 
-    def start_round(self) -> None:
-        """Open the next round; samples go there."""
-        self.rounds.append({})
-
     def add(self, subject: str, values: dict[str, float]) -> None:
-        """File *values* (measure -> value) of *subject* under the open round."""
+        """File *values* (measure -> value) of *subject* under the last round."""
         for key, value in values.items():
             self.rounds[-1].setdefault(key, {})[subject] = value
 
     def samples(self, key: str, subject: str) -> list[float]:
-        """Return what the rounds hold of one measure of one subject."""
+        """What the rounds hold of one measure of one subject."""
         return [each[key][subject] for each in self.rounds if subject in each.get(key, {})]
 
-    def median(self, key: str, subject: str) -> float | None:
-        """Return the median over the rounds, or None if nothing was measured."""
+    def median(self, key: str, subject: str) -> Optional[float]:
+        """The median over the rounds, or None if nothing was measured."""
         found = self.samples(key, subject)
         return statistics.median(found) if found else None
 
     def ratios(self, key: str, subject: str, rival: str) -> list[float]:
-        """Return *subject* / *rival* within each round; a round without a positive rival has no ratio."""
+        """*subject* / *rival* within each round; a round without a positive rival has no ratio."""
         pairs = [each[key] for each in self.rounds if {subject, rival} <= each.get(key, {}).keys()]
         return [pair[subject] / pair[rival] for pair in pairs if pair[rival] > 0]
 
 
-# ------------------------------------------------------------------------------------ the stub upstream
+# ---- the stub upstream
 
 
 def _chunk(payload: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(payload), payload)
 
 
-def _event(delta: str) -> bytes:
-    fields = '"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000'
-    choice = f'{{"index":0,"delta":{{{delta}}},"finish_reason":null}}'
-    return f'data: {{{fields},"choices":[{choice}]}}\n\n'.encode()
-
-
-def _stream_events(count: int) -> list[bytes]:
-    """Return *count* SSE events as a server sends them: the role, the words, `[DONE]`."""
-    role = _event('"role":"assistant","content":""')
-    return [role, *[_event('"content":" word"')] * (count - 2), b"data: [DONE]\n\n"]
+def _stream_chunks(count: int) -> list[bytes]:
+    """So many SSE events as a server sends them, each a chunk: the role, the words, `[DONE]`."""
+    event = ('data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"choices":[{"index":0,'
+             '"delta":{%s},"finish_reason":null}]}\n\n')
+    role, word = (_chunk((event % delta).encode()) for delta in ('"role":"assistant","content":""', '"content":" word"'))
+    return [role, *[word] * (count - 2), _chunk(b"data: [DONE]\n\n")]
 
 
 def _json_answer(status: bytes, body: bytes) -> bytes:
-    head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    return head % (status, len(body)) + body
+    return b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
 
 
 def _completion(model: str) -> bytes:
-    """Return the plain answer; it names the *model* the stub was asked for, so rewriting can be seen."""
-    message = {"role": "assistant", "content": "hello there"}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    """The plain answer; it names the *model* the stub was asked for, so rewriting can be seen."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": "hello there"}, "finish_reason": "stop"}
     body = {"id": "chatcmpl-1", "object": "chat.completion", "model": model, "choices": [choice]}
     return _json_answer(b"200 OK", json.dumps(body).encode())
 
 
-STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
-)
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+               b"Transfer-Encoding: chunked\r\n\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
-BURST_CHUNKS = [_chunk(event) for event in _stream_events(STREAM_EVENTS)]
-LIVE_CHUNKS = [_chunk(event) for event in _stream_events(LIVE_EVENTS)]
+BURST_CHUNKS = _stream_chunks(STREAM_EVENTS)
+LIVE_CHUNKS = _stream_chunks(LIVE_EVENTS)
 GET_ANSWERS = {
     b"/health": _json_answer(b"200 OK", b'{"status":"ok"}'),
     b"/v1/models": _json_answer(b"200 OK", b'{"object":"list","data":[]}'),
@@ -268,8 +251,7 @@ class _StubConnection:
     """One connection to the stub: a request coming in, sends going out one by one."""
 
     def __init__(self, stub: _Stub, sock: socket.socket) -> None:
-        self._stub = stub
-        self._sock = sock
+        self._stub, self._sock = stub, sock
         self._received = bytearray()
         self._expected_bytes = 0  # of the request being received; 0 until its head is complete
         self._unsent: collections.deque[bytes] = collections.deque()
@@ -310,19 +292,18 @@ class _StubConnection:
             return
         self._received += data
         while self.is_open and self._has_request():
-            request = bytes(self._received[: self._expected_bytes])
-            del self._received[: self._expected_bytes]
+            request = bytes(self._received[:self._expected_bytes])
+            del self._received[:self._expected_bytes]
             self._expected_bytes = 0
             self._answer(request)
 
     def _has_request(self) -> bool:
-        """Return whether a whole request is here, working its length out once the head is."""
+        """Whether a whole request is here; its length is worked out once the head is."""
         if not self._expected_bytes:
             head_end = self._received.find(b"\r\n\r\n")
             if head_end < 0:
                 return False
-            head = bytes(self._received[:head_end]).lower()
-            _, found, rest = head.partition(b"\r\ncontent-length:")
+            _, found, rest = bytes(self._received[:head_end]).lower().partition(b"\r\ncontent-length:")
             self._expected_bytes = head_end + 4 + (int(rest.split(b"\r\n", 1)[0]) if found else 0)
         return len(self._received) >= self._expected_bytes
 
@@ -331,10 +312,10 @@ class _StubConnection:
         if method != b"POST":
             self.send(GET_ANSWERS.get(path, _json_answer(b"404 Not Found", b"{}")))
             return
-        body = json.loads(request[request.index(b"\r\n\r\n") + 4 :])
+        body = json.loads(request[request.index(b"\r\n\r\n") + 4:])
         if not body.get("stream"):
             self.send(self._stub.completion(body["model"]))
-        elif body["messages"][-1]["content"] == LIVE:
+        elif body["messages"][-1]["content"].startswith(LIVE):
             self.send(STREAM_HEAD)
             self._stub.start_live(self)
         else:
@@ -372,7 +353,7 @@ class _Stub:
             self._send_due()
 
     def completion(self, model: str) -> bytes:
-        """Return the plain answer for *model*, made once."""
+        """The plain answer for *model*, made once."""
         if model not in self._completions:
             self._completions[model] = _completion(model)
         return self._completions[model]
@@ -402,11 +383,13 @@ class _Stub:
                 heapq.heappush(self._due, (due_s + LIVE_INTERVAL_S, serial, connection, index + 1))
 
 
-# ------------------------------------------------------------------------------------------ the client
+# ---- the client
+
+_SERIAL = itertools.count()
 
 
 def _connect(port: int) -> socket.socket:
-    """Return a blocking connection on which no read or write waits longer than PATIENCE_S.
+    """A blocking connection on which no read or write waits longer than PATIENCE_S.
 
     The kernel's timeout, not settimeout(): that one costs a poll() before every read and write.
     """
@@ -418,18 +401,17 @@ def _connect(port: int) -> socket.socket:
 
 
 def _request(port: int, prompt: str, stream: bool = False) -> bytes:
-    """Return a chat request in wire form."""
-    message = {"role": "user", "content": prompt}
+    """A chat request in wire form, its prompt like no other and of another length than the last."""
+    number = next(_SERIAL)
+    message = {"role": "user", "content": f"{prompt}{' again' * (number % 8)} {number}"}
     body = json.dumps({"model": "auto", "messages": [message], "stream": stream}).encode()
-    head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: %s:%d\r\nAccept: */*\r\nUser-Agent: bench\r\n"
-        b"Authorization: Bearer none\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    )
-    return head % (HOST.encode(), port, len(body)) + body
+    return (b"POST /v1/chat/completions HTTP/1.1\r\nHost: %s:%d\r\nAccept: */*\r\nUser-Agent: bench\r\n"
+            b"Authorization: Bearer none\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (HOST.encode(), port, len(body), body))
 
 
 def _receive(sock: socket.socket) -> bytes:
-    """Return the next bytes; raise SubjectError when the subject closes or stays silent."""
+    """The next bytes; raise SubjectError when the subject closes or stays silent."""
     try:
         data = sock.recv(RECEIVE_BYTES)
     except BlockingIOError:
@@ -442,7 +424,7 @@ def _receive(sock: socket.socket) -> bytes:
 
 
 def _body_start(answer: bytes) -> int:
-    """Return where the body of *answer* starts, 0 if its head is not complete; any status but 200 raises."""
+    """Where the body of *answer* starts, 0 if its head is not complete; any status but 200 raises."""
     head_end = answer.find(b"\r\n\r\n")
     if head_end < 0:
         return 0
@@ -452,7 +434,7 @@ def _body_start(answer: bytes) -> int:
 
 
 def _is_complete(answer: bytes) -> bool:
-    """Return whether *answer* is a whole plain answer, with a length or in chunks."""
+    """Whether *answer* is a whole plain answer, with a length or in chunks."""
     start = _body_start(answer)
     if not start:
         return False
@@ -497,8 +479,8 @@ class _StreamReader:
     def __init__(self) -> None:
         self.events = 0
         self.started_s = time.perf_counter()
-        self.first_event_s: float | None = None
-        self._head: bytes | None = b""  # None once the body has begun
+        self.first_event_s: Optional[float] = None
+        self._head: Optional[bytes] = b""  # None once the body has begun
         self._tail = b""
 
     def feed(self, data: bytes) -> bool:
@@ -521,32 +503,19 @@ class _StreamReader:
             raise SubjectError(f"relayed {self.events} of {expected} events")
 
 
-def _latency_ms(port: int, prompt: str, seconds: float, warm_up: int) -> float:
-    """Return the p50 of requests sent one after the other over one connection."""
+def _latencies_s(sock: socket.socket, port: int, prompt: str, seconds: float) -> list[float]:
+    """How long requests sent one after the other took."""
     taken_s = []
-    with _connect(port) as sock:
-        for _ in range(warm_up):
-            _exchange(sock, prompt, port)
-        end_s = time.perf_counter() + seconds
-        while time.perf_counter() < end_s:
-            start_s = time.perf_counter()
-            _exchange(sock, prompt, port)
-            taken_s.append(time.perf_counter() - start_s)
-    return statistics.median(taken_s) * 1e3
-
-
-def measure_one(port: int, effort: Effort) -> dict[str, float]:
-    """Measure small requests, one at a time."""
-    return {"one_ms": _latency_ms(port, BURST, effort.one_s, warm_up=20)}
-
-
-def measure_big(port: int, effort: Effort) -> dict[str, float]:
-    """Measure requests with a prompt of 400 kB, one at a time."""
-    return {"big_ms": _latency_ms(port, BIG_PROMPT, effort.big_s, warm_up=2)}
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        start_s = time.perf_counter()
+        _exchange(sock, prompt, port)
+        taken_s.append(time.perf_counter() - start_s)
+    return taken_s
 
 
 def measure_requests(port: int, effort: Effort) -> dict[str, float]:
-    """Measure small requests, 16 at a time."""
+    """Small requests, 16 at a time."""
     answered = 0
     with _connections(port, STREAMS) as (selector, socks):
         received = dict.fromkeys(socks, b"")
@@ -569,24 +538,12 @@ def measure_requests(port: int, effort: Effort) -> dict[str, float]:
         return {"requests": answered / (time.perf_counter() - start_s)}
 
 
-class _StreamsRun:
-    """What a set of streams came to."""
+def _run_streams(port: int, count: int, prompt: str, expected: int, seconds: float) -> tuple[float, list[float]]:
+    """Keep *count* streams open, each followed by another until *seconds* are over; all run to their end.
 
-    def __init__(self) -> None:
-        self.events = 0
-        self.seconds = math.inf
-        self.first_events_s: list[float] = []
-
-    def add(self, reader: _StreamReader, events: int) -> None:
-        """Count a stream that ended whole."""
-        self.events += events
-        if reader.first_event_s is not None:
-            self.first_events_s.append(reader.first_event_s)
-
-
-def _run_streams(port: int, count: int, prompt: str, expected: int, seconds: float) -> _StreamsRun:
-    """Keep *count* streams open, each followed by another until *seconds* are over; all run to their end."""
-    run = _StreamsRun()
+    Return the events per second and what each stream waited for its first.
+    """
+    first_events_s = []
     with _connections(port, count) as (selector, socks):
         start_s = time.perf_counter()
         end_s = start_s + seconds
@@ -600,47 +557,32 @@ def _run_streams(port: int, count: int, prompt: str, expected: int, seconds: flo
                 if not reader.feed(_receive(sock)):
                     continue
                 reader.check(expected)
-                run.add(reader, expected)
+                first_events_s.append(reader.first_event_s or 0.0)
                 del readers[sock]
                 if time.perf_counter() < end_s:
                     readers[sock] = _StreamReader()
                     sock.sendall(_request(port, prompt, stream=True))
-        run.seconds = time.perf_counter() - start_s
-    return run
+        return expected * len(first_events_s) / (time.perf_counter() - start_s), first_events_s
 
 
 def measure_streams(port: int, effort: Effort) -> dict[str, float]:
-    """Measure 16 streams of 500 events, sent as fast as they are taken."""
-    run = _run_streams(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
-    return {"events": run.events / run.seconds}
+    """16 streams of 500 events, sent as fast as they are taken."""
+    return {"events": _run_streams(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)[0]}
 
 
 def measure_live(port: int, _effort: Effort) -> dict[str, float]:
-    """Measure 64 streams that start together and have an event every 5 ms each."""
-    run = _run_streams(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
-    return {
-        "live_events": run.events / run.seconds,
-        "live_first_ms": statistics.median(run.first_events_s) * 1e3,
-        "live_first_max_ms": max(run.first_events_s) * 1e3,
-    }
+    """64 streams that start together and have an event every 5 ms each."""
+    events, first_s = _run_streams(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
+    return {"live_events": events, "live_first_ms": statistics.median(first_s) * 1e3, "live_first_max_ms": max(first_s) * 1e3}
 
 
-LOAD_MEASURES: tuple[Callable[[int, Effort], dict[str, float]], ...] = (
-    measure_one,
-    measure_requests,
-    measure_streams,
-    measure_live,
-    measure_big,
-)
+LOAD_MEASURES: tuple[Callable[[int, Effort], dict[str, float]], ...] = (measure_requests, measure_streams, measure_live)
 
 
 def _read_answer(port: int, stream: bool) -> bytes:
-    """Return the body of one chat answer, read by http.client: exact, and off the clock."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE_S)
-    with contextlib.closing(connection):
-        body = json.dumps(
-            {"model": "auto", "messages": [{"role": "user", "content": BURST}], "stream": stream}
-        )
+    """The body of one chat answer, read by http.client: exact, and off the clock."""
+    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=PATIENCE_S)) as connection:
+        body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": BURST}], "stream": stream})
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         answer = response.read()
@@ -669,7 +611,7 @@ def check_relay(port: int) -> str:
     return model
 
 
-# ------------------------------------------------------------------------------------------- processes
+# ---- processes
 
 
 class _Signals:
@@ -682,7 +624,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self._is_held = False
-        self._waiting: int | None = None
+        self._waiting: Optional[int] = None
         for number in self.NUMBERS:
             signal.signal(number, self._on_signal)
 
@@ -697,7 +639,7 @@ class _Signals:
         if self._waiting is not None:
             raise SystemExit(128 + self._waiting)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: Optional[FrameType]) -> None:
         if self._is_held:
             self._waiting = number
             return
@@ -707,21 +649,17 @@ class _Signals:
 
 
 def _child_env(home: Path) -> dict[str, str]:
-    """Return the environment of every child: nothing of the user's settings, no proxy for local requests."""
+    """The environment of every child: nothing of the user's settings, no proxy for local requests."""
     private = ("PYTHON", "LLMSTACK_", "XDG_", "OPENCODE_")
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(private) and not name.lower().endswith("_proxy")
-    }
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(private) and not name.lower().endswith("_proxy")}
     return {**kept, "HOME": str(home), "TMPDIR": str(home)}
 
 
 def _get_status(port: int, path: str) -> int:
-    """Return the status of a GET, 0 if there was no answer."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE_S)
+    """The status of a GET, 0 if there was no answer."""
     try:
-        with contextlib.closing(connection):
+        with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=PATIENCE_S)) as connection:
             connection.request("GET", path)
             return connection.getresponse().status
     except (OSError, http.client.HTTPException):
@@ -731,14 +669,8 @@ def _get_status(port: int, path: str) -> int:
 def _output_of(command: Sequence[str], **options: Any) -> str:
     """Run a short *command* to its end and return its output; raise SubjectError if it fails."""
     try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=PATIENCE_S,
-            check=False,
-            **options,
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE_S, check=False,
+                              **options)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SubjectError(str(error)) from None
     output = str(done.stdout.decode(errors="replace")).strip()
@@ -748,8 +680,7 @@ def _output_of(command: Sequence[str], **options: Any) -> str:
     return output
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """How to start a server and where it says on which port it listens."""
 
     name: str
@@ -768,14 +699,8 @@ class Child:
         self.started_s = time.perf_counter()
         with self._outputs["stdout"].open("wb") as out, self._outputs["stderr"].open("wb") as err:
             self.process = subprocess.Popen(
-                launch.command,
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=err,
-                cwd=directory,
-                env={**env, **launch.env},
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C; a group to end as one
-            )
+                launch.command, stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=directory, env={**env, **launch.env},
+                start_new_session=True)  # out of reach of the terminal's Ctrl-C; a group to end as one
 
     def wait_for_port(self) -> int:
         """Return the port the server announces."""
@@ -794,17 +719,15 @@ class Child:
             self._wait("answered no GET with 200")
 
     def resident_bytes(self) -> int:
-        """Return the resident memory of the process."""
+        """The resident memory of the process."""
         status = Path(f"/proc/{self.process.pid}/status")
         if status.exists():
             found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-            kilobytes = found.group(1) if found else "0"
-        else:
-            kilobytes = _output_of(["ps", "-o", "rss=", "-p", str(self.process.pid)])
-        return int(kilobytes) * 1024
+            return int(found.group(1)) * 1024 if found else 0
+        return int(_output_of(["ps", "-o", "rss=", "-p", str(self.process.pid)])) * 1024
 
     def last_words(self) -> str:
-        """Return the last line of standard error, for a failure's message."""
+        """The last line of standard error, for a failure's message."""
         lines = self._outputs["stderr"].read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "nothing on stderr"
 
@@ -877,13 +800,7 @@ def children_of_run() -> Iterator[Children]:
         children.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
-
-
-# ------------------------------------------------------------------------------------------ the subjects
+# ---- the subjects
 
 URL_ON_FIRST_LINE = r"\A[^\n]*?https?://[^\s/:]+:(\d+)[^\n]*\n"
 
@@ -938,8 +855,7 @@ main()
 """
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """Something the client can be pointed at."""
 
     name: str
@@ -970,12 +886,9 @@ def start_nginx(children: Children, nginx: str, upstream: int) -> Subject:
     # As root, nginx would run its worker as nobody, to whom the directory of the run is closed.
     user = f"user {getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name};" if os.geteuid() == 0 else ""
     for attempts_left in (2, 1, 0):
-        port = _free_port()
-        config.write_text(
-            NGINX_CONFIG.format(
-                directory=children.directory, host=HOST, port=port, upstream=upstream, user=user
-            )
-        )
+        with socket.create_server((HOST, 0)) as free:
+            port = free.getsockname()[1]
+        config.write_text(NGINX_CONFIG.format(directory=children.directory, host=HOST, port=port, upstream=upstream, user=user))
         command = [nginx, "-p", str(children.directory), "-c", str(config)]
         child = children.start(Launch(NGINX, command, {}, "stderr", ""))
         try:
@@ -998,9 +911,7 @@ def start_peer(children: Children, python: str, models_ini: str, upstream: int) 
     """Start the peer's router as its own `start` does, with its bundled models.ini."""
     command = [python, "-c", PEER_LAUNCH, str(upstream), "--host", HOST, "--port", "0"]
     env = {"LLMSTACK_MODELS_INI": models_ini}
-    return _start_measured(
-        children, Launch(PEER, command, env, "stderr", r"running on http://[^\s/:]+:(\d+)")
-    )
+    return _start_measured(children, Launch(PEER, command, env, "stderr", r"running on http://[^\s/:]+:(\d+)"))
 
 
 def _start_measured(children: Children, launch: Launch) -> Subject:
@@ -1010,7 +921,7 @@ def _start_measured(children: Children, launch: Launch) -> Subject:
     return Subject(launch.name, port, child, has_boot=True)
 
 
-def peer_facts(children: Children, python: str | None) -> tuple[str, str]:
+def peer_facts(children: Children, python: Optional[str]) -> tuple[str, str]:
     """Return the peer's version (with its Python's) and its models.ini; raise SubjectError without it."""
     if not python:
         raise SubjectError("no --peer PYTHON given")
@@ -1029,7 +940,7 @@ def router_command(options: argparse.Namespace) -> list[str]:
     return [sys.executable, str(script)]
 
 
-def find_pyz(children: Children, given: str | None) -> Path:
+def find_pyz(children: Children, given: Optional[str]) -> Path:
     """Return the .pyz: the *given* one, or one built from a copy of the repository."""
     if given:
         return Path(given).resolve()
@@ -1044,11 +955,11 @@ def find_pyz(children: Children, given: str | None) -> Path:
     return built[0]
 
 
-# ----------------------------------------------------------------------------------------------- the run
+# ---- the run
 
 
 def measure_boot(children: Children, launch: Launch) -> dict[str, float]:
-    """Measure a fresh server up to its first answer, and its memory then."""
+    """A fresh server up to its first answer, and its memory then."""
     child = children.start(launch)
     try:
         child.wait_for_answer(child.wait_for_port())
@@ -1059,7 +970,7 @@ def measure_boot(children: Children, launch: Launch) -> dict[str, float]:
 
 
 def measure_version(children: Children, pyz: Path, effort: Effort) -> dict[str, float]:
-    """Measure `llmstack.pyz version` and a bare Python, one after the other."""
+    """`llmstack.pyz version` and a bare Python, one after the other."""
     taken_s: dict[str, list[float]] = {"bare": [], "pyz": []}
     commands = {"bare": [sys.executable, "-c", "pass"], "pyz": [sys.executable, str(pyz), "version"]}
     for _ in range(effort.versions):
@@ -1071,12 +982,11 @@ def measure_version(children: Children, pyz: Path, effort: Effort) -> dict[str, 
     return {"version_ms": medians["pyz"] * 1e3, "version_ratio": medians["pyz"] / medians["bare"]}
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """Who takes part, and who does not and why."""
 
-    subjects: Sequence[Subject]
-    pyz: Path | None
+    subjects: list[Subject]
+    pyz: Optional[Path]
     versions: dict[str, str]
     missing: dict[str, str]
     rewrites: dict[str, str]  # subject -> the model the stub was asked for, where the client said "auto"
@@ -1085,7 +995,7 @@ class Field:
 def gather_field(children: Children, options: argparse.Namespace) -> Field:
     """Start every subject; only the stub and llmstack are indispensable."""
     command = router_command(options)
-    versions, missing = {}, {}
+    versions, missing, pyz = {}, {}, None
     try:
         direct = start_stub(children)
         subjects = [direct, start_llmstack(children, command, direct.port)]
@@ -1104,7 +1014,6 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
         rewrites[PEER] = check_relay(subjects[-1].port)
     except SubjectError as error:
         missing[PEER] = str(error)
-    pyz = None
     try:
         pyz = find_pyz(children, options.pyz)
     except SubjectError as error:
@@ -1112,67 +1021,83 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     return Field(subjects, pyz, versions, missing, rewrites)
 
 
-def _attempt(results: Results, name: str, measure: Callable[..., dict[str, float]], *arguments: Any) -> bool:
+def _attempt(results: Results, name: str, what: str, measure: Callable[[], dict[str, float]]) -> bool:
     """File what *measure* returns for the subject *name*, or its failure; return whether it succeeded."""
     try:
-        results.add(name, measure(*arguments))
+        results.add(name, measure())
     except (SubjectError, OSError) as error:
-        results.failures.append(f"{name}, round {len(results.rounds)}, {measure.__name__}: {error}")
+        results.failures.append(f"{name}, round {len(results.rounds)}, {what}: {error}")
         return False
     return True
 
 
-def _verify(subject: Subject) -> dict[str, float]:
-    check_relay(subject.port)
-    return {}
+def _take_latencies(results: Results, subjects: Iterable[Subject], key: str, prompt: str, seconds: float, warm_up: int) -> None:
+    """File the p50 of requests sent one after the other over one connection, in slices that go around the subjects."""
+    with contextlib.ExitStack() as stack:
+        socks: dict[Subject, socket.socket] = {}
+        taken_s: dict[Subject, list[float]] = {subject: [] for subject in subjects}
+
+        def start(subject: Subject) -> dict[str, float]:
+            socks[subject] = stack.enter_context(_connect(subject.port))
+            for _ in range(warm_up):
+                _exchange(socks[subject], prompt, subject.port)
+            return {}
+
+        def go_on(subject: Subject) -> dict[str, float]:
+            taken_s[subject] += _latencies_s(socks[subject], subject.port, prompt, seconds / SLICES)
+            return {}
+
+        for step in (start, *[go_on] * SLICES):
+            taken_s = {each: values for each, values in taken_s.items()
+                       if _attempt(results, each.name, key, lambda each=each, step=step: step(each))}  # type: ignore[misc]
+        for subject, values in taken_s.items():
+            results.add(subject.name, {key: statistics.median(values) * 1e3})
 
 
-def _add_added_latency(results: Results) -> None:
+def _run_round(children: Children, field: Field, effort: Effort, results: Results, first: int) -> None:
+    """Take every measure once over every subject, beginning with the subject number *first*."""
+    results.rounds.append({})
+    turn = first % len(field.subjects)
+    order = [*field.subjects[turn:], *field.subjects[:turn]]
+
+    def check(subject: Subject) -> dict[str, float]:
+        check_relay(subject.port)
+        return {}
+
+    sound = [each for each in order if _attempt(results, each.name, "check_relay", lambda each=each: check(each))]
+    _take_latencies(results, sound, "one_ms", BURST, effort.one_s, warm_up=20)
+    for measure in LOAD_MEASURES:
+        for each in sound:
+            _attempt(results, each.name, measure.__name__, lambda each=each, measure=measure: measure(each.port, effort))
+    _take_latencies(results, sound, "big_ms", BIG_PROMPT, effort.big_s, warm_up=2)
+    for each in order:
+        if each.has_boot:
+            _attempt(results, each.name, "measure_boot", lambda each=each: measure_boot(children, each.child.launch))
+    if field.pyz:
+        pyz = field.pyz
+        _attempt(results, LLMSTACK, "measure_version", lambda: measure_version(children, pyz, effort))
     latencies = results.rounds[-1].get("one_ms", {})
     if DIRECT in latencies:
         for name in latencies.keys() - {DIRECT}:
             results.add(name, {"added_ms": latencies[name] - latencies[DIRECT]})
 
 
-def _run_round(children: Children, field: Field, effort: Effort, results: Results, first: int) -> None:
-    """Take every measure once over every subject, beginning with the subject number *first*."""
-    results.start_round()
-    turn = first % len(field.subjects)
-    order = [*field.subjects[turn:], *field.subjects[:turn]]
-
-    sound = [each for each in order if _attempt(results, each.name, _verify, each)]
-    for measure in LOAD_MEASURES:
-        for subject in sound:
-            _attempt(results, subject.name, measure, subject.port, effort)
-    for subject in order:
-        if subject.has_boot:
-            _attempt(results, subject.name, measure_boot, children, subject.child.launch)
-    if field.pyz:
-        _attempt(results, LLMSTACK, measure_version, children, field.pyz, effort)
-    _add_added_latency(results)
-
-
 def run_rounds(children: Children, field: Field, rounds: int, effort: Effort) -> Results:
     """Run a short warm-up that counts for nothing, then the rounds."""
-    warm_up = Results()
-    _run_round(children, field, QUICK, warm_up, first=0)
+    _run_round(children, field, QUICK, Results(), first=0)
     results = Results()
     for number in range(rounds):
         print(f"round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
         _run_round(children, field, effort, results, first=number)
     if results.failures:
-        results.failures += [
-            f"{each.name}, last on stderr: {each.child.last_words()}" for each in field.subjects
-        ]
+        results.failures += [f"{each.name}, last on stderr: {each.child.last_words()}" for each in field.subjects]
     return results
 
 
 def judge(goal: Goal, results: Results, missing: Container[str]) -> Outcome:
     """Return how llmstack did against *goal*; rounds that llmstack failed are not left out, but a miss."""
     ours = results.samples(goal.measure, LLMSTACK)
-    values = ours
-    if goal.needs in RIVALS:
-        values = results.ratios(goal.measure, LLMSTACK, goal.needs)
+    values = results.ratios(goal.measure, LLMSTACK, goal.needs) if goal.needs in RIVALS else ours  # type: ignore[arg-type]
     if goal.needs in missing or (ours and not values):
         return Outcome(goal, UNKNOWN)
     if not values:
@@ -1183,15 +1108,14 @@ def judge(goal: Goal, results: Results, missing: Container[str]) -> Outcome:
     return Outcome(goal, PASS if is_met and is_whole else MISS, value, min(values), max(values))
 
 
-# -------------------------------------------------------------------------------------------- the report
+# ---- the report
 
 
 def describe_machine(field: Field) -> dict[str, Any]:
     """Return what the numbers depend on."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cores": os.cpu_count(),
-        "usable_cores": usable,
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu": _cpu_model(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -1212,9 +1136,7 @@ def _cpu_model() -> str:
 
 def render_text(machine: dict[str, Any], field: Field, results: Results, outcomes: Sequence[Outcome]) -> str:
     """Return the report for people."""
-    rivals = [
-        f"{name}: {'NOT MEASURED' if name in field.missing else field.versions[name]}" for name in RIVALS
-    ]
+    rivals = [f"{name}: {'NOT MEASURED' if name in field.missing else field.versions[name]}" for name in RIVALS]
     lines = [
         "machine: {usable_cores} of {cores} cores, {cpu}; {system}; load {load_before}".format(**machine),
         f"python:  {machine['python']}; rivals: {'; '.join(rivals)}",
@@ -1223,8 +1145,7 @@ def render_text(machine: dict[str, Any], field: Field, results: Results, outcome
         lines.append("warning: other programs were at work at the start; measure again on a quiet machine")
     lines += [f'auto:    {name} asked the stub for "{model}"' for name, model in field.rewrites.items()]
     lines += ["", f"medians, rounds: {len(results.rounds)}", *_render_table(field, results), ""]
-    lines += ["goals (llmstack; the extremes of the rounds in brackets)"]
-    lines += [_render_outcome(outcome) for outcome in outcomes]
+    lines += ["goals (llmstack; the extremes of the rounds in brackets)", *map(_render_outcome, outcomes)]
     lines += [f"not measured: {name}: {reason}" for name, reason in field.missing.items()]
     lines += [f"failed: {failure}" for failure in results.failures]
     return "\n".join(lines)
@@ -1234,13 +1155,10 @@ def _render_table(field: Field, results: Results) -> list[str]:
     names = [subject.name for subject in field.subjects]
     lines = [" " * 44 + "".join(f"{name:>12}" for name in names)]
     for measure in MEASURES:
-        cells = [_render_number(results.median(measure.key, name), measure.digits) for name in names]
+        medians = [results.median(measure.key, name) for name in names]
+        cells = ["-" if value is None else f"{value:,.{measure.digits}f}" for value in medians]
         lines.append(f"{measure.label:32}{measure.unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
     return lines
-
-
-def _render_number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _render_outcome(outcome: Outcome) -> str:
@@ -1255,35 +1173,29 @@ def _render_outcome(outcome: Outcome) -> str:
 def render_json(machine: dict[str, Any], field: Field, results: Results, outcomes: Sequence[Outcome]) -> str:
     """Return the report as one JSON object."""
     names = [subject.name for subject in field.subjects]
-    measures = {
-        measure.key: {
-            "label": measure.label.strip(),
-            "unit": measure.unit,
-            "medians": {name: results.median(measure.key, name) for name in names},
-            "rounds": {name: results.samples(measure.key, name) for name in names},
-        }
-        for measure in MEASURES
-    }
     report = {
         "machine": machine,
         "missing": field.missing,
         "rewrites": field.rewrites,
         "rounds": len(results.rounds),
-        "measures": measures,
-        "goals": [asdict(outcome) for outcome in outcomes],
+        "measures": {measure.key: {
+            "label": measure.label.strip(),
+            "unit": measure.unit,
+            "medians": {name: results.median(measure.key, name) for name in names},
+            "rounds": {name: results.samples(measure.key, name) for name in names},
+        } for measure in MEASURES},
+        "goals": [{**outcome._asdict(), "goal": outcome.goal._asdict()} for outcome in outcomes],
         "failures": results.failures,
     }
     return json.dumps(report, indent=2)
 
 
-# ---------------------------------------------------------------------------------------------- the start
+# ---- the start
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m tests.bench", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python3 -m tests.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds to run (default 5; 2 with --quick)")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that can import opencode-llmstack")
     parser.add_argument("--pyz", metavar="FILE", help="serve from this .pyz instead of llmstack.py")
@@ -1313,8 +1225,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
     outcomes = [judge(goal, results, field.missing) for goal in GOALS]
-    render = render_json if options.json else render_text
-    print(render(machine, field, results, outcomes))
+    print((render_json if options.json else render_text)(machine, field, results, outcomes))
     return 1 if options.check and any(outcome.verdict == MISS for outcome in outcomes) else 0
 
 
