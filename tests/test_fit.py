@@ -651,6 +651,18 @@ def test_a_profile_that_cannot_fit_is_no_silent_choice(monkeypatch: pytest.Monke
     assert "not every tier can load" in llmstack.seed_text()[1]
 
 
+def test_start_takes_a_profile_for_a_new_project_only(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "start_stack", lambda plan, say: True)
+    assert llmstack.main(["start", "--profile", "gigantic"]) == 2
+    assert "there is no profile gigantic" in capsys.readouterr().err
+    assert llmstack.main(["start", "--profile", "128"]) == 0
+    assert "Profile 128" in capsys.readouterr().out
+    assert Path(".llmstack/models.ini").read_text(encoding="utf-8") == llmstack.render_profile(BUNDLED, "128")
+    assert llmstack.main(["start", "--profile", "8"]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
 # ---- The README
 
 def memory_table() -> Iterator[str]:
