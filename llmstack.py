@@ -5804,8 +5804,7 @@ def _cmd_fit(args: Any) -> int:
 def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
     width = max([len(f.name) for f in fits] + [4])
     say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}\n")
-    heads = ("tier", "weights", "KV", "compute", "total GB", "ctx_size", "largest")
-    rows = [(*heads, "", "")]
+    rows: List[Tuple[str, ...]] = [("tier", "weights", "KV", "compute", "total GB", "ctx_size", "largest", "", "")]
     for fit in fits:
         m = fit.memory
         sizes = [f"{n / 1e9:.2f}" for n in (m.weights, m.kv + m.recurrent, m.compute, m.total)] if m else ["", "", "", ""]

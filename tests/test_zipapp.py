@@ -76,7 +76,7 @@ def test_the_program_inside_is_the_source_without_what_only_readers_need() -> No
 
 def test_bare_keeps_what_only_looks_like_a_comment() -> None:
     source = 'A = "# no"  # gone\n\n\ndef f():\n    """Gone,\n    é.\n    """  # gone\n    # gone\n    return """#\n kept """\n'
-    assert build_zipapp.bare(source) == 'A = "# no"\n\n\ndef f():\n    ""\n\n\n\n    return """#\n kept """\n'
+    assert build_zipapp.bare(source) == 'A = "# no"\n\n\ndef f():\n ""\n\n\n\n return """#\n kept """\n'
 
 
 def test_two_builds_are_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
