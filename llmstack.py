@@ -1769,7 +1769,7 @@ class _Layers:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
         values = [max(0, int(v)) for v in value] if isinstance(value, (list, tuple)) else [self.number(key)]
-        return [*values, *(values or [0])[-1:] * self.count][:self.count]
+        return (values + (values or [0])[-1:] * self.count)[:self.count]
 
     def slides(self) -> Tuple[List[bool], int]:
         """Which layers keep only a window, and its tokens."""
@@ -1797,15 +1797,16 @@ class _Layers:
 
     def state_floats(self) -> int:
         """What one layer keeps of one sequence: the last inputs of its convolution, and its state."""
-        wkv, conv, short = map(self.number, ("wkv.head_size", "ssm.conv_kernel", "shortconv.l_cache"))
-        size, inner, state = map(self.number, ("kda.head_dim", "ssm.inner_size", "ssm.state_size"))
+        wkv, conv, short, size, inner, state, group = map(self.number, (
+            "wkv.head_size", "ssm.conv_kernel", "shortconv.l_cache", "kda.head_dim", "ssm.inner_size", "ssm.state_size",
+            "ssm.group_count"))
         if wkv:
             return self.embd * (self.number("token_shift_count", 2) + wkv)
         if short:
             return self.embd * (short - 1)
         if size:
             return (3 * (conv or 4) - 3 + size) * size * max(self.heads)
-        return (max(conv, 1) - 1) * (inner + 2 * self.number("ssm.group_count") * state) + state * inner
+        return (max(conv, 1) - 1) * (inner + 2 * group * state) + state * inner
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0", cache_type_v: str = "q8_0",
@@ -2813,19 +2814,16 @@ def cards_gb() -> Tuple[float, str]:
 
     An AMD APU has a small carve-out of its own and works in the machine's memory: it is no card here.
     """
-    listed = _output(["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"])
-    sizes = [int(line.split(",")[0]) * 1_048_576 / 1e9 for line in listed.splitlines() if line.split(",")[0].strip().isdigit()]
-    kind = "NVIDIA"
+    listed = _output(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]).split("\n")
+    sizes, kind = [int(mib) * 1_048_576 / 1e9 for mib in listed if mib.strip().isdigit()], "NVIDIA"
     if not sizes:
         try:
-            names = sorted(n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n))
+            names = [n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n)]
         except OSError:
             names = []
         texts = [read_text(os.path.join(DRM, n, "device", "mem_info_vram_total")).strip() for n in names]
-        sizes = [int(t) / 1e9 for t in texts if t.isdigit() and int(t) >= 4 * 1024 ** 3]
-        kind = "AMD"
-    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
-    return usable, f"{sum(sizes):.1f} GB of {kind} graphics memory, 1 GiB left free" if sizes else ""
+        sizes, kind = [int(t) / 1e9 for t in texts if t.isdigit() and int(t) >= 4 * 1024 ** 3], "AMD"
+    return sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes), f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
 
 
 def this_machine(config: Config) -> Machine:
@@ -2844,7 +2842,7 @@ def this_machine(config: Config) -> Machine:
         found = Machine(cards, what, True) if cards else Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
-    return found if found.budget_gb else found._replace(budget_gb=1e9, source="the size of memory cannot be told")
+    return found if found.budget_gb else found._replace(budget_gb=1e9)      # it cannot be told
 
 
 def memory_budget_gb(config: Config) -> float:
@@ -5106,29 +5104,20 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
     import urllib.error
     import urllib.request
 
-    class SameHost(urllib.request.HTTPRedirectHandler):
-        """The token goes to the hub, never to where it redirects."""
-
-        def redirect_request(self, req: Any, *args: Any) -> Any:
-            new = super().redirect_request(req, *args)
-            if new is not None and (new.type, new.host) == (req.type, req.host):
-                new.unredirected_hdrs.update(req.unredirected_hdrs)
-            return new
-
+    if not url.startswith("http"):
+        raise OSError(f"{url} is no address of a hub")
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
-        if request.type not in ("http", "https"):
-            raise OSError(f"{url} is no address of a hub")
-        if token:
+        if token:                               # goes to the hub, never to where it redirects
             request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urllib.request.build_opener(SameHost).open(request, timeout=10) as answer:
-            data: bytes = answer.read(count if answer.status == 206 else first + count)
-            return data if answer.status == 206 else data[first:]       # no ranges: the file as far as is needed
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            skip = 0 if answer.status == 206 else first         # no ranges: the file as far as is needed
+            data: bytes = answer.read(skip + count)
+            return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        why = {401: ": set HF_TOKEN", 403: ": set HF_TOKEN", 404: ": there is no such file"}.get(exc.code, "")
-        raise OSError(f"{url} answered {exc.code}{why}") from None
+        raise OSError(f"{url} answered {exc.code}" + (": set HF_TOKEN" if exc.code in (401, 403) else "")) from None
     except urllib.error.URLError as exc:
         raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
     except (ValueError, http.client.HTTPException) as exc:
@@ -6752,9 +6741,8 @@ def _cmd_why(args: Any) -> int:
 
 def _add_fit(commands: Any) -> None:
     parser = commands.add_parser("fit", help="what each tier takes in memory, and what fits together here",
-                                 description="Weights, KV cache and buffers of each tier at its ctx_size, from the GGUF's"
-                                 " header: on this disk, else on the hub (nothing more is fetched), else estimated from"
-                                 " size_gb. Exit code 1 when a tier cannot fit.")
+                                 description="Weights, KV cache and buffers of each tier, from the header of its GGUF on this"
+                                 " disk or the hub. Exit code 1 when a tier cannot fit.")
     parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
     parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -6765,14 +6753,12 @@ def _cmd_fit(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = load_config(places, warn)
-    wanted = []
-    for name in args.tiers or [t.name for t in config.tiers]:
-        tier = config.by_name(name)
-        if tier is None:
-            raise UserError(f"there is no tier {name}", "one of " + ", ".join(t.name for t in config.tiers), 2)
-        wanted.append(tier)
+    unknown = next((name for name in args.tiers if config.by_name(name) is None), "")
+    if unknown:
+        raise UserError(f"there is no tier {unknown}", "one of " + ", ".join(t.name for t in config.tiers), 2)
+    wanted = tuple(t for t in config.tiers if not args.tiers or {t.name, *t.aliases} & set(args.tiers))
     machine = this_machine(config)
-    fits = measure_tiers(config._replace(tiers=tuple(wanted)), machine, os.environ, _wants_next(args, places, config), True)
+    fits = measure_tiers(config._replace(tiers=wanted), machine, os.environ, _wants_next(args, places, config), True)
     sets = [(tiers, need, need <= machine.budget_gb) for tiers, need in fit_sets(config, fits)]
     if args.json:
         rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
@@ -6783,26 +6769,20 @@ def _cmd_fit(args: Any) -> int:
     return 0 if all(f.fits for f in fits) else 1
 
 
-_ORIGINS = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1", "unknown": "no size_gb",
-            "hosted": "hosted"}
-
-
 def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
-    def row(name: str, cells: Iterable[str], rest: str) -> None:
-        say(f"  {name:<{width}}" + "".join(f"{c:>10}" for c in cells) + rest)
-
     width = max([len(f.name) for f in fits] + [4])
     say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}\n")
-    row("tier", ("weights", "KV", "compute", "total GB", "ctx_size", "largest"), "")
+    rows: List[Tuple[str, ...]] = [("tier", "weights", "KV", "compute", "total GB", "ctx_size", "largest", "", "")]
     for fit in fits:
         m = fit.memory
-        sizes = [f"{n / 1e9:.2f}" for n in (m.weights, m.kv + m.recurrent, m.compute, m.total)] if m else ["", "", "",
-                                                                                                 f"~{fit.need_gb:.1f}"]
+        sizes = [f"{n / 1e9:.2f}" for n in (m.weights, m.kv + m.recurrent, m.compute, m.total)] if m else ["", "", "", ""]
+        sizes[3] = sizes[3] or f"~{fit.need_gb:.1f}"
+        origin = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1"}.get(fit.source, fit.source)
         verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-        row(fit.name, [*sizes, f"{fit.ctx_size:,}", f"{fit.largest_ctx:,}" if m else "?"],
-            f"  {verdict} ({_ORIGINS[fit.source]})")
-        if fit.note:
-            row("", (), fit.note)
+        largest = f"{fit.largest_ctx:,}" if m else "?"
+        rows.append((fit.name, *sizes, f"{fit.ctx_size:,}", largest, f"  {verdict} ({origin})", fit.note))
+    for name, *cells, verdict, note in rows:
+        say(f"  {name:<{width}}" + "".join(f"{c:>10}" for c in cells) + verdict + (f"\n  {'':<{width}}  {note}" if note else ""))
     say("\nTogether, in GB:" if sets else "")
     for tiers, need, ok in sets:
         say(f"  {need:>6.2f}  {' + '.join(tiers)}" + ("" if ok else "  " + paint("does not fit: never loaded together", "33")))

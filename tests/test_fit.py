@@ -286,10 +286,11 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         if hub.private and "/resolve/" in self.path and token != "Bearer hf_secret":
             return self.send_error(401)
-        if "/resolve/main/" in self.path:       # renamed: the same host, where the token still counts
-            return self.redirect(self.path.replace("/resolve/main/", "/resolve/abc/"))
         if "/resolve/" in self.path:
-            return self.redirect(f"http://localhost:{hub.server_port}/storage/{name}")
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{hub.server_port}/storage/{name}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         data, status = hub.files[name], 200
         if hub.ranges:
             first, last = map(int, self.headers["Range"][6:].split("-"))
@@ -304,12 +305,6 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
         except ConnectionError:
             pass
         return None
-
-    def redirect(self, where: str) -> None:
-        self.send_response(302)
-        self.send_header("Location", where)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -523,7 +518,7 @@ def test_a_raised_wired_limit_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("listed", "gb"), [
-    ("24564, 23000\n", 24.68), ("24576, 1\n24576, 1\n", 49.39), ("[N/A], [N/A]\n", 0), ("", 0)])
+    ("24564\n", 24.68), ("24576\r\n24576\r\n", 49.39), ("[N/A]\n", 0), ("", 0)])
 def test_nvidia_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: str, gb: float) -> None:
     monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
     found = machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed})
@@ -649,6 +644,18 @@ def test_a_profile_that_cannot_fit_is_no_silent_choice(monkeypatch: pytest.Monke
     machine(monkeypatch, 4.0)
     assert "Profile 8" in llmstack.seed_text()[1]
     assert "not every tier can load" in llmstack.seed_text()[1]
+
+
+def test_start_takes_a_profile_for_a_new_project_only(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "start_stack", lambda plan, say: True)
+    assert llmstack.main(["start", "--profile", "gigantic"]) == 2
+    assert "there is no profile gigantic" in capsys.readouterr().err
+    assert llmstack.main(["start", "--profile", "128"]) == 0
+    assert "Profile 128" in capsys.readouterr().out
+    assert Path(".llmstack/models.ini").read_text(encoding="utf-8") == llmstack.render_profile(BUNDLED, "128")
+    assert llmstack.main(["start", "--profile", "8"]) == 1
+    assert "is there already" in capsys.readouterr().err
 
 
 # ---- The README
