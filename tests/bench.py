@@ -43,11 +43,9 @@ Exit 2: it cannot measure llmstack at all. Needs a POSIX system. Leaves no proce
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import getpass
 import grp
-import heapq
 import http.client
 import itertools
 import json
@@ -65,15 +63,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Optional
+
+from tests.bench_stub import HOST, LAST_CHUNK, LIVE, LIVE_EVENTS, STREAM_EVENTS, content_length
 
 # ---- constants
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HOST = "127.0.0.1"
 PATIENCE_S = 10  # longest wait for a byte, a boot or a short command before the subject has failed
 POLL_S = 0.001  # how often a booting child is looked at; also the error of the boot measure
 STOP_S = 5  # from SIGTERM to SIGKILL
@@ -82,11 +80,8 @@ RECEIVE_BYTES = 1 << 18
 SLICES = 10  # of a latency measure, in turn with the other subjects'
 STREAMS = 16
 LIVE_STREAMS = 64
-STREAM_EVENTS = 500
-LIVE_EVENTS = 200
-LIVE_INTERVAL_S = 0.005
 BIG_PROMPT = "word and " * 44_444  # 400 kB
-BURST, LIVE = "hello", "live"  # how a prompt begins tells the stub which of its two streams to send
+BURST = "hello"  # a prompt for the stub's other stream
 # A relay may cut the stream into other chunks, and a chunk header may then fall inside a "data:". The exact
 # comparison is the one made before the clock starts; under the clock a stream may look this much short.
 COUNT_TOLERANCE = 0.98
@@ -120,29 +115,19 @@ class Effort(NamedTuple):
 FULL = Effort(one_s=0.5, requests_s=1.0, streams_s=1.0, big_s=0.5, versions=5)
 QUICK = Effort(one_s=0.2, requests_s=0.3, streams_s=0.3, big_s=0.2, versions=3)
 
-
-class Measure(NamedTuple):
-    """One row of the table."""
-
-    key: str
-    label: str
-    unit: str
-    digits: int
-
-
-MEASURES = (
-    Measure("one_ms", "one at a time, p50", "ms", 3),
-    Measure("added_ms", "one at a time, added", "ms", 3),
-    Measure("requests", "16 at a time", "requests/s", 0),
-    Measure("events", "16 streams of 500 events", "events/s", 0),
-    Measure("live_events", "64 live streams", "events/s", 0),
-    Measure("live_first_ms", "64 live, first event, median", "ms", 1),
-    Measure("live_first_max_ms", "64 live, first event, slowest", "ms", 1),
-    Measure("big_ms", "400 kB prompt, p50", "ms", 2),
-    Measure("boot_ms", "boot to first answer", "ms", 0),
-    Measure("idle_mb", "idle memory", "MB", 1),
-    Measure("version_ms", "llmstack.pyz version", "ms", 1),
-    Measure("version_ratio", "  beside python -c pass", "x", 2),
+MEASURES = (  # the rows of the table: key, label, unit, digits
+    ("one_ms", "one at a time, p50", "ms", 3),
+    ("added_ms", "one at a time, added", "ms", 3),
+    ("requests", "16 at a time", "requests/s", 0),
+    ("events", "16 streams of 500 events", "events/s", 0),
+    ("live_events", "64 live streams", "events/s", 0),
+    ("live_first_ms", "64 live, first event, median", "ms", 1),
+    ("live_first_max_ms", "64 live, first event, slowest", "ms", 1),
+    ("big_ms", "400 kB prompt, p50", "ms", 2),
+    ("boot_ms", "boot to first answer", "ms", 0),
+    ("idle_mb", "idle memory", "MB", 1),
+    ("version_ms", "llmstack.pyz version", "ms", 1),
+    ("version_ratio", "  beside python -c pass", "x", 2),
 )
 
 
@@ -169,7 +154,6 @@ GOALS = (
     Goal("idle memory", "idle_mb", None, True, 25.0, "MB"),
     Goal("llmstack.pyz version", "version_ratio", PYZ, True, 2.0, "x python -c pass"),
 )
-
 PASS, MISS, UNKNOWN = "PASS", "MISS", "NOT MEASURED"
 
 
@@ -195,6 +179,15 @@ class Results:
         for key, value in values.items():
             self.rounds[-1].setdefault(key, {})[subject] = value
 
+    def attempt(self, subject: str, what: str, measure: Callable[..., dict[str, float]], *arguments: Any) -> bool:
+        """File what *measure* returns for *subject*, or its failure; return whether it succeeded."""
+        try:
+            self.add(subject, measure(*arguments))
+        except (SubjectError, OSError) as error:
+            self.failures.append(f"{subject}, round {len(self.rounds)}, {what}: {error}")
+            return False
+        return True
+
     def samples(self, key: str, subject: str) -> list[float]:
         """What the rounds hold of one measure of one subject."""
         return [each[key][subject] for each in self.rounds if subject in each.get(key, {})]
@@ -208,179 +201,6 @@ class Results:
         """*subject* / *rival* within each round; a round without a positive rival has no ratio."""
         pairs = [each[key] for each in self.rounds if {subject, rival} <= each.get(key, {}).keys()]
         return [pair[subject] / pair[rival] for pair in pairs if pair[rival] > 0]
-
-
-# ---- the stub upstream
-
-
-def _chunk(payload: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(payload), payload)
-
-
-def _stream_chunks(count: int) -> list[bytes]:
-    """So many SSE events as a server sends them, each a chunk: the role, the words, `[DONE]`."""
-    event = ('data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"choices":[{"index":0,'
-             '"delta":{%s},"finish_reason":null}]}\n\n')
-    role, word = (_chunk((event % delta).encode()) for delta in ('"role":"assistant","content":""', '"content":" word"'))
-    return [role, *[word] * (count - 2), _chunk(b"data: [DONE]\n\n")]
-
-
-def _json_answer(status: bytes, body: bytes) -> bytes:
-    return b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
-
-
-def _completion(model: str) -> bytes:
-    """The plain answer; it names the *model* the stub was asked for, so rewriting can be seen."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": "hello there"}, "finish_reason": "stop"}
-    body = {"id": "chatcmpl-1", "object": "chat.completion", "model": model, "choices": [choice]}
-    return _json_answer(b"200 OK", json.dumps(body).encode())
-
-
-STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-               b"Transfer-Encoding: chunked\r\n\r\n")
-LAST_CHUNK = b"0\r\n\r\n"
-BURST_CHUNKS = _stream_chunks(STREAM_EVENTS)
-LIVE_CHUNKS = _stream_chunks(LIVE_EVENTS)
-GET_ANSWERS = {
-    b"/health": _json_answer(b"200 OK", b'{"status":"ok"}'),
-    b"/v1/models": _json_answer(b"200 OK", b'{"object":"list","data":[]}'),
-}
-
-
-class _StubConnection:
-    """One connection to the stub: a request coming in, sends going out one by one."""
-
-    def __init__(self, stub: _Stub, sock: socket.socket) -> None:
-        self._stub, self._sock = stub, sock
-        self._received = bytearray()
-        self._expected_bytes = 0  # of the request being received; 0 until its head is complete
-        self._unsent: collections.deque[bytes] = collections.deque()
-        self.is_open = True
-
-    def on_ready(self, mask: int) -> None:
-        """Go on with whatever the socket is ready for; a broken connection is closed."""
-        try:
-            if mask & selectors.EVENT_WRITE:
-                self.send()
-            if mask & selectors.EVENT_READ:
-                self._receive()
-        except (OSError, ValueError, LookupError):  # gone, or what the subject made of the request is no JSON
-            self._close()
-
-    def send(self, *sends: bytes) -> None:
-        """Send each of *sends* on its own, after what is still waiting."""
-        self._unsent.extend(sends)
-        was_waiting = bool(self._stub.selector.get_key(self._sock).events & selectors.EVENT_WRITE)
-        try:
-            while self._unsent:
-                data = self._unsent[0]
-                sent = self._sock.send(data)
-                if sent < len(data):
-                    self._unsent[0] = data[sent:]
-                else:
-                    self._unsent.popleft()
-        except BlockingIOError:
-            pass
-        if bool(self._unsent) != was_waiting:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-            self._stub.selector.modify(self._sock, wanted, self.on_ready)
-
-    def _receive(self) -> None:
-        data = self._sock.recv(1 << 20)
-        if not data:
-            self._close()
-            return
-        self._received += data
-        while self.is_open and self._has_request():
-            request = bytes(self._received[:self._expected_bytes])
-            del self._received[:self._expected_bytes]
-            self._expected_bytes = 0
-            self._answer(request)
-
-    def _has_request(self) -> bool:
-        """Whether a whole request is here; its length is worked out once the head is."""
-        if not self._expected_bytes:
-            head_end = self._received.find(b"\r\n\r\n")
-            if head_end < 0:
-                return False
-            _, found, rest = bytes(self._received[:head_end]).lower().partition(b"\r\ncontent-length:")
-            self._expected_bytes = head_end + 4 + (int(rest.split(b"\r\n", 1)[0]) if found else 0)
-        return len(self._received) >= self._expected_bytes
-
-    def _answer(self, request: bytes) -> None:
-        method, path, _ = request.split(b" ", 2)
-        if method != b"POST":
-            self.send(GET_ANSWERS.get(path, _json_answer(b"404 Not Found", b"{}")))
-            return
-        body = json.loads(request[request.index(b"\r\n\r\n") + 4:])
-        if not body.get("stream"):
-            self.send(self._stub.completion(body["model"]))
-        elif body["messages"][-1]["content"].startswith(LIVE):
-            self.send(STREAM_HEAD)
-            self._stub.start_live(self)
-        else:
-            self.send(STREAM_HEAD, *BURST_CHUNKS, LAST_CHUNK)
-
-    def _close(self) -> None:
-        if self.is_open:
-            self.is_open = False
-            self._stub.selector.unregister(self._sock)
-            self._sock.close()
-
-
-class _Stub:
-    """An upstream that costs next to nothing: one selectors loop, answers made beforehand."""
-
-    def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
-        self._listener = socket.create_server((HOST, 0), backlog=1024)
-        self._listener.setblocking(False)
-        self._due: list[tuple[float, int, _StubConnection, int]] = []  # heap: when, tie-break, whose, event
-        self._serial = itertools.count()
-        self._completions: dict[str, bytes] = {}
-
-    def run(self) -> None:
-        """Print the address, then serve until standard input ends, as it does when the parent dies."""
-        self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self.selector.register(sys.stdin, selectors.EVENT_READ, None)
-        print(f"http://{HOST}:{self._listener.getsockname()[1]}", flush=True)
-        while True:
-            timeout_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
-            for key, mask in self.selector.select(timeout_s):
-                if key.data is None:
-                    return
-                key.data(mask)
-            self._send_due()
-
-    def completion(self, model: str) -> bytes:
-        """The plain answer for *model*, made once."""
-        if model not in self._completions:
-            self._completions[model] = _completion(model)
-        return self._completions[model]
-
-    def start_live(self, connection: _StubConnection) -> None:
-        """Send *connection* a live stream, its first event now."""
-        heapq.heappush(self._due, (time.monotonic(), next(self._serial), connection, 0))
-
-    def _accept(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sock, _ = self._listener.accept()
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.selector.register(sock, selectors.EVENT_READ, _StubConnection(self, sock).on_ready)
-
-    def _send_due(self) -> None:
-        now_s = time.monotonic()
-        while self._due and self._due[0][0] <= now_s:
-            due_s, serial, connection, index = heapq.heappop(self._due)
-            if not connection.is_open:
-                continue
-            is_last = index + 1 == LIVE_EVENTS
-            with contextlib.suppress(OSError):  # a gone client: its read event closes the connection
-                connection.send(LIVE_CHUNKS[index], *([LAST_CHUNK] if is_last else []))
-            if not is_last:
-                heapq.heappush(self._due, (due_s + LIVE_INTERVAL_S, serial, connection, index + 1))
 
 
 # ---- the client
@@ -433,58 +253,33 @@ def _body_start(answer: bytes) -> int:
     return head_end + 4
 
 
-def _is_complete(answer: bytes) -> bool:
-    """Whether *answer* is a whole plain answer, with a length or in chunks."""
-    start = _body_start(answer)
-    if not start:
-        return False
-    _, found, rest = answer[:start].lower().partition(b"\r\ncontent-length:")
-    if found:
-        return len(answer) >= start + int(rest.split(b"\r\n", 1)[0])
-    return answer.endswith(b"\r\n" + LAST_CHUNK)
+class _PlainReader:
+    """Collects one plain answer, with a length or in chunks."""
 
+    def __init__(self) -> None:
+        self._answer = b""
 
-def _exchange(sock: socket.socket, prompt: str, port: int) -> None:
-    """Send one plain request and read its whole answer."""
-    sock.sendall(_request(port, prompt))
-    answer = _receive(sock)
-    while not _is_complete(answer):
-        answer += _receive(sock)
-
-
-@contextlib.contextmanager
-def _connections(port: int, count: int) -> Iterator[tuple[selectors.BaseSelector, list[socket.socket]]]:
-    """Yield *count* connections and a selector that holds them."""
-    with contextlib.ExitStack() as stack:
-        selector = stack.enter_context(selectors.DefaultSelector())
-        socks = [stack.enter_context(_connect(port)) for _ in range(count)]
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
-        yield selector, socks
-
-
-def _ready(selector: selectors.BaseSelector) -> Iterator[socket.socket]:
-    """Yield the sockets with something to read; raise SubjectError when there are none for PATIENCE_S."""
-    events = selector.select(PATIENCE_S)
-    if not events:
-        raise SubjectError(f"silent for {PATIENCE_S} s")
-    for key, _ in events:
-        assert isinstance(key.fileobj, socket.socket)
-        yield key.fileobj
+    def feed(self, data: bytes) -> bool:
+        """Take the next bytes of the answer; return whether it has ended."""
+        self._answer += data
+        start = _body_start(self._answer)
+        length = content_length(self._answer[:start])
+        if length is None:
+            return bool(start) and self._answer.endswith(b"\r\n" + LAST_CHUNK)
+        return len(self._answer) >= start + length
 
 
 class _StreamReader:
     """Follows one streamed answer just closely enough to count its events and see its end."""
 
-    def __init__(self) -> None:
-        self.events = 0
-        self.started_s = time.perf_counter()
-        self.first_event_s: Optional[float] = None
+    def __init__(self, expected: int) -> None:
+        self._expected, self.events = expected, 0
+        self._started_s, self.first_event_s = time.perf_counter(), 0.0
         self._head: Optional[bytes] = b""  # None once the body has begun
         self._tail = b""
 
     def feed(self, data: bytes) -> bool:
-        """Take the next bytes of the answer; return whether it has ended."""
+        """Take the next bytes; return whether the answer has ended. Raise SubjectError if it ended without its events."""
         if self._head is not None:
             self._head += data
             start = _body_start(self._head)
@@ -492,91 +287,76 @@ class _StreamReader:
                 return False
             data, self._head = self._head[start:], None
         self.events += data.count(b"data:")
-        if self.first_event_s is None and self.events:
-            self.first_event_s = time.perf_counter() - self.started_s
+        if not self.first_event_s and self.events:
+            self.first_event_s = time.perf_counter() - self._started_s
         self._tail = (self._tail + data[-7:])[-7:]
-        return self._tail == b"\r\n" + LAST_CHUNK
+        if self._tail != b"\r\n" + LAST_CHUNK:
+            return False
+        if not self._expected * COUNT_TOLERANCE <= self.events <= self._expected:
+            raise SubjectError(f"relayed {self.events} of {self._expected} events")
+        return True
 
-    def check(self, expected: int) -> None:
-        """Raise SubjectError if the ended stream lost events."""
-        if not expected * COUNT_TOLERANCE <= self.events <= expected:
-            raise SubjectError(f"relayed {self.events} of {expected} events")
+
+def _exchange(sock: socket.socket, prompt: str, port: int) -> float:
+    """Send one plain request and read its whole answer; return how long that took, in seconds."""
+    start_s = time.perf_counter()
+    sock.sendall(_request(port, prompt))
+    reader = _PlainReader()
+    while not reader.feed(_receive(sock)):
+        pass
+    return time.perf_counter() - start_s
 
 
-def _latencies_s(sock: socket.socket, port: int, prompt: str, seconds: float) -> list[float]:
-    """How long requests sent one after the other took."""
-    taken_s = []
-    end_s = time.perf_counter() + seconds
-    while time.perf_counter() < end_s:
+def _keep_asking(port: int, count: int, prompt: str, events: int, seconds: float) -> tuple[list[Any], float]:
+    """Ask over *count* connections, again on each when its answer is whole, until *seconds* are over; all run to their end.
+
+    *events* is what a stream has, 0 asks for plain answers. Return the readers of the answers, and the seconds it took.
+    """
+    done: list[Any] = []
+    readers: dict[socket.socket, Any] = {}
+
+    def ask(sock: socket.socket) -> None:
+        readers[sock] = _StreamReader(events) if events else _PlainReader()
+        sock.sendall(_request(port, prompt, stream=bool(events)))
+
+    with contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        socks = [stack.enter_context(_connect(port)) for _ in range(count)]
         start_s = time.perf_counter()
-        _exchange(sock, prompt, port)
-        taken_s.append(time.perf_counter() - start_s)
-    return taken_s
+        for sock in socks:
+            selector.register(sock, selectors.EVENT_READ)
+            ask(sock)
+        while readers:
+            ready = selector.select(PATIENCE_S)
+            if not ready:
+                raise SubjectError(f"silent for {PATIENCE_S} s")
+            for key, _ in ready:
+                sock = key.fileobj  # type: ignore[assignment]
+                if readers[sock].feed(_receive(sock)):
+                    done.append(readers.pop(sock))
+                    if time.perf_counter() < start_s + seconds:
+                        ask(sock)
+        return done, time.perf_counter() - start_s
 
 
 def measure_requests(port: int, effort: Effort) -> dict[str, float]:
     """Small requests, 16 at a time."""
-    answered = 0
-    with _connections(port, STREAMS) as (selector, socks):
-        received = dict.fromkeys(socks, b"")
-        start_s = time.perf_counter()
-        end_s = start_s + effort.requests_s
-        for sock in socks:
-            sock.sendall(_request(port, BURST))
-        waiting = len(socks)
-        while waiting:
-            for sock in _ready(selector):
-                received[sock] += _receive(sock)
-                if not _is_complete(received[sock]):
-                    continue
-                answered += 1
-                received[sock] = b""
-                if time.perf_counter() < end_s:
-                    sock.sendall(_request(port, BURST))
-                else:
-                    waiting -= 1
-        return {"requests": answered / (time.perf_counter() - start_s)}
-
-
-def _run_streams(port: int, count: int, prompt: str, expected: int, seconds: float) -> tuple[float, list[float]]:
-    """Keep *count* streams open, each followed by another until *seconds* are over; all run to their end.
-
-    Return the events per second and what each stream waited for its first.
-    """
-    first_events_s = []
-    with _connections(port, count) as (selector, socks):
-        start_s = time.perf_counter()
-        end_s = start_s + seconds
-        readers = {}
-        for sock in socks:
-            readers[sock] = _StreamReader()
-            sock.sendall(_request(port, prompt, stream=True))
-        while readers:
-            for sock in _ready(selector):
-                reader = readers[sock]
-                if not reader.feed(_receive(sock)):
-                    continue
-                reader.check(expected)
-                first_events_s.append(reader.first_event_s or 0.0)
-                del readers[sock]
-                if time.perf_counter() < end_s:
-                    readers[sock] = _StreamReader()
-                    sock.sendall(_request(port, prompt, stream=True))
-        return expected * len(first_events_s) / (time.perf_counter() - start_s), first_events_s
+    done, taken_s = _keep_asking(port, STREAMS, BURST, 0, effort.requests_s)
+    return {"requests": len(done) / taken_s}
 
 
 def measure_streams(port: int, effort: Effort) -> dict[str, float]:
     """16 streams of 500 events, sent as fast as they are taken."""
-    return {"events": _run_streams(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)[0]}
+    done, taken_s = _keep_asking(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
+    return {"events": STREAM_EVENTS * len(done) / taken_s}
 
 
 def measure_live(port: int, _effort: Effort) -> dict[str, float]:
     """64 streams that start together and have an event every 5 ms each."""
-    events, first_s = _run_streams(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
-    return {"live_events": events, "live_first_ms": statistics.median(first_s) * 1e3, "live_first_max_ms": max(first_s) * 1e3}
-
-
-LOAD_MEASURES: tuple[Callable[[int, Effort], dict[str, float]], ...] = (measure_requests, measure_streams, measure_live)
+    done, taken_s = _keep_asking(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
+    first_ms = [each.first_event_s * 1e3 for each in done]
+    return {"live_events": LIVE_EVENTS * len(done) / taken_s, "live_first_ms": statistics.median(first_ms),
+            "live_first_max_ms": max(first_ms)}
 
 
 def _read_answer(port: int, stream: bool) -> bytes:
@@ -614,38 +394,27 @@ def check_relay(port: int) -> str:
 # ---- processes
 
 
-class _Signals:
-    """Turns SIGINT, SIGTERM and SIGHUP into SystemExit (128 + number), though never while held.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    Held, a signal waits: an interrupt between a fork and the line that files the child would leave it behind.
-    """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def _leave(number: int, _frame: object) -> None:
+    for each in SIGNALS:  # a second Ctrl-C must not cut the clearing up short
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
-    def __init__(self) -> None:
-        self._is_held = False
-        self._waiting: Optional[int] = None
-        for number in self.NUMBERS:
-            signal.signal(number, self._on_signal)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep signals waiting for the length of the block."""
-        self._is_held = True
-        try:
-            yield
-        finally:
-            self._is_held = False
-        if self._waiting is not None:
-            raise SystemExit(128 + self._waiting)
-
-    def _on_signal(self, number: int, _frame: Optional[FrameType]) -> None:
-        if self._is_held:
-            self._waiting = number
-            return
-        for each in self.NUMBERS:  # a second Ctrl-C must not cut the clearing up short
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + number)
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """Keep signals waiting: an interrupt between a fork and the line that files the child would leave it behind."""
+    waiting: list[int] = []
+    before = [signal.signal(each, lambda number, _frame: waiting.append(number)) for each in SIGNALS]
+    try:
+        yield
+    finally:
+        for each, handler in zip(SIGNALS, before):
+            signal.signal(each, handler)
+    if waiting:
+        _leave(waiting[0], None)
 
 
 def _child_env(home: Path) -> dict[str, str]:
@@ -760,8 +529,7 @@ class Child:
 class Children:
     """The directory and the servers of a run."""
 
-    def __init__(self, signals: _Signals) -> None:
-        self._signals = signals
+    def __init__(self) -> None:
         self._running: list[Child] = []
         self._numbers = itertools.count()
         self.directory = Path(tempfile.mkdtemp(prefix="llmstack-bench-"))
@@ -770,7 +538,7 @@ class Children:
     def start(self, launch: Launch) -> Child:
         """Start a server; it ends with the run at the latest."""
         try:
-            with self._signals.held():
+            with _held_signals():
                 child = Child(launch, next(self._numbers), self.directory, self.env)
                 self._running.append(child)
         except OSError as error:
@@ -784,7 +552,7 @@ class Children:
 
     def close(self) -> None:
         """End every server and remove the directory."""
-        with self._signals.held():
+        with _held_signals():
             for child in reversed(self._running):
                 child.stop()
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -793,7 +561,9 @@ class Children:
 @contextlib.contextmanager
 def children_of_run() -> Iterator[Children]:
     """Yield the children of a run; however the block is left, none of them stays behind."""
-    children = Children(_Signals())
+    for each in SIGNALS:
+        signal.signal(each, _leave)
+    children = Children()
     try:
         yield children
     finally:
@@ -805,35 +575,19 @@ def children_of_run() -> Iterator[Children]:
 URL_ON_FIRST_LINE = r"\A[^\n]*?https?://[^\s/:]+:(\d+)[^\n]*\n"
 
 NGINX_CONFIG = """\
-daemon off;
-worker_processes 1;
-{user}
-pid {directory}/nginx.pid;
-error_log {directory}/nginx.log;
+daemon off; worker_processes 1; {user}
+pid {directory}/nginx.pid; error_log {directory}/nginx.log;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
-    client_max_body_size 64m;
-    client_body_buffer_size 1m;
+    client_max_body_size 64m; client_body_buffer_size 1m; client_body_temp_path {directory}/nginx-body;
+    proxy_temp_path {directory}/nginx-proxy; fastcgi_temp_path {directory}/nginx-fastcgi;
+    uwsgi_temp_path {directory}/nginx-uwsgi; scgi_temp_path {directory}/nginx-scgi;
     keepalive_requests 1000000000;
-    client_body_temp_path {directory}/nginx-body;
-    proxy_temp_path {directory}/nginx-proxy;
-    fastcgi_temp_path {directory}/nginx-fastcgi;
-    uwsgi_temp_path {directory}/nginx-uwsgi;
-    scgi_temp_path {directory}/nginx-scgi;
-    upstream stub {{
-        server {host}:{upstream};
-        keepalive 128;
-        keepalive_requests 1000000000;
-    }}
+    upstream stub {{ server {host}:{upstream}; keepalive 128; keepalive_requests 1000000000; }}
     server {{
         listen {host}:{port} backlog=1024;
-        location / {{
-            proxy_pass http://stub;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-            proxy_buffering off;
-        }}
+        location / {{ proxy_pass http://stub; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }}
     }}
 }}
 """
@@ -866,15 +620,14 @@ class Subject(NamedTuple):
 
 def start_stub(children: Children) -> Subject:
     """Start the upstream of the run."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--stub"]
+    command = [sys.executable, str(REPOSITORY / "tests" / "bench_stub.py")]
     child = children.start(Launch("stub", command, {}, "stdout", URL_ON_FIRST_LINE))
     return Subject(DIRECT, child.wait_for_port(), child)
 
 
 def find_nginx() -> str:
     """Return the path of nginx; raise SubjectError if there is none."""
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    found = shutil.which("nginx", path=places)
+    found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
     if not found:
         raise SubjectError("no nginx on PATH or in /usr/sbin")
     return found
@@ -882,21 +635,23 @@ def find_nginx() -> str:
 
 def start_nginx(children: Children, nginx: str, upstream: int) -> Subject:
     """Start nginx with one worker; it takes no port 0, so a port lost to another program is tried anew."""
-    config, log = children.directory / "nginx.conf", children.directory / "nginx.log"
+    directory = children.directory
     # As root, nginx would run its worker as nobody, to whom the directory of the run is closed.
     user = f"user {getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name};" if os.geteuid() == 0 else ""
     for attempts_left in (2, 1, 0):
-        with socket.create_server((HOST, 0)) as free:
+        with socket.socket() as free:
+            free.bind((HOST, 0))
             port = free.getsockname()[1]
-        config.write_text(NGINX_CONFIG.format(directory=children.directory, host=HOST, port=port, upstream=upstream, user=user))
-        command = [nginx, "-p", str(children.directory), "-c", str(config)]
+        (directory / "nginx.conf").write_text(
+            NGINX_CONFIG.format(directory=directory, host=HOST, port=port, upstream=upstream, user=user))
+        command = [nginx, "-p", str(directory), "-c", str(directory / "nginx.conf")]
         child = children.start(Launch(NGINX, command, {}, "stderr", ""))
         try:
             child.wait_for_answer(port)
             return Subject(NGINX, port, child)
         except SubjectError:
             children.stop(child)
-            if not attempts_left or "Address already in use" not in log.read_text():
+            if not attempts_left or "Address already in use" not in (directory / "nginx.log").read_text():
                 raise
     raise AssertionError("unreachable")
 
@@ -910,8 +665,8 @@ def start_llmstack(children: Children, command: Sequence[str], upstream: int) ->
 def start_peer(children: Children, python: str, models_ini: str, upstream: int) -> Subject:
     """Start the peer's router as its own `start` does, with its bundled models.ini."""
     command = [python, "-c", PEER_LAUNCH, str(upstream), "--host", HOST, "--port", "0"]
-    env = {"LLMSTACK_MODELS_INI": models_ini}
-    return _start_measured(children, Launch(PEER, command, env, "stderr", r"running on http://[^\s/:]+:(\d+)"))
+    return _start_measured(children, Launch(PEER, command, {"LLMSTACK_MODELS_INI": models_ini}, "stderr",
+                                            r"running on http://[^\s/:]+:(\d+)"))
 
 
 def _start_measured(children: Children, launch: Launch) -> Subject:
@@ -1021,37 +776,43 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     return Field(subjects, pyz, versions, missing, rewrites)
 
 
-def _attempt(results: Results, name: str, what: str, measure: Callable[[], dict[str, float]]) -> bool:
-    """File what *measure* returns for the subject *name*, or its failure; return whether it succeeded."""
-    try:
-        results.add(name, measure())
-    except (SubjectError, OSError) as error:
-        results.failures.append(f"{name}, round {len(results.rounds)}, {what}: {error}")
-        return False
-    return True
+class _Latency:
+    """Requests sent one after the other over one connection to one subject."""
+
+    def __init__(self, subject: Subject, prompt: str) -> None:
+        self.subject, self._prompt = subject, prompt
+        self._sock = _connect(subject.port)
+        self.taken_s: list[float] = []
+
+    def ask(self, seconds: float) -> dict[str, float]:
+        """Go on for so long; the first answers are the warm-up's."""
+        end_s = time.perf_counter() + seconds
+        while time.perf_counter() < end_s:
+            self.taken_s.append(_exchange(self._sock, self._prompt, self.subject.port))
+        return {}
+
+    def close(self) -> None:
+        self._sock.close()
 
 
-def _take_latencies(results: Results, subjects: Iterable[Subject], key: str, prompt: str, seconds: float, warm_up: int) -> None:
-    """File the p50 of requests sent one after the other over one connection, in slices that go around the subjects."""
+def _take_latencies(results: Results, subjects: Sequence[Subject], key: str, prompt: str, seconds: float) -> None:
+    """File the p50 of each subject, in slices that go around them; a first slice is not counted."""
     with contextlib.ExitStack() as stack:
-        socks: dict[Subject, socket.socket] = {}
-        taken_s: dict[Subject, list[float]] = {subject: [] for subject in subjects}
+        runs = [_Latency(each, prompt) for each in subjects]
+        for each in runs:
+            stack.callback(each.close)
+        for number in range(SLICES + 1):
+            runs = [each for each in runs if results.attempt(each.subject.name, key, each.ask, seconds / SLICES)]
+            if not number:
+                for each in runs:
+                    each.taken_s.clear()
+        for each in runs:
+            results.add(each.subject.name, {key: statistics.median(each.taken_s) * 1e3})
 
-        def start(subject: Subject) -> dict[str, float]:
-            socks[subject] = stack.enter_context(_connect(subject.port))
-            for _ in range(warm_up):
-                _exchange(socks[subject], prompt, subject.port)
-            return {}
 
-        def go_on(subject: Subject) -> dict[str, float]:
-            taken_s[subject] += _latencies_s(socks[subject], subject.port, prompt, seconds / SLICES)
-            return {}
-
-        for step in (start, *[go_on] * SLICES):
-            taken_s = {each: values for each, values in taken_s.items()
-                       if _attempt(results, each.name, key, lambda each=each, step=step: step(each))}  # type: ignore[misc]
-        for subject, values in taken_s.items():
-            results.add(subject.name, {key: statistics.median(values) * 1e3})
+def _verify(port: int) -> dict[str, float]:
+    check_relay(port)
+    return {}
 
 
 def _run_round(children: Children, field: Field, effort: Effort, results: Results, first: int) -> None:
@@ -1059,23 +820,17 @@ def _run_round(children: Children, field: Field, effort: Effort, results: Result
     results.rounds.append({})
     turn = first % len(field.subjects)
     order = [*field.subjects[turn:], *field.subjects[:turn]]
-
-    def check(subject: Subject) -> dict[str, float]:
-        check_relay(subject.port)
-        return {}
-
-    sound = [each for each in order if _attempt(results, each.name, "check_relay", lambda each=each: check(each))]
-    _take_latencies(results, sound, "one_ms", BURST, effort.one_s, warm_up=20)
-    for measure in LOAD_MEASURES:
+    sound = [each for each in order if results.attempt(each.name, "check_relay", _verify, each.port)]
+    _take_latencies(results, sound, "one_ms", BURST, effort.one_s)
+    for measure in (measure_requests, measure_streams, measure_live):
         for each in sound:
-            _attempt(results, each.name, measure.__name__, lambda each=each, measure=measure: measure(each.port, effort))
-    _take_latencies(results, sound, "big_ms", BIG_PROMPT, effort.big_s, warm_up=2)
+            results.attempt(each.name, measure.__name__, measure, each.port, effort)
+    _take_latencies(results, sound, "big_ms", BIG_PROMPT, effort.big_s)
     for each in order:
         if each.has_boot:
-            _attempt(results, each.name, "measure_boot", lambda each=each: measure_boot(children, each.child.launch))
+            results.attempt(each.name, "measure_boot", measure_boot, children, each.child.launch)
     if field.pyz:
-        pyz = field.pyz
-        _attempt(results, LLMSTACK, "measure_version", lambda: measure_version(children, pyz, effort))
+        results.attempt(LLMSTACK, "measure_version", measure_version, children, field.pyz, effort)
     latencies = results.rounds[-1].get("one_ms", {})
     if DIRECT in latencies:
         for name in latencies.keys() - {DIRECT}:
@@ -1154,10 +909,10 @@ def render_text(machine: dict[str, Any], field: Field, results: Results, outcome
 def _render_table(field: Field, results: Results) -> list[str]:
     names = [subject.name for subject in field.subjects]
     lines = [" " * 44 + "".join(f"{name:>12}" for name in names)]
-    for measure in MEASURES:
-        medians = [results.median(measure.key, name) for name in names]
-        cells = ["-" if value is None else f"{value:,.{measure.digits}f}" for value in medians]
-        lines.append(f"{measure.label:32}{measure.unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
+    for key, label, unit, digits in MEASURES:
+        medians = [results.median(key, name) for name in names]
+        cells = ["-" if value is None else f"{value:,.{digits}f}" for value in medians]
+        lines.append(f"{label:32}{unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
     return lines
 
 
@@ -1178,12 +933,12 @@ def render_json(machine: dict[str, Any], field: Field, results: Results, outcome
         "missing": field.missing,
         "rewrites": field.rewrites,
         "rounds": len(results.rounds),
-        "measures": {measure.key: {
-            "label": measure.label.strip(),
-            "unit": measure.unit,
-            "medians": {name: results.median(measure.key, name) for name in names},
-            "rounds": {name: results.samples(measure.key, name) for name in names},
-        } for measure in MEASURES},
+        "measures": {key: {
+            "label": label.strip(),
+            "unit": unit,
+            "medians": {name: results.median(key, name) for name in names},
+            "rounds": {name: results.samples(key, name) for name in names},
+        } for key, label, unit, _ in MEASURES},
         "goals": [{**outcome._asdict(), "goal": outcome.goal._asdict()} for outcome in outcomes],
         "failures": results.failures,
     }
@@ -1208,9 +963,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
-    if list(argv) == ["--stub"]:
-        _Stub().run()
-        return 0
     parser = build_parser()
     options = parser.parse_args(argv)
     rounds = options.rounds if options.rounds is not None else (2 if options.quick else 5)
