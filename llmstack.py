@@ -2046,7 +2046,7 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
         "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers)}
     if all(t.reasoning for t in tiers):
         entry["reasoning"] = True
-    if all(t.backend == "gguf" for t in tiers):
+    if not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -6176,18 +6176,22 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
 
 
+def _shown(text: object) -> str:
+    """What another machine says, as far as it is fit for a terminal."""
+    return "".join(c for c in str(text)[:300] if c.isprintable())
+
+
 def _said(body: bytes) -> str:
-    """": " and the message of an error body, as far as it is fit to print."""
+    """": " and the message of an error body, or nothing."""
     try:
-        message = str(json.loads(body)["error"]["message"])
+        return ": " + _shown(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):
         return ""
-    return ": " + "".join(c for c in message[:300] if c.isprintable())
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
     """(what is wrong, what to do) when something else than a models.ini came."""
-    place = "".join(c for c in response.header(b"location") if c.isprintable() and c.isascii())
+    place = _shown(response.header(b"location"))
     if 300 <= response.status < 400:
         base = place[:-len("/models.ini")]
         if place.endswith("/models.ini") and _SAFE_URL.match(base):
@@ -6225,7 +6229,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
                 return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
             problem = ", it names no tier"
         except ConfigError as exc:
-            problem = ", " + exc.problems[0].replace(where + ":", "line ")
+            problem = ", " + _shown(exc.problems[0].replace(where + ":", "line "))
     what, hint = _why_no_models_ini(response, body, bool(headers))
     raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
 
@@ -6270,7 +6274,11 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     states = _engine_states(remote.upstream, key_header(env))
     rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
     otherwise = "unknown" if states is None else "stopped"
-    rows["tiers"] = [_tier_row(t, False, (states or {}).get(t.name, otherwise), {}) for t in remote.config.tiers]
+    told = _asked_json(remote.upstream, "/llmstack/state", key_header(env))
+    for tier in remote.config.tiers:
+        said = told.get(tier.name)
+        row = _tier_row(tier, False, (states or {}).get(tier.name, otherwise), said if isinstance(said, dict) else {})
+        rows["tiers"].append({k: _shown(v) if isinstance(v, str) else v for k, v in row.items()})
     return rows
 
 
@@ -6654,10 +6662,7 @@ def _cmd_install(args: Any) -> int:
     config = load_config(places, warn)
     if args.print and not os.path.exists(places.models_ini):
         config = parse_models_ini(seed_text(args.profile)[0].decode("utf-8"))[0]
-    queued = any(t.has_next for t in config.tiers)
-    if args.next and not queued:
-        raise UserError("no tier has a queued upgrade", f"give one hf_file_next or model_next in {places.models_ini}", 2)
-    marker = Marker("next" if queued and _wants_next(args, places, config) else "current")
+    marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = local_opencode_json(places, config, host, port, os.environ)
     if args.print:

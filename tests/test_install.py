@@ -172,6 +172,14 @@ def test_a_cap_of_any_tier_of_the_ladder_bounds_auto() -> None:
     assert "cost" not in models(rendered(Config(tiers)))["auto"], "the ladder's top is paid for"
 
 
+def test_local_only_leaves_what_is_hosted_out() -> None:
+    near = Tier("near", "agent", backend="openai", model="m", base_url="http://127.0.0.1:1234", ctx_size=8_192)
+    value = rendered(Config((LITTLE._replace(ctx_size=4_096), HOSTED, near), local_only=True))
+    assert list(models(value)) == ["auto", "little", "near"]
+    assert models(value)["auto"]["limit"]["context"] == 8_192
+    assert models(value)["near"]["cost"] == {"input": 0, "output": 0}
+
+
 def test_without_jinja_local_tiers_call_no_tools(config: Config) -> None:
     value = rendered(config._replace(jinja=False, tiers=(*config.tiers, HOSTED)))
     assert not models(value)["code-smart"]["tool_call"]
@@ -574,7 +582,9 @@ HTML = answer(b"<!doctype html><title>Sign in</title>", "200 OK", "Content-Type:
      "login page"),
     (answer(b"", "301 Moved", "Location: https://box.example/llm/models.ini"), "redirects to https://box.example/llm/models.ini",
      "llmstack install --external https://box.example/llm"),
-    (answer(b"", "302 Found", "Location: \xe9\x9b[2J"), "redirects to [2J", "login page"),
+    (answer(b"", "302 Found", "Location: \x1b[2J"), "", ""),
+    (answer(b"", "302 Found", "Location: \xe9[2J"), "redirects to \u00e9[2J", "login page"),
+    (answer(b"\x1b]0;x\x07k = v\n"), "is no models.ini, line 1: ]0;xk stands before any", "llmstack router"),
     (answer(b"", "307 Temporary Redirect"), "redirects to nowhere", "login page"),
     (answer(b'{"error": {"message": "this router wants its key"}}', "401 Unauthorized"), "wants an API key", "LLMSTACK_API_KEY"),
     (answer(b"not found", "404 Not Found"), "answers 404", "llama-server"),
