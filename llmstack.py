@@ -2056,11 +2056,8 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
 
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
     that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
-    Errors: UserError where no tier may be asked.
     """
-    config = config._replace(tiers=config.offered)
-    if not config.tiers:
-        raise UserError("local_only forbids every tier of models.ini", "add a local tier, or take local_only out", 2)
+    config = config._replace(tiers=config.offered or config.tiers)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
     models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)

@@ -183,8 +183,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             one.communicate(timeout=20)
 
 
-TIERS = (("code-ultra", "ultra", "24_000"), ("code-smart", "agent", "64k"), ("code-fast", "fast", "128k"),
-         ("plan", "plan", "64k"))
+TIERS = (
+    ("code-ultra", "ultra", "24_000"), ("code-smart", "agent", "64k"), ("code-fast", "fast", "128k"), ("plan", "plan", "64k"))
 LADDER = "".join(f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\nmax_output_tokens = 4000\n"
                  for name, role, context in TIERS)
 
