@@ -6020,27 +6020,29 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
     return (router.host, router.port) if router is not None and router.alive else (config.host, config.router_port)
 
 
-def local_opencode_json(places: Places, config: Config, host: str, port: int, env: Mapping[str, str]) -> str:
-    hosted = any(t.backend == "litellm" for t in config.tiers)
-    return render_opencode_json(config, base_url(host, port), places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
+def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
+    """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
+    hosted = local and any(t.backend == "litellm" for t in config.offered)
+    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
                                 mcp_url=LITELLM_MCP_URL if hosted else "")
 
 
-def _written_file(data: str) -> str:
-    return os.path.join(data, "written.json")
+def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
+    """(the file that remembers what we wrote, its key for a file in .llmstack/, all that it remembers)."""
+    path = os.path.join(places.data, "written.json")
+    return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
-    known = _read_json(_written_file(places.data)).get(os.path.join(os.path.realpath(places.state), name))
-    return known == _digest([(name, data)])
+    _, key, known = _written(places, name)
+    return known.get(key) == _digest([(name, data)])
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
     with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
-        known = _read_json(_written_file(places.data))
-        known[os.path.join(os.path.realpath(places.state), name)] = _digest([(name, data)])
-        write_atomic(_written_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+        path, key, known = _written(places, name)
+        write_atomic(path, json.dumps({**known, key: _digest([(name, data)])}, indent=1, sort_keys=True))
 
 
 def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
@@ -6087,15 +6089,14 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
 
     What was not trusted before is not trusted for that.
     """
-    old = _read_bytes(places.in_state("opencode.json"))
-    if f'"{base_url(host, port)}/v1"'.encode() in old:
+    old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
+    if f'"{url}/v1"'.encode() in old:
         return
     if old and not _is_ours(places, "opencode.json", old):
-        say(f"opencode.json leads elsewhere than to {base_url(host, port)}; `llmstack install` writes it anew")
+        say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
     trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
-    wire_project(places, read_marker(places) or Marker("current"), local_opencode_json(places, config, host, port, env), say,
-                 trust)
+    wire_project(places, read_marker(places) or Marker("current"), project_opencode_json(places, config, url, env), say, trust)
 
 
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
@@ -6243,12 +6244,9 @@ def connect_external(places: Places, insecure: bool, say: Say) -> None:
     remote = fetch_remote(trusted_url(places), os.environ, insecure)
     write_atomic(places.in_state("active-channel"), render_marker(Marker("external", remote.url)))
     say(f"Router  {remote.url}/v1 is up")
-    if external_opencode_json(places, remote, os.environ).encode() != _read_bytes(places.in_state("opencode.json")):
+    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    if text.encode() != _read_bytes(places.in_state("opencode.json")):
         say("Its tiers are not those of opencode.json any more; `llmstack install` writes it anew")
-
-
-def external_opencode_json(places: Places, remote: RemoteRouter, env: Mapping[str, str]) -> str:
-    return render_opencode_json(remote.config, remote.url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)))
 
 
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
@@ -6655,7 +6653,7 @@ def _cmd_install(args: Any) -> int:
         config = parse_models_ini(seed_text(args.profile)[0].decode("utf-8"))[0]
     marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
-    text = local_opencode_json(places, config, host, port, os.environ)
+    text = project_opencode_json(places, config, base_url(host, port), os.environ)
     if args.print:
         say(text.rstrip("\n"))
         return 0
@@ -6672,7 +6670,7 @@ def _cmd_install(args: Any) -> int:
 
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, os.environ, args.insecure)
-    text = external_opencode_json(places, remote, os.environ)
+    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
