@@ -6,8 +6,8 @@
 
 Reproducible: a fixed list of entries, fixed times and modes, nothing compressed (deflate's bytes differ between
 zlib builds). `python -m zipapp` is not, and takes along whatever lies in the directory. What only readers need,
-comments, docstrings and indentation, stays behind: a third of the program. Its lines keep their numbers, so a
-traceback reads as from the source.
+comments, docstrings, types and indentation, stays behind: nearly half of the program. Its lines keep their numbers,
+so a traceback reads as from the source.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def program_version(source: bytes) -> str:
 
 
 def bare(source: str) -> str:
-    """A program without comments, docstrings and deep indentation, every statement on the line it was on."""
-    return _unindented(_uncommented(source))
+    """A program without comments, docstrings, types and deep indentation, every statement on the line it was on."""
+    return _unindented(_unannotated(_uncommented(source)))
 
 
 def _tokens(source: str) -> list[tokenize.TokenInfo]:
@@ -123,6 +123,29 @@ def _uncommented(source: str) -> str:
         kept = (lines[line - 1][:column] + instead + rest).rstrip()
         lines[line - 1:last] = [kept, *[""] * (last - line)]
     return "\n".join(lines)
+
+
+def _unannotated(source: str) -> str:
+    """Functions and variables without their types. Those of classes stay: NamedTuple makes its fields of them."""
+    data = source.encode()
+    lines = [0, *(match.end() for match in re.finditer(rb"\n", data))]
+    tree = ast.parse(source)
+    fields = {id(field) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for field in node.body}
+    cuts: list[tuple[int, int]] = []
+    for node in ast.walk(tree):
+        kind = getattr(node, "returns" if isinstance(node, ast.FunctionDef) else "annotation", None)
+        if kind is None or id(node) in fields and isinstance(node, ast.AnnAssign):
+            continue
+        before = data[:lines[kind.lineno - 1] + kind.col_offset].rstrip()
+        sign = b"->" if isinstance(node, ast.FunctionDef) else b":"
+        end = lines[kind.end_lineno - 1] + kind.end_col_offset
+        start = len(before[:-len(sign)].rstrip())
+        bare_name = isinstance(node, ast.AnnAssign) and node.value is None
+        if before.endswith(sign) and not bare_name and b"\n" not in data[start:end]:
+            cuts.append((start, end))
+    for start, end in sorted(cuts, reverse=True):
+        data = data[:start] + data[end:]
+    return data.decode()
 
 
 def _unindented(source: str) -> str:

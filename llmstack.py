@@ -28,6 +28,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
+    PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -39,14 +40,16 @@ Map of the file, bottom-up; each section is built from those above it:
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
+    SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
 Files, below the project's .llmstack/: models.ini (yours), opencode.json, AGENTS.md, llama-swap.yaml, router.pid,
-llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory
-($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json, written.json, lock,
-llama-cpp/ (private environment), demo/.
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL}, LLAMA_SERVER_BIN,
-NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-swap,TIER}.log, llmstack.bashrc, zdotdir/.
+Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
+written.json, lock, llama-cpp/ (private environment), demo/. In the home directory: .SHELL_llmstack_hook.
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,HOOK,ACTIVE},
+SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME /
+LOCALAPPDATA. Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -60,6 +63,7 @@ import json
 import os
 import re
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -73,6 +77,7 @@ from typing import (
     Iterable,
     List,
     Mapping,
+    MutableMapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -109,6 +114,7 @@ MAX_CONNECTIONS = 512
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
@@ -2663,6 +2669,361 @@ def render_noise_gguf(seed: int = 0, ctx_train: int = 131072, pad_mb: int = 0) -
 
 
 # ===================================================================================================
+# PURE: SHELL
+# ===================================================================================================
+
+SHELLS = ("bash", "fish", "powershell", "zsh")
+SHELL_VARIABLES = ("OPENCODE_CONFIG", "LLMSTACK_WORK_DIR", "LLMSTACK_CHANNEL", "LLMSTACK_ROOT", "LLMSTACK_REMOTE_URL")
+
+# The hooks. At a prompt they look upward for a project and make a key of what they see there, with builtins only;
+# when the key is another one than last time, they undo what the last project has set and ask `llmstack _hook`, which
+# checks everything and answers with lines of _llmstack_set NAME 'VALUE'. Nothing else is ever evaluated. What a
+# variable was before is kept in exported variables, so that a shell started inside a project can leave it, too.
+# The key has the marker's text; of the other files whether they are newer than the record of trust (a shell without
+# stat sees a change so); of that record its second line, another one whenever somebody trusts something.
+# @WORDS@ are put in, quoted for the shell; a name's @ stands for _llmstack_.
+
+_HOOK_SH = r"""@set() {
+  eval "if [[ -n \${$1+x} ]]; then export @had_$1=$3 @old_$1=\"\$$1\"; fi
+    export @new_$1=\"\$2\" $1=\"\$2\""
+}
+@unset() {
+  eval "if [[ -n \${@new_$1+x} ]]; then
+    if [[ \${$1-} == \"\$@new_$1\" ]]; then
+      unset $1
+      if [[ -n \${@had_$1-} ]]; then $1=\$@old_$1; fi
+      if [[ \${@had_$1-} == x ]]; then export $1; fi
+    fi
+    unset @new_$1 @old_$1 @had_$1
+  fi"
+}
+@prompt() {
+  if [[ -n ${@shown-} && $@shown != "${@prefix-}" ]]; then PS1=${PS1/"$@shown"/}; fi
+  if [[ -n ${@prefix-} ]]; then
+    @shown=$@prefix
+    if [[ ${PS1-} != *"$@prefix"* ]]; then PS1=$@prefix${PS1-}; fi
+  fi
+}
+@hook() {
+  local st=$? dir=${PWD-} at= key= one= two= f=@LOCAL@
+  if [[ -z ${LLMSTACK_ACTIVE-} ]]; then
+    while :; do
+      if [[ -f $dir/.llmstack/default-channel || -f $dir/.llmstack/opencode.json ]]; then at=$dir/.llmstack; break; fi
+      if [[ $dir != */* ]]; then break; fi
+      dir=${dir%/*}
+    done
+    if [[ -n $at ]]; then
+      if [[ -r $at/default-channel && -f $at/default-channel && ! -L $at/default-channel ]]; then
+        builtin read -r @CHARS@ one < "$at/default-channel" || :
+      fi
+      if [[ -r @TRUST@ ]]; then { builtin read -r two; builtin read -r two; } < @TRUST@ || :; fi
+      key=$dir//$one//$two//
+      for f in default-channel opencode.json AGENTS.md; do
+        if [[ $at/$f -nt @TRUST@ ]]; then key=$key+; elif [[ -e $at/$f ]]; then key=$key.; else key=$key-; fi
+      done
+    fi
+    if [[ $key != "${@key-?}" ]]; then
+      @key=$key
+@UNSET@
+      @prefix=
+      export LLMSTACK_HOOK="${SHLVL-}:@SHELL@:"
+      if [[ -z $at ]]; then :
+      elif [[ -x @PYTHON@ && -f @PROGRAM@ ]]; then
+        one=$(@PYTHON@ -I @PROGRAM@ _hook @SHELL@ "$dir/" < /dev/null) || :
+        eval "$one"
+      elif [[ -z ${@gone-} ]]; then
+        @gone=1
+        printf '%s\n' @GONE@ >&2
+      fi
+    fi
+  fi
+  @prompt
+  if [[ $- != *e* ]]; then return $st; fi
+}
+"""
+
+_HOOK_BASH = r"""if [[ $- == *i* ]]; then
+  if [[ ${LLMSTACK_HOOK-} != "${SHLVL-}:bash:"* ]]; then export LLMSTACK_HOOK="${SHLVL-}:bash:"; fi
+  case "${PROMPT_COMMAND[*]-}" in
+    *@hook*) ;;
+    *) case "$(declare -p PROMPT_COMMAND 2>/dev/null)" in
+        'declare -a'*) PROMPT_COMMAND+=(@hook) ;;
+        *) PROMPT_COMMAND="${PROMPT_COMMAND:+$PROMPT_COMMAND
+}@hook" ;;
+      esac ;;
+  esac
+fi
+"""
+
+_HOOK_ZSH = r"""() {
+  emulate -L zsh
+  [[ -o interactive ]] || return 0
+  [[ ${LLMSTACK_HOOK-} == "${SHLVL-}:zsh:"* ]] || export LLMSTACK_HOOK="${SHLVL-}:zsh:"
+  typeset -ga precmd_functions chpwd_functions
+  (( $precmd_functions[(I)@hook] )) || precmd_functions+=(@hook)
+  (( $chpwd_functions[(I)@hook] )) || chpwd_functions+=(@hook)
+}
+"""
+
+_HOOK_FISH = r"""function @set -a name value
+  if set -q $name
+    set -gx @had_$name s
+    set -qx $name; and set -gx @had_$name x
+    set -gx @old_$name "$$name"
+  end
+  set -gx @new_$name $value
+  set -gx $name $value
+end
+function @unset -a name
+  set -l new @new_$name
+  set -l old @old_$name
+  set -l had @had_$name
+  set -q $new; or return 0
+  if test "$$name" = "$$new"
+    set -eg $name
+    if set -q $had; and not set -q $name
+      test "$$had" = x; and set -gx $name "$$old"; or set -g $name "$$old"
+    end
+  end
+  set -eg $new
+  set -eg $old
+  set -eg $had
+  return 0
+end
+function @prompt
+  set -l mine (functions fish_prompt | string match -e @fish_prompt)
+  if test -n "$@prefix"
+    functions -q @fish_prompt; and return
+    functions -q fish_prompt; or return
+    functions -c fish_prompt @fish_prompt
+    function fish_prompt
+      set -l @text (@fish_prompt)
+      printf %s "$@prefix" (string join \n -- $@text | string collect -N)
+    end
+  else if test -n "$mine"; and functions -q @fish_prompt
+    functions -e fish_prompt
+    functions -c @fish_prompt fish_prompt
+    functions -e @fish_prompt
+  end
+end
+function @hook --on-event fish_prompt --on-variable PWD
+  if not set -q LLMSTACK_ACTIVE
+    if test "$@pwd" != "$PWD"
+      set -g @pwd $PWD
+      set -g @dirs
+      set -l dir "$PWD/."
+      while test "$dir" != /.
+        set -a @dirs $dir
+        set dir (string replace -r '/[^/]*/\.\z' /. -- $dir | string collect)
+      end
+      set -a @dirs /.
+    end
+    set -l at
+    set -l key
+    for dir in $@dirs
+      if test -f $dir/.llmstack/default-channel; or test -f $dir/.llmstack/opencode.json
+        set at $dir
+        break
+      end
+    end
+    if test -n "$at"
+      set -l p $at/.llmstack
+      set -l one
+      set -l two
+      if test -r $p/default-channel; and test -f $p/default-channel; and not test -L $p/default-channel
+        read -n 600 one <$p/default-channel
+      end
+      if test -r @TRUST@
+        begin
+          read two
+          read two
+        end <@TRUST@
+      end
+      set key $at//$one//$two//
+      for f in opencode.json AGENTS.md
+        if test -e $p/$f
+          set key $key. (path mtime -- $p/$f 2>/dev/null)
+        end
+      end
+      set key "$key"
+    end
+    if not set -q @key; or test "$key" != "$@key"
+      set -g @key $key
+@UNSET@
+      set -g @prefix
+      set -gx LLMSTACK_HOOK "$SHLVL:fish:"
+      if test -z "$at"
+      else if test -x @PYTHON@; and test -f @PROGRAM@
+        @PYTHON@ -I @PROGRAM@ _hook fish $at </dev/null | source
+      else if not set -q @gone
+        set -g @gone 1
+        printf '%s\n' @GONE@ >&2
+      end
+      @prompt
+    end
+  end
+  return 0
+end
+if status is-interactive
+  string match -q -- "$SHLVL:fish:*" "$LLMSTACK_HOOK"; or set -gx LLMSTACK_HOOK "$SHLVL:fish:"
+end
+"""
+
+_HOOK_POWERSHELL = r"""function global:@get($Name) { [Environment]::GetEnvironmentVariable($Name) }
+function global:@put($Name, $Value) {
+  if ($null -eq $Value) { Remove-Item "env:$Name" -ErrorAction Ignore } else { Set-Item "env:$Name" $Value }
+}
+function global:@set($Name, $Value) {
+  @put "@old_$Name" (@get $Name)
+  @put "@new_$Name" $Value
+  @put $Name $Value
+}
+function global:@unset($Name) {
+  $new = @get "@new_$Name"
+  if ($null -eq $new) { return }
+  if ((@get $Name) -ceq $new) { @put $Name (@get "@old_$Name") }
+  @put "@new_$Name" $null
+  @put "@old_$Name" $null
+}
+function global:@hook {
+  if ($env:LLMSTACK_ACTIVE) { return }
+  $dir = (Get-Location -PSProvider FileSystem).ProviderPath
+  $at = ''
+  $key = ''
+  while ($dir) {
+    $at = [IO.Path]::Combine($dir, '.llmstack')
+    if ([IO.File]::Exists("$at/default-channel") -or [IO.File]::Exists("$at/opencode.json")) { break }
+    $dir = [IO.Path]::GetDirectoryName($dir)
+  }
+  if ($dir) {
+    $key = $dir
+    foreach ($f in 'default-channel', 'opencode.json', 'AGENTS.md') {
+      $key += '/' + [IO.File]::GetLastWriteTimeUtc("$at/$f").Ticks
+    }
+    $key += '/' + [IO.File]::GetLastWriteTimeUtc(@TRUST@).Ticks
+  }
+  if ($key -ceq $global:@key) { return }
+  $global:@key = $key
+@UNSET@
+  $global:@prefix = ''
+  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
+  if (-not $dir) { return }
+  if ([IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
+    $code = $global:LASTEXITCODE
+    $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
+    $global:LASTEXITCODE = $code
+    if ($text) { Invoke-Expression $text }
+  } elseif (-not $global:@gone) {
+    $global:@gone = $true
+    [Console]::Error.WriteLine(@GONE@)
+  }
+}
+if (-not (Test-Path variable:global:@prompt)) {
+  $global:@key = '?'
+  $global:@prefix = ''
+  $global:@gone = $false
+  $global:@prompt = $function:prompt
+  if (-not "$env:LLMSTACK_HOOK".StartsWith("$($env:SHLVL):powershell:")) {
+    $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
+  }
+  function global:prompt {
+    $ok = $?
+    try { @hook } catch { }
+    if ($ok) { $null = 1 } else { Write-Error '' -ErrorAction Ignore }
+    $text = & $global:@prompt
+    "$($global:@prefix)$text"
+  }
+}
+"""
+
+
+def shell_name(program: str) -> str:
+    """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
+    name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
+    name = name[:-4] if name.endswith(".exe") else name
+    return {"pwsh": "powershell"}.get(name, name if name in SHELLS else "")
+
+
+def shell_quote(shell: str, word: str) -> str:
+    """One word of a shell's text that stands for `word`, whatever is in it."""
+    if shell == "fish":
+        return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if shell != "powershell":
+        return "'" + word.replace("'", "'\\''") + "'"
+    parts = ["''"]                              # ASCII alone: Windows has several ideas of how its bytes are read
+    for part in re.findall(r"[ -~]+|[^ -~]", word):
+        raw = part.encode("utf-16-le", "surrogatepass")
+        units = [raw[i] + raw[i + 1] * 256 for i in range(0, len(raw), 2)]
+        parts += ["'" + part.replace("'", "''") + "'"] if " " <= part[0] <= "~" else [f"[char]0x{unit:x}" for unit in units]
+    return parts[-1] if len(parts) < 3 and parts[-1][0] == "'" else "(" + "+".join(parts) + ")"
+
+
+def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
+    """What stands before a prompt, in the shell's own prompt language; nothing of it is expanded by any shell.
+
+    `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
+    """
+    if channel != "external":
+        return f"[llmstack:{channel}] "
+    name = re.sub(r"[^\w.-]", "_", project)[:40] or "_"
+    text = f"[llmstack:{name} {url}]"
+    on, off = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}.get(shell, ("\x1b[38;5;98m", "\x1b[0m"))
+    return f"{on}{text}{off} " if colour else text + " "
+
+
+def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
+    """A line that sets a variable, or unsets it where `value` is None."""
+    if shell == "powershell":
+        variable = ("$env:" if export else "$global:") + name
+        return f"{variable} = {'$null' if value is None else shell_quote(shell, value)}"
+    if shell == "fish":
+        return f"set -e {name}" if value is None else f"set {'-gx' if export else '-g'} {name} {shell_quote(shell, value)}"
+    return f"unset {name}" if value is None else f"{'export ' if export else ''}{name}={shell_quote(shell, value)}"
+
+
+def render_hook(shell: str, python: str, program: str, trust: str) -> str:
+    """The hook of a shell: functions, and their place in its prompt. Sourced twice it is the same as once."""
+    common = _HOOK_SH if shell in ("bash", "zsh") else ""
+    text = common + {"bash": _HOOK_BASH, "zsh": _HOOK_ZSH, "fish": _HOOK_FISH, "powershell": _HOOK_POWERSHELL}[shell]
+    gone = f"llmstack: {program} is gone; run `activate {shell}` of the one that is there"
+    words = {"PYTHON": python, "PROGRAM": program, "TRUST": trust, "GONE": "".join(c for c in gone if c.isprintable())}
+    text = re.sub("@(?=[a-z])", "_llmstack_", text).replace("@SHELL@", shell)
+    text = text.replace("@LOCAL@", "\n  emulate -L zsh" if shell == "zsh" else "")
+    text = text.replace("@CHARS@", "-k 600 -u 0" if shell == "zsh" else "-n 600")
+    text = text.replace("@UNSET@", "\n".join(f"      _llmstack_unset {name}" for name in SHELL_VARIABLES))
+    return re.sub(r"@(PYTHON|PROGRAM|TRUST|GONE)@", lambda match: shell_quote(shell, words[match[1]]), text)
+
+
+def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str, hook: str) -> str:
+    """What a hook is to evaluate on entering a project; `exported` are the names that were exported before."""
+    was = set(exported)
+    lines = [f"_llmstack_set {name} {shell_quote(shell, value)} {'x' if name in was else 's'}" for name, value in values.items()]
+    lines += [render_assignment(shell, "_llmstack_prefix", prefix, False), render_assignment(shell, "LLMSTACK_HOOK", hook)]
+    return "\n".join(lines) + "\n"
+
+
+def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str, zdotdir: Optional[str]) -> str:
+    """What the shell of `start` runs after the user's own start-up files: those may have set the variables otherwise.
+
+    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's ZDOTDIR: it puts
+    that back (None: there is none) and leaves the rest to the first prompt, so that HISTFILE, .zcompdump and whatever
+    else zsh and its frameworks derive from it are the user's.
+    """
+    lines = [render_assignment(shell, name, value) for name, value in values.items()]
+    text = hook + "\n".join([*lines, render_assignment(shell, "_llmstack_prefix", prefix, False)]) + "\n"
+    if shell == "bash":
+        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
+    if shell == "fish":
+        return text + "_llmstack_prompt\n"
+    if shell != "zsh":
+        return text
+    return (render_assignment("zsh", "ZDOTDIR", zdotdir) + '\n{ if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then'
+            ' source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {\n_llmstack_start() {\nlocal st=$?\nemulate -L zsh\n'
+            "precmd_functions=(${precmd_functions:#_llmstack_start})\nunfunction _llmstack_start\n" + text
+            + "_llmstack_prompt\nreturn $st\n}\ntypeset -ga precmd_functions\nprecmd_functions+=(_llmstack_start)\n}\n")
+
+
+# ===================================================================================================
 # SYSTEM EDGE
 # ===================================================================================================
 
@@ -3100,7 +3461,7 @@ def render_marker(marker: Marker) -> str:
 
 
 def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
-    return parse_marker(read_text(places.in_state(name)))
+    return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
 # Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
@@ -3120,16 +3481,28 @@ def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
 
 
 def _read_bytes(path: str) -> bytes:
+    """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
         with open(path, "rb") as file:
-            return file.read()
+            data = file.read(MAX_STATE_BYTES + 1)
     except OSError:
         return b""
+    return data if len(data) <= MAX_STATE_BYTES else os.urandom(32)      # never the same, so never trusted
+
+
+def _run_lines(places: Places) -> List[str]:
+    """The lines of the project's own models.ini that need trust; one that LLMSTACK_MODELS_INI names is the user's word."""
+    if places.models_ini != places.in_state("models.ini"):
+        return []
+    lines: List[str] = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
+    return lines
 
 
 def project_digests(places: Places) -> Dict[str, str]:
     """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    lines = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
+    lines = _run_lines(places)
     run = [("models.ini", "\n".join(lines).encode())] if lines else []
     run += [(name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))]
     return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
@@ -3152,6 +3525,7 @@ def trust_project(places: Places) -> None:
     with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
         known = _read_json(trust_file(places.data))
         known[os.path.realpath(places.state)] = project_digests(places)
+        known[""] = f"{time.time():.6f}"        # the file's second line: shell hooks see by it that something was trusted
         write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
 
 
@@ -6272,6 +6646,254 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 
 
 # ===================================================================================================
+# SHELL
+# ===================================================================================================
+
+HOOK_FILES = {"bash": ".bash_llmstack_hook", "zsh": ".zsh_llmstack_hook", "fish": ".fish_llmstack_hook.fish",
+              "powershell": ".powershell_llmstack_hook.ps1"}
+
+
+def visible(text: str, limit: int = 300) -> str:
+    """A text of a directory nobody vouches for, fit to print: one line, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit]) + ("..." if len(text) > limit else "")
+
+
+def untrusted_line(places: Places) -> str:
+    return f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it, then run `llmstack trust`"
+
+
+def check_run_trust(places: Places) -> None:
+    """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
+    if not is_trusted(places, "run"):
+        raise UserError(f".llmstack of {visible(places.work)} names a program or an address, and it is not trusted here",
+                        "look at it, then run `llmstack trust`")
+
+
+def hook_trusted(places: Places) -> bool:
+    """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
+    return is_trusted(places, "hook") or not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES)
+
+
+def project_above(directory: str) -> str:
+    """The nearest directory at or above that one which is a project as the shell hooks see it, "" for none."""
+    while True:
+        state = os.path.join(directory, ".llmstack")
+        if any(os.path.isfile(os.path.join(state, name)) for name in ("default-channel", "opencode.json")):
+            return directory
+        above = os.path.dirname(directory)
+        if above == directory:
+            return ""
+        directory = above
+
+
+def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
+    """(shell, its project) of the hook that is active in the very shell we were started from, ("", "") for none.
+
+    LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell without the hook stands between.
+    """
+    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    shell, _, project = rest.partition(":")
+    return (shell, project) if shell in SHELLS and level == env.get("SHLVL", "") else ("", "")
+
+
+def leave_stale_project(env: MutableMapping[str, str]) -> None:
+    """Undo what a hook has set for another project than the one we are in, and take that one.
+
+    bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables are the first's.
+    """
+    project = env.get("LLMSTACK_HOOK", "").partition(":")[2].partition(":")[2]
+    if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
+        return
+    here = project_above(os.path.realpath("."))
+    if here == project:
+        return
+    for name in SHELL_VARIABLES:
+        new, old = env.pop(f"_llmstack_new_{name}", None), env.pop(f"_llmstack_old_{name}", None)
+        if new is not None and env.get(name) == new:
+            env.pop(name)
+            if old is not None and env.get(f"_llmstack_had_{name}", "x") == "x":
+                env[name] = old
+    if here:
+        env["LLMSTACK_WORK_DIR"] = here
+
+
+def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
+    """The variables of a project's shell. One with an opencode.json that is not there would make opencode go elsewhere."""
+    config = places.in_state("opencode.json")
+    values = {"OPENCODE_CONFIG": config} if os.path.isfile(config) else {}
+    values.update(LLMSTACK_WORK_DIR=places.work, LLMSTACK_CHANNEL=marker.channel, LLMSTACK_ROOT=os.path.dirname(PROGRAM))
+    if marker.channel == "external":
+        values["LLMSTACK_REMOTE_URL"] = marker.url
+    return values
+
+
+def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
+    colour = bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS) and not env.get("NO_COLOR")
+    return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
+
+
+def _hook_text(shell: str, data: str) -> str:
+    return render_hook(shell, sys.executable or find_program("python3"), PROGRAM, trust_file(data))
+
+
+def write_hook(shell: str, data: str) -> str:
+    """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
+    path = os.path.join(os.path.expanduser("~"), HOOK_FILES[shell])
+    raw = os.fsencode(_hook_text(shell, data))
+    if _read_bytes(path) != raw:
+        write_atomic(path, raw)
+    return path
+
+
+def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
+    """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    if not is_trusted(places, "hook"):
+        tell(untrusted_line(places))
+        return ""
+    pinned = os.path.exists(places.in_state("default-channel"))
+    marker = read_marker(places) if pinned else Marker("current")
+    if marker is None:
+        tell(f"llmstack: {visible(places.in_state('default-channel'))} names no channel; run `llmstack install`")
+        return ""
+    try:                                        # so that files touched but not changed are older than it again
+        os.utime(trust_file(places.data))
+    except OSError:
+        pass
+    hook = ":".join([*env.get("LLMSTACK_HOOK", "").split(":", 2)[:2], places.work])
+    return render_hook_answer(shell, shell_values(places, marker), env, _prefix(shell, places, marker, env), hook)
+
+
+def shell_program(env: Mapping[str, str]) -> str:
+    """The user's shell: $LLMSTACK_SHELL, else $SHELL; on Windows PowerShell, where $SHELL is a guest's."""
+    if env.get("LLMSTACK_SHELL"):
+        return find_program(env["LLMSTACK_SHELL"]) or env["LLMSTACK_SHELL"]
+    if IS_WINDOWS:
+        return find_program("pwsh") or find_program("powershell") or env.get("COMSPEC", "cmd.exe")
+    return env.get("SHELL") or "/bin/sh"
+
+
+def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, str], values: Mapping[str, str]) -> List[str]:
+    """The command line of the subshell; writes the start-up file that it needs, changes `env` for it."""
+    shell = shell_name(program)
+    if not shell:
+        return [program]
+    text = render_shell_start(shell, _hook_text(shell, places.data), values, _prefix(shell, places, marker, env),
+                              env.get("ZDOTDIR"))
+    if shell == "bash":
+        path = places.in_state("llmstack.bashrc")
+        write_atomic(path, os.fsencode(text))
+        return [program, "--rcfile", path, "-i"]
+    if shell == "zsh":
+        env["ZDOTDIR"] = places.in_state("zdotdir")
+        _clear_directory(env["ZDOTDIR"], ".zshenv")
+        write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
+        return [program, "-i"]
+    if shell == "fish":
+        return [program, "-i", "-C", text]
+    import base64
+    return [program, "-NoLogo", "-NoExit", "-EncodedCommand", base64.b64encode(text.encode("utf-16-le")).decode()]
+
+
+def _clear_directory(path: str, kept: str) -> None:
+    """Nothing but `kept` stays: a cloned project's link would lead us elsewhere, its .zshenv.zwc would be run."""
+    import shutil
+    if os.path.islink(path) or os.path.isfile(path):
+        _remove(path)
+    for name in os.listdir(path) if os.path.isdir(path) else ():
+        inside = os.path.join(path, name)
+        if os.path.isdir(inside) and not os.path.islink(inside):
+            shutil.rmtree(inside, ignore_errors=True)
+        elif name != kept:
+            _remove(inside)
+
+
+def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
+    """Become a shell in which opencode finds the project; does not return but on Windows. Errors: UserError.
+
+    The process is replaced rather than waited for: job control, signals and the exit code are the shell's own.
+    """
+    if not hook_trusted(places):
+        raise UserError(untrusted_line(places)[len("llmstack: "):], "the daemons are up; nothing else was done")
+    work = os.path.realpath(places.work)        # the hooks' spelling, and that of the daemons' owner
+    places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
+    values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
+    inside = {name: value for name, value in env.items() if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
+    inside.update(values)
+    program = shell_program(env)
+    command = _shell_command(program, places, marker, inside, values)
+    sys.stdout.flush()
+    try:
+        if IS_WINDOWS:
+            import subprocess
+            return subprocess.call(command, env=inside)
+        import signal
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):     # Python ignores these two, and a shell's children would, too
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(command[0], command, inside)  # noqa: S606
+    except OSError as exc:
+        raise UserError(f"cannot start the shell {program}: {exc.strerror}", "name another in LLMSTACK_SHELL") from None
+
+
+def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
+    """What a running shell is to evaluate so that it has the project as it is now; "" where it is not trusted.
+
+    A shell with the hook is told to look again; the shell of `start`, or one without either, gets the variables.
+    """
+    if hook_of(env)[0] and not env.get("LLMSTACK_ACTIVE"):
+        return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
+    if not hook_trusted(places):
+        return ""
+    pinned = read_marker(places)
+    marker = pinned if pinned and pinned.channel == "external" else read_marker(places, "active-channel") or pinned
+    marker = marker or Marker("current")
+    values = shell_values(places, marker)
+    lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
+    if env.get("LLMSTACK_ACTIVE"):
+        lines += [render_assignment(shell, name, None) for name in SHELL_VARIABLES if name not in values and name in env]
+        lines.append(render_assignment(shell, "_llmstack_prefix", _prefix(shell, places, marker, env), False))
+    return "\n".join(lines) + "\n"
+
+
+def _flatten(value: Any) -> List[str]:
+    return [x for v in value for x in _flatten(v)] if isinstance(value, list) else [json.dumps(value, ensure_ascii=False)]
+
+
+def _opencode_facts(value: Any) -> List[Tuple[str, str]]:
+    """Where an opencode.json sends prompts, and what it would run."""
+    if not isinstance(value, dict):
+        return [("opencode.json", "is no JSON object")]
+    rows: List[Tuple[str, str]] = []
+    for kind, wanted in (("provider", ("baseURL", "apiKey")), ("mcp", ("command", "url"))):
+        entries = value.get(kind)
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            options = entry.get("options", entry) if isinstance(entry, dict) else {}
+            rows += [(f"{kind} {name}", f"{key} {' '.join(_flatten(options[key]))}") for key in wanted
+                     if isinstance(options, dict) and options.get(key)]
+    rows += [(key, " ".join(_flatten(value[key]))) for key in ("model", "instructions") if value.get(key)]
+    return rows + [(key, "is there, and may run programs") for key in ("plugin", "formatter", "lsp", "experimental", "tool")
+                   if value.get(key)]
+
+
+def trust_facts(places: Places) -> List[Tuple[str, str]]:
+    """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
+    rows: List[Tuple[str, str]] = []
+    marker = _read_bytes(places.in_state("default-channel"))
+    if marker:
+        rows.append(("channel", marker.decode("utf-8", "replace").strip()))
+    config = _read_bytes(places.in_state("opencode.json"))
+    if config:
+        try:
+            rows += _opencode_facts(json.loads(config.decode("utf-8", "replace")))
+        except (ValueError, RecursionError):
+            rows.append(("opencode.json", "is not plain JSON; read it yourself"))
+    for name in ("AGENTS.md", *_RUN_FILES):
+        data = _read_bytes(places.in_state(name))
+        if data:
+            rows.append((name, f"{len(data.splitlines())} lines"))
+    return rows + [("models.ini", line.strip()) for line in _run_lines(places)]
+
+
+# ===================================================================================================
 # COMMANDS
 # ===================================================================================================
 
@@ -6340,8 +6962,9 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
 def _add_start(commands: Any) -> None:
     parser = commands.add_parser("start", help="bring the stack up: engine and router",
                                  description="Bring up the engine (10102) and the router (10101) for this project. A"
-                                 " directory without .llmstack/ gets one. Running already is fine.")
-    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, return at once")
+                                 " directory without .llmstack/ gets one. Running already is fine. On a terminal, where no"
+                                 " hook is active (see activate), a shell follows in which opencode finds the project.")
+    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, no shell")
     _add_profile(parser)
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_start)
@@ -6374,6 +6997,8 @@ def _cmd_start(args: Any) -> int:
         return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
+    else:
+        check_run_trust(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
     plan = _plan(args, places, config)
@@ -6386,7 +7011,25 @@ def _cmd_start(args: Any) -> int:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     if args.demo:
         _say_demo(base_url(plan.host, plan.port))
-    return 0
+        return 0
+    return _enter_shell(args, places, Marker(plan.channel))
+
+
+def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
+    """What follows `start`: a shell where a person is there and has none yet. Does not return from it on POSIX."""
+    if args.detach or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return 0
+    if os.environ.get("LLMSTACK_ACTIVE"):
+        say("This is a shell of `start` already; `exit` leaves it.")
+        return 0
+    if not hook_trusted(places):
+        sys.stderr.write(untrusted_line(places) + "\n")
+        return 0
+    if hook_of(os.environ)[0]:
+        say("The hook of this shell does the rest, at its next prompt.")
+        return 0
+    say(f"This is a shell for {places.work}; `exit` leaves it" + (", the daemons stay." if marker.channel != "external" else "."))
+    return open_shell(places, os.environ, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
@@ -6394,7 +7037,7 @@ def _start_external(args: Any, places: Places) -> int:
         raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and address are not decided here",
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
-    return 0
+    return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
 def _prepare_demo(places: Places) -> None:
@@ -6513,7 +7156,7 @@ def _cmd_stop(args: Any) -> int:
 def _add_restart(commands: Any) -> None:
     parser = commands.add_parser("restart", help="stop, then start", description="Stop and start again, on the same"
                                  " address and channel unless told otherwise. Loaded models are unloaded.")
-    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, return at once")
+    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, no shell")
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_restart)
 
@@ -6524,6 +7167,8 @@ def _cmd_restart(args: Any) -> int:
         return _start_external(args, places)
     if args.demo:
         _prepare_demo(places)
+    else:
+        check_run_trust(places)
     prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
     router, engine = read_daemons(places)
@@ -6536,6 +7181,7 @@ def _cmd_restart(args: Any) -> int:
     start_stack(plan, say)
     if not args.demo:
         rewire_project(places, config, plan.host, plan.port, os.environ, say)
+        return _enter_shell(args, places, Marker(plan.channel))
     return 0
 
 
@@ -6593,15 +7239,28 @@ def _cmd_status(args: Any) -> int:
 
 
 def _add_reload(commands: Any) -> None:
-    parser = commands.add_parser("reload", help="let the running router read models.ini again",
+    parser = commands.add_parser("reload", help="let the running router and this shell read the project again",
                                  description="Check models.ini and have the router read it again: routing changes at"
-                                 " once, without a restart. Tiers and flags of models need `llmstack restart`.")
+                                 " once, without a restart. Tiers and flags of models need `llmstack restart`. Printed is"
+                                 " what the shell is to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.")
     parser.add_argument("--demo", action="store_true", help="the demo's")
+    parser.add_argument("--shell", choices=SHELLS, help="whose language to print (default: that of the hook, of"
+                        " $LLMSTACK_SHELL or of $SHELL)")
     parser.set_defaults(run=_cmd_reload)
 
 
 def _cmd_reload(args: Any) -> int:
+    """The shell's part first: it is of use with the router down, too."""
     places = _places(args)
+    tell = say if sys.stdout.isatty() else _tell
+    if not args.demo:
+        shell = args.shell or hook_of(os.environ)[0] or shell_name(shell_program(os.environ)) or "bash"
+        _say_raw(shell_lines(places, shell, os.environ))
+        if not hook_trusted(places):
+            tell(untrusted_line(places))
+        if pinned_url(places):
+            return 0
+        check_run_trust(places)                 # the router would send credentials to what the file names
     load_config(places, warn)
     router = read_daemons(places).router
     if router is None or not router.alive:
@@ -6610,7 +7269,84 @@ def _cmd_reload(args: Any) -> int:
         raise UserError("Windows has no signal for this", "run `llmstack restart`")
     import signal
     os.kill(router.pid, signal.SIGHUP)
-    say("models.ini is fine; the router reads it again. Changed tiers need `llmstack restart`.")
+    tell("models.ini is fine; the router reads it again. Changed tiers need `llmstack restart`.")
+    return 0
+
+
+def _tell(line: str) -> None:
+    """A line for people where standard output is for a shell."""
+    sys.stderr.write(line + "\n")
+
+
+def _say_raw(text: str) -> None:
+    """Text for a shell: the bytes of a path are what they are, whatever the terminal's encoding."""
+    sys.stdout.flush()
+    data = os.fsencode(text)
+    try:
+        while data:
+            data = data[os.write(sys.stdout.fileno(), data):]
+    except OSError as exc:
+        raise _OutputFailed("" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}") from None
+
+
+def _add_activate(commands: Any) -> None:
+    parser = commands.add_parser("activate", help="a hook that wires a shell to the project it is in",
+                                 description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
+                                 " turns it on. In the shell's start-up file: eval \"$(llmstack activate zsh)\".")
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, fish, powershell or zsh")
+    parser.set_defaults(run=_cmd_activate)
+
+
+def _cmd_activate(args: Any) -> int:
+    path = write_hook(args.shell, data_dir(os.environ))
+    if sys.stdout.isatty():
+        line, where = {"bash": ('eval "$(llmstack activate bash)"', "~/.bashrc"),
+                       "zsh": ('eval "$(llmstack activate zsh)"', "~/.zshrc"),
+                       "fish": ("llmstack activate fish | source", "~/.config/fish/config.fish"),
+                       "powershell": ("llmstack activate powershell | Out-String | Invoke-Expression", "$PROFILE")}[args.shell]
+        _tell(f"The hook is in {path}. To turn it on here, and in every new shell from its line in {where}:\n  {line}")
+    _say_raw(f"{'.' if args.shell == 'powershell' else 'source'} {shell_quote(args.shell, path)}\n")
+    return 0
+
+
+def _add_hook(commands: Any) -> None:
+    parser = commands.add_parser("_hook")
+    parser.add_argument("shell", choices=SHELLS)
+    parser.add_argument("directory")
+    parser.set_defaults(run=_cmd_hook)
+
+
+def _cmd_hook(args: Any) -> int:
+    """Behind the hooks: what to evaluate in a project."""
+    work = os.path.realpath(args.directory)
+    state = os.path.join(work, ".llmstack")
+    places = Places(work, state, os.path.join(state, "models.ini"), data_dir(os.environ))
+    _say_raw(hook_answer(places, args.shell, os.environ, _tell))
+    return 0
+
+
+def _add_trust(commands: Any) -> None:
+    parser = commands.add_parser("trust", help="let a project's .llmstack/ take effect on this machine",
+                                 description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
+                                 " now. What `install` writes is trusted already; a changed file is to be trusted again.")
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="the project (default: the one we are in)")
+    parser.set_defaults(run=_cmd_trust)
+
+
+def _cmd_trust(args: Any) -> int:
+    places = _places(args)
+    if args.directory or not os.path.isdir(places.state):
+        work = os.path.abspath(args.directory or project_above(places.work) or places.work)
+        state = os.path.join(work, ".llmstack")
+        places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
+    if not os.path.isdir(places.state):
+        raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
+    rows = trust_facts(places)
+    trust_project(places)                       # of what is shown: a file that changes in between is another one
+    width = max([len(visible(name, 40)) for name, _ in rows] + [7])
+    for name, value in [("project", places.work), *rows]:
+        say(f"{visible(name, 40):<{width}}  {visible(value)}")
+    say("Trusted as it is now." if rows else "There is nothing in it that needs trust.")
     return 0
 
 
@@ -6798,6 +7534,7 @@ def _add_serve(commands: Any) -> None:
 
 def _cmd_serve(args: Any) -> int:
     places = _places(args)
+    check_run_trust(places)
     config = load_config(places, warn)
     host = args.host or config.host
     port = config.router_port if args.port is None else args.port
@@ -6949,7 +7686,8 @@ def _add_help(commands: Any) -> None:
 
 
 ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_serve,
-                _add_version, _add_help, _add_router, _add_engine, _add_llama_server)
+                _add_activate, _add_trust,
+                _add_version, _add_help, _add_router, _add_engine, _add_llama_server, _add_hook)
 
 
 def make_parser() -> Any:
@@ -6977,6 +7715,8 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     if argv[:1] == ["_llama-server"]:           # its flags are llama-server's, not argparse's
         return run_llama_server(argv[1:])
+    if not "".join(argv[:1]).startswith("_"):
+        leave_stale_project(os.environ)
     parser = make_parser()
     args = parser.parse_args(list(argv))
     if args.version:
