@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -139,6 +140,13 @@ def closed_port() -> Iterator[int]:
 
 def model_of(message: Message) -> str:
     return str(message.json["model"])
+
+
+def write_ini(text: str) -> None:
+    """The project's models.ini, trusted as one is that its user wrote."""
+    Path(".llmstack").mkdir(exist_ok=True)
+    Path(".llmstack/models.ini").write_text(text)
+    llmstack.trust_project(llmstack.find_places(os.environ))
 
 
 # ---- what a host gets
@@ -310,8 +318,7 @@ HOSTED = "[code-ultra]\nrole = ultra\nbase_url = http://127.0.0.1:9/v1\nmodel = 
 @pytest.mark.parametrize("argv", [["start", "--next"], ["restart", "--next"], ["start"]])
 def test_next_with_nothing_queued_is_an_error_that_says_so(
         argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    Path(".llmstack").mkdir()
-    Path(".llmstack/models.ini").write_text(LOCAL + HOSTED)
+    write_ini(LOCAL + HOSTED)
     if argv == ["start"]:
         monkeypatch.setenv("LLMSTACK_USE_NEXT", "1")
     monkeypatch.setattr(llmstack, "start_stack", lambda *_: pytest.fail("started"))
@@ -335,8 +342,7 @@ def test_next_with_nothing_queued_is_an_error_that_says_so(
 ])
 def test_the_channel_that_is_run(argv: list[str], env: str, pinned: str, queued: str, channel: str,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    Path(".llmstack").mkdir()
-    Path(".llmstack/models.ini").write_text(queued)
+    write_ini(queued)
     if pinned:
         Path(".llmstack/default-channel").write_text(pinned)
     monkeypatch.setenv("LLMSTACK_USE_NEXT", env)
@@ -767,11 +773,6 @@ def test_a_hosts_lines_need_trust() -> None:
 
 
 # ---- why, status, and the whole of it
-
-
-def write_ini(text: str) -> None:
-    Path(".llmstack").mkdir(exist_ok=True)
-    Path(".llmstack/models.ini").write_text(text)
 
 
 GROQ = "[code-ultra]\nrole = ultra\nbase_url = https://api.groq.com/openai/v1\nmodel = a/b\napi_key_env = GROQ_API_KEY\n"
