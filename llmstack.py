@@ -7271,19 +7271,12 @@ def _cmd_activate(args: Any) -> int:
     return 0
 
 
-def _add_hook(commands: Any) -> None:
-    parser = commands.add_parser("_hook")
-    parser.add_argument("shell", choices=SHELLS)
-    parser.add_argument("directory")
-    parser.set_defaults(run=_cmd_hook)
-
-
-def _cmd_hook(args: Any) -> int:
-    """Behind the hooks: what to evaluate in a project."""
-    work = os.path.realpath(args.directory)
+def _cmd_hook(shell: str, directory: str) -> int:
+    """Behind the hooks: what to evaluate in a project. Without argparse, which takes longer than all of it."""
+    work = os.path.realpath(directory)
     state = os.path.join(work, ".llmstack")
     places = Places(work, state, os.path.join(state, "models.ini"), data_dir(os.environ))
-    _say_raw(hook_answer(places, args.shell, os.environ, _tell))
+    _say_raw(hook_answer(places, shell, os.environ, _tell))
     return 0
 
 
@@ -7656,7 +7649,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_serve,
                 _add_activate, _add_trust,
-                _add_version, _add_help, _add_router, _add_engine, _add_llama_server, _add_hook)
+                _add_version, _add_help, _add_router, _add_engine, _add_llama_server)
 
 
 def make_parser() -> Any:
@@ -7684,6 +7677,8 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     if argv[:1] == ["_llama-server"]:           # its flags are llama-server's, not argparse's
         return run_llama_server(argv[1:])
+    if argv[:1] == ["_hook"] and len(argv) == 3:
+        return _cmd_hook(argv[1], argv[2])
     if not "".join(argv[:1]).startswith("_"):
         leave_stale_project(os.environ)
     parser = make_parser()
