@@ -134,7 +134,7 @@ def _unannotated(source: str) -> str:
     cuts: list[tuple[int, int]] = []
     for node in ast.walk(tree):
         kind = getattr(node, "returns" if isinstance(node, ast.FunctionDef) else "annotation", None)
-        if kind is None or id(node) in fields and isinstance(node, ast.AnnAssign):
+        if kind is None or (id(node) in fields and isinstance(node, ast.AnnAssign)):
             continue
         before = data[:lines[kind.lineno - 1] + kind.col_offset].rstrip()
         sign = b"->" if isinstance(node, ast.FunctionDef) else b":"

@@ -75,6 +75,7 @@ from typing import (
     Dict,
     FrozenSet,
     Iterable,
+    Iterator,
     List,
     Mapping,
     MutableMapping,
@@ -2727,13 +2728,9 @@ _HOOK_SH = r"""@set() {
 @UNSET@
       @prefix=
       export LLMSTACK_HOOK="${SHLVL-}:@SHELL@:"
-      if [[ -z $at ]]; then :
-      elif [[ -x @PYTHON@ && -f @PROGRAM@ ]]; then
+      if [[ -n $at && -x @PYTHON@ && -f @PROGRAM@ ]]; then
         one=$(@PYTHON@ -I @PROGRAM@ _hook @SHELL@ "$dir/" < /dev/null) || :
         eval "$one"
-      elif [[ -z ${@gone-} ]]; then
-        @gone=1
-        printf '%s\n' @GONE@ >&2
       fi
     fi
   fi
@@ -2791,19 +2788,11 @@ function @unset -a name
   return 0
 end
 function @prompt
-  set -l mine (functions fish_prompt | string match -e @fish_prompt)
-  if test -n "$@prefix"
-    functions -q @fish_prompt; and return
-    functions -q fish_prompt; or return
-    functions -c fish_prompt @fish_prompt
-    function fish_prompt
-      set -l @text (@fish_prompt)
-      printf %s "$@prefix" (string join \n -- $@text | string collect -N)
-    end
-  else if test -n "$mine"; and functions -q @fish_prompt
-    functions -e fish_prompt
-    functions -c @fish_prompt fish_prompt
-    functions -e @fish_prompt
+  functions -q @fish_prompt; and return
+  functions -c fish_prompt @fish_prompt; or return
+  function fish_prompt
+    set -l @text (@fish_prompt)
+    printf %s "$@prefix" (string join \n -- $@text | string collect -N)
   end
 end
 function @hook --on-event fish_prompt --on-variable PWD
@@ -2821,7 +2810,7 @@ function @hook --on-event fish_prompt --on-variable PWD
     set -l at
     set -l key
     for dir in $@dirs
-      if test -f $dir/.llmstack/default-channel; or test -f $dir/.llmstack/opencode.json
+      if test -f $dir/.llmstack/default-channel -o -f $dir/.llmstack/opencode.json
         set at $dir
         break
       end
@@ -2830,7 +2819,7 @@ function @hook --on-event fish_prompt --on-variable PWD
       set -l p $at/.llmstack
       set -l one
       set -l two
-      if test -r $p/default-channel; and test -f $p/default-channel; and not test -L $p/default-channel
+      if test -r $p/default-channel -a -f $p/default-channel -a ! -L $p/default-channel
         read -n 600 one <$p/default-channel
       end
       if test -r @TRUST@
@@ -2852,14 +2841,10 @@ function @hook --on-event fish_prompt --on-variable PWD
 @UNSET@
       set -g @prefix
       set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-      if test -z "$at"
-      else if test -x @PYTHON@; and test -f @PROGRAM@
+      if test -n "$at" -a -x @PYTHON@ -a -f @PROGRAM@
         @PYTHON@ -I @PROGRAM@ _hook fish $at </dev/null | source
-      else if not set -q @gone
-        set -g @gone 1
-        printf '%s\n' @GONE@ >&2
+        @prompt
       end
-      @prompt
     end
   end
   return 0
@@ -2907,25 +2892,18 @@ function global:@hook {
 @UNSET@
   $global:@prefix = ''
   $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  if (-not $dir) { return }
-  if ([IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
+  if ($dir -and [IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
     $code = $global:LASTEXITCODE
     $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
     $global:LASTEXITCODE = $code
     if ($text) { Invoke-Expression $text }
-  } elseif (-not $global:@gone) {
-    $global:@gone = $true
-    [Console]::Error.WriteLine(@GONE@)
   }
 }
 if (-not (Test-Path variable:global:@prompt)) {
   $global:@key = '?'
   $global:@prefix = ''
-  $global:@gone = $false
   $global:@prompt = $function:prompt
-  if (-not "$env:LLMSTACK_HOOK".StartsWith("$($env:SHLVL):powershell:")) {
-    $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  }
+  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
   function global:prompt {
     $ok = $?
     try { @hook } catch { }
@@ -2946,16 +2924,12 @@ def shell_name(program: str) -> str:
 
 def shell_quote(shell: str, word: str) -> str:
     """One word of a shell's text that stands for `word`, whatever is in it."""
+    if shell == "powershell" and not (word.isascii() and word.isprintable()):   # Windows reads other bytes as it likes
+        raw = word.encode("utf-16-le", "surrogatepass")
+        return f"(-join[char[]]({','.join(str(low + 256 * high) for low, high in zip(raw[::2], raw[1::2]))}))"
     if shell == "fish":
-        return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if shell != "powershell":
-        return "'" + word.replace("'", "'\\''") + "'"
-    parts = ["''"]                              # ASCII alone: Windows has several ideas of how its bytes are read
-    for part in re.findall(r"[ -~]+|[^ -~]", word):
-        raw = part.encode("utf-16-le", "surrogatepass")
-        units = [raw[i] + raw[i + 1] * 256 for i in range(0, len(raw), 2)]
-        parts += ["'" + part.replace("'", "''") + "'"] if " " <= part[0] <= "~" else [f"[char]0x{unit:x}" for unit in units]
-    return parts[-1] if len(parts) < 3 and parts[-1][0] == "'" else "(" + "+".join(parts) + ")"
+        word = word.replace("\\", "\\\\")
+    return "'" + word.replace("'", {"powershell": "''", "fish": "\\'"}.get(shell, "'\\''")) + "'"
 
 
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
@@ -2983,15 +2957,12 @@ def render_assignment(shell: str, name: str, value: Optional[str], export: bool 
 
 def render_hook(shell: str, python: str, program: str, trust: str) -> str:
     """The hook of a shell: functions, and their place in its prompt. Sourced twice it is the same as once."""
-    common = _HOOK_SH if shell in ("bash", "zsh") else ""
-    text = common + {"bash": _HOOK_BASH, "zsh": _HOOK_ZSH, "fish": _HOOK_FISH, "powershell": _HOOK_POWERSHELL}[shell]
-    gone = f"llmstack: {program} is gone; run `activate {shell}` of the one that is there"
-    words = {"PYTHON": python, "PROGRAM": program, "TRUST": trust, "GONE": "".join(c for c in gone if c.isprintable())}
-    text = re.sub("@(?=[a-z])", "_llmstack_", text).replace("@SHELL@", shell)
-    text = text.replace("@LOCAL@", "\n  emulate -L zsh" if shell == "zsh" else "")
-    text = text.replace("@CHARS@", "-k 600 -u 0" if shell == "zsh" else "-n 600")
-    text = text.replace("@UNSET@", "\n".join(f"      _llmstack_unset {name}" for name in SHELL_VARIABLES))
-    return re.sub(r"@(PYTHON|PROGRAM|TRUST|GONE)@", lambda match: shell_quote(shell, words[match[1]]), text)
+    text = {"bash": _HOOK_SH + _HOOK_BASH, "zsh": _HOOK_SH + _HOOK_ZSH, "fish": _HOOK_FISH}.get(shell, _HOOK_POWERSHELL)
+    zsh = shell == "zsh"
+    words = {"PYTHON": shell_quote(shell, python), "PROGRAM": shell_quote(shell, program), "TRUST": shell_quote(shell, trust),
+             "SHELL": shell, "LOCAL": "\n  emulate -L zsh" if zsh else "", "CHARS": "-k 600 -u 0" if zsh else "-n 600",
+             "UNSET": "\n".join(f"_llmstack_unset {name}" for name in SHELL_VARIABLES)}
+    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], re.sub("@(?=[a-z])", "_llmstack_", text))
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str, hook: str) -> str:
@@ -3010,17 +2981,24 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
     else zsh and its frameworks derive from it are the user's.
     """
     lines = [render_assignment(shell, name, value) for name, value in values.items()]
-    text = hook + "\n".join([*lines, render_assignment(shell, "_llmstack_prefix", prefix, False)]) + "\n"
+    text = "\n".join([hook, *lines, render_assignment(shell, "_llmstack_prefix", prefix, False), ""])
     if shell == "bash":
         return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
     if shell == "fish":
         return text + "_llmstack_prompt\n"
-    if shell != "zsh":
-        return text
-    return (render_assignment("zsh", "ZDOTDIR", zdotdir) + '\n{ if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then'
-            ' source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {\n_llmstack_start() {\nlocal st=$?\nemulate -L zsh\n'
-            "precmd_functions=(${precmd_functions:#_llmstack_start})\nunfunction _llmstack_start\n" + text
-            + "_llmstack_prompt\nreturn $st\n}\ntypeset -ga precmd_functions\nprecmd_functions+=(_llmstack_start)\n}\n")
+    return text if shell != "zsh" else render_assignment("zsh", "ZDOTDIR", zdotdir) + r"""
+{ if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {
+_llmstack_start() {
+local st=$?
+emulate -L zsh
+precmd_functions=(${precmd_functions:#_llmstack_start})
+""" + text + """_llmstack_prompt
+return $st
+}
+typeset -ga precmd_functions
+precmd_functions+=(_llmstack_start)
+}
+"""
 
 
 # ===================================================================================================
@@ -6738,7 +6716,7 @@ def _hook_text(shell: str, data: str) -> str:
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
-    path = os.path.join(os.path.expanduser("~"), HOOK_FILES[shell])
+    path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(_hook_text(shell, data))
     if _read_bytes(path) != raw:
         write_atomic(path, raw)
@@ -6774,6 +6752,8 @@ def shell_program(env: Mapping[str, str]) -> str:
 
 def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, str], values: Mapping[str, str]) -> List[str]:
     """The command line of the subshell; writes the start-up file that it needs, changes `env` for it."""
+    import base64
+    import shutil
     shell = shell_name(program)
     if not shell:
         return [program]
@@ -6785,26 +6765,13 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        _clear_directory(env["ZDOTDIR"], ".zshenv")
+        _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
+        shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
-    import base64
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", base64.b64encode(text.encode("utf-16-le")).decode()]
-
-
-def _clear_directory(path: str, kept: str) -> None:
-    """Nothing but `kept` stays: a cloned project's link would lead us elsewhere, its .zshenv.zwc would be run."""
-    import shutil
-    if os.path.islink(path) or os.path.isfile(path):
-        _remove(path)
-    for name in os.listdir(path) if os.path.isdir(path) else ():
-        inside = os.path.join(path, name)
-        if os.path.isdir(inside) and not os.path.islink(inside):
-            shutil.rmtree(inside, ignore_errors=True)
-        elif name != kept:
-            _remove(inside)
 
 
 def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
@@ -6854,42 +6821,30 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _flatten(value: Any) -> List[str]:
-    return [x for v in value for x in _flatten(v)] if isinstance(value, list) else [json.dumps(value, ensure_ascii=False)]
+_TELLING = re.compile(r"\.(baseURL|apiKey|url|command\.\d|template|plugin|instructions|formatter|lsp|experimental|tool)\b")
 
 
-def _opencode_facts(value: Any) -> List[Tuple[str, str]]:
-    """Where an opencode.json sends prompts, and what it would run."""
-    if not isinstance(value, dict):
-        return [("opencode.json", "is no JSON object")]
-    rows: List[Tuple[str, str]] = []
-    for kind, wanted in (("provider", ("baseURL", "apiKey")), ("mcp", ("command", "url"))):
-        entries = value.get(kind)
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            options = entry.get("options", entry) if isinstance(entry, dict) else {}
-            rows += [(f"{kind} {name}", f"{key} {' '.join(_flatten(options[key]))}") for key in wanted
-                     if isinstance(options, dict) and options.get(key)]
-    rows += [(key, " ".join(_flatten(value[key]))) for key in ("model", "instructions") if value.get(key)]
-    return rows + [(key, "is there, and may run programs") for key in ("plugin", "formatter", "lsp", "experimental", "tool")
-                   if value.get(key)]
+def _leaves(value: Any, path: str) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of a JSON text that says where prompts go, or what is run."""
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, f"{path}.{key}")
+    elif _TELLING.search(path):
+        yield path, str(value)
 
 
 def trust_facts(places: Places) -> List[Tuple[str, str]]:
     """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
+    texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
     rows: List[Tuple[str, str]] = []
-    marker = _read_bytes(places.in_state("default-channel"))
-    if marker:
-        rows.append(("channel", marker.decode("utf-8", "replace").strip()))
-    config = _read_bytes(places.in_state("opencode.json"))
-    if config:
-        try:
-            rows += _opencode_facts(json.loads(config.decode("utf-8", "replace")))
-        except (ValueError, RecursionError):
-            rows.append(("opencode.json", "is not plain JSON; read it yourself"))
-    for name in ("AGENTS.md", *_RUN_FILES):
-        data = _read_bytes(places.in_state(name))
-        if data:
-            rows.append((name, f"{len(data.splitlines())} lines"))
+    for name, text in texts:
+        if name == "opencode.json" and text:
+            try:
+                rows += _leaves(json.loads(text), name)
+            except (ValueError, RecursionError):
+                rows.append((name, "is not plain JSON; read it yourself"))
+        elif text:
+            rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
     return rows + [("models.ini", line.strip()) for line in _run_lines(places)]
 
 
@@ -7279,14 +7234,11 @@ def _tell(line: str) -> None:
 
 
 def _say_raw(text: str) -> None:
-    """Text for a shell: the bytes of a path are what they are, whatever the terminal's encoding."""
-    sys.stdout.flush()
-    data = os.fsencode(text)
-    try:
-        while data:
-            data = data[os.write(sys.stdout.fileno(), data):]
-    except OSError as exc:
-        raise _OutputFailed("" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}") from None
+    """Text for a shell: the bytes of a path are what they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    if text:
+        say(text.rstrip("\n"))
 
 
 def _add_activate(commands: Any) -> None:
@@ -7300,28 +7252,20 @@ def _add_activate(commands: Any) -> None:
 def _cmd_activate(args: Any) -> int:
     path = write_hook(args.shell, data_dir(os.environ))
     if sys.stdout.isatty():
-        line, where = {"bash": ('eval "$(llmstack activate bash)"', "~/.bashrc"),
-                       "zsh": ('eval "$(llmstack activate zsh)"', "~/.zshrc"),
-                       "fish": ("llmstack activate fish | source", "~/.config/fish/config.fish"),
-                       "powershell": ("llmstack activate powershell | Out-String | Invoke-Expression", "$PROFILE")}[args.shell]
-        _tell(f"The hook is in {path}. To turn it on here, and in every new shell from its line in {where}:\n  {line}")
+        ask = f"llmstack activate {args.shell}"
+        line = {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(
+            args.shell, f'eval "$({ask})"')
+        _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up file:\n  {line}")
     _say_raw(f"{'.' if args.shell == 'powershell' else 'source'} {shell_quote(args.shell, path)}\n")
     return 0
 
 
-def _add_hook(commands: Any) -> None:
-    parser = commands.add_parser("_hook")
-    parser.add_argument("shell", choices=SHELLS)
-    parser.add_argument("directory")
-    parser.set_defaults(run=_cmd_hook)
-
-
-def _cmd_hook(args: Any) -> int:
-    """Behind the hooks: what to evaluate in a project."""
-    work = os.path.realpath(args.directory)
+def _cmd_hook(shell: str, directory: str) -> int:
+    """Behind the hooks: what to evaluate in a project. Without argparse, which takes longer than all of it."""
+    work = os.path.realpath(directory)
     state = os.path.join(work, ".llmstack")
     places = Places(work, state, os.path.join(state, "models.ini"), data_dir(os.environ))
-    _say_raw(hook_answer(places, args.shell, os.environ, _tell))
+    _say_raw(hook_answer(places, shell, os.environ, _tell))
     return 0
 
 
@@ -7342,10 +7286,10 @@ def _cmd_trust(args: Any) -> int:
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
     rows = trust_facts(places)
-    trust_project(places)                       # of what is shown: a file that changes in between is another one
-    width = max([len(visible(name, 40)) for name, _ in rows] + [7])
+    trust_project(places)
+    width = max([len(visible(name, 80)) for name, _ in rows] + [7])
     for name, value in [("project", places.work), *rows]:
-        say(f"{visible(name, 40):<{width}}  {visible(value)}")
+        say(f"{visible(name, 80):<{width}}  {visible(value)}")
     say("Trusted as it is now." if rows else "There is nothing in it that needs trust.")
     return 0
 
@@ -7687,7 +7631,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_serve,
                 _add_activate, _add_trust,
-                _add_version, _add_help, _add_router, _add_engine, _add_llama_server, _add_hook)
+                _add_version, _add_help, _add_router, _add_engine, _add_llama_server)
 
 
 def make_parser() -> Any:
@@ -7715,6 +7659,8 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     if argv[:1] == ["_llama-server"]:           # its flags are llama-server's, not argparse's
         return run_llama_server(argv[1:])
+    if argv[:1] == ["_hook"] and len(argv) == 3:
+        return _cmd_hook(argv[1], argv[2])
     if not "".join(argv[:1]).startswith("_"):
         leave_stale_project(os.environ)
     parser = make_parser()

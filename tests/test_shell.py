@@ -21,7 +21,7 @@ import pytest
 
 import build_zipapp
 import llmstack
-from tests.test_stack import NO_MODELS, free_ports
+from tests.test_stack import NO_MODELS, PROGRAM, free_ports
 
 POSIX_SHELLS = ("bash", "fish", "zsh")
 WAIT_S = 20.0                           # only a failing test ever waits this long
@@ -29,8 +29,9 @@ RC = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ".config/fish/config.fish"}
 PLAIN = {"bash": "PS1='P> '\n", "zsh": "PS1='P> '\n", "fish": "function fish_prompt; echo 'P> '; end\nset -g fish_greeting\n"}
 CURRENT = "[llmstack:current] "
 NAMES = ["OPENCODE_CONFIG", "LLMSTACK_WORK_DIR", "LLMSTACK_CHANNEL", "LLMSTACK_ROOT", "LLMSTACK_REMOTE_URL"]
-HOSTILE = ["two words", "it's", 'a"b', "a\nb", "$(touch pwned)", "`touch pwned`", "50%n %F{red}", "d\u00e9j\u00e0 \u6f22", "a;touch pwned",
-           "back\\slash", "\\$(touch pwned)", "'$(touch pwned)'", "!!", "*", "-n", "~", "#x", "a\u2019b", "$PATH ${x:-y}", "x\\"]
+HOSTILE = ["two words", "it's", 'a"b', "a\nb", "$(touch pwned)", "`touch pwned`", "50%n %F{red}", "d\u00e9j\u00e0 \u6f22",
+           "a;touch pwned", "back\\slash", "\\$(touch pwned)", "'$(touch pwned)'", "!!", "*", "-n", "~", "#x", "a\u2019b",
+           "$PATH ${x:-y}", "x\\"]
 
 
 class Terminal:
@@ -149,8 +150,10 @@ def open_shell(home: Path, box: Path, terminals: list[Terminal], monkeypatch: py
             pytest.skip(f"there is no {shell}")
         path = home / RC[shell]
         path.parent.mkdir(parents=True, exist_ok=True)
-        source = f"source {llmstack.shell_quote(shell, llmstack.write_hook(shell, llmstack.data_dir(os.environ)))}\n" if hook else ""
-        (home / "data/fish/generated_completions").mkdir(parents=True, exist_ok=True)     # else fish makes them, in the background
+        path_of_hook = llmstack.write_hook(shell, llmstack.data_dir(os.environ))
+        source = f"source {llmstack.shell_quote(shell, path_of_hook)}\n" if hook else ""
+        # Without this directory fish makes completions, in the background.
+        (home / "data/fish/generated_completions").mkdir(parents=True, exist_ok=True)
         path.write_text(PLAIN[shell] + before + source + rc, encoding="utf-8")
         names = ("PATH", "HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
         full = {n: os.environ[n] for n in names} | {"TERM": "xterm", "LANG": "C.UTF-8", "SHELL": program} | env
@@ -312,15 +315,16 @@ def test_names_of_directories_are_only_names(shell: str, open_shell: Open, tmp_p
     assert not list(tmp_path.rglob("pwned"))
 
 
-MARKERS = ["$(touch pwned)\n", "external http://x/$(touch pwned)\n", "`touch pwned`", "external http://x/%F{red}\n", "current; touch pwned",
-           "'; touch pwned; '", "external http://a b\n", "current\x1b]0;t\x07\n", "x" * 100_000, "\0\0", ""]
+MARKERS = ["$(touch pwned)\n", "external http://x/$(touch pwned)\n", "`touch pwned`", "external http://x/%F{red}\n",
+           "current; touch pwned", "'; touch pwned; '", "external http://a b\n", "current\x1b]0;t\x07\n", "x" * 100_000,
+           "\0\0", ""]
 
 
 @pytest.mark.parametrize("shell", POSIX_SHELLS)
 def test_a_marker_that_is_none_does_nothing_trusted_or_not(shell: str, open_shell: Open, tmp_path: Path, box: Path) -> None:
     terminal = open_shell(shell, "setopt promptsubst\n" if shell == "zsh" else "")
     for number, marker in enumerate(MARKERS):
-        for trusted in (False, True):
+        for trusted in (False, True) if number < 2 else (True,):
             project = make_project(tmp_path / f"m{number}{trusted}", marker, trusted)
             shown = terminal.run(cd(shell, project), "", "")
             assert shown.count("llmstack: ") == 1, shown
@@ -340,7 +344,7 @@ def test_a_cloned_project_says_one_line_and_waits_for_trust(shell: str, open_she
     assert ours(terminal.exported(box)) == {}
     assert "Trusted as it is now." in terminal.run(f"{sys.executable} {llmstack.PROGRAM} trust")
     assert terminal.exported(box)["LLMSTACK_WORK_DIR"] == str(project)
-    if shell == "fish" and "path" not in subprocess.run(["fish", "-c", "builtin -n"], capture_output=True, text=True).stdout.split():
+    if shell == "fish" and subprocess.run(["fish", "-c", "builtin -q path"], check=False).returncode:
         return                                              # before 3.5 it cannot see a file's age
     future = time.time() + 5
     (project / ".llmstack" / "opencode.json").write_text('{"changed": 1}')
@@ -431,9 +435,9 @@ KEPT = {
 def test_the_users_own_prompt_commands_run_on(case: str, order: str, open_shell: Open, tmp_path: Path, box: Path) -> None:
     shell = case.split()[0]
     setup, question = KEPT[case]
-    if case == "bash array":
-        if subprocess.run(["bash", "-c", "((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501))"], check=False).returncode:
-            pytest.skip("bash 5.1 runs arrays")
+    new = "((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501))"
+    if case == "bash array" and subprocess.run(["bash", "-c", new], check=False).returncode:
+        pytest.skip("bash 5.1 runs arrays")
     if order == "after":
         setup = {"bash": "PROMPT_COMMAND=\"$PROMPT_COMMAND\"$'\\n''mine=$((${mine:-0}+1)); last=$?'\n",
                  "bash array": "PROMPT_COMMAND=(\"${PROMPT_COMMAND[@]}\" 'mine=$((${mine:-0}+1))' 'last=$?')\n",
@@ -499,13 +503,14 @@ def test_a_prompt_put_back_outside_loses_the_prefix(open_shell: Open, tmp_path: 
 
 
 @pytest.mark.parametrize("shell", POSIX_SHELLS)
-def test_a_program_that_is_gone_is_said_once(shell: str, open_shell: Open, tmp_path: Path, box: Path) -> None:
+def test_a_program_that_is_gone_is_not_missed(shell: str, open_shell: Open, tmp_path: Path, box: Path) -> None:
     terminal = open_shell(shell, hook=False)
-    hook = tmp_path / "hook"
-    hook.write_text(llmstack.render_hook(shell, sys.executable, str(tmp_path / "gone $(touch pwned)"), "/nonexistent/t"))
-    shown = terminal.run(f"source {hook}", cd(shell, make_project(tmp_path / "p")), "", cd(shell, box),
-                         cd(shell, make_project(tmp_path / "q")), "")
-    assert shown.count("is gone; run `activate") == 1
+    for number, (python, program) in enumerate([(sys.executable, "/gone $(touch pwned)"), ("/gone '`touch pwned`", PROGRAM)]):
+        hook = tmp_path / f"hook{number}"
+        hook.write_text(llmstack.render_hook(shell, python, program, "/nonexistent/t"))
+        shown = terminal.run(f"source {hook}", cd(shell, make_project(tmp_path / f"p{number}")), "", cd(shell, box), "")
+        assert "llmstack:" not in shown
+        assert "No such file" not in shown
     assert ours(terminal.exported(box)) == {}
     assert not list(tmp_path.rglob("pwned"))
 
@@ -520,12 +525,14 @@ def test_a_line_that_changes_project_and_runs_takes_the_new_one(open_shell: Open
     assert f'"project": "{two}"' in shown
     shown = terminal.run(cd("bash", one), f"cd {box} && {sys.executable} {llmstack.PROGRAM} status --json")
     assert f'"project": "{box}"' in shown
-    shown = terminal.run(cd("bash", one), f"cd {box} && LLMSTACK_WORK_DIR={two} {sys.executable} {llmstack.PROGRAM} status --json")
+    by_hand = f"LLMSTACK_WORK_DIR={two} {sys.executable} {llmstack.PROGRAM} status --json"
+    shown = terminal.run(cd("bash", one), f"cd {box} && {by_hand}")
     assert f'"project": "{two}"' in shown, "what is said by hand counts"
 
 
 def test_the_environment_of_another_project_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    env = {"LLMSTACK_HOOK": "1:bash:/elsewhere", "LLMSTACK_WORK_DIR": "/elsewhere", "_llmstack_new_LLMSTACK_WORK_DIR": "/elsewhere",
+    env = {"LLMSTACK_HOOK": "1:bash:/elsewhere",
+           "LLMSTACK_WORK_DIR": "/elsewhere", "_llmstack_new_LLMSTACK_WORK_DIR": "/elsewhere",
            "LLMSTACK_REMOTE_URL": "http://x", "_llmstack_new_LLMSTACK_REMOTE_URL": "http://x",
            "OPENCODE_CONFIG": "/elsewhere/o", "_llmstack_new_OPENCODE_CONFIG": "/elsewhere/o",
            "_llmstack_old_OPENCODE_CONFIG": "/mine", "_llmstack_had_OPENCODE_CONFIG": "x", "LLMSTACK_ACTIVE": "1"}
@@ -546,7 +553,8 @@ def stack(tmp_path: Path) -> Iterator[Path]:
     router, engine = free_ports(2)
     state = Path(".llmstack")
     state.mkdir()
-    (state / "models.ini").write_text(f"[DEFAULT]\nengine = embedded\nrouter_port = {router}\nengine_port = {engine}\n{NO_MODELS}")
+    ports = f"router_port = {router}\nengine_port = {engine}\n"
+    (state / "models.ini").write_text(f"[DEFAULT]\nengine = embedded\n{ports}{NO_MODELS}")
     yield Path.cwd()
     llmstack.main(["stop"])
 
@@ -663,7 +671,8 @@ def test_a_zdotdir_that_came_with_the_project_is_not_used(stack: Path, open_shel
     left = stack / ".llmstack" / "zdotdir"
     (left / ".zshenv.zwc").write_text("compiled")
     (left / "deep").mkdir()
-    llmstack._clear_directory(str(left), ".zshenv")
+    again = open_shell("zsh", hook=False, argv=started(), cwd=stack)
+    again.run("")
     assert os.listdir(left) == [".zshenv"]
 
 
@@ -696,7 +705,8 @@ def test_the_program_may_live_in_any_directory(shell: str, open_shell: Open, hom
     place = tmp_path / "it's a $(touch pwned) \"place\" \\ 50%"
     place.mkdir()
     shutil.copy(llmstack.PROGRAM, place / "llm stack.pyz")
-    hook = subprocess.run([sys.executable, str(place / "llm stack.pyz"), "activate", shell], capture_output=True, text=True, check=True)
+    hook = subprocess.run([sys.executable, str(place / "llm stack.pyz"), "activate", shell], capture_output=True, text=True,
+                          check=True)
     terminal = open_shell(shell, hook.stdout, hook=False)
     terminal.run(cd(shell, make_project(tmp_path / "p")))
     assert terminal.exported(box)["LLMSTACK_ROOT"] == str(place)
@@ -716,10 +726,10 @@ def test_trust_shows_what_it_trusts_without_control_characters(capsys: pytest.Ca
     assert "\x07" not in out
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert f"project {project}" in lines
-    assert "channel external http://10.0.0.5:1" in lines
-    assert 'provider x?[2J baseURL "http://evil\\u001b]0;t\\u0007/v1"' in lines or any("http://evil" in x for x in lines)
-    assert 'mcp m command "sh" "-c" "echo hi"' in lines
-    assert "plugin is there, and may run programs" in lines
+    assert "default-channel external http://10.0.0.5:1" in lines
+    assert "opencode.json.provider.x?[2J.options.baseURL http://evil?]0;t?/v1" in lines
+    assert "opencode.json.mcp.m.command.2 echo hi" in lines
+    assert "opencode.json.plugin.0 p" in lines
     assert "models.ini llama_server_bin = /tmp/evil" in lines
     assert "AGENTS.md 2 lines" in lines
     assert llmstack.is_trusted(places_of(project), "hook")
@@ -734,7 +744,8 @@ def test_trust_shows_whatever_it_finds(text: str, capsys: pytest.CaptureFixture[
     assert "Trusted as it is now." in capsys.readouterr().out
 
 
-def test_trust_by_directory_and_from_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trust_by_directory_and_from_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     project = make_project(tmp_path / "p", trusted=False)
     assert llmstack.main(["trust", str(project)]) == 0
     assert llmstack.is_trusted(places_of(project), "hook")
@@ -832,8 +843,8 @@ def test_quoting_is_undone_by_the_shell(shell: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("word", "quoted"), [
-    ("plain", "'plain'"), ("it's", "'it''s'"), ("", "''"), ("$x `y", "'$x `y'"), ("a\u2019b", "(''+'a'+[char]0x2019+'b')"),
-    ("\u2019", "(''+[char]0x2019)"), ("\U0001f600", "(''+[char]0xd83d+[char]0xde00)"), ("a\nb", "(''+'a'+[char]0xa+'b')")])
+    ("plain", "'plain'"), ("it's", "'it''s'"), ("", "''"), ("$x `y", "'$x `y'"), ("a\u2019", "(-join[char[]](97,8217))"),
+    ("\U0001f600", "(-join[char[]](55357,56832))"), ("\n", "(-join[char[]](10))")])
 def test_powershell_gets_ascii_alone(word: str, quoted: str) -> None:
     assert llmstack.shell_quote("powershell", word) == quoted
 
@@ -847,7 +858,7 @@ def test_the_powershell_hook_is_whole_and_ascii() -> None:
         assert bare.count(opening) == bare.count(closing)
     assert [n for n in NAMES if f"_llmstack_unset {n}" not in text] == []
     assert "'C:\\Py thon\\python.exe'" in text
-    assert "[char]0xe9" in text
+    assert "92,100,233,106,224,92" in text
 
 
 def test_powershell_runs_it(open_shell: Open, tmp_path: Path, box: Path) -> None:
@@ -856,20 +867,19 @@ def test_powershell_runs_it(open_shell: Open, tmp_path: Path, box: Path) -> None
         pytest.skip("there is no pwsh")
     hook = llmstack.write_hook("powershell", llmstack.data_dir(os.environ))
     project = make_project(tmp_path / "it's \u2019 $(x)")
-    see = f"& {{ prompt; \"$env:LLMSTACK_WORK_DIR|$env:OPENCODE_CONFIG|$LASTEXITCODE\" }}"
+    see = "& { prompt; \"$env:LLMSTACK_WORK_DIR|$env:OPENCODE_CONFIG|$LASTEXITCODE\" }"
     lines = [f". '{hook}'", "sh -c 'exit 3'", f"Set-Location {llmstack.shell_quote('powershell', str(project))}", see,
              f"Set-Location '{box}'", see]
-    done = subprocess.run([program, "-NoProfile", "-NonInteractive", "-Command", "; ".join(lines)], capture_output=True, check=True,
-                          text=True)
-    shown = done.stdout
+    shown = subprocess.run([program, "-NoProfile", "-NonInteractive", "-Command", "; ".join(lines)], capture_output=True,
+                           check=True, text=True).stdout
     assert f"{CURRENT}" in shown
     assert f"{project}|{project}/.llmstack/opencode.json|3" in shown
     assert shown.rstrip().endswith("||3")
 
 
 @pytest.mark.parametrize(("program", "name"), [
-    ("/bin/bash", "bash"), ("-zsh", "zsh"), ("C:\\Program Files\\PowerShell\\7\\pwsh.exe", "powershell"), ("/usr/bin/fish", "fish"),
-    ("powershell.EXE", "powershell"), ("/bin/sh", ""), ("cmd.exe", ""), ("rbash", ""), ("", "")])
+    ("/bin/bash", "bash"), ("-zsh", "zsh"), ("C:\\Program Files\\PowerShell\\7\\pwsh.exe", "powershell"),
+    ("/usr/bin/fish", "fish"), ("powershell.EXE", "powershell"), ("/bin/sh", ""), ("cmd.exe", ""), ("rbash", ""), ("", "")])
 def test_shells_are_known_by_their_names(program: str, name: str) -> None:
     assert llmstack.shell_name(program) == name
 
