@@ -42,7 +42,7 @@ Files, below the project's .llmstack/: models.ini (yours), llama-swap.yaml, rout
 active-channel, logs/{router,engine or llama-swap,TIER}.log. Below the data directory ($LLMSTACK_DATA_DIR, else
 $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, lock, llama-cpp/ (private environment), demo/.
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT}, LLAMA_SERVER_BIN,
-HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -1547,7 +1547,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     tokens = meta.get("tokenizer.ggml.tokens")
     vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
     numbers = [meta.get("general.alignment"), meta.get("split.count")]
-    alignment, parts = (n if isinstance(n, int) and 0 < n <= 1000 else d for n, d in zip(numbers, (32, 1)))
+    alignment, parts = (n if isinstance(n, int) and 0 < n <= 256 else d for n, d in zip(numbers, (32, 1)))
     header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, alignment)
 
