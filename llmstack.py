@@ -48,8 +48,8 @@ llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-sw
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
 written.json, lock, llama-cpp/ (private environment), demo/. In the home directory: .SHELL_llmstack_hook.
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,HOOK,ACTIVE},
-SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME /
-LOCALAPPDATA. Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
+SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE,
+LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA. Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -1706,7 +1706,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     tokens = meta.get("tokenizer.ggml.tokens")
     vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
     numbers = [meta.get("general.alignment"), meta.get("split.count")]
-    alignment, parts = (n if isinstance(n, int) and 0 < n <= 1000 else d for n, d in zip(numbers, (32, 1)))
+    alignment, parts = (n if isinstance(n, int) and 0 < n <= 256 else d for n, d in zip(numbers, (32, 1)))
     header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, alignment)
 
@@ -1828,10 +1828,11 @@ def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0
     window = _pad(min(cells, window * slots + tokens))
     kept = layers.count - layers.number("attention.shared_kv_layers")      # the later ones use the others' cache
     kept = min(kept, 20) if layers.arch == "gemma3n" else kept
-    shapes = []                                 # (cells, values of K, values of V)
+    shapes, masked = [], set()                  # (cells, values of K, values of V); (which cache, cells)
     for i in range(kept):
         if layers.kv_heads[i] and (not recurs[i] or layers.arch == "falcon-h1"):
             suffix, heads = "_swa" if slides[i] else "", layers.kv_heads[i]
+            masked.add((suffix, window if slides[i] else cells))
             shapes.append((window if slides[i] else cells, layers.number("attention.key_length" + suffix, layers.key) * heads,
                            layers.number("attention.value_length" + suffix, layers.value) * heads))
 
@@ -1843,8 +1844,8 @@ def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0
     index = row(layers.number("attention.indexer.key_length"), cache_type_k)
     kv = sum(n * (row(k, cache_type_k) + index + (0 if layers.latent else row(v if flash_attn else widest_v, cache_type_v)))
              for n, k, v in shapes)
-    # A mask for each kind of cache; the GPU gets its copy.
-    masks = sum({n for n, _, _ in shapes}) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
+    # A mask for each of the two caches; the GPU gets its copy.
+    masks = sum(n for _, n in masked) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
     peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
     return Memory(header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0), kv,
                   sum(recurs) * layers.state_floats() * 4 * slots, masks + peak + header.vocab * slots * 4)
@@ -3151,7 +3152,7 @@ CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's ow
 def cards_gb() -> Tuple[float, str]:
     """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") where there are none.
 
-    An AMD APU has a small carve-out of its own and works in the machine's memory: it is no card here.
+    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its driver lets it (GTT).
     """
     listed = _output(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]).split("\n")
     sizes, kind = [int(mib) * 1_048_576 / 1e9 for mib in listed if mib.strip().isdigit()], "NVIDIA"
@@ -3160,8 +3161,15 @@ def cards_gb() -> Tuple[float, str]:
             names = [n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n)]
         except OSError:
             names = []
-        texts = [read_text(os.path.join(DRM, n, "device", "mem_info_vram_total")).strip() for n in names]
-        sizes, kind = [int(t) / 1e9 for t in texts if t.isdigit() and int(t) >= 4 * 1024 ** 3], "AMD"
+
+        def listed_gb(which: str) -> List[float]:
+            texts = [read_text(os.path.join(DRM, n, "device", f"mem_info_{which}_total")).strip() for n in names]
+            return [int(t) / 1e9 for t in texts if t.isdigit()]
+
+        sizes, kind = [gb for gb in listed_gb("vram") if gb > 4.2], "AMD"
+        shared = sum(listed_gb("vram") + listed_gb("gtt"))
+        if not sizes and shared:
+            return min(shared, total_memory_gb() * 0.75), f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
     return sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes), f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
 
 
@@ -5416,7 +5424,7 @@ def hub_cache_dir(env: Mapping[str, str]) -> str:
 def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
     if weights.path:
-        return weights.path if os.path.exists(weights.path) else ""
+        return weights.path if os.path.isfile(weights.path) else ""
     repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
     head = read_text(os.path.join(repo, "refs", "main")).strip()
     try:
@@ -5424,7 +5432,7 @@ def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     except OSError:
         return ""
     found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
-    return next((path for path in found if os.path.exists(path)), "")
+    return next((path for path in found if os.path.isfile(path)), "")
 
 
 def part_names(name: str, count: int) -> List[str]:

@@ -161,9 +161,9 @@ def model(arch: str, *, layers: int = 4, embd: int = 1024, heads: int = 8, kv: i
             if arch == "gpt-oss":
                 add(b + "attn_output.bias", embd)
                 add(b + "attn_sinks.weight", heads)
-        if arch in ("gemma3", "gpt-oss", "qwen3next"):
+        if arch in ("gemma2", "gemma3", "gpt-oss", "qwen3next"):
             add(b + "post_attention_norm.weight", embd)
-        if arch == "gemma3":
+        if arch in ("gemma2", "gemma3"):
             add(b + "post_ffw_norm.weight", embd)
         if arch not in ("gpt-oss", "qwen3next"):
             add(b + "ffn_norm.weight", embd)

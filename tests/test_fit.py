@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"tied": True},                                    # grouped queries, one matrix in and out
     "qwen3moe": {"experts": 16, "used": 8, "expert_ff": 768},
     "gemma3": {"layers": 6, "window": 512, "tied": True},
+    "gemma2": {"tied": True},                                   # four windows of 4,096: both caches full
     "gpt-oss": {"heads": 16, "kv": 4, "head": 64, "experts": 8, "used": 4, "expert_ff": 1024, "window": 128},
     "qwen3next": {"experts": 16, "used": 8, "expert_ff": 512, "shared": 512, "inner": 2048, "state": 128, "group": 8, "rank": 16},
     "granitehybrid": {"ff": 2048, "inner": 2048, "state": 128, "rank": 32, "kv": [0, 2, 0, 0], "tied": True},
@@ -528,12 +529,16 @@ def test_nvidia_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: s
 
 
 @pytest.mark.parametrize(("vram", "gb"), [
-    ([17_163_091_968], 16.09), ([536_870_912], 24.0), ([536_870_912, 17_163_091_968], 16.09), ([], 24.0)])
-def test_amd_cards_but_not_an_apus_carve_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vram: list[int], gb: float) -> None:
+    ([17_163_091_968], 16.09),                                  # a card
+    ([536_870_912, 17_163_091_968], 16.09),                     # and an APU beside it
+    ([536_870_912], 16.54),                                     # an APU alone: what its driver lets it use of memory
+    ([], 24.0)])
+def test_amd_cards_and_apus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vram: list[int], gb: float) -> None:
     for number, size in enumerate(vram):
         device = tmp_path / f"card{number}" / "device"
         device.mkdir(parents=True)
         (device / "mem_info_vram_total").write_text(f"{size}\n")
+        (device / "mem_info_gtt_total").write_text("16000000000\n")
         (tmp_path / f"card{number}-DP-1").mkdir()
     monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
     assert machine(monkeypatch, 32.0).budget_gb == pytest.approx(gb, abs=0.01)
