@@ -618,11 +618,14 @@ class Subject(NamedTuple):
     has_boot: bool = False  # whether its boot and memory are measured
 
 
-def start_stub(children: Children) -> Subject:
-    """Start the upstream of the run."""
-    command = [sys.executable, str(REPOSITORY / "tests" / "bench_stub.py")]
-    child = children.start(Launch("stub", command, {}, "stdout", URL_ON_FIRST_LINE))
-    return Subject(DIRECT, child.wait_for_port(), child)
+def start(children: Children, name: str, command: Sequence[str], announces_on: str = "stdout",
+          announcement: str = URL_ON_FIRST_LINE, env: Optional[dict[str, str]] = None, has_boot: bool = False) -> Subject:
+    """Start a server that says on which port it listens."""
+    child = children.start(Launch(name, command, env or {}, announces_on, announcement))
+    port = child.wait_for_port()
+    if has_boot:
+        child.wait_for_answer(port)
+    return Subject(name, port, child, has_boot)
 
 
 def find_nginx() -> str:
@@ -656,33 +659,16 @@ def start_nginx(children: Children, nginx: str, upstream: int) -> Subject:
     raise AssertionError("unreachable")
 
 
-def start_llmstack(children: Children, command: Sequence[str], upstream: int) -> Subject:
-    """Start the router under test."""
-    serve = ["serve", "--upstream", f"http://{HOST}:{upstream}", "--host", HOST, "--port", "0"]
-    return _start_measured(children, Launch(LLMSTACK, [*command, *serve], {}, "stdout", URL_ON_FIRST_LINE))
-
-
-def start_peer(children: Children, python: str, models_ini: str, upstream: int) -> Subject:
-    """Start the peer's router as its own `start` does, with its bundled models.ini."""
-    command = [python, "-c", PEER_LAUNCH, str(upstream), "--host", HOST, "--port", "0"]
-    return _start_measured(children, Launch(PEER, command, {"LLMSTACK_MODELS_INI": models_ini}, "stderr",
-                                            r"running on http://[^\s/:]+:(\d+)"))
-
-
-def _start_measured(children: Children, launch: Launch) -> Subject:
-    child = children.start(launch)
-    port = child.wait_for_port()
-    child.wait_for_answer(port)
-    return Subject(launch.name, port, child, has_boot=True)
-
-
-def peer_facts(children: Children, python: Optional[str]) -> tuple[str, str]:
-    """Return the peer's version (with its Python's) and its models.ini; raise SubjectError without it."""
+def start_peer(children: Children, python: Optional[str], upstream: int) -> tuple[Subject, str]:
+    """Start the peer's router as its own `start` does, with its bundled models.ini; return its version, too."""
     if not python:
         raise SubjectError("no --peer PYTHON given")
     output = _output_of([python, "-c", PEER_FACTS], cwd=children.directory, env=children.env)
     version, python_version, models_ini = json.loads(output)
-    return f"opencode-llmstack {version} on Python {python_version}", str(models_ini)
+    command = [python, "-c", PEER_LAUNCH, str(upstream), "--host", HOST, "--port", "0"]
+    subject = start(children, PEER, command, "stderr", r"running on http://[^\s/:]+:(\d+)",
+                    {"LLMSTACK_MODELS_INI": str(models_ini)}, has_boot=True)
+    return subject, f"opencode-llmstack {version} on Python {python_version}"
 
 
 def router_command(options: argparse.Namespace) -> list[str]:
@@ -752,8 +738,9 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     command = router_command(options)
     versions, missing, pyz = {}, {}, None
     try:
-        direct = start_stub(children)
-        subjects = [direct, start_llmstack(children, command, direct.port)]
+        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench_stub.py")])
+        serve = ["serve", "--upstream", f"http://{HOST}:{direct.port}", "--host", HOST, "--port", "0"]
+        subjects = [direct, start(children, LLMSTACK, [*command, *serve], has_boot=True)]
         rewrites = {each.name: check_relay(each.port) for each in subjects}
     except SubjectError as error:
         raise SetupError(f"cannot start the stub and {shlex.join(command)!r}: {error}") from None
@@ -764,9 +751,9 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     except SubjectError as error:
         missing[NGINX] = str(error)
     try:
-        versions[PEER], models_ini = peer_facts(children, options.peer)
-        subjects.append(start_peer(children, options.peer, models_ini, direct.port))
-        rewrites[PEER] = check_relay(subjects[-1].port)
+        peer, versions[PEER] = start_peer(children, options.peer, direct.port)
+        subjects.append(peer)
+        rewrites[PEER] = check_relay(peer.port)
     except SubjectError as error:
         missing[PEER] = str(error)
     try:
@@ -899,57 +886,36 @@ def render_text(machine: dict[str, Any], field: Field, results: Results, outcome
     if machine["load_before"] > machine["usable_cores"] / 2:
         lines.append("warning: other programs were at work at the start; measure again on a quiet machine")
     lines += [f'auto:    {name} asked the stub for "{model}"' for name, model in field.rewrites.items()]
-    lines += ["", f"medians, rounds: {len(results.rounds)}", *_render_table(field, results), ""]
-    lines += ["goals (llmstack; the extremes of the rounds in brackets)", *map(_render_outcome, outcomes)]
+    names = [subject.name for subject in field.subjects]
+    lines += ["", f"medians, rounds: {len(results.rounds)}", " " * 44 + "".join(f"{name:>12}" for name in names)]
+    for key, label, unit, digits in MEASURES:
+        medians = [results.median(key, name) for name in names]
+        cells = ["-" if value is None else f"{value:,.{digits}f}" for value in medians]
+        lines.append(f"{label:32}{unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
+    lines += ["", "goals (llmstack; the extremes of the rounds in brackets)"]
+    for goal, verdict, value, low, high in outcomes:
+        line = f"{verdict:13} {goal.text:30} {'<=' if goal.at_most else '>='} {f'{goal.limit:g} {goal.unit}':19}"
+        lines.append(line.rstrip() if value is None else f"{line} {value:8.2f}  ({low:.2f} to {high:.2f})")
     lines += [f"not measured: {name}: {reason}" for name, reason in field.missing.items()]
     lines += [f"failed: {failure}" for failure in results.failures]
     return "\n".join(lines)
 
 
-def _render_table(field: Field, results: Results) -> list[str]:
-    names = [subject.name for subject in field.subjects]
-    lines = [" " * 44 + "".join(f"{name:>12}" for name in names)]
-    for key, label, unit, digits in MEASURES:
-        medians = [results.median(key, name) for name in names]
-        cells = ["-" if value is None else f"{value:,.{digits}f}" for value in medians]
-        lines.append(f"{label:32}{unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
-    return lines
-
-
-def _render_outcome(outcome: Outcome) -> str:
-    goal = outcome.goal
-    bound = f"{'<=' if goal.at_most else '>='} {goal.limit:g} {goal.unit}"
-    line = f"{outcome.verdict:13} {goal.text:30} {bound:22}"
-    if outcome.value is None:
-        return line.rstrip()
-    return f"{line} {outcome.value:8.2f}  ({outcome.low:.2f} to {outcome.high:.2f})"
-
-
 def render_json(machine: dict[str, Any], field: Field, results: Results, outcomes: Sequence[Outcome]) -> str:
     """Return the report as one JSON object."""
     names = [subject.name for subject in field.subjects]
-    report = {
-        "machine": machine,
-        "missing": field.missing,
-        "rewrites": field.rewrites,
-        "rounds": len(results.rounds),
-        "measures": {key: {
-            "label": label.strip(),
-            "unit": unit,
-            "medians": {name: results.median(key, name) for name in names},
-            "rounds": {name: results.samples(key, name) for name in names},
-        } for key, label, unit, _ in MEASURES},
-        "goals": [{**outcome._asdict(), "goal": outcome.goal._asdict()} for outcome in outcomes],
-        "failures": results.failures,
-    }
-    return json.dumps(report, indent=2)
+    measures = {key: {"label": label.strip(), "unit": unit, "medians": {name: results.median(key, name) for name in names},
+                      "rounds": {name: results.samples(key, name) for name in names}} for key, label, unit, _ in MEASURES}
+    goals = [{**outcome._asdict(), "goal": outcome.goal._asdict()} for outcome in outcomes]
+    return json.dumps({"machine": machine, "missing": field.missing, "rewrites": field.rewrites, "rounds": len(results.rounds),
+                       "measures": measures, "goals": goals, "failures": results.failures}, indent=2)
 
 
 # ---- the start
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.bench", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds to run (default 5; 2 with --quick)")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that can import opencode-llmstack")
@@ -958,12 +924,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="shorter measures, fewer rounds: a smoke test")
     parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the benchmark; return the exit code."""
-    parser = build_parser()
     options = parser.parse_args(argv)
     rounds = options.rounds if options.rounds is not None else (2 if options.quick else 5)
     if rounds < 1:
