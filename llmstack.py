@@ -48,8 +48,9 @@ llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-sw
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
 written.json, lock, llama-cpp/ (private environment), demo/. In the home directory: .SHELL_llmstack_hook.
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,HOOK,ACTIVE},
-SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE,
-LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA. Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
+SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE,
+LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -3454,7 +3455,8 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
 # `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*$", re.MULTILINE | re.IGNORECASE)
+_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
+                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
@@ -3506,11 +3508,12 @@ def is_trusted(places: Places, what: str) -> bool:
     return not digest or (isinstance(known, dict) and known.get(what) == digest)
 
 
-def trust_project(places: Places) -> None:
-    """Trust what the project's .llmstack/ holds now. Errors: UserError."""
+def trust_project(places: Places, *parts: str) -> None:
+    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
         known = _read_json(trust_file(places.data))
-        known[os.path.realpath(places.state)] = project_digests(places)
+        mine, now = known.get(os.path.realpath(places.state)), project_digests(places)
+        known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
         known[""] = f"{time.time():.6f}"        # the file's second line: shell hooks see by it that something was trusted
         write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
 
@@ -6431,16 +6434,22 @@ def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
 
 
 def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
-    """Write opencode.json, AGENTS.md and the pin; True when anything has changed. What is there then is trusted."""
+    """Write opencode.json, AGENTS.md and the pin; True when anything has changed.
+
+    What install has written is trusted. What a cloned directory may have brought along, an AGENTS.md of somebody
+    else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
+    """
+    trusted = is_trusted(places, "hook")
     files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
     changed = [name for name, text in files if write_ours(places, name, text, say)]
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    if trust and not (is_trusted(places, "hook") and is_trusted(places, "run")):
-        if not is_trusted(places, "run"):
-            say("Trusted from now on: the program and addresses that models.ini and litellm_config.yaml name")
-        trust_project(places)
+    if trust and (trusted or _read_bytes(places.in_state("AGENTS.md")) == AGENTS_MD.encode()):
+        if not is_trusted(places, "hook"):
+            trust_project(places, "hook")
+    elif trust:
+        say(f"{places.in_state('AGENTS.md')} tells agents what to do and is not trusted here: look at it, then `llmstack trust`")
     return bool(changed)
 
 
