@@ -2365,24 +2365,23 @@ class ChunkFraming:
             data, self._line = self._line + data, b""
             end = len(data)
         self._ahead = 0
-        sizes = _SIZES
+        find, known = data.find, _SIZES.get
         while position < end and not self._trailer:
-            eol = data.find(b"\r\n", position)
+            eol = find(b"\r\n", position)
             if eol < 0:
                 return self._keep(data, position)
-            line = data[position:eol]
-            size = sizes.get(line)
+            size = known(data[position:eol])
             if size is None:
-                size = _chunk_size(line)
-            if size == 0:
+                size = _chunk_size(data[position:eol])
+            if not size:
                 self._trailer = True
                 position = eol + 2
                 break
-            start, position = eol + 2, eol + size + 4
+            position = eol + size + 4
             if payload is not None:
-                payload.append(data[start:min(start + size, end)])
-            self._check_crlf(data, position, end)
-            if position > end:
+                payload.append(data[eol + 2:min(position - 2, end)])
+            if data[position - 2:position] != b"\r\n":      # cut off here, or wrong
+                self._check_crlf(data, position, end)
                 self._ahead = position - end
                 return 0
         return self._trailers(data, position) if self._trailer else 0
