@@ -541,6 +541,25 @@ def test_a_line_that_changes_project_and_runs_takes_the_new_one(open_shell: Open
     assert f'"project": "{two}"' in shown, "what is said by hand counts"
 
 
+def test_a_link_that_leads_out_of_a_project_is_still_in_it(open_shell: Open, tmp_path: Path, box: Path) -> None:
+    project = make_project(tmp_path / "p")
+    (project / "out").symlink_to(box)
+    terminal = open_shell("bash")
+    terminal.run(cd("bash", project / "out"))
+    assert f'"project": "{project}"' in terminal.run(f"{sys.executable} {llmstack.PROGRAM} status --json")
+    assert f'"project": "{box}"' in terminal.run(f"cd {box}; {sys.executable} {llmstack.PROGRAM} status --json")
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("LLMSTACK_HOOK", "1:bash:/elsewhere")
+    assert llmstack.main(["status"]) == 1
+    assert "the current directory is gone" in capsys.readouterr().err
+
+
 def test_the_environment_of_another_project_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"LLMSTACK_HOOK": "1:bash:/elsewhere",
            "LLMSTACK_WORK_DIR": "/elsewhere", "_llmstack_new_LLMSTACK_WORK_DIR": "/elsewhere",
