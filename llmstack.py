@@ -3053,7 +3053,10 @@ def data_dir(env: Mapping[str, str]) -> str:
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     """Where this invocation works: $LLMSTACK_WORK_DIR, else the current directory; the demo has its own."""
     data = data_dir(env)
-    work = os.path.join(data, "demo") if demo else os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
+    try:
+        work = os.path.join(data, "demo") if demo else os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
+    except FileNotFoundError:
+        raise UserError("the current directory is gone", "cd into another") from None
     state = os.path.join(work, ".llmstack")
     ini = env.get("LLMSTACK_MODELS_INI") if not demo else ""
     return Places(work, state, os.path.abspath(os.path.expanduser(ini)) if ini else os.path.join(state, "models.ini"), data)
@@ -6701,7 +6704,12 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     project = env.get("LLMSTACK_HOOK", "").partition(":")[2].partition(":")[2]
     if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
         return
-    here = project_above(os.path.realpath("."))
+    try:                                        # the shell's spelling: a link inside a project may lead out of it
+        here = env.get("PWD", "")
+        here = project_above(here if os.path.isabs(here) and os.path.samefile(here, ".") else os.getcwd())
+    except OSError:
+        return
+    here = here and os.path.realpath(here)
     if here == project:
         return
     for name in SHELL_VARIABLES:
@@ -7309,7 +7317,7 @@ def _cmd_trust(args: Any) -> int:
     width = max([len(visible(name, 80)) for name, _ in rows] + [7])
     for name, value in [("project", places.work), *rows]:
         say(f"{visible(name, 80):<{width}}  {visible(value)}")
-    say("Trusted as it is now." if rows else "There is nothing in it that needs trust.")
+    say("Trusted as it is now.")
     return 0
 
 

@@ -43,7 +43,7 @@ class Terminal:
         self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=env, cwd=cwd, start_new_session=True,
                                         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None)
         os.close(slave)
-        self.fresh, self.count = "", 0
+        self.fresh, self.raw, self.count = "", "", 0
 
     def send(self, line: str) -> None:
         os.write(self.master, os.fsencode(line + "\n"))
@@ -66,6 +66,7 @@ class Terminal:
         while text not in self.fresh:
             self._read(text, end)
         seen, _, self.fresh = self.fresh.partition(text)
+        self.raw = seen
         return re.sub(r"\x1b(?:\[[0-9;?=<>]*[A-Za-z]|\][^\x07]*\x07|[=>()][0-9A-B]?)", "", seen)
 
     def run(self, *lines: str) -> str:
@@ -150,8 +151,9 @@ def open_shell(home: Path, box: Path, terminals: list[Terminal], monkeypatch: py
             pytest.skip(f"there is no {shell}")
         path = home / RC[shell]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path_of_hook = llmstack.write_hook(shell, llmstack.data_dir(os.environ))
-        source = f"source {llmstack.shell_quote(shell, path_of_hook)}\n" if hook else ""
+        source = f"source ~/{llmstack.HOOK_FILES[shell]}\n" if hook else ""
+        if hook:
+            llmstack.write_hook(shell, llmstack.data_dir(os.environ))
         # Without this directory fish makes completions, in the background.
         (home / "data/fish/generated_completions").mkdir(parents=True, exist_ok=True)
         path.write_text(PLAIN[shell] + before + source + rc, encoding="utf-8")
@@ -252,6 +254,15 @@ def test_from_one_project_into_another(shell: str, open_shell: Open, tmp_path: P
     assert CURRENT not in prompt
     terminal.run(cd(shell, one))
     assert "LLMSTACK_REMOTE_URL" not in ours(terminal.exported(box))
+
+
+@pytest.mark.parametrize("shell", POSIX_SHELLS)
+def test_a_thin_clients_prompt_is_purple(shell: str, open_shell: Open, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "p", "external https://box.example/llm\n")
+    terminal = open_shell(shell, TERM="xterm-256color")
+    terminal.run(cd(shell, project))
+    assert "[llmstack:p https://box.example/llm] P> " in terminal.run("", "")
+    assert re.search(r"\x1b\[38;5;98m(?:\x1b\[[0-9?]*[a-zA-Z])*\[llmstack:p", terminal.raw), terminal.raw
 
 
 @pytest.mark.parametrize("shell", POSIX_SHELLS)
@@ -530,6 +541,25 @@ def test_a_line_that_changes_project_and_runs_takes_the_new_one(open_shell: Open
     assert f'"project": "{two}"' in shown, "what is said by hand counts"
 
 
+def test_a_link_that_leads_out_of_a_project_is_still_in_it(open_shell: Open, tmp_path: Path, box: Path) -> None:
+    project = make_project(tmp_path / "p")
+    (project / "out").symlink_to(box)
+    terminal = open_shell("bash")
+    terminal.run(cd("bash", project / "out"))
+    assert f'"project": "{project}"' in terminal.run(f"{sys.executable} {llmstack.PROGRAM} status --json")
+    assert f'"project": "{box}"' in terminal.run(f"cd {box}; {sys.executable} {llmstack.PROGRAM} status --json")
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("LLMSTACK_HOOK", "1:bash:/elsewhere")
+    assert llmstack.main(["status"]) == 1
+    assert "the current directory is gone" in capsys.readouterr().err
+
+
 def test_the_environment_of_another_project_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"LLMSTACK_HOOK": "1:bash:/elsewhere",
            "LLMSTACK_WORK_DIR": "/elsewhere", "_llmstack_new_LLMSTACK_WORK_DIR": "/elsewhere",
@@ -771,6 +801,12 @@ def test_what_runs_or_sends_something_waits_for_trust(words: list[str], capsys: 
     assert "llmstack trust" in err[1]
     monkeypatch.setenv("LLMSTACK_MODELS_INI", str(ini.resolve().rename(Path.cwd() / "mine.ini")))
     assert llmstack.is_trusted(llmstack.find_places(os.environ), "run"), "a file that the user names"
+
+
+def test_what_we_seed_needs_no_trust() -> None:
+    Path(".llmstack").mkdir()
+    Path(".llmstack/models.ini").write_bytes(llmstack.read_resource("models.ini"))
+    assert llmstack.is_trusted(llmstack.find_places(os.environ), "run")
 
 
 @pytest.mark.parametrize("shell", POSIX_SHELLS)
