@@ -606,6 +606,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     threading.Thread(target=server.serve_forever, daemon=True).start()
     stack = Stack(tmp_path_factory.mktemp(request.param), request.param, server.server_port)
     try:
+        stack.run("trust")
         out = stack.run("start", "--detach").stdout
         answers: list[Answer] = []
         asking = threading.Thread(target=lambda: answers.append(stack.chat("code-ultra", stream=True)))
