@@ -48,8 +48,8 @@ llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-sw
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
 written.json, lock, llama-cpp/ (private environment), demo/. In the home directory: .SHELL_llmstack_hook.
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,HOOK,ACTIVE},
-SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE,
-LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE,
+LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
 Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
@@ -3458,7 +3458,8 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
 # `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*$", re.MULTILINE | re.IGNORECASE)
+_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
+                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
@@ -3466,7 +3467,7 @@ def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
     import hashlib
     digest = hashlib.sha256()
     for name, data in parts:
-        digest.update(b"%b %d\n%b" % (name.encode(), len(data), data))
+        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
     return digest.hexdigest()
 
 
@@ -3490,11 +3491,24 @@ def _run_lines(places: Places) -> List[str]:
     return lines
 
 
+def _state_links(places: Places) -> List[Tuple[str, str]]:
+    """Symbolic links in .llmstack/ and its logs/, with where they lead: a log would be written there."""
+    found = []
+    for directory in (places.state, places.in_state("logs")):
+        try:
+            paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+            found += [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+        except OSError:
+            pass
+    return found
+
+
 def project_digests(places: Places) -> Dict[str, str]:
     """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
     lines = _run_lines(places)
     run = [("models.ini", "\n".join(lines).encode())] if lines else []
     run += [(name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))]
+    run += [(name, os.fsencode(target)) for name, target in _state_links(places)]
     return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
             "run": _digest(run) if run else ""}
 
@@ -3510,11 +3524,12 @@ def is_trusted(places: Places, what: str) -> bool:
     return not digest or (isinstance(known, dict) and known.get(what) == digest)
 
 
-def trust_project(places: Places) -> None:
-    """Trust what the project's .llmstack/ holds now. Errors: UserError."""
+def trust_project(places: Places, *parts: str) -> None:
+    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
         known = _read_json(trust_file(places.data))
-        known[os.path.realpath(places.state)] = project_digests(places)
+        mine, now = known.get(os.path.realpath(places.state)), project_digests(places)
+        known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
         known[""] = f"{time.time():.6f}"        # the file's second line: shell hooks see by it that something was trusted
         write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
 
@@ -3888,6 +3903,9 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 #   while bytes flow, and works on every platform.
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
+# - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
+#   adds what nginx does (24 us), this one 50. Between a client and an upstream that take turns on the core, a bytecode
+#   costs 1.7 times what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _orders).
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
@@ -6435,16 +6453,22 @@ def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
 
 
 def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
-    """Write opencode.json, AGENTS.md and the pin; True when anything has changed. What is there then is trusted."""
+    """Write opencode.json, AGENTS.md and the pin; True when anything has changed.
+
+    What install has written is trusted. What a cloned directory may have brought along, an AGENTS.md of somebody
+    else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
+    """
+    trusted = is_trusted(places, "hook")
     files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
     changed = [name for name, text in files if write_ours(places, name, text, say)]
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    if trust and not (is_trusted(places, "hook") and is_trusted(places, "run")):
-        if not is_trusted(places, "run"):
-            say("Trusted from now on: the program and addresses that models.ini and litellm_config.yaml name")
-        trust_project(places)
+    if trust and (trusted or _read_bytes(places.in_state("AGENTS.md")) == AGENTS_MD.encode()):
+        if not is_trusted(places, "hook"):
+            trust_project(places, "hook")
+    elif trust:
+        say(f"{places.in_state('AGENTS.md')} tells agents what to do and is not trusted here: look at it, then `llmstack trust`")
     return bool(changed)
 
 
@@ -6655,7 +6679,7 @@ def untrusted_line(places: Places) -> str:
 def check_run_trust(places: Places) -> None:
     """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
     if not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} names a program or an address, and it is not trusted here",
+        raise UserError(f".llmstack of {visible(places.work)} names programs, addresses or other files, and is not trusted here",
                         "look at it, then run `llmstack trust`")
 
 
@@ -6862,7 +6886,8 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
                 rows.append((name, "is not plain JSON; read it yourself"))
         elif text:
             rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return rows + [("models.ini", line.strip()) for line in _run_lines(places)]
+    return [*rows, *((name, f"leads to {target}") for name, target in _state_links(places)),
+            *(("models.ini", line.strip()) for line in _run_lines(places))]
 
 
 # ===================================================================================================

@@ -289,10 +289,12 @@ def test_an_edited_agents_md_stays(places: llmstack.Places, capsys: pytest.Captu
     assert (STATE / "AGENTS.md").read_text() == "mine"
     assert (STATE / "AGENTS.md.new").read_text() == llmstack.AGENTS_MD
     assert "is yours and stays" in capsys.readouterr().out
-    assert llmstack.is_trusted(places, "hook")
+    assert not llmstack.is_trusted(places, "hook"), "it may have come with a pull"
+    assert llmstack.main(["trust"]) == 0
     before = snapshot()
     assert llmstack.main(["install"]) == 0
     assert snapshot() == before
+    assert llmstack.is_trusted(places, "hook")
 
 
 def test_an_agents_md_of_an_earlier_version_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,6 +462,14 @@ PEERS_OPENCODE = """{
 """
 
 
+def test_install_does_not_trust_what_a_cloned_models_ini_would_run(places: llmstack.Places) -> None:
+    STATE.mkdir()
+    (STATE / "models.ini").write_text("[DEFAULT]\nllama_server_bin = /tmp/evil\n[a]\nrole = fast\npath = a.gguf\n")
+    assert llmstack.main(["install"]) == 0
+    assert llmstack.is_trusted(places, "hook")
+    assert not llmstack.is_trusted(places, "run")
+
+
 def test_a_directory_of_the_peer_works_here(places: llmstack.Places, capsys: pytest.CaptureFixture[str]) -> None:
     STATE.mkdir()
     peers = {"opencode.json": PEERS_OPENCODE, "AGENTS.md": "# llmstack \u2014 agent notes\n", "default-channel": "current\n",
@@ -473,6 +483,9 @@ def test_a_directory_of_the_peer_works_here(places: llmstack.Places, capsys: pyt
     assert (STATE / "opencode.json.old").read_text() == PEERS_OPENCODE
     for name in ("AGENTS.md", "default-channel", "models.ini", "llama-swap.yaml", "litellm_config.yaml"):
         assert (STATE / name).read_text(encoding="utf-8") == peers[name], name
+    assert "then `llmstack trust`" in capsys.readouterr().out
+    assert not llmstack.is_trusted(places, "hook")
+    assert llmstack.main(["trust"]) == 0
     assert llmstack.is_trusted(places, "hook")
     assert "litellm_config.yaml" in capsys.readouterr().out, "what is trusted with it is said"
 

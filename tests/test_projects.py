@@ -53,10 +53,11 @@ def test_a_change_of_what_the_hook_hands_on_ends_its_trust(name: str, places: ll
     assert not llmstack.is_trusted(places, "hook")
 
 
-@pytest.mark.parametrize("line", ["llama_server_bin = /tmp/evil", "base_url: http://evil", "  API_KEY_ENV=AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize("line", ["llama_server_bin = /tmp/evil", "base_url: http://evil", "  API_KEY_ENV=AWS_SECRET_ACCESS_KEY",
+                                  "allow_unauthenticated = yes"])
 def test_a_models_ini_that_runs_or_sends_something_needs_trust(line: str, places: llmstack.Places) -> None:
     ini = Path(places.models_ini)
-    ini.write_text("[DEFAULT]\nengine = auto\n")
+    ini.write_text("[DEFAULT]\nengine = auto\nallow_unauthenticated = no\n")
     assert llmstack.is_trusted(places, "run")
     ini.write_text(f"[DEFAULT]\nengine = auto\n{line}\n")
     assert not llmstack.is_trusted(places, "run")
@@ -64,7 +65,7 @@ def test_a_models_ini_that_runs_or_sends_something_needs_trust(line: str, places
     assert llmstack.is_trusted(places, "run")
     ini.write_text(f"[DEFAULT]\nengine = embedded\n{line}\n")
     assert llmstack.is_trusted(places, "run"), "only those lines count"
-    ini.write_text(f"[DEFAULT]\n{line}x\n")
+    ini.write_text(f"[DEFAULT]\n{line} ; x\n")
     assert not llmstack.is_trusted(places, "run")
 
 
