@@ -25,6 +25,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
     PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
     PURE: PROFILES       the tiers for other memory sizes, as text of a models.ini
+    PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
@@ -37,20 +38,22 @@ Map of the file, bottom-up; each section is built from those above it:
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
     FIT                  headers from this disk or the hub; what each tier takes on this machine
+    LITELLM              which one, its environment and configuration; what keeps web pages away from it
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
-Files, below the project's .llmstack/: models.ini (yours), opencode.json, AGENTS.md, llama-swap.yaml, router.pid,
-llama-swap.pid, default-channel, active-channel, logs/{router,engine or llama-swap,TIER}.log, llmstack.bashrc, zdotdir/.
-Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, lock, llama-cpp/ (private environment), demo/. In the home directory: .SHELL_llmstack_hook.
+Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (yours), opencode.json, AGENTS.md,
+llama-swap.yaml, router.pid, llama-swap.pid, default-channel, active-channel, llmstack.bashrc, zdotdir/,
+logs/{router,engine or llama-swap,TIER,litellm_proxy}.log. Below the data directory ($LLMSTACK_DATA_DIR, else
+$XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json, written.json, lock, llama-cpp/ and litellm/
+(private environments), demo/. In the home directory: .SHELL_llmstack_hook.
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,HOOK,ACTIVE},
-SHELL, SHLVL, LLAMA_SERVER_BIN, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE,
-LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
-Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
+SHELL, SHLVL, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN,
+HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA. Set in shells: OPENCODE_CONFIG,
+LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -79,6 +82,7 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Match,
     MutableMapping,
     NamedTuple,
     Optional,
@@ -103,6 +107,7 @@ VERSION = "1.0.0"
 ROUTER_HOST = "127.0.0.1"
 ROUTER_PORT = 10101
 ENGINE_PORT = 10102
+LITELLM_PORT = 10103               # its admin UI is at /ui, its MCP gateway at /mcp
 FIRST_SERVER_PORT = 10001          # llama-server processes count up from here
 
 HIGH_FIDELITY_CEILING_TOKENS = 12_000
@@ -139,6 +144,7 @@ LOG_BYTES = 10 * 1024 * 1024
 LOGS_KEPT = 3
 
 LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheels for Python 3.10 and newer
+LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
 DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
 DEMO_FILE = "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf"
 
@@ -260,6 +266,7 @@ class Config(NamedTuple):
     host: str = ROUTER_HOST
     router_port: int = ROUTER_PORT
     engine_port: int = ENGINE_PORT
+    litellm_port: int = LITELLM_PORT
     engine: str = "auto"                        # auto | llama-swap | embedded
     memory_gb: float = 0.0                      # 0: auto
     allow_unauthenticated: bool = False
@@ -824,6 +831,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "router_host": Option("host", field="host"),
     "router_port": Option("int", 1, 65_535),
     "engine_port": Option("int", 1, 65_535),
+    "litellm_port": Option("int", 1, 65_535),
     "engine": Option("choice", choices=("auto", "llama-swap", "embedded")),
     "memory_gb": Option("gb_or_auto", 0.1, 100_000),
     "allow_unauthenticated": Option("bool"),
@@ -1206,9 +1214,11 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     explicit = {s for s in sections if reader.line_of(s, "aliases")}
     checked = _check_names(reader, tiers, dict.fromkeys(explicit))
     config = Config(tiers=checked, routing=routing, **values)
-    if config.router_port == config.engine_port:
-        reader.wrong(reader.line_of("DEFAULT", "router_port") or reader.line_of("DEFAULT", "engine_port"),
-                     f"router_port and engine_port are both {config.router_port}")
+    ports = {"router_port": config.router_port, "engine_port": config.engine_port, "litellm_port": config.litellm_port}
+    for one, other in (("router_port", "engine_port"), ("router_port", "litellm_port"), ("engine_port", "litellm_port")):
+        if ports[one] == ports[other]:
+            reader.wrong(reader.line_of("DEFAULT", one) or reader.line_of("DEFAULT", other),
+                         f"{one} and {other} are both {ports[one]}")
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
@@ -1419,14 +1429,32 @@ def windows_quote(word: str) -> str:
     return f'"{word}"' if " " in word else word
 
 
+class ProxyPlan(NamedTuple):
+    """LiteLLM's proxy as llama-swap's model: what starts it, and whether at once."""
+
+    tier: Tier
+    command: Tuple[str, ...]
+    port: int
+    health: str
+    preload: bool
+
+
+def _yaml_proxy(proxy: ProxyPlan, quote: Callable[[str], str]) -> List[str]:
+    return [f"  {proxy.tier.name}:", f"    description: {_yaml_text(proxy.tier.description)}", "    cmd: |",
+            f"      {' '.join(map(quote, proxy.command))}", f'    proxy: "http://127.0.0.1:{proxy.port}"',
+            f"    checkEndpoint: {proxy.health}", "    ttl: 0", "    concurrencyLimit: 512",
+            f"    aliases: [{', '.join(map(_yaml_text, proxy.tier.aliases))}]", ""]
+
+
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
                            quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
                            need_gb: Optional[Mapping[str, float]] = None, weights_gb: Optional[Mapping[str, float]] = None,
-                           budget_gb: float = 0.0) -> str:
+                           budget_gb: float = 0.0, proxy: Optional[ProxyPlan] = None) -> str:
     """The configuration of llama-swap v250 and newer for `config`.
 
     `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
     must be free, for llama-swap does not look. With `need_gb` of every tier, sets beyond the budget are left out.
+    The proxy is in every set: a model in none would run alone.
     """
     local = local_tiers(config)
     sets = residency_sets(config, need_gb, budget_gb)
@@ -1453,17 +1481,22 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "  server_defaults: >-",
         *(f"    {' '.join(flag)}" for flag in defaults),
         "",
-        "models:" if local else "models: {}",
+        "models:" if local or proxy else "models: {}",
     ]
     for tier in local:
         lines += [*_yaml_model(tier, config, use_next, refused, quote), ""]
-    if local:
+    if proxy:
+        lines += _yaml_proxy(proxy, quote)
+        keys[proxy.tier.name] = "l"
+    if keys:
+        costs = {**{t.name: tier_cost(t, use_next, (weights_gb or {}).get(t.name, 0.0)) for t in local},
+                 **({proxy.tier.name: 30} if proxy else {})}
+        members = [(x.name, [*x.tiers, *([proxy.tier.name] if proxy else [])]) for x in sets or [ResidencySet("a_hosted", ())]]
         lines += ["# What may be loaded together; the cheapest way to make room wins, the first of equals.",
-                  "matrix:", "  vars:", *(f"    {keys[t.name]}: {_yaml_text(t.name)}" for t in local), "  evict_costs:",
-                  *(f"    {keys[t.name]}: {tier_cost(t, use_next, (weights_gb or {}).get(t.name, 0.0))}" for t in local),
-                  "  sets:", *left_out,
-                  *(f"    {s.name}: {json.dumps(' & '.join(keys[n] for n in s.tiers))}" for s in sets)]
-        preload = [t.name for t in local if t.role == "fast"]
+                  "matrix:", "  vars:", *(f"    {key}: {_yaml_text(name)}" for name, key in keys.items()), "  evict_costs:",
+                  *(f"    {keys[name]}: {cost}" for name, cost in costs.items()), "  sets:", *left_out,
+                  *(f"    {name}: {json.dumps(' & '.join(keys[n] for n in names))}" for name, names in members)]
+        preload = [*(t.name for t in local if t.role == "fast"), *([proxy.tier.name] if proxy and proxy.preload else [])]
         if preload:
             lines += ["", "hooks:", "  on_startup:", f"    preload: [{', '.join(map(_yaml_text, preload))}]"]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -2008,6 +2041,327 @@ def _with_rung(section: str, rung: Rung) -> str:
 
 
 # ===================================================================================================
+# PURE: LITELLM
+# ===================================================================================================
+
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
+PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
+LITELLM_SEED = """\
+# LiteLLM's configuration, yours to edit: llmstack adds an entry to model_list for each hosted tier of models.ini
+# that has none, and changes nothing else. What an entry may hold: api_base, api_key: os.environ/NAME, retries...
+# Keys stay in the environment. https://docs.litellm.ai/docs/proxy/configs
+
+litellm_settings:
+  drop_params: true
+  request_timeout: 120
+router_settings:
+  disable_cooldowns: true          # llmstack's router leaves a failing tier alone itself, and passes the reason on
+
+model_list:
+"""
+
+
+def litellm_tiers(config: Config) -> List[Tier]:
+    """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
+    return [] if config.local_only else [t for t in config.tiers if t.backend == "litellm"]
+
+
+def litellm_entries(config: Config) -> List[Tuple[str, str]]:
+    """(model_name, model) of the entries that model_list needs."""
+    return [(name, model) for t in config.tiers if t.backend == "litellm"
+            for name, model in ((t.name, t.model), (f"{t.name}_next", t.model_next)) if model]
+
+
+def proxy_tier(config: Config) -> Optional[Tier]:
+    """The proxy as an engine sees it: a model of no size with every hosted name as its alias; None where no tier needs it."""
+    tiers = litellm_tiers(config)
+    names = [n for t in tiers for n in (t.name, *([f"{t.name}_next"] if t.model_next else []), *t.aliases)]
+    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, aliases=tuple(dict.fromkeys(names)), description="LiteLLM, for "
+                + ", ".join(t.name for t in tiers)) if tiers else None
+
+
+def unfence_ultra(text: str) -> str:
+    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on, the markers gone."""
+    def bare(match: Match[str]) -> str:
+        return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
+
+    mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
+    return re.sub(rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n", bare, text, flags=re.MULTILINE | re.DOTALL)
+
+
+def _entry_lines(entries: Sequence[Tuple[str, str]], indent: int, newline: str) -> str:
+    dash = " " * indent
+    return newline.join(f"{dash}- model_name: {_yaml_text(name)}{newline}{dash}  litellm_params:{newline}"
+                        f"{dash}    model: {_yaml_text(model)}" for name, model in entries)
+
+
+def litellm_stub(entries: Sequence[Tuple[str, str]]) -> str:
+    """The entries, to be pasted below `model_list:`."""
+    return _entry_lines(entries, 2, "\n")
+
+
+_YAML_TOKEN = re.compile(r"""(?:^|(?<=[\[{,])|(?<=[:?-][ ])|(?<=["']:))[ ]*(?:[&!][^\s,\[\]{}]*[ ]+)*
+                             (?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<torn>["']))|(?P<note>(?:^|(?<=\s))\#.*)|.""", re.VERBOSE)
+_SCALAR_HEAD = re.compile(r"(?:^|[:?-][ ]+)(?:[&!]\S+[ ]+)*[|>]([0-9+-]{0,2})[ ]*$")
+_TOP_LINE = re.compile(r"""(?:[\w.-]+|"[^"]*"|'[^']*')[ ]*:(?:[ ]|$)|-(?:[ ]|$)""")
+_MODEL_LIST = re.compile(r"""(?:model_list|"model_list"|'model_list')[ ]*:(?:[ ]+(?:&\S+[ ]*)?|$)""")
+_VALUE_OF = (r"""(?:^|[\s{{,])(?:{0}[ ]*:(?=[\s])|["']{0}["'][ ]*:)\s*(?:[&!]\S+\s+)*"""
+             r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,}}\s][^,}}\n]*)""")
+
+
+class _YamlLine(NamedTuple):
+    at: int                                     # offset of its first character
+    indent: int
+    code: str                                   # without indentation and comment; "" for nothing, and for a scalar's text
+    end: int                                    # offset behind its line break
+    keep: bool                                  # ends in, or belongs to, a scalar that would take up a line break behind it
+
+
+def _without_comment(line: str) -> str:
+    """Errors: ValueError where a quoted text goes on in the next line."""
+    kept = []
+    for token in _YAML_TOKEN.finditer(line):
+        if token.group("torn"):
+            raise ValueError("a quoted text goes over several lines")
+        if not token.group("note"):
+            kept.append(token.group())
+    return "".join(kept).rstrip()
+
+
+def _yaml_lines(text: str) -> List[_YamlLine]:
+    """The lines of a configuration. Errors: ValueError for what is not plain enough to be sure of."""
+    if re.search(r"\r(?!\n)|[\x85\u2028\u2029]|^ *\t", text, re.MULTILINE):
+        raise ValueError("tabs or unusual line breaks")
+    lines: List[_YamlLine] = []
+    scalar, keep = -1, False                    # the column that a block scalar's text is to the right of
+    for match in re.finditer(r"[^\n]*\n|[^\n]+\Z", text):
+        raw = match.group().rstrip("\r\n").replace("\ufeff", "")
+        indent = len(raw) - len(raw.lstrip(" "))
+        if scalar >= 0 and (indent > scalar or not raw.strip()):
+            lines.append(_YamlLine(match.start(), indent, "", match.end(), keep or not match.group().endswith("\n")))
+            continue
+        code = _without_comment(raw[indent:])
+        if re.match(r"%|\.\.\.(?:\s|\Z)", raw) or (re.match(r"---(?:\s|\Z)", raw)
+                                                   and (raw.strip() != "---" or any(x.code for x in lines))):
+            raise ValueError("several documents, or directives")
+        head = _SCALAR_HEAD.search(code)
+        scalar, keep = -1, bool(head and "+" in head.group(1))
+        if head:
+            bullets = re.match(r"(?:[-?][ ]+)*", code)
+            scalar = indent + (bullets.end() if bullets and code[bullets.end()] not in "|>" else 0)
+        lines.append(_YamlLine(match.start(), indent, "" if raw.strip() == "---" else code, match.end(), keep))
+    return lines
+
+
+class _ModelList(NamedTuple):
+    """A configuration's model_list: its entries' text, and where and how more are put in."""
+
+    entries: Tuple[str, ...]
+    at: int
+    indent: int = -1                            # of the dashes; -1: the list is written in brackets
+    separator: str = ""                         # what goes before: a comma, the key itself
+
+
+def _find_model_list(text: str) -> _ModelList:
+    """Errors: ValueError, where entries cannot be put in without a doubt."""
+    lines = _yaml_lines(text)
+    found = [i for i, x in enumerate(lines) if x.indent == 0 and _MODEL_LIST.match(x.code)]
+    if len(found) > 1:
+        raise ValueError("model_list is there twice")
+    flow = _flow_place(text, lines, found[0]) if found else None
+    for line in lines:
+        if line.indent == 0 and line.code and not _TOP_LINE.match(line.code) \
+                and not (flow and lines[found[0]].at < line.at <= flow.at):
+            raise ValueError(f"it is not written as one key a line: {line.code[:40]}")
+    if flow:
+        return flow
+    if not found:
+        if any(x.indent == 0 and x.code.startswith("-") for x in lines) or (lines and lines[-1].keep):
+            raise ValueError("there is no model_list, and no place for one")
+        return _ModelList((), len(text), 2, "model_list:")
+    key = lines[found[0]]
+    rest = key.code[_MODEL_LIST.match(key.code).end():]     # type: ignore[union-attr]
+    below: List[_YamlLine] = []
+    for line in lines[found[0] + 1:]:
+        if line.indent == 0 and line.code and not line.code.startswith("-"):
+            break
+        below.append(line)
+    first = next((x for x in below if x.code), None)
+    if rest:
+        raise ValueError("model_list is no list")
+    return _block_list(text, below, first) if first else _ModelList((), key.end, 2)
+
+
+def _flow_place(text: str, lines: Sequence[_YamlLine], key: int) -> Optional[_ModelList]:
+    """The list below the key on that line where it is written in brackets."""
+    for line in lines[key:]:
+        code = _MODEL_LIST.sub("", line.code, count=1) if line is lines[key] else line.code
+        if code:
+            return _flow_list(text, text.index("[", line.at)) if code.startswith("[") else None
+    return None
+
+
+def _block_list(text: str, below: Sequence[_YamlLine], first: _YamlLine) -> _ModelList:
+    indent = first.indent
+    starts = []
+    last = first
+    for line in below:
+        if line.code:
+            if line.indent < indent or (line.indent == indent and not re.match(r"-(?:[ ]|$)", line.code)):
+                raise ValueError("its indentation is unclear")
+            starts += [line] if line.indent == indent else []
+        elif not text[line.at:line.end].strip() or (indent == line.indent == 0):
+            continue                            # what follows the last entry belongs to the next key
+        if line.code or line.indent >= indent:
+            last = line
+    if last.keep:
+        raise ValueError("its last entry ends in a text that keeps the lines behind it")
+    bounds = [*[x.at for x in starts], last.end]
+    entries = ["".join(f"{' ' * x.indent}{x.code}\n" for x in below if a <= x.at < b) for a, b in zip(bounds, bounds[1:])]
+    return _ModelList(tuple(entries), last.end, indent)
+
+
+def _flow_list(text: str, start: int) -> _ModelList:
+    """A list in brackets, which begin at `start`."""
+    entries: List[str] = []
+    depth, code, at = 0, "", start
+    for line in text[start:].split("\n"):
+        for token in _YAML_TOKEN.finditer(line):
+            word = token.group()
+            if word in ("[", "{"):
+                depth += 1
+            elif word in ("]", "}"):
+                depth -= 1
+                if depth == 0:
+                    tail = [code] if code.strip() else []
+                    return _ModelList((*entries, *tail), at + token.start(), -1, ", " if tail else "")
+            if token.group("note"):
+                continue
+            if word == "," and depth == 1:
+                entries.append(code)
+                code = ""
+            elif depth > 1 or word != "[":
+                code += word
+        code += "\n"
+        at += len(line) + 1
+    raise ValueError("its brackets do not close")
+
+
+def _yaml_values(entry: str, key: str) -> List[str]:
+    """The values of a key in an entry's text."""
+    values = []
+    for value in re.findall(_VALUE_OF.format(key), entry, re.MULTILINE):
+        value = value.strip()
+        try:
+            values.append(json.loads(value) if value[0] == '"' else value[1:-1].replace("''", "'") if value[0] == "'" else value)
+        except ValueError:
+            values.append(value)
+    return values
+
+
+def named_entries(text: str) -> Dict[str, str]:
+    """model_name -> its entry's text, of a LiteLLM configuration. Errors: ValueError where that cannot be told."""
+    named: Dict[str, str] = {}
+    for entry in _find_model_list(text).entries:
+        names = _yaml_values(entry, "model_name")
+        if any(n.startswith("*") for n in names) or (not names and re.search(r"<<\s*:|^\s*-?\s*\*", entry)):
+            raise ValueError("an entry has its name from elsewhere in the file")
+        for name in names:
+            named.setdefault(name, entry)
+    return named
+
+
+def merge_litellm_yaml(text: str, wanted: Sequence[Tuple[str, str]]) -> Tuple[str, List[Tuple[str, str]]]:
+    """(`text` with an entry for each (name, model) that its model_list lacks, those). Every character of it stays.
+
+    Errors: ValueError, why nothing can be put in.
+    """
+    known = named_entries(text)
+    missing = [(name, model) for name, model in wanted if name not in known]
+    if not missing:
+        return text, []
+    place = _find_model_list(text)
+    if place.indent < 0:
+        flow = ", ".join(f"{{model_name: {_yaml_text(n)}, litellm_params: {{model: {_yaml_text(m)}}}}}" for n, m in missing)
+        return text[:place.at] + place.separator + flow + text[place.at:], missing
+    newline = "\r\n" if "\r\n" in text else "\n"
+    added = (place.separator + newline if place.separator else "") + _entry_lines(missing, place.indent, newline)
+    before, after = text[:place.at], text[place.at:]
+    return before + (added + newline if not before or before.endswith("\n") else newline + added) + after, missing
+
+
+# A provider -> what LiteLLM reads its credentials from; with | between what does instead of each other.
+CREDENTIALS: Dict[str, Tuple[str, ...]] = {
+    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "openai": ("OPENAI_API_KEY",), "groq": ("GROQ_API_KEY",),
+    "mistral": ("MISTRAL_API_KEY",), "codestral": ("CODESTRAL_API_KEY",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "deepseek": ("DEEPSEEK_API_KEY",), "xai": ("XAI_API_KEY",),
+    "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
+    "cohere": ("COHERE_API_KEY|CO_API_KEY",), "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
+    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",), "cerebras": ("CEREBRAS_API_KEY",),
+    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN",),
+    "nvidia_nim": ("NVIDIA_NIM_API_KEY",), "sambanova": ("SAMBANOVA_API_KEY",), "deepinfra": ("DEEPINFRA_API_KEY",),
+    "moonshot": ("MOONSHOT_API_KEY",), "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",), "replicate": ("REPLICATE_API_KEY",),
+    "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
+    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
+    "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
+}
+AMBIENT = frozenset({"azure", "bedrock", "vertex_ai"})  # a machine in their cloud may have credentials that no variable shows
+_CREDENTIAL_NAMES = frozenset(n for names in CREDENTIALS.values() for name in names for n in name.split("|")) - {"HF_TOKEN"}
+
+
+def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
+    """An environment for programs that ask no provider."""
+    return {k: v for k, v in env.items() if k not in _CREDENTIAL_NAMES and not k.startswith(("AWS_S", "LITELLM_"))}
+
+
+def entry_provider(tier: Tier, use_next: bool, entry: str) -> str:
+    model = (_yaml_values(entry, "model") or [hosted_model(tier, use_next)])[0]
+    return model.split("/")[0] if "/" in model else "anthropic" if model.startswith("claude") else \
+        "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+
+
+def tier_credentials(tier: Tier, env: Mapping[str, str], yaml_text: str, use_next: bool = False) -> Tuple[str, ...]:
+    """The names of the variables that a LiteLLM tier lacks in `env`; none where that cannot be told.
+
+    What its entry refers to as os.environ/NAME decides, else what its provider is known to need.
+    """
+    try:
+        entry = named_entries(yaml_text).get(tier.name + ("_next" if use_next and tier.model_next else ""), "")
+    except ValueError:
+        return ()
+    wanted: Iterable[str] = re.findall(r"os\.environ/(\w+)", entry)
+    if not wanted:
+        if re.search(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name|(?:^|[\s,{:])\*\w", entry):
+            return ()
+        wanted = CREDENTIALS.get(entry_provider(tier, use_next, entry), ())
+        wanted = [w for w in wanted if not (w == "AZURE_API_BASE" and "api_base" in entry)]
+    lacking = [w for w in wanted if not any(env.get(n, "").strip() for n in w.split("|"))
+               and not re.search(rf"^[ ]+(?:{w})[ ]*:", yaml_text, re.MULTILINE)]       # environment_variables:
+    return tuple(dict.fromkeys(w.split("|")[0] for w in lacking))
+
+
+def is_ambient(config: Config, name: str, yaml_text: str, use_next: bool) -> bool:
+    """True for a tier whose provider may have credentials that no variable shows."""
+    tier = config.by_name(name)
+    entry = named_entries(yaml_text).get(name, "") if yaml_text else ""
+    return tier is not None and entry_provider(tier, use_next, entry) in AMBIENT
+
+
+def litellm_differences(config: Config, yaml_text: str) -> List[str]:
+    """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
+    try:
+        known = named_entries(yaml_text)
+    except ValueError:
+        return []
+    found = []
+    for name, model in litellm_entries(config):
+        models = _yaml_values(known.get(name, ""), "model")
+        if models and model not in models and not models[0].startswith("*"):
+            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {models[0]}, which is what is asked")
+    return found
+
+
+# ===================================================================================================
 # PURE: OPENCODE
 # ===================================================================================================
 
@@ -2365,24 +2719,23 @@ class ChunkFraming:
             data, self._line = self._line + data, b""
             end = len(data)
         self._ahead = 0
-        sizes = _SIZES
+        find, known = data.find, _SIZES.get
         while position < end and not self._trailer:
-            eol = data.find(b"\r\n", position)
+            eol = find(b"\r\n", position)
             if eol < 0:
                 return self._keep(data, position)
-            line = data[position:eol]
-            size = sizes.get(line)
+            size = known(data[position:eol])
             if size is None:
-                size = _chunk_size(line)
-            if size == 0:
+                size = _chunk_size(data[position:eol])
+            if not size:
                 self._trailer = True
                 position = eol + 2
                 break
-            start, position = eol + 2, eol + size + 4
+            position = eol + size + 4
             if payload is not None:
-                payload.append(data[start:min(start + size, end)])
-            self._check_crlf(data, position, end)
-            if position > end:
+                payload.append(data[eol + 2:min(position - 2, end)])
+            if data[position - 2:position] != b"\r\n":      # cut off here, or wrong
+                self._check_crlf(data, position, end)
                 self._ahead = position - end
                 return 0
         return self._trailers(data, position) if self._trailer else 0
@@ -3809,6 +4162,12 @@ LLAMA_CPP = PrivateEnvironment(
     "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp")
 
 
+LITELLM = PrivateEnvironment(
+    "litellm", LITELLM_PIN, (f"litellm[proxy]=={LITELLM_PIN}",), "litellm.proxy.proxy_server",
+    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
+    "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
+
+
 def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
@@ -5051,7 +5410,8 @@ class RouterApp(App):
             if own:
                 meta = entry["meta"] if isinstance(entry.get("meta"), dict) else {}
                 entry.update(channel=own["channel"], meta={**meta, **own["meta"]})
-            if entry.get("id") != "auto" and not (self.config.local_only and tier.remote):
+            hidden = not own and PROXY in json.dumps(entry)      # the proxy itself and its _next entries, of llama-swap's list
+            if entry.get("id") != "auto" and not hidden and not (self.config.local_only and tier.remote):
                 yield entry
 
     def _offline(self) -> Dict[str, str]:
@@ -5558,6 +5918,210 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
 
 
 # ===================================================================================================
+# LITELLM
+# ===================================================================================================
+
+# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The proxy wants a master
+# key, or this permission: it listens on loopback, and _WebGuard keeps web pages out, which a key would have to do else.
+_LITELLM_ENV = {"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_MODE": "PRODUCTION",
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOCAL_BLOG_POSTS": "True",
+                "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
+                "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+INSTALL_LITELLM = "LiteLLM is not installed: run `llmstack install-litellm`, then `llmstack restart`"
+
+
+def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
+    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python where it is importable, our environment.
+
+    Empty when there is none. Errors: UserError where LITELLM_BIN names no program.
+    """
+    named = env.get("LITELLM_BIN", "")
+    if named:
+        found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
+        if not found or not os.access(found, os.X_OK):
+            raise UserError(f"LITELLM_BIN names {named}, which is no program here", "correct it, or leave it out", 2)
+        python = _python_of(found)
+        return (python, PROGRAM, "_litellm") if python else (found,)
+    import importlib.util
+    if all(map(importlib.util.find_spec, ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml"))):
+        return (sys.executable, PROGRAM, "_litellm")
+    return (environment_program(LITELLM, data), PROGRAM, "_litellm") if environment_ready(LITELLM, data) else ()
+
+
+def _python_of(script: str) -> str:
+    """The Python that an installed program runs in, "" where that cannot be told."""
+    if IS_WINDOWS:
+        beside = os.path.join(os.path.dirname(os.path.realpath(script)), "python.exe")
+    else:
+        with open(script, "rb") as file:
+            match = re.match(rb"#!(/[^\s]*/python[0-9.]*)\s*\n", file.read(512))
+        beside = match.group(1).decode() if match else ""
+    return beside if os.access(beside, os.X_OK) else ""
+
+
+def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
+    """The proxy's environment: quiet, offline but for its providers, and not on a database that is another program's."""
+    kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
+    return {**_LITELLM_ENV, **kept}
+
+
+def litellm_config_path(places: Places) -> str:
+    return places.in_state("litellm_config.yaml")
+
+
+def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
+    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1", "--port", str(port),
+            "--telemetry", "False", "--num_workers", "1"]
+
+
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
+    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM. Errors: UserError."""
+    tier = proxy_tier(config)
+    program = find_litellm(env, places.data) if tier else ()
+    if tier is None or not program:
+        return None
+    command = litellm_command(program, places, config.litellm_port)
+    lacking = lacking_credentials(places, config, env)
+    wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
+    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
+
+
+def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
+                        use_next: bool = False) -> Dict[str, Tuple[str, ...]]:
+    """LiteLLM tier -> the names of the variables it lacks in `env`."""
+    known = dict(env)
+    for name, path in (("AWS_PROFILE", "~/.aws/credentials"), ("AWS_PROFILE", "~/.aws/config"),
+                       ("GOOGLE_APPLICATION_CREDENTIALS", "~/.config/gcloud/application_default_credentials.json")):
+        if os.path.exists(os.path.expanduser(path)):
+            known.setdefault(name, path)
+    text = read_text(litellm_config_path(places))
+    found = {t.name: tier_credentials(t, known, text, use_next) for t in litellm_tiers(config)}
+    return {name: names for name, names in found.items() if names}
+
+
+def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Dict[str, str]:
+    """LiteLLM tiers that `auto` is to leave alone, with the reason."""
+    try:
+        found = find_litellm(env, places.data)
+    except UserError as exc:
+        return dict.fromkeys((t.name for t in litellm_tiers(config)), str(exc))
+    if not found:
+        return dict.fromkeys((t.name for t in litellm_tiers(config)), INSTALL_LITELLM)
+    text = read_text(litellm_config_path(places))
+    return {name: f"missing {', '.join(names)}" for name, names in lacking_credentials(places, config, env, use_next).items()
+            if not is_ambient(config, name, text, use_next)}
+
+
+class _WebGuard:
+    """ASGI: refuses what a web page of another site sends. LiteLLM answers every origin, and lets it read the answer."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        fields = {name.lower(): value for name, value in reversed(scope.get("headers") or ())}
+        wrong = refusal(Request("GET", "/", 1, (), True, False, False, fields, {}, 0), True)
+        if not wrong:                           # nor in "lifespan", which has no headers
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"application/json")]})
+            await send({"type": "http.response.body", "body": error_json(wrong.replace("this router", "LiteLLM"), "forbidden")})
+
+
+def run_litellm(argv: Sequence[str]) -> int:
+    """Run LiteLLM's own command line with _WebGuard before its app; this runs in LiteLLM's Python."""
+    import importlib
+    cli = importlib.import_module("litellm.proxy.proxy_cli")
+    importlib.import_module("litellm.proxy.proxy_server").app.add_middleware(_WebGuard)
+    sys.argv = ["litellm", *argv]
+    cli.run_server()
+    return 0
+
+
+_CHECK_YAML = """import json,sys,yaml
+old,new,added=json.load(sys.stdin)
+old,new=[yaml.safe_load(t) or {} for t in (old,new)]
+was,has=old.pop('model_list',None) or [],new.pop('model_list')
+stubs=[{'model_name':n,'litellm_params':{'model':m}} for n,m in added]
+names=[n for n,m in added]
+sys.exit(old!=new or has!=was+stubs or any(e.get('model_name') in names for e in was))"""
+
+
+def _merge_holds(program: Sequence[str], old: str, new: str, added: Sequence[Tuple[str, str]]) -> bool:
+    """True when LiteLLM's own YAML parser reads the old content and the new entries out of a merged text."""
+    import subprocess
+    if len(program) < 2:                        # a program of the user's, whose Python is not known
+        return True
+    try:
+        return subprocess.run([program[0], "-I", "-c", _CHECK_YAML], input=json.dumps([old, new, added]).encode(), timeout=60,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Callable[[str], None]) -> bool:
+    """Give litellm_config.yaml an entry for each hosted tier that has none; True when that has changed it.
+
+    A file that cannot be extended without a doubt is left alone, with what to put in. Errors: UserError.
+    """
+    path, wanted = litellm_config_path(places), litellm_entries(config)
+    data = _read_bytes(path)
+    if not wanted:
+        return False
+    try:
+        old = data.decode("utf-8") if os.path.exists(path) else ""
+        new, added = merge_litellm_yaml(old or LITELLM_SEED, wanted)
+        if added and old and not _merge_holds(program, old, new, added):
+            raise ValueError("LiteLLM's parser does not read it as expected")
+    except ValueError as exc:
+        why = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc
+        say(f"{path} is left alone ({why}). See that its model_list has:\n{litellm_stub(wanted)}")
+        return False
+    for difference in litellm_differences(config, old):
+        say(f"Note: {difference}")
+    if not added:
+        return False
+    trusted = is_trusted(places, "run")
+    write_atomic(path, new.encode("utf-8"))
+    if trusted:
+        trust_project(places, "run")
+    say(f"{'Extended' if old else 'Wrote'} {path}: {', '.join(name for name, _ in added)}")
+    return True
+
+
+def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
+                   ask: Callable[[str], Optional[bool]]) -> bool:
+    """True when LiteLLM is here, or the user has agreed to install it now; `ask` answers None without a terminal."""
+    if find_litellm(env, places.data):
+        return True
+    answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
+    if not answer:
+        say(f"{INSTALL_LITELLM}; hosted tiers are not served before")
+        return False
+    install_environment(LITELLM, places.data, say)
+    return True
+
+
+def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
+                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries. Errors: UserError."""
+    if litellm_entries(config) and not config.local_only:
+        ensure_litellm(places, env, say, ask)
+        write_litellm_config(places, config, find_litellm(env, places.data), say)
+
+
+def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
+    """The models.ini a project begins with: code-ultra is switched on where LiteLLM is there to serve it."""
+    try:
+        available = bool(find_litellm(env, data))
+    except UserError:
+        available = False
+    return unfence_ultra(text.decode("utf-8")).encode("utf-8") if available else text
+
+
+# ===================================================================================================
 # ENGINE
 # ===================================================================================================
 
@@ -5565,8 +6129,9 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
 class Model:
     """One tier's llama-server. All fields belong to the engine's lock."""
 
-    def __init__(self, tier: Tier, gb: float) -> None:
+    def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
+        self.proxy = proxy                      # LiteLLM's: takes no memory that counts, is never evicted, has its port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
         self.in_flight = 0
@@ -5611,9 +6176,10 @@ class Engine:
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log, log_path: Callable[[str], str],
                  env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
-                 fits: Sequence[TierFit] = ()) -> None:
+                 fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None) -> None:
         self._command, self._log, self._log_path, self._env = command, log, log_path, dict(env)
         self._budget_gb, self._first_port = budget_gb, first_port
+        self._local_env = without_credentials(env)
         self.use_next = use_next
         self.config = config
         self._changed = threading.Condition()
@@ -5621,6 +6187,9 @@ class Engine:
         need = {t.name: known.get(t.name, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
         self._sets = residency_sets(config, need if fits else None, budget_gb)
         self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
+        self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
+        if self._proxy:
+            self.models[PROXY] = self._proxy
         weights = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
         self._costs = {t.name: tier_cost(t, use_next, weights.get(t.name, 0.0)) for t in local_tiers(config)}
         self._tickets: List[Ticket] = []
@@ -5633,6 +6202,8 @@ class Engine:
 
     def find(self, name: str) -> Optional[Model]:
         tier = self.config.by_name(name)
+        if self._proxy and (name == PROXY or name in self._proxy.tier.aliases):
+            return self._proxy
         return self.models.get(tier.name) if tier else None
 
     # ---- for requests
@@ -5692,11 +6263,14 @@ class Engine:
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be. Errors: LoadError."""
         model = ticket.model
+        if model.proxy:
+            return []
         if model.gb > self._budget_gb:
             raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is {self._budget_gb:.1f} GB"
                             " (memory_gb in models.ini)")
-        leaving = {m.name for m in self.models.values() if m.state == "stopping"}      # they make room as it is
-        running = [m for m in self.models.values() if m.state in ("starting", "ready") and m is not model]
+        others = [m for m in self.models.values() if m is not model and not m.proxy]
+        leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
+        running = [m for m in others if m.state in ("starting", "ready")]
         wanted = {t.model.name for t in self._tickets[:self._tickets.index(ticket)]}     # by those who came before
         busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
         names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
@@ -5756,23 +6330,27 @@ class Engine:
             raise LoadError(f"{model.name}: there is no {path}")
         with self._changed:
             taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
-            port = next(p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
+            port = model.proxy.port if model.proxy else next(
+                p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
             model.port, model.upstream = port, Upstream("127.0.0.1", port)
         try:
-            model.command = self._command(model.tier, port)     # may ask the binary about its flags: not under the lock
+            if model.proxy and not port_is_free("127.0.0.1", port):
+                raise UserError(f"port {port} is taken by {port_holder(port)}", "choose another litellm_port in models.ini")
+            # This may ask the binary about its flags, so not under the lock.
+            model.command = list(model.proxy.command) if model.proxy else self._command(model.tier, port)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
         before = file_size(log)
         with self._changed:
             self._check_wanted(model)
             try:
-                model.process = spawn(model.command, log, self._env)
+                model.process = spawn(model.command, log, litellm_env(self._env) if model.proxy else self._local_env)
             except OSError as exc:
                 raise LoadError(f"{model.name}: {model.command[0]} does not start: {exc.strerror}") from None
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
         end = time.monotonic() + LOAD_TIMEOUT_S
-        while not self._healthy(model.process, model.upstream):
+        while not self._healthy(model.process, model.upstream, model.proxy.health if model.proxy else "/health"):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
@@ -5780,7 +6358,7 @@ class Engine:
                 raise LoadError(f"{model.name}: its server exited with {model.process.returncode} while loading:\n{tail}")
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
-            if not path and port_is_free("127.0.0.1", port):
+            if not path and not model.proxy and port_is_free("127.0.0.1", port):
                 end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
 
@@ -5789,10 +6367,10 @@ class Engine:
             raise _Cancelled
 
     @staticmethod
-    def _healthy(process: Any, upstream: Upstream) -> bool:
-        """200 on /health, from our process: one that still downloads does not listen, and a stranger may."""
+    def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
+        """200 on its health's path, from our process: one that still downloads does not listen, and a stranger may."""
         try:
-            response, _ = upstream.get("/health", 2.0)
+            response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
             return False
         if response.status != 200 or process.poll() is not None:
@@ -5851,9 +6429,9 @@ class Engine:
             rotate_foreign_log(self._log_path(name))
 
     def preload(self) -> None:
-        """Begin to load the fast tier."""
+        """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
         for model in self.models.values():
-            if model.tier.role == "fast":
+            if model.proxy.preload if model.proxy else model.tier.role == "fast":
                 ticket = self.enqueue(model)
                 try:
                     if self.try_enter(ticket):
@@ -5915,7 +6493,11 @@ class EngineApp(App):
             self._serve(client, request, self._model(name), target, body, False)
             return
         name, stream = self._asked(body, query)
-        self._serve(client, request, self._model(name), request.target, body, stream)
+        model = self._model(name)
+        tier = self.engine.config.by_name(name)
+        if model.proxy and tier and body and tier.name != name:     # LiteLLM knows no aliases
+            body = b"".join(with_model(body, True, tier.name))
+        self._serve(client, request, model, request.target, body, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
@@ -5942,11 +6524,12 @@ class EngineApp(App):
     def _listing(self) -> List[Dict[str, Any]]:
         entries = []
         running = {row["model"]: row["state"] for row in self.engine.running()}
-        for model in self.engine.models.values():
-            entry = tier_entry(model.tier, self.engine.use_next)
-            status = {"status": {"value": "loaded" if running.get(model.name) == "ready" else "unloaded"}}
-            entries.append({**entry, **status})
-            entries += [{**entry, **status, "id": alias} for alias in model.tier.aliases]
+        for tier in self.engine.config.tiers:
+            model = self.engine.find(tier.name)
+            if model is not None:
+                entry = tier_entry(tier, self.engine.use_next)
+                status = {"status": {"value": "loaded" if running.get(model.name) == "ready" else "unloaded"}}
+                entries += [{**entry, **status, "id": name} for name in (tier.name, *tier.aliases)]
         return entries
 
     @staticmethod
@@ -6167,6 +6750,7 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
     why = ""
     if text is None:
         text, why = seed_text(profile)
+        text = with_ultra(text, os.environ, places.data)
     write_atomic(places.models_ini, text)
     say(f"Wrote {places.models_ini}: the tiers of this project, yours to edit")
     if why:
@@ -6274,7 +6858,9 @@ def _start_engine(plan: Plan, say: Say) -> None:
         raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
                         "put its binary on PATH or in " + os.path.join(places.data, "bin") + ", or set engine = auto")
     env = _daemon_env(plan, _new_stack_mark())
-    port = config.engine_port
+    port, proxy = config.engine_port, plan_proxy(places, config, plan.env)
+    if proxy:
+        _check_port("127.0.0.1", proxy.port, "litellm_port")
     if swap:
         quote = windows_quote if IS_WINDOWS else posix_quote
         path = places.in_state("llama-swap.yaml")
@@ -6285,13 +6871,16 @@ def _start_engine(plan: Plan, say: Say) -> None:
         write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
                                                   {f.name: f.need_gb for f in fits},
                                                   {f.name: f.memory.weights / 1e9 for f in fits if f.memory},
-                                                  machine.budget_gb))
+                                                  machine.budget_gb, proxy))
+        env = litellm_env(env) if proxy else env
         command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
     else:
         command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
         kind = "embedded"
     _launch(plan, kind, command, "127.0.0.1", port, places.log("llama-swap.log" if swap else "engine.log"), env, 60)
     say(f"Engine  {kind} on http://127.0.0.1:{port}" + (f", llama-server is {program_name(program)}" if program else ""))
+    if proxy:
+        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui" + (", starting; that takes a while" if proxy.preload else ", on demand"))
 
 
 def program_name(program: Sequence[str]) -> str:
@@ -6359,6 +6948,33 @@ def _tier_row(tier: Tier, use_next: bool, state: str, told: Mapping[str, str]) -
             "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", "")}
 
 
+def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment a daemon was started with where that can be told, else `env`."""
+    if record is None or not record.alive or IS_WINDOWS:
+        return env
+    if os.path.isdir("/proc/self"):
+        words = _read_bytes(f"/proc/{record.pid}/environ").decode("utf-8", "replace").split("\0")
+    else:
+        words = _output(["ps", "-wwE", "-o", "command=", "-p", str(record.pid)]).split()
+    return {k: v for k, found, v in (w.partition("=") for w in words) if found} or env
+
+
+def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: str, env: Mapping[str, str]) -> None:
+    """Put into the rows of LiteLLM tiers what only its proxy's state, its configuration and the daemon's environment tell."""
+    lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
+    states = {"ready": "loaded", "starting": "loading", "stopping": "unloading", "": "cold"}
+    for row in rows["tiers"]:
+        if row["backend"] != "litellm":
+            continue
+        row["missing"] = list(lacking.get(row["name"], ()))
+        if row["state"] == "available":
+            row["state"] = states.get(proxy, proxy)
+        if row["missing"] and row["state"] in ("loaded", "loading", "cold", "not served", "unknown") \
+                and not row["reason"].startswith("LiteLLM"):
+            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
+    rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
+
+
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
     daemons = read_daemons(places)
@@ -6378,6 +6994,8 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     otherwise = "stopped" if engine_up else "unknown"
     rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
                      for t in config.tiers]
+    if any(t.backend == "litellm" for t in config.tiers):
+        _judge_hosted(rows, places, config, (states or {}).get(PROXY, ""), _environment_of(engine, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
@@ -6387,7 +7005,6 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # INSTALL
 # ===================================================================================================
 
-LITELLM_MCP_URL = "http://127.0.0.1:10103/mcp"
 REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
 
 
@@ -6406,7 +7023,7 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
     hosted = local and any(t.backend == "litellm" for t in config.offered)
     return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
-                                mcp_url=LITELLM_MCP_URL if hosted else "")
+                                mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
 
 
 def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
@@ -6956,6 +7573,27 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
     return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ))
 
 
+def _add_install_litellm(commands: Any) -> None:
+    parser = commands.add_parser("install-litellm", help="install what hosted tiers are served by", description="Install"
+                                 f" {LITELLM.what} from PyPI into a private environment of llmstack; nothing is put into"
+                                 " your Python. Where LiteLLM is there already, nothing is done.")
+    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
+    parser.set_defaults(run=_cmd_install_litellm)
+
+
+def _cmd_install_litellm(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    if args.force:
+        _remove(os.path.join(environment_dir(LITELLM, places.data), "ready"))
+    elif find_litellm(os.environ, places.data):
+        say(f"LiteLLM is here: {find_litellm(os.environ, places.data)[0]}")
+        return 0
+    install_environment(LITELLM, places.data, say)
+    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then: llmstack restart")
+    return 0
+
+
 def _add_start(commands: Any) -> None:
     parser = commands.add_parser("start", help="bring the stack up: engine and router",
                                  description="Bring up the engine (10102) and the router (10101) for this project. A"
@@ -6998,6 +7636,7 @@ def _cmd_start(args: Any) -> int:
         check_run_trust(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
+    prepare_hosted(places, config, os.environ, say)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
     if not args.demo:
@@ -7173,6 +7812,7 @@ def _cmd_restart(args: Any) -> int:
         args.host, args.port = args.host or router.host, args.port or router.port
     if engine is not None and engine.alive:
         args.pinned = engine.channel
+    prepare_hosted(places, config, os.environ, say)
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
@@ -7223,6 +7863,8 @@ def _cmd_status(args: Any) -> int:
         state += f" ({tier['reason']})" if tier["reason"] else ""
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
         say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
+    for difference in rows.get("differences", ()):
+        say(f"Note: {difference}")
     if rows.get("local_only"):
         say("local_only: no request leaves this machine")
     if not rows["running"]:
@@ -7336,6 +7978,15 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
+def _ask(question: str) -> Optional[bool]:
+    """A yes or no from the terminal; None where there is none."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+    sys.stdout.write(question)
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def _add_install(commands: Any) -> None:
     parser = commands.add_parser("install", help="give this project its opencode.json",
                                  description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
@@ -7372,7 +8023,9 @@ def _cmd_install(args: Any) -> int:
         prepare_project(places, say, args.profile)
     config = load_config(places, warn)
     if args.print and not os.path.exists(places.models_ini):
-        config = parse_models_ini(seed_text(args.profile)[0].decode("utf-8"))[0]
+        config = parse_models_ini(with_ultra(seed_text(args.profile)[0], os.environ, places.data).decode("utf-8"))[0]
+    if not args.print:
+        prepare_hosted(places, config, os.environ, say, _ask)
     marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = project_opencode_json(places, config, base_url(host, port), os.environ)
@@ -7437,7 +8090,8 @@ def _cmd_why(args: Any) -> int:
         raise UserError(f"{args.file} is not a JSON object", "give it the body of a request", 2)
     try:
         decision = decide(read_facts(path, body, config.routing.ultra_triggers), config,
-                          barred=missing_credentials(config, os.environ))
+                          barred={**missing_credentials(config, os.environ),
+                                  **unserved_hosted(places, config, os.environ, False)})
     except HttpError as exc:
         raise UserError(str(exc), f"give a tier one of these roles in {places.models_ini}", 1) from None
     except RecursionError:
@@ -7542,9 +8196,9 @@ def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, ho
 
     def unserved(config: Config) -> Dict[str, str]:
         """Tiers that the engine beside this router does not serve, with the reason."""
-        return {t.name: "no LiteLLM proxy runs behind this router" if t.backend == "litellm" else
-                "the engine does not know it before `llmstack restart`"
-                for t in config.tiers if t.backend == "litellm" or (t.backend == "gguf" and t.name not in known)}
+        new = {t.name: "the engine does not know it before `llmstack restart`"
+               for t in config.tiers if t.backend != "openai" and t.name not in known}
+        return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
     return RouterApp(config, upstream, log, loopback=is_loopback(host), key=api_key(os.environ),
                      models_ini=places.models_ini, bundled=bundled, reload=lambda: load_config(places, log.warning),
@@ -7637,7 +8291,7 @@ def _cmd_engine(args: Any) -> int:
         return server_command(program, tier, config, port, args.next, refused[0])
 
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
-                    fits=fits)
+                    fits=fits, proxy=plan_proxy(places, config, os.environ))
     more_files()
     server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
     _on_signals(lambda: None)
@@ -7658,6 +8312,10 @@ def _add_llama_server(commands: Any) -> None:
     commands.add_parser("_llama-server").set_defaults(run=None)
 
 
+def _add_litellm(commands: Any) -> None:
+    commands.add_parser("_litellm").set_defaults(run=None)
+
+
 def _add_version(commands: Any) -> None:
     commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
 
@@ -7671,9 +8329,9 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_install, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_serve,
-                _add_activate, _add_trust,
-                _add_version, _add_help, _add_router, _add_engine, _add_llama_server)
+ADD_COMMANDS = (_add_install, _add_install_litellm, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why,
+                _add_fit, _add_serve, _add_activate, _add_trust, _add_version, _add_help, _add_router, _add_engine,
+                _add_llama_server, _add_litellm)
 
 
 def make_parser() -> Any:
@@ -7699,6 +8357,8 @@ def make_parser() -> Any:
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
+    if argv[:1] == ["_litellm"]:
+        return run_litellm(argv[1:])
     if argv[:1] == ["_llama-server"]:           # its flags are llama-server's, not argparse's
         return run_llama_server(argv[1:])
     if argv[:1] == ["_hook"] and len(argv) == 3:

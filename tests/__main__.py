@@ -4,8 +4,8 @@
     python3 -m tests --lint
 
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
-It holds the pinned tools, and llama.cpp's server from PyPI as llmstack itself installs it; where a real
-llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also holds the real opencode.
+It holds the pinned tools, and llama.cpp's server and LiteLLM's proxy from PyPI as llmstack itself installs them;
+where a real llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also holds the real opencode.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def tools_python() -> str:
     return python
 
 
-def provision_llama_cpp() -> str:
-    """llama.cpp's server from PyPI, put there by llmstack's own installer; the shared data directory."""
+def provision_servers() -> str:
+    """llama.cpp's server and LiteLLM's proxy, put there by llmstack's own installer; the shared data directory."""
     import llmstack
     data = os.path.join(cache_dir(), "data")
     try:
-        llmstack.install_environment(llmstack.LLAMA_CPP, data, lambda line: say("tests: " + line.strip()))
+        for wanted in (llmstack.LLAMA_CPP, llmstack.LITELLM):
+            llmstack.install_environment(wanted, data, lambda line: say("tests: " + line.strip()))
     except llmstack.UserError as exc:
         say(f"tests: error: {exc}\nhint: {exc.hint}")
         sys.exit(1)
@@ -99,7 +100,7 @@ def main() -> int:
             if code:
                 return code
         return 0
-    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_llama_cpp(), "LLMSTACK_TEST_OPENCODE": provision_opencode()}
+    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_servers(), "LLMSTACK_TEST_OPENCODE": provision_opencode()}
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 
 

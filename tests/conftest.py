@@ -21,7 +21,7 @@ import llmstack  # noqa: E402
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home directory, data directory and project of the test's own; the project is the current directory."""
     for name in list(os.environ):
-        if name.startswith(("LLMSTACK_", "LLAMA_", "XDG_", "HF_")) and not name.startswith("LLMSTACK_TEST_"):
+        if name.startswith(("LLMSTACK_", "LLAMA_", "LITELLM_", "XDG_", "HF_")) and not name.startswith("LLMSTACK_TEST_"):
             monkeypatch.delenv(name)
     directory = tmp_path / "home"
     project = tmp_path / "project"

@@ -453,6 +453,7 @@ PROBLEMS = [
     pytest.param("[a]\nbackend = gguf\nmodel = x/y\n", [(1, "[a] names no model")], id="gguf with only a model"),
     pytest.param("[DEFAULT]\nrouter_port = 10102\n", [(2, "router_port and engine_port are both 10102")], id="router's port"),
     pytest.param("[DEFAULT]\nengine_port = 10101\n", [(2, "router_port and engine_port are both 10101")], id="engine's port"),
+    pytest.param("[DEFAULT]\nlitellm_port = 10102\n", [(2, "engine_port and litellm_port are both 10102")], id="LiteLLM's port"),
     pytest.param("[ROUTING]\nmid_fidelity_ceiling = 30000\nhigh_fidelity_ceiling = 30001\n",
                  [(3, "high_fidelity_ceiling 30,001 is above mid_fidelity_ceiling 30,000")], id="ceilings crossed"),
 ]
@@ -469,7 +470,8 @@ def test_problem(text: str, expected: Expected) -> None:
 
 # A value of the wrong kind for every key that has a kind: a key added to the tables without one here fails.
 WRONG_KIND = {
-    "DEFAULT": {"host": "a b", "router_host": "http://x", "router_port": "1o101", "engine_port": "-", "engine": "ollama",
+    "DEFAULT": {"host": "a b", "router_host": "http://x", "router_port": "1o101", "engine_port": "-", "litellm_port": "x",
+                "engine": "ollama",
                 "memory_gb": "12 MB", "allow_unauthenticated": "maybe", "n_gpu_layers": "most", "flash_attn": "1", "jinja": "2",
                 "threads": "four", "cache_type_k": "q9_0", "cache_type_v": "int8", "local_only": "2",
                 "build_model": "smart"},

@@ -1,0 +1,751 @@
+"""Hosted tiers through LiteLLM: the merge of litellm_config.yaml, credentials, and the real proxy before a scripted provider."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar, Iterator, NamedTuple
+from urllib import error, request
+
+import pytest
+import yaml
+
+import llmstack
+from llmstack import Config, Tier, UserError
+from tests.conftest import ROOT
+
+WANTED = [("code-ultra", "anthropic/claude-opus-4-20250514"), ("code-fast_next", "bedrock/eu.anthropic.claude-v2:0")]
+KEY = "sk-scripted-0123456789abcdef0123"
+
+# ---- the merge
+
+MERGED = {
+    "seed": llmstack.LITELLM_SEED,
+    "empty": "",
+    "only comments": "# nothing\n",
+    "no final newline": "litellm_settings:\n  drop_params: true",
+    "block": "model_list:\n  - model_name: a\n    litellm_params:\n      model: x/y\n      api_key: os.environ/FOO # c\n"
+             "\n# next\ng: {}\n",
+    "block at the margin": "model_list:\n- model_name: a\n  litellm_params: {model: x/y}\n# c\n\ngeneral_settings:\n  a: 1\n",
+    "wide, unfinished": "model_list:\n    -   model_name: 'a'\n        litellm_params:\n            model: \"x/y\"",
+    "CRLF": "model_list:\r\n  - model_name: a\r\n    litellm_params:\r\n      model: x/y\r\nfoo: 1\r\n",
+    "BOM": "\ufeffmodel_list:\n  - model_name: a\n    litellm_params: {model: x/y}\n",
+    "brackets": "model_list: [{model_name: a, litellm_params: {model: x/y}}]\nb: 1\n",
+    "empty brackets": "model_list: []\nb: 1\n",
+    "brackets over lines": "model_list: [\n  {model_name: a, litellm_params: {model: x/y}}, # t ]\n"
+                           "  {\"model_name\":\"b #\", 'litellm_params':{\"model\":\"x/y ]\"}},\n]\nb: 1\n",
+    "brackets below": "model_list:\n  [\n  {model_name: a, litellm_params: {model: x/y}}\n  # tail ]\n  ]\nb: 1\n",
+    "brackets, no comma": "model_list: [\n{model_name: a, litellm_params: {model: q}}\n]\n",
+    "anchors": "x: &d\n  model: x/y\nmodel_list: &m\n  - model_name: a\n    litellm_params: *d\n  - model_name: b\n"
+               "    litellm_params:\n      <<: *d\n      api_base: http://x:1/v1\n",
+    "a scalar that looks like entries": "model_list:\n  - model_name: a\n    litellm_params: {model: x/y}\n    d: |\n"
+                                        "      text: it's \"not\n        # no comment\n      model_name: code-ultra\n\n\nz: 1\n",
+    "one document": "---\nmodel_list:\n  - model_name: a\n    litellm_params: {model: x/y}\n",
+    "there already": "model_list:\n  - litellm_params: {model: x/y}\n    model_name: code-ultra\n",
+    "there, quoted and below": "model_list:\n  - litellm_params: {model: x/y}\n    model_name: \"code-ultra\" # c\n"
+                               "  - model_name:\n      code-fast_next\n    litellm_params: {model: q}\n",
+    "switched off": "model_list:\n  # - model_name: code-ultra\n  - model_name: z\n    litellm_params: {model: q}\n"
+                    "  # - model_name: b\n",
+    "apostrophes": "d: don't # it's\nmodel_list:\n  - model_name: a\n    litellm_params: {model: q}\n",
+    "quoted key": "\"model_list\" :\n  - model_name: a\n    litellm_params: {model: q}\n",
+    "no value": "model_list:\n\n# c\nfoo: 1\n",
+    "folded, nested lists": "x: >-\n  a\n  b: c\nmodel_list:\n- model_name: a\n  litellm_params: {model: q}\n"
+                            "  info:\n  - 1\n  - 2\n",
+    "blank lines behind": "model_list:\n  - model_name: a\n    litellm_params:\n      model: q\n\n\n",
+}
+REFUSED = {
+    "keeps its newlines": ("model_list:\n  - model_name: a\n    d: |+\n      text\n\n\nz: 1\n", "keeps the lines"),
+    "two documents": ("model_list: []\n---\nfoo: 1\n", "several documents"),
+    "JSON": ('{"model_list": []}\n', "one key a line"),
+    "null": ("model_list: null\n", "no list"),
+    "tab": ("model_list:\n\t- a\n", "tabs"),
+    "twice": ("model_list: []\nmodel_list: []\n", "twice"),
+    "quotes over lines": ("a: \"x\n  y\"\nmodel_list: []\n", "several lines"),
+    "name from an anchor": ("n: &n code-ultra\nmodel_list:\n  - model_name: *n\n    litellm_params: {model: q}\n", "elsewhere"),
+    "a list": ("- a\n- b\n", "no place for one"),
+    "brackets open": ("model_list: [\n  {model_name: a}\n", "do not close"),
+}
+
+
+def check_merge(text: str, wanted: list[tuple[str, str]]) -> None:
+    """What the merge promises: one insertion, the old content equal, the new entries there, a second merge changes nothing."""
+    merged, added = llmstack.merge_litellm_yaml(text, wanted)
+    more = len(merged) - len(text)
+    assert any(merged == text[:i] + merged[i:i + more] + text[i:] for i in range(len(text) + 1))
+    old, new = yaml.safe_load(text) or {}, yaml.safe_load(merged)
+    was, now = old.pop("model_list", None) or [], new.pop("model_list")
+    assert old == new
+    assert now == was + [{"model_name": n, "litellm_params": {"model": m}} for n, m in added]
+    names = [e["model_name"] for e in now]
+    assert [names.count(n) for n, _ in wanted] == [1] * len(wanted)
+    assert llmstack.merge_litellm_yaml(merged, wanted) == (merged, [])
+    if "\r\n" in text:
+        assert merged.count("\n") == merged.count("\r\n")
+
+
+@pytest.mark.parametrize("text", MERGED.values(), ids=MERGED)
+def test_the_merge_adds_what_is_missing_and_touches_nothing(text: str) -> None:
+    check_merge(text, WANTED)
+
+
+@pytest.mark.parametrize(("text", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_merged_without_a_doubt_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        llmstack.merge_litellm_yaml(text, WANTED)
+
+
+def scalar(rng: random.Random, value: str) -> str:
+    return rng.choice([value, f'"{value}"', f"'{value}'"])
+
+
+def entry(rng: random.Random, name: str, indent: int) -> str:
+    """One entry in some block style."""
+    pad, gap = " " * indent, " " * rng.choice([1, 1, 3])
+    inner = pad + " " + gap
+    note = rng.choice(["", "  # it's [ours] - \"mine", " # model_name: code-ultra"])
+    params = rng.choice([
+        f"litellm_params: {{model: {scalar(rng, 'x/y')}, api_key: os.environ/K}}{note}\n",
+        f"litellm_params:{note}\n{inner}    model: x/y\n{inner}    # rpm: 1\n{inner}    api_base: http://h:1/v1\n",
+        f"litellm_params: {{model: x/y,\n{inner}   tags: [a, \"b]\"]}}\n",
+    ])
+    names = f"model_name: {scalar(rng, name)}{rng.choice(['', ' # n'])}\n"
+    extra = rng.choice(["", "model_info: {mode: chat}\n", f"d: |\n{inner}  - model_name: no\n{inner}  # no comment: 'x\n",
+                        f"d: >-\n{inner}  it's folded\n\n{inner}  twice\n", "d: it's plain, 100% [really]\n"])
+    parts = [names, params, extra] if rng.random() < 0.6 else [params, extra, names]
+    return f"{pad}-{gap}" + inner.join(p for p in parts if p)
+
+
+def some_config(rng: random.Random) -> str:
+    names = rng.sample(["a", "b", "code-ultra", "code-fast_next", "c.d"], rng.randrange(4))
+    if rng.random() < 0.3:
+        gap = rng.choice(["", "\n", "\n  "])
+        items = [f"{{model_name: {scalar(rng, n)}, litellm_params: {{model: x/y}}}}" for n in names]
+        tail = rng.choice(["", ",", " # ]\n"]) if names else ""
+        listed = f"model_list: [{gap}{(',' + (gap or ' ')).join(items)}{tail}{gap}]\n"
+    else:
+        indent = rng.choice([0, 2, 4])
+        listed = "model_list:" + rng.choice(["", " # models", " &all"]) + "\n"
+        listed += rng.choice(["", "\n"]).join(entry(rng, n, indent) for n in names)
+        listed += rng.choice(["", "\n\n", f"{' ' * indent}# - model_name: code-ultra\n"])
+    sections = rng.sample(["litellm_settings:\n  drop_params: true\n", "general_settings: {}\n", "x: &x\n  y: [1, 2]\n",
+                           "# a note\n", "t: |\n  model_list:\n  - model_name: a\n", "r:\n- 1\n- 2\n"], rng.randrange(4))
+    parts = [*sections[:1], listed, *sections[1:]] if rng.random() < 0.9 else sections
+    text = rng.choice(["", "", "# top\n", "---\n"]) + rng.choice(["", "\n"]).join(parts)
+    text = text.rstrip("\n") if rng.random() < 0.3 else text
+    return text.replace("\n", "\r\n") if rng.random() < 0.2 else text
+
+
+def test_the_merge_holds_for_any_style() -> None:
+    """Each is merged right or refused, and few are refused."""
+    refused = 0
+    for seed in range(3_000):
+        rng = random.Random(seed)
+        text = some_config(rng)
+        try:
+            llmstack.merge_litellm_yaml(text, WANTED)
+        except ValueError:
+            refused += 1
+            continue
+        try:
+            check_merge(text, WANTED)
+        except Exception:
+            print(f"seed {seed}:\n{text}\n->\n{llmstack.merge_litellm_yaml(text, WANTED)[0]}")
+            raise
+    assert refused < 300
+
+
+# ---- what is written
+
+
+def hosted(**more: Any) -> Tier:
+    return Tier("code-ultra", role="ultra", backend="litellm", model="anthropic/claude-opus-4-20250514")._replace(**more)
+
+
+def written(config: Config, program: tuple[str, ...] = ("x",)) -> tuple[str, list[str]]:
+    """(litellm_config.yaml after a write, what was said)."""
+    places = llmstack.find_places(os.environ)
+    lines: list[str] = []
+    llmstack.write_litellm_config(places, config, program, lines.append)
+    return llmstack.read_text(llmstack.litellm_config_path(places)), lines
+
+
+def test_the_seed_has_an_entry_for_each_hosted_tier_and_its_next() -> None:
+    text, said = written(Config(tiers=(hosted(model_next="anthropic/b"), Tier("code-fast", role="fast"))))
+    assert yaml.safe_load(text) == {
+        "litellm_settings": {"drop_params": True, "request_timeout": 120}, "router_settings": {"disable_cooldowns": True},
+        "model_list": [{"model_name": "code-ultra", "litellm_params": {"model": "anthropic/claude-opus-4-20250514"}},
+                       {"model_name": "code-ultra_next", "litellm_params": {"model": "anthropic/b"}}]}
+    assert said[0].startswith("Wrote ")
+    assert not written(Config(tiers=(hosted(model_next="anthropic/b"),)))[1], "nothing to add, nothing to say"
+
+
+def test_no_hosted_tier_no_file() -> None:
+    assert written(Config(tiers=(Tier("code-fast"),))) == ("", [])
+
+
+def test_a_file_that_cannot_be_merged_stays_and_the_stub_is_shown() -> None:
+    path = Path(".llmstack/litellm_config.yaml")
+    path.parent.mkdir()
+    path.write_bytes(b'{"model_list": []}\n')
+    text, said = written(Config(tiers=(hosted(),)))
+    assert text == '{"model_list": []}\n'
+    assert "is left alone" in said[0]
+    assert said[0].endswith("  - model_name: code-ultra\n    litellm_params:\n      model: anthropic/claude-opus-4-20250514")
+    path.write_bytes(b"# \xff\n")
+    assert "not UTF-8" in written(Config(tiers=(hosted(),)))[1][0]
+    assert path.read_bytes() == b"# \xff\n"
+
+
+def test_the_parser_has_the_last_word() -> None:
+    """With the YAML parser of a Python: a merge that it does not read as meant is not written."""
+    path = Path(".llmstack/litellm_config.yaml")
+    path.parent.mkdir()
+    program = (sys.executable, "x")
+    path.write_text("model_list:\n- model_name: a\n  litellm_params: {model: x/y}\n")
+    assert "code-ultra" in written(Config(tiers=(hosted(),)), program)[0]
+    path.write_text("model_list:\n- model_name: a\n  litellm_params: {model: @}\n")      # no YAML
+    text, said = written(Config(tiers=(hosted(),)), program)
+    assert "code-ultra" not in text
+    assert "parser" in said[0]
+
+
+def test_a_changed_model_is_said_and_the_entry_stays() -> None:
+    before, _ = written(Config(tiers=(hosted(),)))
+    after, said = written(Config(tiers=(hosted(model="openai/gpt-4o"),)))
+    assert after == before
+    assert said == ["Note: code-ultra: models.ini says openai/gpt-4o, litellm_config.yaml anthropic/claude-opus-4-20250514,"
+                    " which is what is asked"]
+
+
+def test_what_is_written_is_trusted_only_where_the_file_was() -> None:
+    places = llmstack.find_places(os.environ)
+    written(Config(tiers=(hosted(),)))
+    assert llmstack.is_trusted(places, "run")
+    assert not llmstack.is_trusted(places, "hook"), "the rest of the directory is another matter"
+    Path(llmstack.litellm_config_path(places)).write_text("model_list: []\n")       # somebody else's
+    written(Config(tiers=(hosted(),)))
+    assert not llmstack.is_trusted(places, "run")
+
+
+# ---- credentials
+
+
+@pytest.mark.parametrize(("model", "env", "yaml_text", "expected"), [
+    ("anthropic/x", {}, "", ("ANTHROPIC_API_KEY",)),
+    ("anthropic/x", {"ANTHROPIC_API_KEY": "k"}, "", ()),
+    ("anthropic/x", {"ANTHROPIC_API_KEY": " "}, "", ("ANTHROPIC_API_KEY",)),
+    ("claude-3-opus", {}, "", ("ANTHROPIC_API_KEY",)),
+    ("gpt-4o", {}, "", ("OPENAI_API_KEY",)),
+    ("gemini/x", {"GOOGLE_API_KEY": "k"}, "", ()),
+    ("bedrock/x", {}, "", ("AWS_ACCESS_KEY_ID",)),
+    ("bedrock/x", {"AWS_PROFILE": "p"}, "", ()),
+    ("azure/x", {"AZURE_API_KEY": "k"}, "", ("AZURE_API_BASE",)),
+    ("ollama/x", {}, "", ()),
+    ("openai/x", {}, "api_key: os.environ/MINE", ("MINE",)),
+    ("openai/x", {"MINE": "k"}, "api_key: os.environ/MINE", ()),
+    ("openai/x", {}, "api_key: none", ()),
+    ("openai/x", {"OPENAI_API_KEY": "k"}, "api_key: os.environ/MINE # os.environ/OTHER", ("MINE",)),
+    ("openai/x", {}, "model: groq/y", ("GROQ_API_KEY",)),
+    ("openai/x", {}, "<<: *defaults", ()),
+])
+def test_which_credentials_a_tier_lacks(model: str, env: dict[str, str], yaml_text: str, expected: tuple[str, ...]) -> None:
+    if yaml_text:
+        yaml_text = f"model_list:\n- model_name: code-ultra\n  litellm_params:\n    {yaml_text}\n- model_name: b\n" \
+                    "  litellm_params: {api_key: os.environ/B}\n"
+    assert llmstack.tier_credentials(hosted(model=model), env, yaml_text) == expected
+
+
+def test_the_next_channel_has_credentials_of_its_own() -> None:
+    tier = hosted(model_next="groq/x")
+    assert llmstack.tier_credentials(tier, {"ANTHROPIC_API_KEY": "k"}, "", True) == ("GROQ_API_KEY",)
+
+
+def test_llama_server_gets_no_credentials_and_the_proxy_no_database() -> None:
+    env = {"ANTHROPIC_API_KEY": "k", "AWS_SECRET_ACCESS_KEY": "k", "HF_TOKEN": "h", "PATH": "p", "DATABASE_URL": "postgres://",
+           "LITELLM_LOG": "INFO"}
+    assert llmstack.without_credentials(env) == {"HF_TOKEN": "h", "PATH": "p", "DATABASE_URL": "postgres://"}
+    proxy = llmstack.litellm_env(env)
+    assert proxy["ANTHROPIC_API_KEY"] == "k"
+    assert proxy["LITELLM_LOG"] == "INFO"
+    assert proxy["LITELLM_LOCAL_MODEL_COST_MAP"] == "True"
+    assert "DATABASE_URL" not in proxy
+
+
+# ---- which LiteLLM, and code-ultra
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_which_litellm_is_taken(tmp_path: Path) -> None:
+    data = str(tmp_path / "data")
+    assert llmstack.find_litellm({}, data) == ()
+    plain = script(tmp_path / "litellm", "#!/bin/sh\n")
+    assert llmstack.find_litellm({"LITELLM_BIN": plain}, data) == (plain,)
+    installed = script(tmp_path / "litellm2", f"#!{sys.executable}\nimport x\n")
+    assert llmstack.find_litellm({"LITELLM_BIN": installed}, data) == (sys.executable, llmstack.PROGRAM, "_litellm")
+    with pytest.raises(UserError, match="no program"):
+        llmstack.find_litellm({"LITELLM_BIN": "/nowhere"}, data)
+    ready = Path(llmstack.environment_dir(llmstack.LITELLM, data))
+    ready.mkdir(parents=True)
+    (ready / "ready").write_text("")
+    assert llmstack.find_litellm({}, data)[1:] == (llmstack.PROGRAM, "_litellm")
+
+
+def test_code_ultra_is_switched_on_where_litellm_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fenced = llmstack.read_resource("models.ini")
+    assert llmstack.with_ultra(fenced, {}, "/nowhere") == fenced
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("x",))
+    text = llmstack.with_ultra(fenced, {}, "/nowhere").decode()
+    config, warnings = llmstack.parse_models_ini(text)
+    assert not warnings
+    assert config.ladder[0] == config.by_role("ultra")
+    ultra = config.by_role("ultra")
+    assert ultra is not None
+    assert (ultra.name, ultra.backend, ultra.ctx_size, ultra.sampler) == ("code-ultra", "litellm", 24000, ())
+    assert "AUTO-ENABLE" not in text
+    assert llmstack.unfence_ultra(text) == text
+    assert llmstack.unfence_ultra(fenced.decode().replace("\n", "\r\n")) == text.replace("\n", "\r\n")
+
+
+def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    places = llmstack.find_places(os.environ)
+    config = Config(tiers=(hosted(), Tier("code-smart", role="agent", path="x")))
+    assert llmstack.unserved_hosted(places, config, {}, False) == {"code-ultra": llmstack.INSTALL_LITELLM}
+    asked: list[str] = []
+    llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    assert asked[0].startswith("Hosted tiers need LiteLLM's proxy")
+    assert "llmstack install-litellm" in capsys.readouterr().out
+    assert Path(".llmstack/litellm_config.yaml").exists(), "the entries do not depend on it"
+    assert llmstack.proxy_tier(config._replace(local_only=True)) is None
+
+
+def test_install_litellm_does_nothing_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("/here/litellm",))
+    assert llmstack.main(["install-litellm"]) == 0
+    assert "/here/litellm" in capsys.readouterr().out
+    done: list[str] = []
+    monkeypatch.setattr(llmstack, "install_environment", lambda wanted, data, say: done.append(wanted.name))
+    assert llmstack.main(["install-litellm", "--force"]) == 0
+    assert done == ["litellm"]
+
+
+def test_llama_swap_keeps_the_proxy_beside_everything() -> None:
+    smart, plan = Tier("code-smart", role="agent", path="/x"), Tier("plan", role="plan", path="/y")
+    tier = llmstack.proxy_tier(Config(tiers=(hosted(aliases=("opus",), model_next="a/b"),)))
+    assert tier is not None
+    proxy = llmstack.ProxyPlan(tier, ("py", "a b"), 10103, llmstack.PROXY_HEALTH, True)
+    render = llmstack.render_llama_swap_yaml
+    value = yaml.safe_load(render(Config(tiers=(smart, plan)), ("ls",), False, frozenset(), llmstack.posix_quote, proxy=proxy))
+    model = value["models"]["litellm_proxy"]
+    assert model["aliases"] == ["code-ultra", "code-ultra_next", "opus"]
+    assert (model["proxy"], model["checkEndpoint"], model["ttl"]) == ("http://127.0.0.1:10103", "/health/liveliness", 0)
+    assert model["cmd"] == "py 'a b'\n"
+    assert all(members.endswith(" & l") for members in value["matrix"]["sets"].values())
+    assert value["hooks"]["on_startup"]["preload"] == ["litellm_proxy"]
+    alone = yaml.safe_load(render(Config(), (), False, frozenset(), llmstack.posix_quote, proxy=proxy))
+    assert alone["matrix"]["sets"] == {"a_hosted": "l"}
+
+
+# ---- the embedded engine and its proxy
+
+
+FAKE = """#!/bin/sh
+exec {python} -c '
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "0"); self.end_headers()
+    def log_message(self, *a): pass
+{fail}
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+' "$@"
+"""
+
+
+@pytest.fixture
+def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[llmstack.Engine]:
+    fail = getattr(request, "param", "")
+    program = script(tmp_path / "litellm", FAKE.format(python=sys.executable, fail=fail))
+    config = Config(tiers=(hosted(aliases=("opus",)), Tier("code-smart", role="agent", path="/nowhere", size_gb=1)),
+                    litellm_port=free_ports(1)[0])
+    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"LITELLM_BIN": program, "ANTHROPIC_API_KEY": "k"})
+    assert proxy is not None
+    assert proxy.preload
+    engine = llmstack.Engine(config, lambda tier, port: [], llmstack.Log(str(tmp_path / "log")), lambda n: str(tmp_path / n),
+                             os.environ, 2.0, proxy=proxy)
+    yield engine
+    engine.close()
+
+
+def load(engine: llmstack.Engine, name: str) -> None:
+    model = engine.find(name)
+    assert model is not None
+    ticket = engine.enqueue(model)
+    try:
+        while not engine.try_enter(ticket):
+            engine.wait(1.0)
+        engine.leave(model)
+    finally:
+        engine.dequeue(ticket)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_the_proxy_is_a_model_of_no_size_that_nothing_evicts(engine: llmstack.Engine) -> None:
+    assert engine.find("opus") is engine.find("code-ultra") is engine.find("litellm_proxy")
+    load(engine, "opus")
+    assert [(r["model"], r["state"]) for r in engine.running()] == [("litellm_proxy", "ready")]
+    with pytest.raises(llmstack.LoadError, match="there is no /nowhere"):
+        load(engine, "code-smart")
+    assert [(r["model"], r["state"]) for r in engine.running()] == [("litellm_proxy", "ready")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+@pytest.mark.parametrize("engine", ["sys.exit(\"no such config\")"], indirect=True)
+def test_a_proxy_that_does_not_start_says_why(engine: llmstack.Engine) -> None:
+    with pytest.raises(llmstack.LoadError, match="litellm_proxy: its server exited with 1 while loading:\nno such config"):
+        load(engine, "code-ultra")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_a_stranger_on_the_proxys_port_is_named(engine: llmstack.Engine) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", engine.config.litellm_port))
+        stranger.listen()
+        with pytest.raises(llmstack.LoadError, match=f"port {engine.config.litellm_port} is taken by"):
+            load(engine, "code-ultra")
+
+
+# ---- the real proxy, before a scripted provider
+
+
+class Provider(BaseHTTPRequestHandler):
+    """OpenAI's and Anthropic's shapes; the last message's text says what to answer."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[tuple[str, dict[str, str], Any]]] = []
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+        said = body["messages"][-1]["content"]
+        said = said if isinstance(said, str) else said[-1].get("text", "")
+        if said[:3].isdigit():
+            self.json(int(said[:3]), {"error": {"message": f"scripted {said}", "type": "scripted", "code": said}})
+        elif self.path.endswith("/messages"):
+            self.json(200, {"id": "m", "type": "message", "role": "assistant", "model": body["model"], "stop_reason": "end_turn",
+                            "content": [{"type": "text", "text": "Bonjour"}], "usage": {"input_tokens": 1, "output_tokens": 1}})
+        elif body.get("stream"):
+            self.stream(body["model"])
+        else:
+            calls = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}]
+            message = {"role": "assistant", "content": None, "tool_calls": calls} if body.get("tools") else \
+                {"role": "assistant", "content": "Hello"}
+            self.json(200, {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"], "usage": {
+                "prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "choices": [
+                    {"index": 0, "message": message, "finish_reason": "tool_calls" if body.get("tools") else "stop"}]})
+
+    def stream(self, model: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        for delta, reason in (({"content": "Hel"}, None), ({"content": "lo"}, None), ({}, "stop")):
+            event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model,
+                     "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
+
+    def json(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def free_ports(count: int) -> list[int]:
+    socks = [socket.socket() for _ in range(count)]
+    for sock in socks:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in socks]
+    for sock in socks:
+        sock.close()
+    return ports
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Stack:
+    """A whole stack in a process group of its own: two hosted tiers through LiteLLM, and a local one."""
+
+    def __init__(self, directory: Path, engine: str, provider: int) -> None:
+        shared = os.environ["LLMSTACK_TEST_DATA"]
+        self.directory, self.engine = directory, engine
+        self.router, self.engine_port, self.litellm = free_ports(3)
+        self.state = directory / "project" / ".llmstack"
+        self.state.mkdir(parents=True)
+        data = directory / "data"
+        data.mkdir()
+        for name in ("llama-cpp", "litellm"):
+            (data / name).symlink_to(Path(shared) / name, target_is_directory=True)
+        noise = directory / "noise.gguf"
+        noise.write_bytes(llmstack.render_noise_gguf())
+        (self.state / "models.ini").write_text(f"""
+[DEFAULT]
+engine = {engine}
+router_port = {self.router}
+engine_port = {self.engine_port}
+litellm_port = {self.litellm}
+
+[code-ultra]
+role = ultra
+model = openai/gpt-scripted
+model_next = openai/gpt-later
+ctx_size = 24000
+sampler = temp=0.3
+aliases = opus
+
+[claude]
+model = anthropic/claude-scripted
+ctx_size = 24000
+
+[keyless]
+model = groq/llama-scripted
+ctx_size = 24000
+
+[code-smart]
+role = agent
+path = {noise}
+ctx_size = 4096
+""")
+        (self.state / "litellm_config.yaml").write_text(f"""# by hand
+model_list:
+  - model_name: code-ultra
+    litellm_params: &scripted
+      model: openai/gpt-scripted
+      api_base: http://127.0.0.1:{provider}/v1
+      api_key: os.environ/SCRIPTED_KEY
+  - model_name: claude
+    litellm_params: {{model: anthropic/claude-scripted, api_base: "http://127.0.0.1:{provider}",
+                      api_key: os.environ/SCRIPTED_KEY}}
+litellm_settings: {{drop_params: true, num_retries: 0}}
+router_settings: {{disable_cooldowns: true, num_retries: 0}}
+""")
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(directory), "LLMSTACK_DATA_DIR": str(data), "SCRIPTED_KEY": KEY,
+                    "LLMSTACK_WORK_DIR": str(directory / "project"), "DATABASE_URL": "postgresql://x:y@127.0.0.1:9/z"}
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(ROOT / "llmstack.py"), *words], env=self.env, text=True, timeout=120,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+
+    def status(self) -> dict[str, Any]:
+        rows: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
+        return rows
+
+    def tier(self, name: str) -> dict[str, Any]:
+        return next(t for t in self.status()["tiers"] if t["name"] == name)
+
+    def ask(self, path: str, body: Any = None, port: int = 0, **headers: str) -> Answer:
+        data = None if body is None else json.dumps(body).encode()
+        asked = request.Request(f"http://127.0.0.1:{port or self.router}{path}", data,
+                                {"Content-Type": "application/json", **headers})
+        try:
+            with request.urlopen(asked, timeout=90) as answer:
+                return Answer(answer.status, answer.headers, answer.read())
+        except error.HTTPError as exc:
+            return Answer(exc.code, exc.headers, exc.read())
+
+    def chat(self, model: str, text: str = "hello", path: str = "/v1/chat/completions", **more: Any) -> Answer:
+        return self.ask(path, {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **more})
+
+
+ENGINES = ["embedded", pytest.param("llama-swap", marks=pytest.mark.skipif(
+    shutil.which("llama-swap") is None, reason="no llama-swap on PATH"))]
+
+
+class Running(NamedTuple):
+    stack: Stack
+    first: Answer                               # a stream that was asked for while the proxy was starting
+    state: str                                  # of code-ultra, meanwhile
+    out: str                                    # what `start` said
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    if not os.environ.get("LLMSTACK_TEST_DATA"):
+        pytest.skip("run the suite with `python3 -m tests`: it provisions LiteLLM's proxy")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Provider)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stack = Stack(tmp_path_factory.mktemp(request.param), request.param, server.server_port)
+    try:
+        stack.run("trust")
+        out = stack.run("start", "--detach").stdout
+        answers: list[Answer] = []
+        asking = threading.Thread(target=lambda: answers.append(stack.chat("code-ultra", stream=True)))
+        asking.start()
+        state = stack.tier("code-ultra")["state"]
+        asking.join()
+        yield Running(stack, answers[0], state, out)
+    finally:
+        stack.run("stop")
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def stack(running: Running) -> Stack:
+    Provider.asked.clear()
+    return running.stack
+
+
+def test_start_merges_and_says_where_litellm_is(running: Running, stack: Stack) -> None:
+    assert f"LiteLLM http://127.0.0.1:{stack.litellm}/ui" in running.out
+    text = (stack.state / "litellm_config.yaml").read_text()
+    assert text.startswith("# by hand\nmodel_list:\n  - model_name: code-ultra\n    litellm_params: &scripted\n")
+    assert [e["model_name"] for e in yaml.safe_load(text)["model_list"]] == ["code-ultra", "claude", "code-ultra_next", "keyless"]
+
+
+def test_while_it_starts_streams_are_told_and_status_says_loading(running: Running) -> None:
+    assert running.state == "loading"
+    body = running.first.body.decode()
+    assert (": loading litellm_proxy" if running.stack.engine == "embedded" else "reasoning_content") in body
+    assert '"Hel"' in body
+    assert body.rstrip().endswith("data: [DONE]")
+
+
+def test_chats_by_name_and_alias_with_the_tiers_sampler(stack: Stack) -> None:
+    for name in ("code-ultra", "opus"):
+        answer = stack.chat(name)
+        assert (answer.status, answer.json["choices"][0]["message"]["content"]) == (200, "Hello")
+        path, headers, body = Provider.asked[-1]
+        assert (path, headers["authorization"]) == ("/v1/chat/completions", f"Bearer {KEY}")
+        assert (body["model"], body["temperature"]) == ("gpt-scripted", 0.3)
+    stack.chat("code-ultra", temperature=0.9)
+    assert Provider.asked[-1][2]["temperature"] == 0.9
+
+
+def test_a_stream_and_a_tool_call_come_whole(stack: Stack) -> None:
+    answer = stack.chat("code-ultra", stream=True)
+    events = [json.loads(x[6:]) for x in answer.body.decode().split("\n\n") if x.startswith("data: {")]
+    assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"]) == "Hello"
+    assert answer.body.rstrip().endswith(b"data: [DONE]")
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+    answer = stack.chat("code-ultra", tools=tools)
+    assert Provider.asked[-1][2]["tools"] == tools
+    assert answer.json["choices"][0]["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": 1}'}
+
+
+def test_anthropics_shape_on_both_sides(stack: Stack) -> None:
+    answer = stack.chat("claude", path="/v1/messages")
+    assert answer.status == 200, answer.body
+    assert answer.json["content"][0]["text"] == "Bonjour"
+    path, headers, _ = Provider.asked[-1]
+    assert (path, headers["x-api-key"]) == ("/v1/messages", KEY)
+    assert stack.chat("claude").json["choices"][0]["message"]["content"] == "Bonjour"
+
+
+def test_auto_takes_the_hosted_tier_and_falls_down_on_401(stack: Stack) -> None:
+    answer = stack.chat("auto")
+    assert (answer.headers["X-LLMStack-Model"], answer.json["choices"][0]["message"]["content"]) == ("code-ultra", "Hello")
+    answer = stack.chat("auto", "401")
+    assert answer.status == 200
+    assert answer.headers["X-LLMStack-Model"] == "code-smart"
+    assert "code-ultra" in answer.headers["X-LLMStack-Fallback"]
+    assert "(401)" in answer.headers["X-LLMStack-Fallback"]
+    assert stack.tier("code-ultra")["state"] == "failing"
+    answer = stack.chat("code-ultra", "401")
+    assert answer.status == 401, "asked for by name, it is passed on"
+    assert b"scripted 401" in answer.body
+
+
+def test_a_missing_credential_is_named_and_never_shown(stack: Stack) -> None:
+    row = stack.tier("keyless")
+    assert (row["state"], row["reason"], row["missing"]) == ("no credential", "missing GROQ_API_KEY", ["GROQ_API_KEY"])
+    assert stack.tier("claude")["missing"] == []
+    everything = "".join(p.read_text(errors="replace") for p in (stack.directory / "project").rglob("*") if p.is_file())
+    everything += stack.run("status").stdout + stack.ask("/models.ini").body.decode()
+    if Path("/proc").is_dir():
+        everything += "".join(p.read_text(errors="replace") for p in Path("/proc").glob("[0-9]*/cmdline"))
+    assert KEY not in everything
+
+
+def test_models_lists_hosted_tiers(stack: Stack) -> None:
+    entries = {e["id"]: e for e in stack.ask("/v1/models").json["data"]}
+    assert {"auto", "code-ultra", "opus", "claude", "code-smart"} <= set(entries)
+    assert not {"litellm_proxy", "code-ultra_next"} & set(entries)
+    meta = entries["code-ultra"]["meta"]["llmstack"]
+    assert (entries["code-ultra"]["channel"], meta["model"], meta["ctx_size"]) == ("current", "openai/gpt-scripted", 24000)
+
+
+def test_the_admin_page_and_the_mcp_gateway_are_there_but_not_for_web_pages(stack: Stack) -> None:
+    assert stack.ask("/ui/", port=stack.litellm).status == 200
+    hello = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {
+        "protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}}
+    answer = stack.ask("/mcp", hello, stack.litellm, Accept="application/json, text/event-stream")
+    assert answer.status == 200
+    assert b"serverInfo" in answer.body
+    ask = {"model": "code-ultra", "messages": [{"role": "user", "content": "hello"}]}
+    for header in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        answer = stack.ask("/v1/chat/completions", ask, stack.litellm, **header)
+        assert answer.status == 403, header
+        assert "access-control-allow-origin" not in answer.headers
+    assert not Provider.asked
+    own = {"Origin": f"http://127.0.0.1:{stack.litellm}", "Sec-Fetch-Site": "same-origin"}
+    assert stack.ask("/v1/models", None, stack.litellm, **own).status == 200
+
+
+def test_the_proxy_stays_beside_a_local_model_and_goes_with_the_stack(stack: Stack) -> None:
+    stack.chat("code-smart")
+    stack.chat("code-ultra")
+    rows = stack.ask("/running", port=stack.engine_port).json["running"]
+    assert {r["model"]: r["state"] for r in rows} == {"code-smart": "ready", "litellm_proxy": "ready"}
+    pids = llmstack.listeners(stack.litellm)
+    assert stack.run("stop").returncode == 0
+    end = time.monotonic() + 10
+    while any(llmstack.process_started(pid) for pid in pids):
+        assert time.monotonic() < end
+    assert llmstack.port_is_free("127.0.0.1", stack.litellm)
+
+
+def test_restart_next_asks_the_next_model(stack: Stack) -> None:
+    text = (stack.state / "litellm_config.yaml").read_text()
+    path = stack.state / "litellm_config.yaml"
+    base = yaml.safe_load(text)["model_list"][0]["litellm_params"]["api_base"]
+    path.write_text(text.replace("      model: openai/gpt-later", "      <<: *scripted\n      model: openai/gpt-later"))
+    assert yaml.safe_load(path.read_text())["model_list"][2]["litellm_params"]["api_base"] == base
+    stack.run("trust")
+    assert stack.run("start", "--next", "--detach").returncode == 0
+    answer = stack.chat("auto")
+    assert answer.status == 200, answer.body
+    assert (answer.headers["X-LLMStack-Model"], Provider.asked[-1][2]["model"]) == ("code-ultra", "gpt-later")
+    entries = {e["id"]: e for e in stack.ask("/v1/models").json["data"]}
+    assert (entries["code-ultra"]["channel"], entries["code-ultra"]["meta"]["llmstack"]["model"]) == ("next", "openai/gpt-later")
+    assert stack.tier("code-ultra")["model"] == "openai/gpt-later"
