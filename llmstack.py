@@ -3820,7 +3820,7 @@ def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
     import hashlib
     digest = hashlib.sha256()
     for name, data in parts:
-        digest.update(b"%b %d\n%b" % (name.encode(), len(data), data))
+        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
     return digest.hexdigest()
 
 
@@ -3844,11 +3844,24 @@ def _run_lines(places: Places) -> List[str]:
     return lines
 
 
+def _state_links(places: Places) -> List[Tuple[str, str]]:
+    """Symbolic links in .llmstack/ and its logs/, with where they lead: a log would be written there."""
+    found = []
+    for directory in (places.state, places.in_state("logs")):
+        try:
+            paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+            found += [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+        except OSError:
+            pass
+    return found
+
+
 def project_digests(places: Places) -> Dict[str, str]:
     """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
     lines = _run_lines(places)
     run = [("models.ini", "\n".join(lines).encode())] if lines else []
     run += [(name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))]
+    run += [(name, os.fsencode(target)) for name, target in _state_links(places)]
     return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
             "run": _digest(run) if run else ""}
 
@@ -7283,7 +7296,7 @@ def untrusted_line(places: Places) -> str:
 def check_run_trust(places: Places) -> None:
     """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
     if not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} names a program or an address, and it is not trusted here",
+        raise UserError(f".llmstack of {visible(places.work)} names programs, addresses or other files, and is not trusted here",
                         "look at it, then run `llmstack trust`")
 
 
@@ -7490,7 +7503,8 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
                 rows.append((name, "is not plain JSON; read it yourself"))
         elif text:
             rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return rows + [("models.ini", line.strip()) for line in _run_lines(places)]
+    return [*rows, *((name, f"leads to {target}") for name, target in _state_links(places)),
+            *(("models.ini", line.strip()) for line in _run_lines(places))]
 
 
 # ===================================================================================================

@@ -693,6 +693,7 @@ def test_a_zdotdir_that_came_with_the_project_is_not_used(stack: Path, open_shel
     precious.mkdir()
     (precious / ".zshenv").write_text("mine\n")
     (stack / ".llmstack" / "zdotdir").symlink_to(precious)
+    llmstack.trust_project(places_of(stack))
     terminal = open_shell("zsh", hook=False, argv=started(), cwd=stack)
     assert f"{CURRENT}P> " in terminal.run("", "")
     assert (precious / ".zshenv").read_text() == "mine\n"
@@ -797,10 +798,25 @@ def test_what_runs_or_sends_something_waits_for_trust(words: list[str], capsys: 
     assert llmstack.main(words) == 1
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2
-    assert "not trusted here" in err[0]
+    assert "is not trusted here" in err[0]
     assert "llmstack trust" in err[1]
     monkeypatch.setenv("LLMSTACK_MODELS_INI", str(ini.resolve().rename(Path.cwd() / "mine.ini")))
     assert llmstack.is_trusted(llmstack.find_places(os.environ), "run"), "a file that the user names"
+
+
+@pytest.mark.parametrize("name", ["logs", "logs/router.log", "models.ini"])
+def test_a_link_to_other_files_waits_for_trust(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    link = Path(".llmstack", name)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    assert llmstack.main(["start"]) == 1
+    assert "not trusted here" in capsys.readouterr().err
+    assert precious.read_text() == "mine"
+    assert llmstack.main(["trust"]) == 0
+    assert f"{name:<10}  leads to {precious}".split() in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert llmstack.is_trusted(llmstack.find_places(os.environ), "run")
 
 
 def test_what_we_seed_needs_no_trust() -> None:
