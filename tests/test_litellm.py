@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -437,6 +438,7 @@ class Provider(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     asked: ClassVar[list[tuple[str, dict[str, str], Any]]] = []
+    left: ClassVar[threading.Event] = threading.Event()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -452,7 +454,7 @@ class Provider(BaseHTTPRequestHandler):
             self.json(200, {"id": "m", "type": "message", "role": "assistant", "model": body["model"], "stop_reason": "end_turn",
                             "content": [{"type": "text", "text": "Bonjour"}], "usage": {"input_tokens": 1, "output_tokens": 1}})
         elif body.get("stream"):
-            self.stream(body["model"])
+            self.stream(body["model"], said)
         else:
             calls = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}]
             message = {"role": "assistant", "content": None, "tool_calls": calls} if body.get("tools") else \
@@ -461,21 +463,34 @@ class Provider(BaseHTTPRequestHandler):
                 "prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "choices": [
                     {"index": 0, "message": message, "finish_reason": "tool_calls" if body.get("tools") else "stop"}]})
 
-    def stream(self, model: str) -> None:
+    def stream(self, model: str, said: str) -> None:
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
+        self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        self.close_connection = True
         for delta, reason in (({"content": "Hel"}, None), ({"content": "lo"}, None), ({}, "stop")):
             event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model,
                      "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-        self.wfile.write(b"data: [DONE]\n\n")
-        self.close_connection = True
+            self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+            if said == "cut":
+                return
+            if said == "hang":
+                self.connection.settimeout(30)
+                if self.connection.recv(1) == b"":
+                    self.left.set()
+                return
+        self.chunk(b"data: [DONE]\n\n")
+        self.chunk(b"")
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def json(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        if status == 429:
+            self.send_header("retry-after", "7")
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -684,6 +699,38 @@ def test_auto_takes_the_hosted_tier_and_falls_down_on_401(stack: Stack) -> None:
     answer = stack.chat("code-ultra", "401")
     assert answer.status == 401, "asked for by name, it is passed on"
     assert b"scripted 401" in answer.body
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
+def test_what_the_provider_refuses_is_passed_on_where_the_tier_was_named(stack: Stack, status: int) -> None:
+    answer = stack.chat("claude", str(status))
+    assert (answer.status, answer.json["error"]["message"].count(f"scripted {status}")) == (status, 1), answer.body
+    answer = stack.chat("code-ultra", str(status), stream=True)
+    assert answer.status == status, answer.body
+    assert stack.chat("code-ultra").status == 200, "and the next one is asked again"
+
+
+def test_a_stream_that_is_cut_never_looks_whole(stack: Stack) -> None:
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)) as caught:
+        answer = stack.chat("code-ultra", "cut", stream=True)
+        assert b'"error"' in answer.body, answer.body
+        raise ConnectionError("an error event at a clean end will do")
+    if isinstance(caught.value, http.client.IncompleteRead):
+        assert b'"error"' in caught.value.partial
+
+
+def test_a_client_that_leaves_is_cancelled_at_the_provider(stack: Stack) -> None:
+    Provider.left.clear()
+    body = json.dumps({"model": "code-ultra", "stream": True, "messages": [{"role": "user", "content": "hang"}]}).encode()
+    with socket.create_connection(("127.0.0.1", stack.router)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        seen = b""
+        while b"Hel" not in seen:
+            data = client.recv(65_536)
+            assert data, seen
+            seen += data
+    assert Provider.left.wait(15)
 
 
 def test_a_missing_credential_is_named_and_never_shown(stack: Stack) -> None:
