@@ -6073,18 +6073,22 @@ def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], 
         return True
     answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
     if not answer:
-        say(f"{INSTALL_LITELLM}; hosted tiers are not served before")
         return False
     install_environment(LITELLM, places.data, say)
     return True
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
-    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries. Errors: UserError."""
-    if litellm_entries(config) and not config.local_only:
-        ensure_litellm(places, env, say, ask)
-        write_litellm_config(places, config, find_litellm(env, places.data), say)
+                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries.
+
+    Returns why they will not be served, or "". Errors: UserError.
+    """
+    if not litellm_tiers(config):
+        return ""
+    here = ensure_litellm(places, env, say, ask)
+    write_litellm_config(places, config, find_litellm(env, places.data), say)
+    return "" if here else INSTALL_LITELLM
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
@@ -7607,7 +7611,7 @@ def _cmd_start(args: Any) -> int:
         check_run_trust(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
-    prepare_hosted(places, config, os.environ, say)
+    _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
     if not args.demo:
@@ -7783,7 +7787,7 @@ def _cmd_restart(args: Any) -> int:
         args.host, args.port = args.host or router.host, args.port or router.port
     if engine is not None and engine.alive:
         args.pinned = engine.channel
-    prepare_hosted(places, config, os.environ, say)
+    _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
@@ -7958,6 +7962,12 @@ def _ask(question: str) -> Optional[bool]:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def _prepare_hosted(places: Places, config: Config, ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
+    why = prepare_hosted(places, config, os.environ, say, ask)
+    if why:
+        warn(f"hosted tiers are not served: {why}")
+
+
 def _add_install(commands: Any) -> None:
     parser = commands.add_parser("install", help="give this project its opencode.json",
                                  description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
@@ -7996,7 +8006,7 @@ def _cmd_install(args: Any) -> int:
     if args.print and not os.path.exists(places.models_ini):
         config = parse_models_ini(with_ultra(seed_text(args.profile)[0], os.environ, places.data).decode("utf-8"))[0]
     if not args.print:
-        prepare_hosted(places, config, os.environ, say, _ask)
+        _prepare_hosted(places, config, _ask)
     marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = project_opencode_json(places, config, base_url(host, port), os.environ)

@@ -123,7 +123,7 @@ def models(value: Any) -> Any:
 
 def test_golden() -> None:
     text = render_opencode_json(Config((LITTLE, HOSTED)), "http://127.0.0.1:10101", '/home/me/a "b"/.llmstack/AGENTS.md',
-                                api_key=True, mcp_url=llmstack.LITELLM_MCP_URL)
+                                api_key=True, mcp_url="http://127.0.0.1:10103/mcp")
     assert text == GOLDEN
 
 
@@ -812,6 +812,7 @@ def test_a_router_with_a_key(second: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     try:
         assert llmstack.main(["start"]) == 0
+        capsys.readouterr()
         assert opencode()["provider"]["llama.cpp"]["options"]["apiKey"] == "{env:LLMSTACK_API_KEY}"
         with monkeypatch.context() as inside:
             inside.chdir(second)

@@ -322,14 +322,14 @@ def test_code_ultra_is_switched_on_where_litellm_is(monkeypatch: pytest.MonkeyPa
     assert llmstack.unfence_ultra(fenced.decode().replace("\n", "\r\n")) == text.replace("\n", "\r\n")
 
 
-def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it() -> None:
     places = llmstack.find_places(os.environ)
     config = Config(tiers=(hosted(), Tier("code-smart", role="agent", path="x")))
     assert llmstack.unserved_hosted(places, config, {}, False) == {"code-ultra": llmstack.INSTALL_LITELLM}
     asked: list[str] = []
-    llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    why = llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    assert why == llmstack.INSTALL_LITELLM
     assert asked[0].startswith("Hosted tiers need LiteLLM's proxy")
-    assert "llmstack install-litellm" in capsys.readouterr().out
     assert Path(".llmstack/litellm_config.yaml").exists(), "the entries do not depend on it"
     assert llmstack.proxy_tier(config._replace(local_only=True)) is None
 
@@ -711,12 +711,12 @@ def test_what_the_provider_refuses_is_passed_on_where_the_tier_was_named(stack: 
 
 
 def test_a_stream_that_is_cut_never_looks_whole(stack: Stack) -> None:
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)) as caught:
-        answer = stack.chat("code-ultra", "cut", stream=True)
-        assert b'"error"' in answer.body, answer.body
-        raise ConnectionError("an error event at a clean end will do")
-    if isinstance(caught.value, http.client.IncompleteRead):
-        assert b'"error"' in caught.value.partial
+    try:
+        body = stack.chat("code-ultra", "cut", stream=True).body
+    except http.client.IncompleteRead as exc:
+        body = exc.partial
+    assert b'"Hel"' in body
+    assert b'"error"' in body
 
 
 def test_a_client_that_leaves_is_cancelled_at_the_provider(stack: Stack) -> None:
