@@ -2055,6 +2055,7 @@ litellm_settings:
   request_timeout: 120
 router_settings:
   disable_cooldowns: true          # the router leaves a failing tier alone itself
+  num_retries: 0                   # and asks another one at once
 
 model_list:
 """

@@ -182,7 +182,7 @@ def written(config: Config, program: tuple[str, ...] = ("x",)) -> tuple[str, lis
 def test_the_seed_has_an_entry_for_each_hosted_tier_and_its_next() -> None:
     text, said = written(Config(tiers=(hosted(model_next="anthropic/b"), Tier("code-fast", role="fast"))))
     assert yaml.safe_load(text) == {
-        "litellm_settings": {"drop_params": True, "request_timeout": 120}, "router_settings": {"disable_cooldowns": True},
+        "litellm_settings": {"drop_params": True, "request_timeout": 120}, "router_settings": {"disable_cooldowns": True, "num_retries": 0},
         "model_list": [{"model_name": "code-ultra", "litellm_params": {"model": "anthropic/claude-opus-4-20250514"}},
                        {"model_name": "code-ultra_next", "litellm_params": {"model": "anthropic/b"}}]}
     assert said[0].startswith("Wrote ")
