@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def test_bare_keeps_what_only_looks_like_a_comment() -> None:
     assert build_zipapp.bare(source) == (
         'A = "# no"\n\n\ndef f():\n ""\n\n\n\n'
         ' if A:\n  return """#\n      kept """\n return (1,\nf"""{A}\n    kept {A} """, 2)\n')
+
+
+@pytest.mark.parametrize("data", [b"", b"a", b"ab", b"abc" * 400, bytes(range(256)) * 3, b"x" * 70_000, os.urandom(3000),
+                                  (ROOT / "README.md").read_bytes()], ids=len)
+def test_zlib_reads_what_our_compressor_writes(data: bytes) -> None:
+    compressor = build_zipapp.Deflate()
+    written = compressor.compress(data[:1000]) + compressor.compress(data[1000:]) + compressor.flush()
+    assert zlib.decompress(written, -15) == data
 
 
 def test_two_builds_are_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
