@@ -8548,7 +8548,7 @@ def server_ways() -> str:
         return "winget install ggml.llamacpp"
     if IS_MAC or find_program("brew"):
         return "brew install llama.cpp"
-    return "apt install llama.cpp (Debian 13, Ubuntu 25.10 and newer)" if find_program("apt") else "install llama.cpp"
+    return "apt install llama.cpp" if find_program("apt") else "install llama.cpp"
 
 
 def _setup_llama_swap(setup: Setup) -> str:
