@@ -30,6 +30,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
+    PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -42,18 +43,21 @@ Map of the file, bottom-up; each section is built from those above it:
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
+    DOWNLOADS            models from the hub, in the background; llama-swap's releases
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
+    SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
 Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (yours), opencode.json, AGENTS.md,
-llama-swap.yaml, router.pid, llama-swap.pid, default-channel, active-channel, llmstack.bashrc, zdotdir/,
-logs/{router,engine or llama-swap,TIER,litellm_proxy}.log. Below the data directory ($LLMSTACK_DATA_DIR, else
-$XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json, written.json, lock, llama-cpp/ and litellm/
-(private environments), demo/. In the home directory: .SHELL_llmstack_hook.
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,HOOK,ACTIVE},
-SHELL, SHLVL, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials, NODE_EXTRA_CA_CERTS, HF_ENDPOINT, HF_TOKEN,
-HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA. Set in shells: OPENCODE_CONFIG,
-LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
+llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
+llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
+Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
+written.json, proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+.SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
+ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
+NODE_EXTRA_CA_CERTS, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
+Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -3346,6 +3350,136 @@ precmd_functions+=(_llmstack_start)
 
 
 # ===================================================================================================
+# PURE: DOWNLOADS
+# ===================================================================================================
+
+
+class Job(NamedTuple):
+    """One GGUF to fetch for one tier, with all the parts it is split into."""
+
+    tier: str
+    label: str                                  # current | next
+    repo: str
+    files: Tuple[str, ...]
+    beside: Tuple[str, ...] = ()                # the project's other files in that repository: one commit for all of them
+
+    @property
+    def name(self) -> str:
+        return f"{self.tier}-{self.label}"
+
+
+def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
+    """A job of the queue file; None where it is none, or its names would lead out of the directories they belong in."""
+    files, beside = row.get("files"), row.get("beside")
+    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
+        return None
+    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")), tuple(map(str, files)), tuple(map(str, beside)))
+    good = _NAME.match(job.tier) and job.label in ("current", "next") and _REPO.match(job.repo)
+    return job if good and all(_HUB_PATH.match(f) for f in (*job.files, *job.beside)) else None
+
+
+_HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x00-\x1f]+)*\Z")
+_SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf\Z")
+
+
+def split_parts(file: str) -> Tuple[str, ...]:
+    """All the files of a split GGUF, named by any one of them; the file itself where it is whole."""
+    match = _SPLIT.match(file)
+    count = int(match.group(3)) if match else 0
+    if not match or not 0 < count <= 1000:
+        return (file,)
+    return tuple(f"{match.group(1)}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+
+
+def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
+    """(what to fetch, why the rest of the tiers is left out): every current file first, then the queued ones.
+
+    `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
+    """
+    tiers = list(config.tiers)
+    if names:
+        known = [n for t in config.tiers for n in (t.name, *t.aliases)]
+        for name in names:
+            if config.by_name(name) is None:
+                raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
+                                "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
+        asked = {config.by_name(name) for name in names}
+        tiers = [t for t in tiers if t in asked]
+    wanted: Dict[str, List[str]] = {}
+    for weights in (weights_for(t, n) for t in config.tiers if t.backend == "gguf" for n in (False, True)):
+        if weights.repo:
+            wanted.setdefault(weights.repo, []).extend(split_parts(weights.file))
+    jobs, skipped = [], []
+    for label in labels:
+        for tier in tiers:
+            weights = weights_for(tier, label == "next")
+            if tier.backend != "gguf":
+                skipped.append(f"{tier.name} is hosted, so there is nothing to fetch")
+            elif weights.path:
+                skipped.append(f"{tier.name} is on this disk already: {weights.path}")
+            elif weights.channel == label:
+                files = split_parts(weights.file)
+                beside = tuple(dict.fromkeys(f for f in wanted[weights.repo] if f not in files))
+                job = Job(tier.name, label, weights.repo, files, beside)
+                if parse_job(job._asdict()) is None:
+                    raise UserError(f"[{tier.name}] has no usable name for a file of the hub: {weights.file}", "correct it in"
+                                    " models.ini", 2)
+                jobs.append(job)
+    return jobs, list(dict.fromkeys(skipped))
+
+
+def parse_checksums(text: str) -> Dict[str, str]:
+    """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
+    rows = (line.split() for line in text.splitlines())
+    return {row[1].lstrip("*"): row[0].lower() for row in rows if len(row) == 2 and re.match(r"[0-9A-Fa-f]{64}\Z", row[0])}
+
+
+def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
+    """The release archive of llama-swap for a platform, "" when there is none. `llama-swap_251_linux_amd64.tar.gz`"""
+    return next((n for n in names if re.match(rf"llama-swap_[^_]+_{system}_{machine}\.(?:tar\.gz|zip)\Z", n)), "")
+
+
+def swap_version(output: str) -> str:
+    """`version: v250 (abc), built at ...`, as `llama-swap -version` says it -> v250."""
+    match = re.search(r"version:\s*(v?[0-9][\w.-]*)", output)
+    return "v" + match.group(1).lstrip("v") if match else ""
+
+
+def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
+    """iogpu.wired_limit_mb for a Mac whose models need more than the GPU gets now; 0 where no limit is needed or helps.
+
+    All but an eighth of memory, and never less than 8 GB, for the system: 57344 of 65536 (README, "Memory math").
+    """
+    most = memory_mb - max(8192, memory_mb // 8)
+    return most if limit_mb < need_mb <= most else 0
+
+
+def swap_yaml_commands(text: str) -> Dict[str, str]:
+    """A llama-swap.yaml's models -> their command lines and all else below them, comments taken out."""
+    blocks: Dict[str, List[str]] = {}
+    name, inside = "", False
+    for line in text.splitlines():
+        top = re.match(r"(\S[^:]*):", line)
+        if top and not line.startswith("#"):
+            inside, name = top.group(1) == "models", ""
+        heading = re.match(r"  (\S.*?):\s*$", line) if inside else None
+        if heading:
+            name = heading.group(1).strip("\"'")
+        elif name and not line.lstrip().startswith("#"):
+            blocks.setdefault(name, []).append(line.strip())
+    return {name: "\n".join(lines) for name, lines in blocks.items()}
+
+
+def weights_drift(weights: Weights, command: str) -> str:
+    """Which other file than `weights` a llama-server command names, "" when it is the same one."""
+    for flags in weight_flags(weights):
+        if not re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
+            found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
+            return found.group(1) if found else "something else"
+    return ""
+
+
+# ===================================================================================================
 # SYSTEM EDGE
 # ===================================================================================================
 
@@ -5561,10 +5695,13 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     return (environment_program(LLAMA_CPP, data), PROGRAM, "_llama-server") if environment_ready(LLAMA_CPP, data) else ()
 
 
+def bin_dir(env: Mapping[str, str], data: str) -> str:
+    return _expand(env["LLMSTACK_BIN_DIR"]) if env.get("LLMSTACK_BIN_DIR") else os.path.join(data, "bin")
+
+
 def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     """The llama-swap binary: $LLMSTACK_BIN_DIR, the data directory, PATH; "" when there is none."""
-    bin_dir = _expand(env["LLMSTACK_BIN_DIR"]) if env.get("LLMSTACK_BIN_DIR") else os.path.join(data, "bin")
-    ours = os.path.join(bin_dir, "llama-swap" + EXE)
+    ours = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
     return ours if os.access(ours, os.X_OK) else find_program("llama-swap" + EXE)
 
 
@@ -5855,9 +5992,14 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
         raise OSError(str(exc) or type(exc).__name__) from None
 
 
+def hub_endpoint(env: Mapping[str, str]) -> str:
+    """Where llama-server asks for models, too."""
+    return (env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
 def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
     from urllib.parse import quote
-    return f"{(env.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{repo}/resolve/main/{quote(file)}"
+    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
@@ -7267,6 +7409,698 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 
 
 # ===================================================================================================
+# DOWNLOADS
+# ===================================================================================================
+
+# The last release for Python 3.9, which a stock Mac has. Newer ones drop what a killed download had got: they write
+# to a file with a random name. So the worker keeps the old name, `blobs/<etag>.incomplete`, and has the library
+# continue it (http_get, resume_size); that works with every release from 1.0 to 2.4.
+HUB_PIN = "1.8.0"
+HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
+                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)", (3, 9), (3, 14),
+                         "or install huggingface_hub into the Python that runs llmstack")
+HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new; a lost network is often back by then
+MAX_RETRY_AFTER_S = 3600
+HTTP_LIMIT_BYTES = 50_000_000_000               # the hub serves larger files over Xet only, which cannot be resumed
+CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
+RELEASES_URL = "https://api.github.com"
+MAX_BINARY_BYTES = 512 * 1024 * 1024
+
+
+def download_file(url: str, path: str, say: Say) -> None:
+    """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
+    import http.client
+    import urllib.error
+    import urllib.request
+    part = path + ".part"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    have = file_size(part)
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            have = have if answer.status == 206 else 0
+            total = have + int(answer.headers.get("Content-Length") or 0)
+            digest = (answer.headers.get("X-Linked-Etag") or "").strip('"')
+            with open(part, "ab" if have else "wb") as file:
+                _copy_with_progress(answer, file, have, total, os.path.basename(path), say)
+    except urllib.error.HTTPError as exc:
+        if exc.code == 416:                     # the part is whole, or of another file: begin again
+            _remove(part)
+        raise OSError(f"{url} answered {exc.code}") from None
+    except urllib.error.URLError as exc:
+        raise OSError(str(exc.reason)) from None
+    except (ValueError, EOFError, http.client.HTTPException) as exc:
+        raise OSError(str(exc) or type(exc).__name__) from None
+    if total and file_size(part) != total:
+        raise OSError(f"the connection ended at {file_size(part):,} of {total:,} bytes; run it again to resume")
+    if re.match(r"[0-9a-f]{64}\Z", digest) and _sha256(part) != digest:
+        _remove(part)
+        raise OSError("the file arrived damaged (its SHA-256 is not the hub's)")
+    os.replace(part, path)
+
+
+def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str, say: Say, limit: int = 0) -> None:
+    began, said, start = time.monotonic(), 0.0, done
+    while True:
+        data = source.read(1 << 18)
+        if not data:
+            return
+        file.write(data)
+        done += len(data)
+        if limit and done > limit:
+            raise ValueError(f"more than {limit:,} bytes")
+        passed = time.monotonic() - began
+        if passed - said >= 2:
+            said = passed
+            rate = (done - start) / passed
+            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+            say(f"  {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}")
+
+
+def _sha256(path: str) -> str:
+    import hashlib
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def repo_dir(cache: str, repo: str) -> str:
+    return os.path.join(cache, "models--" + repo.replace("/", "--"))
+
+
+def local_file(cache: str, repo: str, file: str) -> str:
+    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
+    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
+    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
+    return path if commit and os.path.isfile(path) else ""
+
+
+def has_all(cache: str, job: Job) -> bool:
+    return all(local_file(cache, job.repo, file) for file in job.files)
+
+
+def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None, timeout_s: float = 20) -> Any:
+    """Ask a server on the internet, through the proxy of the environment. Errors: UserError, HTTPError (an OSError)."""
+    import urllib.error
+    import urllib.request
+    if not url.startswith(("https://", "http://")):
+        raise UserError(f"{what} has no address that can be asked: {url}", "give it one that begins with https://")
+    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
+    for name, value in headers.items():         # not sent on when it leads elsewhere
+        request.add_unredirected_header(name, value)
+    try:
+        return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError) as exc:
+        reason = str(getattr(exc, "reason", exc))
+        hint = ("this Python has no certificates: run its Install Certificates.command, or set SSL_CERT_FILE"
+                if "CERTIFICATE_VERIFY" in reason else "see that this machine is online (HTTPS_PROXY is honoured), then again")
+        raise UserError(f"{what} cannot be reached at {url.split('/', 3)[2] if '//' in url else url}: {reason}", hint) from None
+
+
+def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
+    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    from urllib.parse import urlencode
+    headers = {"Authorization": f"Bearer {env['HF_TOKEN'].strip()}"} if env.get("HF_TOKEN", "").strip() else {}
+    data = urlencode(form, doseq=True).encode() if form else None
+    try:
+        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
+            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
+    except ValueError as exc:
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
+
+
+def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
+    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
+    import difflib
+    try:
+        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
+    except (UserError, OSError, KeyError, TypeError):
+        return ""
+    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
+    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
+
+
+# The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
+# pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
+# is about to end, or starts another.
+def queue_file(places: Places) -> str:
+    return places.in_state("downloads.json")
+
+
+def queue_lock(places: Places) -> FileLock:
+    return FileLock(places.in_state("downloads.lock"), lambda: None)
+
+
+def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
+    """Job name -> its state: queued | running | done | failed, with what is known of it."""
+    jobs = {n: j for n, j in _read_json(queue_file(places)).items() if isinstance(j, dict)}
+    names = {n: job.name for n, job in ((n, parse_job(j)) for n, j in jobs.items()) if job is not None}
+    return {n: j for n, j in jobs.items() if names.get(n) == n and j.get("state") in ("queued", "running", "done", "failed")}
+
+
+def download_worker(places: Places) -> Optional[Record]:
+    """The project's living worker."""
+    record = read_record(places.in_state("download.pid"))
+    return record if record is not None and record.alive else None
+
+
+def set_state(places: Places, name: str, **values: Any) -> None:
+    with queue_lock(places):
+        jobs = read_queue(places)
+        if name in jobs:
+            jobs[name].update(values)
+            write_atomic(queue_file(places), json.dumps(jobs, indent=1))
+
+
+def hub_python(data: str, say: Say) -> str:
+    """A Python that has huggingface_hub: this one, else the private environment's. Errors: UserError."""
+    from importlib import metadata
+    try:
+        if int(metadata.version("huggingface_hub").split(".")[0]) >= 1:
+            return sys.executable
+    except (metadata.PackageNotFoundError, ValueError):
+        pass
+    install_environment(HUB, data, say)
+    return environment_program(HUB, data)
+
+
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], env: Mapping[str, str], say: Say) -> int:
+    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
+
+    What a killed worker has left is taken up again, if it is still one of the `known` jobs of models.ini: a cloned
+    directory may have brought a queue along.
+    """
+    python = hub_python(places.data, say)
+    with queue_lock(places):
+        queue, worker = read_queue(places), download_worker(places)
+        for job in jobs:
+            if worker is None or queue.get(job.name, {}).get("state") not in ("queued", "running"):
+                queue.pop(job.name, None)       # to the end of the queue
+                queue[job.name] = {**job._asdict(), "state": "queued"}
+        if worker is None:
+            queue = {n: {**j, "state": "queued"} if j["state"] == "running" else j for n, j in queue.items()
+                     if j["state"] in ("done", "failed") or parse_job(j) in known}
+        write_atomic(queue_file(places), json.dumps(queue, indent=1))
+        if worker is None:
+            log = places.log("download.log")
+            shift_logs(log)
+            mark = os.urandom(12).hex()
+            settings = {STACK_VARIABLE: mark, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+                        "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+            process = spawn([python, PROGRAM, "_download"], log,
+                            {**{k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}, **settings})
+            process.returncode = 0              # it stays; do not let Popen warn that it is still running
+            worker = Record(process.pid, process_started(process.pid), mark, kind="download")
+            write_record(places.in_state("download.pid"), worker)
+        return worker.pid
+
+
+def stop_downloads(places: Places) -> bool:
+    """End the worker; what it has got so far is kept. True when there was one."""
+    worker = download_worker(places)
+    if worker is not None:
+        stop_process(worker.pid, worker.started, STOP_GRACE_S)
+    with queue_lock(places):
+        left = {n: j for n, j in read_queue(places).items() if j["state"] not in ("queued", "running")}
+        if os.path.exists(queue_file(places)):
+            write_atomic(queue_file(places), json.dumps(left, indent=1))
+        _remove(places.in_state("download.pid"))
+    return worker is not None
+
+
+def run_downloads(places: Places, env: Mapping[str, str]) -> int:
+    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
+    code = 0
+    while True:
+        with queue_lock(places):
+            queue = read_queue(places)
+            name = next((n for n, j in queue.items() if j["state"] in ("queued", "running")), "")
+            if not name:
+                _remove(places.in_state("download.pid"))
+                return code
+            row = queue[name]
+            row.update(state="running", error="")
+            write_atomic(queue_file(places), json.dumps(queue, indent=1))
+        log = places.log(f"dl-{name}.log")
+        shift_logs(log)
+        with open(log, "a", encoding="utf-8") as file:
+            def note(line: str, file: Any = file) -> None:
+                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
+                file.flush()
+            job = parse_job(row)
+            assert job is not None
+            try:
+                size = fetch_job(job, env, note, functools.partial(set_state, places, name))
+            except Exception as exc:            # the next file may fare better
+                code = 1
+                what, hint, _ = _hub_problem(exc, job.repo, job.files[0], env)
+                set_state(places, name, state="failed", error=what, hint=hint)
+                note(f"failed: {what}" + (f" ({hint})" if hint else ""))
+            else:
+                set_state(places, name, state="done", bytes=size)
+                note(f"done: {size:,} bytes (download done)")
+
+
+def fetch_job(job: Job, env: Mapping[str, str], note: Say, tell: Callable[..., None]) -> int:
+    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
+    cache = hub_cache_dir(env)
+    done = 0
+    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {cache}")
+    found = [(file, _metadata(job.repo, file, env, note)) for file in job.files]
+    total = sum(meta.size for _, meta in found)
+    for file, meta in found:
+        blob = os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)
+        tell(part=blob + ".incomplete", before=done, total=total)
+        _fetch_file(job.repo, file, meta, cache, env, note)
+        done += meta.size
+    for file in job.beside:                     # refs/main has moved on: what is here of the other files must be there, too
+        if not local_file(cache, job.repo, file):
+            try:
+                meta = _metadata(job.repo, file, env, note)
+            except UserError:
+                continue
+            if os.path.exists(os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)):
+                _place_file(job.repo, file, meta, cache)
+    return done
+
+
+class _HubFile(NamedTuple):
+    """What the hub says of a file. `etag` of a large one is its SHA-256."""
+
+    commit: str
+    etag: str
+    size: int
+    url: str
+
+
+def _metadata(repo: str, file: str, env: Mapping[str, str], note: Say) -> _HubFile:
+    found: _HubFile = _patiently(lambda: _ask_hub(repo, file, env), lambda: 0, repo, file, env, note)
+    return found
+
+
+def _ask_hub(repo: str, file: str, env: Mapping[str, str]) -> _HubFile:
+    """Errors: UserError, and the library's own."""
+    import importlib
+    hub: Any = importlib.import_module("huggingface_hub")
+    meta = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=hub_endpoint(env)), headers=_hub_headers(hub))
+    etag, commit = str(meta.etag or ""), str(meta.commit_hash or "")
+    if not re.match(r"[0-9A-Za-z]{8,128}\Z", etag) or not re.match(r"[0-9a-f]{40}\Z", commit) or meta.size is None:
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {repo}/{file} has no ETag, commit or size",
+                        "see HF_ENDPOINT, and whether a proxy stands between")
+    return _HubFile(commit, etag, int(meta.size), str(meta.location))
+
+
+def _hub_headers(hub: Any) -> Dict[str, str]:
+    """With the token of HF_TOKEN, or of `hf auth login`."""
+    headers: Dict[str, str] = hub.utils.build_hf_headers(library_name="llmstack", library_version=VERSION)
+    return headers
+
+
+def _patiently(act: Callable[[], Any], got: Callable[[], int], repo: str, file: str, env: Mapping[str, str], note: Say) -> Any:
+    """act(), again and again while waiting may help; `got` counts what it has brought. Errors: UserError."""
+    tries, before = 0, got()
+    while True:
+        try:
+            return act()
+        except Exception as exc:
+            reason, hint, wait_s = _hub_problem(exc, repo, file, env)
+            if got() > before:
+                tries, before = 0, got()
+            if wait_s < 0 or tries >= (len(HUB_WAITS_S) if wait_s or before else 1):
+                raise UserError(reason, hint) from None
+            pause_s = max(wait_s, HUB_WAITS_S[tries])
+            tries += 1
+            note(f"{reason}; trying again in {pause_s:.0f} s")
+            time.sleep(pause_s)
+
+
+def _hub_problem(exc: Exception, repo: str, file: str, env: Mapping[str, str]) -> Tuple[str, str, float]:
+    """(what, what to do, seconds until it is worth another try: 0 for soon, -1 for never)."""
+    endpoint = hub_endpoint(env)
+    again = "run `llmstack download` again: it goes on from there"
+    if isinstance(exc, UserError):
+        return str(exc), exc.hint, -1
+    response = getattr(exc, "response", None)
+    if response is None:
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            return f"the disk is full: {hub_cache_dir(env)}", "free some room, then `llmstack download` goes on from there", -1
+        if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return f"cannot write {exc.filename or hub_cache_dir(env)}: {exc.strerror}", "mend its permissions", -1
+        if type(exc).__name__ == "OfflineModeIsEnabled":
+            return "HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1
+        if isinstance(exc, OSError) or type(exc).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
+            words = (str(exc).strip() or type(exc).__name__).splitlines()[0][:200]
+            broke = "Protocol" in type(exc).__name__ or "Read" in type(exc).__name__
+            return (f"the model hub {'broke the connection' if broke else f'cannot be reached at {endpoint}'}: {words}",
+                    f"see that this machine is online (HTTPS_PROXY is honoured); {again}", 0)
+        return f"huggingface_hub failed: {type(exc).__name__}: {str(exc)[:200]}", again, -1
+    status, code = response.status_code, response.headers.get("X-Error-Code", "")
+    if status == 429 or status == 408 or status >= 500:
+        after = response.headers.get("Retry-After", "")
+        reset = re.search(r"\bt=([0-9]{1,5})", response.headers.get("RateLimit", ""))
+        after_s = float(after) if after.isdigit() else float(reset.group(1)) if reset else 5.0
+        what = "asks to wait" if status == 429 else f"answers {status}"
+        return f"the model hub {what}", again, min(max(after_s, 1.0), MAX_RETRY_AFTER_S)
+    if status == 403 and not code and not str(response.url).startswith(endpoint):
+        return "the signed address of the file has lapsed", again, 0
+    if status == 401 and "nvalid" in response.headers.get("X-Error-Message", ""):
+        return "the model hub does not take the token in HF_TOKEN", f"make a new one at {endpoint}/settings/tokens", -1
+    if code == "GatedRepo" or status == 403:
+        how = "whose owner accepted them is what HF_TOKEN must hold" if env.get("HF_TOKEN") else "into HF_TOKEN"
+        return (f"{repo} is gated: its terms must be accepted first", f"accept them at {endpoint}/{repo}, and put a token"
+                f" {how} ({endpoint}/settings/tokens)", -1)
+    if status == 401 or code == "RepoNotFound":
+        return (f"there is no {repo} on the hub, or it is private or gated",
+                f"look at {endpoint}/{repo}; for a private one, put your token into HF_TOKEN", -1)
+    if status == 404:
+        return (f"{repo} has no {file}{nearest_files(repo, file, env)}", "correct hf_file in models.ini", -1)
+    return f"the model hub answers {status} for {repo}/{file}", again, -1
+
+
+def _fetch_file(repo: str, file: str, meta: _HubFile, cache: str, env: Mapping[str, str], note: Say) -> None:
+    """Bring one file into the cache, from where an earlier try has ended. Errors: UserError."""
+    folder = repo_dir(cache, repo)
+    blob = os.path.join(folder, "blobs", meta.etag)
+    lock = os.path.join(cache, ".locks", os.path.basename(folder), meta.etag + ".lock")     # the library's own
+    begun = max(file_size(blob), file_size(blob + ".incomplete"))
+    if meta.size > HTTP_LIMIT_BYTES and not begun:
+        import importlib
+        hub: Any = importlib.import_module("huggingface_hub")
+        _check_room(meta.size, folder, file)
+        note(f"{file}: {meta.size:,} bytes, over Xet")
+        _patiently(lambda: hub.hf_hub_download(repo, file, cache_dir=cache, endpoint=hub_endpoint(env)), lambda: 0, repo, file,
+                   env, note)
+    with FileLock(lock, lambda: note(f"another program is fetching {file}; waiting for it")):
+        here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
+        if file_size(here) == meta.size:
+            note(f"{file}: is here already")
+        elif file_size(blob) == meta.size:
+            note(f"{file}: is here already, under another commit")
+        else:
+            os.makedirs(os.path.dirname(blob), exist_ok=True)
+            _remove(here)
+            _remove(blob)
+            resumed = _fill_blob(repo, file, meta, blob, env, note)
+            if not resumed:
+                _fill_blob(repo, file, meta, blob, env, note)
+        _place_file(repo, file, meta, cache)
+
+
+def _check_room(need: int, folder: str, file: str) -> None:
+    import shutil
+    os.makedirs(folder, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"{file} needs {need / 1e9:,.2f} GB more, and there are {free / 1e9:,.2f} GB free in {folder}",
+                        "free some room, or have the cache elsewhere with HF_HOME; then again")
+
+
+def _fill_blob(repo: str, file: str, meta: _HubFile, blob: str, env: Mapping[str, str], note: Say) -> bool:
+    """Fetch and verify. False when what had been there before was of no use and is gone now. Errors: UserError."""
+    import importlib
+    hub: Any = importlib.import_module("huggingface_hub")
+    fetch: Any = importlib.import_module("huggingface_hub.file_download")
+    fetch.constants.DOWNLOAD_CHUNK_SIZE = 1 << 20               # what a kill loses, and what a slow line shows
+    part = blob + ".incomplete"
+    if file_size(part) > meta.size:
+        _remove(part)
+    start = file_size(part)
+    _check_room(meta.size - start, os.path.dirname(blob), file)
+    note(f"{file}: {meta.size:,} bytes" + (f", going on at {start:,}" if start else ""))
+    headers = _hub_headers(hub)
+    url = meta.url
+    if url.split("/", 3)[:3] != hub_endpoint(env).split("/", 3)[:3]:
+        headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}    # a signed address, elsewhere
+
+    def get() -> None:
+        nonlocal url
+        url = url or _ask_hub(repo, file, env).url       # a signed address has its time
+        with open(part, "ab") as out:
+            have, address, url = file_size(part), url, ""
+            fetch.http_get(address, out, resume_size=have, headers=headers, expected_size=meta.size)
+
+    stop = threading.Event()
+    teller = threading.Thread(target=_note_progress, args=(part, file, meta.size, note, stop), daemon=True)
+    teller.start()
+    try:
+        _patiently(get, lambda: file_size(part), repo, file, env, note)
+    finally:
+        stop.set()
+        teller.join()
+    if file_size(part) != meta.size or (len(meta.etag) == 64 and _sha256(part) != meta.etag):
+        _remove(part)
+        if start:
+            note(f"{file}: what an earlier try had left was damaged; beginning again")
+            return False
+        raise UserError(f"{file} arrived damaged: its size or SHA-256 is not the hub's", "run `llmstack download` again")
+    os.replace(part, blob)
+    note(f"{file}: whole, SHA-256 verified" if len(meta.etag) == 64 else f"{file}: whole")
+    return True
+
+
+def _note_progress(part: str, file: str, size: int, note: Say, stop: threading.Event) -> None:
+    start, began = file_size(part), time.monotonic()
+    while not stop.wait(10):
+        have = file_size(part)
+        note(f"{file}: {progress_words(have, size, (have - start) / (time.monotonic() - began))}")
+
+
+def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
+    """Make a blob a file of its commit, and this commit the one that is found without a network. Errors: UserError."""
+    folder = repo_dir(cache, repo)
+    here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
+    blob = os.path.join(folder, "blobs", meta.etag)
+    try:
+        os.makedirs(os.path.dirname(here), exist_ok=True)
+        if not os.path.isfile(here):
+            _remove(here)
+            try:
+                os.symlink(os.path.relpath(blob, os.path.dirname(here)), here)
+            except OSError:                     # Windows without developer mode: one name is enough
+                os.replace(blob, here)
+    except OSError as exc:
+        raise UserError(f"cannot write {here}: {exc.strerror}", "mend the permissions of its directory") from None
+    if read_text(os.path.join(folder, "refs", "main")).strip() != meta.commit:
+        write_atomic(os.path.join(folder, "refs", "main"), meta.commit)
+
+
+def progress_words(have: int, size: int, rate: float) -> str:
+    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`"""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}" if size else f"{have / unit:,.1f} {name}"
+    if rate <= 0 or not size:
+        return words
+    left_s = (size - have) / rate
+    left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min" if left_s < 5400 else f"{left_s / 3600:.1f} h"
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {left} left"
+
+
+def download_rows(places: Places) -> List[Dict[str, Any]]:
+    """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
+    worker = download_worker(places)
+    rows = []
+    for job in read_queue(places).values():
+        state = job["state"] if worker is not None or job["state"] in ("done", "failed") else "interrupted"
+        have = int(job.get("bytes") or 0) or int(job.get("before") or 0) + file_size(str(job.get("part") or ""))
+        rows.append({"tier": job["tier"], "label": job["label"], "file": str(job["files"][0]), "state": state,
+                     "bytes": have, "total_bytes": int(job.get("total") or have), "error": str(job.get("error") or ""),
+                     "hint": str(job.get("hint") or "")})
+    return rows
+
+
+def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
+    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line a file.
+
+    Errors: KeyboardInterrupt, once it has said that the worker goes on.
+    """
+    import shutil
+    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    samples: Any = collections.deque(maxlen=50)
+    told: Dict[str, bool] = {}
+    shown = ""
+    try:
+        while True:
+            rows = {f"{r['tier']}-{r['label']}": r for r in download_rows(places)}
+            for name in names:
+                state = rows[name]["state"] if name in rows else "stopped"
+                if name in told or state in ("queued", "running"):
+                    continue
+                if live and shown:
+                    sys.stdout.write("\r" + " " * len(shown) + "\r")
+                told[name], shown = state == "done", ""
+                if state == "done":
+                    say(f"{name}: done, {progress_words(rows[name]['bytes'], 0, 0)}")
+                else:
+                    error = rows[name]["error"] if state == "failed" else f"the worker was {state}"
+                    hint = rows[name]["hint"] if state == "failed" else "run `llmstack download` again: it goes on from there"
+                    say(f"{name}: failed: {error}" + (f" ({hint})" if hint else ""))
+            if len(told) == len(names):
+                return [name for name, good in told.items() if not good]
+            row = next((r for r in rows.values() if r["state"] == "running"), None) if live else None
+            if row is not None:
+                samples.append((time.monotonic(), row["bytes"], row["file"]))
+                line = _bar(row, [x for x in samples if x[2] == row["file"]], len(names) - len(told) - 1,
+                            tail_of(places.log(f"dl-{row['tier']}-{row['label']}.log"), 1))
+                line = line[:shutil.get_terminal_size().columns - 1]
+                sys.stdout.write("\r" + line.ljust(len(shown)))
+                sys.stdout.flush()
+                shown = line
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        say("")
+        say("The download goes on in the background: `llmstack status` shows it, `llmstack download --wait` watches it,"
+            " `llmstack download --stop` ends it.")
+        raise
+
+
+def _bar(row: Mapping[str, Any], samples: Sequence[Tuple[float, int, str]], behind: int, last: str) -> str:
+    (began, start, _), (now, have, _) = samples[0], samples[-1]
+    if have == start and len(samples) > 15 and ("trying again" in last or "waiting" in last):
+        return last.split(" ", 1)[-1]
+    share = min(have / row["total_bytes"], 1.0) if row["total_bytes"] else 0.0
+    words = progress_words(have, row["total_bytes"], (have - start) / (now - began) if now > began else 0.0)
+    more = f" (+{behind})" if behind > 0 else ""
+    return f"{row['tier']}-{row['label']} [{'#' * int(share * 24):<24}] {share * 100:3.0f} % {words}{more}"
+
+
+# llama-swap's releases. One binary serves all projects.
+def platform_names() -> Tuple[str, str]:
+    """(system, machine) of this computer as Go's releases name them."""
+    import platform
+    machine = platform.machine().lower()
+    system = "windows" if IS_WINDOWS else "darwin" if IS_MAC else platform.system().lower()
+    return system, {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def installed_swap(path: str) -> str:
+    """The version an installed llama-swap gives itself, "" when it does not run."""
+    return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
+
+
+class NoAsset(UserError):  # noqa: N818
+    """A release has nothing for this platform."""
+
+
+def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
+    """A file or an answer of the releases' server. Errors: UserError."""
+    import http.client
+    import urllib.error
+    try:
+        with open_url(url, {}, "the releases server") as answer:
+            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
+            _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
+            if total and len(out.getbuffer()) != total:
+                raise ValueError(f"the connection ended at {len(out.getbuffer()):,} of {total:,} bytes")
+            return out.getvalue()
+    except urllib.error.HTTPError as exc:
+        if exc.code in (403, 429) and (exc.headers.get("X-RateLimit-Remaining") == "0" or exc.headers.get("Retry-After")):
+            reset, after = exc.headers.get("X-RateLimit-Reset", ""), exc.headers.get("Retry-After", "")
+            wait_s = float(after) if after.isdigit() else float(reset) - time.time() if reset.isdigit() else 3600.0
+            clock = time.strftime("%H:%M", time.localtime(time.time() + max(wait_s, 0)))
+            raise UserError("the releases server lets this address ask no more for now", f"wait until {clock}, or put the"
+                            " binary in place yourself") from None
+        if exc.code == 404:
+            raise UserError(f"there is no {what}", "see https://github.com/mostlygeek/llama-swap/releases") from None
+        raise UserError(f"the releases server answers {exc.code} for {what}", "try again later") from None
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        raise UserError(f"{what} did not arrive: {str(exc) or type(exc).__name__}", "try again") from None
+
+
+def _extract(archive: bytes, name: str, wanted: str) -> bytes:
+    """The one file `wanted` at the root of a .tar.gz or .zip; nothing else of it touches the disk. Errors: UserError."""
+    import tarfile
+    import zipfile
+    import zlib
+    try:
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+                info = next((i for i in pack.infolist() if i.filename == wanted), None)
+                kind = info.external_attr >> 28 if info else 0     # of Unix's file types, 8 is a regular file
+                if info and info.file_size <= MAX_BINARY_BYTES and kind in (0, 8):
+                    with pack.open(info) as source:
+                        return source.read(MAX_BINARY_BYTES)
+        else:
+            with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+                for member in tar:
+                    if member.name in (wanted, "./" + wanted) and member.isreg() and member.size <= MAX_BINARY_BYTES:
+                        plain = tar.extractfile(member)
+                        return plain.read() if plain else b""
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
+        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
+    raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+
+
+def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool, say: Say) -> bool:
+    """Bring llama-swap's binary of a release ("": the latest) to its place; False when it was there. Errors: UserError."""
+    import hashlib
+    base = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/") + "/repos/mostlygeek/llama-swap/releases/"
+    version = version or env.get("LLAMA_SWAP_VERSION", "")
+    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version):
+        raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
+    tag = "v" + version.lstrip("v") if version else ""
+    path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
+    have = installed_swap(path)
+    if tag and have == tag and not force:
+        say(f"llama-swap {have} is here already: {path}")
+        return False
+    try:
+        what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
+        release = json.loads(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
+        tag = str(release["tag_name"])
+        assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
+        digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{base} does not answer like GitHub's releases API", "see LLMSTACK_RELEASES_URL") from None
+    if have == tag and not force:
+        say(f"llama-swap {have} is the latest and here already: {path}")
+        return False
+    system, machine = platform_names()
+    name = choose_asset(list(assets), system, machine)
+    if not name:
+        known = ", ".join(sorted("/".join(m.groups()) for m in (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", n)
+                                                               for n in assets) if m))
+        raise NoAsset(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
+                      "nothing is missing without it: the engine that llmstack brings along serves")
+    listed = next((n for n in assets if n.endswith("checksums.txt")), "")
+    sums = parse_checksums(_release_answer(assets[listed], 1 << 20, listed, say).decode("utf-8", "replace")) if listed else {}
+    wanted = sums.get(name) or digests[name].replace("sha256:", "")
+    if not re.match(r"[0-9a-f]{64}\Z", wanted):
+        raise UserError(f"llama-swap {tag} gives no SHA-256 for {name}, so it is not installed", "try another --version")
+    say(f"Fetching llama-swap {tag} for {system}/{machine}")
+    archive = _release_answer(assets[name], MAX_BINARY_BYTES, name, say)
+    if hashlib.sha256(archive).hexdigest() != wanted:
+        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of {listed or 'the release'}",
+                        "try again; if it stays so, do not use it")
+    _put_program(path, _extract(archive, name, "llama-swap" + EXE), tag)
+    say(f"Installed {path}: llama-swap {tag}, checksum verified")
+    return True
+
+
+def _put_program(path: str, data: bytes, tag: str) -> None:
+    """Put an executable in place once it has run beside it; a running one keeps its file. Errors: UserError."""
+    new = path[:len(path) - len(EXE)] + ".new" + EXE
+    write_atomic(new, data, 0o755)
+    try:
+        if installed_swap(new) != tag:
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not {tag}", "the old one stays; try"
+                            " another --version")
+        try:
+            os.replace(new, path)
+        except PermissionError:                 # Windows: it is running, and may be renamed but not replaced
+            _remove(path + ".old")
+            os.replace(path, path + ".old")
+            os.replace(new, path)
+    except OSError as exc:
+        raise UserError(f"cannot write {path}: {exc.strerror}", "stop what uses it, or mend its permissions") from None
+    finally:
+        _remove(new)
+
+
+# ===================================================================================================
 # SHELL
 # ===================================================================================================
 
@@ -7498,6 +8332,375 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
 
 
 # ===================================================================================================
+# SETUP
+# ===================================================================================================
+
+def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
+    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem. Errors: UserError when unreachable."""
+    import urllib.error
+    wanted = [part for file in files for part in split_parts(file)]
+    try:
+        rows = {row["path"]: row for row in hub_api(f"{repo}/paths-info/main", env, {"paths": wanted, "expand": "true"})}
+    except urllib.error.HTTPError as exc:
+        if exc.code not in (401, 403, 404):
+            raise UserError(f"the model hub answers {exc.code} for {repo}", "try again later") from None
+        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)" if exc.code != 403 else f"{repo} is closed to you"
+        return {file: {"exists": False, "problem": what} for file in files}
+    except (KeyError, TypeError):
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub", "see HF_ENDPOINT") from None
+    found: Dict[str, Dict[str, Any]] = {}
+    for file in files:
+        parts = [rows.get(part) for part in split_parts(file)]
+        if None in parts:
+            found[file] = {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+            continue
+        dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts if part]
+        found[file] = {"exists": True, "size_bytes": sum(int(part.get("size") or 0) for part in parts if part),
+                       "changed": max(dates), "problem": "",
+                       "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts if part]}
+    return found
+
+
+def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tuple[str, str]:
+    """(missing | partial | damaged | outdated | intact, why) of a file in the cache; a hash is made where that is cheap."""
+    parts = split_parts(file)
+    paths = [local_file(cache, repo, part) for part in parts]
+    if not all(paths):
+        return ("partial" if any(paths) or _is_begun(cache, repo, hub.get("sha256") or ()) else "missing"), ""
+    size = sum(map(file_size, paths))
+    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
+    sums = hub.get("sha256") or []
+    if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
+        return "outdated", "the hub has a newer one; `llmstack download` fetches it"
+    if hub.get("size_bytes") and size != hub["size_bytes"]:
+        return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
+    for path, blob, digest in zip(paths, blobs, sums or blobs):
+        expected = digest if len(digest) == 64 else blob
+        with open(path, "rb") as opened:
+            if opened.read(4) != b"GGUF":
+                return "damaged", "it is no GGUF file"
+        if re.match(r"[0-9a-f]{64}\Z", expected) and file_size(path) <= CHEAP_HASH_BYTES and _sha256(path) != expected:
+            return "damaged", "its SHA-256 is not the hub's"
+    return "intact", ""
+
+
+def _is_begun(cache: str, repo: str, sums: Sequence[str]) -> bool:
+    """True when an earlier download of one of these blobs, of any where none is known, has left something."""
+    try:
+        left = [n.split(".")[0] for n in os.listdir(os.path.join(repo_dir(cache, repo), "blobs")) if "." in n]
+    except OSError:
+        return False
+    return bool(set(left) & set(sums) if sums else left)
+
+
+def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
+    """Tier -> where models.ini and what runs, or will, disagree."""
+    drift: Dict[str, List[str]] = {}
+    engine = read_daemons(places).engine
+    alive = engine is not None and engine.alive
+    text = read_text(places.in_state("llama-swap.yaml"))
+    channel = engine.channel if engine is not None and alive else "next" if "(channel next)" in text else "current"
+    blocks = swap_yaml_commands(text) if text and (not alive or engine is None or engine.kind == "llama-swap") else {}
+    rows, meta = _engine_view(engine) if engine is not None and alive else ({}, {})
+    for tier in local_tiers(config):
+        weights, said = weights_for(tier, channel == "next"), []
+        mine = weights.path or weights.file
+        other = weights_drift(weights, blocks[tier.name]) if tier.name in blocks else ""
+        if other:
+            said.append(f"llama-swap.yaml has {other}, models.ini {mine}")
+        other = weights_drift(weights, rows[tier.name]) if tier.name in rows else ""
+        if other:
+            said.append(f"{other} is running, models.ini has {mine}")
+        if meta and tier.name not in meta:
+            said.append("the running engine does not know this tier")
+        for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
+            if meta.get(tier.name, {}).get(key, value) != value:
+                said.append(f"the running engine has {key} {meta[tier.name][key]}, models.ini {value}")
+        if said:
+            drift[tier.name] = said
+    return drift
+
+
+def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
+    """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
+    upstream = Upstream(connectable(engine.host), engine.port)
+    try:
+        rows = {str(r["model"]): str(r["cmd"]) for r in json.loads(upstream.get("/running", 5.0)[1])["running"]}
+        data = json.loads(upstream.get("/v1/models", 5.0)[1])["data"]
+        metas = {str(m["id"]): m.get("meta") or {} for m in data}
+        return rows, {name: meta.get("llmstack") or meta.get("llamaswap") or {} for name, meta in metas.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, {}
+
+
+def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool) -> Dict[str, Any]:
+    """The value `check --json` prints: per tier what is configured, on the hub, here, queued; `needs`: what the user must do."""
+    cache, needs, notes = hub_cache_dir(env), [], []
+    hub: Dict[str, Dict[str, Dict[str, Any]]] = {}
+    wanted: Dict[str, List[str]] = {}
+    for tier in local_tiers(config):
+        for weights in {weights_for(tier, False), weights_for(tier, True)}:
+            if weights.repo:
+                wanted.setdefault(weights.repo, []).append(weights.file)
+    for repo, files in wanted.items() if not offline else ():
+        try:
+            hub[repo] = ask_repo(repo, files, env)
+        except UserError as exc:
+            notes.append(f"{exc}; what is on the hub is not known")
+            break
+    drift = find_drift(places, config)
+    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env, False)}
+    busy = {(r["tier"], r["label"]) for r in download_rows(places) if r["state"] in ("queued", "running")}
+    tiers = []
+    for tier in config.tiers:
+        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend, "drift": drift.get(tier.name, [])}
+        if tier.backend != "gguf":
+            row.update(model=tier.model, model_next=tier.model_next or None, problem=unset.get(tier.name, ""))
+            needs += [f"{tier.name}: {row['problem']}"] if row["problem"] else []
+        for label in ("current", "next"):
+            weights = weights_for(tier, label == "next")
+            if tier.backend == "gguf" and weights.channel == label:
+                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), cache)
+                if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
+                    found["local"] = "downloading"
+                what = found["problem"]
+                if not what and (found["local"] == "partial" or (found["local"] == "missing" and label == "current")):
+                    state = "whole" if found["local"] == "partial" else "here"
+                    what = f"not {state} yet; `llmstack download {tier.name}` fetches it"
+                if what:
+                    needs.append(f"{tier.name} ({label}): {what}")
+        needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
+        tiers.append(row)
+    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_text(litellm_config_path(places)))]
+    try:
+        program = find_llama_server(config, env, places.data)
+        server = program_name(program) if program else None
+    except UserError as exc:
+        server = None
+        needs.append(str(exc))
+    if server is None and local_tiers(config) and not any("llama" in n and "names" in n for n in needs):
+        needs.append("there is no llama-server on this machine")
+    return {"ok": not needs, "models_ini": places.models_ini, "hub": None if offline else hub_endpoint(env), "cache": cache,
+            "llama_server": server, "llama_swap": find_llama_swap(env, places.data) or None, "tiers": tiers, "needs": needs,
+            "notes": notes}
+
+
+def _check_weights(weights: Weights, hub: Mapping[str, Any], cache: str) -> Dict[str, Any]:
+    if weights.path:
+        size = file_size(weights.path)
+        return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
+                "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
+    state, why = local_state(cache, weights.repo, weights.file, hub)
+    return {"repo": weights.repo, "file": weights.file, "quant": weights.quant, "exists": hub.get("exists"),
+            "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
+            "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
+
+
+# setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+class Setup(NamedTuple):
+    """What the steps of `setup` share."""
+
+    places: Places
+    env: Mapping[str, str]
+    args: Any
+    say: Say                                    # indented below the step's line
+    ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
+
+
+class _Skipped(Exception):  # noqa: N818
+    """A step that was not wanted, or has nothing to offer here; the message says why."""
+
+
+def _setup_hardware(setup: Setup) -> str:
+    config = load_config(setup.places)
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, setup.env, False)
+    large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
+    said = f"these tiers are too large: {large}; choose smaller models, or another --profile" if large else "every tier fits"
+    return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
+
+
+def _setup_ini(setup: Setup) -> str:
+    path, profile = setup.places.models_ini, setup.args.profile
+    there = os.path.exists(path)
+    if not there or (profile and _read_bytes(path) != seed_text(profile)[0]):
+        seed_project(setup.places, setup.say, profile=profile)
+    load_config(setup.places, setup.say)
+    return f"{path} is there" if there else "written; edit it to have other models"
+
+
+def _setup_llama_server(setup: Setup) -> str:
+    check_run_trust(setup.places)
+    config = load_config(setup.places)
+    program = find_llama_server(config, setup.env, setup.places.data)
+    if not program:
+        if not local_tiers(config):
+            raise _Skipped("every tier is hosted")
+        ways = server_ways()
+        setup.say(f"There is none. {ways}, or let llmstack bring {LLAMA_CPP.what}, into {setup.places.data}.")
+        if not setup.ask("      Bring it now? [y/N] "):
+            raise UserError("there is no llama-server on this machine", f"{ways}; or run `llmstack setup --yes`")
+        install_environment(LLAMA_CPP, setup.places.data, setup.say)
+        program = find_llama_server(config, setup.env, setup.places.data)
+    refused = probe_flags(program, config, setup.places.data)
+    return program_name(program) + (f" (without {', '.join(sorted(refused))}, which it no longer takes)" if refused else "")
+
+
+def server_ways() -> str:
+    """How llama.cpp is installed on this system."""
+    if IS_WINDOWS:
+        return "winget install ggml.llamacpp"
+    if IS_MAC or find_program("brew"):
+        return "brew install llama.cpp"
+    return "apt install llama.cpp" if find_program("apt") else "install llama.cpp"
+
+
+def _setup_llama_swap(setup: Setup) -> str:
+    if load_config(setup.places).engine == "embedded":
+        raise _Skipped("engine = embedded in models.ini")
+    found = find_llama_swap(setup.env, setup.places.data)
+    if found:
+        return found
+    try:
+        install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
+    except NoAsset as exc:
+        raise _Skipped(f"{exc}; {exc.hint}") from None
+    except UserError as exc:
+        raise UserError(str(exc), f"{exc.hint}; or do without it: `engine = embedded` in models.ini") from None
+    return find_llama_swap(setup.env, setup.places.data)
+
+
+def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
+    cache = hub_cache_dir(setup.env)
+    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
+    return [job for job in jobs if not has_all(cache, job)]
+
+
+def _setup_download(setup: Setup) -> str:
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    jobs = _setup_jobs(setup)
+    if not jobs:
+        return f"every model is in {hub_cache_dir(setup.env)}"
+    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {', '.join(job.name for job in jobs)}"
+
+
+def _setup_wait(setup: Setup) -> str:
+    if setup.args.skip_download or setup.args.skip_wait:
+        raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
+    jobs = _setup_jobs(setup, ("current",))
+    if not jobs:
+        return "every current model is here"
+    failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
+    if failed:
+        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run this again")
+    queued = len(_setup_jobs(setup, ("next",)))
+    return f"{len(jobs)} downloaded" + (f"; {queued} queued upgrades go on in the background" if queued else "")
+
+
+def _setup_project(setup: Setup) -> str:
+    places = setup.places
+    prepare_project(places, setup.say)
+    config = load_config(places)
+    prepare_hosted(places, config, setup.env, setup.say, setup.ask)
+    text = project_opencode_json(places, config, base_url(*router_address(places, config)), setup.env)
+    changed = wire_project(places, read_marker(places) or Marker("current"), text, setup.say, is_trusted(places, "run"))
+    return f"{places.state} is wired up" + ("" if changed else " already")
+
+
+def _setup_answer(setup: Setup) -> str:
+    """Load the smallest local model that is here and have it say something, once for each pair of server and file."""
+    check_run_trust(setup.places)
+    config, cache = load_config(setup.places), hub_cache_dir(setup.env)
+    here = [(sum(map(file_size, paths)), tier) for tier, paths in ((t, _local_paths(t, cache)) for t in local_tiers(config))
+            if all(map(file_size, paths))]
+    program = find_llama_server(config, setup.env, setup.places.data)
+    if not here or not program:
+        raise _Skipped("there is no model to load yet" if program else "there is no llama-server to load one")
+    size, tier = min(here, key=lambda pair: pair[0])
+    path = os.path.join(setup.places.data, "proven.json")
+    proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
+    if _read_json(path).get(tier.name) == proof:
+        return f"{tier.name} has answered before"
+    seconds, words = prove_tier(tier, config, program, setup)
+    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
+    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
+
+
+def _local_paths(tier: Tier, cache: str) -> List[str]:
+    """Where the parts of a tier's current model are, "" for one that is not here."""
+    weights = weights_for(tier, False)
+    return [weights.path] if weights.path else [local_file(cache, weights.repo, f) for f in split_parts(weights.file)]
+
+
+def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup) -> Tuple[float, str]:
+    """Run a tier's llama-server for one short answer: (seconds to load, what it said). Errors: UserError."""
+    port = free_run(FIRST_SERVER_PORT + 500, 1)
+    refused = probe_flags(program, config, setup.places.data)
+    log = setup.places.log(f"{tier.name}.log")
+    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    process = spawn(server_command(program, tier, config, port, False, refused), log, env)
+    try:
+        upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S
+        while True:
+            try:
+                if process.poll() is None and upstream.get("/health", 5.0)[0].status == 200:
+                    break
+            except (OSError, ValueError):
+                pass
+            if process.poll() is not None or time.monotonic() > end:
+                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}", f"see {log}; `llmstack check` looks at its file")
+            time.sleep(0.05)
+        seconds = time.monotonic() - began
+        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
+                      json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
+            return seconds, str(json.loads(answer.read(1 << 20))["choices"][0]["text"]).strip()
+    except (OSError, ValueError, LookupError, TypeError) as exc:
+        raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
+    finally:
+        stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
+        process.wait()
+
+
+def _setup_shell(setup: Setup) -> str:
+    shell = "powershell" if IS_WINDOWS else os.path.basename(setup.env.get("SHELL", "")) or "bash"
+    if shell == "powershell":
+        line = "llmstack activate powershell | Out-String | Invoke-Expression"
+    else:
+        line = "llmstack activate fish | source" if shell == "fish" else f'eval "$(llmstack activate {shell})"'
+    where = {"zsh": "~/.zshrc", "bash": "~/.bashrc", "fish": "~/.config/fish/config.fish", "powershell": "$PROFILE"}
+    return f"to have projects wired up as you enter them, put this into {where.get(shell, 'your shell startup file')}: {line}"
+
+
+def _setup_opencode(setup: Setup) -> str:
+    places = (*USUAL_PLACES, os.path.join(os.path.expanduser("~"), ".opencode", "bin"))
+    found = find_program("opencode" + EXE, places) or (find_program("opencode.cmd") if IS_WINDOWS else "")
+    if found:
+        return found
+    raise _Skipped("not on PATH; to have it: npm install -g opencode-ai" + (", or brew install opencode" if IS_MAC else ""))
+
+
+def _setup_wired(setup: Setup) -> str:
+    config = load_config(setup.places)
+    machine = this_machine(config)
+    need_gb = max((need for _, need in fit_sets(config, measure_tiers(config, machine, setup.env, False))), default=0.0)
+    advice = wired_limit_mb(*(int(gb * 1e9 / 1_048_576) for gb in (total_memory_gb(), need_gb, machine.budget_gb)))
+    if advice:
+        return f"for all that may be loaded together, until the next boot: sudo sysctl iogpu.wired_limit_mb={advice}"
+    fits = need_gb <= machine.budget_gb
+    return "the GPU gets enough" if fits else f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
+
+
+SETUP_STEPS: Tuple[Tuple[str, Callable[[Setup], str]], ...] = (
+    ("models.ini", _setup_ini), ("hardware", _setup_hardware), ("llama-server", _setup_llama_server),
+    ("llama-swap", _setup_llama_swap), ("downloads", _setup_download), ("wait for them", _setup_wait),
+    ("this project", _setup_project), ("first answer", _setup_answer), ("shell hook", _setup_shell),
+    ("opencode", _setup_opencode), *((("GPU memory", _setup_wired),) if IS_MAC else ()))
+
+
+# ===================================================================================================
 # COMMANDS
 # ===================================================================================================
 
@@ -7690,63 +8893,6 @@ def _prepare_demo_files(places: Places) -> None:
         write_atomic(places.models_ini, render_demo_ini(model, model != noise))
 
 
-def download_file(url: str, path: str, say: Say) -> None:
-    """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
-    import http.client
-    import urllib.error
-    import urllib.request
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    have = file_size(part)
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            have = have if answer.status == 206 else 0
-            total = have + int(answer.headers.get("Content-Length") or 0)
-            digest = (answer.headers.get("X-Linked-Etag") or "").strip('"')
-            with open(part, "ab" if have else "wb") as file:
-                _copy_with_progress(answer, file, have, total, os.path.basename(path), say)
-    except urllib.error.HTTPError as exc:
-        if exc.code == 416:                     # the part is whole, or of another file: begin again
-            _remove(part)
-        raise OSError(f"{url} answered {exc.code}") from None
-    except urllib.error.URLError as exc:
-        raise OSError(str(exc.reason)) from None
-    except (ValueError, EOFError, http.client.HTTPException) as exc:
-        raise OSError(str(exc) or type(exc).__name__) from None
-    if total and file_size(part) != total:
-        raise OSError(f"the connection ended at {file_size(part):,} of {total:,} bytes; run it again to resume")
-    if re.match(r"[0-9a-f]{64}\Z", digest) and _sha256(part) != digest:
-        _remove(part)
-        raise OSError("the file arrived damaged (its SHA-256 is not the hub's)")
-    os.replace(part, path)
-
-
-def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str, say: Say) -> None:
-    began, said, start = time.monotonic(), 0.0, done
-    while True:
-        data = source.read(1 << 18)
-        if not data:
-            return
-        file.write(data)
-        done += len(data)
-        passed = time.monotonic() - began
-        if passed - said >= 2:
-            said = passed
-            rate = (done - start) / passed
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"  {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}")
-
-
-def _sha256(path: str) -> str:
-    import hashlib
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _say_demo(url: str) -> None:
     say("")
     say("Try it:")
@@ -7829,6 +8975,7 @@ def _cmd_status(args: Any) -> int:
     except UserError as exc:                    # what runs is of interest all the more
         broken, config = exc, Config()
     rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
+    rows["downloads"] = [] if external else download_rows(places)
     if args.json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
         if broken:
@@ -7857,6 +9004,10 @@ def _cmd_status(args: Any) -> int:
         say(f"Note: {difference}")
     if rows.get("local_only"):
         say("local_only: no request leaves this machine")
+    for row in rows["downloads"]:
+        if row["state"] != "done":
+            say(f"Download {row['tier']}-{row['label']}: {paint(row['state'], '33')}, "
+                + (row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)))
     if not rows["running"]:
         say("")
         owner = rows["other_owner"]
@@ -8308,6 +9459,162 @@ def _add_llama_server(commands: Any) -> None:
     commands.add_parser("_llama-server").set_defaults(run=None)
 
 
+def _add_setup(commands: Any) -> None:
+    parser = commands.add_parser("setup", help="from a bare machine to loaded models, step by step",
+                                 description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
+                                 " models, this project's wiring, a first answer. It can be run again at any time: what"
+                                 " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
+    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
+    parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
+    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server where there is none")
+    parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
+                        " machine's")
+    parser.set_defaults(run=_cmd_setup)
+
+
+def _cmd_setup(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
+    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask))
+    if failed:
+        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
+                        "mend what is said there, then run `llmstack setup` again: it goes on from there")
+    say("")
+    say("All set. Bring the stack up with `llmstack start`.")
+    return 0
+
+
+def run_setup(setup: Setup) -> List[str]:
+    """Take every step; the names of those that failed."""
+    failed = []
+    for number, (name, step) in enumerate(SETUP_STEPS, 1):
+        say(f"[{number}/{len(SETUP_STEPS)}] {name}")
+        began = time.monotonic()
+        try:
+            text, mark = step(setup), paint("ok", "32")
+        except _Skipped as exc:
+            text, mark = str(exc), paint("skipped", "33")
+        except ConfigError:
+            raise
+        except UserError as exc:
+            failed.append(name)
+            text, mark = f"{exc}\n      {exc.hint}" if exc.hint else str(exc), paint("failed", "31")
+        say(f"      {mark}: {text} ({time.monotonic() - began:.1f} s)")
+    return failed
+
+
+def _add_download(commands: Any) -> None:
+    parser = commands.add_parser("download", aliases=["download-models"], help="fetch the models, in the background",
+                                 description="Fetch current and queued GGUFs into the hub cache that llama-server reads, one"
+                                 " after another, in the background; on a terminal, show it until it is done. What was"
+                                 " interrupted goes on where it ended. HF_TOKEN in the environment opens gated repositories.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="tiers to fetch (default: all local ones)")
+    parser.add_argument("--next", action="store_true", help="the queued upgrades only (hf_file_next)")
+    parser.add_argument("--wait", action="store_true", help="wait until all is done, without a terminal, too")
+    parser.add_argument("--stop", action="store_true", help="end the background download; what it has is kept")
+    parser.set_defaults(run=_cmd_download)
+
+
+def _cmd_download(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    if args.stop:
+        say("Stopped; `llmstack download` goes on from there." if stop_downloads(places) else "Nothing is being downloaded.")
+        return 0
+    seed_project(places, say)
+    config = load_config(places, warn)
+    both = ("current", "next")
+    jobs, skipped = plan_downloads(config, args.tiers, both[1:] if args.next else both)
+    for line in skipped:
+        say(line)
+    if not jobs:
+        say("Nothing to download.")
+        return 0
+    pid = start_downloads(places, jobs, plan_downloads(config, (), both)[0], os.environ, say)
+    many = f"{len(jobs)} models" if len(jobs) > 1 else jobs[0].name
+    say(f"Downloading {many} in the background (pid {pid}), logs: {places.log('dl-TIER-LABEL.log')}")
+    if not args.wait and not sys.stdout.isatty():
+        return 0
+    failed = follow_downloads(places, [job.name for job in jobs], say)
+    if failed:
+        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run it again")
+    return 0
+
+
+def _add_download_worker(commands: Any) -> None:
+    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
+
+
+def _cmd_download_worker(args: Any) -> int:
+    """The process behind `download`, on a Python that has huggingface_hub."""
+    return run_downloads(_places(args), os.environ)
+
+
+def _add_install_llama_swap(commands: Any) -> None:
+    parser = commands.add_parser("install-llama-swap", help="fetch llama-swap's binary", description="Fetch the release for"
+                                 " this platform, verify its checksum and install it for all projects (in LLMSTACK_BIN_DIR, or"
+                                 " bin of the data directory). The same version again: nothing is done.")
+    parser.add_argument("--force", "-f", action="store_true", help="install it even where that version is there")
+    parser.add_argument("--version", metavar="V", dest="release", default="", help="a particular one, such as v250"
+                        " (default: LLAMA_SWAP_VERSION, else the latest)")
+    parser.set_defaults(run=_cmd_install_llama_swap)
+
+
+def _cmd_install_llama_swap(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    install_llama_swap(os.environ, places.data, args.release, args.force, say)
+    return 0
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser("check", aliases=["check-models"], help="configured models against the hub, the disk and"
+                                 " what runs", description="Look at every tier: is its file on the hub, is it here and whole,"
+                                 " what is queued, does what runs agree with models.ini (DRIFT!), are credentials set. Exit"
+                                 " code 1 when something needs you.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
+    parser.set_defaults(run=_cmd_check)
+
+
+def _cmd_check(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    config = load_config(places, warn)
+    found = check_stack(places, config, os.environ, args.offline)
+    if args.json:
+        say(json.dumps(found, indent=2, ensure_ascii=False))
+        return 0 if found["ok"] else 1
+    for row in found["tiers"]:
+        say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
+        if "model" in row:
+            queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
+            say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
+        for label in ("current", "next"):
+            if label in row:
+                _say_weights(label, row[label])
+        for what in row["drift"]:
+            say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
+    say("")
+    say(f"llama-server  {found['llama_server'] or 'none'}")
+    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
+    for note in found["notes"]:
+        warn(note)
+    for need in found["needs"]:
+        say(f"{paint('needs you', '33')}: {need}")
+    return 0 if found["ok"] else 1
+
+
+def _say_weights(label: str, row: Mapping[str, Any]) -> None:
+    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
+    where = row.get("path") or f"{row['repo']} {row['file']}"
+    changed = f", changed {row['changed']}" if row.get("changed") else ""
+    known = {True: "on the hub", False: "not on the hub"}.get(row["exists"], "hub not asked") if "repo" in row else "a file here"
+    say(f"  {label:<8} {where}")
+    say(f"           {known}, {size}{changed}; local copy: {paint(row['local'], '32' if row['local'] == 'intact' else '33')}")
+
+
 def _add_version(commands: Any) -> None:
     commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
 
@@ -8321,9 +9628,9 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_install, _add_install_litellm, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why,
-                _add_fit, _add_serve, _add_activate, _add_trust, _add_version, _add_help, _add_router, _add_engine,
-                _add_llama_server)
+ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
+                _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
+                _add_trust, _add_version, _add_help, _add_router, _add_engine, _add_llama_server, _add_download_worker)
 
 
 def make_parser() -> Any:

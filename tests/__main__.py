@@ -4,8 +4,9 @@
     python3 -m tests --lint
 
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
-It holds the pinned tools, and llama.cpp's server and LiteLLM's proxy from PyPI as llmstack itself installs them;
-where a real llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also holds the real opencode.
+It holds the pinned tools, and llama.cpp's server, LiteLLM's proxy and huggingface_hub from PyPI as llmstack itself
+installs them; where a real llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also
+holds the real opencode.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def tools_python() -> str:
     return python
 
 
-def provision_servers() -> str:
-    """llama.cpp's server and LiteLLM's proxy, put there by llmstack's own installer; the shared data directory."""
+def provision_data() -> str:
+    """What llmstack's own installer brings from PyPI: llama.cpp's server, LiteLLM's proxy and huggingface_hub."""
     import llmstack
     data = os.path.join(cache_dir(), "data")
     try:
-        for wanted in (llmstack.LLAMA_CPP, llmstack.LITELLM):
+        for wanted in (llmstack.LLAMA_CPP, llmstack.LITELLM, llmstack.HUB):
             llmstack.install_environment(wanted, data, lambda line: say("tests: " + line.strip()))
     except llmstack.UserError as exc:
         say(f"tests: error: {exc}\nhint: {exc.hint}")
@@ -100,7 +101,7 @@ def main() -> int:
             if code:
                 return code
         return 0
-    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_servers(), "LLMSTACK_TEST_OPENCODE": provision_opencode()}
+    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_data(), "LLMSTACK_TEST_OPENCODE": provision_opencode()}
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 
 

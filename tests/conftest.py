@@ -69,13 +69,14 @@ def _environment(pid: int) -> list[bytes]:
 
 @pytest.fixture
 def real_data(home: Path) -> Path:
-    """A data directory of the test's own, in which llama.cpp's server from PyPI is installed already."""
+    """A data directory of the test's own, in which llama.cpp's server and huggingface_hub from PyPI are installed already."""
     shared = os.environ.get("LLMSTACK_TEST_DATA")
     if not shared:
         pytest.skip("run the suite with `python3 -m tests`: it provisions llama.cpp's server")
     data = home / "data" / "llmstack"
     data.mkdir(parents=True)
-    (data / "llama-cpp").symlink_to(Path(shared) / "llama-cpp", target_is_directory=True)
+    for name in ("llama-cpp", "hub"):
+        (data / name).symlink_to(Path(shared) / name, target_is_directory=True)
     return data
 
 
