@@ -4,24 +4,22 @@
     python3 build_zipapp.py [--output FILE]    build, print size and sha256
     python3 build_zipapp.py --check FILE       exit 1 unless FILE is what this tree builds
 
-Reproducible: a fixed list of entries, fixed times and modes, nothing compressed (deflate's bytes differ between
-zlib builds). `python -m zipapp` is not, and takes along whatever lies in the directory. What only readers need,
-comments, docstrings, types and indentation, stays behind: nearly half of the program. Its lines keep their numbers,
-so a traceback reads as from the source.
+Reproducible: a fixed list of entries, fixed times and modes, zlib at level 9. `python -m zipapp` is not, and takes
+along whatever lies in the directory. Where two machines have different builds of zlib, the same tree may come out in
+other bytes of the same meaning: --check looks at what is inside, and says when only the packing differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import io
 import os
 import re
 import sys
 import tempfile
-import tokenize
 import zipfile
+import zlib
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 FILES = ("LICENSE", "llmstack.py", "models.ini")        # sorted; __main__.py is made below
@@ -99,77 +97,6 @@ def program_version(source: bytes) -> str:
     return match.group(1).decode()
 
 
-def bare(source: str) -> str:
-    """A program without comments, docstrings, types and deep indentation, every statement on the line it was on."""
-    return _unindented(_unannotated(_uncommented(source)))
-
-
-def _tokens(source: str) -> list[tokenize.TokenInfo]:
-    return list(tokenize.tokenize(io.BytesIO(source.encode()).readline))
-
-
-def _uncommented(source: str) -> str:
-    lines = source.split("\n")
-    cuts = [(*token.start, *token.end, "") for token in _tokens(source)
-            if token.type == tokenize.COMMENT and not token.string.startswith("#!")]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            assert text.end_lineno is not None
-            assert text.end_col_offset is not None
-            cuts.append((text.lineno, text.col_offset, text.end_lineno, text.end_col_offset, '""'))
-    for line, column, last, end, instead in sorted(cuts, reverse=True):
-        rest = str(lines[last - 1].encode()[end:], "utf-8") if instead else ""   # ast counts bytes; a comment ends its line
-        kept = (lines[line - 1][:column] + instead + rest).rstrip()
-        lines[line - 1:last] = [kept, *[""] * (last - line)]
-    return "\n".join(lines)
-
-
-def _unannotated(source: str) -> str:
-    """Functions and variables without their types. Those of classes stay: NamedTuple makes its fields of them."""
-    data = source.encode()
-    lines = [0, *(match.end() for match in re.finditer(rb"\n", data))]
-    tree = ast.parse(source)
-    fields = {id(field) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for field in node.body}
-    cuts: list[tuple[int, int]] = []
-    for node in ast.walk(tree):
-        kind = getattr(node, "returns" if isinstance(node, ast.FunctionDef) else "annotation", None)
-        if kind is None or (id(node) in fields and isinstance(node, ast.AnnAssign)):
-            continue
-        before = data[:lines[kind.lineno - 1] + kind.col_offset].rstrip()
-        sign = b"->" if isinstance(node, ast.FunctionDef) else b":"
-        end = lines[kind.end_lineno - 1] + kind.end_col_offset
-        start = len(before[:-len(sign)].rstrip())
-        bare_name = isinstance(node, ast.AnnAssign) and node.value is None
-        if before.endswith(sign) and not bare_name and b"\n" not in data[start:end]:
-            cuts.append((start, end))
-    for start, end in sorted(cuts, reverse=True):
-        data = data[:start] + data[end:]
-    return data.decode()
-
-
-def _unindented(source: str) -> str:
-    """One blank a level, none before the lines that continue a statement; lines inside a string stay as they are."""
-    lines, depth, fresh, inside = source.split("\n"), 0, True, 0
-    starts: dict[int, int] = {}
-    text: set[int] = set()
-    for token in _tokens(source)[1:]:
-        name = tokenize.tok_name[token.type]
-        depth += (name == "INDENT") - (name == "DEDENT")
-        if fresh and name not in ("INDENT", "DEDENT", "NL", "COMMENT"):
-            starts[token.start[0]] = depth
-            fresh = False
-        if name == "NEWLINE":
-            fresh = True
-        if name == "FSTRING_START":             # Python 3.12 and newer take f-strings apart
-            inside = inside or token.start[0]
-        if name == "STRING" or (name == "FSTRING_END" and inside):
-            text.update(range((inside or token.start[0]) + 1, token.end[0] + 1))
-            inside = 0
-    return "\n".join(line if number in text else " " * starts.get(number, 0) + line.lstrip()
-                     for number, line in enumerate(lines, 1))
-
-
 def build() -> bytes:
     """The whole file: a shebang line and a zip archive behind it."""
     contents = {}
@@ -177,18 +104,41 @@ def build() -> bytes:
         with open(os.path.join(ROOT, name), "rb") as file:
             contents[name] = file.read().replace(b"\r\n", b"\n")
     version = program_version(contents["llmstack.py"])
-    contents["llmstack.py"] = bare(str(contents["llmstack.py"], "utf-8")).encode()
     main = MAIN % {"major": OLDEST[0], "minor": OLDEST[1], "version": version}
     contents["__main__.py"] = main.encode("ascii")
     out = io.BytesIO()
     out.write(b"#!/usr/bin/env python3\n")
-    with zipfile.ZipFile(out, "a", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(contents):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system = 3                     # unix, wherever it is built
             entry.external_attr = 0o100644 << 16
-            archive.writestr(entry, contents[name])
+            archive.writestr(entry, contents[name], zipfile.ZIP_DEFLATED, 9)
     return out.getvalue()
+
+
+def inside(data: bytes) -> list[tuple[object, ...]]:
+    """What a built file holds, however it is packed. Errors: zipfile.BadZipFile."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        start = min(entry.header_offset for entry in archive.infolist())
+        ending = data[-22:-18]                  # of the end record: nothing may stand behind it
+        return [(data[:start], ending), *((e.filename, e.date_time, e.external_attr, archive.read(e)) for e in archive.infolist())]
+
+
+def compare(path: str, data: bytes) -> int:
+    """Exit code of --check."""
+    try:
+        with open(path, "rb") as file:
+            there = file.read()
+        same = there == data or inside(there) == inside(data)
+    except OSError as exc:
+        print(f"build_zipapp: error: cannot read {path}: {exc.strerror}", file=sys.stderr)
+        return 1
+    except (zipfile.BadZipFile, ValueError, zlib.error):
+        same = False
+    packed = "" if there == data else ", packed by another zlib"
+    print(f"{path}: {'is what this tree builds' + packed if same else 'is not what this tree builds'}")
+    return 0 if same else 1
 
 
 def write(path: str, data: bytes) -> None:
@@ -209,14 +159,7 @@ def main() -> int:
         print(f"build_zipapp: error: {len(data):,} bytes, the limit is {LIMIT_BYTES:,}", file=sys.stderr)
         return 1
     if args.check:
-        try:
-            with open(args.check, "rb") as file:
-                same = file.read() == data
-        except OSError as exc:
-            print(f"build_zipapp: error: cannot read {args.check}: {exc.strerror}", file=sys.stderr)
-            return 1
-        print(f"{args.check}: {'is' if same else 'is not'} what this tree builds")
-        return 0 if same else 1
+        return compare(args.check, data)
     write(args.output, data)
     print(f"{args.output}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
     return 0

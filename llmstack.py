@@ -6096,17 +6096,17 @@ def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], 
         return True
     answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
     if not answer:
-        say(f"{INSTALL_LITELLM}; hosted tiers are not served before")
         return False
     install_environment(LITELLM, places.data, say)
     return True
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
+                   warn: Callable[[str], None], ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries. Errors: UserError."""
     if litellm_entries(config) and not config.local_only:
-        ensure_litellm(places, env, say, ask)
+        if not ensure_litellm(places, env, say, ask):
+            warn(f"{INSTALL_LITELLM}; hosted tiers are not served before")
         write_litellm_config(places, config, find_litellm(env, places.data), say)
 
 
@@ -7634,7 +7634,7 @@ def _cmd_start(args: Any) -> int:
         check_run_trust(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
-    prepare_hosted(places, config, os.environ, say)
+    prepare_hosted(places, config, os.environ, say, warn)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
     if not args.demo:
@@ -7810,7 +7810,7 @@ def _cmd_restart(args: Any) -> int:
         args.host, args.port = args.host or router.host, args.port or router.port
     if engine is not None and engine.alive:
         args.pinned = engine.channel
-    prepare_hosted(places, config, os.environ, say)
+    prepare_hosted(places, config, os.environ, say, warn)
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
@@ -8023,7 +8023,7 @@ def _cmd_install(args: Any) -> int:
     if args.print and not os.path.exists(places.models_ini):
         config = parse_models_ini(with_ultra(seed_text(args.profile)[0], os.environ, places.data).decode("utf-8"))[0]
     if not args.print:
-        prepare_hosted(places, config, os.environ, say, _ask)
+        prepare_hosted(places, config, os.environ, say, warn, _ask)
     marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = project_opencode_json(places, config, base_url(host, port), os.environ)

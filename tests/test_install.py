@@ -123,7 +123,7 @@ def models(value: Any) -> Any:
 
 def test_golden() -> None:
     text = render_opencode_json(Config((LITTLE, HOSTED)), "http://127.0.0.1:10101", '/home/me/a "b"/.llmstack/AGENTS.md',
-                                api_key=True, mcp_url=llmstack.LITELLM_MCP_URL)
+                                api_key=True, mcp_url="http://127.0.0.1:10103/mcp")
     assert text == GOLDEN
 
 
