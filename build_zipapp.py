@@ -122,7 +122,8 @@ def inside(data: bytes) -> list[tuple[object, ...]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         start = min(entry.header_offset for entry in archive.infolist())
         ending = data[-22:-18]                  # of the end record: nothing may stand behind it
-        return [(data[:start], ending), *((e.filename, e.date_time, e.external_attr, archive.read(e)) for e in archive.infolist())]
+        return [(data[:start], ending),
+                *((e.filename, e.date_time, e.external_attr, archive.read(e)) for e in archive.infolist())]
 
 
 def compare(path: str, data: bytes) -> int:

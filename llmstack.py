@@ -2047,15 +2047,15 @@ def _with_rung(section: str, rung: Rung) -> str:
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
 LITELLM_SEED = """\
-# LiteLLM's configuration, yours to edit: llmstack adds an entry to model_list for each hosted tier of models.ini
-# that has none, and changes nothing else. What an entry may hold: api_base, api_key: os.environ/NAME, retries...
-# Keys stay in the environment. https://docs.litellm.ai/docs/proxy/configs
+# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else. Keys stay in the environment:
+# api_key: os.environ/NAME. See https://docs.litellm.ai/docs/proxy/configs
 
 litellm_settings:
   drop_params: true
   request_timeout: 120
 router_settings:
-  disable_cooldowns: true          # llmstack's router leaves a failing tier alone itself, and passes the reason on
+  disable_cooldowns: true          # the router leaves a failing tier alone itself
+  num_retries: 0                   # and asks another one at once
 
 model_list:
 """
@@ -2292,20 +2292,19 @@ def merge_litellm_yaml(text: str, wanted: Sequence[Tuple[str, str]]) -> Tuple[st
 
 # A provider -> what LiteLLM reads its credentials from; with | between what does instead of each other.
 CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "openai": ("OPENAI_API_KEY",), "groq": ("GROQ_API_KEY",),
-    "mistral": ("MISTRAL_API_KEY",), "codestral": ("CODESTRAL_API_KEY",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "deepseek": ("DEEPSEEK_API_KEY",), "xai": ("XAI_API_KEY",),
+    **{name: (f"{name.upper()}_API_KEY",) for name in ("openai", "groq", "mistral", "codestral", "deepseek", "xai",
+       "cerebras", "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")},
+    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
     "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
     "cohere": ("COHERE_API_KEY|CO_API_KEY",), "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",), "cerebras": ("CEREBRAS_API_KEY",),
     "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN",),
-    "nvidia_nim": ("NVIDIA_NIM_API_KEY",), "sambanova": ("SAMBANOVA_API_KEY",), "deepinfra": ("DEEPINFRA_API_KEY",),
-    "moonshot": ("MOONSHOT_API_KEY",), "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",), "replicate": ("REPLICATE_API_KEY",),
+    "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
     "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
     "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
     "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
 }
-AMBIENT = frozenset({"azure", "bedrock", "vertex_ai"})  # a machine in their cloud may have credentials that no variable shows
+AMBIENT = ("azure", "bedrock", "vertex_ai")     # a machine in their cloud may have credentials that no variable shows
 _CREDENTIAL_NAMES = frozenset(n for names in CREDENTIALS.values() for name in names for n in name.split("|")) - {"HF_TOKEN"}
 
 
@@ -2314,37 +2313,27 @@ def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     return {k: v for k, v in env.items() if k not in _CREDENTIAL_NAMES and not k.startswith(("AWS_S", "LITELLM_"))}
 
 
-def entry_provider(tier: Tier, use_next: bool, entry: str) -> str:
-    model = (_yaml_values(entry, "model") or [hosted_model(tier, use_next)])[0]
-    return model.split("/")[0] if "/" in model else "anthropic" if model.startswith("claude") else \
-        "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
-
-
-def tier_credentials(tier: Tier, env: Mapping[str, str], yaml_text: str, use_next: bool = False) -> Tuple[str, ...]:
+def tier_credentials(tier: Tier, env: Mapping[str, str], yaml_text: str, use_next: bool = False,
+                     certain: bool = False) -> Tuple[str, ...]:
     """The names of the variables that a LiteLLM tier lacks in `env`; none where that cannot be told.
 
-    What its entry refers to as os.environ/NAME decides, else what its provider is known to need.
+    What its entry refers to as os.environ/NAME decides, else what its provider is known to need; `certain`: and
+    cannot do without.
     """
     try:
         entry = named_entries(yaml_text).get(tier.name + ("_next" if use_next and tier.model_next else ""), "")
     except ValueError:
         return ()
-    wanted: Iterable[str] = re.findall(r"os\.environ/(\w+)", entry)
-    if not wanted:
-        if re.search(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name|(?:^|[\s,{:])\*\w", entry):
-            return ()
-        wanted = CREDENTIALS.get(entry_provider(tier, use_next, entry), ())
-        wanted = [w for w in wanted if not (w == "AZURE_API_BASE" and "api_base" in entry)]
+    wanted: Sequence[str] = re.findall(r"os\.environ/(\w+)", entry)
+    if not wanted and not re.search(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name|(?:^|[\s,{:])\*\w", entry):
+        model = (_yaml_values(entry, "model") or [hosted_model(tier, use_next)])[0]
+        provider = model.split("/")[0] if "/" in model else "anthropic" if model.startswith("claude") else \
+            "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+        if not (certain and provider in AMBIENT):
+            wanted = [w for w in CREDENTIALS.get(provider, ()) if w != "AZURE_API_BASE" or "api_base" not in entry]
     lacking = [w for w in wanted if not any(env.get(n, "").strip() for n in w.split("|"))
                and not re.search(rf"^[ ]+(?:{w})[ ]*:", yaml_text, re.MULTILINE)]       # environment_variables:
     return tuple(dict.fromkeys(w.split("|")[0] for w in lacking))
-
-
-def is_ambient(config: Config, name: str, yaml_text: str, use_next: bool) -> bool:
-    """True for a tier whose provider may have credentials that no variable shows."""
-    tier = config.by_name(name)
-    entry = named_entries(yaml_text).get(name, "") if yaml_text else ""
-    return tier is not None and entry_provider(tier, use_next, entry) in AMBIENT
 
 
 def litellm_differences(config: Config, yaml_text: str) -> List[str]:
@@ -4261,7 +4250,7 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 # - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 50. Between a client and an upstream that take turns on the core, a bytecode
+#   adds what nginx does (24 us), this one 51. Between a client and an upstream that take turns on the core, a bytecode
 #   costs 1.7 times what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _orders).
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
@@ -5979,35 +5968,35 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Option
     if tier is None or not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
-    lacking = lacking_credentials(places, config, env)
+    lacking = lacking_credentials(places, config, env, certain=True)
     wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
 
 
-def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
-                        use_next: bool = False) -> Dict[str, Tuple[str, ...]]:
-    """LiteLLM tier -> the names of the variables it lacks in `env`."""
+def lacking_credentials(places: Places, config: Config, env: Mapping[str, str], use_next: bool = False,
+                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
+    """LiteLLM tier -> the names of the variables it lacks in `env`; `certain` as for tier_credentials."""
     known = dict(env)
     for name, path in (("AWS_PROFILE", "~/.aws/credentials"), ("AWS_PROFILE", "~/.aws/config"),
                        ("GOOGLE_APPLICATION_CREDENTIALS", "~/.config/gcloud/application_default_credentials.json")):
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     text = read_text(litellm_config_path(places))
-    found = {t.name: tier_credentials(t, known, text, use_next) for t in litellm_tiers(config)}
+    found = {t.name: tier_credentials(t, known, text, use_next, certain) for t in litellm_tiers(config)}
     return {name: names for name, names in found.items() if names}
 
 
 def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Dict[str, str]:
     """LiteLLM tiers that `auto` is to leave alone, with the reason."""
+    tiers = litellm_tiers(config)
     try:
-        found = find_litellm(env, places.data)
+        why = "" if not tiers or find_litellm(env, places.data) else INSTALL_LITELLM
     except UserError as exc:
-        return dict.fromkeys((t.name for t in litellm_tiers(config)), str(exc))
-    if not found:
-        return dict.fromkeys((t.name for t in litellm_tiers(config)), INSTALL_LITELLM)
-    text = read_text(litellm_config_path(places))
-    return {name: f"missing {', '.join(names)}" for name, names in lacking_credentials(places, config, env, use_next).items()
-            if not is_ambient(config, name, text, use_next)}
+        why = str(exc)
+    if why:
+        return {t.name: why for t in tiers}
+    lacking = lacking_credentials(places, config, env, use_next, True)
+    return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
 
 class _WebGuard:
@@ -6102,12 +6091,16 @@ def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], 
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
-                   warn: Callable[[str], None], ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
-    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries. Errors: UserError."""
-    if litellm_entries(config) and not config.local_only:
-        if not ensure_litellm(places, env, say, ask):
-            warn(f"{INSTALL_LITELLM}; hosted tiers are not served before")
-        write_litellm_config(places, config, find_litellm(env, places.data), say)
+                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries.
+
+    Returns why they will not be served, or "". Errors: UserError.
+    """
+    if not litellm_tiers(config):
+        return ""
+    here = ensure_litellm(places, env, say, ask)
+    write_litellm_config(places, config, find_litellm(env, places.data), say)
+    return "" if here else INSTALL_LITELLM
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
@@ -6960,16 +6953,13 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: str, env: Mapping[str, str]) -> None:
     """Put into the rows of LiteLLM tiers what only its proxy's state, its configuration and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
-    states = {"ready": "loaded", "starting": "loading", "stopping": "unloading", "": "cold"}
     for row in rows["tiers"]:
-        if row["backend"] != "litellm":
-            continue
-        row["missing"] = list(lacking.get(row["name"], ()))
-        if row["state"] == "available":
-            row["state"] = states.get(proxy, proxy)
-        if row["missing"] and row["state"] in ("loaded", "loading", "cold", "not served", "unknown") \
-                and not row["reason"].startswith("LiteLLM"):
-            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
+        if row["backend"] == "litellm":
+            row["missing"] = list(lacking.get(row["name"], ()))
+            if row["state"] == "available":
+                row["state"] = {"ready": "loaded", "starting": "loading", "": "cold"}.get(proxy, proxy)
+            if row["missing"] and row["state"] not in ("failing", "local_only") and "LiteLLM" not in row["reason"]:
+                row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
     rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
 
 
@@ -7634,7 +7624,7 @@ def _cmd_start(args: Any) -> int:
         check_run_trust(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
-    prepare_hosted(places, config, os.environ, say, warn)
+    _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
     if not args.demo:
@@ -7810,7 +7800,7 @@ def _cmd_restart(args: Any) -> int:
         args.host, args.port = args.host or router.host, args.port or router.port
     if engine is not None and engine.alive:
         args.pinned = engine.channel
-    prepare_hosted(places, config, os.environ, say, warn)
+    _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     stop_stack(places, say)
     start_stack(plan, say)
@@ -7985,6 +7975,12 @@ def _ask(question: str) -> Optional[bool]:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
+def _prepare_hosted(places: Places, config: Config, ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
+    why = prepare_hosted(places, config, os.environ, say, ask)
+    if why:
+        warn(f"hosted tiers are not served: {why}")
+
+
 def _add_install(commands: Any) -> None:
     parser = commands.add_parser("install", help="give this project its opencode.json",
                                  description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
@@ -8023,7 +8019,7 @@ def _cmd_install(args: Any) -> int:
     if args.print and not os.path.exists(places.models_ini):
         config = parse_models_ini(with_ultra(seed_text(args.profile)[0], os.environ, places.data).decode("utf-8"))[0]
     if not args.print:
-        prepare_hosted(places, config, os.environ, say, warn, _ask)
+        _prepare_hosted(places, config, _ask)
     marker = Marker("next" if _wants_next(args, places, config) else "current")
     host, port = router_address(places, config)
     text = project_opencode_json(places, config, base_url(host, port), os.environ)
@@ -8310,10 +8306,6 @@ def _add_llama_server(commands: Any) -> None:
     commands.add_parser("_llama-server").set_defaults(run=None)
 
 
-def _add_litellm(commands: Any) -> None:
-    commands.add_parser("_litellm").set_defaults(run=None)
-
-
 def _add_version(commands: Any) -> None:
     commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
 
@@ -8329,7 +8321,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_install, _add_install_litellm, _add_start, _add_stop, _add_restart, _add_status, _add_reload, _add_why,
                 _add_fit, _add_serve, _add_activate, _add_trust, _add_version, _add_help, _add_router, _add_engine,
-                _add_llama_server, _add_litellm)
+                _add_llama_server)
 
 
 def make_parser() -> Any:

@@ -812,6 +812,7 @@ def test_a_router_with_a_key(second: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     try:
         assert llmstack.main(["start"]) == 0
+        capsys.readouterr()
         assert opencode()["provider"]["llama.cpp"]["options"]["apiKey"] == "{env:LLMSTACK_API_KEY}"
         with monkeypatch.context() as inside:
             inside.chdir(second)

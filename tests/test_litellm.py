@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -181,7 +182,8 @@ def written(config: Config, program: tuple[str, ...] = ("x",)) -> tuple[str, lis
 def test_the_seed_has_an_entry_for_each_hosted_tier_and_its_next() -> None:
     text, said = written(Config(tiers=(hosted(model_next="anthropic/b"), Tier("code-fast", role="fast"))))
     assert yaml.safe_load(text) == {
-        "litellm_settings": {"drop_params": True, "request_timeout": 120}, "router_settings": {"disable_cooldowns": True},
+        "litellm_settings": {"drop_params": True, "request_timeout": 120},
+        "router_settings": {"disable_cooldowns": True, "num_retries": 0},
         "model_list": [{"model_name": "code-ultra", "litellm_params": {"model": "anthropic/claude-opus-4-20250514"}},
                        {"model_name": "code-ultra_next", "litellm_params": {"model": "anthropic/b"}}]}
     assert said[0].startswith("Wrote ")
@@ -321,14 +323,14 @@ def test_code_ultra_is_switched_on_where_litellm_is(monkeypatch: pytest.MonkeyPa
     assert llmstack.unfence_ultra(fenced.decode().replace("\n", "\r\n")) == text.replace("\n", "\r\n")
 
 
-def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it() -> None:
     places = llmstack.find_places(os.environ)
     config = Config(tiers=(hosted(), Tier("code-smart", role="agent", path="x")))
     assert llmstack.unserved_hosted(places, config, {}, False) == {"code-ultra": llmstack.INSTALL_LITELLM}
     asked: list[str] = []
-    llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    why = llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    assert why == llmstack.INSTALL_LITELLM
     assert asked[0].startswith("Hosted tiers need LiteLLM's proxy")
-    assert "llmstack install-litellm" in capsys.readouterr().out
     assert Path(".llmstack/litellm_config.yaml").exists(), "the entries do not depend on it"
     assert llmstack.proxy_tier(config._replace(local_only=True)) is None
 
@@ -437,6 +439,7 @@ class Provider(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     asked: ClassVar[list[tuple[str, dict[str, str], Any]]] = []
+    left: ClassVar[threading.Event] = threading.Event()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -452,7 +455,7 @@ class Provider(BaseHTTPRequestHandler):
             self.json(200, {"id": "m", "type": "message", "role": "assistant", "model": body["model"], "stop_reason": "end_turn",
                             "content": [{"type": "text", "text": "Bonjour"}], "usage": {"input_tokens": 1, "output_tokens": 1}})
         elif body.get("stream"):
-            self.stream(body["model"])
+            self.stream(body["model"], said)
         else:
             calls = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}]
             message = {"role": "assistant", "content": None, "tool_calls": calls} if body.get("tools") else \
@@ -461,21 +464,34 @@ class Provider(BaseHTTPRequestHandler):
                 "prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "choices": [
                     {"index": 0, "message": message, "finish_reason": "tool_calls" if body.get("tools") else "stop"}]})
 
-    def stream(self, model: str) -> None:
+    def stream(self, model: str, said: str) -> None:
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
+        self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        self.close_connection = True
         for delta, reason in (({"content": "Hel"}, None), ({"content": "lo"}, None), ({}, "stop")):
             event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model,
                      "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-        self.wfile.write(b"data: [DONE]\n\n")
-        self.close_connection = True
+            self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+            if said == "cut":
+                return
+            if said == "hang":
+                self.connection.settimeout(30)
+                if self.connection.recv(1) == b"":
+                    self.left.set()
+                return
+        self.chunk(b"data: [DONE]\n\n")
+        self.chunk(b"")
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def json(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        if status == 429:
+            self.send_header("retry-after", "7")
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -684,6 +700,38 @@ def test_auto_takes_the_hosted_tier_and_falls_down_on_401(stack: Stack) -> None:
     answer = stack.chat("code-ultra", "401")
     assert answer.status == 401, "asked for by name, it is passed on"
     assert b"scripted 401" in answer.body
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
+def test_what_the_provider_refuses_is_passed_on_where_the_tier_was_named(stack: Stack, status: int) -> None:
+    answer = stack.chat("claude", str(status))
+    assert (answer.status, answer.json["error"]["message"].count(f"scripted {status}")) == (status, 1), answer.body
+    answer = stack.chat("code-ultra", str(status), stream=True)
+    assert answer.status == status, answer.body
+    assert stack.chat("code-ultra").status == 200, "and the next one is asked again"
+
+
+def test_a_stream_that_is_cut_never_looks_whole(stack: Stack) -> None:
+    try:
+        body = stack.chat("code-ultra", "cut", stream=True).body
+    except http.client.IncompleteRead as exc:
+        body = exc.partial
+    assert b'"Hel"' in body
+    assert b'"error"' in body
+
+
+def test_a_client_that_leaves_is_cancelled_at_the_provider(stack: Stack) -> None:
+    Provider.left.clear()
+    body = json.dumps({"model": "code-ultra", "stream": True, "messages": [{"role": "user", "content": "hang"}]}).encode()
+    with socket.create_connection(("127.0.0.1", stack.router)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        seen = b""
+        while b"Hel" not in seen:
+            data = client.recv(65_536)
+            assert data, seen
+            seen += data
+    assert Provider.left.wait(15)
 
 
 def test_a_missing_credential_is_named_and_never_shown(stack: Stack) -> None:
