@@ -649,6 +649,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         asking = threading.Thread(target=lambda: answers.append(stack.chat("code-ultra", stream=True)))
         asking.start()
         state = stack.tier("code-ultra")["state"]
+        stack.chat("code-smart")                # now, before another stack of this machine takes the port meant for it
         asking.join()
         yield Running(stack, answers[0], state, out)
     finally:
