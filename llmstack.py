@@ -2099,11 +2099,6 @@ def _entry_lines(entries: Sequence[Tuple[str, str]], indent: int, newline: str) 
                         f"{dash}    model: {_yaml_text(model)}" for name, model in entries)
 
 
-def litellm_stub(entries: Sequence[Tuple[str, str]]) -> str:
-    """The entries, to be pasted below `model_list:`."""
-    return _entry_lines(entries, 2, "\n")
-
-
 _YAML_TOKEN = re.compile(r"""(?:^|(?<=[\[{,])|(?<=[:?-][ ])|(?<=["']:))[ ]*(?:[&!][^\s,\[\]{}]*[ ]+)*
                              (?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<torn>["']))|(?P<note>(?:^|(?<=\s))\#.*)|.""", re.VERBOSE)
 _SCALAR_HEAD = re.compile(r"(?:^|[:?-][ ]+)(?:[&!]\S+[ ]+)*[|>]([0-9+-]{0,2})[ ]*$")
@@ -6162,7 +6157,10 @@ class _WebGuard:
 def run_litellm(argv: Sequence[str]) -> int:
     """Run LiteLLM's own command line with _WebGuard before its app; this runs in LiteLLM's Python."""
     import importlib
+    here = os.getcwd()
+    os.chdir(os.path.dirname(sys.executable))   # proxy_cli appends this to sys.path: a cloned project is no place for modules
     cli = importlib.import_module("litellm.proxy.proxy_cli")
+    os.chdir(here)
     importlib.import_module("litellm.proxy.proxy_server").app.add_middleware(_WebGuard)
     sys.argv = ["litellm", *argv]
     cli.run_server()
@@ -6184,8 +6182,9 @@ def _merge_holds(program: Sequence[str], old: str, new: str, added: Sequence[Tup
     if len(program) < 2:                        # a program of the user's, whose Python is not known
         return True
     try:
-        return subprocess.run([program[0], "-I", "-c", _CHECK_YAML], input=json.dumps([old, new, added]).encode(), timeout=60,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+        return subprocess.run([program[0], "-c", _CHECK_YAML], input=json.dumps([old, new, added]).encode(), timeout=60,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+                              cwd=os.path.dirname(program[0])).returncode == 0      # -c looks for modules there
     except (OSError, subprocess.SubprocessError):
         return False
 
@@ -6206,7 +6205,8 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
             raise ValueError("LiteLLM's parser does not read it as expected")
     except ValueError as exc:
         why = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc
-        say(f"{path} is left alone ({why}). See that its model_list has:\n{litellm_stub(wanted)}")
+        newline = "\n"
+        say(f"{path} is left alone ({why}). See that its model_list has:\n{_entry_lines(wanted, 2, newline)}")
         return False
     for difference in litellm_differences(config, old):
         say(f"Note: {difference}")

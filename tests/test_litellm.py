@@ -14,6 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Iterator, NamedTuple
 from urllib import error, request
 
@@ -305,6 +306,26 @@ def test_which_litellm_is_taken(tmp_path: Path) -> None:
     ready.mkdir(parents=True)
     (ready / "ready").write_text("")
     assert llmstack.find_litellm({}, data)[1:] == (llmstack.PROGRAM, "_litellm")
+
+
+def test_the_project_is_no_place_for_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteLLM's command line appends its working directory to sys.path, and a cloned one may hold a prisma.py."""
+    seen: list[tuple[str, str]] = []
+
+    class Module:
+        app = SimpleNamespace(add_middleware=lambda guard: seen.append((guard.__name__, os.getcwd())))
+        run_server = staticmethod(lambda: seen.append((" ".join(sys.argv), os.getcwd())))
+
+    def import_module(name: str) -> Any:
+        seen.append((name, os.getcwd()))
+        return Module
+
+    monkeypatch.setattr("importlib.import_module", import_module)
+    monkeypatch.setattr(sys, "argv", [])
+    here = os.getcwd()
+    assert llmstack.run_litellm(["--port", "1"]) == 0
+    assert seen == [("litellm.proxy.proxy_cli", os.path.dirname(sys.executable)), ("litellm.proxy.proxy_server", here),
+                    ("_WebGuard", here), ("litellm --port 1", here)]
 
 
 def test_code_ultra_is_switched_on_where_litellm_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,6 +649,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         asking = threading.Thread(target=lambda: answers.append(stack.chat("code-ultra", stream=True)))
         asking.start()
         state = stack.tier("code-ultra")["state"]
+        stack.chat("code-smart")                # now, before another stack of this machine takes the port meant for it
         asking.join()
         yield Running(stack, answers[0], state, out)
     finally:
