@@ -91,7 +91,7 @@ def here(repo: str, file: str) -> bytes:
 
 
 def log(places: llmstack.Places, name: str) -> str:
-    return Path(places.log(f"dl-{name}.log")).read_text()
+    return llmstack.read_text(places.log(f"dl-{name}.log"))
 
 
 def worker_gone(places: llmstack.Places) -> None:
@@ -382,6 +382,46 @@ def test_a_new_commit_does_not_hide_what_was_there(hub: FakeHub, places: llmstac
     assert llmstack.main(["download", "code-fast", "--next", "--wait"]) == 0
     assert here("owner/fast-GGUF", "fast-Q8.gguf") == SMALL + b"8"
     assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+
+
+def test_a_newer_file_on_the_hub_is_seen_and_fetched(hub: FakeHub, places: llmstack.Places, real_data: Path, server_here: None,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    Path(places.models_ini).write_text("[a]\nhf_repo = owner/fast-GGUF\nhf_file = fast-Q6.gguf\n")
+    assert llmstack.main(["download", "--wait"]) == 0
+    hub.repos["owner/fast-GGUF"]["fast-Q6.gguf"] = SMALL + b"corrected"
+    hub.revision["owner/fast-GGUF"] = 1
+    assert check(capsys)[1]["needs"] == [
+        "a (current): the local copy is outdated: the hub has a newer one; `llmstack download` fetches it"]
+    assert llmstack.main(["download", "--wait"]) == 0
+    worker_gone(places)
+    assert here("owner/fast-GGUF", "fast-Q6.gguf") == SMALL + b"corrected"
+    assert check(capsys)[1]["needs"] == []
+
+
+def test_two_projects_fetch_a_file_once(hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.hold_after = 1_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    monkeypatch.setenv("LLMSTACK_WORK_DIR", str(tmp_path / "other"))
+    other = llmstack.find_places(os.environ)
+    Path(other.state).mkdir(parents=True)
+    Path(other.models_ini).write_text(INI)
+    assert llmstack.main(["download", "code-fast"]) == 0
+    until(lambda: "another program is fetching" in log(other, "code-fast-current"), "the second one waits")
+    hub.gate.set()
+    worker_gone(places)
+    worker_gone(other)
+    assert "is here already" in log(other, "code-fast-current")
+    assert len([s for s in hub.fetched() if "fast-Q4" in s.path]) == 1
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+
+
+def test_an_offline_library_says_so(hub: FakeHub, places: llmstack.Places, real_data: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().out
 
 
 def test_a_queue_that_came_with_a_clone_is_not_worked_off(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
