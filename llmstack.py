@@ -6454,13 +6454,28 @@ class Engine:
                 self._changed.notify_all()
 
     def _start(self, model: Model) -> None:
-        """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled."""
+        """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
+
+        Its port was free when it was chosen; where somebody else was quicker, another is tried, twice.
+        """
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
         path = weights_for(model.tier, self.use_next).path
         if path and not os.path.exists(path):
             raise LoadError(f"{model.name}: there is no {path}")
+        for tries_left in (2, 1, 0):
+            before = file_size(log)
+            self._spawn_server(model, log)
+            code = self._wait_healthy(model, log, bool(path))
+            if code is None:
+                return
+            if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
+                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
+                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n{tail}")
+            self._log.warning(f"{model.name}: port {model.port} was taken by {port_holder(model.port)} meanwhile")
+
+    def _spawn_server(self, model: Model, log: str) -> None:
         with self._changed:
             taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
             port = model.proxy.port if model.proxy else next(
@@ -6473,7 +6488,6 @@ class Engine:
             model.command = list(model.proxy.command) if model.proxy else self._command(model.tier, port)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-        before = file_size(log)
         with self._changed:
             self._check_wanted(model)
             try:
@@ -6482,18 +6496,22 @@ class Engine:
                 raise LoadError(f"{model.name}: {model.command[0]} does not start: {exc.strerror}") from None
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
+
+    def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
+        """None once a model's server is healthy, its exit code where it ends before. Errors: LoadError, _Cancelled."""
+        assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
         while not self._healthy(model.process, model.upstream, model.proxy.health if model.proxy else "/health"):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
-                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                raise LoadError(f"{model.name}: its server exited with {model.process.returncode} while loading:\n{tail}")
+                return int(model.process.returncode)
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
-            if not path and not model.proxy and port_is_free("127.0.0.1", port):
+            if not on_disk and not model.proxy and port_is_free("127.0.0.1", model.port):
                 end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
+        return None
 
     def _check_wanted(self, model: Model) -> None:
         if self._closing or model.cancelled:

@@ -1212,6 +1212,20 @@ def test_a_stranger_that_takes_the_port_is_not_taken_for_our_server(
     assert strangers.times("code-fast request") == 1
 
 
+def test_a_port_that_is_taken_in_the_moment_it_was_chosen_is_changed_for_another(
+        open_stage: OpenStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    strangers = open_stage()
+    assert strangers.hello("code-fast") == "code-fast says hello"
+    port = strangers.starts("code-fast")[0]["port"]
+    really, wrong = llmstack.port_is_free, [True]
+    monkeypatch.setattr(llmstack, "port_is_free", lambda host, asked: bool(wrong and wrong.pop()) or really(host, asked))
+    stage = open_stage(first_port=port)
+    assert stage.hello("plan") == "plan says hello"
+    assert stage.times("plan refused") == 1
+    assert stage.starts("plan")[-1]["port"] > port
+    assert strangers.times("code-fast request") == 1, "only our own server is asked"
+
+
 # ---------------------------------------------------------------------------------------------------
 # PROCESSES
 # ---------------------------------------------------------------------------------------------------
