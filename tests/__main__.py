@@ -62,7 +62,10 @@ def provision_data() -> str:
     import llmstack
     data = os.path.join(cache_dir(), "data")
     try:
-        for wanted in (llmstack.LLAMA_CPP, llmstack.LITELLM, llmstack.HUB):
+        for wanted in (llmstack.LLAMA_CPP, llmstack.HUB, llmstack.LITELLM):
+            if wanted is llmstack.LITELLM and not llmstack.suitable_python(wanted):
+                say("tests: no Python that LiteLLM has wheels for, so the tests of the real one are skipped")
+                continue
             llmstack.install_environment(wanted, data, lambda line: say("tests: " + line.strip()))
     except llmstack.UserError as exc:
         say(f"tests: error: {exc}\nhint: {exc.hint}")
