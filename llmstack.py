@@ -3967,16 +3967,14 @@ def _run_lines(places: Places) -> List[str]:
     return lines
 
 
-def _state_links(places: Places) -> List[Tuple[str, str]]:
-    """Symbolic links in .llmstack/ and its logs/, with where they lead: a log would be written there."""
-    found = []
-    for directory in (places.state, places.in_state("logs")):
-        try:
-            paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
-            found += [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
-        except OSError:
-            pass
-    return found
+def _log_links(places: Places) -> List[Tuple[str, str]]:
+    """Symbolic links where logs are written, with where they lead. Other files of ours replace a link that they find."""
+    logs = places.in_state("logs")
+    try:
+        paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
+    except OSError:                             # none yet, or a link to no directory
+        paths = [logs]
+    return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
 
 
 def project_digests(places: Places) -> Dict[str, str]:
@@ -3984,7 +3982,7 @@ def project_digests(places: Places) -> Dict[str, str]:
     lines = _run_lines(places)
     run = [("models.ini", "\n".join(lines).encode())] if lines else []
     run += [(name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))]
-    run += [(name, os.fsencode(target)) for name, target in _state_links(places)]
+    run += [(name, os.fsencode(target)) for name, target in _log_links(places)]
     return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
             "run": _digest(run) if run else ""}
 
@@ -8327,7 +8325,7 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
                 rows.append((name, "is not plain JSON; read it yourself"))
         elif text:
             rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return [*rows, *((name, f"leads to {target}") for name, target in _state_links(places)),
+    return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
             *(("models.ini", line.strip()) for line in _run_lines(places))]
 
 

@@ -693,7 +693,6 @@ def test_a_zdotdir_that_came_with_the_project_is_not_used(stack: Path, open_shel
     precious.mkdir()
     (precious / ".zshenv").write_text("mine\n")
     (stack / ".llmstack" / "zdotdir").symlink_to(precious)
-    llmstack.trust_project(places_of(stack))
     terminal = open_shell("zsh", hook=False, argv=started(), cwd=stack)
     assert f"{CURRENT}P> " in terminal.run("", "")
     assert (precious / ".zshenv").read_text() == "mine\n"
@@ -804,7 +803,7 @@ def test_what_runs_or_sends_something_waits_for_trust(words: list[str], capsys: 
     assert llmstack.is_trusted(llmstack.find_places(os.environ), "run"), "a file that the user names"
 
 
-@pytest.mark.parametrize("name", ["logs", "logs/router.log", "models.ini"])
+@pytest.mark.parametrize("name", ["logs", "logs/router.log"])
 def test_a_link_to_other_files_waits_for_trust(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
