@@ -8301,16 +8301,22 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TELLING = re.compile(r"\.(baseURL|apiKey|url|command\.\d|template|plugin|instructions|formatter|lsp|experimental|tool)\b")
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is told; * is any name.
+# All else is shown: a key nobody has thought of (an npm package, a plugin, a hook) is what a clone would use.
+_HARMLESS = tuple(tuple(path.split()) for path in (
+    "$schema", "autoupdate", "provider * name", "provider * options headerTimeout", "provider * options chunkTimeout",
+    *(f"provider * models * {key}" for key in ("name", "limit", "cost", "reasoning", "tool_call", "temperature")),
+    *(f"agent * {key}" for key in ("description", "mode", "temperature")), "command * description", "command * agent"))
 
 
-def _leaves(value: Any, path: str) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of a JSON text that says where prompts go, or what is run."""
+def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm; what is denied or disabled cannot."""
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, f"{path}.{key}")
-    elif _TELLING.search(path):
-        yield path, str(value)
+            yield from _leaves(inner, (*path, str(key)))
+    elif value not in ("deny", "disabled") and not any(
+            len(path) >= len(known) and all(w in ("*", key) for w, key in zip(known, path)) for known in _HARMLESS):
+        yield ".".join(("opencode.json", *path)), value if isinstance(value, str) else json.dumps(value)
 
 
 def trust_facts(places: Places) -> List[Tuple[str, str]]:
@@ -8320,7 +8326,7 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
     for name, text in texts:
         if name == "opencode.json" and text:
             try:
-                rows += _leaves(json.loads(text), name)
+                rows += _leaves(json.loads(text), ())
             except (ValueError, RecursionError):
                 rows.append((name, "is not plain JSON; read it yourself"))
         elif text:
