@@ -8270,10 +8270,11 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
     try:
+        import signal
         if IS_WINDOWS:
             import subprocess
+            signal.signal(signal.SIGINT, lambda *_: None)       # a console's Ctrl-C comes to us, too; it is the shell's alone
             return subprocess.call(command, env=inside)
-        import signal
         for number in (signal.SIGPIPE, signal.SIGXFSZ):     # Python ignores these two, and a shell's children would, too
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, inside)  # noqa: S606

@@ -990,3 +990,18 @@ def test_windows_has_powershell(monkeypatch: pytest.MonkeyPatch) -> None:
     command = llmstack._shell_command("C:\\powershell.exe", places_of(Path.cwd()), llmstack.Marker("current"), {},
                                       {"LLMSTACK_CHANNEL": "current"})
     assert command[:4] == ["C:\\powershell.exe", "-NoLogo", "-NoExit", "-EncodedCommand"]
+
+
+def test_ctrl_c_in_a_shell_on_windows_is_the_shells_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A console sends it to every process in it: to the one that waits for the shell as well."""
+    def call(command: list[str], env: dict[str, str]) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 7
+
+    monkeypatch.setattr(llmstack, "IS_WINDOWS", True)
+    monkeypatch.setattr(subprocess, "call", call)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert llmstack.open_shell(places_of(Path.cwd()), {"LLMSTACK_SHELL": "pwsh"}, llmstack.Marker("current")) == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
