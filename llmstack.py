@@ -3539,6 +3539,14 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     return Places(work, state, os.path.abspath(os.path.expanduser(ini)) if ini else os.path.join(state, "models.ini"), data)
 
 
+def path_hint(exc: OSError) -> str:
+    """What to do about a path that can be neither read nor written."""
+    import errno
+    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "move away what stands in its place"
+    return "free some room" if exc.errno == errno.ENOSPC else "mend its permissions, or those of its directory"
+
+
 def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
@@ -3558,7 +3566,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
             _remove(temporary)
             raise
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror or exc}", "free some room or mend its permissions") from None
+        raise UserError(f"cannot write {path}: {exc.strerror or exc}", path_hint(exc)) from None
 
 
 def _remove(path: str) -> None:
@@ -3588,7 +3596,7 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
             raise UserError(f"LLMSTACK_MODELS_INI names {places.models_ini}, which is not there", "correct it", 2) from None
         data, source = read_resource("models.ini"), "models.ini"
     except OSError as exc:
-        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", "mend its permissions", 2) from None
+        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", path_hint(exc), 2) from None
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
     for warning in warnings if warn else ():
         warn(warning)                           # type: ignore[misc]
@@ -6856,8 +6864,11 @@ def other_owner(places: Places) -> str:
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    theirs = places._replace(work=work, state=os.path.join(work, ".llmstack"))
-    return work if read_daemons(theirs).any_alive else ""
+    return work if read_daemons(_project_at(places, work)).any_alive else ""
+
+
+def _project_at(places: Places, work: str) -> Places:
+    return places._replace(work=work, state=os.path.join(work, ".llmstack"))
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -6897,9 +6908,11 @@ def start_stack(plan: Plan, say: Say) -> bool:
         owner = other_owner(places)
         if owner:
             demo = owner == os.path.join(places.data, "demo")
+            router = read_daemons(_project_at(places, owner)).router
+            url = f" {base_url(router.host, router.port)}" if router else ""
             raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
-                            "use them from here, or run `llmstack stop --demo`" if demo else f"use them from here, or run"
-                            f" `llmstack stop` in {owner}")
+                            f"`llmstack install --external{url}` uses them from here, `llmstack stop"
+                            + (" --demo` ends them" if demo else f"` in {owner} ends them"))
         daemons = read_daemons(places)
         _refuse_other_terms(plan, daemons)
         engine_up = answers(daemons.engine)

@@ -330,6 +330,42 @@ def test_a_failing_disk_leaves_the_old_file_whole(monkeypatch: pytest.MonkeyPatc
     assert not list(STATE.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("name", ["opencode.json", "AGENTS.md", "default-channel", "models.ini"])
+def test_a_directory_in_a_files_place_is_named_with_a_remedy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (STATE / name).mkdir(parents=True)
+    assert llmstack.main(["install"]) in (1, 2)
+    what, hint = capsys.readouterr().err.splitlines()
+    assert what.endswith(f"{name}: Is a directory")
+    assert hint == "hint: move away what stands in its place"
+
+
+@pytest.mark.parametrize("words", [["install"], ["start"], ["install", "--external"]])
+def test_a_clones_link_to_the_users_own_opencode_is_not_followed(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    mine = home / ".config" / "opencode" / "opencode.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"theme": "mine"}')
+    STATE.symlink_to(mine.parent)
+    with ScriptedUpstream(always(MODELS_INI)) as upstream:
+        assert llmstack.main([*words, *([f"http://127.0.0.1:{upstream.port}"] if len(words) > 1 else [])]) == 1
+    assert f"is a link to {mine.parent}" in capsys.readouterr().err
+    assert os.listdir(mine.parent) == ["opencode.json"]
+    assert mine.read_text() == '{"theme": "mine"}'
+    STATE.unlink()
+    (home / ".llmstack").mkdir()
+    STATE.symlink_to(home / ".llmstack")
+    assert llmstack.main(["install"]) == 0, "settings shared by projects"
+
+
+@pytest.mark.parametrize("command", ["start", "restart"])
+def test_a_damaged_pin_starts_nothing(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    STATE.mkdir()
+    (STATE / "default-channel").write_text("external http://10.0.0.5:1/$(id)\n")
+    assert llmstack.main([command]) == 2
+    assert "default-channel names no channel" in capsys.readouterr().err
+    assert os.listdir(STATE) == ["default-channel"]
+
+
 def test_the_users_own_opencode_is_never_touched(home: Path) -> None:
     mine = home / ".config" / "opencode" / "opencode.json"
     mine.parent.mkdir(parents=True)
