@@ -2361,6 +2361,7 @@ def litellm_differences(config: Config, yaml_text: str) -> List[str]:
 PROVIDER = "llama.cpp"                          # opencode's name for this stack: its models are llama.cpp/auto and so on
 KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's value in; the key itself is never written
 DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
+OPENCODE_TOKENS = 8_000                         # what opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md
 _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
@@ -2407,6 +2408,18 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
     if not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
+
+
+def cramped_models(config: Config) -> List[str]:
+    """What to say of the models of opencode's agents whose context its own prompt fills: it would compact for ever."""
+    config = config._replace(tiers=config.offered or config.tiers)
+    limits = {t.name: client_limits(t) for t in (config.by_role("agent"), config.by_role("plan"),
+                                                 config.by_role("plan-uncensored")) if t}
+    if config.ladder:
+        limits["auto"] = _auto_limits(config.ladder)
+    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own prompt and tools take about"
+            f" {OPENCODE_TOKENS:,}, so it would compact without end: a larger ctx_size is needed"
+            for name, (context, output) in limits.items() if context - output < OPENCODE_TOKENS * 5 // 4]
 
 
 def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False, mcp_url: str = "") -> str:
@@ -9197,8 +9210,7 @@ def _cmd_install(args: Any) -> int:
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    if not wire_project(places, marker, text, say):
-        say(f"Nothing to change: {places.state} is as it should be.")
+    _wire(places, marker, text, config)
     daemons = read_daemons(places)
     if daemons.engine is not None and daemons.engine.alive:
         if daemons.engine.channel != marker.channel:
@@ -9208,6 +9220,13 @@ def _cmd_install(args: Any) -> int:
     return 0
 
 
+def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
+    if not wire_project(places, marker, opencode_json, say):
+        say(f"Nothing to change: {places.state} is as it should be.")
+    for line in cramped_models(config):
+        warn(line)
+
+
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, os.environ, args.insecure)
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
@@ -9215,8 +9234,7 @@ def _install_external(args: Any, places: Places, url: str) -> int:
         say(text.rstrip("\n"))
         return 0
     leave_daemons(places, remote, say)
-    if not wire_project(places, Marker("external", remote.url), text, say):
-        say(f"Nothing to change: {places.state} is as it should be.")
+    _wire(places, Marker("external", remote.url), text, remote.config)
     say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
     if args.insecure:
         warn("its certificate was not verified; opencode verifies it, so name it in NODE_EXTRA_CA_CERTS before you run that")

@@ -172,6 +172,17 @@ def test_a_cap_of_any_tier_of_the_ladder_bounds_auto() -> None:
     assert "cost" not in models(rendered(Config(tiers)))["auto"], "the ladder's top is paid for"
 
 
+def test_a_context_that_opencodes_own_prompt_fills_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """opencode compacts at context - output, and then sends as much again."""
+    STATE.mkdir()
+    (STATE / "models.ini").write_text(INI.replace("100k", "12k"))
+    assert llmstack.main(["install"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compact" in line]
+    assert [line.partition(" tokens")[0] for line in lines] == [
+        f"llmstack: warning: {name}: of 12,288" for name in ("far", "auto")]
+    assert llmstack.cramped_models(Config(tiers=(Tier("a", "agent", ctx_size=16_384), Tier("f", "fast", ctx_size=8192)))) == []
+
+
 def test_local_only_leaves_what_is_hosted_out() -> None:
     near = Tier("near", "agent", backend="openai", model="m", base_url="http://127.0.0.1:1234", ctx_size=8_192)
     value = rendered(Config((LITTLE._replace(ctx_size=4_096), HOSTED, near), local_only=True))
