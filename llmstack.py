@@ -7164,8 +7164,24 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
 
 
+def check_state(places: Places) -> None:
+    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    target = os.path.realpath(places.state)
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
+        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+                        "remove the link; one to a directory that is named .llmstack is followed")
+
+
+def check_pin(places: Places) -> None:
+    """Before daemons are started: whose pin is damaged may be a thin client. Errors: UserError."""
+    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
+        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
+                        " `llmstack install --external URL` for a router elsewhere", 2)
+
+
 def prepare_project(places: Places, say: Say, profile: str = "") -> None:
     """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
+    check_state(places)
     seed_project(places, say, profile=profile)
 
 
@@ -8858,6 +8874,7 @@ def _cmd_start(args: Any) -> int:
         _prepare_demo(places)
     else:
         check_run_trust(places)
+        check_pin(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
     _prepare_hosted(places, config)
@@ -8972,6 +8989,7 @@ def _cmd_restart(args: Any) -> int:
         _prepare_demo(places)
     else:
         check_run_trust(places)
+        check_pin(places)
     prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
     router, engine = read_daemons(places)
@@ -9233,6 +9251,7 @@ def _install_external(args: Any, places: Places, url: str) -> int:
     if args.print:
         say(text.rstrip("\n"))
         return 0
+    check_state(places)
     leave_daemons(places, remote, say)
     _wire(places, Marker("external", remote.url), text, remote.config)
     say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
