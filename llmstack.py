@@ -8347,7 +8347,8 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
 # What of an opencode.json says neither where prompts go, nor what is run, nor what the model is told; * is any name.
 # All else is shown: a key nobody has thought of (an npm package, a plugin, a hook) is what a clone would use.
 _HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema", "autoupdate", "provider * name", "provider * options headerTimeout", "provider * options chunkTimeout",
+    "$schema", "autoupdate", "disabled_providers", "provider * name",
+    *(f"provider * options {key}" for key in ("headerTimeout", "chunkTimeout")),
     *(f"provider * models * {key}" for key in ("name", "limit", "cost", "reasoning", "tool_call", "temperature")),
     *(f"agent * {key}" for key in ("description", "mode", "temperature")), "command * description", "command * agent"))
 
