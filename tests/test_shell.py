@@ -23,6 +23,7 @@ import build_zipapp
 import llmstack
 from tests.test_stack import NO_MODELS, PROGRAM, free_ports
 
+QUIET = {"bash": ("--norc",), "zsh": ("-f",), "fish": ("--no-config",)}
 POSIX_SHELLS = ("bash", "fish", "zsh")
 WAIT_S = 20.0                           # only a failing test ever waits this long
 RC = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ".config/fish/config.fish"}
@@ -413,6 +414,25 @@ def test_a_prompt_starts_no_process(shell: str, open_shell: Open, tmp_path: Path
         before = faults_of_children()
         terminal.run("", "", "", cd(shell, directory), "")
         assert faults_of_children() == before
+
+
+@pytest.mark.parametrize("shell", POSIX_SHELLS)
+def test_a_prompt_costs_less_than_a_millisecond(shell: str, tmp_path: Path, home: Path) -> None:
+    """Of processor time, as the machine may be busy; nine directories deep, in a project and outside of any."""
+    deep = make_project(tmp_path / "p") / "a/b/c/d/e/f"
+    deep.mkdir(parents=True)
+    hook = llmstack.write_hook(shell, llmstack.data_dir(os.environ))
+    prompts = "for i in (seq 500); _llmstack_hook; end" if shell == "fish" else "for i in {1..500}; do _llmstack_hook; done"
+    for directory in (deep, tmp_path):
+        source = f"source {llmstack.shell_quote(shell, hook)}; cd {llmstack.shell_quote(shell, str(directory))}; _llmstack_hook"
+        spent = []
+        for line in (source, f"{source}; {prompts}"):
+            before = os.times()
+            subprocess.run([shell, *QUIET[shell], "-c", line], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, timeout=60, check=True)
+            after = os.times()
+            spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert 0 < (spent[1] - spent[0]) < 0.5, "500 of them"
 
 
 @pytest.mark.parametrize("shell", POSIX_SHELLS)
