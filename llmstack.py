@@ -6897,8 +6897,17 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
 
 
+def check_state(places: Places) -> None:
+    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    target = os.path.realpath(places.state)
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
+        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+                        "remove the link; one to a directory that is named .llmstack is followed")
+
+
 def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile: str = "") -> None:
     """Give a directory its .llmstack/models.ini where it has none; never overwrites one. Errors: UserError."""
+    check_state(places)
     if os.path.exists(places.models_ini):
         if profile:
             raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
@@ -7164,24 +7173,8 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
 
 
-def check_state(places: Places) -> None:
-    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
-    target = os.path.realpath(places.state)
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
-        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
-                        "remove the link; one to a directory that is named .llmstack is followed")
-
-
-def check_pin(places: Places) -> None:
-    """Before daemons are started: whose pin is damaged may be a thin client. Errors: UserError."""
-    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
-        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
-                        " `llmstack install --external URL` for a router elsewhere", 2)
-
-
 def prepare_project(places: Places, say: Say, profile: str = "") -> None:
     """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
-    check_state(places)
     seed_project(places, say, profile=profile)
 
 
@@ -7294,8 +7287,16 @@ def pinned_url(places: Places) -> str:
     return marker.url if marker is not None and marker.channel == "external" else ""
 
 
+def check_pin(places: Places) -> None:
+    """Before anything local is done: a project whose pin is damaged may be a thin client. Errors: UserError."""
+    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
+        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
+                        " `llmstack install --external URL` for a router elsewhere", 2)
+
+
 def refuse_external(places: Places) -> None:
     """For commands about what is local. Errors: UserError in a thin client."""
+    check_pin(places)
     url = pinned_url(places)
     if url:
         raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
