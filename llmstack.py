@@ -2356,6 +2356,7 @@ def litellm_differences(config: Config, yaml_text: str) -> List[str]:
 PROVIDER = "llama.cpp"                          # opencode's name for this stack: its models are llama.cpp/auto and so on
 KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's value in; the key itself is never written
 DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
+OPENCODE_TOKENS = 8_000                         # what opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md
 _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
@@ -2402,6 +2403,18 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
     if not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
+
+
+def cramped_models(config: Config) -> List[str]:
+    """What to say of the models of opencode's agents whose context its own prompt fills: it would compact for ever."""
+    config = config._replace(tiers=config.offered or config.tiers)
+    limits = {t.name: client_limits(t) for t in (config.by_role("agent"), config.by_role("plan"),
+                                                 config.by_role("plan-uncensored")) if t}
+    if config.ladder:
+        limits["auto"] = _auto_limits(config.ladder)
+    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own prompt and tools take about"
+            f" {OPENCODE_TOKENS:,}, so it would compact without end: a larger ctx_size is needed"
+            for name, (context, output) in limits.items() if context - output < OPENCODE_TOKENS * 5 // 4]
 
 
 def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False, mcp_url: str = "") -> str:
@@ -3534,6 +3547,14 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     return Places(work, state, os.path.abspath(os.path.expanduser(ini)) if ini else os.path.join(state, "models.ini"), data)
 
 
+def path_hint(exc: OSError) -> str:
+    """What to do about a path that can be neither read nor written."""
+    import errno
+    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+        return "move away what stands in its place"
+    return "free some room" if exc.errno == errno.ENOSPC else "mend its permissions, or those of its directory"
+
+
 def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
@@ -3553,7 +3574,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
             _remove(temporary)
             raise
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror or exc}", "free some room or mend its permissions") from None
+        raise UserError(f"cannot write {path}: {exc.strerror or exc}", path_hint(exc)) from None
 
 
 def _remove(path: str) -> None:
@@ -3583,7 +3604,7 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
             raise UserError(f"LLMSTACK_MODELS_INI names {places.models_ini}, which is not there", "correct it", 2) from None
         data, source = read_resource("models.ini"), "models.ini"
     except OSError as exc:
-        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", "mend its permissions", 2) from None
+        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", path_hint(exc), 2) from None
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
     for warning in warnings if warn else ():
         warn(warning)                           # type: ignore[misc]
@@ -6874,8 +6895,11 @@ def other_owner(places: Places) -> str:
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    theirs = places._replace(work=work, state=os.path.join(work, ".llmstack"))
-    return work if read_daemons(theirs).any_alive else ""
+    return work if read_daemons(_project_at(places, work)).any_alive else ""
+
+
+def _project_at(places: Places, work: str) -> Places:
+    return places._replace(work=work, state=os.path.join(work, ".llmstack"))
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -6891,8 +6915,17 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
 
 
+def check_state(places: Places) -> None:
+    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    target = os.path.realpath(places.state)
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
+        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+                        "remove the link; one to a directory that is named .llmstack is followed")
+
+
 def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile: str = "") -> None:
     """Give a directory its .llmstack/models.ini where it has none; never overwrites one. Errors: UserError."""
+    check_state(places)
     if os.path.exists(places.models_ini):
         if profile:
             raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
@@ -6915,9 +6948,11 @@ def start_stack(plan: Plan, say: Say) -> bool:
         owner = other_owner(places)
         if owner:
             demo = owner == os.path.join(places.data, "demo")
+            router = read_daemons(_project_at(places, owner)).router
+            url = f" {base_url(router.host, router.port)}" if router else ""
             raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
-                            "use them from here, or run `llmstack stop --demo`" if demo else f"use them from here, or run"
-                            f" `llmstack stop` in {owner}")
+                            f"`llmstack install --external{url}` uses them from here, `llmstack stop"
+                            + (" --demo` ends them" if demo else f"` in {owner} ends them"))
         daemons = read_daemons(places)
         _refuse_other_terms(plan, daemons)
         engine_up = answers(daemons.engine)
@@ -7170,7 +7205,8 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
 def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
     hosted = local and any(t.backend == "litellm" for t in config.offered)
-    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
+    key = api_key(env) or (local and api_key(_environment_of(read_daemons(places).router, {})))     # of another terminal
+    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(key),
                                 mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
 
 
@@ -7270,8 +7306,16 @@ def pinned_url(places: Places) -> str:
     return marker.url if marker is not None and marker.channel == "external" else ""
 
 
+def check_pin(places: Places) -> None:
+    """Before anything local is done: a project whose pin is damaged may be a thin client. Errors: UserError."""
+    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
+        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
+                        " `llmstack install --external URL` for a router elsewhere", 2)
+
+
 def refuse_external(places: Places) -> None:
     """For commands about what is local. Errors: UserError in a thin client."""
+    check_pin(places)
     url = pinned_url(places)
     if url:
         raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
@@ -7399,7 +7443,7 @@ def connect_external(places: Places, insecure: bool, say: Say) -> None:
     say(f"Router  {remote.url}/v1 is up")
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
-        say("Its tiers are not those of opencode.json any more; `llmstack install` writes it anew")
+        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed; `llmstack install` writes opencode.json anew")
 
 
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
@@ -8288,10 +8332,11 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
     try:
+        import signal
         if IS_WINDOWS:
             import subprocess
+            signal.signal(signal.SIGINT, lambda *_: None)       # a console's Ctrl-C comes to us, too; it is the shell's alone
             return subprocess.call(command, env=inside)
-        import signal
         for number in (signal.SIGPIPE, signal.SIGXFSZ):     # Python ignores these two, and a shell's children would, too
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, inside)  # noqa: S606
@@ -8319,16 +8364,23 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TELLING = re.compile(r"\.(baseURL|apiKey|url|command\.\d|template|plugin|instructions|formatter|lsp|experimental|tool)\b")
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is told; * is any name.
+# All else is shown: a key nobody has thought of (an npm package, a plugin, a hook) is what a clone would use.
+_HARMLESS = tuple(tuple(path.split()) for path in (
+    "$schema", "autoupdate", "disabled_providers", "provider * name",
+    *(f"provider * options {key}" for key in ("headerTimeout", "chunkTimeout")),
+    *(f"provider * models * {key}" for key in ("name", "limit", "cost", "reasoning", "tool_call", "temperature")),
+    *(f"agent * {key}" for key in ("description", "mode", "temperature")), "command * description", "command * agent"))
 
 
-def _leaves(value: Any, path: str) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of a JSON text that says where prompts go, or what is run."""
+def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm; what is denied or disabled cannot."""
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, f"{path}.{key}")
-    elif _TELLING.search(path):
-        yield path, str(value)
+            yield from _leaves(inner, (*path, str(key)))
+    elif value not in ("deny", "disabled") and not any(
+            len(path) >= len(known) and all(w in ("*", key) for w, key in zip(known, path)) for known in _HARMLESS):
+        yield ".".join(("opencode.json", *path)), value if isinstance(value, str) else json.dumps(value)
 
 
 def trust_facts(places: Places) -> List[Tuple[str, str]]:
@@ -8338,7 +8390,7 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
     for name, text in texts:
         if name == "opencode.json" and text:
             try:
-                rows += _leaves(json.loads(text), name)
+                rows += _leaves(json.loads(text), ())
             except (ValueError, RecursionError):
                 rows.append((name, "is not plain JSON; read it yourself"))
         elif text:
@@ -8843,6 +8895,7 @@ def _cmd_start(args: Any) -> int:
         _prepare_demo(places)
     else:
         check_run_trust(places)
+        check_pin(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
     _prepare_hosted(places, config)
@@ -8957,6 +9010,7 @@ def _cmd_restart(args: Any) -> int:
         _prepare_demo(places)
     else:
         check_run_trust(places)
+        check_pin(places)
     prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
     router, engine = read_daemons(places)
@@ -9195,8 +9249,7 @@ def _cmd_install(args: Any) -> int:
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    if not wire_project(places, marker, text, say):
-        say(f"Nothing to change: {places.state} is as it should be.")
+    _wire(places, marker, text, config)
     daemons = read_daemons(places)
     if daemons.engine is not None and daemons.engine.alive:
         if daemons.engine.channel != marker.channel:
@@ -9206,15 +9259,22 @@ def _cmd_install(args: Any) -> int:
     return 0
 
 
+def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
+    if not wire_project(places, marker, opencode_json, say):
+        say(f"Nothing to change: {places.state} is as it should be.")
+    for line in cramped_models(config):
+        warn(line)
+
+
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, os.environ, args.insecure)
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
+    check_state(places)
     leave_daemons(places, remote, say)
-    if not wire_project(places, Marker("external", remote.url), text, say):
-        say(f"Nothing to change: {places.state} is as it should be.")
+    _wire(places, Marker("external", remote.url), text, remote.config)
     say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
     if args.insecure:
         warn("its certificate was not verified; opencode verifies it, so name it in NODE_EXTRA_CA_CERTS before you run that")

@@ -6,7 +6,8 @@
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
 It holds the pinned tools, and llama.cpp's server, LiteLLM's proxy and huggingface_hub from PyPI as llmstack itself
 installs them; where a real llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also
-holds the real opencode.
+holds the real opencode. With Python 3.11 or newer also the peer's package, 0.1 MB, whose project directories are to work here
+and ours there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLS = ("pytest==8.4.2", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
 OPENCODE = "1.18.33"                            # of npm's opencode-ai
+PEER = "0.12.0"                                 # of PyPI's opencode-llmstack, whose files are ours; it needs Python 3.11
 
 
 def cache_dir() -> str:
@@ -93,6 +95,20 @@ def provision_opencode() -> str:
     return program if os.path.exists(program) else ""
 
 
+def provision_peer(python: str) -> str:
+    """The peer's package, without the 31 that its router needs and its `install` does not; "" on a Python it refuses."""
+    directory = os.path.join(cache_dir(), "peer-" + PEER)
+    if sys.version_info < (3, 11) or os.path.exists(directory):
+        return directory if os.path.exists(directory) else ""
+    staging = f"{directory}.{os.getpid()}"
+    run([python, "-m", "pip", "-q", "install", "--disable-pip-version-check", "--no-deps", "--target", staging,
+         "opencode-llmstack==" + PEER], "the peer's package")
+    if not os.path.exists(directory):
+        os.replace(staging, directory)
+    shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
 def main() -> int:
     os.chdir(ROOT)
     python = tools_python()
@@ -104,7 +120,8 @@ def main() -> int:
             if code:
                 return code
         return 0
-    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_data(), "LLMSTACK_TEST_OPENCODE": provision_opencode()}
+    environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_data(), "LLMSTACK_TEST_OPENCODE": provision_opencode(),
+                   "LLMSTACK_TEST_PEER": provision_peer(python)}
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 
 

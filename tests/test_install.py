@@ -172,6 +172,17 @@ def test_a_cap_of_any_tier_of_the_ladder_bounds_auto() -> None:
     assert "cost" not in models(rendered(Config(tiers)))["auto"], "the ladder's top is paid for"
 
 
+def test_a_context_that_opencodes_own_prompt_fills_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """opencode compacts at context - output, and then sends as much again."""
+    STATE.mkdir()
+    (STATE / "models.ini").write_text(INI.replace("100k", "12k"))
+    assert llmstack.main(["install"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compact" in line]
+    assert [line.partition(" tokens")[0] for line in lines] == [
+        f"llmstack: warning: {name}: of 12,288" for name in ("far", "auto")]
+    assert llmstack.cramped_models(Config(tiers=(Tier("a", "agent", ctx_size=16_384), Tier("f", "fast", ctx_size=8192)))) == []
+
+
 def test_local_only_leaves_what_is_hosted_out() -> None:
     near = Tier("near", "agent", backend="openai", model="m", base_url="http://127.0.0.1:1234", ctx_size=8_192)
     value = rendered(Config((LITTLE._replace(ctx_size=4_096), HOSTED, near), local_only=True))
@@ -330,6 +341,42 @@ def test_a_failing_disk_leaves_the_old_file_whole(monkeypatch: pytest.MonkeyPatc
     assert not list(STATE.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("name", ["opencode.json", "AGENTS.md", "default-channel", "models.ini"])
+def test_a_directory_in_a_files_place_is_named_with_a_remedy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (STATE / name).mkdir(parents=True)
+    assert llmstack.main(["install"]) in (1, 2)
+    what, hint = capsys.readouterr().err.splitlines()
+    assert what.endswith(f"{name}: Is a directory")
+    assert hint == "hint: move away what stands in its place"
+
+
+@pytest.mark.parametrize("words", [["install"], ["start"], ["install", "--external"]])
+def test_a_clones_link_to_the_users_own_opencode_is_not_followed(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    mine = home / ".config" / "opencode" / "opencode.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"theme": "mine"}')
+    STATE.symlink_to(mine.parent)
+    with ScriptedUpstream(always(MODELS_INI)) as upstream:
+        assert llmstack.main([*words, *([f"http://127.0.0.1:{upstream.port}"] if "--external" in words else [])]) == 1
+    assert f"is a link to {mine.parent}" in "".join(capsys.readouterr())
+    assert os.listdir(mine.parent) == ["opencode.json"]
+    assert mine.read_text() == '{"theme": "mine"}'
+    STATE.unlink()
+    (home / ".llmstack").mkdir()
+    STATE.symlink_to(home / ".llmstack")
+    assert llmstack.main(["install"]) == 0, "settings shared by projects"
+
+
+@pytest.mark.parametrize("command", ["start", "restart", "setup", "download"])
+def test_a_damaged_pin_starts_nothing(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    STATE.mkdir()
+    (STATE / "default-channel").write_text("external http://10.0.0.5:1/$(id)\n")
+    assert llmstack.main([command]) == 2
+    assert "default-channel names no channel" in capsys.readouterr().err
+    assert os.listdir(STATE) == ["default-channel"]
+
+
 def test_the_users_own_opencode_is_never_touched(home: Path) -> None:
     mine = home / ".config" / "opencode" / "opencode.json"
     mine.parent.mkdir(parents=True)
@@ -438,7 +485,7 @@ def test_start_changes_no_opencode_json_that_somebody_has_changed(capsys: pytest
     try:
         assert llmstack.main(["start"]) == 0
         assert (STATE / "opencode.json").read_text() == text
-        assert "`llmstack install` writes it anew" in capsys.readouterr().out
+        assert "`llmstack install` writes opencode.json anew" in capsys.readouterr().out
     finally:
         llmstack.main(["stop"])
 
@@ -733,7 +780,7 @@ def test_start_says_when_the_tiers_have_changed_over_there(capsys: pytest.Captur
     with ScriptedUpstream(once(MODELS_INI, answer(INI.replace("100k", "50k").encode()))) as router:
         install_external(f"http://127.0.0.1:{router.port}")
         assert llmstack.main(["start"]) == 0
-    assert "`llmstack install` writes it anew" in capsys.readouterr().out
+    assert "`llmstack install` writes opencode.json anew" in capsys.readouterr().out
 
 
 # ---- two projects, two hosts
@@ -814,6 +861,11 @@ def test_a_router_with_a_key(second: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert llmstack.main(["start"]) == 0
         capsys.readouterr()
         assert opencode()["provider"]["llama.cpp"]["options"]["apiKey"] == "{env:LLMSTACK_API_KEY}"
+        with monkeypatch.context() as another_terminal:
+            another_terminal.delenv("LLMSTACK_API_KEY")
+            assert llmstack.main(["install"]) == 0
+            assert opencode()["provider"]["llama.cpp"]["options"]["apiKey"], "the router wants it all the same"
+            capsys.readouterr()
         with monkeypatch.context() as inside:
             inside.chdir(second)
             url = f"http://127.0.0.1:{project.router_port}"

@@ -217,7 +217,9 @@ def test_a_second_project_is_told_who_owns_the_daemons(project: Project, tmp_pat
         inside.chdir(tmp_path / "second")
         Project()
         assert llmstack.main(["start"]) == 1
-        assert f"belong to {project.directory}" in capsys.readouterr().err
+        what, hint = capsys.readouterr().err.splitlines()[-2:]
+        assert f"belong to {project.directory}" in what
+        assert f"`llmstack install --external http://127.0.0.1:{project.router_port}` uses them from here" in hint
         assert llmstack.main(["stop"]) == 1
         assert str(project.directory) in capsys.readouterr().err
     assert llmstack.main(["status"]) == 0
