@@ -8277,9 +8277,12 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
+        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
+        if trusted_link:                        # the rest is as it was trusted
+            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
