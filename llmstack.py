@@ -2263,7 +2263,7 @@ def named_entries(text: str) -> Dict[str, str]:
     named: Dict[str, str] = {}
     for entry in _find_model_list(text).entries:
         names = _yaml_values(entry, "model_name")
-        if any(n.startswith("*") for n in names) or (not names and re.search(r"<<\s*:|^\s*-?\s*\*", entry)):
+        if any(n.startswith(("*", "|", ">")) for n in names) or (not names and re.search(r"<<\s*:|^\s*-?\s*\*", entry)):
             raise ValueError("an entry has its name from elsewhere in the file")
         for name in names:
             named.setdefault(name, entry)
@@ -3993,12 +3993,17 @@ def _log_links(places: Places) -> List[Tuple[str, str]]:
     return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
 
 
+def run_parts(places: Places) -> List[Tuple[str, bytes]]:
+    """(file, what of it needs trust) of all that `start` runs, sends credentials to, or follows out of the project."""
+    lines = _run_lines(places)
+    return [*([("models.ini", "\n".join(lines).encode())] if lines else []),
+            *((name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))),
+            *((name, os.fsencode(target)) for name, target in _log_links(places))]
+
+
 def project_digests(places: Places) -> Dict[str, str]:
     """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    lines = _run_lines(places)
-    run = [("models.ini", "\n".join(lines).encode())] if lines else []
-    run += [(name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))]
-    run += [(name, os.fsencode(target)) for name, target in _log_links(places)]
+    run = run_parts(places)
     return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
             "run": _digest(run) if run else ""}
 
@@ -4049,6 +4054,15 @@ def process_started(pid: int) -> str:
         return ""
     state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
     return "" if len(state) < 2 or state[0].startswith("Z") else " ".join(state[1].split())
+
+
+def process_age_s(pid: int) -> Optional[float]:
+    """How long process `pid` has been there; None where that cannot be told."""
+    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if fields:
+        return float(read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    age = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", _output(["ps", "-o", "etime=", "-p", str(pid)]))
+    return sum(int(part or 0) * unit for part, unit in zip(age.groups(), (86_400, 3_600, 60, 1))) if age else None
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -5072,7 +5086,7 @@ def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence
 
 def _retry_after_s(response: Response) -> float:
     """Seconds of a Retry-After, 0.0 without one; a date is not worth a parser here."""
-    value = response.header(b"retry-after").strip()
+    value = (response.header(b"retry-after") or response.header(b"llm_provider-retry-after")).strip()      # LiteLLM's name
     return float(value) if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value) else 0.0
 
 
@@ -6119,14 +6133,14 @@ def litellm_command(program: Sequence[str], places: Places, port: int) -> List[s
             "--telemetry", "False", "--num_workers", "1"]
 
 
-def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Optional[ProxyPlan]:
     """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM. Errors: UserError."""
     tier = proxy_tier(config)
     program = find_litellm(env, places.data) if tier else ()
     if tier is None or not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
-    lacking = lacking_credentials(places, config, env, certain=True)
+    lacking = lacking_credentials(places, config, env, use_next, True)
     wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
 
@@ -7044,7 +7058,7 @@ def _start_engine(plan: Plan, say: Say) -> None:
         raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
                         "put its binary on PATH or in " + os.path.join(places.data, "bin") + ", or set engine = auto")
     env = _daemon_env(plan, _new_stack_mark())
-    port, proxy = config.engine_port, plan_proxy(places, config, plan.env)
+    port, proxy = config.engine_port, plan_proxy(places, config, plan.env, plan.use_next)
     if proxy:
         _check_port("127.0.0.1", proxy.port, "litellm_port")
     if swap:
@@ -7116,22 +7130,33 @@ def _asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str
         return {}
 
 
-def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
-    """Tier -> state, as an engine, or a router before one, tells; None when it does not."""
+def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
+    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells; None when it does not.
+
+    llama-swap tells no times: there it is the age of the server's process, where that runs on this machine.
+    """
+    def since_s(row: Mapping[str, Any]) -> Any:
+        port = re.search(r":([0-9]+)/?\Z", str(row.get("proxy")))
+        if "seconds" in row or not port or upstream.host != "127.0.0.1":
+            return row.get("seconds")
+        return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
+
     try:
-        return {row["model"]: row["state"] for row in _asked_json(upstream, "/running", headers)["running"]}
-    except (KeyError, TypeError):
+        return {row["model"]: (row["state"], since_s(row)) for row in _asked_json(upstream, "/running", headers)["running"]}
+    except (KeyError, TypeError, AttributeError):
         return None
 
 
-def _tier_row(tier: Tier, use_next: bool, state: str, told: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's row of `status`. The engine knows a local tier's state, the router `told` of a hosted one."""
+def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any], told: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's row of `status`. The engine has `known` a local tier's state, the router `told` of a hosted one."""
+    state, since_s = known
     weights = weights_for(tier, use_next)
     hosted = tier.backend != "gguf"
     return {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size,
             "model": hosted_model(tier, use_next) if hosted else weights.path or weights.file,
             "channel": "next" if use_next and tier.has_next else "current",
-            "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", "")}
+            "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", ""),
+            "since_s": None if hosted else since_s}
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
@@ -7145,14 +7170,16 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     return {k: v for k, found, v in (w.partition("=") for w in words) if found} or env
 
 
-def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: str, env: Mapping[str, str]) -> None:
+def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
+                  env: Mapping[str, str]) -> None:
     """Put into the rows of LiteLLM tiers what only its proxy's state, its configuration and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
     for row in rows["tiers"]:
         if row["backend"] == "litellm":
             row["missing"] = list(lacking.get(row["name"], ()))
             if row["state"] == "available":
-                row["state"] = {"ready": "loaded", "starting": "loading", "": "cold"}.get(proxy, proxy)
+                row["state"] = {"ready": "loaded", "starting": "loading", "": "cold"}.get(proxy[0], proxy[0])
+                row["since_s"] = proxy[1]
             if row["missing"] and row["state"] not in ("failing", "local_only") and "LiteLLM" not in row["reason"]:
                 row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
     rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
@@ -7174,11 +7201,11 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     told = _asked_json(Upstream(connectable(router.host), router.port), "/llmstack/state", key_header(env)) \
         if router_up and router else {
             name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
-    otherwise = "stopped" if engine_up else "unknown"
+    otherwise = ("stopped" if engine_up else "unknown", None)
     rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
                      for t in config.tiers]
     if any(t.backend == "litellm" for t in config.tiers):
-        _judge_hosted(rows, places, config, (states or {}).get(PROXY, ""), _environment_of(engine, env))
+        _judge_hosted(rows, places, config, (states or {}).get(PROXY, ("", None)), _environment_of(engine, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
@@ -7459,7 +7486,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         return rows
     states = _engine_states(remote.upstream, key_header(env))
     rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
-    otherwise = "unknown" if states is None else "stopped"
+    otherwise = ("unknown" if states is None else "stopped", None)
     told = _asked_json(remote.upstream, "/llmstack/state", key_header(env))
     for tier in remote.config.tiers:
         said = told.get(tier.name)
@@ -7948,15 +7975,17 @@ def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
         write_atomic(os.path.join(folder, "refs", "main"), meta.commit)
 
 
+def span_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def progress_words(have: int, size: int, rate: float) -> str:
     """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`"""
     unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
     words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}" if size else f"{have / unit:,.1f} {name}"
     if rate <= 0 or not size:
         return words
-    left_s = (size - have) / rate
-    left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min" if left_s < 5400 else f"{left_s / 3600:.1f} h"
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {left} left"
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -8180,8 +8209,9 @@ def untrusted_line(places: Places) -> str:
 def check_run_trust(places: Places) -> None:
     """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
     if not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} names programs, addresses or other files, and is not trusted here",
-                        "look at it, then run `llmstack trust`")
+        what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
+        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: {what} names programs,"
+                        " addresses or other files", "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
@@ -8307,9 +8337,12 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
+        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
+        if trusted_link:                        # the rest is as it was trusted
+            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
@@ -9066,7 +9099,8 @@ def _cmd_status(args: Any) -> int:
     say("")
     width = max([len(t["name"]) for t in rows["tiers"]] + [4])
     for tier in rows["tiers"]:
-        state = paint(tier["state"], "32" if tier["state"] == "ready" else "2")
+        state = paint(tier["state"], "32" if tier["state"] in ("ready", "loaded", "available") else "2")
+        state += f" for {span_words(tier['since_s'])}" if tier["since_s"] is not None else ""
         state += f" ({tier['reason']})" if tier["reason"] else ""
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
         say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
@@ -9514,7 +9548,7 @@ def _cmd_engine(args: Any) -> int:
         return server_command(program, tier, config, port, args.next, refused[0])
 
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ))
+                    fits=fits, proxy=plan_proxy(places, config, os.environ, args.next))
     more_files()
     server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
     _on_signals(lambda: None)

@@ -1282,6 +1282,10 @@ def test_process_started_names_one_process(python: Spawn) -> None:
     ours = llmstack.process_started(os.getpid())
     assert ours
     assert llmstack.process_started(os.getpid()) == ours
+    age_s, again_s = llmstack.process_age_s(os.getpid()), llmstack.process_age_s(os.getppid())
+    assert age_s is not None
+    assert again_s is not None
+    assert 0 < age_s <= again_s + 1
     child = python()
     born = llmstack.process_started(child.pid)
     assert born != ours

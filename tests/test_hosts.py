@@ -462,6 +462,20 @@ def test_a_litellm_tier_that_keeps_failing_is_left_alone_longer_each_time(start:
         rig.clock.now_s += 2
 
 
+def test_litellms_spelling_of_retry_after_is_kept_to(start: Start) -> None:
+    """LiteLLM passes a provider's Retry-After on as llm_provider-retry-after only."""
+    rig = start(reply_with(lambda m: OK if model_of(m) == "code-fast" else
+                           answer(b"{}", "429 Too Many", "llm_provider-retry-after: 90")),
+                tiers=(PROXIED._replace(role="agent", name="hosted"), FAST))
+    ask = chat(text="x" * 100_000)
+    rig.ask(ask)
+    for seconds, asked in ((89, 0), (2, 1)):
+        before = len(rig.engine.requests)
+        rig.clock.now_s += seconds
+        rig.ask(ask)
+        assert len(rig.engine.requests) == before + 1 + asked
+
+
 def test_an_answer_ends_the_growing(start: Start) -> None:
     failing = [True, True, False, True]
     rig = start(host=reply_with(lambda m: answer(b"{}", "500 Oh") if failing.pop(0) else OK))

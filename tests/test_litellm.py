@@ -73,6 +73,7 @@ REFUSED = {
     "twice": ("model_list: []\nmodel_list: []\n", "twice"),
     "quotes over lines": ("a: \"x\n  y\"\nmodel_list: []\n", "several lines"),
     "name from an anchor": ("n: &n code-ultra\nmodel_list:\n  - model_name: *n\n    litellm_params: {model: q}\n", "elsewhere"),
+    "name in a block": ("model_list:\n  - model_name: >-\n      code-ultra\n    litellm_params: {model: q}\n", "elsewhere"),
     "a list": ("- a\n- b\n", "no place for one"),
     "brackets open": ("model_list: [\n  {model_name: a}\n", "do not close"),
 }
@@ -272,6 +273,15 @@ def test_the_next_channel_has_credentials_of_its_own() -> None:
     assert llmstack.tier_credentials(tier, {"ANTHROPIC_API_KEY": "k"}, "", True) == ("GROQ_API_KEY",)
 
 
+def test_the_proxy_starts_at_once_where_the_channel_that_runs_has_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("x",))
+    config = Config(tiers=(hosted(model="groq/a", model_next="openai/b"),))
+    for use_next in (False, True):
+        plan = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"OPENAI_API_KEY": "x"}, use_next)
+        assert plan is not None
+        assert plan.preload == use_next
+
+
 def test_llama_server_gets_no_credentials_and_the_proxy_no_database() -> None:
     env = {"ANTHROPIC_API_KEY": "k", "AWS_SECRET_ACCESS_KEY": "k", "HF_TOKEN": "h", "PATH": "p", "DATABASE_URL": "postgres://",
            "LITELLM_LOG": "INFO"}
@@ -405,7 +415,8 @@ def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[llmstack.
     program = script(tmp_path / "litellm", FAKE.format(python=sys.executable, fail=fail))
     config = Config(tiers=(hosted(aliases=("opus",)), Tier("code-smart", role="agent", path="/nowhere", size_gb=1)),
                     litellm_port=free_ports(1)[0])
-    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"LITELLM_BIN": program, "ANTHROPIC_API_KEY": "k"})
+    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"LITELLM_BIN": program, "ANTHROPIC_API_KEY": "k"},
+                                False)
     assert proxy is not None
     assert proxy.preload
     engine = llmstack.Engine(config, lambda tier, port: [], llmstack.Log(str(tmp_path / "log")), lambda n: str(tmp_path / n),
@@ -797,6 +808,8 @@ def test_the_proxy_stays_beside_a_local_model_and_goes_with_the_stack(stack: Sta
     stack.chat("code-ultra")
     rows = stack.ask("/running", port=stack.engine_port).json["running"]
     assert {r["model"]: r["state"] for r in rows} == {"code-smart": "ready", "litellm_proxy": "ready"}
+    assert [0 < stack.tier(name)["since_s"] < 300 for name in ("claude", "code-smart")] == [True, True]
+    assert "loaded for" in stack.run("status").stdout
     pids = llmstack.listeners(stack.litellm)
     assert stack.run("stop").returncode == 0
     end = time.monotonic() + 10
