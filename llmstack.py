@@ -3288,6 +3288,13 @@ def shell_quote(shell: str, word: str) -> str:
     return "'" + word.replace("'", {"powershell": "''", "fish": "\\'"}.get(shell, "'\\''")) + "'"
 
 
+def activate_line(shell: str, program: Sequence[str] = ()) -> str:
+    """What turns the hook on in a start-up file; `program`: the words that run llmstack where its name alone does not."""
+    call = "& " if program and shell == "powershell" else ""
+    ask = f"{call}{' '.join(shell_quote(shell, word) for word in program) or 'llmstack'} activate {shell}"
+    return {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(shell, f'eval "$({ask})"')
+
+
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
     """What stands before a prompt, in the shell's own prompt language; nothing of it is expanded by any shell.
 
@@ -4019,6 +4026,13 @@ def is_trusted(places: Places, what: str) -> bool:
     return not digest or (isinstance(known, dict) and known.get(what) == digest)
 
 
+def check_links(places: Places) -> None:
+    """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
+    if _state_links(places) and not is_trusted(places, "run"):
+        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
+                        "look at it, then run `llmstack trust`")
+
+
 def trust_project(places: Places, *parts: str) -> None:
     """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
@@ -4122,14 +4136,21 @@ def write_record(path: str, record: Record) -> None:
 
 
 def spawn(command: Sequence[str], log: str, env: Mapping[str, str], cwd: Optional[str] = None) -> Any:
-    """Start a process in a session of its own, its output appended to `log`. Errors: OSError. Returns its Popen."""
+    """Start a process in a session of its own, its output appended to `log`. Errors: UserError. Returns its Popen."""
     import subprocess
-    os.makedirs(os.path.dirname(log), exist_ok=True)
     every_core()
     flags: Dict[str, Any] = {"creationflags": 0x208} if IS_WINDOWS else {"start_new_session": True}  # DETACHED, NEW_GROUP
-    with open(log, "ab") as output:
-        return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(env),
-                                cwd=cwd, close_fds=True, **flags)
+    try:
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        output = open(log, "ab")                # noqa: SIM115
+    except OSError as exc:
+        raise UserError(f"cannot write {log}: {exc.strerror}", "free some room or mend its permissions") from None
+    with output:
+        try:
+            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(env),
+                                    cwd=cwd, close_fds=True, **flags)
+        except OSError as exc:
+            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
 
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
@@ -6025,6 +6046,14 @@ def hub_endpoint(env: Mapping[str, str]) -> str:
     return (env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def hub_token(env: Mapping[str, str]) -> str:
+    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
+    token = env.get("HF_TOKEN", "").strip()
+    if not re.match(r"[!-~]*\Z", token):
+        raise UserError("HF_TOKEN holds a character that no token has", "set it anew: one line of letters and digits")
+    return token
+
+
 def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
     from urllib.parse import quote
     return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
@@ -6037,8 +6066,7 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         def read(offset: int, count: int) -> bytes:
             while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)),
-                                    env.get("HF_TOKEN", "").strip())
+                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)), hub_token(env))
                 if not more:
                     break
                 held.extend(more)
@@ -6527,8 +6555,8 @@ class Engine:
             self._check_wanted(model)
             try:
                 model.process = spawn(model.command, log, litellm_env(self._env) if model.proxy else self._local_env)
-            except OSError as exc:
-                raise LoadError(f"{model.name}: {model.command[0]} does not start: {exc.strerror}") from None
+            except UserError as exc:
+                raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
@@ -7022,10 +7050,7 @@ def _launch(plan: Plan, kind: str, command: Sequence[str], host: str, port: int,
     """Spawn a daemon, write its pid file, wait until it answers. Errors: UserError with the tail of its log."""
     path = pid_files(plan.places)[0 if kind == "router" else 1]
     before = file_size(log)
-    try:
-        process = spawn(command, log, env)
-    except OSError as exc:
-        raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+    process = spawn(command, log, env)
     record = Record(process.pid, process_started(process.pid), env[STACK_VARIABLE], host, port, kind, plan.channel)
     write_record(path, record)
     end = time.monotonic() + timeout_s
@@ -7611,7 +7636,8 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
 def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
     """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
     from urllib.parse import urlencode
-    headers = {"Authorization": f"Bearer {env['HF_TOKEN'].strip()}"} if env.get("HF_TOKEN", "").strip() else {}
+    token = hub_token(env)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     data = urlencode(form, doseq=True).encode() if form else None
     try:
         with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
@@ -7634,6 +7660,9 @@ def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
 # The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
 # pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
 # is about to end, or starts another.
+_QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+
+
 def queue_file(places: Places) -> str:
     return places.in_state("downloads.json")
 
@@ -7643,10 +7672,14 @@ def queue_lock(places: Places) -> FileLock:
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
-    """Job name -> its state: queued | running | done | failed, with what is known of it."""
-    jobs = {n: j for n, j in _read_json(queue_file(places)).items() if isinstance(j, dict)}
-    names = {n: job.name for n, job in ((n, parse_job(j)) for n, j in jobs.items()) if job is not None}
-    return {n: j for n, j in jobs.items() if names.get(n) == n and j.get("state") in ("queued", "running", "done", "failed")}
+    """Job name -> its state: queued | running | done | failed, with what is known of it; what a clone made up is left out."""
+    jobs = {}
+    for name, row in _read_json(queue_file(places)).items():
+        job = parse_job(row) if isinstance(row, dict) else None
+        if job is not None and job.name == name and row.get("state") in ("queued", "running", "done", "failed"):
+            known = {k: v for k, v in row.items() if isinstance(v, _QUEUE_VALUES.get(k, ())) and not isinstance(v, bool)}
+            jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+    return jobs
 
 
 def download_worker(places: Places) -> Optional[Record]:
@@ -7679,8 +7712,9 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], e
     """Queue jobs and see that a worker runs; its pid. Errors: UserError.
 
     What a killed worker has left is taken up again, if it is still one of the `known` jobs of models.ini: a cloned
-    directory may have brought a queue along.
+    directory may have brought a queue along, and links that logs would be written through.
     """
+    check_links(places)
     python = hub_python(places.data, say)
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
@@ -7760,8 +7794,7 @@ def fetch_job(job: Job, env: Mapping[str, str], note: Say, tell: Callable[..., N
     found = [(file, _metadata(job.repo, file, env, note)) for file in job.files]
     total = sum(meta.size for _, meta in found)
     for file, meta in found:
-        blob = os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)
-        tell(part=blob + ".incomplete", before=done, total=total)
+        tell(part=meta.etag, before=done, total=total)
         _fetch_file(job.repo, file, meta, cache, env, note)
         done += meta.size
     for file in job.beside:                     # refs/main has moved on: what is here of the other files must be there, too
@@ -7990,14 +8023,15 @@ def progress_words(have: int, size: int, rate: float) -> str:
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
-    worker = download_worker(places)
+    worker, cache = download_worker(places), hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
         state = job["state"] if worker is not None or job["state"] in ("done", "failed") else "interrupted"
-        have = int(job.get("bytes") or 0) or int(job.get("before") or 0) + file_size(str(job.get("part") or ""))
-        rows.append({"tier": job["tier"], "label": job["label"], "file": str(job["files"][0]), "state": state,
-                     "bytes": have, "total_bytes": int(job.get("total") or have), "error": str(job.get("error") or ""),
-                     "hint": str(job.get("hint") or "")})
+        part = os.path.join(repo_dir(cache, job["repo"]), "blobs", os.path.basename(job.get("part", "")) + ".incomplete")
+        have = job.get("bytes") or job.get("before", 0) + file_size(part)
+        rows.append({"tier": job["tier"], "label": job["label"], "file": visible(job["files"][0]), "state": state,
+                     "bytes": have, "total_bytes": job.get("total") or have, "error": visible(job.get("error", "")),
+                     "hint": visible(job.get("hint", ""))})
     return rows
 
 
@@ -8606,6 +8640,7 @@ class Setup(NamedTuple):
     args: Any
     say: Say                                    # indented below the step's line
     ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
+    failed: List[str]                           # the steps that have failed so far
 
 
 class _Skipped(Exception):  # noqa: N818
@@ -8615,7 +8650,7 @@ class _Skipped(Exception):  # noqa: N818
 def _setup_hardware(setup: Setup) -> str:
     config = load_config(setup.places)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False)
+    fits = measure_tiers(config, machine, setup.env, False, not setup.args.skip_download)
     large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
     said = f"these tiers are too large: {large}; choose smaller models, or another --profile" if large else "every tier fits"
     return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
@@ -8691,6 +8726,8 @@ def _setup_download(setup: Setup) -> str:
 def _setup_wait(setup: Setup) -> str:
     if setup.args.skip_download or setup.args.skip_wait:
         raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
+    if "downloads" in setup.failed:
+        raise _Skipped("nothing is being fetched")
     jobs = _setup_jobs(setup, ("current",))
     if not jobs:
         return "every current model is here"
@@ -8767,10 +8804,7 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup)
 
 def _setup_shell(setup: Setup) -> str:
     shell = "powershell" if IS_WINDOWS else os.path.basename(setup.env.get("SHELL", "")) or "bash"
-    if shell == "powershell":
-        line = "llmstack activate powershell | Out-String | Invoke-Expression"
-    else:
-        line = "llmstack activate fish | source" if shell == "fish" else f'eval "$(llmstack activate {shell})"'
+    line = activate_line(shell, () if find_program("llmstack" + EXE) else (sys.executable, PROGRAM))
     where = {"zsh": "~/.zshrc", "bash": "~/.bashrc", "fish": "~/.config/fish/config.fish", "powershell": "$PROFILE"}
     return f"to have projects wired up as you enter them, put this into {where.get(shell, 'your shell startup file')}: {line}"
 
@@ -8794,11 +8828,19 @@ def _setup_wired(setup: Setup) -> str:
     return "the GPU gets enough" if fits else f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
 
 
-SETUP_STEPS: Tuple[Tuple[str, Callable[[Setup], str]], ...] = (
-    ("models.ini", _setup_ini), ("hardware", _setup_hardware), ("llama-server", _setup_llama_server),
-    ("llama-swap", _setup_llama_swap), ("downloads", _setup_download), ("wait for them", _setup_wait),
-    ("this project", _setup_project), ("first answer", _setup_answer), ("shell hook", _setup_shell),
-    ("opencode", _setup_opencode), *((("GPU memory", _setup_wired),) if IS_MAC else ()))
+# Step -> what it is about to do, and its function.
+SETUP_STEPS: Tuple[Tuple[str, str, Callable[[Setup], str]], ...] = (
+    ("models.ini", "which tiers there are; the profile for this machine's memory where there is none", _setup_ini),
+    ("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
+    ("llama-server", "find one and ask it for its flags", _setup_llama_server),
+    ("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
+    ("downloads", "fetch the models that are not here, in the background", _setup_download),
+    ("wait for them", "until the current models are here", _setup_wait),
+    ("this project", "write what opencode needs", _setup_project),
+    ("first answer", "load the smallest model and ask it something", _setup_answer),
+    ("shell hook", "how projects wire themselves up", _setup_shell),
+    ("opencode", "find it", _setup_opencode),
+    *((("GPU memory", "whether this Mac's limit is high enough", _setup_wired),) if IS_MAC else ()))
 
 
 # ===================================================================================================
@@ -9181,9 +9223,7 @@ def _add_activate(commands: Any) -> None:
 def _cmd_activate(args: Any) -> int:
     path = write_hook(args.shell, data_dir(os.environ))
     if sys.stdout.isatty():
-        ask = f"llmstack activate {args.shell}"
-        line = {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(
-            args.shell, f'eval "$({ask})"')
+        line = activate_line(args.shell)
         _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up file:\n  {line}")
     _say_raw(f"{'.' if args.shell == 'powershell' else 'source'} {shell_quote(args.shell, path)}\n")
     return 0
@@ -9586,7 +9626,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask))
+    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from there")
@@ -9596,22 +9636,21 @@ def _cmd_setup(args: Any) -> int:
 
 
 def run_setup(setup: Setup) -> List[str]:
-    """Take every step; the names of those that failed."""
-    failed = []
-    for number, (name, step) in enumerate(SETUP_STEPS, 1):
-        say(f"[{number}/{len(SETUP_STEPS)}] {name}")
+    """Take every step; the names of those that failed. Errors: UserError without a models.ini, which all others go by."""
+    for number, (name, what, step) in enumerate(SETUP_STEPS, 1):
+        say(f"[{number}/{len(SETUP_STEPS)}] {name}: {what}")
         began = time.monotonic()
         try:
             text, mark = step(setup), paint("ok", "32")
         except _Skipped as exc:
             text, mark = str(exc), paint("skipped", "33")
-        except ConfigError:
-            raise
         except UserError as exc:
-            failed.append(name)
+            if name == "models.ini" or isinstance(exc, ConfigError):
+                raise
+            setup.failed.append(name)
             text, mark = f"{exc}\n      {exc.hint}" if exc.hint else str(exc), paint("failed", "31")
         say(f"      {mark}: {text} ({time.monotonic() - began:.1f} s)")
-    return failed
+    return setup.failed
 
 
 def _add_download(commands: Any) -> None:
@@ -9630,6 +9669,8 @@ def _cmd_download(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     if args.stop:
+        if args.tiers or args.next or args.wait:
+            raise UserError("--stop ends the whole download, and takes nothing beside it", "see `llmstack download --help`", 2)
         say("Stopped; `llmstack download` goes on from there." if stop_downloads(places) else "Nothing is being downloaded.")
         return 0
     seed_project(places, say)

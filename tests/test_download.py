@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -396,6 +397,58 @@ def test_a_newer_file_on_the_hub_is_seen_and_fetched(hub: FakeHub, places: llmst
     worker_gone(places)
     assert here("owner/fast-GGUF", "fast-Q6.gguf") == SMALL + b"corrected"
     assert check(capsys)[1]["needs"] == []
+
+
+@pytest.mark.parametrize("row", [
+    {"state": "running", "bytes": "x", "total": [], "before": {}, "part": 7, "error": 1, "hint": None},
+    {"state": "running", "bytes": True, "total": "1e9"},
+    {"state": "failed", "error": "\x1b[31mred\nsecond line", "hint": "\x07"},
+    {"state": "queued", "part": "/etc/passwd", "files": ["\x9b31m.gguf"]},
+])
+def test_a_queue_that_a_clone_brought_is_no_more_than_words(row: dict[str, object], places: llmstack.Places,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {"tier": "code-fast", "label": "current", "repo": "owner/fast-GGUF", "files": ["fast-Q4.gguf"], "beside": [], **row}
+    Path(llmstack.queue_file(places)).write_text(json.dumps({"code-fast-current": whole}))
+    assert llmstack.main(["status"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^Download code-fast-current: (interrupted|failed)\b.*$", out, re.MULTILINE)
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert llmstack.download_rows(places)[0]["bytes"] == 0
+    assert llmstack.main(["check", "--offline"]) == 1
+    assert llmstack.main(["download", "--stop"]) == 0
+
+
+def test_no_log_is_written_where_a_clones_link_leads(places: llmstack.Places, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "outside").mkdir()
+    Path(places.state, "logs").symlink_to(tmp_path / "outside")
+    assert llmstack.main(["download"]) == 1
+    assert "has links that lead elsewhere" in capsys.readouterr().err
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_log_that_cannot_be_written_is_said(hub: FakeHub, places: llmstack.Places, real_data: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    Path(places.state, "logs").write_text("a file where a directory belongs")
+    assert llmstack.main(["download"]) == 1
+    assert "error: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["code-fast"], ["--wait"], ["--next"]])
+def test_stop_is_for_the_whole_download(words: list[str], places: llmstack.Places, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(["download", "--stop", *words]) == 2
+    assert "--stop ends the whole download" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", ["hf_first\nsecond", "hf_t\u00f6ken", "hf_\u20ac"])
+def test_a_token_that_is_none_is_not_repeated(token: str, hub: FakeHub, places: llmstack.Places, server_here: None,
+                                              monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    for words in (["check"], ["fit"]):
+        assert llmstack.main(words) == 1
+        said = "".join(capfd.readouterr())
+        assert "HF_TOKEN holds a character that no token has" in said
+        assert "hf_" not in said.replace("hf_file", "").replace("hf_repo", "")
 
 
 def test_two_projects_fetch_a_file_once(hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path,

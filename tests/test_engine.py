@@ -1038,7 +1038,7 @@ def test_a_server_that_is_not_there_is_500(stage: Stage, stream: bool) -> None:
     stage.engine._command = lambda tier, port: ["/nowhere/llama-server", "--port", str(port)]
     status, answer = stage.call().chat("code-smart", stream=stream).answer()
     assert status == 500
-    assert message_of(answer) == "code-smart: /nowhere/llama-server does not start: No such file or directory"
+    assert message_of(answer) == "code-smart: cannot start /nowhere/llama-server: No such file or directory; reinstall it"
 
 
 @pytest.mark.usefixtures("taciturn")

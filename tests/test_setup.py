@@ -53,7 +53,7 @@ def steps(out: str) -> dict[str, str]:
     name = ""
     for line in out.splitlines():
         if line.startswith("["):
-            name = line.split("] ")[1]
+            name = line.split("] ")[1].split(": ")[0]
         elif line.startswith("      ") and name:
             found[name] = line.strip().rsplit(" (", 1)[0]
     return found
@@ -73,7 +73,7 @@ def test_a_new_users_setup_ends_with_an_answer_and_the_next_does_nothing(
     assert "4 downloaded" in first["wait for them"]
     assert "is loaded in" in first["first answer"]
     assert "answers '" in first["first answer"]
-    assert 'eval "$(llmstack activate' in first["shell hook"]
+    assert f"""eval "$('{sys.executable}' '{llmstack.PROGRAM}' activate bash)\"""" in first["shell hook"]
     assert "npm install -g opencode-ai" in first["opencode"]
     assert out.splitlines()[-1] == "All set. Bring the stack up with `llmstack start`."
     places = llmstack.find_places(os.environ)
@@ -240,9 +240,61 @@ def test_a_platform_without_a_binary_is_no_failure(home: Path, releases: FakeRel
                                                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     this_platform(monkeypatch, "windows", "arm64")
     releases.add("v251", {"llama-swap_251_windows_amd64.zip": b"x"})
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False)
+    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [])
     with pytest.raises(llmstack._Skipped, match="no binary for windows/arm64"):
         llmstack._setup_llama_swap(setup)
+
+
+@pytest.mark.parametrize(("written", "words", "code"), [
+    ("", ["--profile", "7"], 2), ("[m]\npath = m.gguf\n", ["--profile", "8"], 1), (None, [], 1)])
+def test_without_the_models_ini_that_was_meant_nothing_is_fetched(written: str | None, words: list[str], code: int, home: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundled file would take its place, and its 70 GB."""
+    monkeypatch.setattr(llmstack, "start_downloads", lambda *_: pytest.fail("fetched what nobody has chosen"))
+    if written is None:
+        Path(".llmstack").write_text("a file where a directory belongs")
+    elif written:
+        Path(".llmstack").mkdir()
+        Path(".llmstack/models.ini").write_text(written)
+    assert llmstack.main(["setup", "--yes", *words]) == code
+    captured = capsys.readouterr()
+    assert captured.out.startswith("[1/10] models.ini: ")
+    assert captured.out.count("\n") == 1
+    assert captured.err.startswith("llmstack: error: ")
+    assert captured.err.count("\n") == 2
+
+
+def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fake_swap: FakeReleases, real_data: Path,
+                                                         no_server: None, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """The queue of an earlier run says `done`, of another cache."""
+    assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
+    worker_gone(llmstack.find_places(os.environ))
+    capsys.readouterr()
+
+    def refuse(*_: object) -> str:
+        raise llmstack.UserError("PyPI is gone")
+
+    monkeypatch.setattr(llmstack, "hub_python", refuse)
+    monkeypatch.setenv("HF_HOME", "elsewhere")
+    assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
+    captured = capsys.readouterr()
+    assert steps(captured.out)["wait for them"] == "skipped: nothing is being fetched"
+    assert "failed: downloads\n" in captured.err
+
+
+def test_a_models_memory_is_reckoned_from_the_hub_before_it_is_fetched(hub: FakeHub, real_data: Path, no_server: None,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    """size_gb is what somebody has written; the header knows that 1,000,000 tokens need more than that."""
+    hub.repos["me/small-GGUF"] = {"small.gguf": llmstack.render_noise_gguf(5)}
+    Path(".llmstack").mkdir()
+    Path(".llmstack/models.ini").write_text("[DEFAULT]\nengine = embedded\nmemory_gb = 0.1\n"
+                                            "cache_type_k = f32\ncache_type_v = f32\n[small]\nrole = agent\n"
+                                            "hf_repo = me/small-GGUF\nhf_file = small.gguf\nctx_size = 1000k\nsize_gb = 0.01\n")
+    llmstack.main(["setup", "--yes", "--skip-wait"])
+    worker_gone(llmstack.find_places(os.environ))
+    assert "too large: small" in steps(capsys.readouterr().out)["hardware"]
 
 
 def test_a_broken_models_ini_stops_setup_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +329,7 @@ def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: 65_536 * 1_048_576 / 1e9)
     machine = llmstack.Machine(49_152 * 1_048_576 / 1e9, "75 % of memory", True)
     monkeypatch.setattr(llmstack, "this_machine", lambda config: machine)
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False)
+    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [])
     assert llmstack._setup_wired(setup).endswith("sudo sysctl iogpu.wired_limit_mb=57344")
 
 
