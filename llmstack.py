@@ -4028,19 +4028,29 @@ def is_trusted(places: Places, what: str) -> bool:
 
 def check_links(places: Places) -> None:
     """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
-    if _state_links(places) and not is_trusted(places, "run"):
+    if _log_links(places) and not is_trusted(places, "run"):
         raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
                         "look at it, then run `llmstack trust`")
 
 
+def trust_lock(places: Places) -> FileLock:
+    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
+    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+
+
 def trust_project(places: Places, *parts: str) -> None:
     """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
-    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
-        known = _read_json(trust_file(places.data))
-        mine, now = known.get(os.path.realpath(places.state)), project_digests(places)
-        known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
-        known[""] = f"{time.time():.6f}"        # the file's second line: shell hooks see by it that something was trusted
-        write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+    with trust_lock(places):
+        record_trust(places, *parts)
+
+
+def record_trust(places: Places, *parts: str) -> None:
+    """trust_project, for who holds the trust_lock."""
+    known = _read_json(trust_file(places.data))
+    mine, now = known.get(os.path.realpath(places.state)), project_digests(places)
+    known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
+    known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
+    write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
 
 
 # ===================================================================================================
@@ -6275,10 +6285,11 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         say(f"Note: {difference}")
     if not added:
         return False
-    trusted = is_trusted(places, "run")
-    write_atomic(path, new.encode("utf-8"))
-    if trusted:
-        trust_project(places, "run")
+    with trust_lock(places):
+        trusted = is_trusted(places, "run")
+        write_atomic(path, new.encode("utf-8"))
+        if trusted:
+            record_trust(places, "run")
     say(f"{'Extended' if old else 'Wrote'} {path}: {', '.join(name for name, _ in added)}")
     return True
 
@@ -7334,7 +7345,7 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if f'"{url}/v1"'.encode() in old:
         return
     if old and not _is_ours(places, "opencode.json", old):
-        say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
+        say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes opencode.json anew")
         return
     trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
     wire_project(places, read_marker(places) or Marker("current"), project_opencode_json(places, config, url, env), say, trust)
@@ -8242,7 +8253,11 @@ def untrusted_line(places: Places) -> str:
 
 def check_run_trust(places: Places) -> None:
     """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
-    if not is_trusted(places, "run"):
+    if is_trusted(places, "run"):
+        return
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
+        trusted = is_trusted(places, "run")
+    if not trusted:
         what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
         raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: {what} names programs,"
                         " addresses or other files", "look at it, then run `llmstack trust`; an edit of your own needs that, too")
