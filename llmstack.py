@@ -7187,7 +7187,8 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
 def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
     hosted = local and any(t.backend == "litellm" for t in config.offered)
-    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(api_key(env)),
+    key = api_key(env) or (local and api_key(_environment_of(read_daemons(places).router, {})))     # of another terminal
+    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(key),
                                 mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
 
 
@@ -7424,7 +7425,7 @@ def connect_external(places: Places, insecure: bool, say: Say) -> None:
     say(f"Router  {remote.url}/v1 is up")
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
-        say("Its tiers are not those of opencode.json any more; `llmstack install` writes it anew")
+        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed; `llmstack install` writes opencode.json anew")
 
 
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:

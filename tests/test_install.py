@@ -780,7 +780,7 @@ def test_start_says_when_the_tiers_have_changed_over_there(capsys: pytest.Captur
     with ScriptedUpstream(once(MODELS_INI, answer(INI.replace("100k", "50k").encode()))) as router:
         install_external(f"http://127.0.0.1:{router.port}")
         assert llmstack.main(["start"]) == 0
-    assert "`llmstack install` writes it anew" in capsys.readouterr().out
+    assert "`llmstack install` writes opencode.json anew" in capsys.readouterr().out
 
 
 # ---- two projects, two hosts
@@ -861,6 +861,11 @@ def test_a_router_with_a_key(second: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert llmstack.main(["start"]) == 0
         capsys.readouterr()
         assert opencode()["provider"]["llama.cpp"]["options"]["apiKey"] == "{env:LLMSTACK_API_KEY}"
+        with monkeypatch.context() as another_terminal:
+            another_terminal.delenv("LLMSTACK_API_KEY")
+            assert llmstack.main(["install"]) == 0
+            assert opencode()["provider"]["llama.cpp"]["options"]["apiKey"], "the router wants it all the same"
+            capsys.readouterr()
         with monkeypatch.context() as inside:
             inside.chdir(second)
             url = f"http://127.0.0.1:{project.router_port}"
