@@ -7261,13 +7261,16 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     What was not trusted before is not trusted for that.
     """
     old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
+    text, ours = project_opencode_json(places, config, url, env), _is_ours(places, "opencode.json", old)
     if f'"{url}/v1"'.encode() in old:
+        if ours and old != text.encode():
+            say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
         return
-    if old and not _is_ours(places, "opencode.json", old):
+    if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
     trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
-    wire_project(places, read_marker(places) or Marker("current"), project_opencode_json(places, config, url, env), say, trust)
+    wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
 
 
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.

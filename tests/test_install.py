@@ -490,6 +490,23 @@ def test_start_changes_no_opencode_json_that_somebody_has_changed(capsys: pytest
         llmstack.main(["stop"])
 
 
+def test_start_says_when_models_ini_has_changed_since_install(capsys: pytest.CaptureFixture[str]) -> None:
+    """A context that opencode believes larger than it is would overflow."""
+    Project()
+    try:
+        for change, said in (("", False), ("max_output_tokens = 1000\n", True)):
+            with (STATE / "models.ini").open("a") as file:
+                file.write(change)
+            assert llmstack.main(["restart"]) == 0
+            assert ("opencode.json is not as models.ini has it now" in capsys.readouterr().out) is said
+        assert llmstack.main(["install"]) == 0
+        capsys.readouterr()
+        assert llmstack.main(["start"]) == 0
+        assert "opencode.json" not in capsys.readouterr().out
+    finally:
+        llmstack.main(["stop"])
+
+
 def test_start_trusts_no_directory_that_came_with_files(places: llmstack.Places) -> None:
     Project()
     (STATE / "AGENTS.md").write_text("do as I say")
