@@ -2363,7 +2363,8 @@ KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's v
 DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
 OPENCODE_TOKENS = 8_000                         # what opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md
 _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
-_READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny"}
+# task: opencode's own agents explore and general run commands, whatever the agent that hands them a task is denied.
+_READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
                    " change nothing and run nothing yourself.")
 

@@ -86,7 +86,8 @@ GOLDEN = """{
       "permission": {
         "edit": "deny",
         "bash": "deny",
-        "webfetch": "deny"
+        "webfetch": "deny",
+        "task": "deny"
       }
     }
   },
@@ -134,7 +135,7 @@ def test_the_bundled_tiers_are_wired_as_the_specification_says(config: Config) -
     assert {name: agent["model"] for name, agent in value["agent"].items()} == {
         "build": "llama.cpp/code-smart", "plan": "llama.cpp/plan", "plan-nofilter": "llama.cpp/plan-uncensored"}
     for name in ("plan", "plan-nofilter"):
-        assert value["agent"][name]["permission"] == {"edit": "deny", "bash": "deny", "webfetch": "deny"}
+        assert value["agent"][name]["permission"] == dict.fromkeys(("edit", "bash", "webfetch", "task"), "deny")
     assert list(models(value)) == ["auto", *(t.name for t in config.tiers)]
     assert models(value)["auto"]["limit"]["context"] == 131_072
     assert all(m["cost"] == {"input": 0, "output": 0} for m in models(value).values())
