@@ -2358,7 +2358,8 @@ KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's v
 DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
 OPENCODE_TOKENS = 8_000                         # what opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md
 _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
-_READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny"}
+# task: opencode's own agents explore and general run commands, whatever the agent that hands them a task is denied.
+_READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
                    " change nothing and run nothing yourself.")
 
@@ -7342,13 +7343,16 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     What was not trusted before is not trusted for that.
     """
     old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
+    text, ours = project_opencode_json(places, config, url, env), _is_ours(places, "opencode.json", old)
     if f'"{url}/v1"'.encode() in old:
+        if ours and old != text.encode():
+            say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
         return
-    if old and not _is_ours(places, "opencode.json", old):
-        say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes opencode.json anew")
+    if old and not ours:
+        say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
     trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
-    wire_project(places, read_marker(places) or Marker("current"), project_opencode_json(places, config, url, env), say, trust)
+    wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
 
 
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.

@@ -86,7 +86,8 @@ GOLDEN = """{
       "permission": {
         "edit": "deny",
         "bash": "deny",
-        "webfetch": "deny"
+        "webfetch": "deny",
+        "task": "deny"
       }
     }
   },
@@ -134,7 +135,7 @@ def test_the_bundled_tiers_are_wired_as_the_specification_says(config: Config) -
     assert {name: agent["model"] for name, agent in value["agent"].items()} == {
         "build": "llama.cpp/code-smart", "plan": "llama.cpp/plan", "plan-nofilter": "llama.cpp/plan-uncensored"}
     for name in ("plan", "plan-nofilter"):
-        assert value["agent"][name]["permission"] == {"edit": "deny", "bash": "deny", "webfetch": "deny"}
+        assert value["agent"][name]["permission"] == dict.fromkeys(("edit", "bash", "webfetch", "task"), "deny")
     assert list(models(value)) == ["auto", *(t.name for t in config.tiers)]
     assert models(value)["auto"]["limit"]["context"] == 131_072
     assert all(m["cost"] == {"input": 0, "output": 0} for m in models(value).values())
@@ -486,6 +487,23 @@ def test_start_changes_no_opencode_json_that_somebody_has_changed(capsys: pytest
         assert llmstack.main(["start"]) == 0
         assert (STATE / "opencode.json").read_text() == text
         assert "`llmstack install` writes opencode.json anew" in capsys.readouterr().out
+    finally:
+        llmstack.main(["stop"])
+
+
+def test_start_says_when_models_ini_has_changed_since_install(capsys: pytest.CaptureFixture[str]) -> None:
+    """A context that opencode believes larger than it is would overflow."""
+    Project()
+    try:
+        for change, said in (("", False), ("max_output_tokens = 1000\n", True)):
+            with (STATE / "models.ini").open("a") as file:
+                file.write(change)
+            assert llmstack.main(["restart"]) == 0
+            assert ("opencode.json is not as models.ini has it now" in capsys.readouterr().out) is said
+        assert llmstack.main(["install"]) == 0
+        capsys.readouterr()
+        assert llmstack.main(["start"]) == 0
+        assert "opencode.json" not in capsys.readouterr().out
     finally:
         llmstack.main(["stop"])
 

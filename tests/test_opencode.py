@@ -217,6 +217,20 @@ def test_the_planner_is_on_plan_and_writes_nothing(serve: Callable[..., OpenAI])
     assert isinstance(upstream.asked[0]["messages"][-1]["content"], list), "an array of parts"
 
 
+@pytest.mark.parametrize("agent", ["plan", "plan-nofilter"])
+@pytest.mark.parametrize("helper", ["general", "explore"])
+def test_a_planner_changes_nothing_through_another_agent(agent: str, helper: str, serve: Callable[..., OpenAI]) -> None:
+    """The built-in agents that it could hand a task to run commands, whatever the planner itself is denied."""
+    target = Path.cwd() / "hello.txt"
+    upstream = serve(LADDER + "[plan-uncensored]\nrole = plan-uncensored\nmodel = x/y\nctx_size = 64k\n",
+                     lambda _: call("task", description="a file", prompt="make it", subagent_type=helper),
+                     *[lambda _: call("bash", command=f"touch {target}", description="makes it")] * 2,
+                     *[lambda _: ["only a plan", STOP]] * 3)
+    opencode("run", "--format", "json", "--agent", agent, "hello.txt", LLMSTACK_API_KEY=KEY)
+    assert not target.exists()
+    assert len(upstream.asked) > 2
+
+
 def test_a_long_file_steps_down_and_troubles_are_survived(serve: Callable[..., OpenAI]) -> None:
     """auto: short on code-ultra; the file read crosses the first rung; a slow load, two broken streams, a busy tier."""
     big = Path.cwd() / "big.txt"
