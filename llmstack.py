@@ -8852,6 +8852,15 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _keep_terms(args: Any, places: Places) -> None:
+    """What runs keeps its address and channel where the command line names no other."""
+    router, engine = read_daemons(places)
+    if router is not None and router.alive:
+        args.host, args.port = args.host or router.host, args.port or router.port
+    if engine is not None and engine.alive:
+        args.pinned = engine.channel
+
+
 def _cmd_start(args: Any) -> int:
     places = _places(args)
     if pinned_url(places):
@@ -8862,13 +8871,14 @@ def _cmd_start(args: Any) -> int:
         check_run_trust(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
+    _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
     if not args.demo:
         rewire_project(places, config, plan.host, plan.port, os.environ, say)
     if not started:
-        say(f"Running already: {base_url(plan.host, plan.port)}/v1")
+        say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
     elif not args.demo:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     if args.demo:
@@ -8976,11 +8986,7 @@ def _cmd_restart(args: Any) -> int:
         check_run_trust(places)
     prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
-    router, engine = read_daemons(places)
-    if router is not None and router.alive:
-        args.host, args.port = args.host or router.host, args.port or router.port
-    if engine is not None and engine.alive:
-        args.pinned = engine.channel
+    _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     stop_stack(places, say)
