@@ -8150,8 +8150,9 @@ def check_run_trust(places: Places) -> None:
     """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
     if not is_trusted(places, "run"):
         what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: {what} names programs,"
-                        " addresses or other files", "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
+                        f" other files are named by {what}",
+                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
@@ -9220,7 +9221,7 @@ def _cmd_install(args: Any) -> int:
         say(text.rstrip("\n"))
         return 0
     if not wire_project(places, marker, text, say):
-        say(f"Nothing to change: {places.state} is as it should be.")
+        say(f"Nothing to change: {places.in_state('opencode.json')} is as it should be.")
     daemons = read_daemons(places)
     if daemons.engine is not None and daemons.engine.alive:
         if daemons.engine.channel != marker.channel:

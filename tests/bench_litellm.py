@@ -46,7 +46,8 @@ def prepare(directory: Path, stub: str, ports: list[int]) -> dict[str, str]:
     data = directory / "data"
     data.mkdir()
     (data / "litellm").symlink_to(Path(os.environ["LLMSTACK_TEST_DATA"]).expanduser() / "litellm")
-    return {"PATH": os.environ["PATH"], "HOME": str(directory), "LLMSTACK_DATA_DIR": str(data), "LLMSTACK_WORK_DIR": str(directory),
+    return {"PATH": os.environ["PATH"], "HOME": str(directory), "LLMSTACK_DATA_DIR": str(data),
+            "LLMSTACK_WORK_DIR": str(directory),
             "REPEATED_STREAMING_CHUNK_LIMIT": "1000"}       # LiteLLM takes the stub's equal words for a model that hangs
 
 
@@ -65,7 +66,8 @@ def stream(port: int, number: int) -> tuple[float, float]:
         data = exc.partial
     ms = (time.perf_counter() - began) * 1000
     connection.close()
-    if answer.status != 200 or not data.rstrip().endswith(b"data: [DONE]") or data.count(b'"content":" word"') != STREAM_EVENTS - 2:
+    words = data.count(b'"content":" word"')
+    if answer.status != 200 or not data.rstrip().endswith(b"data: [DONE]") or words != STREAM_EVENTS - 2:
         raise SystemExit(f"port {port} answered {answer.status}, {data[-300:]!r}")
     return first_ms, ms
 

@@ -237,6 +237,8 @@ def test_what_is_written_is_trusted_only_where_the_file_was() -> None:
     Path(llmstack.litellm_config_path(places)).write_text("model_list: []\n")       # somebody else's
     written(Config(tiers=(hosted(),)))
     assert not llmstack.is_trusted(places, "run")
+    with pytest.raises(UserError, match="not trusted here.* named by litellm_config.yaml"):
+        llmstack.check_run_trust(places)
 
 
 # ---- credentials
