@@ -4254,13 +4254,22 @@ def _linux_listeners(port: int) -> Set[int]:
                 inodes.add(f"socket:[{fields[9]}]")
     pids = set()
     for name in os.listdir("/proc") if inodes else ():
-        if name.isdigit():
-            try:
-                if any(os.readlink(f"/proc/{name}/fd/{fd}") in inodes for fd in os.listdir(f"/proc/{name}/fd")):
-                    pids.add(int(name))
-            except OSError:
-                continue
+        if name.isdigit() and not inodes.isdisjoint(_open_files(name)):
+            pids.add(int(name))
     return pids
+
+
+def _open_files(pid: str) -> Iterator[str]:
+    """Where a process's descriptors lead; one that it closes meanwhile is no reason to leave out the others."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return
+    for name in names:
+        try:
+            yield os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue
 
 
 # ===================================================================================================
