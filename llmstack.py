@@ -4300,13 +4300,22 @@ def _linux_listeners(port: int) -> Set[int]:
                 inodes.add(f"socket:[{fields[9]}]")
     pids = set()
     for name in os.listdir("/proc") if inodes else ():
-        if name.isdigit():
-            try:
-                if any(os.readlink(f"/proc/{name}/fd/{fd}") in inodes for fd in os.listdir(f"/proc/{name}/fd")):
-                    pids.add(int(name))
-            except OSError:
-                continue
+        if name.isdigit() and not inodes.isdisjoint(_open_files(name)):
+            pids.add(int(name))
     return pids
+
+
+def _open_files(pid: str) -> Iterator[str]:
+    """Where a process's descriptors lead; one that it closes meanwhile is no reason to leave out the others."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return
+    for name in names:
+        try:
+            yield os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue
 
 
 # ===================================================================================================
@@ -8263,8 +8272,9 @@ def check_run_trust(places: Places) -> None:
         trusted = is_trusted(places, "run")
     if not trusted:
         what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: {what} names programs,"
-                        " addresses or other files", "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
+                        f" other files are named by {what}",
+                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
@@ -8981,6 +8991,15 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _keep_terms(args: Any, places: Places) -> None:
+    """What runs keeps its address and channel where the command line names no other."""
+    router, engine = read_daemons(places)
+    if router is not None and router.alive:
+        args.host, args.port = args.host or router.host, args.port or router.port
+    if engine is not None and engine.alive:
+        args.pinned = engine.channel
+
+
 def _cmd_start(args: Any) -> int:
     places = _places(args)
     if pinned_url(places):
@@ -8992,13 +9011,14 @@ def _cmd_start(args: Any) -> int:
         check_pin(places)
     prepare_project(places, say, args.profile)
     config = load_config(places, warn)
+    _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     started = start_stack(plan, say)
     if not args.demo:
         rewire_project(places, config, plan.host, plan.port, os.environ, say)
     if not started:
-        say(f"Running already: {base_url(plan.host, plan.port)}/v1")
+        say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
     elif not args.demo:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     if args.demo:
@@ -9107,11 +9127,7 @@ def _cmd_restart(args: Any) -> int:
         check_pin(places)
     prepare_project(places, say)
     config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
-    router, engine = read_daemons(places)
-    if router is not None and router.alive:
-        args.host, args.port = args.host or router.host, args.port or router.port
-    if engine is not None and engine.alive:
-        args.pinned = engine.channel
+    _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
     stop_stack(places, say)
@@ -9354,7 +9370,7 @@ def _cmd_install(args: Any) -> int:
 
 def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
     if not wire_project(places, marker, opencode_json, say):
-        say(f"Nothing to change: {places.state} is as it should be.")
+        say(f"Nothing to change: {places.in_state('opencode.json')} is as it should be.")
     for line in cramped_models(config):
         warn(line)
 

@@ -1295,6 +1295,19 @@ def test_process_started_names_one_process(python: Spawn) -> None:
     child.wait()
     assert llmstack.process_started(child.pid) == ""
 
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="reads /proc")
+def test_a_descriptor_that_is_closed_meanwhile_hides_no_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.readlink
+
+    def readlink(path: str) -> str:
+        if path.endswith("/fd/0"):
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert llmstack.listeners(server.getsockname()[1]) == {os.getpid()}
+
 
 @pytest.mark.parametrize("pid", [0, -1, 2**22 + 1])
 def test_process_started_of_nobody(pid: int) -> None:

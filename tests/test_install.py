@@ -486,7 +486,7 @@ def test_start_changes_no_opencode_json_that_somebody_has_changed(capsys: pytest
     try:
         assert llmstack.main(["start"]) == 0
         assert (STATE / "opencode.json").read_text() == text
-        assert "`llmstack install` writes opencode.json anew" in capsys.readouterr().out
+        assert "`llmstack install` writes it anew" in capsys.readouterr().out
     finally:
         llmstack.main(["stop"])
 

@@ -139,6 +139,18 @@ def test_a_second_start_finds_it_running(project: Project, capsys: pytest.Captur
     assert (project.pid("router"), project.pid("llama-swap")) == pids
 
 
+def test_a_plain_start_joins_what_runs_on_another_channel_and_port(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    project.write(NO_MODELS + "model_next = provider/other\n")
+    assert llmstack.main(["start", "--next", "--port", str(free_ports(1)[0])]) == 0
+    pid = project.pid("router")
+    capsys.readouterr()
+    assert llmstack.main(["start"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("the next channel")
+    assert llmstack.main(["start", "--current"]) == 1
+    assert "restart --current" in capsys.readouterr().err
+    assert project.pid("router") == pid
+
+
 def test_parallel_starts_end_with_one_stack(project: Project) -> None:
     starts = [subprocess.Popen([sys.executable, PROGRAM, "start"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                stdin=subprocess.DEVNULL, text=True) for _ in range(4)]
@@ -236,7 +248,8 @@ def test_host_and_port_are_seen_by_status_and_kept_by_restart(project: Project, 
     status = json.loads(capsys.readouterr().out)
     assert status["router"]["url"] == f"http://127.0.0.1:{port}"
     assert status["running"] is True
-    assert llmstack.main(["start"]) == 1, "another address than the running one"
+    assert llmstack.main(["start"]) == 0
+    assert llmstack.main(["start", "--port", str(project.router_port)]) == 1, "another address than the running one"
     assert llmstack.main(["restart"]) == 0
     assert get(f"http://127.0.0.1:{port}/models.ini")[0] == 200
 
