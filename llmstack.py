@@ -8496,7 +8496,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
         for label in ("current", "next"):
             weights = weights_for(tier, label == "next")
             if tier.backend == "gguf" and weights.channel == label:
-                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), cache)
+                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), env)
                 if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
                     found["local"] = "downloading"
                 what = found["problem"]
@@ -8521,14 +8521,14 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
             "notes": notes}
 
 
-def _check_weights(weights: Weights, hub: Mapping[str, Any], cache: str) -> Dict[str, Any]:
+def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, str]) -> Dict[str, Any]:
     if weights.path:
         size = file_size(weights.path)
         return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
                 "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
-    state, why = local_state(cache, weights.repo, weights.file, hub)
-    return {"repo": weights.repo, "file": weights.file, "quant": weights.quant, "exists": hub.get("exists"),
-            "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
+    state, why = local_state(hub_cache_dir(env), weights.repo, weights.file, hub)
+    return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
+            "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
             "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
 
 
@@ -9651,7 +9651,7 @@ def _cmd_check(args: Any) -> int:
 
 def _say_weights(label: str, row: Mapping[str, Any]) -> None:
     size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    where = row.get("path") or f"{row['repo']} {row['file']}"
+    where = row.get("path") or f"{row['url']} {row['file']}"
     changed = f", changed {row['changed']}" if row.get("changed") else ""
     known = {True: "on the hub", False: "not on the hub"}.get(row["exists"], "hub not asked") if "repo" in row else "a file here"
     say(f"  {label:<8} {where}")

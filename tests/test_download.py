@@ -640,8 +640,8 @@ def test_check_says_what_each_tier_lacks(hub: FakeHub, places: llmstack.Places, 
     code, found = check(capsys)
     tiers = {row["tier"]: row for row in found["tiers"]}
     assert code == 1
-    assert tiers["code-fast"]["current"] | {"repo": 0} == {
-        "repo": 0, "file": "fast-Q4.gguf", "quant": "", "exists": True, "size_bytes": len(BIG), "changed": "2026-05-04",
+    assert tiers["code-fast"]["current"] == {
+        "repo": "owner/fast-GGUF", "url": f"{hub.url}/owner/fast-GGUF", "file": "fast-Q4.gguf", "quant": "", "exists": True, "size_bytes": len(BIG), "changed": "2026-05-04",
         "local": "missing", "problem": ""}
     assert tiers["code-fast"]["next"]["file"] == "fast-Q6.gguf"
     assert tiers["code-smart"]["current"]["size_bytes"] == 3 * (len(SMALL) + 1)
@@ -659,6 +659,7 @@ def test_check_says_what_each_tier_lacks(hub: FakeHub, places: llmstack.Places, 
     assert "value-of-the-key" not in json.dumps(found)
     assert llmstack.main(["check-models"]) == 0
     out = capsys.readouterr().out
+    assert f"current  {hub.url}/owner/fast-GGUF fast-Q4.gguf\n" in out
     assert "local copy: intact" in out
     assert "model    some-model: its credentials are set" in out
 
