@@ -641,7 +641,8 @@ def test_check_says_what_each_tier_lacks(hub: FakeHub, places: llmstack.Places, 
     tiers = {row["tier"]: row for row in found["tiers"]}
     assert code == 1
     assert tiers["code-fast"]["current"] == {
-        "repo": "owner/fast-GGUF", "url": f"{hub.url}/owner/fast-GGUF", "file": "fast-Q4.gguf", "quant": "", "exists": True, "size_bytes": len(BIG), "changed": "2026-05-04",
+        "repo": "owner/fast-GGUF", "url": f"{hub.url}/owner/fast-GGUF", "file": "fast-Q4.gguf", "quant": "", "exists": True,
+        "size_bytes": len(BIG), "changed": "2026-05-04",
         "local": "missing", "problem": ""}
     assert tiers["code-fast"]["next"]["file"] == "fast-Q6.gguf"
     assert tiers["code-smart"]["current"]["size_bytes"] == 3 * (len(SMALL) + 1)
