@@ -6013,6 +6013,8 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
         raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
+    except OSError as exc:                      # one that takes the connection and says nothing
+        raise ConnectionError(f"the hub cannot be reached: {exc}") from None
 
 
 def hub_endpoint(env: Mapping[str, str]) -> str:
