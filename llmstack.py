@@ -854,9 +854,9 @@ TIER_OPTIONS: Dict[str, Option] = {
     "role": Option("text"),
     "backend": Option("choice", choices=("gguf", "litellm", "openai")),
     "hf_repo": Option("repo"),
-    "hf_file": Option("text"),
+    "hf_file": Option("hub_file"),
     "hf_repo_next": Option("repo"),
-    "hf_file_next": Option("text"),
+    "hf_file_next": Option("hub_file"),
     "path": Option("text"),
     "model": Option("text"),
     "model_next": Option("text"),
@@ -887,6 +887,7 @@ SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-serv
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+_HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x00-\x1f]+)*\Z")
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
@@ -998,6 +999,8 @@ def parse_value(option: Option, text: str) -> Any:
         return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
+    if kind == "hub_file" and not _HUB_PATH.match(text):
+        raise ValueError(f"{text!r} is not the name of a file in a repository")
     if kind == "names":
         names = tuple(n for n in (part.strip() for part in text.split(",")) if n)
         for name in names:
@@ -1206,6 +1209,10 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
+    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
+    if control:                                 # a value is printed in many places, and a terminal would obey it
+        raise ConfigError([f"{source}:{text.count(chr(10), 0, control.start()) + 1}: holds the control character"
+                           f" {control.group()!r}; take it out"])
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
@@ -3394,7 +3401,6 @@ def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     return job if good and all(_HUB_PATH.match(f) for f in (*job.files, *job.beside)) else None
 
 
-_HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x00-\x1f]+)*\Z")
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf\Z")
 
 
@@ -3436,11 +3442,7 @@ def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) 
             elif weights.channel == label:
                 files = split_parts(weights.file)
                 beside = tuple(dict.fromkeys(f for f in wanted[weights.repo] if f not in files))
-                job = Job(tier.name, label, weights.repo, files, beside)
-                if parse_job(job._asdict()) is None:
-                    raise UserError(f"[{tier.name}] has no usable name for a file of the hub: {weights.file}", "correct it in"
-                                    " models.ini", 2)
-                jobs.append(job)
+                jobs.append(Job(tier.name, label, weights.repo, files, beside))
     return jobs, list(dict.fromkeys(skipped))
 
 
@@ -6059,6 +6061,8 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
         raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
+    except OSError as exc:                      # one that takes the connection and says nothing
+        raise ConnectionError(f"the hub cannot be reached: {exc}") from None
 
 
 def hub_endpoint(env: Mapping[str, str]) -> str:
@@ -8571,15 +8575,15 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
         mine = weights.path or weights.file
         other = weights_drift(weights, blocks[tier.name]) if tier.name in blocks else ""
         if other:
-            said.append(f"llama-swap.yaml has {other}, models.ini {mine}")
+            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
         other = weights_drift(weights, rows[tier.name]) if tier.name in rows else ""
         if other:
-            said.append(f"{other} is running, models.ini has {mine}")
+            said.append(f"{visible(other)} is running, models.ini has {mine}")
         if meta and tier.name not in meta:
             said.append("the running engine does not know this tier")
         for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
             if meta.get(tier.name, {}).get(key, value) != value:
-                said.append(f"the running engine has {key} {meta[tier.name][key]}, models.ini {value}")
+                said.append(f"the running engine has {key} {visible(str(meta[tier.name][key]))}, models.ini {value}")
         if said:
             drift[tier.name] = said
     return drift
@@ -8624,7 +8628,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
         for label in ("current", "next"):
             weights = weights_for(tier, label == "next")
             if tier.backend == "gguf" and weights.channel == label:
-                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), cache)
+                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), env)
                 if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
                     found["local"] = "downloading"
                 what = found["problem"]
@@ -8649,14 +8653,14 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
             "notes": notes}
 
 
-def _check_weights(weights: Weights, hub: Mapping[str, Any], cache: str) -> Dict[str, Any]:
+def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, str]) -> Dict[str, Any]:
     if weights.path:
         size = file_size(weights.path)
         return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
                 "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
-    state, why = local_state(cache, weights.repo, weights.file, hub)
-    return {"repo": weights.repo, "file": weights.file, "quant": weights.quant, "exists": hub.get("exists"),
-            "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
+    state, why = local_state(hub_cache_dir(env), weights.repo, weights.file, hub)
+    return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
+            "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
             "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
 
 
@@ -9794,7 +9798,7 @@ def _cmd_check(args: Any) -> int:
 
 def _say_weights(label: str, row: Mapping[str, Any]) -> None:
     size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    where = row.get("path") or f"{row['repo']} {row['file']}"
+    where = row.get("path") or f"{row['url']} {row['file']}"
     changed = f", changed {row['changed']}" if row.get("changed") else ""
     known = {True: "on the hub", False: "not on the hub"}.get(row["exists"], "hub not asked") if "repo" in row else "a file here"
     say(f"  {label:<8} {where}")

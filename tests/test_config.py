@@ -475,7 +475,8 @@ WRONG_KIND = {
                 "memory_gb": "12 MB", "allow_unauthenticated": "maybe", "n_gpu_layers": "most", "flash_attn": "1", "jinja": "2",
                 "threads": "four", "cache_type_k": "q9_0", "cache_type_v": "int8", "local_only": "2",
                 "build_model": "smart"},
-    "a": {"backend": "ollama", "hf_repo": "a/b/c", "hf_repo_next": "b", "ctx_size": "64m", "max_output_tokens": "1.5k",
+    "a": {"backend": "ollama", "hf_repo": "a/b/c", "hf_repo_next": "b", "hf_file": "../x", "hf_file_next": "/x",
+          "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a/b", "ttl": "30m",
           "base_url": "groq.com", "tool_call": "2", "reasoning": "maybe"},
     "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??"},
@@ -487,8 +488,8 @@ def section_with(section: str, line: str) -> str:
     """A whole file whose last line is `line`, in `section`."""
     if section != "a":
         return f"{A}[{section}]\n{line}\n"
-    base = A if not line.startswith(("hf_repo ", "hf_file ")) else A.replace("hf_repo = owner/repo-GGUF\n", "")
-    return f"{base}{line}\n"
+    key = line.split(" ")[0]
+    return "".join(old for old in A.splitlines(True) if not old.startswith(f"{key} ")) + f"{line}\n"
 
 
 @pytest.mark.parametrize("section", TABLES)
@@ -579,6 +580,14 @@ def test_bad_encoding_names_the_line(data: bytes, line: int, byte: str) -> None:
     with pytest.raises(ConfigError) as caught:
         llmstack.decode_models_ini(data)
     assert caught.value.problems == (f"models.ini:{line}: byte {byte} is not UTF-8; save the file as UTF-8",)
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\0", "\x07", "\x7f", "\x9b"])
+def test_a_control_character_is_named_and_never_printed(char: str) -> None:
+    """A cloned file's values are printed in many places."""
+    with pytest.raises(ConfigError) as caught:
+        llmstack.parse_models_ini(f"[a]\n{GGUF}description = x{char}[2J\n")
+    assert caught.value.problems == (f"models.ini:4: holds the control character {char!r}; take it out",)
 
 
 def test_a_bad_byte_in_the_projects_file_is_one_line_and_exit_2(

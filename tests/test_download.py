@@ -130,9 +130,9 @@ def test_current_files_come_first_and_hosted_tiers_are_left_out() -> None:
 
 @pytest.mark.parametrize("file", ["../../x.gguf", "a/../../x", "/etc/passwd", "a\\..\\b", "..", "c:x", "a//b"])
 def test_a_name_never_leads_out_of_the_cache(file: str) -> None:
-    config = llmstack.Config(tiers=(llmstack.Tier("t", hf_repo="o/r", hf_file=file),))
-    with pytest.raises(llmstack.UserError, match="no usable name"):
-        llmstack.plan_downloads(config, (), ("current",))
+    for key in ("hf_file", "hf_file_next"):
+        with pytest.raises(llmstack.UserError, match="is not the name of a file in a repository"):
+            llmstack.parse_models_ini(f"[t]\nhf_repo = o/r\nhf_file = x.gguf\n{key} = {file}\n")
     row = {"tier": "t", "label": "current", "repo": "o/r", "files": ["x.gguf"], "beside": []}
     assert llmstack.parse_job(row) is not None
     for bad in ({"files": [file]}, {"beside": [file]}, {"tier": "../t"}, {"label": "x/y"}, {"repo": "../.."}, {"files": "x"}):
@@ -640,8 +640,9 @@ def test_check_says_what_each_tier_lacks(hub: FakeHub, places: llmstack.Places, 
     code, found = check(capsys)
     tiers = {row["tier"]: row for row in found["tiers"]}
     assert code == 1
-    assert tiers["code-fast"]["current"] | {"repo": 0} == {
-        "repo": 0, "file": "fast-Q4.gguf", "quant": "", "exists": True, "size_bytes": len(BIG), "changed": "2026-05-04",
+    assert tiers["code-fast"]["current"] == {
+        "repo": "owner/fast-GGUF", "url": f"{hub.url}/owner/fast-GGUF", "file": "fast-Q4.gguf", "quant": "", "exists": True,
+        "size_bytes": len(BIG), "changed": "2026-05-04",
         "local": "missing", "problem": ""}
     assert tiers["code-fast"]["next"]["file"] == "fast-Q6.gguf"
     assert tiers["code-smart"]["current"]["size_bytes"] == 3 * (len(SMALL) + 1)
@@ -659,6 +660,7 @@ def test_check_says_what_each_tier_lacks(hub: FakeHub, places: llmstack.Places, 
     assert "value-of-the-key" not in json.dumps(found)
     assert llmstack.main(["check-models"]) == 0
     out = capsys.readouterr().out
+    assert f"current  {hub.url}/owner/fast-GGUF fast-Q4.gguf\n" in out
     assert "local copy: intact" in out
     assert "model    some-model: its credentials are set" in out
 
@@ -727,6 +729,8 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
     Path(places.models_ini).write_text(INI.replace("= fast-Q4", "= fast-Q6"))
     config = llmstack.load_config(places)
     assert llmstack.find_drift(places, config) == {}, "as UPGRADING says: flipped in both, no drift"
+    Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff \x1b[2J"))
+    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has ?[2J, ")
 
 
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import struct
 import subprocess
 import threading
@@ -443,6 +444,21 @@ def test_fit_offline_falls_back_to_size_gb_and_says_so(project: Any, monkeypatch
     assert "the hub cannot be reached" in found["tiers"][1]["note"]
     assert llmstack.main(["fit", "smart"]) == 0
     assert "~3.3" in capsys.readouterr().out
+
+
+def test_a_silent_hub_is_asked_once_and_not_for_each_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def silent(request: Any, timeout: float) -> Any:
+        asked.append(request.full_url)
+        raise socket.timeout("timed out")       # as reading the answer's head does; 10 s a tier
+
+    monkeypatch.setattr("urllib.request.urlopen", silent)
+    tiers = tuple(llmstack.Tier(name, hf_repo="owner/name", hf_file=f"{name}.gguf", size_gb=1) for name in ("a", "b"))
+    fits = llmstack.measure_tiers(llmstack.Config(tiers=tiers), llmstack.Machine(4.0, "test", False), os.environ, False, True)
+    assert fits[0].note == "the hub cannot be reached: timed out"
+    assert [fit.source for fit in fits] == ["size_gb", "size_gb"]
+    assert len(asked) == 1
 
 
 def test_fit_of_an_unknown_tier_is_a_usage_error(project: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -662,7 +662,7 @@ HTML = answer(b"<!doctype html><title>Sign in</title>", "200 OK", "Content-Type:
      "llmstack install --external https://box.example/llm"),
     (answer(b"", "302 Found", "Location: \x1b[2J"), "", ""),
     (answer(b"", "302 Found", "Location: \xe9[2J"), "redirects to \u00e9[2J", "login page"),
-    (answer(b"\x1b]0;x\x07k = v\n"), "is no models.ini, line 1: ]0;xk stands before any", "llmstack router"),
+    (answer(b"\x1b]0;x\x07k = v\n"), "is no models.ini, line 1: holds the control character", "llmstack router"),
     (answer(b"", "307 Temporary Redirect"), "redirects to nowhere", "login page"),
     (answer(b'{"error": {"message": "this router wants its key"}}', "401 Unauthorized"), "wants an API key", "LLMSTACK_API_KEY"),
     (answer(b"not found", "404 Not Found"), "answers 404", "llama-server"),
