@@ -560,9 +560,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         elif role in ("system", "developer"):
             systems.append(content)
     asked = 0
-    for key, value in body.items():
-        if key not in _COUNTED_KEYS:
-            continue
+    for key in _COUNTED_KEYS.intersection(body):
+        value = body[key]
         if key in _OUTPUT_KEYS:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 asked = max(asked, value)
@@ -576,51 +575,35 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             elif key == "prompt" and not messages and isinstance(value, str):
                 turns, last = 1, value
     model = body.get("model")
-    trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems]) if triggers else ""
+    trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
                  tally.pictures, turns, asked, trigger)
 
 
-class _Want(NamedTuple):
-    role: str
-    rung: str
-    reason: str
+# Rung -> the role it asks for, and its reason but for what the request brings.
+RUNGS: Dict[str, Tuple[str, Callable[[Routing], str]]] = {
+    "fim": ("fast", lambda r: "infill belongs to the fast tier"),
+    "trigger": ("ultra", lambda r: "{trigger} asks for the top tier"),
+    "high": ("ultra", lambda r: f"{{tokens}} tokens <= {r.high_fidelity_ceiling:,}: top tier"),
+    "mid": ("agent", lambda r: f"{{tokens}} tokens <= {r.mid_fidelity_ceiling:,}: heavy local coder"),
+    "floor": ("agent", lambda r: f"{{tokens}} tokens, {{turns}} user turns >= {r.multi_turn}: keep the heavy coder"),
+    "long": ("fast", lambda r: f"{{tokens}} tokens > {r.mid_fidelity_ceiling:,}: stepping down to the long window"),
+}
 
 
-def _rung_fim(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    return _Want("fast", "fim", "infill belongs to the fast tier") if f.fim else None
-
-
-def _rung_trigger(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    return _Want("ultra", "trigger", f"{f.trigger} asks for the top tier") if f.trigger and ultra else None
-
-
-def _rung_high(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
+def _rung(f: Facts, r: Routing, ultra: bool) -> str:
+    """First match wins; the order is the specification's table."""
+    if f.fim:
+        return "fim"
+    if f.trigger and ultra:
+        return "trigger"
     tokens = f.tokens
-    if tokens > r.high_fidelity_ceiling:
-        return None
-    return _Want("ultra", "high", f"{tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
-
-
-def _rung_mid(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    if f.tokens > r.mid_fidelity_ceiling:
-        return None
-    return _Want("agent", "mid", f"{f.tokens:,} tokens <= {r.mid_fidelity_ceiling:,}: heavy local coder")
-
-
-def _rung_floor(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    if f.turns < r.multi_turn:
-        return None
-    return _Want("agent", "floor", f"{f.tokens:,} tokens, {f.turns} user turns >= {r.multi_turn}: keep the heavy coder")
-
-
-def _rung_long(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    return _Want("fast", "long", f"{f.tokens:,} tokens > {r.mid_fidelity_ceiling:,}: stepping down to the long window")
-
-
-# First match wins; the order is the specification's table.
-RUNGS = (_rung_fim, _rung_trigger, _rung_high, _rung_mid, _rung_floor, _rung_long)
+    if tokens <= r.high_fidelity_ceiling:
+        return "high"
+    if tokens <= r.mid_fidelity_ceiling:
+        return "mid"
+    return "floor" if f.turns >= r.multi_turn else "long"
 
 
 def output_reserve(facts: Facts, tier: Tier) -> int:
@@ -633,21 +616,33 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-_Orders = Dict[str, Tuple[Tier, ...]]
-_ORDERS: Dict[Tuple[int, bool], Tuple[Tuple[Tier, ...], _Orders]] = {}     # by id(): a hash of all that tiers hold costs as much
+class _Way(NamedTuple):
+    """Where a rung leads, as far as models.ini alone says it."""
+
+    order: Tuple[Tier, ...]                     # the role's tier and those below, then those above, nearest first
+    smallest: int                               # context of the smallest of these: what it holds, all hold
+    why: str
 
 
-def _orders(tiers: Tuple[Tier, ...], local_only: bool) -> _Orders:
-    """Role -> the ladder in the order it is tried from there: it and those below, then those above, nearest first."""
-    key = id(tiers), local_only
-    known = _ORDERS.get(key)
-    if known is None or known[0] is not tiers:
-        if len(_ORDERS) > 16:
-            _ORDERS.clear()
-        ladder = Config(tiers, local_only=local_only).ladder
-        above = {role: sum(t.role in LADDER_ROLES[:i] for t in ladder) for i, role in enumerate(LADDER_ROLES)}
-        known = _ORDERS[key] = tiers, {role: (*ladder[n:], *ladder[:n][::-1]) for role, n in above.items()}
+_WAYS: Dict[int, Tuple[Config, Dict[str, _Way]]] = {}     # by id(): a hash of all that a Config holds costs as much
+
+
+def _ways(config: Config) -> Dict[str, _Way]:
+    """Rung -> its way, worked out once for a configuration."""
+    known = _WAYS.get(id(config))
+    if known is None or known[0] is not config:
+        if len(_WAYS) > 16:
+            _WAYS.clear()
+        known = _WAYS[id(config)] = config, {rung: _way(config, role, why) for rung, (role, why) in RUNGS.items()}
     return known[1]
+
+
+def _way(config: Config, role: str, why: Callable[[Routing], str]) -> _Way:
+    ladder = config.ladder
+    above = sum(t.role in LADDER_ROLES[:LADDER_ROLES.index(role)] for t in ladder)
+    order = (*ladder[above:], *ladder[:above][::-1])
+    missing = f" (no {role} tier here)" if not order or order[0].role != role else ""
+    return _Way(order, min((t.ctx_size for t in order), default=0), why(config.routing) + missing)
 
 
 class Decision(NamedTuple):
@@ -655,12 +650,30 @@ class Decision(NamedTuple):
 
     tier: str
     rung: str                                   # explicit | fim | trigger | high | mid | floor | long
-    tokens: int
-    reason: str
     chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
     facts: Facts
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    way: _Way = _Way((), 0, "asked for by name")
+
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    @property
+    def reason(self) -> str:
+        """Why this tier, in words: made when they are asked for, not while the request waits."""
+        facts, way = self.facts, self.way
+        reason = way.why.format(trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns)
+        if self.chain is way.order or not self.chain:       # all tiers hold it and none is left alone; or it was named
+            return reason
+        best, chosen = way.order[0], self.chain[0]
+        need = tokens_needed(facts, chosen)
+        if need > chosen.ctx_size:
+            reason += f"; no tier holds {need:,} tokens, {chosen.name} has the largest context"
+        elif chosen is not best:
+            reason += f"; {_why_not(best, chosen.name, facts, self.down, self.config)}, so {chosen.name}"
+        return reason
 
     @property
     def refused(self) -> Dict[str, str]:
@@ -685,33 +698,23 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     barred = barred or {}
     down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
-        return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (), facts, config, down)
-    orders = _orders(config.tiers, config.local_only)
-    ladder = orders[LADDER_ROLES[0]]
-    if not ladder:
+        return Decision(facts.model, "explicit", (), facts, config, down)
+    ways = _ways(config)
+    top = ways["trigger"].order
+    if not top:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    routing, ultra = config.routing, ladder[0].role == "ultra"
-    for rung in RUNGS:                          # the last takes all
-        want = rung(facts, routing, ultra)
-        if want is not None:
-            break
-    assert want is not None
-    order = orders[want.role]
+    rung = _rung(facts, config.routing, top[0].role == "ultra")
+    way = ways[rung]
+    order = way.order
     full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
+    if full + most <= way.smallest and not down:
+        return Decision(order[0].name, rung, order, facts, config, down, way)
     holds = [t for t in order if full + most <= t.ctx_size or full + output_reserve(facts, t) <= t.ctx_size]
     tries = holds
     if down:
         tries = [t for t in holds if t.name not in down] or [t for t in holds if t.name not in barred] or holds[:1]
     chain = tries or [max([t for t in order if t.name not in barred] or order, key=lambda t: t.ctx_size)]
-    chosen = chain[0]
-    reason = want.reason
-    if order[0].role != want.role:
-        reason += f" (no {want.role} tier here)"
-    if not holds:
-        reason += f"; no tier holds {tokens_needed(facts, chosen):,} tokens, {chosen.name} has the largest context"
-    elif chosen is not order[0]:
-        reason += f"; {_why_not(order[0], chosen.name, facts, down, config)}, so {chosen.name}"
-    return Decision(chosen.name, want.rung, facts.tokens, reason, tuple(chain), facts, config, down)
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, way)
 
 
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
@@ -9242,15 +9245,16 @@ def _cmd_why(args: Any) -> int:
     except RecursionError:
         raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
+    why = decision.reason
     if tier is not None and tier.backend != "gguf":
         _, wrong, _ = plan_remote(tier, config, False, decision.down).refused
-        decision = decision._replace(reason=f"{decision.reason}; {wrong}" if wrong else decision.reason)
+        why += f"; {wrong}" if wrong else ""
     refused = decision.refused
     if args.json:
-        say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": decision.reason,
+        say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": why,
                         "refused": refused, "nearest": decision.nearest or None}, indent=2, ensure_ascii=False))
         return 0
-    say(f"{paint(decision.tier, '1')}: {decision.reason} (rung {decision.rung})")
+    say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
     for name, reason in refused.items():
         say(f"  not {name}: {reason}")
     if decision.nearest:
