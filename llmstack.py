@@ -70,6 +70,7 @@ import io
 import json
 import os
 import re
+import select
 import socket
 import stat
 import struct
@@ -401,7 +402,16 @@ def _outside_code(text: str) -> str:
     return "\n".join(kept)
 
 
-parse_json = json.JSONDecoder().decode          # json.loads asks on every call how it is to decode
+_DECODER = json.JSONDecoder()                   # json.loads asks on every call how it is to decode
+
+
+def parse_json(text: str) -> Any:
+    """As json.loads. Errors: ValueError, RecursionError."""
+    if text[:1] == "{":                         # decode() looks for white space on both sides, each time with a pattern
+        value, end = _DECODER.raw_decode(text)
+        if end == len(text) or not text[end:].strip(" \t\r\n"):
+            return value
+    return _DECODER.decode(text)                # and its words for what is wrong
 
 
 def inference_path(target: str) -> str:
@@ -4383,10 +4393,11 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 # - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
 #   adds what nginx does (24 us), this one 51. Between a client and an upstream that take turns on the core, a bytecode
-#   costs 1.7 times what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _orders).
+#   costs 1.7 times what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways).
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
+_POLL = getattr(select, "poll", None)
 _LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
 
 
@@ -4402,10 +4413,9 @@ def _set_patience(sock: socket.socket, milliseconds: int) -> None:
 
 def _readable(sock: socket.socket) -> bool:
     """Whether receiving would return at once: bytes have come, or the end."""
-    import select
-    if not hasattr(select, "poll"):             # Windows; elsewhere select() takes no descriptor above 1,023
+    if _POLL is None:                           # Windows; elsewhere select() takes no descriptor above 1,023
         return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()
+    poll = _POLL()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
 
@@ -4459,6 +4469,7 @@ class Client:
                 if end >= 0:
                     break
                 self._buffer = buffer
+                began = began or time.monotonic()   # a head has from its first byte on
                 if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
                     raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
             try:
@@ -4470,7 +4481,7 @@ class Client:
             except OSError:
                 return None
             if not buffer and data:
-                began = time.monotonic()        # a head has from its first byte on
+                began = 0.0                     # mostly it is there at once, and no clock is asked
             elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
                 if not buffer:
                     return None
@@ -4880,14 +4891,20 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Answer:
     """The body of one answer on its way from an upstream to a client."""
 
+    __slots__ = ("chunked", "cut", "decode", "ends", "framing", "left", "rechunk", "response", "tail")
+
     def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
         self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
-        can_chunk, is_chunked = client.minor == 1, response.framing == "chunked"
-        self.framing = ChunkFraming() if is_chunked else None
-        self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
-        self.decode = is_chunked and not can_chunk
-        self.chunked = can_chunk and (is_chunked or self.rechunk)
+        self.framing: Optional[ChunkFraming] = None
+        self.rechunk = self.decode = self.chunked = False
         self.tail = b""                         # the last bytes of an event stream so far, framing and all
+        can_chunk = client.minor == 1
+        if opened or response.framing != "length":      # an answer of known length goes on as it is
+            is_chunked = response.framing == "chunked"
+            self.framing = ChunkFraming() if is_chunked else None
+            self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
+            self.decode = is_chunked and not can_chunk
+            self.chunked = can_chunk and (is_chunked or self.rechunk)
         if not can_chunk or response.status == 101:
             client.keep_alive = False
 
@@ -4915,10 +4932,11 @@ class _Answer:
             if payload is not None:
                 data = b"".join(payload)
         elif self.response.framing == "length":
-            over = max(len(data) - self.left, 0)
-            data = data[:self.left] if over else data
-            self.left -= len(data)
-            ended = self.left == 0
+            over = len(data) - self.left
+            if over > 0:
+                data = data[:self.left]
+            self.left = max(-over, 0)
+            ended, over = over >= 0, max(over, 0)
         elif self.response.framing == "none":
             over, data, ended = len(data), b"", True
         if self.rechunk:
@@ -4992,14 +5010,14 @@ def _say_broken(client: Client, answer: _Answer, message: str) -> None:
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes], *,
-          extra: bytes = b"", drop: FrozenSet[bytes] = frozenset(), reject: Optional[Callable[[int], bool]] = None,
-          opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
+          extra: Optional[Callable[[], bytes]] = None, drop: FrozenSet[bytes] = _NO_WORDS,
+          reject: Optional[Callable[[int], bool]] = None, opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
     """Send a request upstream and pass the answer to the client.
 
-    `extra` are header lines added to the answer, `drop` headers not sent on, `reject` statuses that are not
-    passed on but returned (for the next tier to be tried), `opened` says that the head of an event stream
-    has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS). Errors: ClientGone,
-    after the upstream's connection has been closed.
+    `extra` makes header lines added to the answer, while that is waited for; `drop` are headers not sent on,
+    `reject` statuses that are not passed on but returned (for the next tier to be tried), `opened` says that the
+    head of an event stream has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS).
+    Errors: ClientGone, after the upstream's connection has been closed.
     """
     pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
     sock: Optional[socket.socket] = None
@@ -5007,16 +5025,16 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
         try:
             sock, reused = upstream.checkout(client)
             try:
-                response, data, whole = _exchange(sock, client, request.method, pieces)
+                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
             except _NoAnswer:
                 if not reused:
                     raise
                 sock.close()                    # a kept connection that died before a byte came: once more
                 sock = upstream.connect(client)
-                response, data, whole = _exchange(sock, client, request.method, pieces)
+                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
             if response.status == 101 and not request.upgrade:
                 raise UpstreamBroken("it switched protocols unasked")
-            if reject and reject(response.status):
+            if reject and response.status >= 400 and reject(response.status):
                 return Outcome("rejected", response.status, "", _retry_after_s(response))
             if opened and not (response.status == 200 and response.events):
                 return Outcome("rejected", response.status, _body_text(sock, client, response, data))
@@ -5024,7 +5042,7 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
             first = answer.take(data)
         except (OSError, UpstreamBroken, _NoAnswer) as exc:
             return Outcome("unreachable", 0, _why_unreachable(exc))
-        out = b"" if opened else _response_head(response, client, extra, answer.chunked)
+        out = b"" if opened else _response_head(response, client, lines, answer.chunked)
         client.answering = True
         if response.status == 101:
             client.send(out + data)
@@ -5040,8 +5058,9 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
             sock.close()
 
 
-def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes]) -> Tuple[Response, bytes, bool]:
-    """(head of the answer, bytes behind it, whether the request was sent whole).
+def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes],
+              extra: Optional[Callable[[], bytes]]) -> Tuple[Response, bytes, bool, bytes]:
+    """(head of the answer, bytes behind it, whether the request was sent whole, what `extra` made meanwhile).
 
     Errors: _NoAnswer, UpstreamBroken, ClientGone.
     """
@@ -5049,7 +5068,9 @@ def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence
         whole = _send_upstream(sock, pieces, client)
     except OSError:
         raise _NoAnswer from None
-    return (*_receive_head(sock, client, method), whole)
+    lines = extra() if extra else b""           # now: the model is at work, and nobody waits for this thread
+    response, data = _receive_head(sock, client, method)
+    return response, data, whole, lines
 
 
 def _retry_after_s(response: Response) -> float:
@@ -5220,12 +5241,15 @@ class Breaker:
         return {t: reason for t, (_, reason) in list(self._down.items())}
 
 
-def falls_through(status: int, hosted: bool) -> bool:
+def falls_through(status: int, hosted: bool = False) -> bool:
     """True for an upstream's status that another tier may do better on; a 400 is the request's own fault.
 
     For a hosted tier also 402 (its credit is used up) and 404 (its provider has retired the model).
     """
     return status in (401, 403, 429) or status >= 500 or (hosted and status in (402, 404))
+
+
+_HOSTED_FALLS_THROUGH = functools.partial(falls_through, hosted=True)
 
 
 class Host(Upstream):
@@ -5442,9 +5466,9 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        path, inference, drop = request.notes.get("route") or self._route(request)
+        path, inference, target, drop = request.notes.get("route") or self._route(request)
         if inference:
-            self._infer(client, request, inference, drop)
+            self._infer(client, request, inference, target, drop)
         elif request.method in ("GET", "HEAD") and path == "/models.ini":
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
@@ -5458,18 +5482,21 @@ class RouterApp(App):
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
 
-    def _route(self, request: Request) -> Tuple[str, str, FrozenSet[bytes]]:
-        """(path, canonical inference path or "", headers not sent on), from the head alone. Errors: HttpError 401, 403."""
+    def _route(self, request: Request) -> Tuple[str, str, str, FrozenSet[bytes]]:
+        """(path, canonical inference path or "", that with the query, headers not sent on), from the head alone.
+
+        Errors: HttpError 401, 403.
+        """
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
         drop = self._check_key(request) if self._key else _NO_WORDS
         if not self._loopback:                  # judged here; the engine on loopback would refuse it
             drop = drop | {b"origin"}
-        path = request.target.partition("?")[0]
+        path, mark, query = request.target.partition("?")
         inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
-        request.notes["route"] = path, inference, drop
-        return path, inference, drop
+        route = request.notes["route"] = path, inference, inference + mark + query, drop
+        return route
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -5550,7 +5577,7 @@ class RouterApp(App):
 
     # ---- inference
 
-    def _infer(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
+    def _infer(self, client: Client, request: Request, path: str, target: str, drop: FrozenSet[bytes]) -> None:
         began = time.monotonic()
         body = client.read_body(request)
         try:
@@ -5578,9 +5605,7 @@ class RouterApp(App):
         if self._hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, self._barred)
-        query = request.target.partition("?")[2]
-        target = f"{path}?{query}" if query else path
-        self._try_tiers(client, request, target, body, asked, decision, drop, began)
+        self._try_tiers(client, request, path, target, body, asked, decision, drop, began)
 
     def _ask_hosted(self, client: Client, request: Request, path: str, body: bytes, asked: Any, drop: FrozenSet[bytes]) -> bool:
         """Answer a request that names a hosted tier; False for any other. Errors: HttpError 401, 403."""
@@ -5591,7 +5616,7 @@ class RouterApp(App):
             raise HttpError(*remote.refused)
         target = path + request.target[request.target.find("?"):] if "?" in request.target else path
         outcome = self._relay_hosted(client, request, target, body, asked, remote, drop)
-        self._finish(client, outcome, f"{path} {remote.tier.name}", b"", remote.host)
+        self._finish(client, outcome, f"{path} {remote.tier.name}", host=remote.host)
         return True
 
     def _relay_hosted(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any], remote: Remote,
@@ -5603,44 +5628,55 @@ class RouterApp(App):
             upstream, drop = remote.host, _NO_WORDS
         return relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
 
-    def _try_tiers(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any],
+    def _try_tiers(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
                    decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
         """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
         fallbacks: List[str] = []
+        reason = ""
+
+        def headers() -> bytes:
+            nonlocal reason
+            reason = reason or decision.reason
+            return decision_headers(decision, name, fallbacks, reason)
+
         for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
             name, hosted = tier.name, tier.backend != "gguf"
             remote = self._remotes.get(name)
-            extra = decision_headers(decision, name, fallbacks)
-            reject = functools.partial(falls_through, hosted=hosted) if following else None
+            reject = None if following is None else _HOSTED_FALLS_THROUGH if hosted else falls_through
             try:
                 if remote is None:
                     outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
-                                    extra=extra, drop=drop, reject=reject, ends=STREAM_ENDS.get(target.partition("?")[0], ()))
+                                    extra=headers, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
                 elif remote.refused[0]:         # no other tier holds it
                     outcome = Outcome("refused", remote.refused[0])
-                    client.reply_error(*remote.refused, extra)
+                    client.reply_error(*remote.refused, headers())
                 else:
-                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=extra, reject=reject)
+                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=headers, reject=reject)
             except ClientGone:
-                self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; the client left after"
+                self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; the client left after"
                               f" {(time.monotonic() - began) * 1000:,.0f} ms")
                 raise
             host = remote.host if remote else None
+            if outcome.state == "done" and outcome.status < 400:
+                if hosted:
+                    self._breaker.answered(name)
+                break
             if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
                 self._breaker.trip(name, outcome.detail, growing=True)
             elif outcome.state != "refused" and (outcome.state == "rejected" or falls_through(outcome.status, hosted)):
                 self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s, hosted)
-            elif hosted and outcome.state == "done":
+            elif hosted and outcome.state == "done":     # the request's own fault
                 self._breaker.answered(name)
             if outcome.state not in ("rejected", "unreachable") or following is None:
                 break
             fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
         ms = (time.monotonic() - began) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; {outcome.status or outcome.state} in {ms:,.0f} ms"
-                      + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", extra, host)
+        self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; {outcome.status or outcome.state}"
+                      f" in {ms:,.0f} ms" + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
+        self._finish(client, outcome, f"auto -> {name}", headers, host)
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"", host: Optional[Host] = None) -> None:
+    def _finish(self, client: Client, outcome: Outcome, what: str, extra: Optional[Callable[[], bytes]] = None,
+                host: Optional[Host] = None) -> None:
         """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
@@ -5650,7 +5686,7 @@ class RouterApp(App):
             message = (f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
                        if host is None else f"no answer from {host.url} ({outcome.detail})")
             self.log.warning(f"{what}: {message}")
-            client.reply_error(502, message, "upstream_error", extra)
+            client.reply_error(502, message, "upstream_error", extra() if extra else b"")
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -5661,9 +5697,10 @@ def _json_of(request: Request, body: bytes) -> Any:
         return None
 
 
-def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str]) -> bytes:
-    """The X-LLMStack-* lines of an answer."""
-    lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {decision.reason}\r\n"
+def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], reason: str = "") -> bytes:
+    """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
+    reason = reason or decision.reason
+    lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
