@@ -4392,8 +4392,10 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 # - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 51. Between a client and an upstream that take turns on the core, a bytecode
-#   costs 1.7 times what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways).
+#   adds what nginx does (24 us), this one 57. Between a client and an upstream that take turns on the core, a bytecode
+#   costs twice what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways), and
+#   what only the answer's head needs while the upstream is at work. To compare two versions, turn off the random
+#   addresses (`setarch -R`): where the libraries land moves the figure by 10 us from one start to the next.
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
