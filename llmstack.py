@@ -70,6 +70,7 @@ import io
 import json
 import os
 import re
+import select
 import socket
 import stat
 import struct
@@ -401,7 +402,16 @@ def _outside_code(text: str) -> str:
     return "\n".join(kept)
 
 
-parse_json = json.JSONDecoder().decode          # json.loads asks on every call how it is to decode
+_DECODER = json.JSONDecoder()                   # json.loads asks on every call how it is to decode
+
+
+def parse_json(text: str) -> Any:
+    """As json.loads. Errors: ValueError, RecursionError."""
+    if text[:1] == "{":                         # decode() looks for white space on both sides, each time with a pattern
+        value, end = _DECODER.raw_decode(text)
+        if end == len(text) or not text[end:].strip(" \t\r\n"):
+            return value
+    return _DECODER.decode(text)                # and its words for what is wrong
 
 
 def inference_path(target: str) -> str:
@@ -560,9 +570,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         elif role in ("system", "developer"):
             systems.append(content)
     asked = 0
-    for key, value in body.items():
-        if key not in _COUNTED_KEYS:
-            continue
+    for key in _COUNTED_KEYS.intersection(body):
+        value = body[key]
         if key in _OUTPUT_KEYS:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 asked = max(asked, value)
@@ -576,51 +585,35 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             elif key == "prompt" and not messages and isinstance(value, str):
                 turns, last = 1, value
     model = body.get("model")
-    trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems]) if triggers else ""
+    trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
                  tally.pictures, turns, asked, trigger)
 
 
-class _Want(NamedTuple):
-    role: str
-    rung: str
-    reason: str
+# Rung -> the role it asks for, and its reason but for what the request brings.
+RUNGS: Dict[str, Tuple[str, Callable[[Routing], str]]] = {
+    "fim": ("fast", lambda r: "infill belongs to the fast tier"),
+    "trigger": ("ultra", lambda r: "{trigger} asks for the top tier"),
+    "high": ("ultra", lambda r: f"{{tokens}} tokens <= {r.high_fidelity_ceiling:,}: top tier"),
+    "mid": ("agent", lambda r: f"{{tokens}} tokens <= {r.mid_fidelity_ceiling:,}: heavy local coder"),
+    "floor": ("agent", lambda r: f"{{tokens}} tokens, {{turns}} user turns >= {r.multi_turn}: keep the heavy coder"),
+    "long": ("fast", lambda r: f"{{tokens}} tokens > {r.mid_fidelity_ceiling:,}: stepping down to the long window"),
+}
 
 
-def _rung_fim(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    return _Want("fast", "fim", "infill belongs to the fast tier") if f.fim else None
-
-
-def _rung_trigger(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    return _Want("ultra", "trigger", f"{f.trigger} asks for the top tier") if f.trigger and ultra else None
-
-
-def _rung_high(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
+def _rung(f: Facts, r: Routing, ultra: bool) -> str:
+    """First match wins; the order is the specification's table."""
+    if f.fim:
+        return "fim"
+    if f.trigger and ultra:
+        return "trigger"
     tokens = f.tokens
-    if tokens > r.high_fidelity_ceiling:
-        return None
-    return _Want("ultra", "high", f"{tokens:,} tokens <= {r.high_fidelity_ceiling:,}: top tier")
-
-
-def _rung_mid(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    if f.tokens > r.mid_fidelity_ceiling:
-        return None
-    return _Want("agent", "mid", f"{f.tokens:,} tokens <= {r.mid_fidelity_ceiling:,}: heavy local coder")
-
-
-def _rung_floor(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    if f.turns < r.multi_turn:
-        return None
-    return _Want("agent", "floor", f"{f.tokens:,} tokens, {f.turns} user turns >= {r.multi_turn}: keep the heavy coder")
-
-
-def _rung_long(f: Facts, r: Routing, ultra: bool) -> Optional[_Want]:
-    return _Want("fast", "long", f"{f.tokens:,} tokens > {r.mid_fidelity_ceiling:,}: stepping down to the long window")
-
-
-# First match wins; the order is the specification's table.
-RUNGS = (_rung_fim, _rung_trigger, _rung_high, _rung_mid, _rung_floor, _rung_long)
+    if tokens <= r.high_fidelity_ceiling:
+        return "high"
+    if tokens <= r.mid_fidelity_ceiling:
+        return "mid"
+    return "floor" if f.turns >= r.multi_turn else "long"
 
 
 def output_reserve(facts: Facts, tier: Tier) -> int:
@@ -633,21 +626,33 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-_Orders = Dict[str, Tuple[Tier, ...]]
-_ORDERS: Dict[Tuple[int, bool], Tuple[Tuple[Tier, ...], _Orders]] = {}     # by id(): a hash of all that tiers hold costs as much
+class _Way(NamedTuple):
+    """Where a rung leads, as far as models.ini alone says it."""
+
+    order: Tuple[Tier, ...]                     # the role's tier and those below, then those above, nearest first
+    smallest: int                               # context of the smallest of these: what it holds, all hold
+    why: str
 
 
-def _orders(tiers: Tuple[Tier, ...], local_only: bool) -> _Orders:
-    """Role -> the ladder in the order it is tried from there: it and those below, then those above, nearest first."""
-    key = id(tiers), local_only
-    known = _ORDERS.get(key)
-    if known is None or known[0] is not tiers:
-        if len(_ORDERS) > 16:
-            _ORDERS.clear()
-        ladder = Config(tiers, local_only=local_only).ladder
-        above = {role: sum(t.role in LADDER_ROLES[:i] for t in ladder) for i, role in enumerate(LADDER_ROLES)}
-        known = _ORDERS[key] = tiers, {role: (*ladder[n:], *ladder[:n][::-1]) for role, n in above.items()}
+_WAYS: Dict[int, Tuple[Config, Dict[str, _Way]]] = {}     # by id(): a hash of all that a Config holds costs as much
+
+
+def _ways(config: Config) -> Dict[str, _Way]:
+    """Rung -> its way, worked out once for a configuration."""
+    known = _WAYS.get(id(config))
+    if known is None or known[0] is not config:
+        if len(_WAYS) > 16:
+            _WAYS.clear()
+        known = _WAYS[id(config)] = config, {rung: _way(config, role, why) for rung, (role, why) in RUNGS.items()}
     return known[1]
+
+
+def _way(config: Config, role: str, why: Callable[[Routing], str]) -> _Way:
+    ladder = config.ladder
+    above = sum(t.role in LADDER_ROLES[:LADDER_ROLES.index(role)] for t in ladder)
+    order = (*ladder[above:], *ladder[:above][::-1])
+    missing = f" (no {role} tier here)" if not order or order[0].role != role else ""
+    return _Way(order, min((t.ctx_size for t in order), default=0), why(config.routing) + missing)
 
 
 class Decision(NamedTuple):
@@ -655,12 +660,30 @@ class Decision(NamedTuple):
 
     tier: str
     rung: str                                   # explicit | fim | trigger | high | mid | floor | long
-    tokens: int
-    reason: str
     chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
     facts: Facts
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    way: _Way = _Way((), 0, "asked for by name")
+
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    @property
+    def reason(self) -> str:
+        """Why this tier, in words: made when they are asked for, not while the request waits."""
+        facts, way = self.facts, self.way
+        reason = way.why.format(trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns)
+        if self.chain is way.order or not self.chain:       # all tiers hold it and none is left alone; or it was named
+            return reason
+        best, chosen = way.order[0], self.chain[0]
+        need = tokens_needed(facts, chosen)
+        if need > chosen.ctx_size:
+            reason += f"; no tier holds {need:,} tokens, {chosen.name} has the largest context"
+        elif chosen is not best:
+            reason += f"; {_why_not(best, chosen.name, facts, self.down, self.config)}, so {chosen.name}"
+        return reason
 
     @property
     def refused(self) -> Dict[str, str]:
@@ -685,33 +708,23 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     barred = barred or {}
     down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
-        return Decision(facts.model, "explicit", facts.tokens, "asked for by name", (), facts, config, down)
-    orders = _orders(config.tiers, config.local_only)
-    ladder = orders[LADDER_ROLES[0]]
-    if not ladder:
+        return Decision(facts.model, "explicit", (), facts, config, down)
+    ways = _ways(config)
+    top = ways["trigger"].order
+    if not top:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    routing, ultra = config.routing, ladder[0].role == "ultra"
-    for rung in RUNGS:                          # the last takes all
-        want = rung(facts, routing, ultra)
-        if want is not None:
-            break
-    assert want is not None
-    order = orders[want.role]
+    rung = _rung(facts, config.routing, top[0].role == "ultra")
+    way = ways[rung]
+    order = way.order
     full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
+    if full + most <= way.smallest and not down:
+        return Decision(order[0].name, rung, order, facts, config, down, way)
     holds = [t for t in order if full + most <= t.ctx_size or full + output_reserve(facts, t) <= t.ctx_size]
     tries = holds
     if down:
         tries = [t for t in holds if t.name not in down] or [t for t in holds if t.name not in barred] or holds[:1]
     chain = tries or [max([t for t in order if t.name not in barred] or order, key=lambda t: t.ctx_size)]
-    chosen = chain[0]
-    reason = want.reason
-    if order[0].role != want.role:
-        reason += f" (no {want.role} tier here)"
-    if not holds:
-        reason += f"; no tier holds {tokens_needed(facts, chosen):,} tokens, {chosen.name} has the largest context"
-    elif chosen is not order[0]:
-        reason += f"; {_why_not(order[0], chosen.name, facts, down, config)}, so {chosen.name}"
-    return Decision(chosen.name, want.rung, facts.tokens, reason, tuple(chain), facts, config, down)
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, way)
 
 
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
@@ -4457,11 +4470,14 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
 # - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 # - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 51. Between a client and an upstream that take turns on the core, a bytecode
-#   costs 1.7 times what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _orders).
+#   adds what nginx does (24 us), this one 57. Between a client and an upstream that take turns on the core, a bytecode
+#   costs twice what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways), and
+#   what only the answer's head needs while the upstream is at work. To compare two versions, turn off the random
+#   addresses (`setarch -R`): where the libraries land moves the figure by 10 us from one start to the next.
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
+_POLL = getattr(select, "poll", None)
 _LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
 
 
@@ -4477,10 +4493,9 @@ def _set_patience(sock: socket.socket, milliseconds: int) -> None:
 
 def _readable(sock: socket.socket) -> bool:
     """Whether receiving would return at once: bytes have come, or the end."""
-    import select
-    if not hasattr(select, "poll"):             # Windows; elsewhere select() takes no descriptor above 1,023
+    if _POLL is None:                           # Windows; elsewhere select() takes no descriptor above 1,023
         return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()
+    poll = _POLL()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
 
@@ -4534,6 +4549,7 @@ class Client:
                 if end >= 0:
                     break
                 self._buffer = buffer
+                began = began or time.monotonic()   # a head has from its first byte on
                 if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
                     raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
             try:
@@ -4545,7 +4561,7 @@ class Client:
             except OSError:
                 return None
             if not buffer and data:
-                began = time.monotonic()        # a head has from its first byte on
+                began = 0.0                     # mostly it is there at once, and no clock is asked
             elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
                 if not buffer:
                     return None
@@ -4955,14 +4971,20 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Answer:
     """The body of one answer on its way from an upstream to a client."""
 
+    __slots__ = ("chunked", "cut", "decode", "ends", "framing", "left", "rechunk", "response", "tail")
+
     def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
         self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
-        can_chunk, is_chunked = client.minor == 1, response.framing == "chunked"
-        self.framing = ChunkFraming() if is_chunked else None
-        self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
-        self.decode = is_chunked and not can_chunk
-        self.chunked = can_chunk and (is_chunked or self.rechunk)
+        self.framing: Optional[ChunkFraming] = None
+        self.rechunk = self.decode = self.chunked = False
         self.tail = b""                         # the last bytes of an event stream so far, framing and all
+        can_chunk = client.minor == 1
+        if opened or response.framing != "length":      # an answer of known length goes on as it is
+            is_chunked = response.framing == "chunked"
+            self.framing = ChunkFraming() if is_chunked else None
+            self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
+            self.decode = is_chunked and not can_chunk
+            self.chunked = can_chunk and (is_chunked or self.rechunk)
         if not can_chunk or response.status == 101:
             client.keep_alive = False
 
@@ -4990,10 +5012,11 @@ class _Answer:
             if payload is not None:
                 data = b"".join(payload)
         elif self.response.framing == "length":
-            over = max(len(data) - self.left, 0)
-            data = data[:self.left] if over else data
-            self.left -= len(data)
-            ended = self.left == 0
+            over = len(data) - self.left
+            if over > 0:
+                data = data[:self.left]
+            self.left = max(-over, 0)
+            ended, over = over >= 0, max(over, 0)
         elif self.response.framing == "none":
             over, data, ended = len(data), b"", True
         if self.rechunk:
@@ -5067,14 +5090,14 @@ def _say_broken(client: Client, answer: _Answer, message: str) -> None:
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes], *,
-          extra: bytes = b"", drop: FrozenSet[bytes] = frozenset(), reject: Optional[Callable[[int], bool]] = None,
-          opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
+          extra: Optional[Callable[[], bytes]] = None, drop: FrozenSet[bytes] = _NO_WORDS,
+          reject: Optional[Callable[[int], bool]] = None, opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
     """Send a request upstream and pass the answer to the client.
 
-    `extra` are header lines added to the answer, `drop` headers not sent on, `reject` statuses that are not
-    passed on but returned (for the next tier to be tried), `opened` says that the head of an event stream
-    has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS). Errors: ClientGone,
-    after the upstream's connection has been closed.
+    `extra` makes header lines added to the answer, while that is waited for; `drop` are headers not sent on,
+    `reject` statuses that are not passed on but returned (for the next tier to be tried), `opened` says that the
+    head of an event stream has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS).
+    Errors: ClientGone, after the upstream's connection has been closed.
     """
     pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
     sock: Optional[socket.socket] = None
@@ -5082,16 +5105,16 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
         try:
             sock, reused = upstream.checkout(client)
             try:
-                response, data, whole = _exchange(sock, client, request.method, pieces)
+                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
             except _NoAnswer:
                 if not reused:
                     raise
                 sock.close()                    # a kept connection that died before a byte came: once more
                 sock = upstream.connect(client)
-                response, data, whole = _exchange(sock, client, request.method, pieces)
+                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
             if response.status == 101 and not request.upgrade:
                 raise UpstreamBroken("it switched protocols unasked")
-            if reject and reject(response.status):
+            if reject and response.status >= 400 and reject(response.status):
                 return Outcome("rejected", response.status, "", _retry_after_s(response))
             if opened and not (response.status == 200 and response.events):
                 return Outcome("rejected", response.status, _body_text(sock, client, response, data))
@@ -5099,7 +5122,7 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
             first = answer.take(data)
         except (OSError, UpstreamBroken, _NoAnswer) as exc:
             return Outcome("unreachable", 0, _why_unreachable(exc))
-        out = b"" if opened else _response_head(response, client, extra, answer.chunked)
+        out = b"" if opened else _response_head(response, client, lines, answer.chunked)
         client.answering = True
         if response.status == 101:
             client.send(out + data)
@@ -5115,8 +5138,9 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
             sock.close()
 
 
-def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes]) -> Tuple[Response, bytes, bool]:
-    """(head of the answer, bytes behind it, whether the request was sent whole).
+def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes],
+              extra: Optional[Callable[[], bytes]]) -> Tuple[Response, bytes, bool, bytes]:
+    """(head of the answer, bytes behind it, whether the request was sent whole, what `extra` made meanwhile).
 
     Errors: _NoAnswer, UpstreamBroken, ClientGone.
     """
@@ -5124,7 +5148,9 @@ def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence
         whole = _send_upstream(sock, pieces, client)
     except OSError:
         raise _NoAnswer from None
-    return (*_receive_head(sock, client, method), whole)
+    lines = extra() if extra else b""           # now: the model is at work, and nobody waits for this thread
+    response, data = _receive_head(sock, client, method)
+    return response, data, whole, lines
 
 
 def _retry_after_s(response: Response) -> float:
@@ -5295,12 +5321,15 @@ class Breaker:
         return {t: reason for t, (_, reason) in list(self._down.items())}
 
 
-def falls_through(status: int, hosted: bool) -> bool:
+def falls_through(status: int, hosted: bool = False) -> bool:
     """True for an upstream's status that another tier may do better on; a 400 is the request's own fault.
 
     For a hosted tier also 402 (its credit is used up) and 404 (its provider has retired the model).
     """
     return status in (401, 403, 429) or status >= 500 or (hosted and status in (402, 404))
+
+
+_HOSTED_FALLS_THROUGH = functools.partial(falls_through, hosted=True)
 
 
 class Host(Upstream):
@@ -5517,9 +5546,9 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        path, inference, drop = request.notes.get("route") or self._route(request)
+        path, inference, target, drop = request.notes.get("route") or self._route(request)
         if inference:
-            self._infer(client, request, inference, drop)
+            self._infer(client, request, inference, target, drop)
         elif request.method in ("GET", "HEAD") and path == "/models.ini":
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
@@ -5533,18 +5562,21 @@ class RouterApp(App):
             outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
             self._finish(client, outcome, f"{request.method} {path}")
 
-    def _route(self, request: Request) -> Tuple[str, str, FrozenSet[bytes]]:
-        """(path, canonical inference path or "", headers not sent on), from the head alone. Errors: HttpError 401, 403."""
+    def _route(self, request: Request) -> Tuple[str, str, str, FrozenSet[bytes]]:
+        """(path, canonical inference path or "", that with the query, headers not sent on), from the head alone.
+
+        Errors: HttpError 401, 403.
+        """
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
         drop = self._check_key(request) if self._key else _NO_WORDS
         if not self._loopback:                  # judged here; the engine on loopback would refuse it
             drop = drop | {b"origin"}
-        path = request.target.partition("?")[0]
+        path, mark, query = request.target.partition("?")
         inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
-        request.notes["route"] = path, inference, drop
-        return path, inference, drop
+        route = request.notes["route"] = path, inference, inference + mark + query, drop
+        return route
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -5625,7 +5657,7 @@ class RouterApp(App):
 
     # ---- inference
 
-    def _infer(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
+    def _infer(self, client: Client, request: Request, path: str, target: str, drop: FrozenSet[bytes]) -> None:
         began = time.monotonic()
         body = client.read_body(request)
         try:
@@ -5653,9 +5685,7 @@ class RouterApp(App):
         if self._hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, self._barred)
-        query = request.target.partition("?")[2]
-        target = f"{path}?{query}" if query else path
-        self._try_tiers(client, request, target, body, asked, decision, drop, began)
+        self._try_tiers(client, request, path, target, body, asked, decision, drop, began)
 
     def _ask_hosted(self, client: Client, request: Request, path: str, body: bytes, asked: Any, drop: FrozenSet[bytes]) -> bool:
         """Answer a request that names a hosted tier; False for any other. Errors: HttpError 401, 403."""
@@ -5666,7 +5696,7 @@ class RouterApp(App):
             raise HttpError(*remote.refused)
         target = path + request.target[request.target.find("?"):] if "?" in request.target else path
         outcome = self._relay_hosted(client, request, target, body, asked, remote, drop)
-        self._finish(client, outcome, f"{path} {remote.tier.name}", b"", remote.host)
+        self._finish(client, outcome, f"{path} {remote.tier.name}", host=remote.host)
         return True
 
     def _relay_hosted(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any], remote: Remote,
@@ -5678,44 +5708,55 @@ class RouterApp(App):
             upstream, drop = remote.host, _NO_WORDS
         return relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
 
-    def _try_tiers(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any],
+    def _try_tiers(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
                    decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
         """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
         fallbacks: List[str] = []
+        reason = ""
+
+        def headers() -> bytes:
+            nonlocal reason
+            reason = reason or decision.reason
+            return decision_headers(decision, name, fallbacks, reason)
+
         for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
             name, hosted = tier.name, tier.backend != "gguf"
             remote = self._remotes.get(name)
-            extra = decision_headers(decision, name, fallbacks)
-            reject = functools.partial(falls_through, hosted=hosted) if following else None
+            reject = None if following is None else _HOSTED_FALLS_THROUGH if hosted else falls_through
             try:
                 if remote is None:
                     outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
-                                    extra=extra, drop=drop, reject=reject, ends=STREAM_ENDS.get(target.partition("?")[0], ()))
+                                    extra=headers, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
                 elif remote.refused[0]:         # no other tier holds it
                     outcome = Outcome("refused", remote.refused[0])
-                    client.reply_error(*remote.refused, extra)
+                    client.reply_error(*remote.refused, headers())
                 else:
-                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=extra, reject=reject)
+                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=headers, reject=reject)
             except ClientGone:
-                self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; the client left after"
+                self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; the client left after"
                               f" {(time.monotonic() - began) * 1000:,.0f} ms")
                 raise
             host = remote.host if remote else None
+            if outcome.state == "done" and outcome.status < 400:
+                if hosted:
+                    self._breaker.answered(name)
+                break
             if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
                 self._breaker.trip(name, outcome.detail, growing=True)
             elif outcome.state != "refused" and (outcome.state == "rejected" or falls_through(outcome.status, hosted)):
                 self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s, hosted)
-            elif hosted and outcome.state == "done":
+            elif hosted and outcome.state == "done":     # the request's own fault
                 self._breaker.answered(name)
             if outcome.state not in ("rejected", "unreachable") or following is None:
                 break
             fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
         ms = (time.monotonic() - began) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {decision.reason}; {outcome.status or outcome.state} in {ms:,.0f} ms"
-                      + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", extra, host)
+        self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; {outcome.status or outcome.state}"
+                      f" in {ms:,.0f} ms" + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
+        self._finish(client, outcome, f"auto -> {name}", headers, host)
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, extra: bytes = b"", host: Optional[Host] = None) -> None:
+    def _finish(self, client: Client, outcome: Outcome, what: str, extra: Optional[Callable[[], bytes]] = None,
+                host: Optional[Host] = None) -> None:
         """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
@@ -5725,7 +5766,7 @@ class RouterApp(App):
             message = (f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
                        if host is None else f"no answer from {host.url} ({outcome.detail})")
             self.log.warning(f"{what}: {message}")
-            client.reply_error(502, message, "upstream_error", extra)
+            client.reply_error(502, message, "upstream_error", extra() if extra else b"")
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -5736,9 +5777,10 @@ def _json_of(request: Request, body: bytes) -> Any:
         return None
 
 
-def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str]) -> bytes:
-    """The X-LLMStack-* lines of an answer."""
-    lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {decision.reason}\r\n"
+def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], reason: str = "") -> bytes:
+    """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
+    reason = reason or decision.reason
+    lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
@@ -9433,15 +9475,16 @@ def _cmd_why(args: Any) -> int:
     except RecursionError:
         raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
+    why = decision.reason
     if tier is not None and tier.backend != "gguf":
         _, wrong, _ = plan_remote(tier, config, False, decision.down).refused
-        decision = decision._replace(reason=f"{decision.reason}; {wrong}" if wrong else decision.reason)
+        why += f"; {wrong}" if wrong else ""
     refused = decision.refused
     if args.json:
-        say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": decision.reason,
+        say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": why,
                         "refused": refused, "nearest": decision.nearest or None}, indent=2, ensure_ascii=False))
         return 0
-    say(f"{paint(decision.tier, '1')}: {decision.reason} (rung {decision.rung})")
+    say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
     for name, reason in refused.items():
         say(f"  not {name}: {reason}")
     if decision.nearest:
