@@ -120,6 +120,7 @@ MEASURES = (  # the rows of the table: key, label, unit, digits
     ("added_ms", "one at a time, added", "ms", 3),
     ("requests", "16 at a time", "requests/s", 0),
     ("events", "16 streams of 500 events", "events/s", 0),
+    ("event_cpu_us", "  processor time of an event", "us", 2),
     ("live_events", "64 live streams", "events/s", 0),
     ("live_first_ms", "64 live, first event, median", "ms", 1),
     ("live_first_max_ms", "64 live, first event, slowest", "ms", 1),
@@ -351,6 +352,14 @@ def measure_streams(port: int, effort: Effort) -> dict[str, float]:
     return {"events": STREAM_EVENTS * len(done) / taken_s}
 
 
+def measure_event_cpu(child: Child, port: int, effort: Effort) -> dict[str, float]:
+    """The same, by what an event costs the subject: the stub sends no faster than it can, whoever stands between."""
+    before_s = child.processor_s()
+    done, _ = _keep_asking(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
+    used_s = child.processor_s() - before_s
+    return {"event_cpu_us": used_s * 1e6 / (STREAM_EVENTS * len(done))} if used_s else {}
+
+
 def measure_live(port: int, _effort: Effort) -> dict[str, float]:
     """64 streams that start together and have an event every 5 ms each."""
     done, taken_s = _keep_asking(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
@@ -494,6 +503,16 @@ class Child:
             found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE)
             return int(found.group(1)) * 1024 if found else 0
         return int(_output_of(["ps", "-o", "rss=", "-p", str(self.process.pid)])) * 1024
+
+    def processor_s(self) -> float:
+        """The processor time that the process and what it started have used; 0.0 where /proc does not tell."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[2]) == self.process.pid:      # its group, which it leads
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
 
     def last_words(self) -> str:
         """The last line of standard error, for a failure's message."""
@@ -812,6 +831,8 @@ def _run_round(children: Children, field: Field, effort: Effort, results: Result
     for measure in (measure_requests, measure_streams, measure_live):
         for each in sound:
             results.attempt(each.name, measure.__name__, measure, each.port, effort)
+    for each in sound:
+        results.attempt(each.name, "measure_event_cpu", measure_event_cpu, each.child, each.port, effort)
     _take_latencies(results, sound, "big_ms", BIG_PROMPT, effort.big_s)
     for each in order:
         if each.has_boot:
