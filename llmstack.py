@@ -4060,10 +4060,10 @@ def trust_project(places: Places, *parts: str) -> None:
         record_trust(places, *parts)
 
 
-def record_trust(places: Places, *parts: str) -> None:
-    """trust_project, for who holds the trust_lock."""
+def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = None) -> None:
+    """trust_project, for who holds the trust_lock; of what was `seen` before, where somebody was shown it meanwhile."""
     known = _read_json(trust_file(places.data))
-    mine, now = known.get(os.path.realpath(places.state)), project_digests(places)
+    mine, now = known.get(os.path.realpath(places.state)), seen or project_digests(places)
     known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
     known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
     write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
@@ -5309,7 +5309,9 @@ class Breaker:
         self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
 
     def answered(self, tier: str) -> None:
+        """It works: nothing is held against it any more."""
         self._strikes.pop(tier, None)
+        self._down.pop(tier, None)
 
     def down(self) -> Dict[str, str]:
         """Tier -> reason, those still left alone."""
@@ -5706,7 +5708,10 @@ class RouterApp(App):
         if remote.host is not None:
             request, target = host_request(request, remote, target)
             upstream, drop = remote.host, _NO_WORDS
-        return relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
+        outcome = relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(remote.tier.name)
+        return outcome
 
     def _try_tiers(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
                    decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
@@ -5738,8 +5743,6 @@ class RouterApp(App):
                 raise
             host = remote.host if remote else None
             if outcome.state == "done" and outcome.status < 400:
-                if hosted:
-                    self._breaker.answered(name)
                 break
             if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
                 self._breaker.trip(name, outcome.detail, growing=True)
@@ -8525,6 +8528,9 @@ def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
         yield ".".join(("opencode.json", *path)), value if isinstance(value, str) else json.dumps(value)
 
 
+SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
+
+
 def trust_facts(places: Places) -> List[Tuple[str, str]]:
     """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
     texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
@@ -8535,6 +8541,10 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
                 rows += _leaves(json.loads(text), ())
             except (ValueError, RecursionError):
                 rows.append((name, "is not plain JSON; read it yourself"))
+        elif name in _RUN_FILES:                # modules that LiteLLM imports, hosts that get a key: anything may matter
+            lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            rows += [(name, line) for line in lines[:SHOWN_LINES]]
+            rows += [(name, f"and {len(lines) - SHOWN_LINES} more lines")] if len(lines) > SHOWN_LINES else []
         elif text:
             rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
     return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
@@ -9335,8 +9345,10 @@ def _cmd_trust(args: Any) -> int:
         places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
+    seen = project_digests(places)              # first: what changes behind it is not trusted
     rows = trust_facts(places)
-    trust_project(places)
+    with trust_lock(places):
+        record_trust(places, seen=seen)
     width = max([len(visible(name, 80)) for name, _ in rows] + [7])
     for name, value in [("project", places.work), *rows]:
         say(f"{visible(name, 80):<{width}}  {visible(value)}")

@@ -485,6 +485,15 @@ def test_an_answer_ends_the_growing(start: Start) -> None:
     assert rig.app._breaker.down() == {}
 
 
+def test_a_tier_that_answers_by_name_is_auto_s_again(start: Start) -> None:
+    failing = [True, False]
+    rig = start(host=reply_with(lambda m: answer(b"{}", "500 Oh") if failing.pop(0) else OK))
+    rig.ask(chat())
+    assert "code-ultra" in rig.app._breaker.down()
+    assert rig.ask(chat("code-ultra")).status == 200
+    assert rig.app._breaker.down() == {}
+
+
 def test_a_host_that_hangs_up_trips_the_breaker_and_is_not_offline(start: Start) -> None:
     rig = start(host=reply_with(lambda m: None))
     got = rig.ask(chat())

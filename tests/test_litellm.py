@@ -828,7 +828,7 @@ def test_restart_next_asks_the_next_model(stack: Stack) -> None:
     path.write_text(text.replace("      model: openai/gpt-later", "      <<: *scripted\n      model: openai/gpt-later"))
     assert yaml.safe_load(path.read_text())["model_list"][2]["litellm_params"]["api_base"] == base
     stack.run("trust")
-    assert stack.run("start", "--next", "--detach").returncode == 0
+    assert stack.run("restart", "--next", "--detach").returncode == 0
     answer = stack.chat("auto")
     assert answer.status == 200, answer.body
     assert (answer.headers["X-LLMStack-Model"], Provider.asked[-1][2]["model"]) == ("code-ultra", "gpt-later")

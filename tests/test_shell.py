@@ -786,6 +786,31 @@ def test_trust_shows_what_it_trusts_without_control_characters(capsys: pytest.Ca
     assert llmstack.is_trusted(places_of(project), "run")
 
 
+def test_trust_shows_what_litellm_would_import_and_where_it_would_send(capsys: pytest.CaptureFixture[str]) -> None:
+    project = make_project(Path.cwd(), "current\n", trusted=False)
+    (project / ".llmstack" / "litellm_config.yaml").write_text(
+        "# nothing\nlitellm_settings:\n  callbacks: evil.hook\n" + "".join(f"k{n}: v\n" for n in range(200)))
+    assert llmstack.main(["trust"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "litellm_config.yaml callbacks: evil.hook" in lines
+    assert "litellm_config.yaml and 102 more lines" in lines
+    assert not any("nothing" in line for line in lines)
+
+
+def test_what_changes_while_trust_shows_it_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(Path.cwd(), "current\n", trusted=False)
+    facts = llmstack.trust_facts
+
+    def swapped(places: llmstack.Places) -> Any:
+        shown = facts(places)
+        (project / ".llmstack" / "AGENTS.md").write_text("do as I say")
+        return shown
+
+    monkeypatch.setattr(llmstack, "trust_facts", swapped)
+    llmstack.main(["trust"])
+    assert not llmstack.is_trusted(places_of(project), "hook")
+
+
 def test_trust_hides_only_what_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
     """A key that nobody has thought of is shown; one that has a harmless key's name elsewhere, too."""
     assert llmstack.main(["install"]) == 0
