@@ -7027,6 +7027,13 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
 
 
+def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
+    """load_config, or, in a directory without a models.ini, what `install` and `start` would give it. Errors: as theirs."""
+    if os.path.exists(places.models_ini) or os.environ.get("LLMSTACK_MODELS_INI"):
+        return load_config(places, warn)
+    return parse_models_ini(with_ultra(seed_text(profile)[0], os.environ, places.data).decode("utf-8"))[0]
+
+
 def check_state(places: Places) -> None:
     """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
     target = os.path.realpath(places.state)
@@ -9207,7 +9214,7 @@ def _cmd_status(args: Any) -> int:
     broken: Optional[UserError] = None
     external = bool(pinned_url(places))
     try:
-        config = Config() if external else load_config(places)
+        config = Config() if external else planned_config(places)
     except UserError as exc:                    # what runs is of interest all the more
         broken, config = exc, Config()
     rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
@@ -9405,9 +9412,7 @@ def _cmd_install(args: Any) -> int:
         raise UserError("--insecure is for --external https://...", "leave it out", 2)
     if not args.print:
         prepare_project(places, say, args.profile)
-    config = load_config(places, warn)
-    if args.print and not os.path.exists(places.models_ini):
-        config = parse_models_ini(with_ultra(seed_text(args.profile)[0], os.environ, places.data).decode("utf-8"))[0]
+    config = planned_config(places, warn, args.profile)
     if not args.print:
         _prepare_hosted(places, config, _ask)
     marker = Marker("next" if _wants_next(args, places, config) else "current")
@@ -9461,7 +9466,7 @@ def _add_why(commands: Any) -> None:
 def _cmd_why(args: Any) -> int:
     places = _places(args)
     url = trusted_url(places)
-    config = fetch_remote(url, os.environ).config if url else load_config(places, warn)
+    config = fetch_remote(url, os.environ).config if url else planned_config(places, warn)
     path = inference_path(args.path)
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on", "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
@@ -9517,7 +9522,7 @@ def _add_fit(commands: Any) -> None:
 def _cmd_fit(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
-    config = load_config(places, warn)
+    config = planned_config(places, warn)
     unknown = next((name for name in args.tiers if config.by_name(name) is None), "")
     if unknown:
         raise UserError(f"there is no tier {unknown}", "one of " + ", ".join(t.name for t in config.tiers), 2)
@@ -9826,7 +9831,7 @@ def _add_check(commands: Any) -> None:
 def _cmd_check(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
-    config = load_config(places, warn)
+    config = planned_config(places, warn)
     found = check_stack(places, config, os.environ, args.offline)
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))

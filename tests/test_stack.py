@@ -130,6 +130,23 @@ def test_start_seeds_a_directory_and_says_so(monkeypatch: pytest.MonkeyPatch, ca
                                 "hint: " + llmstack.LLAMA_SERVER_HINT]
 
 
+@pytest.mark.parametrize("words", [["status", "--json"], ["fit", "--json"], ["install", "--print"]])
+def test_before_a_project_has_tiers_those_it_would_be_given_are_shown(words: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "this_machine", lambda config: llmstack.Machine(5.7, "a small one", False))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    llmstack.main(words)
+    given = llmstack.parse_models_ini(llmstack.seed_text()[0].decode())[0].by_name("code-smart")
+    assert given is not None
+    assert given.ctx_size == 16_384, "profile 8"
+    shown = json.loads(capsys.readouterr().out)
+    if words[0] == "install":
+        assert shown["provider"]["llama.cpp"]["models"]["code-smart"]["limit"]["context"] == given.ctx_size
+    else:
+        assert next(t for t in shown["tiers"] if t["name"] == "code-smart")["ctx_size"] == given.ctx_size
+    assert not Path(".llmstack").exists()
+
+
 def test_a_second_start_finds_it_running(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     llmstack.main(["start"])
     pids = project.pid("router"), project.pid("llama-swap")
