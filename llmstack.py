@@ -5354,21 +5354,24 @@ class Host(Upstream):
         Errors: OSError; ClientGone.
         """
         got: List[Union[socket.socket, OSError]] = []
-        done, left = threading.Event(), threading.Event()
+        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
 
         def dial() -> None:
             result = self._dial()
-            got.append(result)
+            with handing:                       # either it is handed over or it is closed here, never both
+                got.append(result)
+                late = left.is_set()
             done.set()
-            if left.is_set() and isinstance(result, socket.socket):
+            if late and isinstance(result, socket.socket):
                 result.close()
         threading.Thread(target=dial, name="dial", daemon=True).start()
         end = time.monotonic() + HOST_CONNECT_S
         gone = False
         while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
             gone = client is not None and client.gone()
-        left.set()                              # from here on, whoever sees both closes what came
-        result = got[0] if done.is_set() else socket.timeout()
+        with handing:
+            left.set()
+            result = got[0] if got else socket.timeout()
         if gone:
             if isinstance(result, socket.socket):
                 result.close()

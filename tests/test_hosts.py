@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
@@ -634,6 +635,26 @@ def test_a_client_that_leaves_while_a_host_is_dialled_is_noticed(start: Start) -
     release.set()
     free_threads("dial")
     assert (rig.host.requests, host.offline) == ([], "")
+
+
+def test_a_connection_that_was_handed_over_is_left_open(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late the thread that dialled runs on: it was interrupted where it had just said that it is done."""
+    answered = threading.Event()
+
+    class Event(threading.Event):
+        def set(self) -> None:
+            super().set()
+            if sys._getframe(1).f_code.co_name == "dial":
+                wait(answered)
+
+    rig = start()
+    host = next(iter(rig.app._hosts.values()))
+    monkeypatch.setattr(threading, "Event", Event)
+    sock = host.connect()
+    answered.set()
+    free_threads("dial")
+    with sock:
+        assert sock.fileno() >= 0
 
 
 def test_a_reload_keeps_what_is_known_of_a_host(start: Start, closed_port: int) -> None:
