@@ -2691,15 +2691,16 @@ def parse_response_head(head: bytes, method: str) -> Response:
                     b"\r\n".join(travel) + b"\r\n")
 
 
+MAX_SIZE_LINE_BYTES = 1024
 _SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
 
 
 def _chunk_size(line: bytes) -> int:
     match = _CHUNK_SIZE.match(line)
-    if match is None:
+    if match is None or len(line) >= MAX_SIZE_LINE_BYTES:
         raise ValueError("malformed chunk size")
     size = int(match.group(1), 16)
-    if len(_SIZES) < 4096:
+    if len(_SIZES) < 4096 and len(line) < 16:   # no extension: what a client likes to put there is not kept
         _SIZES[line] = size
     return size
 
@@ -2771,7 +2772,7 @@ class ChunkFraming:
 
     def _keep(self, data: bytes, position: int) -> int:
         self._line = data[position:]
-        if len(self._line) > 1024:
+        if len(self._line) > MAX_SIZE_LINE_BYTES:
             raise ValueError("chunk size line without end")
         return 0
 
@@ -4601,21 +4602,21 @@ class Client:
         return body                             # type: ignore[return-value]  # as good as bytes to all that read it
 
     def _read_chunked(self) -> bytes:
-        framing, payload, size = ChunkFraming(), [], 0      # type: ChunkFraming, List[bytes], int
+        framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
             if data:
-                count = len(payload)
+                payload: List[bytes] = []       # of these bytes alone: millions of tiny chunks would weigh many times the body
                 try:
                     over = framing.feed(data, payload)
                 except ValueError as exc:
                     raise HttpError(400, str(exc)) from None
-                size += sum(map(len, payload[count:]))
-                if size > MAX_BODY_BYTES:
+                body += b"".join(payload)
+                if len(body) > MAX_BODY_BYTES:
                     raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
                 if framing.done:
                     self._buffer = data[len(data) - over:]
-                    return b"".join(payload)
+                    return body                 # type: ignore[return-value]  # as _read_sized's
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
     def _wait_for(self, receive: Callable[[Any], Any], argument: Any) -> Any:

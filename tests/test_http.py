@@ -455,6 +455,7 @@ MALFORMED = {
     "LF behind the payload": b"5\r\nhello\n0\r\n\r\n",
     "CR and no LF behind the payload": b"5\r\nhello\rX0\r\n\r\n",
     "the second chunk": b"5\r\nhello\r\nworld\r\n",
+    "a long size line that ends": b"5;" + b"x" * 1200 + b"\r\nhello\r\n",
     "a size line without end": b"5;" + b"x" * 70_000,
     "a trailer without end": b"0\r\nX: " + b"x" * 70_000,
 }
@@ -538,6 +539,13 @@ def test_a_garbled_size_line_is_given_up_and_never_raises(garbage: bytes) -> Non
     framing = ChunkFraming()
     framing.feed(b"5\r\nhello\r\n" + garbage)
     assert framing.finish_frame() is None
+
+
+def test_extensions_are_not_kept_for_ever() -> None:
+    """Sizes are remembered as they were spelled, by the whole program; a client may spell each otherwise."""
+    for number in range(100):
+        ChunkFraming().feed(b"5;id=%0500d\r\nhello\r\n0\r\n\r\n" % number)
+    assert max(map(len, llmstack._SIZES)) < 16
 
 
 @pytest.mark.parametrize(("good", "bad"), [

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
@@ -341,6 +342,23 @@ def test_a_chunked_body_in_single_bytes(start: Start) -> None:
     client.send(*(bytes([b]) for b in b"5;a\r\nhello\r\n1\r\n!\r\n0\r\nX: y\r\n\r\n"))
     assert client.read_message("PUT").status == 200
     assert rig.upstream.requests[0].body == b"hello!"
+
+
+def test_a_body_in_tiny_chunks_takes_no_more_memory_than_it_weighs() -> None:
+    """64 MiB of two bytes at a time would be 2.7 GB, were each kept as it came."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client = llmstack.Client.__new__(llmstack.Client)
+        client._sock, client._buffer, client.head_timeout_s = ours, b"", WAIT_S
+        sender = threading.Thread(target=theirs.sendall, args=(b"2\r\nab\r\n" * 100_000 + b"0\r\n\r\n",))
+        sender.start()
+        tracemalloc.start()
+        body = client._read_chunked()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        sender.join(WAIT_S)
+    assert body == b"ab" * 100_000
+    assert peak_bytes < 2_500_000
 
 
 def test_a_chunked_chat_is_decided_like_any(start: Start) -> None:
