@@ -5002,7 +5002,7 @@ class _Answer:
             ended = self.framing.done
             data = data[:-over] if over else data
             if self.response.events:
-                self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
+                self._keep_tail(data)
                 self.cut = self._cut_event() if ended else ""
                 if self.cut:                    # keep the clean end from the client
                     ended = False
@@ -5020,9 +5020,14 @@ class _Answer:
             ended, over = over >= 0, max(over, 0)
         elif self.response.framing == "none":
             over, data, ended = len(data), b"", True
+        elif self.response.events:
+            self._keep_tail(data)
         if self.rechunk:
             data = (chunk(data) if data else b"") + (b"0\r\n\r\n" if ended else b"")
         return data, ended, ended and not over and self.response.keep_alive
+
+    def _keep_tail(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
 
     def _cut_event(self) -> str:
         """Why an event stream that ended cleanly is broken all the same, "" when it is not.
@@ -5031,14 +5036,19 @@ class _Answer:
         opencode then asks again without bound.
         """
         body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
-        if not found:
-            return ""
+        return self._why_cut(body) if found else ""
+
+    def _why_cut(self, body: bytes) -> str:
         if body.endswith((b"\n", b"\r", b"[DONE]")):
             return "" if not self.ends or any(end in body for end in self.ends) else "its stream ended without an end"
         said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
         return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
 
     def end_of_close(self) -> bytes:
+        """What ends an answer that went up to its connection's end. Errors: UpstreamBroken for a stream that lacks its own."""
+        self.cut = self._why_cut(self.tail or b"\n") if self.response.events else ""
+        if self.cut:                            # a server that is killed closes its connections as one that is done does
+            raise UpstreamBroken(self.cut)
         return b"0\r\n\r\n" if self.rechunk else b""
 
     def last_words(self, message: str) -> bytes:
@@ -5072,12 +5082,12 @@ def _relay_answer(client: Client, sock: socket.socket, answer: _Answer, out: byt
             if not data:
                 break
             body, ended, reusable = answer.take(data)
+        if answer.response.framing == "close":
+            client.send(answer.end_of_close())
+            return False
     except UpstreamBroken as exc:
         _say_broken(client, answer, f"the model's server failed: {exc}")
         raise
-    if answer.response.framing == "close":
-        client.send(answer.end_of_close())
-        return False
     _say_broken(client, answer, "the model's server ended its answer before it was whole")
     raise UpstreamBroken("ended early")
 

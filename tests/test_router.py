@@ -1052,7 +1052,7 @@ def test_other_answers_just_break_off(start: Start, head: bytes, body: bytes, en
 
 
 def test_an_answer_up_to_the_close_is_broken_by_a_reset(start: Start) -> None:
-    """Its only framing is the end of the connection: a FIN is a clean one, a RST is a server that died."""
+    """Its only framing is the end of the connection: a RST is a server that died."""
     rig = start()
     client = rig.client()
     client.send(chat(stream=True))
@@ -1065,6 +1065,36 @@ def test_an_answer_up_to_the_close_is_broken_by_a_reset(start: Start) -> None:
     got += client.rest()
     assert read_chunks(got).at == "size"
     check_last_words(read_chunks(got).payload)
+
+
+def up_to_the_close(events: list[bytes]) -> Script:
+    def script(up: Connection) -> None:
+        up.read()
+        up.send(SSE + b"\r\n", *events)
+        up.close()
+    return script
+
+
+@pytest.mark.parametrize("model", ["auto", "code-smart"])
+@pytest.mark.parametrize("events", [[], EVENTS[:2], [EVENTS[0], EVENTS[1][:9]]], ids=["none", "whole ones", "half of one"])
+def test_a_stream_up_to_the_close_that_lacks_its_end_is_broken(start: Start, events: list[bytes], model: str) -> None:
+    """A FIN may be that of a server that was killed."""
+    rig = start(up_to_the_close(events))
+    client = rig.client()
+    client.send(chat(model, stream=True))
+    assert client.read_head().header("transfer-encoding") == "chunked"
+    got = read_chunks(client.rest())
+    assert (got.at, got.line) == ("size", b"")
+    assert got.payload.startswith(b"".join(events))
+    check_last_words(got.payload)
+    rig.log.line_with("broke off")
+
+
+@pytest.mark.parametrize(("target", "events"), [(CHAT, EVENTS), ("/events", EVENTS[:2]), ("/events", [])])
+def test_a_stream_up_to_the_close_that_is_whole_ends_cleanly(start: Start, target: str, events: list[bytes]) -> None:
+    rig = start(up_to_the_close(events))
+    got = rig.ask(chat(target=target, stream=True))
+    assert (got.body, got.whole) == (b"".join(events), True)
 
 
 @both_ends
