@@ -2577,7 +2577,8 @@ def parse_request_head(head: bytes) -> Request:
     Source: RFC 9112; llhttp and nginx refuse the same.
     """
     lines = head.split(b"\r\n")
-    first = _parse_request_line(lines[0])
+    parse_line = _parse_request_line if len(lines[0]) < 512 else _parse_request_line.__wrapped__   # long ones are not kept
+    first = parse_line(lines[0])
     if first is None or not _is_clean(head, len(lines)):
         raise HttpError(400, "malformed request line, a NUL, or a bare CR or LF")
     if len(lines) > MAX_HEADERS + 1:

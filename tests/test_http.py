@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import tracemalloc
 from typing import Callable, Optional
 
 import pytest
@@ -211,6 +212,16 @@ def test_credentials_go_with_their_connection(name: str) -> None:
     del reader
     after, line = sys.getrefcount(header), sys.getrefcount(header[2])   # not in the assert: pytest holds them there
     assert before > after == line == 2          # `header` or its tuple, and the call's argument
+
+
+def test_long_targets_are_not_kept_for_ever() -> None:
+    """Request lines are remembered by the whole program, whoever sent them."""
+    tracemalloc.start()
+    for number in range(300):
+        assert len(parse_request_head(head(f"GET /{number:060000} HTTP/1.1", "Host: localhost")).target) == 60_001
+    kept_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept_bytes < 1_000_000
 
 
 # ---- the heads of one connection
