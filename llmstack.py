@@ -946,13 +946,13 @@ def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, value = (x.strip() for x in part.partition("="))
         if key not in SAMPLER_KEYS:
-            raise ValueError(f"sampler has no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
+            raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
         low, high = SAMPLER_KEYS[key]
         whole = "whole " if key == "top_k" else ""
         if not re.match(r"-?[0-9]+\Z" if whole else r"-?[0-9]*\.?[0-9]+\Z", value) or not low <= float(value) <= high:
-            raise ValueError(f"sampler {key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
+            raise ValueError(f"{key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
         if key in values:
-            raise ValueError(f"sampler gives {key} twice")
+            raise ValueError(f"{key} is given twice")
         values[key] = float(value)
     return tuple(values.items())
 
@@ -9672,7 +9672,9 @@ def _cmd_router(args: Any) -> int:
     places = _places(args)
     config = load_config(places)
     log = Log(places.log("router.log"), os.environ.get("LOG_LEVEL", "info"))
-    app = _router_app(places, config, Upstream("127.0.0.1", config.engine_port), log, args.host, args.next, True)
+    demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
+    app = _router_app(places, config, Upstream("127.0.0.1", config.engine_port), log, args.host, args.next, True,
+                      f"run `llmstack start{demo}`")
     return _run_router(app, args.host, args.port, lambda h, p: log.info(f"router {VERSION} on {base_url(h, p)}"))
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -476,6 +477,13 @@ def test_the_demo_answers_and_leaves_nothing(real_data: Path, monkeypatch: pytes
         _, body = ask(router, model="auto", stream=True, messages=[{"role": "user", "content": "hello"}])
         assert body.count(b"data: {") > 5
         assert not Path(".llmstack").exists(), "the demo has a directory of its own"
+        record = llmstack.read_record(str(ini.parent / "llama-swap.pid"))
+        assert record is not None
+        os.kill(record.pid, signal.SIGKILL)
+        until(lambda: not alive(record.pid), "the engine is dead")
+        with pytest.raises(urllib.error.HTTPError) as failure:
+            ask(router, model="auto", messages=[{"role": "user", "content": "hello"}])
+        assert b"run `llmstack start --demo`" in failure.value.read()
         assert ini.exists()
     finally:
         assert llmstack.main(["stop", "--demo"]) == 0
