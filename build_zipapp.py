@@ -22,7 +22,8 @@ import zipfile
 import zlib
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-FILES = ("LICENSE", "llmstack.py", "models.ini")        # sorted; __main__.py is made below
+FILES = ("LICENSE", "llmstack.py", "models.ini")        # __main__.py is made below
+FOLDERS = ("extras", "share")                           # every file in them that git would take
 LIMIT_BYTES = 300_000
 OLDEST = (3, 9)
 
@@ -97,10 +98,20 @@ def program_version(source: bytes) -> str:
     return match.group(1).decode()
 
 
+def bundled_files() -> list[str]:
+    """The names of what travels, sorted, with slashes: bytecode and what an editor leaves behind stay here."""
+    names = list(FILES)
+    for folder in FOLDERS:
+        for directory, _, files in os.walk(os.path.join(ROOT, folder)):
+            names += [os.path.relpath(os.path.join(directory, name), ROOT).replace(os.sep, "/") for name in files
+                      if not name.startswith(".") and not name.endswith(("~", ".pyc", ".orig", ".rej"))]
+    return sorted(names)
+
+
 def build() -> bytes:
     """The whole file: a shebang line and a zip archive behind it."""
     contents = {}
-    for name in FILES:
+    for name in bundled_files():
         with open(os.path.join(ROOT, name), "rb") as file:
             contents[name] = file.read().replace(b"\r\n", b"\n")
     version = program_version(contents["llmstack.py"])
