@@ -28,6 +28,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
+    PURE: ANSWERS        what errors and counts of an answer say
     PURE: DEMO           a models.ini and a random-weights model for a machine with no network
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
@@ -36,11 +37,14 @@ Map of the file, bottom-up; each section is built from those above it:
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
+    BACKENDS             what can answer a tier, and how a request waits for it
+    RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
     FIT                  headers from this disk or the hub; what each tier takes on this machine
     LITELLM              which one, its environment and configuration; what keeps web pages away from it
-    ENGINE               the embedded application on 10102
+    ENGINE               llama-server processes within the memory there is, and their application on 10102
+    LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
@@ -114,6 +118,7 @@ ROUTER_PORT = 10101
 ENGINE_PORT = 10102
 LITELLM_PORT = 10103               # its admin UI is at /ui, its MCP gateway at /mcp
 FIRST_SERVER_PORT = 10001          # llama-server processes count up from here
+PRIVATE_PORT = 10201               # llama-swap's own, behind our listener, from here on
 
 HIGH_FIDELITY_CEILING_TOKENS = 12_000
 MID_FIDELITY_CEILING_TOKENS = 32_000
@@ -121,6 +126,7 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
 MAX_HEAD_BYTES = 64 * 1024
@@ -137,12 +143,18 @@ PROBE_S = 2                        # after this long an unreachable host is look
 MAX_PROBE_S = 60                   # ...up to this
 RECV_BYTES = 65_536
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
+LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
+MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
+FIRST_EVENT_BYTES = 65_536         # of a stream are held back to see whether it begins with an error
+FIRST_BYTE_S = 120                 # a hosted tier that is silent so long gives way to the next
 BREAKER_S = 20                     # a tier that failed is left alone this long...
 MAX_BREAKER_S = 300                # ...or as long as its Retry-After says, up to this
 
 LOAD_TIMEOUT_S = 600               # llama-swap's healthCheckTimeout; 45 GB from a slow disk fit in it
 STOP_GRACE_S = 5                   # llama-server often hangs on TERM with a request in flight
-COMMENT_EVERY_S = 2.0              # ": loading ..." comments of a waiting stream
+PARK_GRACE_S = 3                   # for the daemon, to end its own children before it ends
+START_TIMEOUT_S = 90               # until a daemon answers; llama-swap is up within a second
+WAITING_EVERY_S = 2.0              # between the first messages of a stream that waits
 FAILED_LOAD_S = 15                 # a load that failed is not tried again at once
 FAIR_WAIT_S = 10                   # after this long, newcomers queue behind the one waiting for memory
 LOG_BYTES = 10 * 1024 * 1024
@@ -244,6 +256,10 @@ class Tier(NamedTuple):
     api_key_env: str = ""                       # the variable that holds its key
 
     @property
+    def takes_pictures(self) -> bool:
+        return self.backend != "gguf"
+
+    @property
     def has_next(self) -> bool:
         return bool(self.hf_file_next or self.hf_repo_next if self.backend == "gguf" else self.model_next)
 
@@ -284,6 +300,13 @@ class Config(NamedTuple):
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
+    decision_log: bool = True                   # logs/decisions.jsonl
+    loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
+
+    @property
+    def smallest_context(self) -> int:
+        """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
+        return min((t.ctx_size for t in self.ladder), default=0)
 
     @property
     def offered(self) -> Tuple[Tier, ...]:
@@ -316,6 +339,9 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
+    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    classes: int = 0                            # what that says of them, 0: not asked yet
+    ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
     @property
     def tokens(self) -> int:
@@ -323,10 +349,24 @@ class Facts(NamedTuple):
         return self.chars // CHARS_PER_TOKEN
 
     @property
+    def most_tokens(self) -> int:
+        """What the text cannot exceed, by the rates of class_tokens."""
+        return int((self.chars + self.extra) * 1.62) + self.wide + self.pictures * PICTURE_TOKENS
+
+    @property
     def full_tokens(self) -> int:
         """The fuller estimate, which must fit a tier's context."""
-        narrow = self.chars - self.wide + self.extra
-        return narrow // CHARS_PER_TOKEN + self.wide + self.pictures * PICTURE_TOKENS
+        if self.classes:
+            text = int(self.classes * (self.ratio or 1.0))
+        else:
+            narrow = self.chars - self.wide + self.extra
+            text = narrow // CHARS_PER_TOKEN + self.wide
+        return text + self.pictures * PICTURE_TOKENS
+
+    @property
+    def source(self) -> str:
+        """How the fuller estimate was got: measured, where the conversation's last answer counted."""
+        return "measured" if self.classes and self.ratio else "estimated"
 
 
 # ===================================================================================================
@@ -434,10 +474,12 @@ class _Tally:
 
     def __init__(self) -> None:
         self.chars = self.wide = self.extra = self.pictures = 0
+        self.texts: List[str] = []
 
     def text(self, value: object) -> None:
         if isinstance(value, str):
             self.chars += len(value)
+            self.texts.append(value)
             if not value.isascii():
                 self.wide += len(_WIDE.findall(value))
 
@@ -448,6 +490,7 @@ class _Tally:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         wide = 0 if text.isascii() else len(_WIDE.findall(text))
         self.extra += len(text) + wide * (CHARS_PER_TOKEN - 1)
+        self.texts.append(text)
 
     def content(self, content: object, depth: int = 0) -> None:
         """A message's content or a prompt: a string, or a list of parts, strings or token ids (or lists of these)."""
@@ -561,6 +604,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and role and isinstance(content, str) and content.isascii():
             tally.chars += len(content)         # the common case, many times a request
+            tally.texts.append(content)
         else:
             tally.message(message)
         if role == "user":
@@ -588,7 +632,39 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger)
+                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+
+
+# Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
+# docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
+_ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
+_ASCII_CLASSES = "".join(
+    "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else
+    " " if c == " " else "\n" if c in "\n\t" else "!" for c in map(chr, range(128)))
+_WIDE_RATES = (
+    (0x0370, 1.62), (0x0400, 0.58), (0x0590, 0.37), (0x0900, 0.46), (0x0E00, 0.76), (0x0F00, 0.59),
+    (0x2000, 0.76), (0x2C00, 0.27), (0xAC00, 0.78), (0xD7B0, 0.77), (0x10000, 0.78),
+    (0x110000, 2.34))                           # up to this code point: tokens of a character
+_NOT_ASCII = re.compile("[^\x00-\x7f]")
+_WINDOWS, _WINDOW_CHARS = 32, 256
+
+
+def class_tokens(texts: Sequence[str]) -> int:
+    """Tokens of all texts together, by the classes of their characters over sampled windows.
+
+    Within 15 % for agents' conversations at the 92nd percentile, where characters / 4 is for 25 %.
+    """
+    text = "\n".join(texts)
+    sample = text
+    if len(text) > _WINDOWS * _WINDOW_CHARS:
+        step = len(text) // _WINDOWS
+        sample = "".join(text[i * step:i * step + _WINDOW_CHARS] for i in range(_WINDOWS))
+    ascii_classes = sample.encode("ascii", "ignore").decode("ascii").translate(_ASCII_CLASSES)
+    tokens = sum(ascii_classes.count(name) * rate for name, rate in _ASCII_RATES)
+    for char in _NOT_ASCII.findall(sample):
+        code = ord(char)
+        tokens += next(rate for end, rate in _WIDE_RATES if code < end)
+    return int(tokens * len(text) / max(len(sample), 1))
 
 
 # Rung -> the role it asks for, and its reason but for what the request brings.
@@ -602,11 +678,11 @@ RUNGS: Dict[str, Tuple[str, Callable[[Routing], str]]] = {
 }
 
 
-def _rung(f: Facts, r: Routing, ultra: bool) -> str:
+def _rung(f: Facts, r: Routing) -> str:
     """First match wins; the order is the specification's table."""
     if f.fim:
         return "fim"
-    if f.trigger and ultra:
+    if f.trigger:                               # without an ultra tier, the agent's at any length
         return "trigger"
     tokens = f.tokens
     if tokens <= r.high_fidelity_ceiling:
@@ -694,7 +770,14 @@ class Decision(NamedTuple):
     @property
     def nearest(self) -> str:
         """The smallest change that would move the request up the ladder, "" at its top."""
-        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier)
+        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier, self.down)
+
+
+def _blind(facts: Facts, config: Config) -> Dict[str, str]:
+    """Tiers that take no pictures, where the request has some and another tier takes them."""
+    if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
+        return {}
+    return {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
@@ -705,7 +788,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     down, they are tried all the same; a barred one only where no other holds it. Errors: HttpError 400 where no
     tier has a role of the ladder. Source: README, "How auto decides".
     """
-    barred = barred or {}
+    barred = {**(barred or {}), **_blind(facts, config)}
     down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
         return Decision(facts.model, "explicit", (), facts, config, down)
@@ -713,7 +796,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     top = ways["trigger"].order
     if not top:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    rung = _rung(facts, config.routing, top[0].role == "ultra")
+    rung = _rung(facts, config.routing)
     way = ways[rung]
     order = way.order
     full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
@@ -727,6 +810,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     return Decision(chain[0].name, rung, tuple(chain), facts, config, down, way)
 
 
+BELOW_THE_TIER_TAKEN = "below the tier taken"
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
 
 
@@ -743,7 +827,7 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
         return f"{tier.name} is left alone for now: {down[tier.name]}"
     names = [t.name for t in config.ladder]
     if names.index(tier.name) > names.index(chosen):
-        return "below the tier taken"
+        return BELOW_THE_TIER_TAKEN
     if facts.fim:
         return "infill goes to the fast tier"
     if tier.role == "ultra":
@@ -751,16 +835,17 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
     return f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,} and {facts.turns} user turns < {routing.multi_turn}"
 
 
-def _nearest(facts: Facts, config: Config, chosen: str) -> str:
+def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
     ladder, routing = config.ladder, config.routing
     rank = {t.name: i for i, t in enumerate(ladder)}
     if not rank[chosen] or facts.fim:
         return ""
 
     def after(fewer: int = 0, more: int = 0) -> str:
-        wide = max(facts.wide - fewer, 0)
-        smaller = facts._replace(chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=wide)
-        return decide(smaller._replace(turns=facts.turns + more), config).tier
+        smaller = facts._replace(
+            chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=max(facts.wide - fewer, 0),
+            classes=max(facts.classes - fewer, 0), turns=facts.turns + more)
+        return decide(smaller, config, down).tier
 
     steps = {facts.tokens - routing.high_fidelity_ceiling, facts.tokens - routing.mid_fidelity_ceiling}
     steps |= {tokens_needed(facts, t) - t.ctx_size for t in ladder[:rank[chosen]]}
@@ -860,6 +945,8 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "cache_type_v": Option("choice", choices=_CACHE_TYPES),
     "llama_server_bin": Option("text"),
     "build_model": Option("choice", choices=("agent", "auto")),
+    "decision_log": Option("bool"),
+    "loading_state": Option("choice", choices=("visible", "comments", "off")),
     "local_only": Option("bool"),
 }
 TIER_OPTIONS: Dict[str, Option] = {
@@ -1495,7 +1582,8 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "logLevel: info",
         "logToStdout: both",
         f"startPort: {first_port}",
-        "sendLoadingState: true",
+        "sendLoadingState: false           # the router says it, and can still ask another tier",
+        'apiKeys: ["${env.LLAMA_API_KEY}"]',
         "includeAliasesInList: true",
         "captureBuffer: 0                  # keep no copies of prompts and answers",
         "globalTTL: 0",
@@ -1549,16 +1637,20 @@ def check_queued(config: Config) -> None:
                         " LLMSTACK_USE_NEXT)", 2)
 
 
-class Remote(NamedTuple):
-    """What the router does to a request for a hosted tier."""
+class Route(NamedTuple):
+    """How a request reaches the tier it is for: who answers, how its body and head change."""
 
     tier: Tier
-    model: str                                  # what its body asks for, as JSON spells it
-    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...]      # keys of which the caller gave none -> the member to add
-    refused: Tuple[int, str, str] = (0, "", "")             # the error it gets instead: status, message, kind
-    host: Any = None                            # the Host it goes to, None for the engine's LiteLLM proxy
+    model: str = ""                             # what its body asks for, as JSON spells it; "": unchanged
+    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...] = ()  # keys the caller gave none of -> member to add
+    refused: Tuple[int, str, str] = (0, "", "")  # the error it gets instead: status, message, kind
+    host: Any = None                            # the Host it goes to, None for what is behind the router
     headers: Tuple[Any, ...] = ()               # what is added for the host: its key
-    bare: bool = False                          # the host's paths begin with a version of their own instead of /v1
+    bare: bool = False                          # the host's paths begin with a version of their own
+
+    @property
+    def hosted(self) -> bool:
+        return self.tier.backend != "gguf"
 
 
 # models.ini's key -> the body's, and other spellings by which a caller may have set it.
@@ -1567,25 +1659,37 @@ _SAMPLER_MEMBERS = {"temp": ("temperature",), "top_p": ("top_p",), "top_k": ("to
 SAMPLED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 
 
-def plan_remote(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Remote:
-    """A hosted tier's Remote, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
-    entry = tier.name + ("_next" if use_next and tier.model_next else "")
-    model = entry if tier.backend == "litellm" else json.dumps(hosted_model(tier, use_next))[1:-1]
-    sampler = tuple((_SAMPLER_MEMBERS[key], b'"%b":%b' % (_SAMPLER_MEMBERS[key][0].encode(), _number(value).encode()))
-                    for key, value in tier.sampler)
+def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Route:
+    """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
+    if tier.backend == "gguf":
+        return Route(tier)
+    model = json.dumps(hosted_model(tier, use_next))[1:-1]
+    if tier.backend == "litellm":
+        model = tier.name + ("_next" if use_next and tier.model_next else "")
+    sampler = []
+    for key, value in tier.sampler:
+        members = _SAMPLER_MEMBERS[key]
+        sampler.append((members, b'"%b":%b' % (members[0].encode(), _number(value).encode())))
     refused = (0, "", "")
     if config.local_only and tier.remote:
         refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
     elif tier.name in missing:
-        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it, then `llmstack restart`",
-                   "authentication_error")
-    return Remote(tier, model, sampler, refused)
+        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
+                        " then `llmstack restart`", "authentication_error")
+    return Route(tier, model, tuple(sampler), refused)
 
 
-def remote_body(body: bytes, asked: Mapping[str, Any], remote: Remote, path: str) -> List[bytes]:
-    """A request's body as a hosted tier gets it: its model's id, and of its sampler what the caller has not set."""
-    more = [member for keys, member in remote.sampler if not any(key in asked for key in keys)] if path in SAMPLED_PATHS else []
-    return with_model(body, "model" in asked, remote.model, more)
+def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str, name: str) -> List[bytes]:
+    """A request's body as its tier gets it: `name` for its model, and the sampler the caller left out.
+
+    An empty `name` leaves the body as it is.
+    """
+    if not name:
+        return [body]
+    more: List[bytes] = []
+    if path in SAMPLED_PATHS:
+        more = [member for keys, member in route.sampler if not any(key in asked for key in keys)]
+    return with_model(body, "model" in asked, name, more)
 
 
 def auto_entry(config: Config) -> Dict[str, Any]:
@@ -2820,15 +2924,34 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def error_json(message: str, kind: str, code: Union[int, str, None] = None) -> bytes:
-    """An OpenAI-shaped error body."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+def error_json(message: str, kind: str, code: Union[int, str, None] = None,
+               protocol: str = "") -> bytes:
+    """An error body in the shape of the path asked: OpenAI's, or Anthropic's for /v1/messages."""
+    value: Dict[str, Any] = {
+        "error": {"message": message, "type": kind, "param": None, "code": code}}
+    if protocol.startswith("/v1/messages"):
+        value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
+                                            "message": message}}
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
-def error_event(message: str, kind: str = "upstream_error", code: Optional[str] = None) -> bytes:
-    """A server-sent event that says a stream has failed."""
-    return b"data: " + error_json(message, kind, code) + b"\n\n"
+_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
+                    "not_found": "not_found_error", "forbidden": "permission_error"}
+
+
+def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
+    """A server-sent event that says a stream has failed.
+
+    opencode (1.18) asks again upon the word server_error.
+    """
+    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    if protocol.startswith("/v1/messages"):
+        return b"event: error\ndata: " + body + b"\n\n"
+    if protocol == "/v1/responses":
+        value = {"type": "error", "code": "server_error", "message": message, "param": None,
+                 "sequence_number": 0}
+        return b"event: error\ndata: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + body + b"\n\n"
 
 
 _LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
@@ -2856,6 +2979,155 @@ def refusal(request: Request, loopback: bool) -> str:
     if loopback and request.header(b"sec-fetch-site").lower() == "cross-site" and not origin:
         return "cross-site requests may not use this router"
     return ""
+
+
+# ===================================================================================================
+# PURE: ANSWERS
+# ===================================================================================================
+# What the errors and the last bytes of an answer say: whose fault it was, what a prompt really took.
+
+
+class Counts(NamedTuple):
+    """Tokens as an answer counts them; 0 where it does not say."""
+
+    prompt: int = 0                             # all of it, cached or not
+    cached: int = 0                             # of these, not read anew
+    output: int = 0
+    read_per_s: float = 0.0                     # tokens a second: of the prompt read anew
+    written_per_s: float = 0.0
+
+
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
+                    rb'|output_tokens|cached_tokens|cache_read_input_tokens'
+                    rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
+                    rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
+
+
+def tokens_said(said: bytes) -> Counts:
+    """What an answer's beginning and end say of tokens: llama.cpp's timings, else a usage."""
+    found: Dict[bytes, float] = {}
+    for name, value in _COUNT.findall(said):
+        found[name] = max(found.get(name, 0.0), float(value))
+
+    def number(*names: bytes) -> int:
+        return int(next((found[n] for n in names if found.get(n)), 0))
+
+    cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
+    output = number(b"predicted_n", b"completion_tokens", b"output_tokens")
+    prompt = number(b"prompt_tokens")
+    if b"prompt_n" in found:                    # llama.cpp: what was read anew
+        prompt = int(found[b"prompt_n"]) + number(b"cache_n")
+    elif not prompt:
+        prompt = number(b"input_tokens")
+        if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
+            prompt += cached + number(b"cache_creation_input_tokens")
+    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
+                  found.get(b"predicted_per_second", 0.0))
+
+
+# Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
+# llama.cpp server-context.cpp; OpenAI's, Anthropic's, vLLM's, SGLang's and LiteLLM's errors as seen.
+_TOO_LONG = re.compile(
+    r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
+    r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
+    r"|longer than the model's context|input (?:tokens? )?(?:is |are )?too long"
+    r"|exceeds the maximum (?:number of tokens|context)|too many tokens", re.IGNORECASE)
+_PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    r'"n_prompt_tokens"\s*:\s*([0-9]+)',
+    r"request \(([0-9]+) tokens\)",
+    r"prompt is too long: ([0-9]+) tokens",
+    r"resulted in ([0-9]+) tokens",
+    r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
+    r"\(([0-9]+) in the messages",
+    r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
+    r"input[^0-9]{0,40}\(?([0-9]+) tokens"))
+
+
+def prompt_tokens_said(status: int, text: str) -> int:
+    """How many tokens a prompt has that a 400 or 413 calls too long.
+
+    0 for any other error; 1 where it is too long and its tokens are not said.
+    """
+    if status not in (400, 413, 422, 500) or not _TOO_LONG.search(text[:RECV_BYTES]):
+        return 0
+    text = text.replace(",", "")
+    for pattern in _PROMPT_TOKENS:
+        found = pattern.search(text)
+        if found:
+            return max(1, int(found.group(1)))
+    return 1
+
+
+_PICTURE_FAULT = re.compile(r"image input is not supported|audio input is not supported|mmproj"
+                            r"|does not support (?:image|vision)|multimodal", re.IGNORECASE)
+_TOOL_FAULT = re.compile(r"failed to parse tools|unsupported param|tool_choice|json schema"
+                         r"|grammar", re.IGNORECASE)
+
+
+def pictures_refused(text: str) -> bool:
+    """Whether an error says that a model takes no pictures."""
+    return bool(_PICTURE_FAULT.search(text[:RECV_BYTES]))
+
+
+def own_fault(status: int, text: str) -> bool:
+    """Whether an error is the request's own fault although its status blames the server.
+
+    llama.cpp answers 500 to a picture without a projector, and to tools that it cannot parse.
+    """
+    return status == 500 and bool(pictures_refused(text) or _TOOL_FAULT.search(text[:RECV_BYTES]))
+
+
+def falls_through(status: int, hosted: bool = False) -> bool:
+    """True for an upstream's status that another tier may do better on.
+
+    A 400 is the request's own fault. For a hosted tier also 402 (its credit is used up) and 404
+    (its provider has retired the model).
+    """
+    if hosted and status in (402, 404):
+        return True
+    return status in (401, 403, 408, 429) or status >= 500
+
+
+def parse_retry_after(value: str, now: float) -> float:
+    """Seconds of a Retry-After, a number or a date; 0.0 for anything else. `now`: Unix time."""
+    if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value):
+        return float(value)
+    if not re.match(r"[A-Z][a-z]{2}, ", value):
+        return 0.0
+    from email.utils import parsedate_to_datetime
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - now, 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+_SESSION_HEADERS = (b"x-session-affinity", b"x-claude-code-session-id", b"session_id")
+
+
+def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
+    """What tells a conversation from others: its client's name for it, else how it begins."""
+    for name in _SESSION_HEADERS:
+        if fields.get(name):
+            return fields[name].decode("latin-1")[:200]
+    named = body.get("prompt_cache_key") or body.get("session_id")
+    if isinstance(named, str) and named:
+        return named[:200]
+    import zlib
+    begins = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    for message in _messages(body):
+        begins.append(_plain_text(message.get("content")))
+        if message.get("role") == "user":
+            break
+    text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
+
+
+def waiting_event(words: str) -> bytes:
+    """A chat's event that shows what is waited for, as llama-swap's loading state does."""
+    delta = {"role": "assistant", "reasoning_content": words + "\n"}
+    event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
+             "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
 
 
 # ===================================================================================================
@@ -4519,8 +4791,8 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 class Client:
     """The side of a connection that asks."""
 
-    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
-                 "served", "unread")
+    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "opened",
+                 "origin", "protocol", "served", "unread")
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
@@ -4529,6 +4801,8 @@ class Client:
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
+        self.opened = False                     # it was ours, of a stream of events
+        self.protocol = ""                      # the canonical path asked: errors take its shape
         self.unread = False                     # a body was announced and not read
         self.served = False                     # a first request has come
         self.method = ""
@@ -4542,6 +4816,7 @@ class Client:
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
+        self.opened, self.protocol = False, ""
         began, buffer = time.monotonic(), self._buffer
         while True:
             if buffer:
@@ -4679,8 +4954,29 @@ class Client:
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
-    def reply_error(self, status: int, message: str, kind: str = "invalid_request_error", extra: bytes = b"") -> None:
-        self.reply(status, error_json(message, kind, status), extra=extra)
+    def reply_error(self, status: int, message: str, kind: str = "invalid_request_error",
+                    extra: bytes = b"") -> None:
+        self.reply(status, error_json(message, kind, status, self.protocol), extra=extra)
+
+    def error_event(self, message: str, kind: str) -> bytes:
+        """A server-sent event that says a stream has failed, in the shape of what was asked."""
+        return error_event(message, kind, self.protocol)
+
+    def open_stream(self) -> None:
+        """Begin an answer that is a stream of events, before any upstream has one."""
+        self.keep_alive = self.keep_alive and self.minor == 1
+        lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
+                 b"Cache-Control: no-cache"]
+        if self.minor == 1:
+            lines.append(b"Transfer-Encoding: chunked")
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        self.answering = self.opened = True
+        self.send(b"\r\n".join(lines) + b"\r\n\r\n")
+
+    def send_event(self, event: bytes) -> None:
+        """An event or comment of a stream that open_stream began."""
+        self.send(chunk(event) if self.minor == 1 else event)
 
     def close(self) -> None:
         """Close; after an early refusal, let the client read the answer before its unread bytes reset it."""
@@ -4727,6 +5023,7 @@ class Upstream:
     """A host we ask, and its idle keep-alive connections, the last used first."""
 
     timeout_s: float = CONNECT_TIMEOUT_S
+    key = ""                                    # that it wants, as a Bearer token
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
         self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
@@ -4785,6 +5082,8 @@ class Upstream:
 
     def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"") -> Tuple[Response, bytes]:
         """A small request of our own: (head, body). Errors: OSError, ValueError."""
+        if self.key:
+            headers += b"Authorization: Bearer " + self.key.encode() + b"\r\n"
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
@@ -4828,6 +5127,15 @@ def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tup
     return (response, body[:response.length]) if len(body) >= response.length else None
 
 
+def asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+    """What a daemon answers, {} where that is no JSON object."""
+    try:
+        value = json.loads(upstream.get(path, 2.0, headers=headers)[1])
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def parse_upstream(url: str) -> Upstream:
     """`http(s)://host[:port][/prefix]`; a trailing /v1 is ours to add. Errors: UserError."""
     from urllib.parse import urlsplit
@@ -4844,17 +5152,95 @@ def parse_upstream(url: str) -> Upstream:
     return Upstream(parts.hostname, port or (443 if tls else 80), path[:-3] if path.endswith("/v1") else path, tls)
 
 
-class _NoAnswer(Exception):  # noqa: N818
-    """A connection ended before a byte of an answer came."""
-
-
 class Outcome(NamedTuple):
-    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable."""
+    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable.
+
+    `said` is the beginning of what the answer said (of a stream the first event) and its last bytes:
+    what it counts stands there.
+    """
 
     state: str
     status: int = 0
     detail: str = ""
     retry_after_s: float = 0.0
+    said: bytes = b""
+    first_byte_s: float = 0.0                   # from the sending of the request
+    cost: float = 0.0                           # of a hosted answer, in dollars, where LiteLLM says it
+
+
+class Terms(NamedTuple):
+    """What a relay heeds besides the request: the defaults pass everything on as it comes."""
+
+    extra: Optional[Callable[[], bytes]] = None         # makes header lines for the answer
+    drop: FrozenSet[bytes] = frozenset()                # headers of the client that stay here
+    judge: Optional[Callable[[int, str], bool]] = None  # True: an error another tier may do better on
+    waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
+    ends: Sequence[bytes] = ()                          # what the end of an event stream holds
+    first_byte_s: float = 0.0                           # longest silence before it, 0: any
+
+
+AS_IT_COMES = Terms()
+
+
+class _NoAnswer(Exception):  # noqa: N818
+    """A connection ended before a byte of an answer came."""
+
+
+def _why_unreachable(exc: Exception) -> str:
+    """In words, for the client and the log."""
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(exc, _NoAnswer):
+        return "closed the connection without an answer"
+    if not isinstance(exc, OSError):
+        return str(exc)
+    if isinstance(exc, socket.timeout):
+        return "no answer to the connection"
+    verify = getattr(exc, "verify_message", "")         # of ssl.SSLError, as `reason` is
+    if verify:
+        return (f"its certificate does not verify: {verify.rstrip('.')};"
+                " SSL_CERT_FILE names other authorities to trust")
+    reason = getattr(exc, "reason", "")
+    if reason:
+        return f"TLS failed: {reason.lower().replace('_', ' ')}"
+    return str(exc.strerror or exc)
+
+
+class _Reader:
+    """Receives from an upstream for a client, and notices when that client leaves."""
+
+    __slots__ = ("_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
+
+    def __init__(self, sock: socket.socket, client: Client) -> None:
+        self._sock, self._client = sock, client
+        self._look_at_s = time.monotonic() + LOOK_S
+        self.waiting: Optional[Callable[[], None]] = None
+        self.silent_until_s = 0.0               # 0: silence has no end
+
+    def receive(self) -> bytes:
+        """The next bytes, b"" at the end. Errors: UpstreamBroken; ClientGone.
+
+        The client is looked at in every silence of PATIENCE_MS, and every LOOK_S however steadily
+        an upstream trickles.
+        """
+        while True:
+            try:
+                data: Optional[bytes] = self._sock.recv(RECV_BYTES)
+            except _LAPSED:
+                data = None
+            except OSError as exc:
+                raise UpstreamBroken(_why_unreachable(exc)) from None
+            now = time.monotonic()
+            if data is None or now >= self._look_at_s:
+                self._look_at_s = now + LOOK_S
+                if self._client.gone():
+                    raise ClientGone
+            if data is not None:
+                return data
+            if self.silent_until_s and now > self.silent_until_s:
+                raise UpstreamBroken("it says nothing")
+            if self.waiting is not None:
+                self.waiting()
 
 
 def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client) -> bool:
@@ -4863,15 +5249,20 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
     left = sum(map(len, pieces))
-    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")    # no copy of a 400 kB prompt
-    views: List[Any] = [memoryview(p) for p in pieces if len(p)] if gather else [b"".join(pieces)]
+    # Gathering spares a copy of a 400 kB prompt.
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")
+    views: List[Any] = [b"".join(pieces)]
+    if gather:
+        views = [memoryview(p) for p in pieces if len(p)]
     while True:
         try:
-            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])     # the kernel takes 1,024 at most
+            # The kernel takes 1,024 pieces at most.
+            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
-            if not hasattr(sock, "cipher") and _peek(sock) is not None:     # with TLS that may be a session ticket
+            # With TLS, what has come may be a session ticket.
+            if not hasattr(sock, "cipher") and _peek(sock) is not None:
                 return False
             continue
         except OSError:
@@ -4886,309 +5277,396 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
         views[0] = memoryview(views[0])[sent:]
 
 
-def _why_unreachable(exc: Exception) -> str:
-    """In words, for the client and the log."""
-    if isinstance(exc, ConnectionRefusedError):
-        return "connection refused"
-    if isinstance(exc, _NoAnswer):
-        return "closed the connection without an answer"
-    if not isinstance(exc, OSError):
-        return str(exc)
-    if isinstance(exc, socket.timeout):
-        return "no answer to the connection"
-    verify, reason = getattr(exc, "verify_message", ""), getattr(exc, "reason", "")     # of ssl.SSLError
-    if verify:
-        return f"its certificate does not verify: {verify.rstrip('.')}; SSL_CERT_FILE names other authorities to trust"
-    return f"TLS failed: {reason.lower().replace('_', ' ')}" if reason else str(exc.strerror or exc)
+def _receive_head(reader: _Reader, method: str) -> Tuple[Response, bytes]:
+    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone.
 
-
-def _receive(sock: socket.socket, client: Client) -> bytes:
-    """The next bytes of an upstream, b"" at its end. Errors: UpstreamBroken; ClientGone, within 50 ms of its going."""
+    Interim answers (100, 102, 103) are not for the client, which has had its 100 from us. Their
+    number is bounded, as is the time of a head from its first byte on.
+    """
+    data, interim, end_s = b"", 0, 0.0
     while True:
         try:
-            return sock.recv(RECV_BYTES)
-        except _LAPSED:
-            if client.gone():
-                raise ClientGone from None
-        except OSError as exc:
-            raise UpstreamBroken(_why_unreachable(exc)) from None
-
-
-def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Response, bytes]:
-    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone."""
-    data = b""
-    came = False
-    while True:
-        try:
-            more = _receive(sock, client)
-        except UpstreamBroken:
-            more = b""
+            more = reader.receive()
+        except UpstreamBroken as exc:
+            if not end_s and reader.silent_until_s:
+                raise
+            if not end_s:
+                raise _NoAnswer from None
+            raise UpstreamBroken(f"broke off in its head: {exc}") from None
         if not more:
-            raise UpstreamBroken("closed the connection in the middle of its head") if came else _NoAnswer
-        came = True
+            if not end_s:
+                raise _NoAnswer
+            raise UpstreamBroken("closed the connection in the middle of its head")
+        end_s = end_s or time.monotonic() + HEAD_TIMEOUT_S
         data += more
-        end = data.find(b"\r\n\r\n")
-        while end >= 0:
+        head, found, rest = data.partition(b"\r\n\r\n")
+        while found:
             try:
-                response = parse_response_head(data[:end], method)
+                response = parse_response_head(head, method)
             except ValueError as exc:
                 raise UpstreamBroken(str(exc)) from None
-            data = data[end + 4:]
             if response.status >= 200 or response.status == 101:
-                return response, data
-            end = data.find(b"\r\n\r\n")      # 100, 102, 103: not for the client, it has had its 100 from us
-        if len(data) > MAX_HEAD_BYTES:
-            raise UpstreamBroken("its head is too large")
+                return response, rest
+            interim += 1
+            data = rest
+            head, found, rest = data.partition(b"\r\n\r\n")
+        if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
+            raise UpstreamBroken("its head does not end")
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
-_NO_NOTE: Tuple[Any, bytes] = (None, b"")
+_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
-def request_head(request: Request, upstream: Upstream, target: str, length: int, drop: FrozenSet[bytes]) -> bytes:
-    """The head we send upstream for a client's request."""
-    key = (upstream, target, drop)
-    known: Tuple[Any, bytes] = request.notes.get(key, _NO_NOTE)
-    if known[0] is not request.headers:         # not worked out yet, or of other headers: _replace() keeps the notes
-        known = request.notes[key] = request.headers, _request_text(request, upstream, target, drop)
-    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
-        return b"%bContent-Length: %d\r\n\r\n" % (known[1], length)
-    return known[1] + b"\r\n"
-
-
-def _request_text(request: Request, upstream: Upstream, target: str, drop: FrozenSet[bytes]) -> bytes:
-    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"), b"Host: " + upstream.authority]
-    lines += end_to_end(request.headers, _DROPPED | drop if drop else _DROPPED)
+def request_head(request: Request, upstream: Upstream, target: str, length: int,
+                 drop: FrozenSet[bytes] = frozenset()) -> bytes:
+    """The head we send upstream for a client's request; one with a key gets that and no other."""
+    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
+             b"Host: " + upstream.authority]
+    if upstream.key:
+        drop = drop | _KEY_HEADERS
+        lines.append(b"Authorization: Bearer " + upstream.key.encode())
+    lines += end_to_end(request.headers, _DROPPED | drop)
     if request.upgrade:
-        lines += [b"Connection: Upgrade", *(line for name, _, line in request.headers if name == b"upgrade")]
-    return b"\r\n".join(lines) + b"\r\n"
+        lines.append(b"Connection: Upgrade")
+        lines += [line for name, _, line in request.headers if name == b"upgrade"]
+    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
+        lines.append(b"Content-Length: %d" % length)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class _Sized:
+    """A body of a length that its head says."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.ended = length == 0
+        self.over = 0                           # bytes behind the end
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that is the body's. Errors: UpstreamBroken, in all of these classes."""
+        payload = data[:self._left]
+        self._left -= len(payload)
+        self.ended = self._left == 0
+        self.over += len(data) - len(payload)
+        return payload
+
+
+class _Chunked:
+    """A body in chunks."""
+
+    def __init__(self) -> None:
+        self._framing = ChunkFraming()
+        self.ended = False
+        self.over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        payload: List[bytes] = []
+        try:
+            self.over += self._framing.feed(data, payload)
+        except ValueError as exc:
+            raise UpstreamBroken(str(exc)) from None
+        self.ended = self._framing.done
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+
+class _ToTheClose:
+    """A body that goes up to the end of its connection."""
+
+    ended = False
+    over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+
+class _Answer:
+    """The body of one answer on its way from an upstream to a client.
+
+    However an upstream frames it, it is taken out of its frame here and put into ours: so something
+    can be added to a stream of events, and its last bytes can be read.
+    """
+
+    __slots__ = ("_body", "_ends", "chunked", "first", "response", "tail")
+
+    def __init__(self, client: Client, response: Response, ends: Sequence[bytes] = ()) -> None:
+        self.response, self._ends = response, ends
+        self.first = self.tail = b""
+        self._body: Union[_Sized, _Chunked, _ToTheClose] = _Sized(response.length)
+        if response.framing == "none":
+            self._body = _Sized(0)
+        elif response.framing == "chunked":
+            self._body = _Chunked()
+        elif response.framing == "close":
+            self._body = _ToTheClose()
+        length_known = response.framing in ("length", "none") and not client.opened
+        self.chunked = client.minor == 1 and not length_known
+        if client.minor == 0:
+            client.keep_alive = False
+
+    @property
+    def ended(self) -> bool:
+        return self._body.ended
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the upstream's connection can carry another request."""
+        return self._body.ended and not self._body.over and self.response.keep_alive
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the next bytes is payload. Errors: UpstreamBroken."""
+        payload = self._body.feed(data)
+        if len(payload) >= TAIL_BYTES:
+            self.tail = payload[-TAIL_BYTES:]
+        elif payload:
+            self.tail = (self.tail + payload)[-TAIL_BYTES:]
+        return payload
+
+    def frame(self, payload: bytes, last: bool = False) -> bytes:
+        """Payload as the client gets it; `last`: with the clean end behind it."""
+        if not self.chunked:
+            return payload
+        framed = chunk(payload) if payload else b""
+        return framed + b"0\r\n\r\n" if last else framed
+
+    def why_broken(self, at_close: bool = False) -> str:
+        """Why an answer that ended is broken all the same, "" when it is whole.
+
+        A server that is killed closes its connections as one that is done does, and llama-swap
+        appends a failed load's JSON to the stream of its loading messages and ends that cleanly:
+        opencode then asks again without bound.
+        """
+        if at_close and self.response.framing != "close":
+            return "ended early"
+        if not self.response.events or not self.tail:
+            return ""
+        if self.tail.endswith((b"\n", b"\r", b"[DONE]")):
+            whole = not self._ends or any(end in self.tail for end in self._ends)
+            return "" if whole else "its stream ended without an end"
+        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', self.tail)
+        if said:
+            return said.group(1).decode("utf-8", "replace")
+        return "its stream ended in the middle of an event"
+
+
+def _first_event(answer: _Answer, reader: _Reader, data: bytes) -> bytes:
+    """The payload of an event stream up to the end of its first event that is no comment.
+
+    Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
+    """
+    payload = answer.feed(data)
+    while not (_EVENT.search(payload) or answer.ended or len(payload) > FIRST_EVENT_BYTES):
+        more = reader.receive()
+        if not more:
+            break
+        payload += answer.feed(more)
+    found = _EVENT.search(payload)
+    answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
+    return payload
+
+
+# The first event of a stream that is no comment, whole.
+_EVENT = re.compile(rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+_ERROR_EVENT = re.compile(rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
+
+
+def event_error(event: bytes) -> int:
+    """The status that an error event stands for, 0 for an event that is none."""
+    if not _ERROR_EVENT.search(event):
+        return 0
+    code = _ERROR_CODE.search(event)
+    return int(code.group(1)) if code else 500
+
+
+def _short_body(answer: _Answer, reader: _Reader, data: bytes) -> bytes:
+    """The body of an error as far as it is short: what is said in it decides where to go next."""
+    payload = answer.feed(data)
+    while len(payload) < RECV_BYTES and not answer.ended:
+        more = reader.receive()
+        if not more:
+            break
+        payload += answer.feed(more)
+    return payload
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
     framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"" if client.keep_alive or response.status == 101 else b"Connection: close\r\n"
+    close = b"Connection: close\r\n"
+    if client.keep_alive or response.status == 101:
+        close = b""
     return b"".join((response.text, framing, close, extra, b"\r\n"))
 
 
-class _Answer:
-    """The body of one answer on its way from an upstream to a client."""
+class _Relay:
+    """One request on its way upstream, and the answer on its way back."""
 
-    __slots__ = ("chunked", "cut", "decode", "ends", "framing", "left", "rechunk", "response", "tail")
+    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+        self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
+        self._sent_whole = False
+        self._lines = b""                       # what terms.extra made
+        self.began_s = time.monotonic()
 
-    def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
-        self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
-        self.framing: Optional[ChunkFraming] = None
-        self.rechunk = self.decode = self.chunked = False
-        self.tail = b""                         # the last bytes of an event stream so far, framing and all
-        can_chunk = client.minor == 1
-        if opened or response.framing != "length":      # an answer of known length goes on as it is
-            is_chunked = response.framing == "chunked"
-            self.framing = ChunkFraming() if is_chunked else None
-            self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
-            self.decode = is_chunked and not can_chunk
-            self.chunked = can_chunk and (is_chunked or self.rechunk)
-        if not can_chunk or response.status == 101:
-            client.keep_alive = False
+    def exchange(self, sock: socket.socket) -> Tuple[_Reader, Response, bytes]:
+        """Send the request and read the answer's head: (reader, head, bytes behind it).
 
-    def take(self, data: bytes) -> Tuple[bytes, bool, bool]:
-        """(bytes for the client, whether the answer has ended, whether the connection can be used again)."""
-        over = 0
-        ended = False
-        if self.framing is not None:
-            payload: Optional[List[bytes]] = [] if self.decode else None
-            try:
-                over = self.framing.feed(data, payload) if data else 0
-            except ValueError as exc:
-                raise UpstreamBroken(str(exc)) from None
-            ended = self.framing.done
-            data = data[:-over] if over else data
-            if self.response.events:
-                self._keep_tail(data)
-                self.cut = self._cut_event() if ended else ""
-                if self.cut:                    # keep the clean end from the client
-                    ended = False
-                    if self.tail.endswith(b"\r\n0\r\n\r\n") and data.endswith(b"0\r\n\r\n"):
-                        data, self.framing = data[:-5], ChunkFraming()
-                    else:                       # half of the end has gone out: nothing more can be said
-                        data = b""
-            if payload is not None:
-                data = b"".join(payload)
-        elif self.response.framing == "length":
-            over = len(data) - self.left
-            if over > 0:
-                data = data[:self.left]
-            self.left = max(-over, 0)
-            ended, over = over >= 0, max(over, 0)
-        elif self.response.framing == "none":
-            over, data, ended = len(data), b"", True
-        elif self.response.events:
-            self._keep_tail(data)
-        if self.rechunk:
-            data = (chunk(data) if data else b"") + (b"0\r\n\r\n" if ended else b"")
-        return data, ended, ended and not over and self.response.keep_alive
-
-    def _keep_tail(self, data: bytes) -> None:
-        self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
-
-    def _cut_event(self) -> str:
-        """Why an event stream that ended cleanly is broken all the same, "" when it is not.
-
-        llama-swap appends a failed load's JSON to the stream of its loading messages and ends that cleanly;
-        opencode then asks again without bound.
+        Errors: _NoAnswer, UpstreamBroken, ClientGone.
         """
-        body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
-        return self._why_cut(body) if found else ""
-
-    def _why_cut(self, body: bytes) -> str:
-        if body.endswith((b"\n", b"\r", b"[DONE]")):
-            return "" if not self.ends or any(end in body for end in self.ends) else "its stream ended without an end"
-        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
-        return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
-
-    def end_of_close(self) -> bytes:
-        """What ends an answer that went up to its connection's end. Errors: UpstreamBroken for a stream that lacks its own."""
-        self.cut = self._why_cut(self.tail or b"\n") if self.response.events else ""
-        if self.cut:                            # a server that is killed closes its connections as one that is done does
-            raise UpstreamBroken(self.cut)
-        return b"0\r\n\r\n" if self.rechunk else b""
-
-    def last_words(self, message: str) -> bytes:
-        """For a stream of events that broke: an error event behind whatever was under way, or nothing."""
-        if not self.response.events or (self.response.framing == "length" and not self.rechunk):
-            return b""
-        event = b"\n\n" + error_event(message, code="server_error")    # a word that opencode (1.18) asks again upon
-        if self.framing is None or self.decode:
-            return chunk(event) if self.rechunk else event
-        rest = self.framing.finish_frame()
-        return b"" if rest is None else rest + chunk(event)
-
-
-def _relay_answer(client: Client, sock: socket.socket, answer: _Answer, out: bytes, first: Tuple[bytes, bool, bool]) -> bool:
-    """Pass an answer on, bytes as they come; True when the upstream's connection can be used again.
-
-    `out` is the head, `first` what `answer` took of the bytes behind it. Errors: ClientGone; UpstreamBroken,
-    after the client has been told in the stream, where that can be done.
-    """
-    body, ended, reusable = first
-    body = out + body
-    try:
-        while True:
-            if body:
-                client.send(body)
-            if ended:
-                return reusable
-            if answer.cut:
-                raise UpstreamBroken(answer.cut)
-            data = _receive(sock, client)
-            if not data:
-                break
-            body, ended, reusable = answer.take(data)
-        if answer.response.framing == "close":
-            client.send(answer.end_of_close())
-            return False
-    except UpstreamBroken as exc:
-        _say_broken(client, answer, f"the model's server failed: {exc}")
-        raise
-    _say_broken(client, answer, "the model's server ended its answer before it was whole")
-    raise UpstreamBroken("ended early")
-
-
-def _say_broken(client: Client, answer: _Answer, message: str) -> None:
-    """Never a clean end: clients take that for a finished answer, and opencode then asks again without bound."""
-    client.keep_alive = False
-    words = answer.last_words(message)
-    if words:
-        client.send(words)
-
-
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes], *,
-          extra: Optional[Callable[[], bytes]] = None, drop: FrozenSet[bytes] = _NO_WORDS,
-          reject: Optional[Callable[[int], bool]] = None, opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
-    """Send a request upstream and pass the answer to the client.
-
-    `extra` makes header lines added to the answer, while that is waited for; `drop` are headers not sent on,
-    `reject` statuses that are not passed on but returned (for the next tier to be tried), `opened` says that the
-    head of an event stream has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS).
-    Errors: ClientGone, after the upstream's connection has been closed.
-    """
-    pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
-    sock: Optional[socket.socket] = None
-    try:
+        terms = self._terms
         try:
-            sock, reused = upstream.checkout(client)
-            try:
-                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
-            except _NoAnswer:
-                if not reused:
-                    raise
-                sock.close()                    # a kept connection that died before a byte came: once more
-                sock = upstream.connect(client)
-                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
-            if response.status == 101 and not request.upgrade:
-                raise UpstreamBroken("it switched protocols unasked")
-            if reject and response.status >= 400 and reject(response.status):
-                return Outcome("rejected", response.status, "", _retry_after_s(response))
-            if opened and not (response.status == 200 and response.events):
-                return Outcome("rejected", response.status, _body_text(sock, client, response, data))
-            answer = _Answer(client, response, opened, ends)
-            first = answer.take(data)
-        except (OSError, UpstreamBroken, _NoAnswer) as exc:
-            return Outcome("unreachable", 0, _why_unreachable(exc))
-        out = b"" if opened else _response_head(response, client, lines, answer.chunked)
+            self._sent_whole = _send_upstream(sock, self._pieces, self._client)
+        except OSError:
+            raise _NoAnswer from None
+        if terms.extra is not None:             # now: the model is at work, and nobody waits
+            self._lines = terms.extra()
+        reader = _Reader(sock, self._client)
+        reader.waiting = terms.waiting
+        if terms.first_byte_s:
+            reader.silent_until_s = time.monotonic() + terms.first_byte_s
+        response, data = _receive_head(reader, self._request.method)
+        return reader, response, data
+
+    def judged(self, answer: _Answer, reader: _Reader, data: bytes) -> Tuple[Optional[Outcome], bytes]:
+        """(the outcome of an answer that is not passed on, what of its body has come).
+
+        Errors: UpstreamBroken, ClientGone.
+        """
+        response, judge = answer.response, self._terms.judge
+        opened = self._client.opened
+        if response.status == 200 and response.events:
+            if judge is None and not opened:
+                return None, answer.feed(data)
+            payload = _first_event(answer, reader, data)
+            broken = answer.why_broken() if answer.ended else ""
+            status = 500 if broken else event_error(answer.first)
+            text = broken or answer.first.decode("utf-8", "replace")
+        elif response.status >= 400 or opened:
+            if judge is None and not opened:
+                return None, answer.feed(data)
+            payload = _short_body(answer, reader, data)
+            text = payload.decode("utf-8", "replace")
+            status = response.status
+        else:
+            return None, answer.feed(data)
+        stream_error = response.status == 200 and response.events
+        if status and (judge and judge(status, text)):
+            return Outcome("rejected", status, text, _retry_after_s(response)), payload
+        if opened and not stream_error:
+            return Outcome("rejected", status, text, _retry_after_s(response)), payload
+        return None, payload
+
+    def pass_on(self, answer: _Answer, reader: _Reader, payload: bytes) -> None:
+        """Send an answer to the client, bytes as they come.
+
+        Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
+        can be done.
+        """
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
         client.answering = True
-        if response.status == 101:
-            client.send(out + data)
-            client.tunnel(sock)
-        elif _relay_answer(client, sock, answer, out, first) and whole:
-            upstream.checkin(sock)
-            sock = None
-        return Outcome("done", response.status)
-    except UpstreamBroken as exc:
-        return Outcome("broken", 200, str(exc))
-    finally:
-        if sock is not None:
-            sock.close()
+        try:
+            while not answer.ended:
+                out += answer.frame(payload)
+                if out:
+                    client.send(out)
+                out = b""
+                data = reader.receive()
+                if not data:
+                    broken = answer.why_broken(at_close=True)
+                    if broken:
+                        raise UpstreamBroken(broken)
+                    client.send(answer.frame(b"", last=True))
+                    return
+                payload = answer.feed(data)
+            broken = answer.why_broken()
+            client.send(out + answer.frame(payload, last=not broken))
+            if broken:
+                raise UpstreamBroken(broken)
+        except UpstreamBroken as exc:
+            self._say_broken(answer, str(exc))
+            raise
+
+    def _say_broken(self, answer: _Answer, why: str) -> None:
+        """Never a clean end: a client would take that for a finished answer."""
+        client = self._client
+        client.keep_alive = False
+        sized = answer.response.framing == "length" and not answer.chunked
+        if answer.response.events and not sized:
+            event = client.error_event(f"the model's server failed: {why}", "server_error")
+            client.send(answer.frame(b"\n\n" + event))
+
+    def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
+        """An upgrade that was granted: from here on, bytes both ways."""
+        client = self._client
+        client.answering, client.keep_alive = True, False
+        client.send(_response_head(response, client, self._lines, False) + data)
+        client.tunnel(sock)
+        return Outcome("done", 101)
+
+    def run(self, upstream: Upstream) -> Outcome:
+        """Errors: ClientGone, after the upstream's connection has been closed."""
+        client = self._client
+        sock: Optional[socket.socket] = None
+        answer: Optional[_Answer] = None
+        first_s = 0.0
+        try:
+            try:
+                sock, reused = upstream.checkout(client)
+                try:
+                    reader, response, data = self.exchange(sock)
+                except _NoAnswer:
+                    if not reused:
+                        raise
+                    sock.close()                # a kept connection that died silently: once more
+                    sock = upstream.connect(client)
+                    reader, response, data = self.exchange(sock)
+                if response.status == 101 and not self._request.upgrade:
+                    raise UpstreamBroken("it switched protocols unasked")
+                if response.status == 101:
+                    return self._switch(sock, response, data)
+                answer = _Answer(client, response, self._terms.ends)
+                rejected, payload = self.judged(answer, reader, data)
+                if rejected is not None:
+                    return rejected
+            except (OSError, UpstreamBroken, _NoAnswer) as exc:
+                return Outcome("unreachable", 0, _why_unreachable(exc))
+            first_s = time.monotonic() - self.began_s
+            reader.waiting, reader.silent_until_s = None, 0.0
+            self.pass_on(answer, reader, payload)
+            if answer.reusable and self._sent_whole:
+                upstream.checkin(sock)
+                sock = None
+            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                           first_s, _cost(response))
+        except UpstreamBroken as exc:
+            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+        finally:
+            if sock is not None:
+                sock.close()
 
 
-def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes],
-              extra: Optional[Callable[[], bytes]]) -> Tuple[Response, bytes, bool, bytes]:
-    """(head of the answer, bytes behind it, whether the request was sent whole, what `extra` made meanwhile).
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+          terms: Terms = AS_IT_COMES) -> Outcome:
+    """Send a request upstream and pass the answer to the client, as `terms` say.
 
-    Errors: _NoAnswer, UpstreamBroken, ClientGone.
+    Where client.opened, the head of an event stream has gone out already: then only such a stream
+    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
     """
-    try:
-        whole = _send_upstream(sock, pieces, client)
-    except OSError:
-        raise _NoAnswer from None
-    lines = extra() if extra else b""           # now: the model is at work, and nobody waits for this thread
-    response, data = _receive_head(sock, client, method)
-    return response, data, whole, lines
+    head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
+    return _Relay(client, request, [head, *body], terms).run(upstream)
+
+
+def _cost(response: Response) -> float:
+    """Dollars, as LiteLLM says it in a header."""
+    value = response.header(b"x-litellm-response-cost")
+    return float(value) if re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value) else 0.0
 
 
 def _retry_after_s(response: Response) -> float:
-    """Seconds of a Retry-After, 0.0 without one; a date is not worth a parser here."""
-    value = (response.header(b"retry-after") or response.header(b"llm_provider-retry-after")).strip()      # LiteLLM's name
-    return float(value) if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value) else 0.0
-
-
-def _body_text(sock: socket.socket, client: Client, response: Response, data: bytes) -> str:
-    """A short body that is not passed on, as text for a message."""
-    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-    raw = data
-    while len(raw) < RECV_BYTES and (response.framing != "length" or len(raw) < response.length):
-        if response.framing == "chunked" and raw.endswith(b"0\r\n\r\n"):
-            break
-        more = _receive(sock, client)
-        if not more:
-            break
-        raw += more
-    if response.framing == "chunked":
-        try:
-            framing.feed(raw, payload)
-        except ValueError:
-            pass
-        raw = b"".join(payload)
-    return raw.decode("utf-8", "replace")
+    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
+    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
+    return parse_retry_after(value.strip(), time.time())
 
 
 class App:
@@ -5300,58 +5778,56 @@ def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
 
 
 # ===================================================================================================
-# ROUTER
+# BACKENDS
 # ===================================================================================================
+# What can answer a tier: a llama-server of the embedded engine, a model of llama-swap, LiteLLM's
+# proxy, a direct host. To a request they are all the same: a lease that becomes ready, has an
+# upstream, and is given back.
 
 
-class Breaker:
-    """Tiers that failed a moment ago, and until when they are left alone."""
+class Lease:
+    """A request's place at a backend. This one is ready at once."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._down: Dict[str, Tuple[float, str]] = {}
-        self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
+    def __init__(self, upstream: Optional[Upstream] = None) -> None:
+        self.upstream = upstream
 
-    def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
-        """Leave a tier alone; with `growing`, twice as long with each failure that follows upon the last."""
-        now = self._clock()
-        if growing and self._down.get(tier, (0.0, ""))[0] <= now:
-            self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
-        seconds = seconds or BREAKER_S * 2 ** max(self._strikes.get(tier, 0) - 1, 0)
-        self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
+    def ready(self) -> bool:
+        """True once `upstream` can be asked; until then, what can be done for it is begun.
 
-    def answered(self, tier: str) -> None:
-        """It works: nothing is held against it any more."""
-        self._strikes.pop(tier, None)
-        self._down.pop(tier, None)
+        Errors: LoadError, where it will never be.
+        """
+        return True
 
-    def down(self) -> Dict[str, str]:
-        """Tier -> reason, those still left alone."""
-        if not self._down:
-            return {}
-        now = self._clock()
-        for tier in [t for t, (until, _) in list(self._down.items()) if until <= now]:
-            self._down.pop(tier, None)
-        return {t: reason for t, (_, reason) in list(self._down.items())}
+    def wait(self, seconds: float) -> None:
+        """Return when something may have changed, after `seconds` at the latest."""
+        time.sleep(seconds)
+
+    def stage(self) -> str:
+        """What is waited for, in words ("loading code-smart"), "" for nothing worth saying."""
+        return ""
+
+    def end(self) -> None:
+        """Give the place back; once, whatever has happened."""
 
 
-def falls_through(status: int, hosted: bool = False) -> bool:
-    """True for an upstream's status that another tier may do better on; a 400 is the request's own fault.
+class Backend:
+    """One upstream that answers whatever model it is asked for."""
 
-    For a hosted tier also 402 (its credit is used up) and 404 (its provider has retired the model).
-    """
-    return status in (401, 403, 429) or status >= 500 or (hosted and status in (402, 404))
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
 
-
-_HOSTED_FALLS_THROUGH = functools.partial(falls_through, hosted=True)
+    def lease(self, name: str) -> Lease:
+        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
+        return Lease(self.upstream)
 
 
 class Host(Upstream):
     """A host of hosted tiers that the router asks itself, and whether it can be reached."""
 
-    timeout_s = 2.0                             # an address that is silent so long gives way to the name's next
+    timeout_s = 2.0                             # a silent address gives way to the name's next
 
-    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log, clock: Callable[[], float]) -> None:
+    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log,
+                 clock: Callable[[], float]) -> None:
         super().__init__(host, port, prefix, tls)
         self.offline = ""                       # why no connection comes about, "" while one does
         self.since = 0.0
@@ -5361,21 +5837,22 @@ class Host(Upstream):
         self._probing = False
 
     def connect(self, client: Optional[Client] = None) -> socket.socket:
-        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included, and when the client goes.
+        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included.
 
-        Errors: OSError; ClientGone.
+        Errors: OSError; ClientGone, when the client goes meanwhile.
         """
         got: List[Union[socket.socket, OSError]] = []
         done, left, handing = threading.Event(), threading.Event(), threading.Lock()
 
         def dial() -> None:
             result = self._dial()
-            with handing:                       # either it is handed over or it is closed here, never both
+            with handing:                       # it is handed over or closed here, never both
                 got.append(result)
                 late = left.is_set()
             done.set()
             if late and isinstance(result, socket.socket):
                 result.close()
+
         threading.Thread(target=dial, name="dial", daemon=True).start()
         end = time.monotonic() + HOST_CONNECT_S
         gone = False
@@ -5389,58 +5866,49 @@ class Host(Upstream):
                 result.close()
             raise ClientGone
         if isinstance(result, OSError):
-            self._lost(_why_unreachable(result))
+            self._mark_lost(_why_unreachable(result))
             raise result
         if self.offline:
-            self._found()
+            self._mark_found()
         return result
-
-    def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        if self._idle and not self._same_way():
-            self.forget()
-        return super().checkout(client)
-
-    def _same_way(self) -> bool:
-        """False when idle connections lead nowhere: the route to the host, or our address on it, is not what it was."""
-        try:
-            sock = self._idle[-1][1]
-            with socket.socket(sock.family, socket.SOCK_DGRAM) as way:
-                way.connect(sock.getpeername())         # sends nothing: the kernel looks up the route
-                return bool(way.getsockname()[0] == sock.getsockname()[0])
-        except (OSError, IndexError):
-            return False
 
     def _dial(self) -> Union[socket.socket, OSError]:
         try:
             sock = super().connect()
             _end_when_silent(sock)
             return sock
-        except (OSError, UnicodeError) as exc:  # UnicodeError: a label of the name is too long
-            return exc if isinstance(exc, OSError) else OSError(str(exc))
+        except OSError as exc:
+            return exc
+        except UnicodeError as exc:             # a label of the name is too long
+            return OSError(str(exc))
 
-    def _lost(self, why: str, again: bool = False) -> None:
+    def _mark_lost(self, why: str, again: bool = False) -> None:
         with self._lock:
             first = not self.offline
             if first or again:
                 self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
                 self._probe_at = self._clock() + self._wait_s
-            self.since = self._clock() if first else self.since
+            if first:
+                self.since = self._clock()
             self.offline = why
         if first:
             self.forget()
-            self._log.warning(f"offline: no connection to {self.url} ({why}); auto runs locally meanwhile")
+            self._log.warning(f"offline: no connection to {self.url} ({why});"
+                              " auto runs locally meanwhile")
 
-    def _found(self) -> None:
+    def _mark_found(self) -> None:
         with self._lock:
             was, self.offline = self.offline, ""
         if was:
-            self._log.info(f"back: {self.url} can be reached again, after {self._clock() - self.since:,.0f} s")
+            gone_s = self._clock() - self.since
+            self._log.info(f"back: {self.url} can be reached again, after {gone_s:,.0f} s")
 
     def why(self) -> str:
-        return f"no connection to {self.url} for {self._clock() - self.since:,.0f} s ({self.offline})"
+        return (f"no connection to {self.url} for {self._clock() - self.since:,.0f} s"
+                f" ({self.offline})")
 
     def look_again(self) -> None:
-        """While unreachable, try the connection alone, without a request or the key, on a thread of its own."""
+        """While unreachable, try the connection alone, without a request or the key."""
         with self._lock:
             due = self.offline and not self._probing and self._clock() >= self._probe_at
             self._probing = self._probing or bool(due)
@@ -5450,22 +5918,22 @@ class Host(Upstream):
     def _probe(self) -> None:
         result = self._dial()
         if isinstance(result, OSError):
-            self._lost(_why_unreachable(result), True)
+            self._mark_lost(_why_unreachable(result), True)
         else:
             result.close()
-            self._found()
+            self._mark_found()
         self._probing = False
 
 
 def _end_when_silent(sock: socket.socket) -> None:
     """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
 
-    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would end a silent
-    connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
+    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
+    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 20_000)):
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
+                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
         try:
             if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -5473,87 +5941,536 @@ def _end_when_silent(sock: socket.socket) -> None:
             pass
 
 
-_OF_THE_CLIENT = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
-                            b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+class Waiting:
+    """What a client that asked for a stream is told while its model gets ready."""
+
+    GRACE_S = 0.15                              # a start that fails at once is a plain error
+
+    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible") -> None:
+        self._client, self._path = client, path
+        self._silent = not stream or mode == "off"
+        self._visible = mode == "visible" and path == "/v1/chat/completions"
+        self._began_s = time.monotonic()
+        self._next_s = self.GRACE_S             # of the next message, after the beginning
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def tell(self, stage: Callable[[], str]) -> None:
+        """Say what is waited for, when it is time to. Errors: ClientGone.
+
+        At once, then every 2 s, and ever more seldom: 96 messages in an hour, for some clients give
+        up after a few hundred lines without an event.
+        """
+        waited_s = self.waited_s
+        if self._silent or waited_s < self._next_s:
+            return
+        self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
+        what = stage()
+        if not what:
+            return
+        client = self._client
+        if not client.opened:
+            client.open_stream()
+        words = f"{what}, {waited_s:.0f} s"
+        if self._visible:
+            client.send_event(waiting_event(words))
+        else:                                   # a blank line behind it ends some clients' parsing
+            client.send_event(f": {words}\n".encode())
 
 
-def host_request(request: Request, remote: Remote, target: str) -> Tuple[Request, str]:
-    """A client's request and its target as a host gets them: no credentials or cookies but the host's own.
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+              terms: Terms, waiting: Waiting) -> Outcome:
+    """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
+    try:
+        while not lease.ready():
+            lease.wait(PATIENCE_MS / 1000)
+            if client.gone():
+                raise ClientGone
+            waiting.tell(lease.stage)
+        upstream = lease.upstream
+        if upstream is None:
+            return Outcome("unreachable", 0, "its server has just ended")
+        terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
+        return relay(client, request, upstream, target, body, terms)
+    except LoadError as exc:
+        return Outcome("failed", 500, str(exc))
+    finally:
+        lease.end()
+
+
+def reply_failure(client: Client, status: int, message: str, kind: str = "upstream_error",
+                  extra: bytes = b"") -> None:
+    """Say that a request has failed: once, as an answer or within a stream that has begun."""
+    if not client.opened:
+        if status >= 500:
+            extra += b"Retry-After: 5\r\n"
+        client.reply_error(status, message, kind, extra)
+        return
+    client.keep_alive = False                   # no clean end
+    client.send_event(client.error_event(message, kind))
+
+
+def said_error(text: str) -> str:
+    """The message in an upstream's error, a JSON body or an event; else the text itself, short."""
+    found = re.search(r'"message"\s*:\s*("(?:[^"\\]|\\.)*")', text)
+    if found:
+        try:
+            return str(json.loads(found.group(1)))
+        except ValueError:
+            pass
+    return text.strip()[:400]
+
+
+class Behind(App):
+    """What stands behind the router, and answers on 10102 itself."""
+
+    address = ""                                # for messages
+
+    def lease(self, name: str) -> Lease:
+        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
+        raise NotImplementedError
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
+        raise NotImplementedError
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Bring up what it needs before it is listened for. Errors: UserError."""
+
+    def close(self) -> None:
+        """End what was started for it."""
+
+    def answer(self, client: Client, request: Request) -> None:
+        wrong = refusal(request, True)
+        if wrong:
+            raise HttpError(403, wrong, "forbidden")
+        if request.method == "OPTIONS":         # a page of this machine asks whether it may
+            wanted = request.fields.get(b"access-control-request-headers", b"*")
+            extra = (b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
+                     b"Access-Control-Allow-Headers: " + wanted + b"\r\n")
+            client.reply(200, b"", extra=extra)
+            return
+        body = client.read_body(request)
+        self.pass_on(client, request, body, frozenset())
+
+
+class UpstreamApp(Behind):
+    """One upstream for everything: `serve --upstream`, or llama-swap."""
+
+    def __init__(self, upstream: Upstream, log: Log) -> None:
+        self.upstream, self.log = upstream, log
+        self.address = upstream.url
+
+    def lease(self, name: str) -> Lease:
+        return Lease(self.upstream)
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        query = request.target.partition("?")[2]
+        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
+                        if name in (b"authorization", b"x-api-key") and name not in drop)
+        target = "/v1/models" + (f"?{query}" if query else "")
+        response, body = self.upstream.get(target, 3.0, headers=keys)
+        listing = json.loads(body)
+        if response.status != 200 or not isinstance(listing, dict):
+            raise ValueError(response.status)
+        return listing
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        path = request.target.partition("?")[0]
+        inference = inference_path(path)
+        client.protocol = inference
+        name, stream = "", False
+        if inference:
+            values = _json_of(request, body)
+            if isinstance(values, dict):
+                name, stream = str(values.get("model")), values.get("stream") is True
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
+        outcome = ask_lease(client, request, self.lease(name), request.target,
+                            [body] if body else [], terms, Waiting(client, inference, stream))
+        if outcome.state == "broken":
+            self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
+                             f" {outcome.detail}")
+        elif outcome.state == "rejected":
+            reply_failure(client, outcome.status, said_error(outcome.detail))
+        elif outcome.state == "unreachable":
+            message = (f"nothing answers behind the router at {self.address}"
+                       f" ({outcome.detail}); {remedy or 'see its log'}")
+            self.log.warning(f"{request.method} {path}: {message}")
+            reply_failure(client, 502, message)
+
+
+def _json_of(request: Request, body: bytes) -> Any:
+    """A JSON body, parsed; None for any other."""
+    if b"json" not in request.fields.get(b"content-type", b"").lower():
+        return None
+    try:
+        return json.loads(str(body, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+# ===================================================================================================
+# RECORD
+# ===================================================================================================
+# logs/decisions.jsonl: a line a request, without a word of its text. `llmstack replay` reads it.
+
+
+class Recorder:
+    """Writes the decision record; lines wait for the next flush."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._salt = os.urandom(16)
+        self._waiting: Any = collections.deque(maxlen=10_000)
+        self._lock = threading.Lock()
+
+    def add(self, row: Dict[str, Any], conversation: str) -> None:
+        """Keep a row; the conversation is told by a hash that nobody can look up."""
+        import hashlib
+        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
+        name = digest.hexdigest()[:12] if conversation else ""
+        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+
+    def flush(self) -> None:
+        """Write what waits. A full disk loses lines, and stops nothing."""
+        if not self._waiting:
+            return
+        with self._lock:
+            rows = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
+                           for r in rows)
+            try:
+                if file_size(self._path) > LOG_BYTES:
+                    shift_logs(self._path)
+                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                try:
+                    os.write(fd, text.encode("utf-8", "replace"))
+                finally:
+                    os.close(fd)
+            except OSError:
+                pass
+
+
+def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
+               outcome: Outcome) -> Dict[str, Any]:
+    """What the record says of one request: counts, times and names, no text."""
+    counts = tokens_said(outcome.said)
+    row: Dict[str, Any] = {
+        "path": path, "tier": tier, "rung": decision.rung if decision else "explicit",
+        "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
+        "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
+        "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
+        "cached": counts.cached, "output": counts.output, "ended": outcome.state,
+        "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+    if decision is not None:
+        row["reason"] = decision.reason
+        row["passed_over"] = {n: why for n, why in decision.refused.items()
+                              if why != BELOW_THE_TIER_TAKEN}
+    if outcome.cost:
+        row["cost"] = outcome.cost
+    return row
+
+
+# ===================================================================================================
+# ROUTER
+# ===================================================================================================
+
+
+class Breaker:
+    """Tiers that failed a moment ago, and until when they are left alone."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._down: Dict[str, Tuple[float, str]] = {}
+        self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
+
+    def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
+        """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
+        now = self._clock()
+        if growing and self._down.get(tier, (0.0, ""))[0] <= now:
+            self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
+        doubled = 2 ** max(self._strikes.get(tier, 0) - 1, 0)
+        seconds = seconds or BREAKER_S * doubled
+        self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
+
+    def answered(self, tier: str) -> None:
+        """It works: nothing is held against it any more."""
+        self._strikes.pop(tier, None)
+        self._down.pop(tier, None)
+
+    def down(self) -> Dict[str, str]:
+        """Tier -> reason, those still left alone."""
+        if not self._down:
+            return {}
+        now = self._clock()
+        for tier, (until, _) in list(self._down.items()):
+            if until <= now:
+                self._down.pop(tier, None)
+        return {tier: reason for tier, (_, reason) in list(self._down.items())}
+
+
+class Conversation(NamedTuple):
+    """What answers have told of one conversation."""
+
+    ratio: float = 0.0                          # true tokens per estimated one, 0: not known yet
+    tier: str = ""                              # that answered last
+
+
+class Conversations:
+    """The last conversations, by key, the oldest forgotten first."""
+
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._known: Any = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Conversation:
+        with self._lock:
+            found: Conversation = self._known.get(key, Conversation())
+            return found
+
+    def learn(self, key: str, estimate: int, truth: int, tier: str = "") -> None:
+        """Keep what an answer or a refusal said a prompt's tokens really are."""
+        with self._lock:
+            known: Conversation = self._known.pop(key, Conversation())
+            if estimate > 0 and truth > 0:
+                known = known._replace(ratio=min(max(truth / estimate, 0.1), 10.0))
+            self._known[key] = known._replace(tier=tier or known.tier)
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+
+
+class Snapshot(NamedTuple):
+    """A configuration and all that follows from it; a reload puts a new one in its place."""
+
+    config: Config
+    routes: Mapping[str, Route]                 # by name and alias
+    hosts: Mapping[str, Host]                   # by base_url
+    barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
+
+
+_OF_THE_CLIENT = frozenset({
+    b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
+    b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
+
+
+def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
+    """A client's request and its target as a host gets them: no credentials but the host's own.
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | _connection_words(request.headers)
-    headers = (*(h for h in request.headers if h[0] not in drop), *remote.headers,
-               (b"accept-encoding", b"identity", b"Accept-Encoding: identity"))
-    return request._replace(headers=headers), target[3:] if remote.bare and target.startswith("/v1/") else target
+    kept = tuple(h for h in request.headers if h[0] not in drop)
+    if route.bare and target.startswith("/v1/"):
+        target = target[3:]
+    return request._replace(headers=(*kept, *route.headers, _IDENTITY)), target
+
+
+def _as_json(request: Request) -> Request:
+    """The request with a Content-Type that says what it is."""
+    others = tuple(h for h in request.headers if h[0] != b"content-type")
+    ours = (b"content-type", b"application/json", b"Content-Type: application/json")
+    return request._replace(headers=(*others, ours))
+
+
+class Asked(NamedTuple):
+    """An inference request, read."""
+
+    request: Request
+    path: str                                   # canonical
+    target: str                                 # that with the query
+    body: bytes
+    values: Mapping[str, Any]                   # of the body
+    drop: FrozenSet[bytes]
+    began_s: float
+
+    @property
+    def stream(self) -> bool:
+        return self.values.get("stream") is True
+
+
+class Try(NamedTuple):
+    """A tier that is asked for an answer."""
+
+    tier: Tier
+    route: Route
+    judge: Optional[Callable[[int, str], bool]]
+
+
+class Ladder:
+    """The way of one `auto` request down the tiers, as they fail."""
+
+    def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
+                 learn: Callable[[int], None]) -> None:
+        self._decision, self._snapshot, self._breaker = decision, snapshot, breaker
+        self._learn = learn
+        self._left = list(decision.chain)
+        self._tried: Set[str] = set()
+        self.asked = asked
+        self.fallbacks: List[str] = []
+        self.tier = self._left.pop(0)
+        self._tried.add(self.tier.name)
+        self._own_fault = False
+
+    @property
+    def route(self) -> Route:
+        return self._snapshot.routes[self.tier.name]
+
+    def judge(self, status: int, text: str) -> bool:
+        """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
+        need = prompt_tokens_said(status, text)
+        self._own_fault = bool(need) or own_fault(status, text)
+        if need:
+            self._learn(need)
+            self._left = self._holding(need)
+        elif self._own_fault:
+            if pictures_refused(text):
+                self._left = [t for t in self._left if t.takes_pictures]
+            else:
+                self._left = []
+        elif not falls_through(status, self.route.hosted):
+            return False
+        return bool(self._left)
+
+    def _holding(self, tokens: int) -> List[Tier]:
+        """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
+        decision = self._decision
+        down = {*decision.down, *self._snapshot.barred}
+        order = [t for t in decision.way.order if t.name not in self._tried]
+        holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
+        return [t for t in holds if t.name not in down] or holds[:1]
+
+    def settle(self, outcome: Outcome) -> bool:
+        """Note how the try ended; True when the next tier is to be asked."""
+        name, route = self.tier.name, self.route
+        host = route.host
+        self._note(outcome, name, route, host)
+        if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
+            return False
+        following = self._left.pop(0)
+        why = str(outcome.status or outcome.detail)
+        self.fallbacks.append(f"{name}\u2192{following.name} ({why})")
+        self.tier = following
+        self._tried.add(following.name)
+        self._own_fault = False
+        return True
+
+    def _note(self, outcome: Outcome, name: str, route: Route, host: Optional[Host]) -> None:
+        """Hold a failure against the tier, or forget what was held."""
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(name)
+        elif outcome.state == "broken":
+            self._breaker.trip(name, "broke off its answer a moment ago", growing=route.hosted)
+        elif outcome.state == "failed":
+            self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
+        elif outcome.state == "unreachable":
+            if host is not None and not host.offline:       # it took the connection
+                self._breaker.trip(name, outcome.detail, growing=True)
+        elif self._own_fault or not falls_through(outcome.status, route.hosted):
+            if route.hosted:
+                self._breaker.answered(name)
+        else:
+            self._breaker.trip(name, f"answered {outcome.status} a moment ago",
+                               outcome.retry_after_s, route.hosted)
 
 
 class RouterApp(App):
-    """127.0.0.1:10101: decides for `auto`, passes everything else through."""
+    """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, upstream: Upstream, log: Log, *, loopback: bool = True, key: str = "",
-                 models_ini: str = "", bundled: bytes = b"", reload: Optional[Callable[[], Config]] = None,
-                 use_next: bool = False, unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (),
-                 remedy: str = "run `llmstack start`", env: Optional[Mapping[str, str]] = None,
+    def __init__(self, config: Config, behind: Union[App, Upstream], log: Log, *,
+                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
+                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
+                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
+                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
+                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self.upstream, self.log = upstream, log
-        self._loopback, self._key, self._models_ini, self._reload = loopback, key, models_ini, reload
-        self._use_next, self._foreign_logs = use_next, foreign_logs
+        self.log = log
+        self.behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
+        self._loopback, self._key, self._models_ini = loopback, key, models_ini
+        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
         self._unserved = unserved or (lambda config: {})
         self._remedy, self._bundled = remedy, bundled
         self._env, self._clock = env or {}, clock
         self._breaker = Breaker(clock)
-        self._hosts: Dict[str, Host] = {}
-        self._adopt(config)
+        self._conversations = Conversations()
+        self._record = record
+        self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
+    @property
+    def config(self) -> Config:
+        return self._snapshot.config
+
+    # ---- configuration
+
     def ask_reload(self) -> None:
-        """For the signal handler: it may have interrupted the main thread in the log's lock, so it only leaves a note."""
+        """For the signal handler: it may hold the log's lock, so it only leaves a note."""
         self._reload_asked = True
 
-    def reload(self) -> None:
-        """Read models.ini again (SIGHUP): routing changes live, a broken file is refused and the old one kept."""
+    def reload(self) -> str:
+        """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
         if self._reload is None:
-            return
+            return "this router reads no models.ini again"
         try:
-            self._adopt(self._reload())
-            self.log.info("models.ini read again: " + ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers))
+            self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
+            return str(exc)
+        tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
+        self.log.info(f"models.ini read again: {tiers}")
+        return ""
 
-    def _adopt(self, config: Config) -> None:
-        """Work out what a configuration means for hosted tiers, once: a request only looks it up."""
+    def _adopt(self, config: Config, known: Mapping[str, Host]) -> Snapshot:
+        """Work out what a configuration means, once: a request only looks it up."""
         missing = missing_credentials(config, self._env)
         hosts: Dict[str, Host] = {}
-        remotes: Dict[str, Remote] = {}         # by name and alias
+        routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            if tier.backend == "gguf":
-                continue
-            remote = plan_remote(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._use_next, missing)
             if tier.backend == "openai":
-                host = hosts.get(tier.base_url) or self._hosts.get(tier.base_url) or self._host(tier.base_url)
-                hosts[tier.base_url] = host
-                key = b"Bearer " + self._env.get(tier.api_key_env, "").strip().encode("ascii", "ignore")
-                remote = remote._replace(
-                    host=host, headers=((b"authorization", key, b"Authorization: " + key),) if tier.api_key_env else (),
-                    bare=bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix)))
-            remotes.update(dict.fromkeys((tier.name, *tier.aliases), remote))
-        self._hosts, self._remotes, self._barred = hosts, remotes, {**self._unserved(config), **missing}
-        self.config = config
+                url = tier.base_url
+                host = hosts.get(url) or known.get(url) or self._host(url)
+                hosts[url] = host
+                route = self._to_host(route, host)
+            routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
+        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
-        return Host(plain.host, plain.port, plain.prefix, url.startswith("https:"), self.log, self._clock)
+        tls = url.startswith("https:")
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+
+    def _to_host(self, route: Route, host: Host) -> Route:
+        """The route of a direct host's tier, with the host's key."""
+        variable = route.tier.api_key_env
+        headers: Tuple[Header, ...] = ()
+        if variable:
+            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            headers = ((b"authorization", key, b"Authorization: " + key),)
+        bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
+        return route._replace(host=host, headers=headers, bare=bare)
+
+    # ---- housekeeping
 
     def every_second(self) -> None:
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
-        for host in self._hosts.values():
+        for host in self._snapshot.hosts.values():
             host.look_again()
         self.log.flush()
+        if self._record is not None:
+            self._record.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
@@ -5563,37 +6480,56 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        path, inference, target, drop = request.notes.get("route") or self._route(request)
-        if inference:
-            self._infer(client, request, inference, target, drop)
-        elif request.method in ("GET", "HEAD") and path == "/models.ini":
-            self._models_ini_text(client)
-        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
-            self._models(client, request, drop)
-        elif path == "/llmstack/state" and request.method == "GET":
-            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
-        else:
-            body = client.read_body(request)
-            if self._remotes and self._ask_hosted(client, request, path, body, _json_of(request, body), drop):
-                return
-            outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
-            self._finish(client, outcome, f"{request.method} {path}")
-
-    def _route(self, request: Request) -> Tuple[str, str, str, FrozenSet[bytes]]:
-        """(path, canonical inference path or "", that with the query, headers not sent on), from the head alone.
-
-        Errors: HttpError 401, 403.
-        """
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
-        drop = self._check_key(request) if self._key else _NO_WORDS
-        if not self._loopback:                  # judged here; the engine on loopback would refuse it
+        drop: FrozenSet[bytes] = frozenset()
+        if self._key:
+            drop = self._check_key(request)
+        if not self._loopback:                  # judged here; what is behind would refuse it
             drop = drop | {b"origin"}
         path, mark, query = request.target.partition("?")
-        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
-        route = request.notes["route"] = path, inference, inference + mark + query, drop
-        return route
+        inference = ""
+        if request.method == "POST" and b"content-encoding" not in request.fields:
+            inference = inference_path(path)
+        if inference:
+            self._infer(client, request, inference, inference + mark + query, drop)
+        elif not self._answer_ourselves(client, request, path, drop):
+            self._pass_through(client, request, path, drop)
+
+    def _answer_ourselves(self, client: Client, request: Request, path: str,
+                          drop: FrozenSet[bytes]) -> bool:
+        """Answer what the router knows itself; False for any other path."""
+        read = request.method in ("GET", "HEAD")
+        if read and path == "/models.ini":
+            self._models_ini_text(client)
+        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
+            self._models(client, request, drop)
+        elif request.method == "GET" and path == "/llmstack/state":
+            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
+        elif request.method == "POST" and path == "/llmstack/reload":
+            client.read_body(request)
+            problem = self.reload()
+            answer = {"ok": not problem, "problem": problem}
+            client.reply(409 if problem else 200, json.dumps(answer, ensure_ascii=False).encode())
+        else:
+            return False
+        return True
+
+    def _pass_through(self, client: Client, request: Request, path: str,
+                      drop: FrozenSet[bytes]) -> None:
+        """Everything else is for the tier that the body names, or for what is behind us."""
+        body = client.read_body(request)
+        values = _json_of(request, body)
+        name = values.get("model") if isinstance(values, dict) else None
+        route = self._snapshot.routes.get(str(name))
+        if route is not None and route.hosted:
+            began_s = time.monotonic()
+            target = path + request.target[len(path):]
+            asked = Asked(request, path, target, body, values, drop, began_s)
+            self._ask_named(client, asked, route)
+            return
+        self.behind.pass_on(client, request, body, drop, self._remedy)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -5607,192 +6543,220 @@ class RouterApp(App):
             if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
                 ours.add(name)
         if not ours:
-            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or x-api-key",
-                            "authentication_error")
+            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
+                                 " x-api-key", "authentication_error")
         return frozenset(ours)
 
     def _models_ini_text(self, client: Client) -> None:
-        """models.ini as it is on the disk now, or as bundled where the router runs beside no project."""
+        """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
             with open(self._models_ini, "rb") as file:
                 text = file.read()
         except OSError:
             if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack start` in its project to seed"
-                                     " one", "not_found") from None
+                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+                                     " start` in its project to seed one", "not_found") from None
             text = self._bundled
         if holds_secret(text.decode("utf-8", "replace")):
-            raise HttpError(404, "models.ini holds what looks like a key and is not served; `llmstack reload` names the line",
-                            "not_found")
+            raise HttpError(404, "models.ini holds what looks like a key and is not served;"
+                                 " `llmstack reload` names the line", "not_found")
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
     def _models(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
-        """The upstream's list with `auto` in front; what models.ini knows when the upstream is down."""
-        query = request.target.partition("?")[2]
-        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
-                        if name in (b"authorization", b"x-api-key") and name not in drop)
+        """The list of what is behind us with `auto` in front; else what models.ini knows."""
         try:
-            response, body = self.upstream.get("/v1/models" + (f"?{query}" if query else ""), 3.0, headers=keys)
-            listing = json.loads(body)
+            listing = self.behind.models(request, drop)
             entries = [e for e in listing["data"] if isinstance(e, dict)]
-            if response.status != 200:
-                raise ValueError(response.status)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            listing, entries = {"object": "list"}, [tier_entry(t, self._use_next) for t in self.config.tiers]
+            listing = {"object": "list"}
+            entries = [tier_entry(t, self._use_next) for t in self.config.tiers]
         listing["data"] = [auto_entry(self.config), *self._described(entries)]
         client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
 
     def _described(self, entries: List[Dict[str, Any]]) -> Iterable[Dict[str, Any]]:
-        """The engine's entries and those of the hosts, each tier's with its channel; none that local_only forbids."""
-        ours = {name: (t, tier_entry(t, self._use_next)) for t in self.config.tiers for name in (t.name, *t.aliases)}
+        """The entries of what is behind and of the hosts; none that local_only forbids."""
+        ours = {name: (t, tier_entry(t, self._use_next))
+                for t in self.config.tiers for name in (t.name, *t.aliases)}
         listed = [e.get("id") for e in entries]
-        entries += [{**e, "id": name} for name, (t, e) in ours.items() if t.backend == "openai" and name not in listed]
+        entries += [{**e, "id": name} for name, (t, e) in ours.items()
+                    if t.backend == "openai" and name not in listed]
         for entry in entries:
             tier, own = ours.get(str(entry.get("id")), (Tier(""), {}))
             if own:
                 meta = entry["meta"] if isinstance(entry.get("meta"), dict) else {}
                 entry.update(channel=own["channel"], meta={**meta, **own["meta"]})
-            hidden = not own and PROXY in json.dumps(entry)      # the proxy itself and its _next entries, of llama-swap's list
-            if entry.get("id") != "auto" and not hidden and not (self.config.local_only and tier.remote):
+            # The proxy itself and its _next entries stand in llama-swap's list.
+            hidden = not own and PROXY in json.dumps(entry)
+            forbidden = self.config.local_only and tier.remote
+            if entry.get("id") != "auto" and not hidden and not forbidden:
                 yield entry
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""
-        return {r.tier.name: r.host.why() for r in self._remotes.values() if r.host is not None and r.host.offline}
+        return {r.tier.name: r.host.why() for r in self._snapshot.routes.values()
+                if r.host is not None and r.host.offline}
 
     def state(self) -> Dict[str, Dict[str, str]]:
-        """What `status` asks: tier -> its state and the reason, for hosted tiers and those that are left alone; no secrets."""
-        hosted = {r.tier.name: ("available", "") for r in self._remotes.values()}
-        found = {**hosted, **{t: ("failing", why) for t, why in self._breaker.down().items()},
-                 **{t: ("offline", why) for t, why in self._offline().items()},
-                 **{t: ("not served", why) for t, why in self._barred.items()}}
-        for tier, _, _, (status, why, _), *_ in self._remotes.values():
+        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
+        routes = self._snapshot.routes.values()
+        found = {r.tier.name: ("available", "") for r in routes if r.hosted}
+        found.update((t, ("failing", why)) for t, why in self._breaker.down().items())
+        found.update((t, ("offline", why)) for t, why in self._offline().items())
+        found.update((t, ("not served", why)) for t, why in self._snapshot.barred.items())
+        for route in routes:
+            status, why, _ = route.refused
             if status:
-                found[tier.name] = ("local_only" if status == 403 else "no credential", why)
-        return {name: {"state": state, "reason": reason} for name, (state, reason) in found.items()}
+                state = "local_only" if status == 403 else "no credential"
+                found[route.tier.name] = (state, why)
+        return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
 
     # ---- inference
 
-    def _infer(self, client: Client, request: Request, path: str, target: str, drop: FrozenSet[bytes]) -> None:
-        began = time.monotonic()
+    def _infer(self, client: Client, request: Request, path: str, target: str,
+               drop: FrozenSet[bytes]) -> None:
+        began_s = time.monotonic()
         body = client.read_body(request)
+        client.protocol = path
         try:
-            asked = parse_json(str(body, "utf-8"))
+            values = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
             raise HttpError(400, f"the body is not JSON: {exc}") from None
-        if not isinstance(asked, dict):
+        if not isinstance(values, dict):
             raise HttpError(400, "the body is not a JSON object")
-        if b"json" not in request.fields.get(b"content-type", b"").lower():     # curl -d says it is a form
-            others = tuple(h for h in request.headers if h[0] != b"content-type")
-            ours = (b"content-type", b"application/json", b"Content-Type: application/json")
-            request = request._replace(headers=(*others, ours))
-        config = self.config
-        if not is_auto(asked.get("model")):
-            if self._remotes and self._ask_hosted(client, request, path, body, asked, drop):
-                return
-            outcome = relay(client, request, self.upstream, request.target, [body], drop=drop, ends=STREAM_ENDS.get(path, ()))
-            self._finish(client, outcome, path)
+        if b"json" not in request.fields.get(b"content-type", b"").lower():
+            request = _as_json(request)         # curl -d says it is a form
+        asked = Asked(request, path, target, body, values, drop, began_s)
+        if is_auto(values.get("model")):
+            self._ask_ladder(client, asked)
             return
+        route = self._snapshot.routes.get(str(values.get("model")))
+        if route is None:
+            self.behind.pass_on(client, request, body, drop, self._remedy)
+        else:
+            self._ask_named(client, asked, route)
+
+    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+        """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
+        if route.refused[0]:
+            raise HttpError(*route.refused)
+        outcome = self._ask(client, asked, route, None, None)
+        name = route.tier.name
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(name)
+        self._finish(client, outcome, f"{asked.path} {name}", route)
+        if self._record is not None and asked.path in STREAM_ENDS:
+            try:
+                facts = read_facts(asked.path, asked.values)
+            except RecursionError:
+                return
+            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+
+    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+        """Keep a request in the decision record."""
+        if self._record is None:
+            return
+        row["total_s"] = round(time.monotonic() - asked.began_s, 3)
+        if fallbacks:
+            row["fallbacks"] = list(fallbacks)
+        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+        """Ask the decision's tiers in turn until one answers."""
+        now = self._snapshot
+        config = now.config
         try:
-            facts = read_facts(path, asked, config.routing.ultra_triggers)
+            facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
+        key = conversation_key(asked.request.fields, asked.values)
+        if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
+            facts = facts._replace(classes=class_tokens(facts.texts),
+                                   ratio=self._conversations.get(key).ratio)
         down = self._breaker.down()
-        if self._hosts:
+        if now.hosts:
             down.update(self._offline())
-        decision = decide(facts, config, down, self._barred)
-        self._try_tiers(client, request, path, target, body, asked, decision, drop, began)
+        decision = decide(facts, config, down, now.barred)
 
-    def _ask_hosted(self, client: Client, request: Request, path: str, body: bytes, asked: Any, drop: FrozenSet[bytes]) -> bool:
-        """Answer a request that names a hosted tier; False for any other. Errors: HttpError 401, 403."""
-        remote = self._remotes.get(str(asked.get("model"))) if isinstance(asked, dict) else None
-        if remote is None:
-            return False
-        if remote.refused[0]:
-            raise HttpError(*remote.refused)
-        target = path + request.target[request.target.find("?"):] if "?" in request.target else path
-        outcome = self._relay_hosted(client, request, target, body, asked, remote, drop)
-        self._finish(client, outcome, f"{path} {remote.tier.name}", host=remote.host)
-        return True
+        def learn(truth: int, tier: str = "") -> None:
+            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, estimate, truth, tier)
 
-    def _relay_hosted(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any], remote: Remote,
-                      drop: FrozenSet[bytes], **settings: Any) -> Outcome:
-        path = target.partition("?")[0]
-        pieces, upstream = remote_body(body, asked, remote, path), self.upstream
-        if remote.host is not None:
-            request, target = host_request(request, remote, target)
-            upstream, drop = remote.host, _NO_WORDS
-        outcome = relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
-        if outcome.state == "done" and outcome.status < 400:
-            self._breaker.answered(remote.tier.name)
-        return outcome
-
-    def _try_tiers(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
-                   decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
-        """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
-        fallbacks: List[str] = []
-        reason = ""
+        ladder = Ladder(asked, decision, now, self._breaker, learn)
+        reason = decision.reason
 
         def headers() -> bytes:
-            nonlocal reason
-            reason = reason or decision.reason
-            return decision_headers(decision, name, fallbacks, reason)
+            return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
-        for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
-            name, hosted = tier.name, tier.backend != "gguf"
-            remote = self._remotes.get(name)
-            reject = None if following is None else _HOSTED_FALLS_THROUGH if hosted else falls_through
-            try:
-                if remote is None:
-                    outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
-                                    extra=headers, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
-                elif remote.refused[0]:         # no other tier holds it
-                    outcome = Outcome("refused", remote.refused[0])
-                    client.reply_error(*remote.refused, headers())
-                else:
-                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=headers, reject=reject)
-            except ClientGone:
-                self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; the client left after"
-                              f" {(time.monotonic() - began) * 1000:,.0f} ms")
-                raise
-            host = remote.host if remote else None
-            if outcome.state == "done" and outcome.status < 400:
+        while True:
+            route = ladder.route
+            outcome = self._try(client, asked, ladder, headers, reason)
+            if not ladder.settle(outcome):
                 break
-            if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
-                self._breaker.trip(name, outcome.detail, growing=True)
-            elif outcome.state != "refused" and (outcome.state == "rejected" or falls_through(outcome.status, hosted)):
-                self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s, hosted)
-            elif hosted and outcome.state == "done":     # the request's own fault
-                self._breaker.answered(name)
-            if outcome.state not in ("rejected", "unreachable") or following is None:
-                break
-            fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
-        ms = (time.monotonic() - began) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; {outcome.status or outcome.state}"
-                      f" in {ms:,.0f} ms" + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", headers, host)
+        name = ladder.tier.name
+        fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
+        ms = (time.monotonic() - asked.began_s) * 1000
+        self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
+                      f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
+        self._finish(client, outcome, f"auto -> {name}", route, headers)
+        if outcome.state == "done":
+            learn(tokens_said(outcome.said).prompt, name)
+        self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, extra: Optional[Callable[[], bytes]] = None,
-                host: Optional[Host] = None) -> None:
-        """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
+    def _try(self, client: Client, asked: Asked, ladder: Ladder, headers: Callable[[], bytes],
+             reason: str) -> Outcome:
+        """Ask the ladder's present tier. Errors: ClientGone."""
+        route = ladder.route
+        if route.refused[0]:                    # no other tier holds it
+            status, message, kind = route.refused
+            reply_failure(client, status, message, kind, headers())
+            return Outcome("refused", status)
+        try:
+            return self._ask(client, asked, route, ladder.judge, headers)
+        except ClientGone:
+            ms = (time.monotonic() - asked.began_s) * 1000
+            self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
+            raise
+
+    def _ask(self, client: Client, asked: Asked, route: Route,
+             judge: Optional[Callable[[int, str], bool]],
+             headers: Optional[Callable[[], bytes]]) -> Outcome:
+        """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
+        request, target, drop = asked.request, asked.target, asked.drop
+        name = route.model if judge is None else route.model or route.tier.name
+        pieces = route_body(asked.body, asked.values, route, asked.path, name)
+        lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
+        first_byte_s = 0.0
+        if route.host is not None:
+            request, target = host_request(request, route, target)
+            drop = frozenset()
+        if route.hosted and judge is not None and asked.stream:
+            first_byte_s = FIRST_BYTE_S
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state)
+        return ask_lease(client, request, lease, target, pieces, terms, waiting)
+
+    def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
+                extra: Optional[Callable[[], bytes]] = None) -> None:
+        """Say in the log how a request ended, and to the client when nothing has reached it."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        lines = extra() if extra else b""
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
+        elif outcome.state == "failed":
+            self.log.warning(f"{what}: {outcome.detail}")
+            reply_failure(client, outcome.status, outcome.detail, extra=lines)
+        elif outcome.state == "rejected":
+            reply_failure(client, outcome.status, said_error(outcome.detail), extra=lines)
         elif outcome.state == "unreachable":
-            message = (f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
-                       if host is None else f"no answer from {host.url} ({outcome.detail})")
+            where = self.behind.address if route.host is None else route.host.url
+            message = f"no answer from {where} ({outcome.detail})"
+            if route.host is None:
+                message = (f"nothing answers behind the router at {where} ({outcome.detail});"
+                           f" {self._remedy}")
             self.log.warning(f"{what}: {message}")
-            client.reply_error(502, message, "upstream_error", extra() if extra else b"")
-
-
-def _json_of(request: Request, body: bytes) -> Any:
-    """A JSON body, parsed; None for any other."""
-    try:
-        return json.loads(str(body, "utf-8")) if b"json" in request.fields.get(b"content-type", b"").lower() else None
-    except (ValueError, RecursionError):
-        return None
+            reply_failure(client, 502, message, extra=lines)
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], reason: str = "") -> bytes:
@@ -6412,7 +7376,7 @@ class Model:
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
-        self.proxy = proxy                      # LiteLLM's: takes no memory that counts, is never evicted, has its port
+        self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
         self.in_flight = 0
@@ -6423,6 +7387,7 @@ class Model:
         self.command: List[str] = []
         self.upstream: Optional[Upstream] = None
         self.cancelled = False                  # to be unloaded as soon as its load notices
+        self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
 
@@ -6430,7 +7395,7 @@ class Model:
     def name(self) -> str:
         return self.tier.name
 
-    def turn(self, state: str) -> None:
+    def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
 
 
@@ -6438,48 +7403,77 @@ class _Cancelled(Exception):  # noqa: N818
     """A load is no longer wanted: it was unloaded meanwhile, or the engine is closing."""
 
 
-class Ticket:
-    """A request that waits for a model."""
+class Ticket(Lease):
+    """A request that waits for a model of the engine, and then is one of its requests."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, engine: Engine, model: Model) -> None:
+        super().__init__()
         self.model = model
         self.since = time.monotonic()
         self.blocked_by: Set[str] = set()       # models that must become idle first
-        self.said_s = -COMMENT_EVERY_S          # when its stream last got a comment, seconds after `since`
+        self._engine = engine
+        self._entered = False
+
+    def ready(self) -> bool:
+        if not self._engine.try_enter(self):
+            return False
+        self._entered = True
+        self._engine.dequeue(self)
+        self.upstream = self.model.upstream
+        return True
+
+    def wait(self, seconds: float) -> None:
+        self._engine.wait(seconds)
+
+    def stage(self) -> str:
+        return "" if self._entered else self._engine.stage(self)
+
+    def end(self) -> None:
+        if self._entered:
+            self._engine.leave(self.model)
+        else:
+            self._engine.dequeue(self)
 
 
 class Engine:
     """Starts and stops llama-server processes so that what is loaded fits in memory.
 
-    A busy or loading model is never evicted: who needs its memory queues. Memory is freed before it is taken.
-    A load goes on when the client that asked for it leaves; the model is wanted, and half a load is a waste.
+    A busy or loading model is never evicted: who needs its memory queues. Memory is freed before it
+    is taken. A load goes on when the client that asked for it leaves; the model is wanted, and half
+    a load is a waste.
     """
 
-    def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log, log_path: Callable[[str], str],
-                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
+    def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
+                 log_path: Callable[[str], str], env: Mapping[str, str], budget_gb: float,
+                 use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
                  fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None) -> None:
-        self._command, self._log, self._log_path, self._env = command, log, log_path, dict(env)
+        self._command, self._log, self._log_path = command, log, log_path
+        self._env, self._local_env = dict(env), without_credentials(env)
         self._budget_gb, self._first_port = budget_gb, first_port
-        self._local_env = without_credentials(env)
-        self.use_next = use_next
-        self.config = config
+        self.use_next, self.config = use_next, config
         self._changed = threading.Condition()
-        known = {f.name: f.need_gb for f in fits}
-        need = {t.name: known.get(t.name, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
+        local = local_tiers(config)
+        need = self._needs_gb(local, fits)
         self._sets = residency_sets(config, need if fits else None, budget_gb)
-        self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
+        self.models = {t.name: Model(t, need[t.name]) for t in local}
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
-        weights = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
-        self._costs = {t.name: tier_cost(t, use_next, weights.get(t.name, 0.0)) for t in local_tiers(config)}
+        weights_gb = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
 
-    @staticmethod
-    def _size_gb(weights: Weights) -> float:
-        """As models.ini says, else the file's size where there is one."""
-        return weights.size_gb or (file_size(weights.path) / 1e9 if weights.path else 0.0)
+    def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
+        """Tier -> the memory it takes: as measured, else by the size of its file."""
+        known = {f.name: f.need_gb for f in fits}
+        for tier in local:
+            weights = weights_for(tier, self.use_next)
+            size_gb = weights.size_gb
+            if not size_gb and weights.path:
+                size_gb = file_size(weights.path) / 1e9
+            known.setdefault(tier.name, footprint_gb(size_gb))
+        return known
 
     def find(self, name: str) -> Optional[Model]:
         tier = self.config.by_name(name)
@@ -6489,23 +7483,35 @@ class Engine:
 
     # ---- for requests
 
+    def lease(self, name: str) -> Ticket:
+        """A place for a request to a tier. Errors: HttpError 404."""
+        model = self.find(name)
+        if model is None:
+            known = ", ".join(self.models) or "none"
+            what = f"no model {name!r}"
+            if not name:
+                what = "no such path here, and no model named in the request"
+            raise HttpError(404, f"{what}; there are: {known}", "not_found")
+        return self.enqueue(model)
+
     def enqueue(self, model: Model) -> Ticket:
         with self._changed:
-            ticket = Ticket(model)
+            ticket = Ticket(self, model)
             self._tickets.append(ticket)
             return ticket
 
     def try_enter(self, ticket: Ticket) -> bool:
-        """True when the ticket's model is ready and now counts this request; else what can be done for it is begun.
+        """True when the ticket's model is ready and now counts this request.
 
-        Errors: LoadError, when it cannot be loaded.
+        Else what can be done for it is begun. Errors: LoadError, when it cannot be loaded.
         """
         with self._changed:
             model = ticket.model
             if self._closing:
                 raise LoadError("the engine is stopping")
             if model.state == "ready" and model.process.poll() is not None:
-                self._log.warning(f"{model.name}: its server has died (exit {model.process.returncode}); starting it again")
+                self._log.warning(f"{model.name}: its server has died"
+                                  f" (exit {model.process.returncode}); starting it again")
                 self._forget(model)
             if model.state == "ready":
                 if self._must_yield(ticket):
@@ -6525,6 +7531,30 @@ class Engine:
         with self._changed:
             self._changed.wait(seconds)
 
+    def stage(self, ticket: Ticket) -> str:
+        """What a ticket waits for, in words."""
+        with self._changed:
+            model, name = ticket.model, ticket.model.name
+            if model.state == "starting":
+                making_room = [m.name for m in self.models.values() if m.state == "stopping"]
+                if making_room and model.process is None:
+                    return f"unloading {', '.join(making_room)} to load {name}"
+                if model.listening or self._is_here(model):
+                    return f"loading {name}"
+                return f"downloading {name}"
+            if model.state == "ready":
+                return f"queued for {name} behind who has waited longer"
+            busy = sorted(ticket.blocked_by)
+            if busy:
+                return f"waiting for {', '.join(busy)} to finish before {name} can load"
+            return f"waiting for {name} to stop before it can load again"
+
+    def _is_here(self, model: Model) -> bool:
+        """False for a model that its server must download first."""
+        if model.proxy:
+            return True
+        return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
+
     def dequeue(self, ticket: Ticket) -> None:
         with self._changed:
             self._tickets.remove(ticket)
@@ -6537,39 +7567,45 @@ class Engine:
             self._changed.notify_all()
 
     def _must_yield(self, ticket: Ticket) -> bool:
-        """A newcomer to a model that someone has long been waiting to see idle queues behind them."""
-        oldest = time.monotonic() - FAIR_WAIT_S
-        return any(t.since < min(oldest, ticket.since) and ticket.model.name in t.blocked_by for t in self._tickets)
+        """A newcomer to a model that someone has long waited to see idle queues behind them."""
+        oldest = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
+        name = ticket.model.name
+        return any(t.since < oldest and name in t.blocked_by for t in self._tickets)
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
-        """The models to stop before the ticket's can load; None while one of them may not be. Errors: LoadError."""
+        """The models to stop before the ticket's can load; None while one of them may not be.
+
+        Errors: LoadError.
+        """
         model = ticket.model
         if model.proxy:
             return []
         if model.gb > self._budget_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is {self._budget_gb:.1f} GB"
-                            " (memory_gb in models.ini)")
+            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is"
+                            f" {self._budget_gb:.1f} GB (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
-        wanted = {t.model.name for t in self._tickets[:self._tickets.index(ticket)]}     # by those who came before
+        before = self._tickets[:self._tickets.index(ticket)]
+        wanted = {t.model.name for t in before}
         busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
         names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
         victims = choose_evictions(model.name, names, self._sets, self._costs)
         staying = [n for n in names if n not in victims]
         while sum(self.models[n].gb for n in staying) + model.gb > self._budget_gb:
-            victims.append(staying.pop(0))      # idle ones first, the longest unused first of these
+            victims.append(staying.pop(0))      # idle ones first, the longest unused of these
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
 
     # ---- loading and unloading
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
-        model.turn("starting")
-        model.cancelled = False
+        model.turn_to("starting")
+        model.cancelled = model.listening = False
         for victim in victims:
-            victim.turn("stopping")
-        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}", daemon=True).start()
+            victim.turn_to("stopping")
+        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}",
+                         daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
         try:
@@ -6578,33 +7614,35 @@ class Engine:
                 self._stop(victim)
             self._start(model)
             with self._changed:
-                self._check_wanted(model)       # it may have become unwanted in the moment it became healthy
+                self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
-                model.turn("ready")
+                model.turn_to("ready")
                 model.last_used = time.monotonic()
                 self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            with self._changed:
-                model.failure, model.failed_at = str(exc), time.monotonic()
+            self._note_failure(model, str(exc))
             self._log.error(str(exc))
             self._stop(model)
         except Exception:                       # a bug must not leave a model starting for ever
             import traceback
             self._log.error(traceback.format_exc())
-            with self._changed:
-                model.failure, model.failed_at = f"{model.name} could not be started; see the log", time.monotonic()
+            self._note_failure(model, f"{model.name} could not be started; see the log")
             self._stop(model)
         finally:
             with self._changed:
                 self._changed.notify_all()
 
+    def _note_failure(self, model: Model, why: str) -> None:
+        with self._changed:
+            model.failure, model.failed_at = why, time.monotonic()
+
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
 
-        Its port was free when it was chosen; where somebody else was quicker, another is tried, twice.
+        Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
@@ -6620,44 +7658,64 @@ class Engine:
                 return
             if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n{tail}")
-            self._log.warning(f"{model.name}: port {model.port} was taken by {port_holder(model.port)} meanwhile")
+                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
+                                f"{tail}")
+            self._log.warning(f"{model.name}: port {model.port} was taken by"
+                              f" {port_holder(model.port)} meanwhile")
 
     def _spawn_server(self, model: Model, log: str) -> None:
+        proxy = model.proxy
         with self._changed:
-            taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
-            port = model.proxy.port if model.proxy else next(
-                p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
+            port = proxy.port if proxy else self._free_port(model)
             model.port, model.upstream = port, Upstream("127.0.0.1", port)
         try:
-            if model.proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}", "choose another litellm_port in models.ini")
+            if proxy and not port_is_free("127.0.0.1", port):
+                raise UserError(f"port {port} is taken by {port_holder(port)}",
+                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(model.proxy.command) if model.proxy else self._command(model.tier, port)
+            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
+        env = litellm_env(self._env)
+        if not proxy:                           # a key that nobody but us knows keeps web pages out
+            model.upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
         with self._changed:
             self._check_wanted(model)
             try:
-                model.process = spawn(model.command, log, litellm_env(self._env) if model.proxy else self._local_env)
+                model.process = spawn(model.command, log, env)
             except UserError as exc:
                 raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
+    def _free_port(self, model: Model) -> int:
+        taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
+        for port in range(self._first_port, 65_536):
+            if port not in taken and port_is_free("127.0.0.1", port):
+                return port
+        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+
     def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
-        """None once a model's server is healthy, its exit code where it ends before. Errors: LoadError, _Cancelled."""
+        """None once a model's server is healthy, its exit code where it ends before.
+
+        Errors: LoadError, _Cancelled.
+        """
         assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        while not self._healthy(model.process, model.upstream, model.proxy.health if model.proxy else "/health"):
+        path = model.proxy.health if model.proxy else "/health"
+        while not self._healthy(model.process, model.upstream, path):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
                 return int(model.process.returncode)
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
-            if not on_disk and not model.proxy and port_is_free("127.0.0.1", model.port):
-                end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
+            if not model.listening:
+                model.listening = not port_is_free("127.0.0.1", model.port)
+            if not (on_disk or model.proxy or model.listening):
+                # It does not listen before it has downloaded its model.
+                end = time.monotonic() + LOAD_TIMEOUT_S
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
         return None
 
@@ -6667,7 +7725,10 @@ class Engine:
 
     @staticmethod
     def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
-        """200 on its health's path, from our process: one that still downloads does not listen, and a stranger may."""
+        """200 on its health's path, from our process.
+
+        One that still downloads does not listen, and a stranger may.
+        """
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -6675,13 +7736,20 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        return not pids or IS_WINDOWS or any(_group_of(pid) == process.pid for pid in pids)
+        ours = any(_group_of(pid) == process.pid for pid in pids)
+        return not pids or IS_WINDOWS or ours
 
     def _stop(self, model: Model) -> None:
-        """Stop a model's server; its state is "stopped" afterwards."""
+        """Stop a model's server; its state is "stopped" afterwards.
+
+        A server that does not die keeps its memory: its model stays "stopping" until it is gone.
+        """
         process, started = model.process, model.started
         if process is not None:
-            stop_process(process.pid, started, STOP_GRACE_S, process.poll)
+            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+                self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
+                if self._closing:
+                    break
             process.poll()
         with self._changed:
             self._forget(model)
@@ -6689,8 +7757,9 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.cancelled = None, 0, None, False
-        model.turn("stopped")
+        model.process, model.port, model.upstream = None, 0, None
+        model.cancelled = model.listening = False
+        model.turn_to("stopped")
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
@@ -6699,29 +7768,30 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn("stopping")
+                    model.turn_to("stopping")
                     self._stop_soon(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
     def _stop_soon(self, model: Model) -> None:
-        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}", daemon=True).start()
+        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
+                         daemon=True).start()
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            for model in self.models.values():
-                if model.state == "ready" and model.process.poll() is not None and not model.in_flight:
-                    self._log.warning(f"{model.name}: its server has died (exit {model.process.returncode})")
+            ready = [m for m in self.models.values() if m.state == "ready" and not m.in_flight]
+            for model in ready:
+                if model.process.poll() is not None:
+                    code = model.process.returncode
+                    self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-            idle = [m for m in self.models.values() if m.state == "ready" and not m.in_flight and m.tier.ttl
-                    and now - m.last_used > m.tier.ttl]
-            for model in idle:
-                self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                model.turn("stopping")
-                self._stop_soon(model)
+                elif model.tier.ttl and now - model.last_used > model.tier.ttl:
+                    self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
+                    model.turn_to("stopping")
+                    self._stop_soon(model)
 
     def rotate_logs(self) -> None:
         for name in self.models:
@@ -6730,14 +7800,16 @@ class Engine:
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
         for model in self.models.values():
-            if model.proxy.preload if model.proxy else model.tier.role == "fast":
+            wanted = model.tier.role == "fast"
+            if model.proxy:
+                wanted = model.proxy.preload
+            if wanted:
                 ticket = self.enqueue(model)
                 try:
-                    if self.try_enter(ticket):
-                        self.leave(model)
+                    ticket.ready()
                 except LoadError as exc:
                     self._log.error(str(exc))
-                self.dequeue(ticket)
+                ticket.end()
 
     def close(self) -> None:
         """Stop everything, for good."""
@@ -6750,21 +7822,23 @@ class Engine:
         """The rows of /running."""
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command), "proxy": m.upstream.url if m.upstream else "",
-                     "ttl": m.tier.ttl, "name": m.name, "description": m.tier.description, "in_flight": m.in_flight,
-                     "seconds": round(now - m.since, 1)} for m in self.models.values() if m.state != "stopped"]
+            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
+                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
+                     "name": m.name, "description": m.tier.description,
+                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
+                    for m in self.models.values() if m.state != "stopped"]
 
 
-class EngineApp(App):
+_PLAIN = "text/plain; charset=utf-8"
+
+
+class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
-
-    # A start that fails at once (no such file) fails within this long. Comments that begin after it let such
-    # a failure be a plain 500, on which the router still falls to another tier; nobody notices the wait.
-    FIRST_COMMENT_S = 0.15
 
     def __init__(self, engine: Engine, log: Log) -> None:
         self.engine, self.log = engine, log
         self._last_rotation = time.monotonic()
+        self.address = "the embedded engine"
 
     def every_second(self) -> None:
         self.log.flush()
@@ -6774,48 +7848,59 @@ class EngineApp(App):
             self.log.rotate()
             self.engine.rotate_logs()
 
-    def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, True)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
+    def start(self) -> None:
+        self.engine.preload()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def lease(self, name: str) -> Lease:
+        return self.engine.lease(name)
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        return {"object": "list", "data": self._listing()}
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
-        if request.method == "OPTIONS":         # a page's question whether it may ask; llama-swap answers it, too
-            client.reply(200, b"", extra=b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Allow-Headers: "
-                         + request.fields.get(b"access-control-request-headers", b"*") + b"\r\n")
+        managed = request.method in ("GET", "HEAD", "POST")
+        if managed and self._manage(client, request, path):
             return
-        if request.method in ("GET", "HEAD", "POST") and self._manage(client, request, path):
-            return
-        body = client.read_body(request)
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
             target = f"/{rest}" + (f"?{query}" if query else "")
-            self._serve(client, request, self._model(name), target, body, False)
+            self._serve(client, request, name, target, body, drop)
             return
         name, stream = self._asked(body, query)
-        model = self._model(name)
         tier = self.engine.config.by_name(name)
-        if model.proxy and tier and body and tier.name != name:     # LiteLLM knows no aliases
-            body = b"".join(with_model(body, True, tier.name))
-        self._serve(client, request, model, request.target, body, stream)
+        model = self.engine.find(name)
+        if model and model.proxy and tier and body and tier.name != name:
+            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+        self._serve(client, request, name, request.target, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
-        engine = self.engine
-        plain = "text/plain; charset=utf-8"
-        if request.method != "POST" and path == "/health":
-            client.reply(200, b"OK", plain, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
-        elif request.method != "POST" and path.rstrip("/") in ("/v1/models", "/models"):
-            client.reply(200, json.dumps({"object": "list", "data": self._listing()}, ensure_ascii=False).encode())
-        elif request.method != "POST" and path == "/running":
+        engine, post = self.engine, request.method == "POST"
+        unload_one = "/api/models/unload/"
+        if not post and path == "/health":
+            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+        elif not post and path.rstrip("/") in ("/v1/models", "/models"):
+            listing = {"object": "list", "data": self._listing()}
+            client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+        elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
-        elif path == "/unload" or (path == "/api/models/unload" and request.method == "POST"):
-            client.read_body(request)
+        elif path == "/unload":
             engine.unload(engine.models.values())
-            client.reply(200, b"OK" if path == "/unload" else b'{"msg":"ok"}', plain if path == "/unload" else "application/json")
-        elif path.startswith("/api/models/unload/") and request.method == "POST":
-            client.read_body(request)
-            engine.unload([self._model(path[len("/api/models/unload/"):])])
-            client.reply(200, b"OK", plain)
+            client.reply(200, b"OK", _PLAIN)
+        elif post and path == "/api/models/unload":
+            engine.unload(engine.models.values())
+            client.reply(200, b'{"msg":"ok"}')
+        elif post and path.startswith(unload_one):
+            ticket = engine.lease(path[len(unload_one):])
+            ticket.end()
+            engine.unload([ticket.model])
+            client.reply(200, b"OK", _PLAIN)
         else:
             return False
         return True
@@ -6826,9 +7911,10 @@ class EngineApp(App):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
+                loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier, self.engine.use_next)
-                status = {"status": {"value": "loaded" if running.get(model.name) == "ready" else "unloaded"}}
-                entries += [{**entry, **status, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
         return entries
 
     @staticmethod
@@ -6844,137 +7930,185 @@ class EngineApp(App):
         from urllib.parse import parse_qs
         return parse_qs(query).get("model", [""])[0], False
 
-    def _model(self, name: str) -> Model:
-        model = self.engine.find(name)
-        if model is None:
-            known = ", ".join(self.engine.models) or "none"
-            what = f"no model {name!r}" if name else "no such path here, and no model named in the request"
-            raise HttpError(404, f"{what}; there are: {known}", "not_found")
-        return model
-
-    def _serve(self, client: Client, request: Request, model: Model, target: str, body: bytes, stream: bool) -> None:
-        engine = self.engine
-        ticket = engine.enqueue(model)
-        opened = False
-        try:
-            try:
-                while not engine.try_enter(ticket):
-                    opened = self._wait(client, ticket, opened, stream)
-            finally:
-                engine.dequeue(ticket)
-        except LoadError as exc:
-            self._fail(client, opened, str(exc), 500)
-            return
-        try:
-            upstream = model.upstream
-            outcome = (Outcome("unreachable", 0, "has just ended") if upstream is None else
-                       relay(client, request, upstream, target, [body] if body else [], opened=opened))
-        finally:
-            engine.leave(model)
+    def _serve(self, client: Client, request: Request, name: str, target: str, body: bytes,
+               drop: FrozenSet[bytes], stream: bool = False) -> None:
+        lease = self.engine.lease(name)
+        path = inference_path(target)
+        client.protocol = path
+        waiting = Waiting(client, path, stream, self.engine.config.loading_state)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()))
+        outcome = ask_lease(client, request, lease, target, [body] if body else [], terms, waiting)
         if outcome.state == "unreachable":
-            self._fail(client, opened, f"{model.name}: its server {outcome.detail}", 502)
-        elif outcome.state == "rejected":
-            self._fail(client, opened, outcome.detail, outcome.status)
+            reply_failure(client, 502, f"{name}: its server {outcome.detail}")
+        elif outcome.state in ("rejected", "failed"):
+            reply_failure(client, outcome.status, said_error(outcome.detail))
         elif outcome.state == "broken":
-            self.log.warning(f"{model.name}: its server broke off an answer")
+            self.log.warning(f"{name}: its server broke off an answer")
 
-    def _wait(self, client: Client, ticket: Ticket, opened: bool, stream: bool) -> bool:
-        """Wait a little for the ticket's model; whether a stream of comments is open now. Errors: ClientGone."""
-        self.engine.wait(PATIENCE_MS / 1000)
-        if client.gone():
-            raise ClientGone
-        waited_s = time.monotonic() - ticket.since
-        if stream and waited_s >= self.FIRST_COMMENT_S and waited_s - ticket.said_s >= COMMENT_EVERY_S:
-            ticket.said_s = waited_s
-            doing = "loading" if ticket.model.state == "starting" else "waiting for memory to load"
-            comment = f": {doing} {ticket.model.name} {waited_s:.0f} s\n\n".encode()
-            if not opened:
-                self._open_stream(client)
-            client.send(chunk(comment) if client.minor else comment)
-            return True
-        return opened
 
-    @staticmethod
-    def _open_stream(client: Client) -> None:
-        framing = b"Transfer-Encoding: chunked\r\n" if client.minor else b""
-        client.keep_alive = client.keep_alive and client.minor == 1
-        close = b"" if client.keep_alive else b"Connection: close\r\n"
-        client.answering = True
-        client.send(b"HTTP/1.1 200 OK\r\nServer: llmstack\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-                    + framing + close + b"\r\n")
+# ===================================================================================================
+# LLAMA-SWAP
+# ===================================================================================================
 
-    @staticmethod
-    def _fail(client: Client, opened: bool, message: str, status: int) -> None:
-        """Say that a request failed: as JSON, or as an event and a broken end where comments have gone out."""
-        if not opened:
-            client.reply_error(status, message, "upstream_error", b"Retry-After: 5\r\n" if status >= 500 else b"")
-            return
-        client.keep_alive = False
-        event = error_event(message)
+
+class SwapLease(Lease):
+    """A request's place at llama-swap, which loads what it is asked for."""
+
+    def __init__(self, upstream: Upstream, model: str) -> None:
+        super().__init__(upstream)
+        self._model = model
+
+    def stage(self) -> str:
+        assert self.upstream is not None
+        states = running_states(self.upstream)
+        if states is None or self._model not in states:
+            return f"waiting for llama-swap to load {self._model}"
+        return "" if states[self._model] == "ready" else f"loading {self._model}"
+
+
+class SwapApp(UpstreamApp):
+    """127.0.0.1:10102 in front of llama-swap, which has a port and a key that nobody else knows.
+
+    llama-swap answers every web page; this listener refuses what the router refuses, and passes
+    everything else on, its UI, event streams and WebSockets included.
+    """
+
+    RESTART_S = 5                               # between two starts of one that keeps dying
+
+    def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
+                 log: Log, output: str) -> None:
+        port = free_run(PRIVATE_PORT, 1)
+        super().__init__(Upstream("127.0.0.1", port), log)
+        self.upstream.key = env["LLAMA_API_KEY"]
+        self.address = "llama-swap"
+        self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
+        self._models.update((name, t.name) for t in local_tiers(config)
+                            for name in (t.name, *t.aliases))
+        self._command, self._env, self._output = command(port), env, output
+        self._process: Any = None
+        self._started_s = 0.0
+        self._closing = False
+
+    def start(self) -> None:
+        """Spawn llama-swap and wait until it answers. Errors: UserError with its last words."""
+        before = file_size(self._output)
+        self._spawn()
+        end = time.monotonic() + 60
+        while not self._healthy():
+            code = self._process.poll()
+            if code is not None or time.monotonic() > end:
+                self.close()
+                what = f"exited with {code}" if code is not None else "did not answer within 60 s"
+                tail = ":\n" + tail_of(self._output) if file_size(self._output) > before else ""
+                raise UserError(f"llama-swap {what} at start{tail}", f"see {self._output}")
+            time.sleep(0.02)
+
+    def _spawn(self) -> None:
+        self._started_s = time.monotonic()
+        self._process = spawn(self._command, self._output, self._env)
+        self._mark = process_started(self._process.pid)
+
+    def _healthy(self) -> bool:
         try:
-            if "error" in json.loads(message):
-                event = b"data: " + json.dumps(json.loads(message), ensure_ascii=False).encode() + b"\n\n"
-        except (ValueError, TypeError):
-            pass
-        client.send(chunk(event) if client.minor else event)
+            return self.upstream.get("/health", 2.0)[0].status == 200
+        except (OSError, ValueError):
+            return False
+
+    def every_second(self) -> None:
+        """Start llama-swap again where it has died: its models have died with it."""
+        self.log.flush()
+        due = time.monotonic() - self._started_s > self.RESTART_S
+        if self._process.poll() is not None and due and not self._closing:
+            self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
+                           f" again, see {self._output}")
+            self._spawn()
+
+    def close(self) -> None:
+        self._closing = True
+        stop_process(self._process.pid, self._mark, STOP_GRACE_S, self._process.poll)
+        self._process.wait()
+
+    def lease(self, name: str) -> Lease:
+        return SwapLease(self.upstream, self._models.get(name, name))
+
+
+def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+    """Model -> its state as /running tells it; None where it does not."""
+    rows = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(rows, list):
+        return None
+    return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
 
 
 # ===================================================================================================
 # STACK
 # ===================================================================================================
+# One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
 
-LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp),"
-                     " or try `llmstack start --demo`, which brings its own")
+LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
+                     " install llama.cpp), or try `llmstack start --demo`, which brings its own")
 Say = Callable[[str], None]
 
 
-class Daemons(NamedTuple):
-    """What is known of a project's two daemons."""
-
-    router: Optional[Record]
-    engine: Optional[Record]
-
-    @property
-    def any_alive(self) -> bool:
-        return any(r is not None and r.alive for r in self)
-
-
-def pid_files(places: Places) -> Tuple[str, str]:
-    """(router's, engine's): the peer's names, whichever engine runs."""
-    return places.in_state("router.pid"), places.in_state("llama-swap.pid")
+def pid_file(places: Places) -> str:
+    return places.in_state("router.pid")
 
 
 def owner_file(data: str) -> str:
     return os.path.join(data, "owner.json")
 
 
-def read_daemons(places: Places) -> Daemons:
-    """What the pid files say, or, where somebody has deleted .llmstack under a running stack, their copies do."""
-    copies = _read_json(owner_file(places.data))
-    if copies.get("work") != places.work:
-        copies = {}
-    return Daemons(*(read_record(path) or parse_record(str(copies.get(os.path.basename(path), "")))
-                     for path in pid_files(places)))
+def read_stack(places: Places) -> Optional[Record]:
+    """The project's daemon as its pid file says, or, where somebody has deleted .llmstack under a
+    running stack, as its copy in the data directory does; None where there is none of ours."""
+    record = read_record(pid_file(places))
+    if record is not None:
+        return record
+    copy = _read_json(owner_file(places.data))
+    record = parse_record(str(copy.get("record", ""))) if copy.get("work") == places.work else None
+    if record is None or not record_is_ours(record, places.work):
+        return None
+    return record
+
+
+def stack_is_alive(places: Places) -> bool:
+    return owned_process(read_stack(places), places.work)
+
+
+def router_upstream(record: Record) -> Upstream:
+    return Upstream(connectable(record.host), record.port)
+
+
+def engine_upstream(record: Record) -> Upstream:
+    return Upstream("127.0.0.1", record.engine_port)
 
 
 def answers(record: Optional[Record], headers: bytes = b"") -> bool:
-    """True when a daemon is up: its process is the one we started, and it answers as itself on its port."""
+    """True when a daemon is up: its process is the one we started, and its router says its pid."""
     if record is None or not record.alive:
         return False
-    path = "/models.ini" if record.kind == "router" else "/health"
     try:
-        response, _ = Upstream(connectable(record.host), record.port).get(path, 2.0, headers=headers)
+        response, _ = router_upstream(record).get("/models.ini", 2.0, headers=headers)
     except (OSError, ValueError):
         return False
-    if record.kind == "llama-swap":             # foreign: it cannot say its pid
-        return response.status == 200
-    said = response.header(b"x-llmstack-pid")
-    return said == str(record.pid) if response.status == 200 else response.status in (401, 404)
+    if response.status != 200:
+        return response.status in (401, 404)
+    return response.header(b"x-llmstack-pid") == str(record.pid)
+
+
+def engine_answers(record: Optional[Record]) -> bool:
+    if record is None or not record.alive:
+        return False
+    try:
+        return engine_upstream(record).get("/health", 2.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return everywhere.get(host, host)
 
 
 def base_url(host: str, port: int) -> str:
@@ -6983,10 +8117,14 @@ def base_url(host: str, port: int) -> str:
 
 
 def api_key(env: Mapping[str, str]) -> str:
-    """LLMSTACK_API_KEY without the newline its file ended with. Errors: UserError where no header can carry it."""
+    """LLMSTACK_API_KEY without the newline its file ended with.
+
+    Errors: UserError where no header can carry it.
+    """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     if key and not (key.isascii() and key.isprintable()):
-        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII", "set it to one plain line", 2)
+        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
+                        "set it to one plain line", 2)
     return key
 
 
@@ -6999,11 +8137,12 @@ def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
     if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
         raise UserError(f"{host} can be reached by others, and no API key is set",
-                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes in models.ini", 2)
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
-    """What `start` is to bring up."""
+    """What `start` is to bring up, with all that was found out for it."""
 
     places: Places
     config: Config
@@ -7011,22 +8150,74 @@ class Plan(NamedTuple):
     port: int
     use_next: bool
     env: Mapping[str, str]
+    kind: str = "embedded"                      # of the engine: embedded | llama-swap
 
     @property
     def channel(self) -> str:
         return "next" if self.use_next else "current"
 
 
+def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
+                    path: str) -> None:
+    """Write llama-swap's configuration for this machine. Errors: UserError."""
+    env, local = os.environ, local_tiers(config)
+    program = find_llama_server(config, env, places.data)
+    refused = probe_flags(program, config, places.data) if program else frozenset()
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, env, use_next)
+    text = render_llama_swap_yaml(
+        config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
+        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+    write_atomic(path, text, 0o600)
+
+
+def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
+    """Which engine is to serve: embedded | llama-swap. Errors: UserError."""
+    if config.engine == "embedded":
+        return "embedded"
+    if find_llama_swap(env, data):
+        return "llama-swap"
+    if config.engine == "llama-swap":
+        raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
+                        "put its binary on PATH or in " + os.path.join(data, "bin")
+                        + ", or set engine = auto")
+    return "embedded"
+
+
+def check_plan(plan: Plan) -> None:
+    """What can be known to fail before anything is started or stopped. Errors: UserError."""
+    program = find_llama_server(plan.config, plan.env, plan.places.data)
+    if not program and local_tiers(plan.config):
+        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    if program and plan.kind == "llama-swap":   # its YAML needs to know them
+        probe_flags(program, plan.config, plan.places.data)
+
+
 def other_owner(places: Places) -> str:
-    """The project whose daemons are alive, when that is not this one; "" otherwise."""
+    """The project whose daemon is alive, when that is not this one; "" otherwise."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    return work if read_daemons(_project_at(places, work)).any_alive else ""
+    return work if stack_is_alive(_project_at(places, work)) else ""
 
 
 def _project_at(places: Places, work: str) -> Places:
     return places._replace(work=work, state=os.path.join(work, ".llmstack"))
+
+
+def _refuse_other_owner(places: Places) -> None:
+    owner = other_owner(places)
+    if not owner:
+        return
+    demo = owner == os.path.join(places.data, "demo")
+    record = read_stack(_project_at(places, owner))
+    url = f" {base_url(record.host, record.port)}" if record else ""
+    ends = "` ends them with `llmstack stop --demo`" if demo else f"` in {owner} ends them"
+    if demo:
+        ends = " --demo` ends them"
+    raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
+                    f"`llmstack install --external{url}` uses them from here, `llmstack stop{ends}")
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -7075,254 +8266,252 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def start_stack(plan: Plan, say: Say) -> bool:
-    """Bring both daemons up; True when something was started, False when all was up. Errors: UserError."""
+def stack_lock(places: Places, say: Say) -> FileLock:
+    return FileLock(os.path.join(places.data, "lock"),
+                    lambda: say("Another start or stop is under way; waiting for it"))
+
+
+def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
+    """Bring the daemon up; True when it was started, False when it was up.
+
+    `again`: one that runs is stopped first, once everything else is known to be well.
+    Errors: UserError.
+    """
     places = plan.places
-    with FileLock(os.path.join(places.data, "lock"), lambda: say("Another start or stop is under way; waiting for it")):
-        owner = other_owner(places)
-        if owner:
-            demo = owner == os.path.join(places.data, "demo")
-            router = read_daemons(_project_at(places, owner)).router
-            url = f" {base_url(router.host, router.port)}" if router else ""
-            raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
-                            f"`llmstack install --external{url}` uses them from here, `llmstack stop"
-                            + (" --demo` ends them" if demo else f"` in {owner} ends them"))
-        daemons = read_daemons(places)
-        _refuse_other_terms(plan, daemons)
-        engine_up = answers(daemons.engine)
-        router_up = engine_up and answers(daemons.router, key_header(plan.env))
-        if engine_up and router_up:
-            return False
-        if daemons.router is not None:
-            if not daemons.router.alive:
-                say("The router has died; starting it again")
-            _end(daemons.router, pid_files(places)[0])
-        if not engine_up and daemons.engine is not None:
-            if not daemons.engine.alive:
-                say("The engine has died; cleaning up after it and starting it again")
-            _end(daemons.engine, pid_files(places)[1])
-        _check_port(plan.host, plan.port, "router_port")
-        if not engine_up:
-            _check_port("127.0.0.1", plan.config.engine_port, "engine_port")
-        write_atomic(owner_file(places.data), json.dumps({"work": places.work}))
-        if not engine_up:
-            _start_engine(plan, say)
-        _start_router(plan, say)
-        copies = {os.path.basename(path): read_text(path) for path in pid_files(places)}
-        write_atomic(owner_file(places.data), json.dumps({"work": places.work, **copies}))
+    with stack_lock(places, say):
+        _refuse_other_owner(places)
+        record = read_stack(places)
+        alive = owned_process(record, places.work)
+        if alive and not again:
+            assert record is not None
+            _refuse_other_terms(plan, record)
+            if answers(record, key_header(plan.env)) and engine_answers(record):
+                return False
+        check_plan(plan)
+        if record is not None:
+            if not alive:
+                say("The daemon has died; cleaning up after it and starting it again")
+            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stop_project_members(places.work)       # what a crash has left without a record
+        _remove(pid_file(places))
+        _check_ports(plan)
+        _start_daemon(plan, say)
         write_atomic(places.in_state("active-channel"), plan.channel + "\n")
         return True
 
 
-def _refuse_other_terms(plan: Plan, daemons: Daemons) -> None:
+def _refuse_other_terms(plan: Plan, record: Record) -> None:
     """A running stack is not silently left on another channel or address than was asked for."""
-    router, engine = daemons
-    if engine is not None and engine.alive and engine.channel != plan.channel:
-        raise UserError(f"the stack is running on the {engine.channel} channel",
+    if record.channel != plan.channel:
+        raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if router is not None and router.alive and (router.host, router.port) != (plan.host, plan.port):
-        raise UserError(f"the router is running on {base_url(router.host, router.port)}",
+    if (record.host, record.port) != (plan.host, plan.port):
+        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
 
-def _check_port(host: str, port: int, key: str) -> None:
-    if not port_is_free(host, port):
-        raise UserError(f"port {port} is taken by {port_holder(port)}", f"stop it, or choose another {key} in models.ini")
+def _check_ports(plan: Plan) -> None:
+    """All ports that are taken, at once. Errors: UserError."""
+    wanted = [("router_port", plan.host, plan.port),
+              ("engine_port", "127.0.0.1", plan.config.engine_port)]
+    if proxy_tier(plan.config) and find_litellm(plan.env, plan.places.data):
+        wanted.append(("litellm_port", "127.0.0.1", plan.config.litellm_port))
+    taken = [(key, port) for key, host, port in wanted if port and not port_is_free(host, port)]
+    if taken:
+        what = ", ".join(f"port {port} is taken by {port_holder(port)}" for _, port in taken)
+        keys = " or ".join(key for key, _ in taken)
+        raise UserError(what, f"stop it, or choose another {keys} in models.ini")
 
 
-def _daemon_env(plan: Plan, stack: str) -> Dict[str, str]:
-    env = {**plan.env, STACK_VARIABLE: stack, "LLMSTACK_WORK_DIR": plan.places.work,
-           "LLMSTACK_DATA_DIR": plan.places.data, "LLMSTACK_MODELS_INI": plan.places.models_ini}
-    env.pop("LLMSTACK_API_KEY", None)
-    return env
+def _daemon_env(plan: Plan) -> Dict[str, str]:
+    places = plan.places
+    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+            "LLMSTACK_MODELS_INI": places.models_ini}
 
 
-def _launch(plan: Plan, kind: str, command: Sequence[str], host: str, port: int, log: str, env: Dict[str, str],
-            timeout_s: float) -> Record:
-    """Spawn a daemon, write its pid file, wait until it answers. Errors: UserError with the tail of its log."""
-    path = pid_files(plan.places)[0 if kind == "router" else 1]
+def _start_daemon(plan: Plan, say: Say) -> None:
+    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
+    places, config = plan.places, plan.config
+    log = places.log("router.log")
+    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
+               "--engine", plan.kind]
+    if plan.use_next:
+        command.append("--next")
+    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+                    config.engine_port)
     before = file_size(log)
-    process = spawn(command, log, env)
-    record = Record(process.pid, process_started(process.pid), env[STACK_VARIABLE], host, port, kind, plan.channel)
-    write_record(path, record)
-    end = time.monotonic() + timeout_s
-    headers = key_header(plan.env) if kind == "router" else b""
-    while not answers(record, headers):
-        code = process.poll()
-        if code is not None or time.monotonic() > end:
-            stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
-            stop_stack_members(record.stack)
-            _remove(path)
-            tail = tail_of(log) if file_size(log) > before else ""
-            what = f"exited with {code}" if code is not None else f"did not answer within {timeout_s:g} s"
-            raise UserError(f"the {kind} {what} at start" + (f":\n{tail}" if tail else ""), f"see {log}")
-        time.sleep(0.02)
-    process.returncode = 0                      # it stays; do not let Popen warn that it is still running
-    return record
+    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
+    copy = {"work": places.work, "record": read_text(pid_file(places))}
+    end = time.monotonic() + START_TIMEOUT_S
+    try:
+        write_atomic(owner_file(places.data), json.dumps(copy))
+        while not answers(record, key_header(plan.env)):
+            code = process.poll()
+            if code is not None or time.monotonic() > end:
+                what = f"exited with {code}"
+                if code is None:
+                    what = f"did not answer within {START_TIMEOUT_S} s"
+                tail = ":\n" + tail_of(log) if file_size(log) > before else ""
+                raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
+            time.sleep(0.02)
+    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
+        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
+        stop_stack_members(record.stack)
+        _remove(pid_file(places))
+        _remove(owner_file(places.data))
+        raise
+    process.returncode = 0                      # it stays; Popen is not to warn of that
+    _say_started(plan, say)
 
 
-def _new_stack_mark() -> str:
-    return os.urandom(12).hex()
-
-
-def _start_engine(plan: Plan, say: Say) -> None:
-    config, places = plan.config, plan.places
-    program = find_llama_server(config, plan.env, places.data)
-    if not program and local_tiers(config):
-        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
-    swap = "" if config.engine == "embedded" else find_llama_swap(plan.env, places.data)
-    if config.engine == "llama-swap" and not swap:
-        raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(places.data, "bin") + ", or set engine = auto")
-    env = _daemon_env(plan, _new_stack_mark())
-    port, proxy = config.engine_port, plan_proxy(places, config, plan.env, plan.use_next)
+def _say_started(plan: Plan, say: Say) -> None:
+    config, data = plan.config, plan.places.data
+    program = find_llama_server(config, plan.env, data)
+    server = f", llama-server is {program_name(program)}" if program else ""
+    say(f"Router  {base_url(plan.host, plan.port)}/v1")
+    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
+    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
     if proxy:
-        _check_port("127.0.0.1", proxy.port, "litellm_port")
-    if swap:
-        quote = windows_quote if IS_WINDOWS else posix_quote
-        path = places.in_state("llama-swap.yaml")
-        refused = probe_flags(program, config, places.data) if program else frozenset()
-        first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
-        machine = this_machine(config)
-        fits = measure_tiers(config, machine, plan.env, plan.use_next)
-        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
-                                                  {f.name: f.need_gb for f in fits},
-                                                  {f.name: f.memory.weights / 1e9 for f in fits if f.memory},
-                                                  machine.budget_gb, proxy))
-        env = litellm_env(env) if proxy else env
-        command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
-    else:
-        command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
-        kind = "embedded"
-    _launch(plan, kind, command, "127.0.0.1", port, places.log("llama-swap.log" if swap else "engine.log"), env, 60)
-    say(f"Engine  {kind} on http://127.0.0.1:{port}" + (f", llama-server is {program_name(program)}" if program else ""))
-    if proxy:
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui" + (", starting; that takes a while" if proxy.preload else ", on demand"))
+        when = ", starting; that takes a while" if proxy.preload else ", on demand"
+        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
 
 
 def program_name(program: Sequence[str]) -> str:
     return program[0] if len(program) == 1 else f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
-def _start_router(plan: Plan, say: Say) -> None:
-    env = _daemon_env(plan, _new_stack_mark())
-    if api_key(plan.env):
-        env["LLMSTACK_API_KEY"] = api_key(plan.env)
-    command = [sys.executable, PROGRAM, "_router", "--host", plan.host, "--port", str(plan.port),
-               *(["--next"] if plan.use_next else [])]
-    _launch(plan, "router", command, plan.host, plan.port, plan.places.log("router.log"), env, 20)
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-
-
-def _end(record: Record, path: str) -> bool:
-    """Stop one daemon and whatever it left behind, and nothing else; True when something was alive."""
-    was_alive = record.alive
-    gone = stop_process(record.pid, record.started, STOP_GRACE_S + 3)
-    left = stop_stack_members(record.stack)
-    if not gone:
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop", f"end it by hand: kill -9 {record.pid}")
-    _remove(path)
-    return was_alive or left > 0
+def ask_reload(record: Record, env: Mapping[str, str]) -> str:
+    """Have the router read models.ini again; why it does not, "" where it has. Errors: UserError."""
+    try:
+        response, body = router_upstream(record).get(
+            "/llmstack/reload", 10.0, "POST", key_header(env))
+        said = json.loads(body)
+        problem = said.get("problem") if isinstance(said, dict) else None
+    except (OSError, ValueError, RecursionError):
+        raise UserError("the router does not answer", "see logs/router.log") from None
+    if response.status == 200:
+        return ""
+    return visible(str(problem or f"it answers {response.status}"), 2000)
 
 
 def stop_stack(places: Places, say: Say) -> bool:
-    """Stop this project's daemons; True when something was running. Errors: UserError."""
-    with FileLock(os.path.join(places.data, "lock"), lambda: say("Another start or stop is under way; waiting for it")):
-        stopped = False
-        for record, path in zip(read_daemons(places), pid_files(places)):
-            if record is not None:
-                ended = _end(record, path)
-                stopped = stopped or ended
-        _remove(places.in_state("active-channel"))
+    """Stop this project's daemon and all it has started; True when something was running.
+
+    Errors: UserError.
+    """
+    with stack_lock(places, say):
+        stopped = 0
+        record = read_stack(places)
+        if record is not None:
+            stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stopped += stop_project_members(places.work)
+        for path in (pid_file(places), places.in_state("active-channel")):
+            _remove(path)
         if _read_json(owner_file(places.data)).get("work") == places.work:
             _remove(owner_file(places.data))
-        return stopped
+        return stopped > 0
 
 
-def _asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
-    """What a daemon answers, {} where it does not."""
-    try:
-        return dict(json.loads(upstream.get(path, 2.0, headers=headers)[1]))
-    except (OSError, ValueError, TypeError):
-        return {}
+# ---- what runs, as `status` shows it
 
 
 def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
-    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells; None when it does not.
+    """Tier -> (state, since how many seconds), as an engine or a router tells; None for no answer.
 
-    llama-swap tells no times: there it is the age of the server's process, where that runs on this machine.
+    llama-swap tells no times: there it is the age of the server's process on this machine.
     """
-    def since_s(row: Mapping[str, Any]) -> Any:
-        port = re.search(r":([0-9]+)/?\Z", str(row.get("proxy")))
-        if "seconds" in row or not port or upstream.host != "127.0.0.1":
-            return row.get("seconds")
-        return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
-
-    try:
-        return {row["model"]: (row["state"], since_s(row)) for row in _asked_json(upstream, "/running", headers)["running"]}
-    except (KeyError, TypeError, AttributeError):
+    rows = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(rows, list):
         return None
+    found: Dict[str, Tuple[str, Any]] = {}
+    for row in rows:
+        if isinstance(row, dict) and isinstance(row.get("model"), str):
+            found[row["model"]] = (str(row.get("state")), _since_s(row, upstream))
+    return found
 
 
-def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any], told: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's row of `status`. The engine has `known` a local tier's state, the router `told` of a hosted one."""
+def _since_s(row: Mapping[str, Any], upstream: Upstream) -> Optional[float]:
+    seconds = row.get("seconds")
+    if isinstance(seconds, (int, float)) and 0 <= seconds < 1e9:
+        return float(seconds)
+    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    if not port or upstream.host != "127.0.0.1":
+        return None
+    return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
+
+
+def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
+              told: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
     hosted = tier.backend != "gguf"
-    return {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size,
-            "model": hosted_model(tier, use_next) if hosted else weights.path or weights.file,
+    model = hosted_model(tier, use_next) if hosted else weights.path or weights.file
+    return {"name": tier.name, "role": tier.role, "backend": tier.backend,
+            "ctx_size": tier.ctx_size, "model": model,
             "channel": "next" if use_next and tier.has_next else "current",
-            "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", ""),
-            "since_s": None if hosted else since_s}
+            "state": told.get("state", "unknown") if hosted else state,
+            "reason": told.get("reason", ""), "since_s": None if hosted else since_s}
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
     """The environment a daemon was started with where that can be told, else `env`."""
-    if record is None or not record.alive or IS_WINDOWS:
+    if record is None or not record.alive:
         return env
-    if os.path.isdir("/proc/self"):
-        words = _read_bytes(f"/proc/{record.pid}/environ").decode("utf-8", "replace").split("\0")
-    else:
-        words = _output(["ps", "-wwE", "-o", "command=", "-p", str(record.pid)]).split()
-    return {k: v for k, found, v in (w.partition("=") for w in words) if found} or env
+    words = process_environment(record.pid) or []
+    pairs = (w.partition("=") for w in words)
+    return {k: v for k, found, v in pairs if found} or env
 
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
                   env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what only its proxy's state, its configuration and the daemon's environment tell."""
+    """Put into the rows of LiteLLM tiers what its proxy's state and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
+    words = {"ready": "loaded", "starting": "loading", "": "cold"}
     for row in rows["tiers"]:
-        if row["backend"] == "litellm":
-            row["missing"] = list(lacking.get(row["name"], ()))
-            if row["state"] == "available":
-                row["state"] = {"ready": "loaded", "starting": "loading", "": "cold"}.get(proxy[0], proxy[0])
-                row["since_s"] = proxy[1]
-            if row["missing"] and row["state"] not in ("failing", "local_only") and "LiteLLM" not in row["reason"]:
-                row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
+        if row["backend"] != "litellm":
+            continue
+        row["missing"] = list(lacking.get(row["name"], ()))
+        if row["state"] == "available":
+            row["state"], row["since_s"] = words.get(proxy[0], proxy[0]), proxy[1]
+        settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
+        if row["missing"] and not settled:
+            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
     rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
 
 
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
-    daemons = read_daemons(places)
-    router, engine = daemons
-    engine_up = answers(engine)
-    router_up = answers(router, key_header(env))
-    states = _engine_states(Upstream("127.0.0.1", engine.port)) if engine_up and engine else None
-    rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
-    for name, record, up in (("router", router, router_up), ("engine", engine, engine_up)):
-        rows[name] = None if record is None else {
-            "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
-            "answers": up}
-    rows["channel"] = engine.channel if engine else None
-    told = _asked_json(Upstream(connectable(router.host), router.port), "/llmstack/state", key_header(env)) \
-        if router_up and router else {
-            name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
+    router_up = alive and answers(record, key_header(env))
+    engine_up = alive and engine_answers(record)
+    rows: Dict[str, Any] = {"running": router_up and engine_up, "project": places.work,
+                            "models_ini": places.models_ini, "router": None, "engine": None,
+                            "channel": record.channel if record else None}
+    states, told = None, {}
+    if record is not None:
+        common = {"pid": record.pid, "alive": alive}
+        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
+                          "answers": router_up, **common}
+        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
+                          "answers": engine_up, **common}
+        if engine_up:
+            states = _engine_states(engine_upstream(record))
+        if router_up:
+            told = asked_json(router_upstream(record), "/llmstack/state", key_header(env))
+    if not router_up:
+        told = {name: {"state": "no credential", "reason": why}
+                for name, why in missing_credentials(config, env).items()}
     otherwise = ("stopped" if engine_up else "unknown", None)
-    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
-                     for t in config.tiers]
+    rows["tiers"] = []
+    for tier in config.tiers:
+        known = (states or {}).get(tier.name, otherwise)
+        rows["tiers"].append(
+            _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {})))
     if any(t.backend == "litellm" for t in config.tiers):
-        _judge_hosted(rows, places, config, (states or {}).get(PROXY, ("", None)), _environment_of(engine, env))
+        proxy = (states or {}).get(PROXY, ("", None))
+        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
@@ -7342,14 +8531,16 @@ def prepare_project(places: Places, say: Say, profile: str = "") -> None:
 
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
     """(host, port) of the project's router: where it runs, else where models.ini would have it."""
-    router = read_daemons(places).router
-    return (router.host, router.port) if router is not None and router.alive else (config.host, config.router_port)
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        return record.host, record.port
+    return config.host, config.router_port
 
 
 def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
     hosted = local and any(t.backend == "litellm" for t in config.offered)
-    key = api_key(env) or (local and api_key(_environment_of(read_daemons(places).router, {})))     # of another terminal
+    key = api_key(env) or (local and api_key(_environment_of(read_stack(places), {})))     # of another terminal
     return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(key),
                                 mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
 
@@ -7572,11 +8763,10 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
 
 def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
     """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
-    daemons = read_daemons(places)
-    if not daemons.any_alive:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         return
-    router = daemons.router
-    if router is not None and remote.pid == str(router.pid) and remote.upstream.port == router.port:
+    if remote.pid == str(record.pid) and remote.upstream.port == record.port:
         raise UserError(f"{remote.url} is this project's own router", "run `install --external` in another project; to use"
                         " another router here, name its URL")
     say(f"Stopping this project's daemons: from now on it uses {remote.url}")
@@ -7607,7 +8797,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     states = _engine_states(remote.upstream, key_header(env))
     rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
     otherwise = ("unknown" if states is None else "stopped", None)
-    told = _asked_json(remote.upstream, "/llmstack/state", key_header(env))
+    told = asked_json(remote.upstream, "/llmstack/state", key_header(env))
     for tier in remote.config.tiers:
         said = told.get(tier.name)
         row = _tier_row(tier, False, (states or {}).get(tier.name, otherwise), said if isinstance(said, dict) else {})
@@ -8638,12 +9828,17 @@ def _is_begun(cache: str, repo: str, sums: Sequence[str]) -> bool:
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
     drift: Dict[str, List[str]] = {}
-    engine = read_daemons(places).engine
-    alive = engine is not None and engine.alive
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
     text = read_text(places.in_state("llama-swap.yaml"))
-    channel = engine.channel if engine is not None and alive else "next" if "(channel next)" in text else "current"
-    blocks = swap_yaml_commands(text) if text and (not alive or engine is None or engine.kind == "llama-swap") else {}
-    rows, meta = _engine_view(engine) if engine is not None and alive else ({}, {})
+    channel = "next" if "(channel next)" in text else "current"
+    rows: Dict[str, str] = {}
+    meta: Dict[str, Dict[str, Any]] = {}
+    if record is not None and alive:
+        channel = record.channel
+        rows, meta = _engine_view(record)
+    told = text and (record is None or not alive or record.kind == "llama-swap")
+    blocks = swap_yaml_commands(text) if told else {}
     for tier in local_tiers(config):
         weights, said = weights_for(tier, channel == "next"), []
         mine = weights.path or weights.file
@@ -8665,7 +9860,7 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
 
 def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
     """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
-    upstream = Upstream(connectable(engine.host), engine.port)
+    upstream = engine_upstream(engine)
     try:
         rows = {str(r["model"]): str(r["cmd"]) for r in json.loads(upstream.get("/running", 5.0)[1])["running"]}
         data = json.loads(upstream.get("/v1/models", 5.0)[1])["data"]
@@ -9013,7 +10208,8 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
     port = args.port or config.router_port
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
-    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ))
+    kind = choose_engine(config, os.environ, places.data)
+    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ), kind)
 
 
 def _add_install_litellm(commands: Any) -> None:
@@ -9071,11 +10267,10 @@ def _port(text: str) -> int:
 
 def _keep_terms(args: Any, places: Places) -> None:
     """What runs keeps its address and channel where the command line names no other."""
-    router, engine = read_daemons(places)
-    if router is not None and router.alive:
-        args.host, args.port = args.host or router.host, args.port or router.port
-    if engine is not None and engine.alive:
-        args.pinned = engine.channel
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        args.host, args.port = args.host or record.host, args.port or record.port
+        args.pinned = record.channel
 
 
 def _cmd_start(args: Any) -> int:
@@ -9208,8 +10403,7 @@ def _cmd_restart(args: Any) -> int:
     _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
-    stop_stack(places, say)
-    start_stack(plan, say)
+    start_stack(plan, say, again=True)
     if not args.demo:
         rewire_project(places, config, plan.host, plan.port, os.environ, say)
         return _enter_shell(args, places, Marker(plan.channel))
@@ -9301,14 +10495,13 @@ def _cmd_reload(args: Any) -> int:
             return 0
         check_run_trust(places)                 # the router would send credentials to what the file names
     load_config(places, warn)
-    router = read_daemons(places).router
-    if router is None or not router.alive:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         raise UserError("the router of this project is not running", "run `llmstack start`")
-    if IS_WINDOWS:
-        raise UserError("Windows has no signal for this", "run `llmstack restart`")
-    import signal
-    os.kill(router.pid, signal.SIGHUP)
-    tell("models.ini is fine; the router reads it again. Changed tiers need `llmstack restart`.")
+    said = ask_reload(record, os.environ)
+    if said:
+        raise UserError(f"the router keeps its old models.ini: {said}", "mend it, then again")
+    tell("models.ini is read again. Changed tiers need `llmstack restart`.")
     return 0
 
 
@@ -9437,12 +10630,11 @@ def _cmd_install(args: Any) -> int:
         say(text.rstrip("\n"))
         return 0
     _wire(places, marker, text, config)
-    daemons = read_daemons(places)
-    if daemons.engine is not None and daemons.engine.alive:
-        if daemons.engine.channel != marker.channel:
-            say(f"The {daemons.engine.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
-    else:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
+    elif record.channel != marker.channel:
+        say(f"The {record.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
     return 0
 
 
@@ -9509,7 +10701,7 @@ def _cmd_why(args: Any) -> int:
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
     why = decision.reason
     if tier is not None and tier.backend != "gguf":
-        _, wrong, _ = plan_remote(tier, config, False, decision.down).refused
+        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
         why += f"; {wrong}" if wrong else ""
     refused = decision.refused
     if args.json:
@@ -9597,11 +10789,15 @@ def _cmd_serve(args: Any) -> int:
     remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
     app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places, config),
                       not args.upstream, remedy)
-    return _run_router(app, host, port, lambda h, p: say(f"{base_url(h, p)} is the router, upstream {upstream.url}"))
+    more_files()
+    server = _listen(host, port, app)
+    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
+    _serve_until_signal(server, app)
+    return 0
 
 
-def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, host: str, use_next: bool, local: bool,
-                remedy: str = "run `llmstack start`") -> RouterApp:
+def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream], log: Log, host: str, use_next: bool,
+                local: bool, remedy: str = "run `llmstack start`") -> RouterApp:
     bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
     known = {t.name for t in config.tiers if t.backend != "openai"}
 
@@ -9611,29 +10807,33 @@ def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, ho
                for t in config.tiers if t.backend != "openai" and t.name not in known}
         return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
-    return RouterApp(config, upstream, log, loopback=is_loopback(host), key=api_key(os.environ),
-                     models_ini=places.models_ini, bundled=bundled, reload=lambda: load_config(places, log.warning),
-                     use_next=use_next, unserved=unserved if local else None, remedy=remedy, env=os.environ,
+    record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
+    return RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
+                     models_ini=places.models_ini, bundled=bundled,
+                     reload=lambda: load_config(places, log.warning), use_next=use_next,
+                     unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
 
 
-def _run_router(app: RouterApp, host: str, port: int, announce: Callable[[str, int], None]) -> int:
-    """Serve until a signal says to stop."""
-    more_files()
+def _listen(host: str, port: int, app: App) -> Any:
+    """A listening server. Errors: UserError, who has the port."""
     try:
-        server = make_server(host, port, app)
+        return make_server(host, port, app)
     except OSError as exc:
-        holder = f"taken by {port_holder(port)}" if port and not port_is_free(host, port) else exc.strerror
+        holder = exc.strerror
+        if port and not port_is_free(host, port):
+            holder = f"taken by {port_holder(port)}"
         raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
+
+
+def _serve_until_signal(server: Any, app: RouterApp) -> None:
+    """Serve until a signal says to stop."""
     _on_signals(app.ask_reload)
-    announce(host, server.server_port)
-    prefer_one_core()                           # after all imports; connection threads inherit it
     try:
         server.serve_forever(1.0)
     finally:
         app.log.flush()
         server.server_close()
-    return 0
 
 
 class _Terminated(BaseException):
@@ -9659,66 +10859,76 @@ def _on_signals(hangup: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def _add_router(commands: Any) -> None:
-    parser = commands.add_parser("_router")
+def _add_daemon(commands: Any) -> None:
+    parser = commands.add_parser("_daemon")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=_port, required=True)
+    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
     parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_router)
+    parser.set_defaults(run=_cmd_daemon)
 
 
-def _cmd_router(args: Any) -> int:
-    """The daemon behind `start`: the router with a log file."""
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
     places = _places(args)
     config = load_config(places)
-    log = Log(places.log("router.log"), os.environ.get("LOG_LEVEL", "info"))
+    level = os.environ.get("LOG_LEVEL", "info")
+    log, engine_log = Log(places.log("router.log"), level), Log(places.log("engine.log"), level)
     demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
-    app = _router_app(places, config, Upstream("127.0.0.1", config.engine_port), log, args.host, args.next, True,
-                      f"run `llmstack start{demo}`")
-    return _run_router(app, args.host, args.port, lambda h, p: log.info(f"router {VERSION} on {base_url(h, p)}"))
+    more_files()
+    make = _swap_app if args.engine == "llama-swap" else _embedded_app
+    behind = make(places, config, args.next, engine_log)
+    app = _router_app(places, config, behind, log, args.host, args.next, True, f"run `llmstack start{demo}`")
+    try:
+        engine_server = _listen("127.0.0.1", config.engine_port, behind)
+        server = _listen(args.host, args.port, app)
+        behind.start()
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
+        log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
+        _serve_until_signal(server, app)
+    finally:
+        _ignore_signals()
+        behind.close()
+        log.flush()
+        engine_log.flush()
+    return 0
 
 
-def _add_engine(commands: Any) -> None:
-    parser = commands.add_parser("_engine")
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_engine)
-
-
-def _cmd_engine(args: Any) -> int:
-    """The daemon behind `start`: the embedded engine."""
-    places = _places(args)
-    config = load_config(places)
-    log = Log(places.log("engine.log"), os.environ.get("LOG_LEVEL", "info"))
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+    """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
-    budget_gb = machine.budget_gb
-    fits = measure_tiers(config, machine, os.environ, args.next)
+    fits = measure_tiers(config, machine, os.environ, use_next)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
     def command(tier: Tier, port: int) -> List[str]:
-        with probing:                           # once, at the first load: the daemon itself is up before that
+        with probing:                           # once, at the first load: the daemon is up before that
             if not refused:
                 refused.append(probe_flags(program, config, places.data))
-        return server_command(program, tier, config, port, args.next, refused[0])
+        return server_command(program, tier, config, port, use_next, refused[0])
 
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ, args.next))
-    more_files()
-    server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
-    _on_signals(lambda: None)
-    log.info(f"engine {VERSION} on 127.0.0.1:{args.port}, memory budget {budget_gb:.1f} GB, {' '.join(program) or 'no'} server")
-    try:
-        engine.preload()
-        prefer_one_core()
-        server.serve_forever(1.0)
-    finally:
-        _ignore_signals()
-        server.server_close()
-        engine.close()
-        log.flush()
-    return 0
+    env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
+                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next))
+    return EngineApp(engine, log)
+
+
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
+    data, env = places.data, {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    proxy = plan_proxy(places, config, env, use_next)
+    env = litellm_env(env) if proxy else env
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    path = places.in_state("llama-swap.yaml")
+    write_swap_yaml(places, config, use_next, proxy, path)
+    program = find_llama_swap(env, data)
+
+    def command(port: int) -> List[str]:
+        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
+
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"))
 
 
 def _add_llama_server(commands: Any) -> None:
@@ -9897,7 +11107,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_router, _add_engine, _add_llama_server, _add_download_worker)
+                _add_trust, _add_version, _add_help, _add_daemon, _add_llama_server, _add_download_worker)
 
 
 def make_parser() -> Any:
