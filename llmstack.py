@@ -5206,7 +5206,7 @@ def _why_unreachable(exc: Exception) -> str:
     return str(exc.strerror or exc)
 
 
-class _Reader:
+class _Receiver:
     """Receives from an upstream for a client, and notices when that client leaves."""
 
     __slots__ = ("_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
@@ -5277,7 +5277,7 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
         views[0] = memoryview(views[0])[sent:]
 
 
-def _receive_head(reader: _Reader, method: str) -> Tuple[Response, bytes]:
+def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
     """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone.
 
     Interim answers (100, 102, 103) are not for the client, which has had its 100 from us. Their
@@ -5286,9 +5286,9 @@ def _receive_head(reader: _Reader, method: str) -> Tuple[Response, bytes]:
     data, interim, end_s = b"", 0, 0.0
     while True:
         try:
-            more = reader.receive()
+            more = receiver.receive()
         except UpstreamBroken as exc:
-            if not end_s and reader.silent_until_s:
+            if not end_s and receiver.silent_until_s:
                 raise
             if not end_s:
                 raise _NoAnswer from None
@@ -5438,8 +5438,10 @@ class _Answer:
         """
         if at_close and self.response.framing != "close":
             return "ended early"
-        if not self.response.events or not self.tail:
+        if not self.response.events:
             return ""
+        if not self.tail:
+            return "its stream ended without an event" if self._ends else ""
         if self.tail.endswith((b"\n", b"\r", b"[DONE]")):
             whole = not self._ends or any(end in self.tail for end in self._ends)
             return "" if whole else "its stream ended without an end"
@@ -5449,16 +5451,16 @@ class _Answer:
         return "its stream ended in the middle of an event"
 
 
-def _first_event(answer: _Answer, reader: _Reader, data: bytes) -> bytes:
+def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     """The payload of an event stream up to the end of its first event that is no comment.
 
     Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
     """
     payload = answer.feed(data)
     while not (_EVENT.search(payload) or answer.ended or len(payload) > FIRST_EVENT_BYTES):
-        more = reader.receive()
+        more = receiver.receive()
         if not more:
-            break
+            raise UpstreamBroken("ended before its first event")
         payload += answer.feed(more)
     found = _EVENT.search(payload)
     answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
@@ -5479,11 +5481,11 @@ def event_error(event: bytes) -> int:
     return int(code.group(1)) if code else 500
 
 
-def _short_body(answer: _Answer, reader: _Reader, data: bytes) -> bytes:
+def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     """The body of an error as far as it is short: what is said in it decides where to go next."""
     payload = answer.feed(data)
     while len(payload) < RECV_BYTES and not answer.ended:
-        more = reader.receive()
+        more = receiver.receive()
         if not more:
             break
         payload += answer.feed(more)
@@ -5507,8 +5509,8 @@ class _Relay:
         self._lines = b""                       # what terms.extra made
         self.began_s = time.monotonic()
 
-    def exchange(self, sock: socket.socket) -> Tuple[_Reader, Response, bytes]:
-        """Send the request and read the answer's head: (reader, head, bytes behind it).
+    def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
+        """Send the request and read the answer's head: (receiver, head, bytes behind it).
 
         Errors: _NoAnswer, UpstreamBroken, ClientGone.
         """
@@ -5519,14 +5521,14 @@ class _Relay:
             raise _NoAnswer from None
         if terms.extra is not None:             # now: the model is at work, and nobody waits
             self._lines = terms.extra()
-        reader = _Reader(sock, self._client)
-        reader.waiting = terms.waiting
+        receiver = _Receiver(sock, self._client)
+        receiver.waiting = terms.waiting
         if terms.first_byte_s:
-            reader.silent_until_s = time.monotonic() + terms.first_byte_s
-        response, data = _receive_head(reader, self._request.method)
-        return reader, response, data
+            receiver.silent_until_s = time.monotonic() + terms.first_byte_s
+        response, data = _receive_head(receiver, self._request.method)
+        return receiver, response, data
 
-    def judged(self, answer: _Answer, reader: _Reader, data: bytes) -> Tuple[Optional[Outcome], bytes]:
+    def judged(self, answer: _Answer, receiver: _Receiver, data: bytes) -> Tuple[Optional[Outcome], bytes]:
         """(the outcome of an answer that is not passed on, what of its body has come).
 
         Errors: UpstreamBroken, ClientGone.
@@ -5536,14 +5538,14 @@ class _Relay:
         if response.status == 200 and response.events:
             if judge is None and not opened:
                 return None, answer.feed(data)
-            payload = _first_event(answer, reader, data)
+            payload = _first_event(answer, receiver, data)
             broken = answer.why_broken() if answer.ended else ""
             status = 500 if broken else event_error(answer.first)
             text = broken or answer.first.decode("utf-8", "replace")
         elif response.status >= 400 or opened:
             if judge is None and not opened:
                 return None, answer.feed(data)
-            payload = _short_body(answer, reader, data)
+            payload = _short_body(answer, receiver, data)
             text = payload.decode("utf-8", "replace")
             status = response.status
         else:
@@ -5555,7 +5557,7 @@ class _Relay:
             return Outcome("rejected", status, text, _retry_after_s(response)), payload
         return None, payload
 
-    def pass_on(self, answer: _Answer, reader: _Reader, payload: bytes) -> None:
+    def pass_on(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
         """Send an answer to the client, bytes as they come.
 
         Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
@@ -5571,7 +5573,7 @@ class _Relay:
                 if out:
                     client.send(out)
                 out = b""
-                data = reader.receive()
+                data = receiver.receive()
                 if not data:
                     broken = answer.why_broken(at_close=True)
                     if broken:
@@ -5614,26 +5616,26 @@ class _Relay:
             try:
                 sock, reused = upstream.checkout(client)
                 try:
-                    reader, response, data = self.exchange(sock)
+                    receiver, response, data = self.exchange(sock)
                 except _NoAnswer:
                     if not reused:
                         raise
                     sock.close()                # a kept connection that died silently: once more
                     sock = upstream.connect(client)
-                    reader, response, data = self.exchange(sock)
+                    receiver, response, data = self.exchange(sock)
                 if response.status == 101 and not self._request.upgrade:
                     raise UpstreamBroken("it switched protocols unasked")
                 if response.status == 101:
                     return self._switch(sock, response, data)
                 answer = _Answer(client, response, self._terms.ends)
-                rejected, payload = self.judged(answer, reader, data)
+                rejected, payload = self.judged(answer, receiver, data)
                 if rejected is not None:
                     return rejected
             except (OSError, UpstreamBroken, _NoAnswer) as exc:
                 return Outcome("unreachable", 0, _why_unreachable(exc))
             first_s = time.monotonic() - self.began_s
-            reader.waiting, reader.silent_until_s = None, 0.0
-            self.pass_on(answer, reader, payload)
+            receiver.waiting, receiver.silent_until_s = None, 0.0
+            self.pass_on(answer, receiver, payload)
             if answer.reusable and self._sent_whole:
                 upstream.checkin(sock)
                 sock = None
