@@ -15,9 +15,9 @@ import llmstack
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "llmstack.py").read_text(encoding="utf-8")
+PATHS = [ROOT / "README.md", ROOT / "UPGRADING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in [ROOT / "README.md", ROOT / "UPGRADING.md", *sorted((ROOT / "docs").glob("*.md"))]
-         if not path.name.startswith("inbox-")}
+         for path in PATHS if not path.name.startswith("inbox-")}
 
 COMMANDS = "docs/commands.md"
 CONFIGURATION = "docs/configuration.md"
