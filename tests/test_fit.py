@@ -19,7 +19,7 @@ import llmstack
 from tests import gguf_models
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEMORY_PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 BUNDLED = (ROOT / "models.ini").read_text(encoding="utf-8")
 
 
@@ -679,7 +679,7 @@ def test_start_takes_a_profile_for_a_new_project_only(monkeypatch: pytest.Monkey
     assert "is there already" in capsys.readouterr().err
 
 
-# ---- The README
+# ---- docs/memory.md
 
 def memory_table() -> Iterator[str]:
     yield "| profile | usable | code-fast | code-smart | plan | plan-uncensored | together at most |"
@@ -693,9 +693,9 @@ def memory_table() -> Iterator[str]:
         yield f"| {name} | {budget:g} GB | " + " | ".join(cells) + f" | {' + '.join(most[1])}: {most[0]:.1f} GB |"
 
 
-def test_the_readmes_memory_table_is_fits() -> None:
+def test_the_table_of_profiles_is_fits() -> None:
     table = "\n".join(memory_table())
-    assert table in README, f"the README's table should read:\n{table}"
+    assert table in MEMORY_PAGE, f"the table of docs/memory.md should read:\n{table}"
 
 
 def sets_table() -> Iterator[str]:
@@ -708,6 +708,6 @@ def sets_table() -> Iterator[str]:
         yield f"| {' + '.join(tiers)} | {sum(weights[t] for t in tiers):.1f} GB | {need:.1f} GB | {note} |"
 
 
-def test_the_readmes_table_of_sets_is_fits() -> None:
+def test_the_table_of_sets_is_fits() -> None:
     table = "\n".join(sets_table())
-    assert table in README, f"the README's table should read:\n{table}"
+    assert table in MEMORY_PAGE, f"the table of docs/memory.md should read:\n{table}"

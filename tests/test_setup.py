@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -376,21 +375,6 @@ def test_a_stale_pid_file_of_a_download_stops_no_stranger(home: Path, capsys: py
 
 
 # ---- the documents
-
-
-def command_lines() -> list[list[str]]:
-    """Every `llmstack ...` line of a shell block in the documents, in words, without its comment."""
-    found = []
-    for name in ("README.md", "UPGRADING.md"):
-        for block in re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL):
-            for line in re.findall(r"^(?:\$ )?llmstack (.*)$", block, re.MULTILINE):
-                found.append(shlex.split(re.split(r"  #| \| | && ", line)[0]))
-    return found
-
-
-@pytest.mark.parametrize("words", command_lines(), ids=" ".join)
-def test_every_command_line_of_the_documents_is_one(words: list[str]) -> None:
-    assert llmstack.make_parser().parse_args(words).run
 
 
 def test_the_worked_example_of_upgrading(hub: FakeHub, real_data: Path, no_server: None, monkeypatch: pytest.MonkeyPatch,
