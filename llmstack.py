@@ -1966,67 +1966,19 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
 # ===================================================================================================
 # PURE: PROFILES
 # ===================================================================================================
-# The same tiers and roles for other memory sizes; the bundled models.ini is profile 64. GB of weights are those the hub
-# lists for the file (10^9 bytes). The smallest budget is what each tier must fit within by itself: Metal's share of a Mac
-# of that size, or 75 % of memory as Linux counts it, whichever is less; tests/test_fit.py holds the tiers to it.
+# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the models.ini
+# beside the program.
 
-
-class Rung(NamedTuple):
-    """One tier of a profile: what differs from the bundled section."""
-
-    tier: str
-    model: str
-    repo: str
-    file: str
-    size_gb: float
-    ctx_size: int
-    yarn: int = 0                               # stretches a window of 32,768
-
-
-_QWEN_3B, _HERETIC = "bartowski/Qwen2.5-Coder-3B-Instruct-GGUF", "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
-PROFILES: Dict[str, Tuple[float, Tuple[Rung, ...]]] = {
-    "8": (5.7, (
-        Rung("code-fast", "Qwen2.5-Coder 1.5B", "bartowski/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-             "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf", 0.99, 32_768),
-        Rung("code-smart", "Qwen3 4B Instruct 2507", "unsloth/Qwen3-4B-Instruct-2507-GGUF",
-             "Qwen3-4B-Instruct-2507-Q4_K_M.gguf", 2.5, 16_384),
-        Rung("plan", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", "gemma-3-4b-it-Q4_K_M.gguf", 2.49, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 3B", "bartowski/Dolphin3.0-Llama3.2-3B-GGUF",
-             "Dolphin3.0-Llama3.2-3B-Q4_K_M.gguf", 2.02, 16_384))),
-    "16": (11.4, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "Qwen3 8B", "Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5.03, 32_768),
-        Rung("plan", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF", "gemma-3-12b-it-Q4_K_M.gguf", 7.3, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 8B", "bartowski/Dolphin3.0-Llama3.1-8B-GGUF",
-             "Dolphin3.0-Llama3.1-8B-Q4_K_M.gguf", 4.92, 32_768))),
-    "24": (17.1, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "gpt-oss 20B", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12.1, 65_536),
-        Rung("plan", "Qwen3 14B", "Qwen/Qwen3-14B-GGUF", "Qwen3-14B-Q4_K_M.gguf", 9.0, 32_768),
-        Rung("plan-uncensored", "Gemma 3 12B abliterated", "mlabonne/gemma-3-12b-it-abliterated-GGUF",
-             "gemma-3-12b-it-abliterated.q4_k_m.gguf", 7.3, 32_768))),
-    "48": (37.0, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q5_K_M.gguf", 2.44, 65_536, 2),
-        Rung("code-smart", "Qwen3-Coder 30B-A3B", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF",
-             "Qwen3-Coder-30B-A3B-Instruct-Q6_K.gguf", 25.1, 65_536),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q4_K_M.gguf", 19.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q4_K_M.gguf", 14.3, 65_536))),
-    "64": (50.0, ()),
-    "128": (96.0, (
-        Rung("code-fast", "Qwen2.5-Coder 7B", "bartowski/Qwen2.5-Coder-7B-Instruct-GGUF",
-             "Qwen2.5-Coder-7B-Instruct-Q5_K_M.gguf", 5.44, 131_072, 4),
-        Rung("code-smart", "gpt-oss 120B", "ggml-org/gpt-oss-120b-GGUF", "gpt-oss-120b-mxfp4-00001-of-00003.gguf", 63.4,
-             131_072),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q8_0.gguf", 34.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q6_K.gguf", 19.3, 131_072))),
-}
+# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that size,
+# or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers to it.
+PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.0, "128": 96.0}
+BUNDLED_PROFILE = "64"
 
 
 def choose_profile(budget_gb: float) -> str:
     """The largest profile whose every tier fits the budget, or the smallest there is."""
-    return max((name for name in PROFILES if PROFILES[name][0] <= budget_gb), key=int, default=min(PROFILES, key=int))
+    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
+    return max(fitting or [min(PROFILES, key=int)], key=int)
 
 
 def find_profile(name: str) -> str:
@@ -2038,30 +1990,11 @@ def find_profile(name: str) -> str:
     return max(known, key=int)
 
 
-def render_profile(bundled: str, name: str) -> str:
-    """The text of the bundled models.ini with the tiers of a profile."""
-    text = bundled.replace("# Profile: 64 ", f"# Profile: {name} ", 1)
-    for rung in PROFILES[name][1]:
-        section = re.search(rf"^\[{rung.tier}\]\n(?:.+\n)+", text, re.MULTILINE)
-        assert section is not None              # a test renders them all
-        text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
-    if PROFILES[name][1]:
-        text = re.sub(r"With code-fast and\n(?:# .+\n)+", "`llmstack fit` shows\n# what it takes, alone and beside code-fast.\n",
-                      text, count=1)
-    return text
-
-
-def _with_rung(section: str, rung: Rung) -> str:
-    found = re.search(r"(?:i1-)?[Qq][0-9]_\w+|mxfp4", rung.file)
-    quant = found.group().replace("q4_k_m", "Q4_K_M") if found else ""
-    stretched = f"; tokens; trained for 32768 and stretched {rung.yarn} times by YaRN:\nrope_scaling = yarn (scale={rung.yarn}," \
-        " orig_ctx=32768)" if rung.yarn else "; tokens"
-    values = {"hf_repo": rung.repo, "hf_file": rung.file, "size_gb": f"{rung.size_gb:g}", "quant": quant,
-              "ctx_size": f"{rung.ctx_size:<7} {stretched}"}
-    section = re.sub(r"^(?:\w+_next|rope_scaling) .*\n", "", section, flags=re.MULTILINE)
-    for key, value in values.items():
-        section = re.sub(rf"^{key} .*$", f"{key:<12} = {value}", section, flags=re.MULTILINE)
-    return re.sub(r"^(description  = ).*?( - .*)$", rf"\g<1>{rung.model}\2", section, flags=re.MULTILINE)
+def profile_file(name: str) -> str:
+    """Where the models.ini of a profile lies beside the program."""
+    if name == BUNDLED_PROFILE:
+        return "models.ini"
+    return f"share/profiles/{name}.ini"
 
 
 # ===================================================================================================
@@ -3529,8 +3462,14 @@ def read_resource(name: str) -> bytes:
     """A file that travels with the program, from the zipapp or from beside the source.
 
     importlib.resources fails for a top-level module before 3.13; the loader's get_data works everywhere.
+    Errors: UserError where the program has been copied without it.
     """
-    data: bytes = _LOADER.get_data(os.path.join(os.path.dirname(__file__), name))
+    path = os.path.join(os.path.dirname(__file__), name)
+    try:
+        data: bytes = _LOADER.get_data(path)
+    except OSError:
+        raise UserError(f"{path} is missing", "copy it along with llmstack.py, or take"
+                        " llmstack.pyz, which has it inside") from None
     return data
 
 
@@ -7030,16 +6969,28 @@ def _project_at(places: Places, work: str) -> Places:
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
-    """The models.ini for a new project: of `profile`, else of the one for this machine's memory; and why, in a line.
+    """The models.ini for a new project: of `profile`, else of the one for this machine's memory;
+    and why, in a line.
 
-    Errors: UserError for a profile that there is not.
+    Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
     name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
-    why = f"Profile {name}, the tiers for {name} GB of memory ({machine.budget_gb:.1f} GB usable: {machine.source})"
-    if machine.budget_gb < PROFILES[name][0]:
-        why += f"; it needs {PROFILES[name][0]:g} GB, so not every tier can load: `llmstack fit` says which"
-    return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
+    lacking = ""
+    try:
+        text = read_resource(profile_file(name))
+    except UserError as exc:
+        if profile:
+            raise
+        lacking = f"{exc}; taken instead: "
+        name = BUNDLED_PROFILE
+        text = read_resource(profile_file(name))
+    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+           f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
+    if machine.budget_gb < PROFILES[name]:
+        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+                " `llmstack fit` says which")
+    return text, why
 
 
 def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
