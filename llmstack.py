@@ -2003,19 +2003,6 @@ def profile_file(name: str) -> str:
 
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
-LITELLM_SEED = """\
-# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else. Keys stay in the environment:
-# api_key: os.environ/NAME. See https://docs.litellm.ai/docs/proxy/configs
-
-litellm_settings:
-  drop_params: true
-  request_timeout: 120
-router_settings:
-  disable_cooldowns: true          # the router leaves a failing tier alone itself
-  num_retries: 0                   # and asks another one at once
-
-model_list:
-"""
 
 
 def litellm_tiers(config: Config) -> List[Tier]:
@@ -2315,20 +2302,6 @@ _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long promp
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
                    " change nothing and run nothing yourself.")
-
-AGENTS_MD = """\
-# Notes for agents
-
-You run on a llmstack: mostly local models, several of them, of limited context. Loading one takes a while.
-
-- Search before you read, and read the part of a file that matters: every line read is context spent.
-- Read a file again before you edit it if it may have changed. Keep edits small, then run the tests that touch them.
-- The agents plan and plan-nofilter describe changes; build makes them.
-- `.llmstack/` is settings and generated state: leave it out of searches, and change it only when the user asks.
-  Models and routing are in `.llmstack/models.ini`: after a change `llmstack install`, then `llmstack restart`.
-  Never put a key or a password there.
-- Be brief. Say what you did, not what you are about to do.
-"""
 
 
 def client_limits(tier: Tier) -> Tuple[int, int]:
@@ -3471,6 +3444,11 @@ def read_resource(name: str) -> bytes:
         raise UserError(f"{path} is missing", "copy it along with llmstack.py, or take"
                         " llmstack.pyz, which has it inside") from None
     return data
+
+
+def read_shared_text(name: str) -> str:
+    """A text below share/, with plain newlines whatever a checkout made of them. Errors: UserError."""
+    return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
 class Places(NamedTuple):
@@ -6285,8 +6263,13 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     if not wanted:
         return False
     try:
-        old = data.decode("utf-8") if os.path.exists(path) else ""
-        new, added = merge_litellm_yaml(old or LITELLM_SEED, wanted)
+        seed = "" if data else read_shared_text("templates/litellm_config.yaml")
+    except UserError as exc:
+        say(f"{exc}, so {path} is not written; {exc.hint}")
+        return False
+    try:
+        old = data.decode("utf-8")
+        new, added = merge_litellm_yaml(old or seed, wanted)
         if added and old and not _merge_holds(program, old, new, added):
             raise ValueError("LiteLLM's parser does not read it as expected")
     except ValueError as exc:
@@ -7355,12 +7338,18 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, t
     else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
-    files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
-    changed = [name for name, text in files if write_ours(places, name, text, say)]
+    files = {"opencode.json": opencode_json}
+    try:
+        files["AGENTS.md"] = read_shared_text("templates/AGENTS.md")
+    except UserError as exc:
+        say(f"{exc}, so the project gets no AGENTS.md; {exc.hint}")
+    files["default-channel"] = render_marker(marker)
+    changed = [name for name, text in files.items() if write_ours(places, name, text, say)]
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    if trust and (trusted or _read_bytes(places.in_state("AGENTS.md")) == AGENTS_MD.encode()):
+    notes = _read_bytes(places.in_state("AGENTS.md"))
+    if trust and (trusted or notes == files.get("AGENTS.md", "").encode()):
         if not is_trusted(places, "hook"):
             trust_project(places, "hook")
     elif trust:

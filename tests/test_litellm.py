@@ -31,7 +31,7 @@ KEY = "sk-scripted-0123456789abcdef0123"
 # ---- the merge
 
 MERGED = {
-    "seed": llmstack.LITELLM_SEED,
+    "seed": llmstack.read_shared_text("templates/litellm_config.yaml"),
     "empty": "",
     "only comments": "# nothing\n",
     "no final newline": "litellm_settings:\n  drop_params: true",
