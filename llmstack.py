@@ -2958,274 +2958,71 @@ def render_noise_gguf(seed: int = 0, ctx_train: int = 131072, pad_mb: int = 0) -
 # PURE: SHELL
 # ===================================================================================================
 
-SHELLS = ("bash", "fish", "powershell", "zsh")
-SHELL_VARIABLES = ("OPENCODE_CONFIG", "LLMSTACK_WORK_DIR", "LLMSTACK_CHANNEL", "LLMSTACK_ROOT", "LLMSTACK_REMOTE_URL")
+SHELL_VARIABLES = (
+    "OPENCODE_CONFIG",
+    "LLMSTACK_WORK_DIR",
+    "LLMSTACK_CHANNEL",
+    "LLMSTACK_ROOT",
+    "LLMSTACK_REMOTE_URL",
+)
 
-# The hooks. At a prompt they look upward for a project and make a key of what they see there, with builtins only;
-# when the key is another one than last time, they undo what the last project has set and ask `llmstack _hook`, which
-# checks everything and answers with lines of _llmstack_set NAME 'VALUE'. Nothing else is ever evaluated. What a
-# variable was before is kept in exported variables, so that a shell started inside a project can leave it, too.
-# The key has the marker's text; of the other files whether they are newer than the record of trust (a shell without
-# stat sees a change so); of that record its second line, another one whenever somebody trusts something.
-# @WORDS@ are put in, quoted for the shell; a name's @ stands for _llmstack_.
-
-_HOOK_SH = r"""@set() {
-  eval "if [[ -n \${$1+x} ]]; then export @had_$1=$3 @old_$1=\"\$$1\"; fi
-    export @new_$1=\"\$2\" $1=\"\$2\""
+# The files below share/hooks/ that are, one behind the other, the hook of a shell.
+HOOK_SOURCES = {
+    "bash": ("llmstack.sh", "llmstack.bash"),
+    "fish": ("llmstack.fish",),
+    "powershell": ("llmstack.ps1",),
+    "zsh": ("llmstack.sh", "llmstack.zsh"),
 }
-@unset() {
-  eval "if [[ -n \${@new_$1+x} ]]; then
-    if [[ \${$1-} == \"\$@new_$1\" ]]; then
-      unset $1
-      if [[ -n \${@had_$1-} ]]; then $1=\$@old_$1; fi
-      if [[ \${@had_$1-} == x ]]; then export $1; fi
-    fi
-    unset @new_$1 @old_$1 @had_$1
-  fi"
-}
-@prompt() {
-  if [[ -n ${@shown-} && $@shown != "${@prefix-}" ]]; then PS1=${PS1/"$@shown"/}; fi
-  if [[ -n ${@prefix-} ]]; then
-    @shown=$@prefix
-    if [[ ${PS1-} != *"$@prefix"* ]]; then PS1=$@prefix${PS1-}; fi
-  fi
-}
-@hook() {
-  local st=$? dir=${PWD-} at= key= one= two= f=@LOCAL@
-  if [[ -z ${LLMSTACK_ACTIVE-} ]]; then
-    while :; do
-      if [[ -f $dir/.llmstack/default-channel || -f $dir/.llmstack/opencode.json ]]; then at=$dir/.llmstack; break; fi
-      if [[ $dir != */* ]]; then break; fi
-      dir=${dir%/*}
-    done
-    if [[ -n $at ]]; then
-      if [[ -r $at/default-channel && -f $at/default-channel && ! -L $at/default-channel ]]; then
-        builtin read -r @CHARS@ one < "$at/default-channel" || :
-      fi
-      if [[ -r @TRUST@ ]]; then { builtin read -r two; builtin read -r two; } < @TRUST@ || :; fi
-      key=$dir//$one//$two//
-      for f in default-channel opencode.json AGENTS.md; do
-        if [[ $at/$f -nt @TRUST@ ]]; then key=$key+; elif [[ -e $at/$f ]]; then key=$key.; else key=$key-; fi
-      done
-    fi
-    if [[ $key != "${@key-?}" ]]; then
-      @key=$key
-@UNSET@
-      @prefix=
-      export LLMSTACK_HOOK="${SHLVL-}:@SHELL@:"
-      if [[ -n $at && -x @PYTHON@ && -f @PROGRAM@ ]]; then
-        one=$(@PYTHON@ -I @PROGRAM@ _hook @SHELL@ "$dir/" < /dev/null) || :
-        eval "$one"
-      fi
-    fi
-  fi
-  @prompt
-  if [[ $- != *e* ]]; then return $st; fi
-}
-"""
-
-_HOOK_BASH = r"""if [[ $- == *i* ]]; then
-  if [[ ${LLMSTACK_HOOK-} != "${SHLVL-}:bash:"* ]]; then export LLMSTACK_HOOK="${SHLVL-}:bash:"; fi
-  case "${PROMPT_COMMAND[*]-}" in
-    *@hook*) ;;
-    *) case "$(declare -p PROMPT_COMMAND 2>/dev/null)" in
-        'declare -a'*) PROMPT_COMMAND+=(@hook) ;;
-        *) PROMPT_COMMAND="${PROMPT_COMMAND:+$PROMPT_COMMAND
-}@hook" ;;
-      esac ;;
-  esac
-fi
-"""
-
-_HOOK_ZSH = r"""() {
-  emulate -L zsh
-  [[ -o interactive ]] || return 0
-  [[ ${LLMSTACK_HOOK-} == "${SHLVL-}:zsh:"* ]] || export LLMSTACK_HOOK="${SHLVL-}:zsh:"
-  typeset -ga precmd_functions chpwd_functions
-  (( $precmd_functions[(I)@hook] )) || precmd_functions+=(@hook)
-  (( $chpwd_functions[(I)@hook] )) || chpwd_functions+=(@hook)
-}
-"""
-
-_HOOK_FISH = r"""function @set -a name value
-  if set -q $name
-    set -gx @had_$name s
-    set -qx $name; and set -gx @had_$name x
-    set -gx @old_$name "$$name"
-  end
-  set -gx @new_$name $value
-  set -gx $name $value
-end
-function @unset -a name
-  set -l new @new_$name
-  set -l old @old_$name
-  set -l had @had_$name
-  set -q $new; or return 0
-  if test "$$name" = "$$new"
-    set -eg $name
-    if set -q $had; and not set -q $name
-      test "$$had" = x; and set -gx $name "$$old"; or set -g $name "$$old"
-    end
-  end
-  set -eg $new
-  set -eg $old
-  set -eg $had
-  return 0
-end
-function @prompt
-  functions -q @fish_prompt; and return
-  functions -c fish_prompt @fish_prompt; or return
-  function fish_prompt
-    set -l @text (@fish_prompt)
-    printf %s "$@prefix" (string join \n -- $@text | string collect -N)
-  end
-end
-function @hook --on-event fish_prompt --on-variable PWD
-  if not set -q LLMSTACK_ACTIVE
-    if test "$@pwd" != "$PWD"
-      set -g @pwd $PWD
-      set -g @dirs
-      set -l dir "$PWD/."
-      while test "$dir" != /.
-        set -a @dirs $dir
-        set dir (string replace -r '/[^/]*/\.\z' /. -- $dir | string collect)
-      end
-      set -a @dirs /.
-    end
-    set -l at
-    set -l key
-    for dir in $@dirs
-      if test -f $dir/.llmstack/default-channel -o -f $dir/.llmstack/opencode.json
-        set at $dir
-        break
-      end
-    end
-    if test -n "$at"
-      set -l p $at/.llmstack
-      set -l one
-      set -l two
-      if test -r $p/default-channel -a -f $p/default-channel -a ! -L $p/default-channel
-        read -n 600 one <$p/default-channel
-      end
-      if test -r @TRUST@
-        begin
-          read two
-          read two
-        end <@TRUST@
-      end
-      set key $at//$one//$two//
-      for f in opencode.json AGENTS.md
-        if test -e $p/$f
-          set key $key. (path mtime -- $p/$f 2>/dev/null)
-        end
-      end
-      set key "$key"
-    end
-    if not set -q @key; or test "$key" != "$@key"
-      set -g @key $key
-@UNSET@
-      set -g @prefix
-      set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-      if test -n "$at" -a -x @PYTHON@ -a -f @PROGRAM@
-        @PYTHON@ -I @PROGRAM@ _hook fish $at </dev/null | source
-        @prompt
-      end
-    end
-  end
-  return 0
-end
-if status is-interactive
-  string match -q -- "$SHLVL:fish:*" "$LLMSTACK_HOOK"; or set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-end
-"""
-
-_HOOK_POWERSHELL = r"""function global:@get($Name) { [Environment]::GetEnvironmentVariable($Name) }
-function global:@put($Name, $Value) {
-  if ($null -eq $Value) { Remove-Item "env:$Name" -ErrorAction Ignore } else { Set-Item "env:$Name" $Value }
-}
-function global:@set($Name, $Value) {
-  @put "@old_$Name" (@get $Name)
-  @put "@new_$Name" $Value
-  @put $Name $Value
-}
-function global:@unset($Name) {
-  $new = @get "@new_$Name"
-  if ($null -eq $new) { return }
-  if ((@get $Name) -ceq $new) { @put $Name (@get "@old_$Name") }
-  @put "@new_$Name" $null
-  @put "@old_$Name" $null
-}
-function global:@hook {
-  if ($env:LLMSTACK_ACTIVE) { return }
-  $dir = (Get-Location -PSProvider FileSystem).ProviderPath
-  $at = ''
-  $key = ''
-  while ($dir) {
-    $at = [IO.Path]::Combine($dir, '.llmstack')
-    if ([IO.File]::Exists("$at/default-channel") -or [IO.File]::Exists("$at/opencode.json")) { break }
-    $dir = [IO.Path]::GetDirectoryName($dir)
-  }
-  if ($dir) {
-    $key = $dir
-    foreach ($f in 'default-channel', 'opencode.json', 'AGENTS.md') {
-      $key += '/' + [IO.File]::GetLastWriteTimeUtc("$at/$f").Ticks
-    }
-    $key += '/' + [IO.File]::GetLastWriteTimeUtc(@TRUST@).Ticks
-  }
-  if ($key -ceq $global:@key) { return }
-  $global:@key = $key
-@UNSET@
-  $global:@prefix = ''
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  if ($dir -and [IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
-    $code = $global:LASTEXITCODE
-    $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
-    $global:LASTEXITCODE = $code
-    if ($text) { Invoke-Expression $text }
-  }
-}
-if (-not (Test-Path variable:global:@prompt)) {
-  $global:@key = '?'
-  $global:@prefix = ''
-  $global:@prompt = $function:prompt
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  function global:prompt {
-    $ok = $?
-    try { @hook } catch { }
-    if ($ok) { $null = 1 } else { Write-Error '' -ErrorAction Ignore }
-    $text = & $global:@prompt
-    "$($global:@prefix)$text"
-  }
-}
-"""
+SHELLS = tuple(HOOK_SOURCES)
 
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
     name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = name[:-4] if name.endswith(".exe") else name
-    return {"pwsh": "powershell"}.get(name, name if name in SHELLS else "")
+    if name.endswith(".exe"):
+        name = name[:-4]
+    if name == "pwsh":
+        return "powershell"
+    return name if name in SHELLS else ""
 
 
 def shell_quote(shell: str, word: str) -> str:
     """One word of a shell's text that stands for `word`, whatever is in it."""
-    if shell == "powershell" and not (word.isascii() and word.isprintable()):   # Windows reads other bytes as it likes
-        raw = word.encode("utf-16-le", "surrogatepass")
-        return f"(-join[char[]]({','.join(str(low + 256 * high) for low, high in zip(raw[::2], raw[1::2]))}))"
     if shell == "fish":
-        word = word.replace("\\", "\\\\")
-    return "'" + word.replace("'", {"powershell": "''", "fish": "\\'"}.get(shell, "'\\''")) + "'"
+        word = word.replace("\\", "\\\\").replace("'", "\\'")
+    elif shell != "powershell":
+        word = word.replace("'", "'\\''")
+    elif word.isascii() and word.isprintable():
+        word = word.replace("'", "''")
+    else:                                       # Windows reads the bytes of other text as it likes
+        raw = word.encode("utf-16-le", "surrogatepass")
+        units = struct.unpack(f"<{len(raw) // 2}H", raw)
+        return "(-join[char[]](" + ",".join(map(str, units)) + "))"
+    return f"'{word}'"
 
 
 def activate_line(shell: str, program: Sequence[str] = ()) -> str:
-    """What turns the hook on in a start-up file; `program`: the words that run llmstack where its name alone does not."""
-    call = "& " if program and shell == "powershell" else ""
-    ask = f"{call}{' '.join(shell_quote(shell, word) for word in program) or 'llmstack'} activate {shell}"
-    return {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(shell, f'eval "$({ask})"')
+    """What turns the hook on in a start-up file.
+
+    `program`: the words that run llmstack where its name alone does not.
+    """
+    ask = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
+    ask += f" activate {shell}"
+    if shell == "fish":
+        return f"{ask} | source"
+    if shell == "powershell":
+        call = "& " if program else ""
+        return f"{call}{ask} | Out-String | Invoke-Expression"
+    return f'eval "$({ask})"'
+
+
+# The colour of an external project's prefix: (on, off), marked as taking no room where the shell asks.
+_PREFIX_COLOURS = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}
+_TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 
 
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
-    """What stands before a prompt, in the shell's own prompt language; nothing of it is expanded by any shell.
+    """What stands before a prompt, in the shell's own prompt language; no shell expands any of it.
 
     `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
     """
@@ -3233,64 +3030,86 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
         return f"[llmstack:{channel}] "
     name = re.sub(r"[^\w.-]", "_", project)[:40] or "_"
     text = f"[llmstack:{name} {url}]"
-    on, off = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}.get(shell, ("\x1b[38;5;98m", "\x1b[0m"))
-    return f"{on}{text}{off} " if colour else text + " "
+    if colour:
+        on, off = _PREFIX_COLOURS.get(shell, _TERMINAL_COLOUR)
+        text = on + text + off
+    return text + " "
 
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
+    word = "" if value is None else shell_quote(shell, value)
     if shell == "powershell":
         variable = ("$env:" if export else "$global:") + name
-        return f"{variable} = {'$null' if value is None else shell_quote(shell, value)}"
+        return f"{variable} = {word or '$null'}"
     if shell == "fish":
-        return f"set -e {name}" if value is None else f"set {'-gx' if export else '-g'} {name} {shell_quote(shell, value)}"
-    return f"unset {name}" if value is None else f"{'export ' if export else ''}{name}={shell_quote(shell, value)}"
+        scope = "-gx" if export else "-g"
+        return f"set {scope} {name} {word}" if word else f"set -e {name}"
+    if not word:
+        return f"unset {name}"
+    return f"export {name}={word}" if export else f"{name}={word}"
 
 
-def render_hook(shell: str, python: str, program: str, trust: str) -> str:
-    """The hook of a shell: functions, and their place in its prompt. Sourced twice it is the same as once."""
-    text = {"bash": _HOOK_SH + _HOOK_BASH, "zsh": _HOOK_SH + _HOOK_ZSH, "fish": _HOOK_FISH}.get(shell, _HOOK_POWERSHELL)
-    zsh = shell == "zsh"
-    words = {"PYTHON": shell_quote(shell, python), "PROGRAM": shell_quote(shell, program), "TRUST": shell_quote(shell, trust),
-             "SHELL": shell, "LOCAL": "\n  emulate -L zsh" if zsh else "", "CHARS": "-k 600 -u 0" if zsh else "-n 600",
-             "UNSET": "\n".join(f"_llmstack_unset {name}" for name in SHELL_VARIABLES)}
-    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], re.sub("@(?=[a-z])", "_llmstack_", text))
+def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
+    """The hook of a shell: its text below share/hooks/, and in front of it where the program is.
+
+    Sourced twice it is the same as once.
+    """
+    places = {"python": python, "program": program, "trust": trust}
+    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
+             for name, path in places.items()]
+    return "\n".join([*lines, text])
 
 
-def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str, hook: str) -> str:
-    """What a hook is to evaluate on entering a project; `exported` are the names that were exported before."""
-    was = set(exported)
-    lines = [f"_llmstack_set {name} {shell_quote(shell, value)} {'x' if name in was else 's'}" for name, value in values.items()]
-    lines += [render_assignment(shell, "_llmstack_prefix", prefix, False), render_assignment(shell, "LLMSTACK_HOOK", hook)]
+def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
+                       hook: str) -> str:
+    """What a hook evaluates on entering a project; `exported`: names that were exported before."""
+    before = set(exported)
+    lines = []
+    for name, value in values.items():
+        kind = "x" if name in before else "s"
+        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
 
-def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str, zdotdir: Optional[str]) -> str:
-    """What the shell of `start` runs after the user's own start-up files: those may have set the variables otherwise.
-
-    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's ZDOTDIR: it puts
-    that back (None: there is none) and leaves the rest to the first prompt, so that HISTFILE, .zcompdump and whatever
-    else zsh and its frameworks derive from it are the user's.
-    """
-    lines = [render_assignment(shell, name, value) for name, value in values.items()]
-    text = "\n".join([hook, *lines, render_assignment(shell, "_llmstack_prefix", prefix, False), ""])
-    if shell == "bash":
-        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
-    if shell == "fish":
-        return text + "_llmstack_prompt\n"
-    return text if shell != "zsh" else render_assignment("zsh", "ZDOTDIR", zdotdir) + r"""
+_ZSHENV_HEAD = r"""
 { if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {
 _llmstack_start() {
 local st=$?
 emulate -L zsh
 precmd_functions=(${precmd_functions:#_llmstack_start})
-""" + text + """_llmstack_prompt
+"""
+_ZSHENV_TAIL = """_llmstack_prompt
 return $st
 }
 typeset -ga precmd_functions
 precmd_functions+=(_llmstack_start)
 }
 """
+
+
+def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str,
+                       zdotdir: Optional[str]) -> str:
+    """What the shell of `start` runs after the user's own start-up files, which may have set the
+    variables otherwise.
+
+    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's
+    ZDOTDIR: it puts that back (None: there is none) and leaves the rest to the first prompt, so that
+    HISTFILE, .zcompdump and whatever else zsh and its frameworks derive from it are the user's.
+    """
+    lines = [hook]
+    lines += [render_assignment(shell, name, value) for name, value in values.items()]
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    text = "\n".join(lines) + "\n"
+    if shell == "bash":
+        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
+    if shell == "fish":
+        return text + "_llmstack_prompt\n"
+    if shell == "zsh":
+        return render_assignment("zsh", "ZDOTDIR", zdotdir) + _ZSHENV_HEAD + text + _ZSHENV_TAIL
+    return text
 
 
 # ===================================================================================================
@@ -8356,14 +8175,17 @@ def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) 
     return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
 
 
-def _hook_text(shell: str, data: str) -> str:
-    return render_hook(shell, sys.executable or find_program("python3"), PROGRAM, trust_file(data))
+def hook_text(shell: str, data: str) -> str:
+    """The hook of a shell as it is sourced here. Errors: UserError where share/hooks/ is missing."""
+    text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
+    python = sys.executable or find_program("python3")
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(_hook_text(shell, data))
+    raw = os.fsencode(hook_text(shell, data))
     if _read_bytes(path) != raw:
         write_atomic(path, raw)
     return path
@@ -8403,8 +8225,12 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     shell = shell_name(program)
     if not shell:
         return [program]
-    text = render_shell_start(shell, _hook_text(shell, places.data), values, _prefix(shell, places, marker, env),
-                              env.get("ZDOTDIR"))
+    try:
+        hook = hook_text(shell, places.data)
+    except UserError as exc:
+        sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
+        return [program]
+    text = render_shell_start(shell, hook, values, _prefix(shell, places, marker, env), env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))

@@ -1,20 +1,27 @@
-function global:@get($Name) { [Environment]::GetEnvironmentVariable($Name) }
-function global:@put($Name, $Value) {
+# The hook of PowerShell: see llmstack.sh for what it does. llmstack puts lines in front of it that set
+# $global:_llmstack_python, _llmstack_program and _llmstack_trust.
+
+function global:_llmstack_get($Name) { [Environment]::GetEnvironmentVariable($Name) }
+
+function global:_llmstack_put($Name, $Value) {
   if ($null -eq $Value) { Remove-Item "env:$Name" -ErrorAction Ignore } else { Set-Item "env:$Name" $Value }
 }
-function global:@set($Name, $Value) {
-  @put "@old_$Name" (@get $Name)
-  @put "@new_$Name" $Value
-  @put $Name $Value
+
+function global:_llmstack_set($Name, $Value) {
+  _llmstack_put "_llmstack_old_$Name" (_llmstack_get $Name)
+  _llmstack_put "_llmstack_new_$Name" $Value
+  _llmstack_put $Name $Value
 }
-function global:@unset($Name) {
-  $new = @get "@new_$Name"
+
+function global:_llmstack_unset($Name) {
+  $new = _llmstack_get "_llmstack_new_$Name"
   if ($null -eq $new) { return }
-  if ((@get $Name) -ceq $new) { @put $Name (@get "@old_$Name") }
-  @put "@new_$Name" $null
-  @put "@old_$Name" $null
+  if ((_llmstack_get $Name) -ceq $new) { _llmstack_put $Name (_llmstack_get "_llmstack_old_$Name") }
+  _llmstack_put "_llmstack_new_$Name" $null
+  _llmstack_put "_llmstack_old_$Name" $null
 }
-function global:@hook {
+
+function global:_llmstack_hook {
   if ($env:LLMSTACK_ACTIVE) { return }
   $dir = (Get-Location -PSProvider FileSystem).ProviderPath
   $at = ''
@@ -29,30 +36,35 @@ function global:@hook {
     foreach ($f in 'default-channel', 'opencode.json', 'AGENTS.md') {
       $key += '/' + [IO.File]::GetLastWriteTimeUtc("$at/$f").Ticks
     }
-    $key += '/' + [IO.File]::GetLastWriteTimeUtc(@TRUST@).Ticks
+    $key += '/' + [IO.File]::GetLastWriteTimeUtc($global:_llmstack_trust).Ticks
   }
-  if ($key -ceq $global:@key) { return }
-  $global:@key = $key
-@UNSET@
-  $global:@prefix = ''
+  if ($key -ceq $global:_llmstack_key) { return }
+  $global:_llmstack_key = $key
+  _llmstack_unset OPENCODE_CONFIG
+  _llmstack_unset LLMSTACK_WORK_DIR
+  _llmstack_unset LLMSTACK_CHANNEL
+  _llmstack_unset LLMSTACK_ROOT
+  _llmstack_unset LLMSTACK_REMOTE_URL
+  $global:_llmstack_prefix = ''
   $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  if ($dir -and [IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
+  if ($dir -and [IO.File]::Exists($global:_llmstack_python) -and [IO.File]::Exists($global:_llmstack_program)) {
     $code = $global:LASTEXITCODE
-    $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
+    $text = ($null | & $global:_llmstack_python -I $global:_llmstack_program _hook powershell $dir) -join "`n"
     $global:LASTEXITCODE = $code
     if ($text) { Invoke-Expression $text }
   }
 }
-if (-not (Test-Path variable:global:@prompt)) {
-  $global:@key = '?'
-  $global:@prefix = ''
-  $global:@prompt = $function:prompt
+
+if (-not (Test-Path variable:global:_llmstack_prompt)) {
+  $global:_llmstack_key = '?'
+  $global:_llmstack_prefix = ''
+  $global:_llmstack_prompt = $function:prompt
   $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
   function global:prompt {
     $ok = $?
-    try { @hook } catch { }
+    try { _llmstack_hook } catch { }
     if ($ok) { $null = 1 } else { Write-Error '' -ErrorAction Ignore }
-    $text = & $global:@prompt
-    "$($global:@prefix)$text"
+    $text = & $global:_llmstack_prompt
+    "$($global:_llmstack_prefix)$text"
   }
 }
