@@ -1983,9 +1983,10 @@ def choose_profile(budget_gb: float) -> str:
 def find_profile(name: str) -> str:
     """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
     number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [p for p in PROFILES if number.isdigit() and int(p) <= int(number)]
+    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
     if not known:
-        raise UserError(f"there is no profile {name}", "one of " + ", ".join(PROFILES) + " (GB of memory)", 2)
+        sizes = ", ".join(PROFILES)
+        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
     return max(known, key=int)
 
 
@@ -6784,12 +6785,27 @@ def _and_list(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def _refuse_second_stack(places: Places) -> None:
+    """One stack at a time, whatever its ports: two would not fit in memory. Errors: UserError."""
+    owner = other_owner(places)
+    if not owner:
+        return
+    daemons = read_daemons(_project_at(places, owner))
+    ports = [str(record.port) for record in daemons if record is not None and record.alive]
+    hint = _stop_advice(owner, places.data)
+    if daemons.router is not None:
+        url = base_url(daemons.router.host, daemons.router.port)
+        hint = f"`llmstack install --external {url}` uses it from here, {hint}"
+    raise UserError(f"another llmstack ({_project_name(owner, places.data)}) holds {_and_list(ports)}", hint)
+
+
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
-    """Refuse ports that others hold, all of them at once. Errors: UserError.
+    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
 
     `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this project's
     own daemons hold is no obstacle: they are up, or are ended first.
     """
+    _refuse_second_stack(places)
     own = [record.port for record in read_daemons(places) if record is not None and record.alive]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
@@ -8084,7 +8100,7 @@ def reach_host(url: str, timeout_s: float) -> None:
         except urllib.error.HTTPError:          # a refusal is an answer
             problems.clear()
         except urllib.error.URLError as exc:
-            problems[:] = [str(exc.reason)]
+            problems[:] = [getattr(exc.reason, "strerror", None) or str(exc.reason)]
         except (OSError, ValueError) as exc:
             problems[:] = [str(exc)]
 

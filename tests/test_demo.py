@@ -19,7 +19,7 @@ from typing import Iterator
 import pytest
 
 import llmstack
-from tests.test_stack import alive, ask, free_ports, only_llama_swap, until
+from tests.test_stack import Project, alive, ask, free_ports, only_llama_swap, until
 from tests.test_system import CONTENT, Hub, hub  # noqa: F401  # a fixture
 
 WEIGHTS = b"GGUF" + bytes(range(256)) * 100
@@ -240,6 +240,20 @@ def test_another_llmstack_is_named_as_one(places: llmstack.Places, tmp_path: Pat
     finally:
         for process in (demo, other):
             process.communicate()
+
+
+def test_a_second_stack_is_refused_whatever_its_ports(places: llmstack.Places, tmp_path: Path) -> None:
+    project, second = Project(), tmp_path / "second"
+    ports = f"{project.router_port} and {project.engine_port}"
+    try:
+        assert llmstack.main(["start"]) == 0
+        for other in (places, places._replace(work=str(second), state=str(second / ".llmstack"))):
+            with pytest.raises(llmstack.UserError, match=rf"\Aanother llmstack \(.*\) holds {ports}\Z") as failure:
+                llmstack.check_ports(other, wanted(0, 0))
+            assert f"`llmstack stop` in {project.directory} ends it" in failure.value.hint
+    finally:
+        llmstack.main(["stop"])
+    llmstack.check_ports(places, wanted(project.router_port, project.engine_port))
 
 
 def test_the_demo_fetches_nothing_while_its_ports_are_taken(places: llmstack.Places, taken: int, said: list[str],
