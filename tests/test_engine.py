@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import pytest
 
 import llmstack
+from tests.noise_model import render_noise_gguf
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 DEADLINE_S = 20.0
@@ -1471,7 +1472,7 @@ def test_a_lock_is_held_against_another_process_until_that_ends(python: Spawn, t
 def test_real_llama_cpp_is_served_and_swapped(
         real_data: Path, tmp_path: Path, config: llmstack.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "noise.gguf"
-    weights.write_bytes(llmstack.render_noise_gguf())
+    weights.write_bytes(render_noise_gguf())
     tiers = tuple(t._replace(path=str(weights), ctx_size=4096, rope_scale=0.0) for t in config.tiers
                   if t.name in ("code-smart", "plan"))
     config = config._replace(tiers=tiers, threads=1)

@@ -22,6 +22,7 @@ from tests.scripted import Connection, Script, ScriptedUpstream, always, answer
 from tests.test_stack import NO_MODELS, PROGRAM, Project, alive, free_ports, get, noise, two_tiers  # noqa: F401  # a fixture
 
 STATE = Path(".llmstack")
+AGENTS_MD = llmstack.read_shared_text("templates/AGENTS.md")
 INI = "[far]\nrole = agent\nmodel = x/y\nctx_size = 100k\n[near]\nrole = fast\nmodel = x/z\nctx_size = 8k\n"
 MODELS_INI = answer(INI.encode(), "200 OK", "Content-Type: text/plain", "X-LLMStack-Pid: 1")
 
@@ -247,7 +248,7 @@ def test_an_empty_directory_gets_all_it_needs(places: llmstack.Places, capsys: p
     assert served() == "http://127.0.0.1:10101/v1"
     assert opencode()["instructions"] == [str(STATE.absolute() / "AGENTS.md")]
     assert (STATE / "default-channel").read_text() == "current\n"
-    assert (STATE / "AGENTS.md").read_text() == llmstack.AGENTS_MD
+    assert (STATE / "AGENTS.md").read_text() == AGENTS_MD
     assert llmstack.is_trusted(places, "hook")
     assert "llmstack start" in capsys.readouterr().out
 
@@ -299,7 +300,7 @@ def test_an_edited_agents_md_stays(places: llmstack.Places, capsys: pytest.Captu
     (STATE / "AGENTS.md").write_text("mine")
     assert llmstack.main(["install"]) == 0
     assert (STATE / "AGENTS.md").read_text() == "mine"
-    assert (STATE / "AGENTS.md.new").read_text() == llmstack.AGENTS_MD
+    assert (STATE / "AGENTS.md.new").read_text() == AGENTS_MD
     assert "is yours and stays" in capsys.readouterr().out
     assert not llmstack.is_trusted(places, "hook"), "it may have come with a pull"
     assert llmstack.main(["trust"]) == 0
@@ -311,10 +312,10 @@ def test_an_edited_agents_md_stays(places: llmstack.Places, capsys: pytest.Captu
 
 def test_an_agents_md_of_an_earlier_version_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr(llmstack, "AGENTS_MD", "of an earlier version\n")
+        earlier.setattr(llmstack, "read_shared_text", lambda name: "of an earlier version\n")
         llmstack.main(["install"])
     llmstack.main(["install"])
-    assert (STATE / "AGENTS.md").read_text() == llmstack.AGENTS_MD
+    assert (STATE / "AGENTS.md").read_text() == AGENTS_MD
     assert not (STATE / "AGENTS.md.new").exists()
 
 

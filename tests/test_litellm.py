@@ -24,6 +24,7 @@ import yaml
 import llmstack
 from llmstack import Config, Tier, UserError
 from tests.conftest import ROOT
+from tests.noise_model import render_noise_gguf
 
 WANTED = [("code-ultra", "anthropic/claude-opus-4-20250514"), ("code-fast_next", "bedrock/eu.anthropic.claude-v2:0")]
 KEY = "sk-scripted-0123456789abcdef0123"
@@ -31,7 +32,7 @@ KEY = "sk-scripted-0123456789abcdef0123"
 # ---- the merge
 
 MERGED = {
-    "seed": llmstack.LITELLM_SEED,
+    "seed": llmstack.read_shared_text("templates/litellm_config.yaml"),
     "empty": "",
     "only comments": "# nothing\n",
     "no final newline": "litellm_settings:\n  drop_params: true",
@@ -566,7 +567,7 @@ class Stack:
         for name in ("llama-cpp", "litellm"):
             (data / name).symlink_to(Path(shared) / name, target_is_directory=True)
         noise = directory / "noise.gguf"
-        noise.write_bytes(llmstack.render_noise_gguf())
+        noise.write_bytes(render_noise_gguf())
         (self.state / "models.ini").write_text(f"""
 [DEFAULT]
 engine = {engine}

@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import llmstack
+from tests.noise_model import render_noise_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(ROOT / "llmstack.py")
@@ -89,7 +90,7 @@ def project() -> Iterator[Project]:
 @pytest.fixture
 def noise(home: Path) -> Path:
     path = home / "noise.gguf"
-    path.write_bytes(llmstack.render_noise_gguf())
+    path.write_bytes(render_noise_gguf())
     return path
 
 
@@ -457,33 +458,3 @@ def test_after_kill_9_of_the_engine_its_children_go_and_nothing_else(real_data: 
         assert ask(project.router_port, model="auto", messages=[{"role": "user", "content": "x"}], max_tokens=1)
     finally:
         llmstack.main(["stop"])
-
-
-def test_the_demo_answers_and_leaves_nothing(real_data: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(llmstack, "find_program", only_llama_swap(llmstack.find_program))
-    monkeypatch.setattr(llmstack, "ROUTER_PORT", 0)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    router, engine = free_ports(2)
-    ini = real_data / "demo" / ".llmstack" / "models.ini"
-    render = llmstack.render_demo_ini
-    monkeypatch.setattr(llmstack, "render_demo_ini", lambda *a: render(*a).replace(
-        "engine = auto", f"engine = embedded\nrouter_port = {router}\nengine_port = {engine}"))
-    try:
-        assert llmstack.main(["start", "--demo"]) == 0
-        said = capsys.readouterr().out
-        assert "noise" in said
-        assert f"curl -N http://127.0.0.1:{router}/v1/chat/completions" in said
-        _, body = ask(router, model="auto", stream=True, messages=[{"role": "user", "content": "hello"}])
-        assert body.count(b"data: {") > 5
-        assert not Path(".llmstack").exists(), "the demo has a directory of its own"
-        record = llmstack.read_record(str(ini.parent / "llama-swap.pid"))
-        assert record is not None
-        os.kill(record.pid, signal.SIGKILL)
-        until(lambda: not alive(record.pid), "the engine is dead")
-        with pytest.raises(urllib.error.HTTPError) as failure:
-            ask(router, model="auto", messages=[{"role": "user", "content": "hello"}])
-        assert b"run `llmstack start --demo`" in failure.value.read()
-        assert ini.exists()
-    finally:
-        assert llmstack.main(["stop", "--demo"]) == 0

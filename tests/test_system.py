@@ -107,30 +107,6 @@ def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, 
         llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
 
 
-def test_the_demo_takes_the_hubs_model_where_it_can_be_had(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "DEMO_FILE", "model.gguf")
-    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
-    monkeypatch.setenv("HF_ENDPOINT", hub.url.split("/owner")[0] + "/")
-    places = llmstack.find_places(os.environ, demo=True)
-    llmstack._prepare_demo(places)
-    config = llmstack.load_config(places)
-    assert [Path(t.path).read_bytes() == CONTENT for t in config.tiers] == [True, True]
-    assert [t.role for t in config.ladder] == ["agent", "fast"]
-
-
-def test_the_demo_keeps_what_its_user_has_changed(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    places = llmstack.find_places(os.environ, demo=True)
-    llmstack._prepare_demo(places)
-    noise = Path(places.models_ini).read_text()
-    assert "noise" in noise
-    mine = noise + "# mine\n"
-    Path(places.models_ini).write_text(mine)
-    llmstack._prepare_demo(places)
-    assert Path(places.models_ini).read_text() == mine
-
-
 # ---- the private environment
 
 
