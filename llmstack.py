@@ -3544,7 +3544,7 @@ PROGRAM = os.path.abspath(getattr(_LOADER, "archive", None) or __file__)
 def read_resource(name: str) -> bytes:
     """A file that travels with the program, from the zipapp or from beside the source.
 
-    importlib.resources fails for a top-level module before 3.13; the loader's get_data works everywhere.
+    importlib.resources fails for a top-level module before 3.13; the loader's get_data does not.
     """
     data: bytes = _LOADER.get_data(os.path.join(os.path.dirname(__file__), name))
     return data
@@ -3759,7 +3759,7 @@ def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
 
 
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
-    """The project's configuration, the bundled one where it has none. Errors: ConfigError, UserError."""
+    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
     if warn:
@@ -3775,6 +3775,21 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
             tier = tier._replace(path=os.path.normpath(path))
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a small system program prints, "" when it is missing or fails.
+
+    In C and UTC: ps prints local times.
+    """
+    import subprocess
+    env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=10, check=False, env=env)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
 
 
 def total_memory_gb() -> float:
@@ -3795,7 +3810,7 @@ def total_memory_gb() -> float:
 
 
 class Machine(NamedTuple):
-    """The memory models may take together here, GB; why that much; and whether a GPU has its layers."""
+    """The memory models may take together here; why that much; whether a GPU has their layers."""
 
     budget_gb: float
     source: str
@@ -3878,21 +3893,6 @@ def memory_budget_gb(config: Config) -> float:
     return this_machine(config).budget_gb
 
 
-def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails.
-
-    In C and UTC: ps prints local times.
-    """
-    import subprocess
-    env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=10, check=False, env=env)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode("utf-8", "replace")
-
-
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
 # output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
 # direction of text, line ends of Unicode's own. Wherever text leaves for a terminal or a log, it
@@ -3920,6 +3920,32 @@ def visible_colours(text: str) -> str:
     shown = [visible_lines(part) for part in parts]
     shown[1::2] = parts[1::2]
     return "".join(shown) + ("\x1b[0m" if len(parts) > 1 else "")
+
+
+def open_log(path: str) -> int:
+    """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
+    make_private_dir(os.path.dirname(path))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags, 0o600)
+    _close_open_file(handle)
+    return handle
+
+
+def file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def shift_logs(path: str, newest: str = "") -> None:
+    """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
+    for number in range(LOGS_KEPT, 0, -1):
+        older = f"{path}.{number - 1}" if number > 1 else newest or path
+        try:
+            os.replace(older, f"{path}.{number}")
+        except OSError:
+            pass
 
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50}
@@ -3999,32 +4025,6 @@ class Log:
                     self._fd = open_log(self._path)
                 except OSError:
                     pass
-
-
-def open_log(path: str) -> int:
-    """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
-    make_private_dir(os.path.dirname(path))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
-    handle = os.open(path, flags, 0o600)
-    _close_open_file(handle)
-    return handle
-
-
-def file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def shift_logs(path: str, newest: str = "") -> None:
-    """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
-    for number in range(LOGS_KEPT, 0, -1):
-        older = f"{path}.{number - 1}" if number > 1 else newest or path
-        try:
-            os.replace(older, f"{path}.{number}")
-        except OSError:
-            pass
 
 
 def rotate_foreign_log(path: str) -> None:
@@ -4385,7 +4385,7 @@ def _ps(*options: str) -> Dict[int, str]:
 
 
 def _ps_environments(*which: str) -> Dict[int, List[str]]:
-    """Process -> the words of its environment. ps writes them behind the command line, if at all."""
+    """Process -> the words of its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
     found = {}
     for pid, text in _ps("-wwE", *which, "-o", "pid=,command=").items():
@@ -4465,7 +4465,7 @@ class Record(NamedTuple):
     """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON."""
 
     pid: int
-    started: str                                # process_started() at birth: a reused pid is not ours
+    started: str                                # process_started() at birth
     stack: str                                  # its mark
     host: str = ""
     port: int = 0
@@ -4508,19 +4508,6 @@ def parse_record(text: str) -> Optional[Record]:
     return Record(int(number), port=port, **texts)
 
 
-def pid_file_project(path: str) -> str:
-    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
-    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
-
-
-def read_record(path: str) -> Optional[Record]:
-    """The record in a pid file; None where there is none, or one of another project."""
-    record = parse_record(read_text(path))
-    if record is None or not record_is_ours(record, pid_file_project(path)):
-        return None
-    return record
-
-
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
     write_atomic(path, f"{values.pop('pid')}\n{json.dumps(values)}\n")
@@ -4542,7 +4529,40 @@ def owned_process(record: Optional[Record], project: str) -> bool:
     return any(os.path.normcase(path) in command for path in ours)
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str], cwd: Optional[str] = None) -> Any:
+def pid_file_project(path: str) -> str:
+    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
+    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
+
+
+def read_record(path: str) -> Optional[Record]:
+    """The record in a pid file; None where there is none that is this project's.
+
+    Nor is it one where what runs under its number does not prove to be ours: nobody is to signal
+    that, or to send a key to the address beside it.
+    """
+    record, project = parse_record(read_text(path)), pid_file_project(path)
+    if record is None or not record_is_ours(record, project):
+        return None
+    return record if owned_process(record, project) or not record.alive else None
+
+
+def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
+    """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
+    if IS_WINDOWS:
+        _output(["taskkill", "/PID", str(pid), "/T", "/F"])
+        return
+    import signal
+    number = signal.SIGKILL if force else signal.SIGTERM
+    for send in (os.killpg, os.kill) if alone else (os.killpg,):
+        try:
+            send(pid, number)
+            return
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
+          cwd: Optional[str] = None) -> Any:
     """Start a process in a session of its own, its output appended to `log`; its Popen.
 
     Errors: UserError.
@@ -4580,21 +4600,6 @@ def spawn_recorded(command: Sequence[str], log: str, env: Mapping[str, str], pat
         process.wait()
         raise
     return process, record
-
-
-def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
-    """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
-    if IS_WINDOWS:
-        _output(["taskkill", "/PID", str(pid), "/T", "/F"])
-        return
-    import signal
-    number = signal.SIGKILL if force else signal.SIGTERM
-    for send in (os.killpg, os.kill) if alone else (os.killpg,):
-        try:
-            send(pid, number)
-            return
-        except (ProcessLookupError, PermissionError):
-            continue
 
 
 def _end_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
@@ -4773,7 +4778,7 @@ def port_holder(port: int) -> str:
 
 
 def _is_llmstack(pid: int) -> bool:
-    """True for a daemon of ours, by its command line: Python or llmstack, then our program's name."""
+    """True for a daemon of ours, whosever, by the first words of its command line."""
     names = [os.path.basename(word) for word in process_command(pid)[:2]]
     return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
 
@@ -4859,7 +4864,7 @@ def _launched_python(minor: int) -> str:
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
-    """A Python that an environment's wheels are built for: this one, else the newest; "" for none."""
+    """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
     ask = "import sys; print(sys.version_info[1])"
@@ -7825,7 +7830,7 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # INSTALL
 # ===================================================================================================
 
-REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
+REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
 
 def prepare_project(places: Places, say: Say, profile: str = "") -> None:
@@ -7867,7 +7872,7 @@ def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes of a file in .llmstack/ that we wrote last: nobody has changed it since."""
+    """True for the bytes that we wrote last to a file in .llmstack/: nobody has changed it."""
     _, key, known = _written(places, name)
     return known.get(key) == _digest([(name, data)])
 
@@ -7946,7 +7951,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
 
 def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
                    say: Say) -> None:
-    """After a start: opencode.json where there is none, or where it leads elsewhere than to what runs.
+    """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
@@ -8001,7 +8006,8 @@ def refuse_external(places: Places) -> None:
     check_pin(places)
     url = pinned_url(places)
     if url:
-        raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
+        raise UserError(f"this project uses the router at {url},"
+                        " and nothing of it is on this machine",
                         "run it in the project that owns the daemons;"
                         " `llmstack install --current` makes this one local")
 
@@ -8082,7 +8088,8 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     if status != 200:
         hint = "look at that machine's router.log"
         if status == 404:
-            hint = "correct the URL: a llmstack router answers there, llama-server and llama-swap do not"
+            hint = ("correct the URL: a llmstack router answers there,"
+                    " llama-server and llama-swap do not")
         return f"answers {status}{_said(body)}", hint
     is_page = "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"
     if is_page:
@@ -8302,7 +8309,7 @@ def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]]
     try:
         with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
             return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
 
 
@@ -8831,7 +8838,7 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
         return False
     try:
         what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
-        release = json.loads(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
+        release = parse_json_object(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
         tag = str(release["tag_name"])
         assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
         digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
@@ -9460,7 +9467,7 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup)
         seconds = time.monotonic() - began
         with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
                       json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
-            return seconds, str(json.loads(answer.read(1 << 20))["choices"][0]["text"]).strip()
+            return seconds, str(parse_json_object(answer.read(1 << 20))["choices"][0]["text"]).strip()
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:

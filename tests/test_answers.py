@@ -28,6 +28,7 @@ class Router(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.running: bytes = b'{"running": []}'
         self.state: bytes = b"{}"
+        self.other: bytes = b""
 
     @property
     def url(self) -> str:
@@ -40,11 +41,13 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         bodies = {"/models.ini": MODELS_INI, "/running": self.server.running,
                   "/llmstack/state": self.server.state}
-        body = bodies.get(self.path, b"")
+        body = bodies.get(self.path, self.server.other)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    do_POST = do_GET
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -111,7 +114,22 @@ def test_an_answer_beyond_its_size_is_no_answer(router: Router, monkeypatch: pyt
     assert llmstack._router_states(upstream) == {}
 
 
-@pytest.mark.parametrize("data", ["", "5", "[]", "[[1, 2]]", '"x"', "{", "[" * 200_000, b"\xff", b"{}\0"])
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"tag_name": "v1\x9b31m", "assets": 5}', b"5"],
+                         ids=["deep", "escape", "number"])
+def test_a_mirror_or_hub_that_answers_nonsense_is_one_line(router: Router, body: bytes, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    router.other = body
+    monkeypatch.setenv("LLMSTACK_RELEASES_URL", router.url)
+    assert llmstack.main(["install-llama-swap"]) == 1
+    error = capsys.readouterr().err.splitlines()[0]
+    assert "does not answer like GitHub's releases API" in error
+    if body.startswith(b"["):
+        with pytest.raises(llmstack.UserError, match="does not answer like a model hub"):
+            llmstack.ask_repo("o/r", ["f.gguf"], {"HF_ENDPOINT": router.url})
+
+
+@pytest.mark.parametrize("data", ["", "5", "[]", "[[1, 2]]", '"x"', "{", "[" * 200_000, b"\xff", b"{}\0"],
+                         ids=range(9))
 def test_what_is_no_object_is_an_empty_one(data: Any) -> None:
     assert llmstack.parse_json_object(data) == {}
 

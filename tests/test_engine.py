@@ -1410,14 +1410,15 @@ def test_port_holder_names_who_listens(python: Spawn) -> None:
     assert llmstack.port_holder(port) == "another program"
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path, python: Spawn) -> None:
     path = str(tmp_path / "state" / "router.pid")
-    record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()),
-                             llmstack.new_mark(str(tmp_path)), "127.0.0.1", 10101, "router", "next")
+    mark = llmstack.new_mark(str(tmp_path))
+    child = python(env={llmstack.STACK_VARIABLE: mark})
+    record = llmstack.Record(child.pid, llmstack.process_started(child.pid), mark, "127.0.0.1", 10101, "router", "next")
     llmstack.write_record(path, record)
     assert llmstack.read_record(path) == record
     assert record.alive
-    assert Path(path).read_text(encoding="utf-8").splitlines()[0] == str(os.getpid())      # what `kill $(head -1 …)` needs
+    assert Path(path).read_text(encoding="utf-8").splitlines()[0] == str(child.pid)      # what `kill $(head -1 …)` needs
     assert not record._replace(started="0a1b2c3d-1").alive
     assert not record._replace(started="").alive
 

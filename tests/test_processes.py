@@ -112,21 +112,33 @@ def test_a_record_made_up_for_a_stranger_stops_nobody(start: Start, its_mark: st
     stranger = start(mark=llmstack.new_mark(str(project)) if its_mark else "")
     record = record_of(stranger, own)
     llmstack.write_record(pid_file(project), record)
-    assert llmstack.read_record(pid_file(project)) == record
     assert record.alive
+    assert llmstack.record_is_ours(record, str(project))
+    assert llmstack.read_record(pid_file(project)) is None
     assert not llmstack.owned_process(record, str(project))
     assert llmstack.stop_recorded(record, str(project), 1) == 0
     assert stranger.poll() is None
 
 
-def test_stop_leaves_a_stranger_of_a_made_up_record_alone(start: Start,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+@only_proc
+@pytest.mark.parametrize("words", ["reload", "status", "stop"])
+def test_no_command_touches_the_stranger_of_a_made_up_record(start: Start, words: str,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP, too, ends most programs; and a key would go to the address that the record names."""
     project = make_project(Path.cwd() / "clone")
-    stranger = start()
-    llmstack.write_record(pid_file(project), record_of(stranger, llmstack.new_mark(str(project))))
+    (project / ".llmstack" / "models.ini").write_text("[a]\nrole = agent\nmodel = p/m\n")
+    stranger = start(LISTEN)
+    port = int(line_of(stranger))
+    record = llmstack.Record(stranger.pid, llmstack.process_started(stranger.pid),
+                             llmstack.new_mark(str(project)), "127.0.0.1", port, "router")
+    llmstack.write_record(pid_file(project), record)
+    asked: list[str] = []
+    monkeypatch.setattr(llmstack.Upstream, "get", lambda self, path, *_, **__: asked.append(path))
+    monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     monkeypatch.chdir(project)
-    assert llmstack.main(["stop"]) == 0
+    assert llmstack.main([words]) == (0 if words == "stop" else 1)
     assert stranger.poll() is None
+    assert asked == []
 
 
 def test_where_no_environment_can_be_read_the_command_line_must_be_ours(
