@@ -9451,7 +9451,8 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup)
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
+                                    STACK_VARIABLE: new_mark(setup.places.project)}
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
         upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -112,6 +113,31 @@ def test_an_answer_beyond_its_size_is_no_answer(router: Router, monkeypatch: pyt
     assert llmstack._router_states(upstream)
     monkeypatch.setattr(llmstack, "MAX_ANSWER_BYTES", 1_000)
     assert llmstack._router_states(upstream) == {}
+
+
+def test_a_router_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "REMOTE_PATIENCE_S", 0.3)
+    gone = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        client, _ = server.accept()
+        with client:
+            client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            try:
+                while not gone.wait(0.01):
+                    client.sendall(b"1\r\n#\r\n")
+            except OSError:
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,))
+        thread.start()
+        try:
+            assert llmstack.main(["install", "--external", f"http://127.0.0.1:{server.getsockname()[1]}"]) == 1
+        finally:
+            gone.set()
+            thread.join()
+    assert "no answer within 0.3 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"tag_name": "v1\x9b31m", "assets": 5}', b"5"],
