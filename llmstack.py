@@ -3713,10 +3713,13 @@ def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
-    return data
+        parts, size = [], 0
+        for part in iter(lambda: file.read(RECV_BYTES), b""):   # /proc/sys refuses to fill megabytes
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
+    return b"".join(parts)
 
 
 def read_text(path: str) -> str:

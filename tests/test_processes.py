@@ -184,6 +184,13 @@ def test_a_pipe_in_the_place_of_a_record_hangs_nobody(tmp_path: Path) -> None:
     assert llmstack.read_record(str(tmp_path / "router.pid")) is None
 
 
+@only_proc
+def test_a_start_time_names_the_boot_as_well() -> None:
+    """After a reboot another process may have the number and the ticks of a daemon that is gone."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    assert llmstack.process_started(os.getpid()).startswith(boot + "-")
+
+
 # ---- marks
 
 
