@@ -1724,6 +1724,8 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
+MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
+MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
 SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
 SERVER_UBATCH = 512                             # tokens
 
@@ -1744,6 +1746,13 @@ _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where 
 
 class GgufError(ValueError):
     """A header that cannot be read or reckoned with; the message completes "the file ..."."""
+
+
+def _quantity(value: object, default: int = 0) -> int:
+    """A number of a header as a count; `default` for what is none: negative, not a number, endless."""
+    if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
+        return int(value)
+    return default
 
 
 class GgufHeader(NamedTuple):
@@ -1831,6 +1840,8 @@ class _GgufReader:
             return list(self.numbers(f"{count}{code}"))
         if code:
             self.at += count * struct.calcsize(code)
+            if self.at > MAX_GGUF_HEADER_BYTES:
+                raise GgufError("has a header beyond any reason")
         elif kind == 8:
             self._skip_strings(count)
         else:
@@ -1868,7 +1879,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
     numbers = [meta.get("general.alignment"), meta.get("split.count")]
     alignment, parts = (n if isinstance(n, int) and 0 < n <= 256 else d for n, d in zip(numbers, (32, 1)))
-    header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
+    header = GgufHeader(arch, keys, _quantity(vocab), 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, alignment)
 
 
@@ -1930,13 +1941,14 @@ class _Layers:
         self.latent = bool(self.number("attention.key_length_mla") and self.number("attention.value_length_mla"))
 
     def number(self, key: str, default: int = 0) -> int:
-        value = self.keys.get(key, default)
-        return int(value) if isinstance(value, (int, float)) and 0 <= value < 2 ** 48 else default
+        return _quantity(self.keys.get(key), default)
 
     def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
-        values = [max(0, int(v)) for v in value] if isinstance(value, (list, tuple)) else [self.number(key)]
+        values = [self.number(key)]
+        if isinstance(value, (list, tuple)):
+            values = [_quantity(v) for v in value]
         return (values + (values or [0])[-1:] * self.count)[:self.count]
 
     def slides(self) -> Tuple[List[bool], int]:
@@ -2008,8 +2020,12 @@ def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0
     # A mask for each of the two caches; the GPU gets its copy.
     masks = sum(n for _, n in masked) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
     peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
-    return Memory(header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0), kv,
-                  sum(recurs) * layers.state_floats() * 4 * slots, masks + peak + header.vocab * slots * 4)
+    weights = header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0)
+    recurrent = sum(recurs) * layers.state_floats() * 4 * slots
+    memory = Memory(weights, kv, recurrent, masks + peak + header.vocab * slots * 4)
+    if memory.total > MAX_MODEL_BYTES:
+        raise GgufError("has sizes beyond any reason")
+    return memory
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -2054,8 +2070,8 @@ def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header
         return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
                                offload and config.n_gpu_layers != "0")
 
-    memory, trained = estimate(tier.ctx_size), header.keys.get("context_length")
-    limit = min(trained * max(tier.rope_scale, 1), 1 << 24) if isinstance(trained, int) else 0
+    memory, trained = estimate(tier.ctx_size), _quantity(header.keys.get("context_length"))
+    limit = min(trained * max(tier.rope_scale, 1), 1 << 24)
     return TierFit(tier.name, source, where, memory.total / 1e9, memory.total <= budget_gb * 1e9, tier.ctx_size,
                    largest_context(budget_gb * 1e9, max(int(limit), tier.ctx_size), estimate), memory)
 
@@ -3386,7 +3402,7 @@ PROGRAM = os.path.abspath(getattr(_LOADER, "archive", None) or __file__)
 def read_resource(name: str) -> bytes:
     """A file that travels with the program, from the zipapp or from beside the source.
 
-    importlib.resources fails for a top-level module before 3.13; the loader's get_data works everywhere.
+    importlib.resources fails for a top-level module before 3.13; the loader's get_data does not.
     Errors: UserError where the program has been copied without it.
     """
     path = os.path.join(os.path.dirname(__file__), name)
@@ -3417,6 +3433,11 @@ class Places(NamedTuple):
     def log(self, name: str) -> str:
         return os.path.join(self.state, "logs", name)
 
+    @property
+    def project(self) -> str:
+        """The real path of the directory that owns .llmstack: what marks and records name."""
+        return os.path.dirname(os.path.realpath(self.state))
+
 
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
@@ -3430,32 +3451,102 @@ def data_dir(env: Mapping[str, str]) -> str:
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
-    """Where this invocation works: $LLMSTACK_WORK_DIR, else the current directory; the demo has its own."""
+    """Where this invocation works: $LLMSTACK_WORK_DIR, else here; the demo has its own place."""
     data = data_dir(env)
     try:
-        work = os.path.join(data, "demo") if demo else os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
+        work = os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
     except FileNotFoundError:
-        raise UserError("the current directory is gone", "cd into another") from None
+        if not demo:
+            raise UserError("the current directory is gone", "cd into another") from None
+    if demo:
+        work = os.path.join(data, "demo")
     state = os.path.join(work, ".llmstack")
-    ini = env.get("LLMSTACK_MODELS_INI") if not demo else ""
-    return Places(work, state, os.path.abspath(os.path.expanduser(ini)) if ini else os.path.join(state, "models.ini"), data)
+    models_ini = os.path.join(state, "models.ini")
+    if env.get("LLMSTACK_MODELS_INI") and not demo:
+        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
+    return Places(work, state, models_ini, data)
 
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    import errno
-    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
         return "move away what stands in its place"
-    return "free some room" if exc.errno == errno.ENOSPC else "mend its permissions, or those of its directory"
+    if exc.errno == errno.ENOSPC:
+        return "free some room"
+    return "mend its permissions, or those of its directory"
 
 
-def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
+# Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
+# is. Directories do most of that: nothing below a closed one can be reached.
+
+
+def make_private_dir(path: str) -> None:
+    """Make a directory and what is missing above it, for this user alone. Errors: OSError."""
+    if not path or os.path.isdir(path):
+        return
+    make_private_dir(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:                     # another process was quicker, or it is a file
+        if not os.path.isdir(path):
+            raise
+
+
+def _close_open_file(handle: int) -> None:
+    """Take from others what they may do with an open file or directory of this user."""
+    if IS_WINDOWS:
+        return
+    status = os.fstat(handle)
+    is_file = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    if not is_file or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+        return
+    try:
+        os.fchmod(handle, status.st_mode & 0o700)
+    except OSError:                             # a file system without permissions
+        pass
+
+
+def close_to_others(*paths: str) -> None:
+    """Take from others what they may do with files and directories of this user, where they are.
+
+    A link is left alone: it may lead to what is meant to be seen.
+    """
+    if IS_WINDOWS:
+        return
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            _close_open_file(handle)
+        finally:
+            os.close(handle)
+
+
+def close_places(places: Places) -> None:
+    """Close the directories of ours that an older version, or a clone, has left open to others."""
+    close_to_others(places.data, places.state, places.in_state("logs"))
+
+
+def replace_file(source: str, target: str) -> None:
+    """os.replace, on Windows tried for a second while somebody reads `target`. Errors: OSError."""
+    for _ in range(20 if IS_WINDOWS else 0):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(0.05)
+    os.replace(source, target)
+
+
+def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
     raw = data.encode("utf-8") if isinstance(data, str) else data
     directory = os.path.dirname(path)
     try:
-        os.makedirs(directory, exist_ok=True)
+        make_private_dir(directory)
         handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -3463,7 +3554,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, mode)
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             _remove(temporary)
             raise
@@ -3478,36 +3569,99 @@ def _remove(path: str) -> None:
         pass
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for a pipe's other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
+    """The bytes of a regular file: what a cloned directory puts in its place cannot hang a reader.
+
+    Errors: OSError, also for a pipe, a device, and a file of more than `limit` bytes.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        parts, size = [], 0
+        for part in iter(lambda: file.read(RECV_BYTES), b""):   # /proc/sys refuses to fill megabytes
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
+    return b"".join(parts)
+
+
 def read_text(path: str) -> str:
     """The text of a small file of ours, "" when it is not there or not text."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
-    """The project's configuration, or the bundled one where it has no models.ini. Errors: ConfigError, UserError."""
+def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
+    """What another process or an older version wrote, {} where it is no JSON object."""
     try:
-        with open(places.models_ini, "rb") as file:
-            data = file.read()
-        source = os.path.relpath(places.models_ini) if places.models_ini.startswith(os.getcwd()) else places.models_ini
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_json(path: str) -> Dict[str, Any]:
+    return parse_json_object(read_text(path))
+
+
+MAX_MODELS_INI_BYTES = 1 << 20
+
+
+def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
+    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
+    path = places.models_ini
+    try:
+        data = read_regular(path, MAX_MODELS_INI_BYTES)
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
-            raise UserError(f"LLMSTACK_MODELS_INI names {places.models_ini}, which is not there", "correct it", 2) from None
-        data, source = read_resource("models.ini"), "models.ini"
+            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
+            raise UserError(what, "correct it", 2) from None
+        return read_resource("models.ini"), "models.ini"
     except OSError as exc:
-        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", path_hint(exc), 2) from None
+        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
+    return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
+
+
+def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
+    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
+    data, source = _models_ini_bytes(places)
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
-    for warning in warnings if warn else ():
-        warn(warning)                           # type: ignore[misc]
+    if warn:
+        for warning in warnings:
+            warn(warning)
     if not config.tiers:
         raise ConfigError([f"{source}:1: names no tier"])
     base = os.path.dirname(places.models_ini)
-    tiers = tuple(t._replace(path=os.path.normpath(os.path.join(base, os.path.expanduser(t.path)))) if t.path else t
-                  for t in config.tiers)
-    return config._replace(tiers=tiers)
+    tiers = []
+    for tier in config.tiers:
+        if tier.path:
+            path = os.path.join(base, os.path.expanduser(tier.path))
+            tier = tier._replace(path=os.path.normpath(path))
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a small system program prints, "" when it is missing or fails.
+
+    In C and UTC: ps prints local times.
+    """
+    import subprocess
+    env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=10, check=False, env=env)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
 
 
 def total_memory_gb() -> float:
@@ -3519,16 +3673,16 @@ def total_memory_gb() -> float:
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
             return 0.0
         return int.from_bytes(status.raw[8:16], "little") / 1e9
-    share = read_text("/sys/fs/cgroup/memory.max").strip()
     try:
         memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (ValueError, OSError):
         return 0.0
+    share = read_text("/sys/fs/cgroup/memory.max").strip()
     return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
 class Machine(NamedTuple):
-    """The memory models may take together here, GB; why that much; and whether a GPU has its layers."""
+    """The memory models may take together here; why that much; whether a GPU has their layers."""
 
     budget_gb: float
     source: str
@@ -3536,50 +3690,74 @@ class Machine(NamedTuple):
 
 
 DRM = "/sys/class/drm"
-CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's own --fit leaves free on a card
+CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
+OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
+
+
+def _nvidia_cards_gb() -> List[float]:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    lines = [line.strip() for line in _output(query).split("\n")]
+    return [int(mib) * 1_048_576 / 1e9 for mib in lines if mib.isdigit()]
+
+
+def _amd_memory_gb(which: str) -> List[float]:
+    """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
+    try:
+        cards = [name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name)]
+    except OSError:
+        return []
+    files = (os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards)
+    sizes = (read_text(path).strip() for path in files)
+    return [int(size) / 1e9 for size in sizes if size.isdigit()]
 
 
 def cards_gb() -> Tuple[float, str]:
-    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") where there are none.
+    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") without any.
 
-    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its driver lets it (GTT).
+    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
+    driver lets it (GTT).
     """
-    listed = _output(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]).split("\n")
-    sizes, kind = [int(mib) * 1_048_576 / 1e9 for mib in listed if mib.strip().isdigit()], "NVIDIA"
+    sizes, kind = _nvidia_cards_gb(), "NVIDIA"
     if not sizes:
-        try:
-            names = [n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n)]
-        except OSError:
-            names = []
-
-        def listed_gb(which: str) -> List[float]:
-            texts = [read_text(os.path.join(DRM, n, "device", f"mem_info_{which}_total")).strip() for n in names]
-            return [int(t) / 1e9 for t in texts if t.isdigit()]
-
-        sizes, kind = [gb for gb in listed_gb("vram") if gb > 4.2], "AMD"
-        shared = sum(listed_gb("vram") + listed_gb("gtt"))
+        own = _amd_memory_gb("vram")
+        sizes, kind = [size for size in own if size > OWN_MEMORY_GB], "AMD"
+        shared = sum(own) + sum(_amd_memory_gb("gtt"))
         if not sizes and shared:
-            return min(shared, total_memory_gb() * 0.75), f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes), f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+            usable = min(shared, total_memory_gb() * 0.75)
+            return usable, f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+    return usable, f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+
+
+def _mac_gpu(total_gb: float) -> Machine:
+    """A Mac's wired limit, else macOS's own share of memory.
+
+    That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
+    51.5 of 64.
+    """
+    limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
+    if limit.isdigit() and int(limit) > 0:
+        return Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
+    share = 2 / 3 if 0 < total_gb < 38 else 0.75
+    source = f"{share:.0%} of {total_gb:.1f} GB, what macOS gives the GPU"
+    return Machine(total_gb * share, source, True)
 
 
 def this_machine(config: Config) -> Machine:
-    """memory_gb, else what the GPU may take: a Mac's wired limit or macOS's share of memory, graphics cards elsewhere; else
-    75 % of memory."""
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total = total_memory_gb()
+    found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
     if IS_MAC:
-        limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
-        # Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and 51.5 of 64.
-        share = 2 / 3 if 0 < total < 38 else 0.75
-        found = Machine(total * share, f"{share:.0%} of {total:.1f} GB, what macOS gives the GPU", True)
-        if limit.isdigit() and int(limit) > 0:
-            found = Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
-    else:
-        cards, what = cards_gb() if config.n_gpu_layers != "0" else (0.0, "")
-        found = Machine(cards, what, True) if cards else Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+        found = _mac_gpu(total)
+    elif config.n_gpu_layers != "0":
+        cards, what = cards_gb()
+        if cards:
+            found = Machine(cards, what, True)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
-    return found if found.budget_gb else found._replace(budget_gb=1e9)      # it cannot be told
+    if not found.budget_gb:                     # it cannot be told
+        return found._replace(budget_gb=1e9)
+    return found
 
 
 def memory_budget_gb(config: Config) -> float:
@@ -3587,15 +3765,59 @@ def memory_budget_gb(config: Config) -> float:
     return this_machine(config).budget_gb
 
 
-def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails. In C and UTC: ps prints local times."""
-    import subprocess
+# What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
+# output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
+# direction of text, line ends of Unicode's own. Wherever text leaves for a terminal or a log, it
+# passes here. An escape is JSON's, so that what we print as JSON stays that.
+_COLOUR = re.compile(r"(\x1b\[(?:0|1|2|3[0-7])m)")
+
+
+def visible(text: str, limit: int = 300) -> str:
+    """`text` in one line without anything that steers a terminal; at most `limit` characters."""
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """As visible, for a text of many lines, of any length."""
+    return "\n".join(visible(line.expandtabs(), sys.maxsize) for line in text.split("\n"))
+
+
+def visible_colours(text: str) -> str:
+    """As visible_lines, with the colours that paint() gives; none of them outlives the text."""
+    parts = _COLOUR.split(text)
+    shown = [visible_lines(part) for part in parts]
+    shown[1::2] = parts[1::2]
+    return "".join(shown) + ("\x1b[0m" if len(parts) > 1 else "")
+
+
+def open_log(path: str) -> int:
+    """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
+    make_private_dir(os.path.dirname(path))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags, 0o600)
+    _close_open_file(handle)
+    return handle
+
+
+def file_size(path: str) -> int:
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=10, check=False, env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"})
-        return done.stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def shift_logs(path: str, newest: str = "") -> None:
+    """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
+    for number in range(LOGS_KEPT, 0, -1):
+        older = f"{path}.{number - 1}" if number > 1 else newest or path
+        try:
+            os.replace(older, f"{path}.{number}")
+        except OSError:
+            pass
 
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50}
@@ -3604,7 +3826,8 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "crit
 class Log:
     """Lines with a time and a level, to a rotating file or to standard error.
 
-    Not the logging module: this runs for every request, and a record of its own costs many times such a line.
+    Not the logging module: this runs for every request, and a record of its own costs many times
+    such a line.
     """
 
     def __init__(self, path: str = "", level: str = "info") -> None:
@@ -3617,11 +3840,7 @@ class Log:
         self._waiting: Any = collections.deque()
         self._written_s = 0.0
         if path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._open()
-
-    def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._fd = open_log(path)
 
     def debug(self, message: str) -> None:
         if self._level <= 10:
@@ -3641,10 +3860,15 @@ class Log:
         self.flush()
 
     def _write(self, level: str, message: str) -> None:
-        """Lines of a busy quarter of a second go out together: a write lets go of the interpreter's lock."""
+        """Lines of a busy quarter of a second go out together: a write lets go of the GIL.
+
+        What follows a line end is indented: no text from outside makes up a line of its own.
+        """
         now = time.time()
         if int(now) != self._second:
             self._second, self._stamp = int(now), time.strftime("%Y-%m-%dT%H:%M:%S")
+        if not message.isprintable():
+            message = visible_lines(message).replace("\n", "\n    ")
         self._waiting.append(f"{self._stamp} {level} {message}\n")
         if not 0 <= now - self._written_s < 0.25:
             self.flush()
@@ -3670,53 +3894,37 @@ class Log:
                 shift_logs(self._path)
             if self._path and self._fd == 2:    # standard error until the file can be opened again
                 try:
-                    self._open()
+                    self._fd = open_log(self._path)
                 except OSError:
                     pass
 
 
-def file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def shift_logs(path: str) -> None:
-    """path -> path.1 -> path.2 -> path.3, the oldest falls away."""
-    for number in range(LOGS_KEPT, 0, -1):
-        older = f"{path}.{number - 1}" if number > 1 else path
-        try:
-            os.replace(older, f"{path}.{number}")
-        except OSError:
-            pass
-
-
 def rotate_foreign_log(path: str) -> None:
-    """Rotate a log that another program holds open for appending: copy it, then empty it in place."""
+    """Rotate a log that another program holds open for appending: copy it, then empty it."""
     if file_size(path) <= LOG_BYTES:
         return
     import shutil
+    copy = path + ".tmp"
+    _remove(copy)
     try:
-        shutil.copyfile(path, path + ".tmp")
+        with open(path, "rb") as source, os.fdopen(open_log(copy), "ab") as target:
+            shutil.copyfileobj(source, target)
         os.truncate(path, 0)
-        for number in range(LOGS_KEPT, 1, -1):
-            if os.path.exists(f"{path}.{number - 1}"):
-                os.replace(f"{path}.{number - 1}", f"{path}.{number}")
-        os.replace(path + ".tmp", path + ".1")
+        shift_logs(path, copy)
     except OSError:
         pass
 
 
 def tail_of(path: str, lines: int = 12) -> str:
-    """The last lines of a log, without control characters."""
+    """The last lines of a log, fit to print, without their colours."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file_size(path) - 8192))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return "\n".join(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", x) for x in text.splitlines()[-lines:])
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
 # What this process may use, before prefer_one_core: a container's share, or a user's taskset.
@@ -3726,23 +3934,24 @@ CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") e
 def prefer_one_core() -> None:
     """Keep this thread, and those it starts, on one core where the interpreter has a global lock.
 
-    Only one thread runs Python at a time anyway; woken on another core, it waits there for the lock of the
-    first. This router pinned against unpinned, in turn on two cores: 1.3 and 2.0 times the requests/s of 16
-    clients in two quiet runs (0.9 in one on a busy machine), the first event of 64 streams 2 to 4 times sooner;
-    a single request the same within the noise; 16 saturated streams 0.7 to 0.8 of the events/s, still on a par
-    with nginx. A prototype without any routing gained 3 times. Linux only: elsewhere there is no such call.
+    Only one thread runs Python at a time anyway; woken on another core, it waits there for the lock
+    of the first. This router pinned against unpinned, in turn on two cores: 1.3 and 2.0 times the
+    requests/s of 16 clients in two quiet runs (0.9 in one on a busy machine), the first event of 64
+    streams 2 to 4 times sooner; a single request the same within the noise; 16 saturated streams
+    0.7 to 0.8 of the events/s, still on a par with nginx. A prototype without any routing gained 3
+    times. Linux only: elsewhere there is no such call.
     """
     gil = getattr(sys, "_is_gil_enabled", lambda: True)
     if hasattr(os, "sched_setaffinity") and gil():
         try:
-            here = int(read_text("/proc/thread-self/stat").rsplit(")", 1)[1].split()[36])
-            os.sched_setaffinity(0, {here})
+            fields = read_text("/proc/thread-self/stat").rsplit(")", 1)[1].split()
+            os.sched_setaffinity(0, {int(fields[36])})
         except (OSError, ValueError, IndexError):
             pass
 
 
 def every_core() -> None:
-    """Undo prefer_one_core for this thread, before it starts a process that should use all there is."""
+    """Undo prefer_one_core for this thread, before it starts a process that should use all."""
     if hasattr(os, "sched_setaffinity"):
         try:
             os.sched_setaffinity(0, CORES)
@@ -3762,14 +3971,6 @@ def more_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
         except (OSError, ValueError):
             pass
-
-
-def _read_json(path: str) -> Dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class FileLock:
@@ -3792,10 +3993,10 @@ class FileLock:
 
     def __enter__(self) -> FileLock:
         try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            make_private_dir(os.path.dirname(self._path))
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise UserError(f"cannot open {self._path}: {exc.strerror}", "mend the permissions of its directory") from None
+            raise UserError(f"cannot open {self._path}: {exc.strerror}", path_hint(exc)) from None
         if not self._try():
             self._waiting()
             while not self._try():
@@ -4006,40 +4207,77 @@ def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = N
 # PROCESSES
 # ===================================================================================================
 
-STACK_VARIABLE = "LLMSTACK_STACK"               # in the environment of everything we start: whose it is
+# Whose a process is. All that we start carries a mark in its environment, made for one start and
+# handed down to what it starts in turn. A record names the process, its start time and its mark.
+# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
+# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
+# own child opens the door to a signal.
+
+STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
+
+
+def _project_code(project: str) -> str:
+    """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
+    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
+    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % found.group()[0], path)
+    return code.decode("ascii")
+
+
+def new_mark(project: str, kind: str = "stack") -> str:
+    """A mark for one start in `project`; nobody else can have it."""
+    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+
+
+def _marked_project(mark: str) -> str:
+    """The project that a mark names, "" where it names none."""
+    from urllib.parse import unquote_to_bytes
+    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
 
 
 def process_started(pid: int) -> str:
-    """When process `pid` started, in a form that tells it from a later one of the same number; "" when gone.
+    """When process `pid` started, in a form that tells it from a later one of the same number.
 
-    A zombie counts as gone: kill(pid, 0) would not.
+    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
     """
     if pid <= 0:
         return ""
     if IS_WINDOWS:
         return _windows_started(pid)
-    stat = read_text(f"/proc/{pid}/stat")
-    if stat:
-        fields = stat.rsplit(")", 1)[1].split()
+    fields = _linux_stat(pid)
+    if fields:
+        if fields[0] in "ZX" and _is_empty_shell(pid):
+            return ""
         boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-        return "" if fields[0] in "ZX" and _is_empty_shell(pid) else f"{boot}-{fields[19]}"
+        return f"{boot}-{fields[19]}"
     if sys.platform.startswith("linux"):
         return ""
     state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
-    return "" if len(state) < 2 or state[0].startswith("Z") else " ".join(state[1].split())
+    if len(state) < 2 or state[0].startswith("Z"):
+        return ""
+    return " ".join(state[1].split())
+
+
+def _linux_stat(pid: int) -> List[str]:
+    """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
+    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def process_age_s(pid: int) -> Optional[float]:
     """How long process `pid` has been there; None where that cannot be told."""
-    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = _linux_stat(pid)
     if fields:
-        return float(read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    age = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", _output(["ps", "-o", "etime=", "-p", str(pid)]))
-    return sum(int(part or 0) * unit for part, unit in zip(age.groups(), (86_400, 3_600, 60, 1))) if age else None
+        up_s = float(read_text("/proc/uptime").split()[0])
+        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    age = _output(["ps", "-o", "etime=", "-p", str(pid)])
+    found = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", age)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _is_empty_shell(pid: int) -> bool:
-    """True for a zombie without threads: one whose first thread alone has ended still holds its memory."""
+    """True for a zombie without threads: with some, it still holds its memory."""
     try:
         return len(os.listdir(f"/proc/{pid}/task")) <= 1
     except OSError:
@@ -4054,39 +4292,155 @@ def _windows_started(pid: int) -> str:
         return ""
     times = [ctypes.c_ulonglong() for _ in range(4)]
     code = ctypes.c_ulong()
-    known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times)) and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times))
+    known = known and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
     return str(times[0].value) if known and code.value == 259 else ""   # STILL_ACTIVE
 
 
+def _all_pids() -> List[int]:
+    """Every process of this machine but this one, on Linux."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid()]
+
+
+def _has_proc() -> bool:
+    return os.path.isdir("/proc/self")
+
+
+def _ps(*options: str) -> Dict[int, str]:
+    """Process -> what ps prints of it; options as of macOS."""
+    found = {}
+    for line in _output(["ps", *options]).splitlines():
+        pid, _, text = line.strip().partition(" ")
+        if pid.isdigit():
+            found[int(pid)] = text.strip()
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, List[str]]:
+    """Process -> the words of its environment, which ps writes behind the command line."""
+    bare = _ps("-ww", *which, "-o", "pid=,command=")
+    found = {}
+    for pid, text in _ps("-wwE", *which, "-o", "pid=,command=").items():
+        command = bare.get(pid)
+        if command is not None and text.startswith(command) and len(text) > len(command):
+            found[pid] = text[len(command):].split()
+    return found
+
+
+def process_environment(pid: int) -> Optional[List[str]]:
+    """NAME=value words of a process's environment; None where it cannot be read."""
+    if IS_WINDOWS:
+        return None
+    if not _has_proc():
+        return _ps_environments("-p", str(pid)).get(pid)
+    try:
+        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+    except OSError:
+        return None
+
+
+def process_command(pid: int) -> List[str]:
+    """The words of a process's command line, [] where they cannot be told."""
+    if IS_WINDOWS:
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+    if not _has_proc():
+        return _output(["ps", "-ww", "-o", "command=", "-p", str(pid)]).split()
+    try:
+        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+    except OSError:
+        return []
+
+
+def process_user(pid: int) -> Optional[int]:
+    """The number of the user a process runs as; None where that cannot be told."""
+    if IS_WINDOWS:
+        return None
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    if found:
+        return int(found.group(1))
+    uid = _output(["ps", "-o", "uid=", "-p", str(pid)]).strip()
+    return int(uid) if uid.isdigit() else None
+
+
+def _mark_in(words: Optional[Iterable[str]]) -> str:
+    """The mark in an environment, "" for none."""
+    start = STACK_VARIABLE + "="
+    return next((word[len(start):] for word in words or () if word.startswith(start)), "")
+
+
+def _marks() -> Dict[int, str]:
+    """Every living process of this user's that carries a mark, but this one."""
+    if IS_WINDOWS:
+        return {}
+    if _has_proc():
+        found = {pid: _mark_in(process_environment(pid)) for pid in _all_pids()}
+    else:
+        found = {pid: _mark_in(words) for pid, words in _ps_environments("-ax").items()}
+        found.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in found.items() if mark}
+
+
+def stack_members(stack: str) -> Dict[int, str]:
+    """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
+
+
+def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
+    """Living processes that were started for `project`, records or none: (pid -> mark)."""
+    start, end = kind + "-", ":" + _project_code(project)
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith(start) and mark.endswith(end)}
+
+
 class Record(NamedTuple):
-    """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON on the second."""
+    """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON."""
 
     pid: int
-    started: str                                # process_started() at birth: a reused pid is not ours
-    stack: str                                  # value of LLMSTACK_STACK in its environment
+    started: str                                # process_started() at birth
+    stack: str                                  # its mark
     host: str = ""
     port: int = 0
-    kind: str = ""                              # router | llama-swap | embedded
+    kind: str = ""                              # llama-swap | embedded | download
     channel: str = "current"
+    engine_port: int = 0
 
     @property
     def alive(self) -> bool:
         return bool(self.started) and process_started(self.pid) == self.started
 
+    @property
+    def project(self) -> str:
+        """The real path of the directory that it was started for."""
+        return _marked_project(self.stack)
 
-def read_record(path: str) -> Optional[Record]:
-    """The record in a pid file; None when there is none or it is not ours (a bare number proves nothing)."""
-    return parse_record(read_text(path))
+
+def record_is_ours(record: Record, project: str) -> bool:
+    """True where a record was written for this project, and has not come along with a copy."""
+    return record.stack.partition(":")[2] == _project_code(project)
+
+
+MAX_PID = 2 ** 32 - 1
+_RECORD_TEXTS = ("started", "stack", "host", "kind", "channel")
 
 
 def parse_record(text: str) -> Optional[Record]:
-    lines = text.splitlines()
-    try:
-        values = json.loads(lines[1])
-        return Record(int(lines[0]), **{k: values[k] for k in Record._fields[1:] if k in values})
-    except (IndexError, ValueError, TypeError):
+    """A pid file's record; None where any of it is not what we write."""
+    number, _, rest = text.partition("\n")
+    values = parse_json_object(rest)
+    if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
         return None
+    texts = {name: values[name] for name in _RECORD_TEXTS if name in values}
+    if not all(isinstance(value, str) and value.isprintable() for value in texts.values()):
+        return None
+    ports = {name: values.get(name, 0) for name in ("port", "engine_port")}
+    if any(type(p) is not int or not 0 <= p < 65_536 for p in ports.values()):
+        return None                             # a bool is an int, too
+    if not texts.get("started") or not texts.get("stack"):
+        return None
+    return Record(int(number), **ports, **texts)
 
 
 def write_record(path: str, record: Record) -> None:
@@ -4094,26 +4448,41 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{values.pop('pid')}\n{json.dumps(values)}\n")
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str], cwd: Optional[str] = None) -> Any:
-    """Start a process in a session of its own, its output appended to `log`. Errors: UserError. Returns its Popen."""
-    import subprocess
-    every_core()
-    flags: Dict[str, Any] = {"creationflags": 0x208} if IS_WINDOWS else {"start_new_session": True}  # DETACHED, NEW_GROUP
-    try:
-        os.makedirs(os.path.dirname(log), exist_ok=True)
-        output = open(log, "ab")                # noqa: SIM115
-    except OSError as exc:
-        raise UserError(f"cannot write {log}: {exc.strerror}", "free some room or mend its permissions") from None
-    with output:
-        try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(env),
-                                    cwd=cwd, close_fds=True, **flags)
-        except OSError as exc:
-            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`.
+
+    The proof is the mark in its environment, or, where no environment can be read, that it runs our
+    program or reads what stands in the project's .llmstack/.
+    """
+    if record is None or not record_is_ours(record, project) or not record.alive:
+        return False
+    environment = process_environment(record.pid)
+    if environment is not None:
+        return _mark_in(environment) == record.stack
+    command = os.path.normcase(" ".join(process_command(record.pid)))
+    ours = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
+    return any(os.path.normcase(path) in command for path in ours)
+
+
+def pid_file_project(path: str) -> str:
+    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
+    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
+
+
+def read_record(path: str) -> Optional[Record]:
+    """The record in a pid file; None where there is none that is this project's.
+
+    Nor is it one where what runs under its number does not prove to be ours: nobody is to signal
+    that, or to send a key to the address beside it.
+    """
+    record, project = parse_record(read_text(path)), pid_file_project(path)
+    if record is None or not record_is_ours(record, project):
+        return None
+    return record if owned_process(record, project) or not record.alive else None
 
 
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
-    """TERM or KILL a process's group; all that we start leads one of its own. `alone`: else the process itself."""
+    """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
         _output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
@@ -4127,25 +4496,106 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             continue
 
 
-def stop_process(pid: int, started: str, grace_s: float, reap: Optional[Callable[[], Any]] = None) -> bool:
-    """Stop a process that is provably the one meant: TERM, then KILL after `grace_s`. True when it is gone.
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
+          cwd: Optional[str] = None) -> Any:
+    """Start a process in a session of its own, its output appended to `log`; its Popen.
 
-    `reap` collects a child's exit, so that no zombie is waited for.
+    Errors: UserError.
     """
+    import subprocess
+    every_core()
+    flags: Dict[str, Any] = {"start_new_session": True}
+    if IS_WINDOWS:
+        flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    try:
+        output = os.fdopen(open_log(log), "ab")
+    except OSError as exc:
+        raise UserError(f"cannot write {log}: {exc.strerror}", path_hint(exc)) from None
+    with output:
+        try:
+            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+        except OSError as exc:
+            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+
+
+def spawn_recorded(command: Sequence[str], log: str, env: Mapping[str, str], path: str,
+                   record: Record) -> Tuple[Any, Record]:
+    """spawn a daemon and write its record, which lacks but the process: (Popen, whole record).
+
+    A child whose record cannot be written is ended at once: nothing runs that `stop` would not
+    find. Errors: UserError.
+    """
+    process = spawn(command, log, {**env, STACK_VARIABLE: record.stack})
+    try:
+        record = record._replace(pid=process.pid, started=process_started(process.pid))
+        write_record(path, record)
+    except BaseException:
+        _signal_group(process.pid, True)
+        process.wait()
+        raise
+    return process, record
+
+
+def _end_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
+    """TERM, then KILL after `grace_s`; True when it is gone. For those who have proof."""
     if not started or process_started(pid) != started:
         return True
     for force, patience_s in ((False, grace_s), (True, 10.0)):
         _signal_group(pid, force)
         end = time.monotonic() + patience_s
         while time.monotonic() < end:
-            if reap:
-                reap()
+            reap()
             if process_started(pid) != started:
-                if not IS_WINDOWS:
-                    _signal_group(pid, True, alone=False)       # a wrapper ends at once; what it wrapped may hang
+                if not IS_WINDOWS:              # a wrapper ends at once; what it wrapped may hang
+                    _signal_group(pid, True, alone=False)
                 return True
             time.sleep(0.02)
     return False
+
+
+def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
+    """Stop a child of this process; True when it is gone. `reap` collects its exit.
+
+    The pid of a child that nobody has reaped is nobody else's.
+    """
+    return _end_process(pid, started, grace_s, reap)
+
+
+def _stop_marked(marks: Mapping[int, str]) -> int:
+    """Stop processes that were found by their mark; returns how many there were."""
+    started = {pid: process_started(pid) for pid in marks}
+    found = [pid for pid in marks if _mark_in(process_environment(pid)) == marks[pid]]
+    for pid in found:
+        _end_process(pid, started[pid], 2.0, bool)
+    return len(found)
+
+
+def stop_stack_members(stack: str) -> int:
+    """Stop what is left of one start; returns how many there were."""
+    return _stop_marked(stack_members(stack))
+
+
+def stop_project_members(project: str, kind: str = "stack") -> int:
+    """Stop all that was started for a project, though no record is left; returns how many."""
+    return _stop_marked(project_members(project, kind))
+
+
+def stop_recorded(record: Record, project: str, grace_s: float) -> int:
+    """Stop a record's process and what it has left behind; returns how many there were.
+
+    Where it is not this project's, or does not prove to be what was started, nothing is touched.
+    Errors: UserError for a process that does not end.
+    """
+    if not record_is_ours(record, project):
+        return 0
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not _end_process(record.pid, record.started, grace_s, bool):
+            raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
+                            f"end it by hand: kill -9 {record.pid}")
+    return stopped + stop_stack_members(record.stack)
 
 
 def _group_of(pid: int) -> int:
@@ -4155,43 +4605,11 @@ def _group_of(pid: int) -> int:
         return 0
 
 
-def stack_members(stack: str) -> List[int]:
-    """Pids of living processes that carry our mark in their environment: children left behind by a kill -9.
-
-    Nobody else can have the mark: it is random, made for one start, and handed down only to what it started.
-    """
-    if not stack or IS_WINDOWS:
-        return []
-    mark = f"{STACK_VARIABLE}={stack}"
-    if os.path.isdir("/proc/self"):
-        pids = []
-        for name in os.listdir("/proc"):
-            if name.isdigit() and int(name) != os.getpid():
-                try:
-                    with open(f"/proc/{name}/environ", "rb") as file:
-                        if mark.encode() in file.read().split(b"\0"):
-                            pids.append(int(name))
-                except OSError:
-                    continue
-        return pids
-    found = []
-    for line in _output(["ps", "-axwwE", "-o", "pid=,command="]).splitlines():
-        pid, _, rest = line.strip().partition(" ")
-        if mark in rest.split() and pid.isdigit() and int(pid) != os.getpid():
-            found.append(int(pid))
-    return found
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of a stack; returns how many there were."""
-    pids = [(pid, process_started(pid)) for pid in stack_members(stack)]
-    for pid, started in pids:
-        stop_process(pid, started, 2.0)
-    return len(pids)
-
-
 def port_is_free(host: str, port: int) -> bool:
-    """True when `port` can be listened on now. Errors: UserError for an address that is none of this machine's."""
+    """True when `port` can be listened on now.
+
+    Errors: UserError for an address that is none of this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
@@ -4199,9 +4617,11 @@ def port_is_free(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            if exc.errno in (errno.EADDRINUSE, errno.EACCES) or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
+            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
                 return False
-            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}", "choose an address of this machine", 2) from None
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
+                            "choose an address of this machine", 2) from None
     return True
 
 
@@ -4213,48 +4633,58 @@ def free_run(first: int, count: int) -> int:
             start = port + 1
         if port - start + 1 >= count:
             return start
-    raise UserError(f"there are no {count} free ports in a row above {first}", "stop something that listens on them")
+    raise UserError(f"there are no {count} free ports in a row above {first}",
+                    "stop something that listens on them")
 
 
 def listeners(port: int) -> Set[int]:
-    """The pids of those who listen on `port` of this machine's own or every address, as far as that can be told."""
+    """The pids of those who listen on `port` of an address of this machine's own or of every one.
+
+    As far as that can be told: of another user's processes mostly not.
+    """
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        rows = [r.split() for r in _output(["netstat", "-ano", "-p", "TCP"]).splitlines()]
-        return {int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")}
-    return {int(pid) for pid in _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split() if pid.isdigit()}
+        return _windows_listeners(_output(["netstat", "-ano"]), port)
+    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+    return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
-def port_holder(port: int) -> str:
-    """Who listens on `port`: "nginx (pid 123)", or "another program"."""
-    pid = min(listeners(port), default=0)
-    if not pid:
-        return "another program"
-    name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
-    return f"{name or 'a program'} (pid {pid})"
+def _windows_listeners(netstat: str, port: int) -> Set[int]:
+    """Whose foreign end has no port listens; the word for that state is in the user's language."""
+    rows = [line.split() for line in netstat.splitlines()]
+    return {int(row[-1]) for row in rows
+            if len(row) >= 5 and row[0] == "TCP" and row[1].endswith(f":{port}")
+            and row[2].endswith(":0") and row[-1].isdigit()}
 
 
-_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
+                    "00000000000000000000000001000000")
 
 
-def _linux_listeners(port: int) -> Set[int]:
-    inodes = set()
+def _linux_sockets(port: int) -> Dict[str, int]:
+    """Sockets that listen on `port`, with the number of their user."""
+    found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for row in read_text(table).splitlines()[1:]:
             fields = row.split()
             address, _, number = fields[1].rpartition(":")
-            if fields[3] == "0A" and int(number, 16) == port and address in _LOCAL_ADDRESSES:
-                inodes.add(f"socket:[{fields[9]}]")
-    pids = set()
-    for name in os.listdir("/proc") if inodes else ():
-        if name.isdigit() and not inodes.isdisjoint(_open_files(name)):
-            pids.add(int(name))
-    return pids
+            listens = fields[3] == "0A" and int(number, 16) == port
+            if listens and address in _LOCAL_ADDRESSES:
+                found[f"socket:[{fields[9]}]"] = int(fields[7])
+    return found
 
 
-def _open_files(pid: str) -> Iterator[str]:
-    """Where a process's descriptors lead; one that it closes meanwhile is no reason to leave out the others."""
+def _linux_listeners(port: int) -> Set[int]:
+    sockets = _linux_sockets(port)
+    if not sockets:
+        return set()
+    pids = [*_all_pids(), os.getpid()]
+    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """Where a process's descriptors lead; one that it closes meanwhile hides no other."""
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:
@@ -4264,6 +4694,45 @@ def _open_files(pid: str) -> Iterator[str]:
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
+
+
+def port_holder(port: int) -> str:
+    """Who listens on `port`, in words that end a sentence."""
+    pid = min(listeners(port), default=0)
+    if not pid:
+        return _hidden_holder(port)
+    user = process_user(pid)
+    if user is not None and user != os.geteuid():
+        return _another_users(pid)
+    project = _marked_project(_mark_in(process_environment(pid)))
+    if project:
+        return f"the llmstack of {visible(project)} (pid {pid})"
+    name = read_text(f"/proc/{pid}/comm").strip()
+    name = name or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
+    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+
+
+def _is_llmstack(pid: int) -> bool:
+    """True for a daemon of ours, whosever, by the first words of its command line."""
+    names = [os.path.basename(word) for word in process_command(pid)[:2]]
+    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
+
+
+def _another_users(pid: int) -> str:
+    return f"another user's {'llmstack' if _is_llmstack(pid) else 'program'} (pid {pid})"
+
+
+def _hidden_holder(port: int) -> str:
+    """Of what another user runs the kernel says whose it is, and anybody may read command lines."""
+    if not _has_proc():
+        return "another program"
+    users = set(_linux_sockets(port).values()) - {os.geteuid()}
+    if not users:
+        return "another program"
+    for pid in _all_pids():
+        if process_user(pid) in users and _is_llmstack(pid) and str(port) in process_command(pid):
+            return _another_users(pid)
+    return "another user's program"
 
 
 # ===================================================================================================
@@ -4321,13 +4790,22 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     return os.path.exists(os.path.join(environment_dir(wanted, data), "ready"))
 
 
+def _launched_python(minor: int) -> str:
+    """Python 3.`minor` of Windows, which has no python3.N.exe: the launcher knows what is there."""
+    launcher = find_program("py" + EXE) if IS_WINDOWS else ""
+    if not launcher:
+        return ""
+    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+
+
 def suitable_python(wanted: PrivateEnvironment) -> str:
-    """A Python that an environment's wheels are built for: this one, else the newest on PATH; "" for none."""
+    """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
+    ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
-        python = find_program(f"python3.{minor}" + EXE)
-        if python and _output([python, "-c", "import sys; print(sys.version_info[1])"]).strip() == str(minor):
+        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
+        if python and _output([python, "-c", ask]).strip() == str(minor):
             return python
     return ""
 
@@ -4345,7 +4823,7 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
     try:
-        os.makedirs(directory, exist_ok=True)
+        make_private_dir(directory)
     except OSError as exc:
         raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
     inside = environment_program(wanted, data)
@@ -4739,34 +5217,40 @@ class Upstream:
             except IndexError:
                 return
 
-    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"") -> Tuple[Response, bytes]:
-        """A small request of our own: (head, body). Errors: OSError, ValueError."""
+    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"",
+            limit_bytes: int = MAX_BODY_BYTES) -> Tuple[Response, bytes]:
+        """A small request of our own: (head, body), whole within `timeout_s` of the connection.
+
+        Errors: OSError, ValueError.
+        """
         if self.key:
             headers += b"Authorization: Bearer " + self.key.encode() + b"\r\n"
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
-            sock.sendall(b"%b %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: 0\r\nConnection: close\r\n\r\n" % (
-                method.encode(), (self.prefix + path).encode("latin-1"), self.authority, headers))
-            end, data = time.monotonic() + timeout_s, b""
+            sock.sendall(b"%b %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: 0\r\n"
+                         b"Connection: close\r\n\r\n" % (
+                             method.encode(), (self.prefix + path).encode("latin-1"),
+                             self.authority, headers))
+            end, data, ended = time.monotonic() + timeout_s, b"", False
             while True:
-                answer = _whole_answer(data, method)
+                if len(data) > limit_bytes:
+                    raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+                answer = _whole_answer(data, method, ended)
                 if answer is not None:
                     return answer
+                if ended:
+                    raise ValueError("the answer ended early")
+                left_s = end - time.monotonic()
+                if left_s <= 0:
+                    raise OSError(f"no answer within {timeout_s:g} s")
+                sock.settimeout(left_s)
                 try:
                     more = sock.recv(RECV_BYTES)
                 except _LAPSED:
-                    more = None
-                if time.monotonic() > end:
-                    raise OSError(f"no answer within {timeout_s:g} s")
-                if len(data) > MAX_BODY_BYTES:
-                    raise ValueError("an answer without end")
-                if more == b"":
-                    answer = _whole_answer(data, method, True)
-                    if answer is None:
-                        raise ValueError("the answer ended early")
-                    return answer
-                data += more or b""
+                    continue
+                data += more
+                ended = not more
         finally:
             sock.close()
 
@@ -4786,13 +5270,19 @@ def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tup
     return (response, body[:response.length]) if len(body) >= response.length else None
 
 
+MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
+
+
 def asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
-    """What a daemon answers, {} where that is no JSON object."""
+    """The JSON object that a daemon answers within 2 s, {} where it answers none.
+
+    What is in it is another process's word: its types are for the caller to check.
+    """
     try:
-        value = json.loads(upstream.get(path, 2.0, headers=headers)[1])
-    except (OSError, ValueError, RecursionError):
+        body = upstream.get(path, 2.0, headers=headers, limit_bytes=MAX_ANSWER_BYTES)[1]
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return parse_json_object(body)
 
 
 def parse_upstream(url: str) -> Upstream:
@@ -7906,6 +8396,7 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
 def check_state(places: Places) -> None:
     """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    close_places(places)
     target = os.path.realpath(places.state)
     if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
@@ -8152,29 +8643,44 @@ def stop_stack(places: Places, say: Say) -> bool:
 # ---- what runs, as `status` shows it
 
 
-def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
-    """Tier -> (state, since how many seconds), as an engine or a router tells; None for no answer.
+def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
+    """Since how many seconds a model is in its state; None where that cannot be told.
 
-    llama-swap tells no times: there it is the age of the server's process on this machine.
+    llama-swap tells no times: there it is the age of the server's process, where that runs on this
+    machine.
     """
-    rows = asked_json(upstream, "/running", headers).get("running")
-    if not isinstance(rows, list):
-        return None
-    found: Dict[str, Tuple[str, Any]] = {}
-    for row in rows:
-        if isinstance(row, dict) and isinstance(row.get("model"), str):
-            found[row["model"]] = (str(row.get("state")), _since_s(row, upstream))
-    return found
-
-
-def _since_s(row: Mapping[str, Any], upstream: Upstream) -> Optional[float]:
-    seconds = row.get("seconds")
-    if isinstance(seconds, (int, float)) and 0 <= seconds < 1e9:
-        return float(seconds)
+    told = row.get("seconds")
+    if isinstance(told, (int, float)) and 0 <= told < 1e10:
+        return float(told)
     port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-    if not port or upstream.host != "127.0.0.1":
+    if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
     return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
+
+
+def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
+    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
+
+    None when it does not.
+    """
+    running = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(running, list):
+        return None
+    states = {}
+    for row in running:
+        if not isinstance(row, dict):
+            continue
+        model, state = row.get("model"), row.get("state")
+        if isinstance(model, str) and isinstance(state, str):
+            states[model] = state, _since_s(upstream, row)
+    return states
+
+
+def _router_states(upstream: Upstream, headers: bytes = b"") -> Dict[str, Dict[str, str]]:
+    """Tier -> what a router tells of it: its state, and the reason for that."""
+    told = asked_json(upstream, "/llmstack/state", headers)
+    return {name: {key: value for key, value in row.items() if isinstance(value, str)}
+            for name, row in told.items() if isinstance(row, dict)}
 
 
 def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
@@ -8234,7 +8740,7 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         if engine_up:
             states = _engine_states(engine_upstream(record))
         if router_up:
-            told = asked_json(router_upstream(record), "/llmstack/state", key_header(env))
+            told = _router_states(router_upstream(record), key_header(env))
     if not router_up:
         told = {name: {"state": "no credential", "reason": why}
                 for name, why in missing_credentials(config, env).items()}
@@ -8256,11 +8762,14 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # INSTALL
 # ===================================================================================================
 
-REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
+REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
 
 def prepare_project(places: Places, say: Say, profile: str = "") -> None:
-    """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
+    """What `install` and `start` put into .llmstack/ before models.ini is read.
+
+    Nothing of the user's is overwritten.
+    """
     seed_project(places, say, profile=profile)
 
 
@@ -8272,62 +8781,87 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
     return config.host, config.router_port
 
 
-def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
-    """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
-    hosted = local and any(t.backend == "litellm" for t in config.offered)
-    key = api_key(env) or (local and api_key(_environment_of(read_stack(places), {})))     # of another terminal
-    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(key),
-                                mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
+def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str],
+                          local: bool = True) -> str:
+    """The opencode.json of a project whose router is at `url`.
+
+    LiteLLM's gateway stands in it where that is local.
+    """
+    key, mcp_url = api_key(env), ""
+    if local:
+        if not key:                             # the router may be of another terminal
+            key = api_key(_environment_of(read_stack(places), {}))
+        if any(tier.backend == "litellm" for tier in config.offered):
+            mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
+    notes = places.in_state("AGENTS.md")
+    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
 def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for a file in .llmstack/, all that it remembers)."""
+    """(the file that remembers what we wrote, its key for `name`, all that it remembers)."""
     path = os.path.join(places.data, "written.json")
     return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
+    """True for the bytes that we wrote last to a file in .llmstack/: nobody has changed it."""
     _, key, known = _written(places, name)
     return known.get(key) == _digest([(name, data)])
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
-    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
+    with trust_lock(places):
         path, key, known = _written(places, name)
-        write_atomic(path, json.dumps({**known, key: _digest([(name, data)])}, indent=1, sort_keys=True))
+        known[key] = _digest([(name, data)])
+        write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
+
+
+def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
+    """Keep a file of somebody else's in the way of `data`.
+
+    None where it has made way; else whether anything has changed.
+    """
+    name = os.path.basename(path)
+    if name != "AGENTS.md":
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
+        return None
+    say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+    if _read_bytes(path + ".new") == data:
+        return False
+    write_atomic(path + ".new", data)
+    return True
 
 
 def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
     """Write a generated file into .llmstack/; True when anything has changed.
 
-    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as opencode.json.old.
+    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as
+    opencode.json.old.
     """
     path, data = places.in_state(name), text.encode()
     old = _read_bytes(path)
-    if old != data and old and name != "default-channel" and not _is_ours(places, name, old):
-        if name == "AGENTS.md":
-            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            if _read_bytes(path + ".new") == data:
-                return False
-            write_atomic(path + ".new", data)
-            return True
-        write_atomic(path + ".old", old)
-        say(f"Kept {path}, which somebody else wrote, as {name}.old")
     if old == data:
         return False
+    remembered = name != "default-channel"
+    if old and remembered and not _is_ours(places, name, old):
+        changed = _keep_foreign(path, old, data, say)
+        if changed is not None:
+            return changed
     write_atomic(path, data)
-    if name != "default-channel":
+    if remembered:
         _remember(places, name, data)
     say(f"Wrote {path}")
     return True
 
 
-def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
+def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
+                 trust: bool = True) -> bool:
     """Write opencode.json, AGENTS.md and the pin; True when anything has changed.
 
-    What install has written is trusted. What a cloned directory may have brought along, an AGENTS.md of somebody
-    else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
+    What install has written is trusted. What a cloned directory may have brought along, an
+    AGENTS.md of somebody else's or a program that models.ini names, is so only if it was before:
+    `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
     files = {"opencode.json": opencode_json}
@@ -8340,22 +8874,26 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, t
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    notes = _read_bytes(places.in_state("AGENTS.md"))
-    if trust and (trusted or notes == files.get("AGENTS.md", "").encode()):
-        if not is_trusted(places, "hook"):
-            trust_project(places, "hook")
-    elif trust:
-        say(f"{places.in_state('AGENTS.md')} tells agents what to do and is not trusted here: look at it, then `llmstack trust`")
+    if not trust:
+        return bool(changed)
+    agents = places.in_state("AGENTS.md")
+    if not trusted and _read_bytes(agents) != files.get("AGENTS.md", "").encode():
+        say(f"{agents} tells agents what to do and is not trusted here:"
+            " look at it, then `llmstack trust`")
+    elif not is_trusted(places, "hook"):
+        trust_project(places, "hook")
     return bool(changed)
 
 
-def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str], say: Say) -> None:
-    """After a start: opencode.json where there is none, and where it leads to another address than the running one.
+def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
+                   say: Say) -> None:
+    """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
     old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
-    text, ours = project_opencode_json(places, config, url, env), _is_ours(places, "opencode.json", old)
+    text = project_opencode_json(places, config, url, env)
+    ours = _is_ours(places, "opencode.json", old)
     if f'"{url}/v1"'.encode() in old:
         if ours and old != text.encode():
             say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
@@ -8363,11 +8901,13 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
-    trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    is_new = not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    trust = is_new or is_trusted(places, "hook")
     wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
 
 
-# The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
+# The thin client: a project whose router is somewhere else, and whose models.ini is read there
+# each time. Nothing that comes from there is used before its size and its type are checked.
 
 
 class RemoteRouter(NamedTuple):
@@ -8386,9 +8926,14 @@ def pinned_url(places: Places) -> str:
 
 
 def check_pin(places: Places) -> None:
-    """Before anything local is done: a project whose pin is damaged may be a thin client. Errors: UserError."""
-    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
-        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
+    """Before anything local is done: a project whose pin is damaged may be a thin client.
+
+    Errors: UserError.
+    """
+    path = places.in_state("default-channel")
+    if os.path.lexists(path) and read_marker(places) is None:
+        raise UserError(f"{path} names no channel",
+                        "`llmstack install --current` writes it anew,"
                         " `llmstack install --external URL` for a router elsewhere", 2)
 
 
@@ -8397,16 +8942,23 @@ def refuse_external(places: Places) -> None:
     check_pin(places)
     url = pinned_url(places)
     if url:
-        raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
-                        "run it in the project that owns the daemons; `llmstack install --current` makes this one local")
+        raise UserError(f"this project uses the router at {url},"
+                        " and nothing of it is on this machine",
+                        "run it in the project that owns the daemons;"
+                        " `llmstack install --current` makes this one local")
 
 
 def trusted_url(places: Places) -> str:
-    """pinned_url, which a cloned directory may have brought along: a key goes there. Errors: UserError where untrusted."""
+    """pinned_url, which a cloned directory may have brought along: a key goes there.
+
+    Errors: UserError where untrusted.
+    """
     url = pinned_url(places)
     if url and not is_trusted(places, "hook"):
-        raise UserError(f"this project's .llmstack/ leads to {url}, and it is not trusted on this machine",
-                        f"look at it, then run `llmstack trust`, or `llmstack install --external {url}`")
+        raise UserError(f"this project's .llmstack/ leads to {url},"
+                        " and it is not trusted on this machine",
+                        "look at it, then run `llmstack trust`,"
+                        f" or `llmstack install --external {url}`")
     return url
 
 
@@ -8415,13 +8967,14 @@ def _client_tls(env: Mapping[str, str], insecure: bool) -> Any:
     context = ssl.create_default_context()
     extra = env.get("NODE_EXTRA_CA_CERTS")      # opencode's own variable for it
     if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     elif extra:
         try:
             context.load_verify_locations(extra)
         except OSError as exc:                  # ssl.SSLError, too
-            raise UserError(f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates ({exc.strerror})",
-                            "name a PEM file", 2) from None
+            what = f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates"
+            raise UserError(f"{what} ({exc.strerror})", "name a PEM file", 2) from None
     return context
 
 
@@ -8429,63 +8982,73 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     """(what is wrong, what to do) when no whole answer came."""
     import ssl
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return (f"its certificate is not trusted: {exc.verify_message}", "name its certificate, a PEM file, in"
-                " NODE_EXTRA_CA_CERTS, which opencode reads as well; --insecure does without verification here")
+        return (f"its certificate is not trusted: {exc.verify_message}",
+                "name its certificate, a PEM file, in NODE_EXTRA_CA_CERTS, which opencode reads as"
+                " well; --insecure does without verification here")
     if isinstance(exc, ssl.SSLError):
         return "it does not speak TLS", "give the URL with http://"
     if isinstance(exc, ConnectionRefusedError):
-        return "nothing listens there", "run `llmstack start` in the project that owns the router, or correct the URL"
+        return ("nothing listens there",
+                "run `llmstack start` in the project that owns the router, or correct the URL")
     if isinstance(exc, socket.gaierror):
-        return f"its name is not found ({exc.strerror})", "correct the URL, or give the address in numbers"
+        return (f"its name is not found ({exc.strerror})",
+                "correct the URL, or give the address in numbers")
     if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
-        return f"no answer within {REMOTE_PATIENCE_S:g} s", "see that the machine is up and that no firewall stands between"
+        return (f"no answer within {REMOTE_PATIENCE_S:g} s",
+                "see that the machine is up and that no firewall stands between")
     if isinstance(exc, OSError):
         return str(exc.strerror or exc), "correct the URL, or see why that machine is not reached"
     return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
 
 
-def _shown(text: object) -> str:
-    """What another machine says, as far as it is fit for a terminal."""
-    return "".join(c for c in str(text)[:300] if c.isprintable())
-
-
 def _said(body: bytes) -> str:
     """": " and the message of an error body, or nothing."""
-    try:
-        return ": " + _shown(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
+    error = parse_json_object(body).get("error")
+    message = error.get("message") if isinstance(error, dict) else None
+    return ": " + visible(message) if isinstance(message, str) else ""
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
     """(what is wrong, what to do) when something else than a models.ini came."""
-    place = _shown(response.header(b"location"))
-    if 300 <= response.status < 400:
+    status = response.status
+    if 300 <= status < 400:
+        place = visible(response.header(b"location"))
         base = place[:-len("/models.ini")]
         if place.endswith("/models.ini") and _SAFE_URL.match(base):
             return f"redirects to {place}", f"give that: llmstack install --external {base}"
-        return f"redirects to {place or 'nowhere'}", "a login page stands before it: name the router's own address"
-    if response.status == 401:
+        return (f"redirects to {place or 'nowhere'}",
+                "a login page stands before it: name the router's own address")
+    if status == 401:
         return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
                 "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
-    if response.status == 200 and ("html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"):
-        return "is a web page, no router's models.ini", "correct the URL; a login page or a proxy may stand before the router"
-    if response.status == 200:
-        return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
-    hint = "correct the URL: a llmstack router answers there, llama-server and llama-swap do not"
-    return f"answers {response.status}{_said(body)}", hint if response.status == 404 else "look at that machine's router.log"
+    if status != 200:
+        hint = "look at that machine's router.log"
+        if status == 404:
+            hint = ("correct the URL: a llmstack router answers there,"
+                    " llama-server and llama-swap do not")
+        return f"answers {status}{_said(body)}", hint
+    is_page = "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"
+    if is_page:
+        return ("is a web page, no router's models.ini",
+                "correct the URL; a login page or a proxy may stand before the router")
+    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
 
 
 def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
-    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up. Errors: UserError."""
+    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up.
+
+    Errors: UserError, also for more than 1 MiB and after REMOTE_PATIENCE_S.
+    """
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
-        raise UserError(f"{url!r} has characters that a shell's prompt could not show", "use letters, digits and . _ ~ - /", 2)
+        raise UserError(f"{url!r} has characters that a shell's prompt could not show",
+                        "use letters, digits and . _ ~ - /", 2)
     where, headers = f"{upstream.url}/models.ini", key_header(env)
     try:
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
-        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers)
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
+                                      limit_bytes=MAX_MODELS_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
@@ -8494,22 +9057,29 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         try:
             config = parse_models_ini(decode_models_ini(body, where), where)[0]
             if config.tiers:
-                return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+                pid = response.header(b"x-llmstack-pid")
+                return RemoteRouter(upstream.url, config, pid, upstream)
             problem = ", it names no tier"
         except ConfigError as exc:
-            problem = ", " + _shown(exc.problems[0].replace(where + ":", "line "))
+            problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
     what, hint = _why_no_models_ini(response, body, bool(headers))
-    raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
+    if not what.startswith("is no "):
+        problem = ""
+    raise UserError(f"{where} {what}{problem}", hint)
 
 
 def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
-    """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
+    """Before a project becomes a thin client: stop the daemon it runs.
+
+    Errors: UserError where that is this router.
+    """
     record = read_stack(places)
     if record is None or not owned_process(record, places.work):
         return
     if remote.pid == str(record.pid) and remote.upstream.port == record.port:
-        raise UserError(f"{remote.url} is this project's own router", "run `install --external` in another project; to use"
-                        " another router here, name its URL")
+        raise UserError(f"{remote.url} is this project's own router",
+                        "run `install --external` in another project; to use another router here,"
+                        " name its URL")
     say(f"Stopping this project's daemons: from now on it uses {remote.url}")
     stop_stack(places, say)
 
@@ -8517,32 +9087,37 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
     remote = fetch_remote(trusted_url(places), os.environ, insecure)
-    write_atomic(places.in_state("active-channel"), render_marker(Marker("external", remote.url)))
+    marker = Marker("external", remote.url)
+    write_atomic(places.in_state("active-channel"), render_marker(marker))
     say(f"Router  {remote.url}/v1 is up")
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
-        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed; `llmstack install` writes opencode.json anew")
+        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed;"
+            " `llmstack install` writes opencode.json anew")
 
 
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
-    rows: Dict[str, Any] = {"running": False, "project": places.work, "models_ini": f"{url}/models.ini", "router": {
-        "kind": "external", "pid": None, "url": url, "alive": False, "answers": False}, "engine": None, "channel": "external",
-        "tiers": [], "other_owner": None, "problem": None}
+    router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
+    rows: Dict[str, Any] = {
+        "running": False, "project": places.work, "models_ini": f"{url}/models.ini",
+        "router": router, "engine": None, "channel": "external", "tiers": [], "other_owner": None,
+        "problem": None}
     try:
         remote = fetch_remote(trusted_url(places), env)
     except UserError as exc:
         rows["problem"] = f"{exc}; {exc.hint}"
         return rows
+    rows["running"] = router["alive"] = router["answers"] = True
     states = _engine_states(remote.upstream, key_header(env))
-    rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
+    told = _router_states(remote.upstream, key_header(env))
     otherwise = ("unknown" if states is None else "stopped", None)
-    told = asked_json(remote.upstream, "/llmstack/state", key_header(env))
     for tier in remote.config.tiers:
-        said = told.get(tier.name)
-        row = _tier_row(tier, False, (states or {}).get(tier.name, otherwise), said if isinstance(said, dict) else {})
-        rows["tiers"].append({k: _shown(v) if isinstance(v, str) else v for k, v in row.items()})
+        state = (states or {}).get(tier.name, otherwise)
+        row = _tier_row(tier, False, state, told.get(tier.name, {}))
+        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
+        rows["tiers"].append({**row, **shown})
     return rows
 
 
@@ -8668,7 +9243,7 @@ def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]]
     try:
         with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
             return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
 
 
@@ -8711,7 +9286,7 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if record is not None and record.alive else None
+    return record if owned_process(record, places.project) else None
 
 
 def set_state(places: Places, name: str, **values: Any) -> None:
@@ -8755,14 +9330,13 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], e
         if worker is None:
             log = places.log("download.log")
             shift_logs(log)
-            mark = os.urandom(12).hex()
-            settings = {STACK_VARIABLE: mark, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+            settings = {"LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
                         "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            process = spawn([python, PROGRAM, "_download"], log,
-                            {**{k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}, **settings})
+            kept = {k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}
+            record = Record(0, "", new_mark(places.project, "download"), kind="download")
+            process, worker = spawn_recorded([python, PROGRAM, "_download"], log, {**kept, **settings},
+                                             places.in_state("download.pid"), record)
             process.returncode = 0              # it stays; do not let Popen warn that it is still running
-            worker = Record(process.pid, process_started(process.pid), mark, kind="download")
-            write_record(places.in_state("download.pid"), worker)
         return worker.pid
 
 
@@ -8770,7 +9344,7 @@ def stop_downloads(places: Places) -> bool:
     """End the worker; what it has got so far is kept. True when there was one."""
     worker = download_worker(places)
     if worker is not None:
-        stop_process(worker.pid, worker.started, STOP_GRACE_S)
+        stop_recorded(worker, places.project, STOP_GRACE_S)
     with queue_lock(places):
         left = {n: j for n, j in read_queue(places).items() if j["state"] not in ("queued", "running")}
         if os.path.exists(queue_file(places)):
@@ -8794,7 +9368,7 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             write_atomic(queue_file(places), json.dumps(queue, indent=1))
         log = places.log(f"dl-{name}.log")
         shift_logs(log)
-        with open(log, "a", encoding="utf-8") as file:
+        with os.fdopen(open_log(log), "a", encoding="utf-8") as file:
             def note(line: str, file: Any = file) -> None:
                 file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
                 file.flush()
@@ -9031,7 +9605,7 @@ def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
     except OSError as exc:
         raise UserError(f"cannot write {here}: {exc.strerror}", "mend the permissions of its directory") from None
     if read_text(os.path.join(folder, "refs", "main")).strip() != meta.commit:
-        write_atomic(os.path.join(folder, "refs", "main"), meta.commit)
+        write_atomic(os.path.join(folder, "refs", "main"), meta.commit, 0o644)
 
 
 def span_words(seconds: float) -> str:
@@ -9198,7 +9772,7 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
         return False
     try:
         what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
-        release = json.loads(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
+        release = parse_json_object(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
         tag = str(release["tag_name"])
         assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
         digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
@@ -9378,11 +9952,6 @@ def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
 
 HOOK_FILES = {"bash": ".bash_llmstack_hook", "zsh": ".zsh_llmstack_hook", "fish": ".fish_llmstack_hook.fish",
               "powershell": ".powershell_llmstack_hook.ps1"}
-
-
-def visible(text: str, limit: int = 300) -> str:
-    """A text of a directory nobody vouches for, fit to print: one line, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:limit]) + ("..." if len(text) > limit else "")
 
 
 def untrusted_line(places: Places) -> str:
@@ -9734,11 +10303,11 @@ def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, An
     """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
     upstream = engine_upstream(engine)
     try:
-        rows = {str(r["model"]): str(r["cmd"]) for r in json.loads(upstream.get("/running", 5.0)[1])["running"]}
-        data = json.loads(upstream.get("/v1/models", 5.0)[1])["data"]
+        rows = {str(r["model"]): str(r["cmd"]) for r in asked_json(upstream, "/running")["running"]}
+        data = asked_json(upstream, "/v1/models")["data"]
         metas = {str(m["id"]): m.get("meta") or {} for m in data}
         return rows, {name: meta.get("llmstack") or meta.get("llamaswap") or {} for name, meta in metas.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return {}, {}
 
 
@@ -9952,7 +10521,8 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup)
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
+                                    STACK_VARIABLE: new_mark(setup.places.project)}
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
         upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S
@@ -9968,7 +10538,7 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup)
         seconds = time.monotonic() - began
         with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
                       json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
-            return seconds, str(json.loads(answer.read(1 << 20))["choices"][0]["text"]).strip()
+            return seconds, str(parse_json_object(answer.read(1 << 20))["choices"][0]["text"]).strip()
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
@@ -10030,24 +10600,37 @@ class _OutputFailed(Exception):  # noqa: N818
         self.message = message
 
 
-def say(line: str = "") -> None:
-    """One line on standard output, at once: who pipes us sees progress."""
-    try:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    except OSError as exc:
-        raise _OutputFailed("" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}") from None
-
-
-def warn(line: str) -> None:
-    sys.stderr.write(f"llmstack: warning: {line}\n")
+def may_paint() -> bool:
+    """True on a terminal, and not under NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, code: str) -> str:
-    """Colour on a terminal only, and not under NO_COLOR."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
+    return f"\x1b[{code}m{text}\x1b[0m" if may_paint() else text
+
+
+def _print(text: str) -> None:
+    """Text as it is on standard output, at once: who pipes us sees progress."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as exc:
+        what = "" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}"
+        raise _OutputFailed(what) from None
+
+
+def say(line: str = "") -> None:
+    """A line on standard output, whatever text from elsewhere it holds."""
+    _print((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, whatever text from elsewhere it holds."""
+    sys.stderr.write(visible_lines(line) + "\n")
+
+
+def warn(line: str) -> None:
+    _tell(f"llmstack: warning: {line}")
 
 
 def _places(args: Any) -> Places:
@@ -10180,7 +10763,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
     if not hook_trusted(places):
-        sys.stderr.write(untrusted_line(places) + "\n")
+        _tell(untrusted_line(places))
         return 0
     if hook_of(os.environ)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
@@ -10385,17 +10968,16 @@ def _cmd_reload(args: Any) -> int:
     return 0
 
 
-def _tell(line: str) -> None:
-    """A line for people where standard output is for a shell."""
-    sys.stderr.write(line + "\n")
-
-
 def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
+    if not text:
+        return
+    if sys.stdout.isatty():                     # shown, and not evaluated
+        say(text.rstrip("\n"))
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    if text:
-        say(text.rstrip("\n"))
+    _print(text.rstrip("\n") + "\n")
 
 
 def _add_activate(commands: Any) -> None:
@@ -10455,8 +11037,7 @@ def _ask(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         return None
-    sys.stdout.write(question)
-    sys.stdout.flush()
+    _print(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -11044,9 +11625,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as exc:
         sys.stdout.flush()
         for line in (exc.problems if isinstance(exc, ConfigError) else (str(exc),)):
-            sys.stderr.write(f"llmstack: error: {line}\n")
+            _tell(f"llmstack: error: {line}")
         if exc.hint:
-            sys.stderr.write(f"hint: {exc.hint}\n")
+            _tell(f"hint: {exc.hint}")
         return exc.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("\nllmstack: interrupted\n")
@@ -11056,7 +11637,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except _OutputFailed as exc:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails no more
         if exc.message:                         # not for `llmstack status | head`
-            sys.stderr.write(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere\n")
+            _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
 
 

@@ -731,7 +731,7 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
     config = llmstack.load_config(places)
     assert llmstack.find_drift(places, config) == {}, "as UPGRADING says: flipped in both, no drift"
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff \x1b[2J"))
-    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has ?[2J, ")
+    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has \\u001b[2J, ")
 
 
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1393,8 +1393,8 @@ def test_stack_members_are_found_by_their_mark_and_nobody_else(python: Spawn) ->
     python(READY, f"LLMSTACK_STACK={mark}")     # in the arguments only
     python()
     assert sorted(llmstack.stack_members(mark)) == sorted([member.pid, parent.pid, child])
-    assert llmstack.stack_members("") == []
-    assert llmstack.stack_members(os.urandom(8).hex()) == []
+    assert llmstack.stack_members("") == {}
+    assert llmstack.stack_members(os.urandom(8).hex()) == {}
 
 
 def test_stop_stack_members_stops_these_and_nobody_else(python: Spawn) -> None:
@@ -1419,13 +1419,15 @@ def test_port_holder_names_who_listens(python: Spawn) -> None:
     assert llmstack.port_holder(port) == "another program"
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path, python: Spawn) -> None:
     path = str(tmp_path / "state" / "router.pid")
-    record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()), "mark", "127.0.0.1", 10101, "router", "next")
+    mark = llmstack.new_mark(str(tmp_path))
+    child = python(env={llmstack.STACK_VARIABLE: mark})
+    record = llmstack.Record(child.pid, llmstack.process_started(child.pid), mark, "127.0.0.1", 10101, "router", "next")
     llmstack.write_record(path, record)
     assert llmstack.read_record(path) == record
     assert record.alive
-    assert Path(path).read_text(encoding="utf-8").splitlines()[0] == str(os.getpid())      # what `kill $(head -1 …)` needs
+    assert Path(path).read_text(encoding="utf-8").splitlines()[0] == str(child.pid)      # what `kill $(head -1 …)` needs
     assert not record._replace(started="0a1b2c3d-1").alive
     assert not record._replace(started="").alive
 
