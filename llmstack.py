@@ -6537,7 +6537,7 @@ class Ladder:
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, behind: Union[App, Upstream], log: Log, *,
+    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
                  loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
                  reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
                  unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
@@ -6545,7 +6545,7 @@ class RouterApp(App):
                  env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.log = log
-        self.behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
+        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
         self._loopback, self._key, self._models_ini = loopback, key, models_ini
         self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
         self._unserved = unserved or (lambda config: {})
@@ -11253,7 +11253,7 @@ def _cmd_serve(args: Any) -> int:
     more_files()
     server = _listen(host, port, app)
     say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
-    _serve_until_signal(server, app)
+    _run_until_signal(server, app)
     return 0
 
 
@@ -11287,7 +11287,7 @@ def _listen(host: str, port: int, app: App) -> Any:
         raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
 
 
-def _serve_until_signal(server: Any, app: RouterApp) -> None:
+def _run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload)
     try:
@@ -11346,7 +11346,7 @@ def _cmd_daemon(args: Any) -> int:
         behind.start()
         threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
         log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
-        _serve_until_signal(server, app)
+        _run_until_signal(server, app)
     finally:
         _ignore_signals()
         behind.close()

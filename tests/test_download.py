@@ -737,7 +737,8 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = llmstack.parse_models_ini(INI)
     record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()), "x", "127.0.0.1", 1, "embedded", "current")
-    monkeypatch.setattr(llmstack, "read_daemons", lambda places: llmstack.Daemons(None, record))
+    monkeypatch.setattr(llmstack, "read_stack", lambda places: record)
+    monkeypatch.setattr(llmstack, "owned_process", lambda record, project: True)
     command = "llama-server -hf owner/fast-GGUF -hff fast-Q2.gguf -c 1"
     view = ({"code-fast": command}, {"code-fast": {"ctx_size": 77, "quant": ""}})
     monkeypatch.setattr(llmstack, "_engine_view", lambda engine: view)
