@@ -5099,8 +5099,11 @@ class Client:
         """A server-sent event that says a stream has failed, in the shape of what was asked."""
         return error_event(message, kind, self.protocol)
 
-    def open_stream(self) -> None:
-        """Begin an answer that is a stream of events, before any upstream has one."""
+    def open_stream(self, extra: bytes = b"") -> None:
+        """Begin an answer that is a stream of events, before any upstream has one.
+
+        `extra` are more header lines, each with its CRLF.
+        """
         self.keep_alive = self.keep_alive and self.minor == 1
         lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
                  b"Cache-Control: no-cache"]
@@ -5109,7 +5112,7 @@ class Client:
         if not self.keep_alive:
             lines.append(b"Connection: close")
         self.answering = self.opened = True
-        self.send(b"\r\n".join(lines) + b"\r\n\r\n")
+        self.send(b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n")
 
     def send_event(self, event: bytes) -> None:
         """An event or comment of a stream that open_stream began."""
@@ -6097,8 +6100,9 @@ class Waiting:
 
     GRACE_S = 0.15                              # a start that fails at once is a plain error
 
-    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible") -> None:
-        self._client, self._path = client, path
+    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible",
+                 extra: Optional[Callable[[], bytes]] = None) -> None:
+        self._client, self._extra = client, extra
         self._silent = not stream or mode == "off"
         self._visible = mode == "visible" and path == "/v1/chat/completions"
         self._began_s = time.monotonic()
@@ -6123,7 +6127,7 @@ class Waiting:
             return
         client = self._client
         if not client.opened:
-            client.open_stream()
+            client.open_stream(self._extra() if self._extra else b"")
         words = f"{what}, {waited_s:.0f} s"
         if self._visible:
             client.send_event(waiting_event(words))
@@ -6884,7 +6888,7 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
-        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state)
+        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
         return ask_lease(client, request, lease, target, pieces, terms, waiting)
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,

@@ -419,6 +419,7 @@ def test_a_chat_through_auto_is_answered_by_real_llama_cpp(engine: str, real_dat
         events = [line for line in body.decode().split("\n\n") if line.startswith("data: {")]
         words = [json.loads(e[6:])["choices"][0]["delta"].get("content") for e in events]
         assert any(words)
+        assert "loading" in body.decode(), "a stream that waits says so"
         assert body.endswith(b"data: [DONE]\n\n")
         headers, body = ask(project.router_port, model="", messages=[{"role": "user", "content": "x" * 7_000}], max_tokens=600)
         assert headers["X-LLMStack-Model"] == "code-fast", "1,750 tokens and room to answer do not fit code-smart's 2k"
