@@ -52,7 +52,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+written.json, proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -2068,11 +2068,12 @@ def _with_rung(section: str, rung: Rung) -> str:
 # PURE: LITELLM
 # ===================================================================================================
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
 LITELLM_SEED = """\
-# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else. Keys stay in the environment:
-# api_key: os.environ/NAME. See https://docs.litellm.ai/docs/proxy/configs
+# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else.
+# Keys stay in the environment: api_key: os.environ/NAME.
+# See https://docs.litellm.ai/docs/proxy/configs
 
 litellm_settings:
   drop_params: true
@@ -2119,12 +2120,13 @@ def proxy_tier(config: Config) -> Optional[Tier]:
 
 
 def unfence_ultra(text: str) -> str:
-    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on, the markers gone."""
+    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
         return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    return re.sub(rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n", bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
 
 
 def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
@@ -2164,27 +2166,42 @@ def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
         return None
 
 
-# A provider -> what LiteLLM reads its credentials from; with | between what does instead of each other.
+_PLAIN_PROVIDERS = ("openai", "groq", "mistral", "codestral", "deepseek", "xai", "cerebras",
+                    "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")
+# A provider -> the variables LiteLLM reads its credentials from; | between those that do instead of
+# each other.
 CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    **{name: (f"{name.upper()}_API_KEY",) for name in ("openai", "groq", "mistral", "codestral", "deepseek", "xai",
-       "cerebras", "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")},
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
+    **{name: (f"{name.upper()}_API_KEY",) for name in _PLAIN_PROVIDERS},
+    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",),
+    "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",),
+    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
     "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
-    "cohere": ("COHERE_API_KEY|CO_API_KEY",), "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN",),
+    "cohere": ("COHERE_API_KEY|CO_API_KEY",),
+    "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
+    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY"
+                     "|FIREWORKS_AI_TOKEN",),
     "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
     "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
-    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
+    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK"
+                "|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
     "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
 }
-AMBIENT = ("azure", "bedrock", "vertex_ai")     # a machine in their cloud may have credentials that no variable shows
-_CREDENTIAL_NAMES = frozenset(n for names in CREDENTIALS.values() for name in names for n in name.split("|")) - {"HF_TOKEN"}
+# A machine in their cloud may have credentials that no variable shows.
+AMBIENT = ("azure", "bedrock", "vertex_ai")
+_CREDENTIAL_NAMES = frozenset("|".join("|".join(w) for w in CREDENTIALS.values()).split("|"))
+
+
+def _is_credential(name: str) -> bool:
+    """True for a variable that only LiteLLM needs; HF_TOKEN is llama-server's, too."""
+    if name.startswith(("AWS_S", "LITELLM_")):
+        return True
+    return name in _CREDENTIAL_NAMES and name != "HF_TOKEN"
 
 
 def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that ask no provider."""
-    return {k: v for k, v in env.items() if k not in _CREDENTIAL_NAMES and not k.startswith(("AWS_S", "LITELLM_"))}
+    return {name: value for name, value in env.items() if not _is_credential(name)}
 
 
 def _provider(model: str) -> str:
@@ -2198,7 +2215,7 @@ def _provider(model: str) -> str:
 
 def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
                      use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
-    """The names of the variables that a LiteLLM tier lacks in `env`; none where that cannot be told.
+    """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
 
     What its entry refers to as os.environ/NAME decides, else what its provider is known to need;
     `certain`: and cannot do without.
@@ -5916,14 +5933,15 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
 # LITELLM
 # ===================================================================================================
 
-# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The proxy
-# wants a master key, or this permission: it listens on loopback, and share/guests/litellm_proxy.py
-# keeps web pages out, which a key would have to do else.
+# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The
+# proxy wants a master key, or this permission: it listens on loopback, and its guard,
+# share/guests/litellm_proxy.py, keeps web pages out, which a key would have to do else.
 _LITELLM_ENV = {"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_MODE": "PRODUCTION",
                 "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOCAL_BLOG_POSTS": "True",
                 "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
                 "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
-INSTALL_LITELLM = "LiteLLM is not installed: run `llmstack install-litellm`, then `llmstack restart`"
+INSTALL_LITELLM = ("LiteLLM is not installed:"
+                   " run `llmstack install-litellm`, then `llmstack restart`")
 
 
 # What the installers write first into a program: its Python, with options or behind env; or a shell
@@ -5987,7 +6005,7 @@ def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
 
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
-    """The proxy's environment: quiet, offline but for its providers, and not on a database that is another program's."""
+    """The proxy's environment: quiet, offline but for its providers, without others' databases."""
     kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
     return {**_LITELLM_ENV, **kept}
 
@@ -5997,8 +6015,8 @@ def litellm_config_path(places: Places) -> str:
 
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
-    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1", "--port", str(port),
-            "--telemetry", "False", "--num_workers", "1"]
+    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1",
+            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
 
 YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
@@ -6006,7 +6024,7 @@ YAML_TIMEOUT_S = 10                            # a file made to be slow is no re
 
 def ask_litellm_yaml(program: Sequence[str], text: str,
                      wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
-    """What share/guests/litellm_yaml.py answers in LiteLLM's Python; only `why` where it does not."""
+    """What share/guests/litellm_yaml.py answers in LiteLLM's Python; where it fails, only `why`."""
     import subprocess
     command = guest_command(program[0], "litellm_yaml")
     asked = json.dumps({"text": text, "wanted": wanted}).encode()
@@ -6046,37 +6064,55 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     return known
 
 
-def lacking_credentials(places: Places, config: Config, env: Mapping[str, str], use_next: bool = False,
+# What LiteLLM finds without a variable -> the variable that is as good as set.
+_CREDENTIAL_FILES = (
+    ("~/.aws/credentials", "AWS_PROFILE"),
+    ("~/.aws/config", "AWS_PROFILE"),
+    ("~/.config/gcloud/application_default_credentials.json", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+
+
+def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
+                        use_next: bool = False,
                         certain: bool = False) -> Dict[str, Tuple[str, ...]]:
-    """LiteLLM tier -> the names of the variables it lacks in `env`; `certain` as for tier_credentials."""
+    """LiteLLM tier -> names of the variables it lacks; `env`, `certain` as for tier_credentials."""
+    tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
     known = dict(env)
-    for name, path in (("AWS_PROFILE", "~/.aws/credentials"), ("AWS_PROFILE", "~/.aws/config"),
-                       ("GOOGLE_APPLICATION_CREDENTIALS", "~/.config/gcloud/application_default_credentials.json")):
+    for path, name in _CREDENTIAL_FILES:
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
-    tiers = litellm_tiers(config)
-    file = read_litellm_file(places, env) if tiers else None
+    file = read_litellm_file(places, env)
     found = {t.name: tier_credentials(t, known, file, use_next, certain) for t in tiers}
     return {name: names for name, names in found.items() if names}
 
 
-def plan_proxy(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Optional[ProxyPlan]:
-    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM. Errors: UserError."""
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
+               use_next: bool) -> Optional[ProxyPlan]:
+    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM.
+
+    Errors: UserError.
+    """
     tier = proxy_tier(config)
     program = find_litellm(env, places.data) if tier else ()
     if tier is None or not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
     lacking = lacking_credentials(places, config, env, use_next, True)
-    wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
+    able = [t for t in litellm_tiers(config) if t.name not in lacking]
+    wanted = any(t.role in LADDER_ROLES for t in able)
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
 
 
-def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Dict[str, str]:
+def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
+                    use_next: bool) -> Dict[str, str]:
     """LiteLLM tiers that `auto` is to leave alone, with the reason."""
     tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
     try:
-        why = "" if not tiers or find_litellm(env, places.data) else INSTALL_LITELLM
+        why = "" if find_litellm(env, places.data) else INSTALL_LITELLM
     except UserError as exc:
         why = str(exc)
     if why:
@@ -6106,9 +6142,9 @@ def _extended_litellm(path: str, program: Sequence[str],
 
 def write_litellm_config(places: Places, config: Config, program: Sequence[str],
                          say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier that has none; True when that changed it.
+    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
 
-    A file that cannot be extended without a doubt is left alone, with what to put in.
+    A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
     path, wanted = litellm_config_path(places), litellm_entries(config)
@@ -6135,19 +6171,23 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
 
 def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]]) -> bool:
-    """True when LiteLLM is here, or the user has agreed to install it now; `ask` answers None without a terminal."""
+    """True when LiteLLM is here, or the user has agreed to install it now.
+
+    `ask` answers None without a terminal.
+    """
     if find_litellm(env, places.data):
         return True
-    answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
-    if not answer:
+    where = environment_dir(LITELLM, places.data)
+    if not ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
         return False
     install_environment(LITELLM, places.data, say)
     return True
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
+def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
+                   say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
-    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries.
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     Returns why they will not be served, or "". Errors: UserError.
     """
@@ -6159,7 +6199,7 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: 
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
-    """The models.ini a project begins with: code-ultra is switched on where LiteLLM is there to serve it."""
+    """The models.ini a project begins with: code-ultra is on where LiteLLM is there to serve it."""
     try:
         available = bool(find_litellm(env, data))
     except UserError:

@@ -315,7 +315,7 @@ def test_the_python_beside_a_program_that_may_be_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["#!/bin/sh\nexec docker run litellm\n", "#!/nowhere/python3\n", "\x7fELF", ""])
 def test_a_litellm_that_would_run_unguarded_is_refused(text: str, tmp_path: Path) -> None:
     program = script(tmp_path / "litellm", text)
-    with pytest.raises(UserError, match="LITELLM_BIN names .* which Python it runs in") as failure:
+    with pytest.raises(UserError, match=r"LITELLM_BIN names .* which Python it runs in") as failure:
         llmstack.find_litellm({"LITELLM_BIN": program}, "/nowhere")
     assert "name that Python in LITELLM_BIN" in failure.value.hint
 

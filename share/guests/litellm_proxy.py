@@ -1,8 +1,8 @@
 """Run LiteLLM's proxy with a guard before its application; the arguments are LiteLLM's own.
 
-This runs in LiteLLM's Python. LiteLLM answers every origin and lets it read the answer, and the proxy
-here asks for no key: without the guard any web page could spend its user's money. The guard's rule is
-refusal() of llmstack.py in its own words; a test holds the two to the same answers.
+This runs in LiteLLM's Python. LiteLLM answers every origin and lets it read the answer, and the
+proxy here asks for no key: without the guard any web page could spend its user's money. The guard's
+rule is refusal() of llmstack.py in its own words; a test holds the two to the same answers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def is_loopback(host: str) -> bool:
 def refusal(headers: Dict[str, str]) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
-    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a page of another site by
-    Origin, or by Sec-Fetch-Site where its request has no Origin.
+    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a page of another site
+    by Origin, or by Sec-Fetch-Site where its request has no Origin.
     """
     host, origin = headers.get("host", ""), headers.get("origin", "")
     if host and not is_loopback(host):
@@ -70,8 +70,8 @@ async def refuse(send: Any, message: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Serve until a signal. LiteLLM ends the process itself where it cannot start."""
     here = os.getcwd()
-    # Importing LiteLLM puts its working directory, and the one two above, on sys.path: a project that
-    # somebody else wrote is no place for modules.
+    # Importing LiteLLM puts its working directory, and the one two above, on sys.path: a project
+    # that somebody else wrote is no place for modules.
     os.chdir(os.path.dirname(sys.executable))
     cli = importlib.import_module("litellm.proxy.proxy_cli")
     server = importlib.import_module("litellm.proxy.proxy_server")

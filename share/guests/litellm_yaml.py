@@ -85,7 +85,7 @@ def describe_entries(config: Dict[Any, Any]) -> Dict[str, Dict[str, Any]]:
 
 
 def scalar(text: str) -> str:
-    """A YAML scalar: plain where that is plainly a text, else JSON's double quotes, which YAML shares."""
+    """A YAML scalar: plain where that is safe, else JSON's double quotes, which YAML shares."""
     plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9._/-]*", text)
     if plain and isinstance(yaml.safe_load(text), str):
         return text
@@ -137,7 +137,8 @@ def put_in_brackets(text: str, listed: yaml.SequenceNode, wanted: Wanted) -> str
 def last_token_end(text: str, listed: yaml.SequenceNode, end: int) -> int:
     """The offset behind the list's last token before `end`.
 
-    A node's own end will not do: an alias has the marks of its anchor, a block those of what follows.
+    A node's own end will not do: an alias has the marks of its anchor, a block those of what
+    follows.
     """
     start = listed.start_mark.index
     ends = [x.end_mark.index for x in yaml.scan(text) if start <= x.start_mark.index < end]
@@ -159,7 +160,7 @@ def put_below(text: str, listed: yaml.SequenceNode, wanted: Wanted) -> str:
 
 
 def insert(text: str, wanted: Wanted) -> str:
-    """The text with entries put in where they look right; not yet proven. Errors: CannotExtendError."""
+    """The text with entries put in where they look right; not proven. Errors: CannotExtendError."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     found = [value for key, value in pairs if key.value == KEY]

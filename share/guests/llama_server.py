@@ -1,7 +1,7 @@
 """Serve like llama-server: xllamacpp runs llama.cpp's HTTP server inside a Python process.
 
 xllamacpp reads no command line, so this does. It runs in the Python that xllamacpp is installed in.
-Flags, defaults and meanings are those of llama.cpp's common/arg.cpp at the build that llmstack pins.
+Flags, defaults and meanings are those of llama.cpp's common/arg.cpp at the build llmstack pins.
 What cannot be served exits with 1 and one line that begins with "error:", as llama-server does; an
 unknown flag among them, even before --version, by which llmstack finds out what a build takes.
 """
@@ -122,7 +122,7 @@ def speculation(text: str) -> List[int]:
 class Option(NamedTuple):
     flags: str                                  # its spellings
     target: str                                 # attribute of CommonParams
-    value: Any                                  # reader of the flag's value; else what it stands for
+    value: Any                                  # reader or table of a value; else the meaning
 
 
 # A flag in two rows sets both. A list adds to what the flag has said before.
@@ -297,7 +297,8 @@ def common_params(xllamacpp: Any, wanted: Dict[str, Any]) -> Any:
     params.api_keys = comma_list(os.environ.get("LLAMA_API_KEY", ""))
     values = dict(wanted)
     if "lora_adapters" in values:
-        values["lora_adapters"] = [xllamacpp.CommonAdapterLoraInfo(*one) for one in values["lora_adapters"]]
+        found = values["lora_adapters"]
+        values["lora_adapters"] = [xllamacpp.CommonAdapterLoraInfo(*one) for one in found]
     if "tensor_buft_overrides" in values:
         values["tensor_buft_overrides"] = ",".join(values["tensor_buft_overrides"])
     for target, value in values.items():
@@ -320,9 +321,9 @@ def common_params(xllamacpp: Any, wanted: Dict[str, Any]) -> Any:
 def serve_until_signal(server: object) -> None:
     """Hold `server` until SIGTERM or SIGINT, then exit 0 at once.
 
-    Destroying a Server holds the GIL and waits for every client: os._exit is what no request in flight
-    can delay. The wakeup socket is there because a signal that lands on one of llama.cpp's threads does
-    not end the main thread's sleep.
+    Destroying a Server holds the GIL and waits for every client: os._exit is what no request in
+    flight can delay. The wakeup socket is there because a signal that lands on one of llama.cpp's
+    threads does not end the main thread's sleep.
     """
     wakeup, signalled = socket.socketpair()
     signalled.setblocking(False)
@@ -352,8 +353,9 @@ def serve(argv: Sequence[str]) -> int:
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:
-        time.sleep(0.2)                         # llama.cpp logs from a thread of its own: let it finish
-        raise StandInError(f"llama.cpp could not start {params.model.path}: see its log above") from None
+        time.sleep(0.2)                         # llama.cpp's own thread finishes its log
+        raise StandInError(f"llama.cpp could not start {params.model.path}:"
+                           " see its log above") from None
     serve_until_signal(server)
     return 0
 
