@@ -57,7 +57,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+written.json, proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -2122,7 +2122,7 @@ def profile_file(name: str) -> str:
 # PURE: LITELLM
 # ===================================================================================================
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
 
 
@@ -2133,280 +2133,159 @@ def litellm_tiers(config: Config) -> List[Tier]:
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     """(model_name, model) of the entries that model_list needs."""
-    return [(name, model) for t in config.tiers if t.backend == "litellm"
-            for name, model in ((t.name, t.model), (f"{t.name}_next", t.model_next)) if model]
+    entries = []
+    for tier in config.tiers:
+        if tier.backend == "litellm":
+            entries += [(tier.name, tier.model), (f"{tier.name}_next", tier.model_next)]
+    return [(name, model) for name, model in entries if model]
 
 
 def proxy_tier(config: Config) -> Optional[Tier]:
-    """The proxy as an engine sees it: a model of no size with every hosted name as its alias; None where no tier needs it."""
+    """The proxy as an engine sees it: a model of no size with every hosted name as its alias.
+
+    None where no tier needs it.
+    """
     tiers = litellm_tiers(config)
-    names = [n for t in tiers for n in (t.name, *([f"{t.name}_next"] if t.model_next else []), *t.aliases)]
-    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, aliases=tuple(dict.fromkeys(names)), description="LiteLLM, for "
-                + ", ".join(t.name for t in tiers)) if tiers else None
+    if not tiers:
+        return None
+    names: List[str] = []
+    for tier in tiers:
+        names.append(tier.name)
+        if tier.model_next:
+            names.append(f"{tier.name}_next")
+        names += tier.aliases
+    description = "LiteLLM, for " + ", ".join(t.name for t in tiers)
+    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
+                aliases=tuple(dict.fromkeys(names)))
 
 
 def unfence_ultra(text: str) -> str:
-    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on, the markers gone."""
+    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
         return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    return re.sub(rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n", bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
 
 
-def _entry_lines(entries: Sequence[Tuple[str, str]], indent: int, newline: str) -> str:
-    dash = " " * indent
-    return newline.join(f"{dash}- model_name: {_yaml_text(name)}{newline}{dash}  litellm_params:{newline}"
-                        f"{dash}    model: {_yaml_text(model)}" for name, model in entries)
+def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
+    """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
+    lines = []
+    for name, model in entries:
+        lines += [f"  - model_name: {_yaml_text(name)}",
+                  "    litellm_params:",
+                  f"      model: {_yaml_text(model)}"]
+    return "\n".join(lines)
 
 
-_YAML_TOKEN = re.compile(r"""(?:^|(?<=[\[{,])|(?<=[:?-][ ])|(?<=["']:))[ ]*(?:[&!][^\s,\[\]{}]*[ ]+)*
-                             (?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<torn>["']))|(?P<note>(?:^|(?<=\s))\#.*)|.""", re.VERBOSE)
-_SCALAR_HEAD = re.compile(r"(?:^|[:?-][ ]+)(?:[&!]\S+[ ]+)*[|>]([0-9+-]{0,2})[ ]*$")
-_TOP_LINE = re.compile(r"""(?:[\w.-]+|"[^"]*"|'[^']*')[ ]*:(?:[ ]|$)|-(?:[ ]|$)""")
-_MODEL_LIST = re.compile(r"""(?:model_list|"model_list"|'model_list')[ ]*:(?:[ ]+(?:&\S+[ ]*)?|$)""")
-_VALUE_OF = (r"""(?:^|[\s{{,])(?:{0}[ ]*:(?=[\s])|["']{0}["'][ ]*:)\s*(?:[&!]\S+\s+)*"""
-             r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,}}\s][^,}}\n]*)""")
+class LitellmEntry(NamedTuple):
+    """An entry of model_list, as LiteLLM's own parser reads it."""
+
+    model: str
+    references: Tuple[str, ...] = ()            # the NAMEs of os.environ/NAME
+    has_key: bool = False
+    has_base: bool = False
 
 
-class _YamlLine(NamedTuple):
-    at: int                                     # offset of its first character
-    indent: int
-    code: str                                   # without indentation and comment; "" for nothing, and for a scalar's text
-    end: int                                    # offset behind its line break
-    keep: bool                                  # ends in, or belongs to, a scalar that would take up a line break behind it
+class LitellmFile(NamedTuple):
+    """litellm_config.yaml, as LiteLLM's own parser reads it."""
+
+    entries: Mapping[str, LitellmEntry]
+    environment: FrozenSet[str]                 # variables that the file sets itself
 
 
-def _without_comment(line: str) -> str:
-    """Errors: ValueError where a quoted text goes on in the next line."""
-    kept = []
-    for token in _YAML_TOKEN.finditer(line):
-        if token.group("torn"):
-            raise ValueError("a quoted text goes over several lines")
-        if not token.group("note"):
-            kept.append(token.group())
-    return "".join(kept).rstrip()
+def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
+    """What share/guests/litellm_yaml.py has said of a file; None where it could not read that."""
+    try:
+        entries = {name: LitellmEntry(entry["model"], tuple(entry["references"]), entry["has_key"],
+                                      entry["has_base"])
+                   for name, entry in answer["entries"].items()}
+        return LitellmFile(entries, frozenset(answer["environment"]))
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
-def _yaml_lines(text: str) -> List[_YamlLine]:
-    """The lines of a configuration. Errors: ValueError for what is not plain enough to be sure of."""
-    if re.search(r"\r(?!\n)|[\x85\u2028\u2029]|^ *\t", text, re.MULTILINE):
-        raise ValueError("tabs or unusual line breaks")
-    lines: List[_YamlLine] = []
-    scalar, keep = -1, False                    # the column that a block scalar's text is to the right of
-    for match in re.finditer(r"[^\n]*\n|[^\n]+\Z", text):
-        raw = match.group().rstrip("\r\n").replace("\ufeff", "")
-        indent = len(raw) - len(raw.lstrip(" "))
-        if scalar >= 0 and (indent > scalar or not raw.strip()):
-            lines.append(_YamlLine(match.start(), indent, "", match.end(), keep or not match.group().endswith("\n")))
-            continue
-        code = _without_comment(raw[indent:])
-        if re.match(r"%|\.\.\.(?:\s|\Z)", raw) or (re.match(r"---(?:\s|\Z)", raw)
-                                                   and (raw.strip() != "---" or any(x.code for x in lines))):
-            raise ValueError("several documents, or directives")
-        head = _SCALAR_HEAD.search(code)
-        scalar, keep = -1, bool(head and "+" in head.group(1))
-        if head:
-            bullets = re.match(r"(?:[-?][ ]+)*", code)
-            scalar = indent + (bullets.end() if bullets and code[bullets.end()] not in "|>" else 0)
-        lines.append(_YamlLine(match.start(), indent, "" if raw.strip() == "---" else code, match.end(), keep))
-    return lines
-
-
-class _ModelList(NamedTuple):
-    """A configuration's model_list: its entries' text, and where and how more are put in."""
-
-    entries: Tuple[str, ...]
-    at: int
-    indent: int = -1                            # of the dashes; -1: the list is written in brackets
-    separator: str = ""                         # what goes before: a comma, the key itself
-
-
-def _find_model_list(text: str) -> _ModelList:
-    """Errors: ValueError, where entries cannot be put in without a doubt."""
-    lines = _yaml_lines(text)
-    found = [i for i, x in enumerate(lines) if x.indent == 0 and _MODEL_LIST.match(x.code)]
-    if len(found) > 1:
-        raise ValueError("model_list is there twice")
-    flow = _flow_place(text, lines, found[0]) if found else None
-    for line in lines:
-        if line.indent == 0 and line.code and not _TOP_LINE.match(line.code) \
-                and not (flow and lines[found[0]].at < line.at <= flow.at):
-            raise ValueError(f"it is not written as one key a line: {line.code[:40]}")
-    if flow:
-        return flow
-    if not found:
-        if any(x.indent == 0 and x.code.startswith("-") for x in lines) or (lines and lines[-1].keep):
-            raise ValueError("there is no model_list, and no place for one")
-        return _ModelList((), len(text), 2, "model_list:")
-    key = lines[found[0]]
-    rest = key.code[_MODEL_LIST.match(key.code).end():]     # type: ignore[union-attr]
-    below: List[_YamlLine] = []
-    for line in lines[found[0] + 1:]:
-        if line.indent == 0 and line.code and not line.code.startswith("-"):
-            break
-        below.append(line)
-    first = next((x for x in below if x.code), None)
-    if rest:
-        raise ValueError("model_list is no list")
-    return _block_list(text, below, first) if first else _ModelList((), key.end, 2)
-
-
-def _flow_place(text: str, lines: Sequence[_YamlLine], key: int) -> Optional[_ModelList]:
-    """The list below the key on that line where it is written in brackets."""
-    for line in lines[key:]:
-        code = _MODEL_LIST.sub("", line.code, count=1) if line is lines[key] else line.code
-        if code:
-            return _flow_list(text, text.index("[", line.at)) if code.startswith("[") else None
-    return None
-
-
-def _block_list(text: str, below: Sequence[_YamlLine], first: _YamlLine) -> _ModelList:
-    indent = first.indent
-    starts = []
-    last = first
-    for line in below:
-        if line.code:
-            if line.indent < indent or (line.indent == indent and not re.match(r"-(?:[ ]|$)", line.code)):
-                raise ValueError("its indentation is unclear")
-            starts += [line] if line.indent == indent else []
-        elif not text[line.at:line.end].strip() or (indent == line.indent == 0):
-            continue                            # what follows the last entry belongs to the next key
-        if line.code or line.indent >= indent:
-            last = line
-    if last.keep:
-        raise ValueError("its last entry ends in a text that keeps the lines behind it")
-    bounds = [*[x.at for x in starts], last.end]
-    entries = ["".join(f"{' ' * x.indent}{x.code}\n" for x in below if a <= x.at < b) for a, b in zip(bounds, bounds[1:])]
-    return _ModelList(tuple(entries), last.end, indent)
-
-
-def _flow_list(text: str, start: int) -> _ModelList:
-    """A list in brackets, which begin at `start`."""
-    entries: List[str] = []
-    depth, code, at = 0, "", start
-    for line in text[start:].split("\n"):
-        for token in _YAML_TOKEN.finditer(line):
-            word = token.group()
-            if word in ("[", "{"):
-                depth += 1
-            elif word in ("]", "}"):
-                depth -= 1
-                if depth == 0:
-                    tail = [code] if code.strip() else []
-                    return _ModelList((*entries, *tail), at + token.start(), -1, ", " if tail else "")
-            if token.group("note"):
-                continue
-            if word == "," and depth == 1:
-                entries.append(code)
-                code = ""
-            elif depth > 1 or word != "[":
-                code += word
-        code += "\n"
-        at += len(line) + 1
-    raise ValueError("its brackets do not close")
-
-
-def _yaml_values(entry: str, key: str) -> List[str]:
-    """The values of a key in an entry's text."""
-    values = []
-    for value in re.findall(_VALUE_OF.format(key), entry, re.MULTILINE):
-        value = value.strip()
-        try:
-            values.append(json.loads(value) if value[0] == '"' else value[1:-1].replace("''", "'") if value[0] == "'" else value)
-        except ValueError:
-            values.append(value)
-    return values
-
-
-def named_entries(text: str) -> Dict[str, str]:
-    """model_name -> its entry's text, of a LiteLLM configuration. Errors: ValueError where that cannot be told."""
-    named: Dict[str, str] = {}
-    for entry in _find_model_list(text).entries:
-        names = _yaml_values(entry, "model_name")
-        if any(n.startswith(("*", "|", ">")) for n in names) or (not names and re.search(r"<<\s*:|^\s*-?\s*\*", entry)):
-            raise ValueError("an entry has its name from elsewhere in the file")
-        for name in names:
-            named.setdefault(name, entry)
-    return named
-
-
-def merge_litellm_yaml(text: str, wanted: Sequence[Tuple[str, str]]) -> Tuple[str, List[Tuple[str, str]]]:
-    """(`text` with an entry for each (name, model) that its model_list lacks, those). Every character of it stays.
-
-    Errors: ValueError, why nothing can be put in.
-    """
-    known = named_entries(text)
-    missing = [(name, model) for name, model in wanted if name not in known]
-    if not missing:
-        return text, []
-    place = _find_model_list(text)
-    if place.indent < 0:
-        flow = ", ".join(f"{{model_name: {_yaml_text(n)}, litellm_params: {{model: {_yaml_text(m)}}}}}" for n, m in missing)
-        return text[:place.at] + place.separator + flow + text[place.at:], missing
-    newline = "\r\n" if "\r\n" in text else "\n"
-    added = (place.separator + newline if place.separator else "") + _entry_lines(missing, place.indent, newline)
-    before, after = text[:place.at], text[place.at:]
-    return before + (added + newline if not before or before.endswith("\n") else newline + added) + after, missing
-
-
-# A provider -> what LiteLLM reads its credentials from; with | between what does instead of each other.
+_PLAIN_PROVIDERS = ("openai", "groq", "mistral", "codestral", "deepseek", "xai", "cerebras",
+                    "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")
+# A provider -> the variables LiteLLM reads its credentials from; | between those that do instead of
+# each other.
 CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    **{name: (f"{name.upper()}_API_KEY",) for name in ("openai", "groq", "mistral", "codestral", "deepseek", "xai",
-       "cerebras", "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")},
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
+    **{name: (f"{name.upper()}_API_KEY",) for name in _PLAIN_PROVIDERS},
+    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",),
+    "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",),
+    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
     "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
-    "cohere": ("COHERE_API_KEY|CO_API_KEY",), "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN",),
+    "cohere": ("COHERE_API_KEY|CO_API_KEY",),
+    "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
+    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY"
+                     "|FIREWORKS_AI_TOKEN",),
     "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
     "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
-    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
+    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK"
+                "|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
     "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
 }
-AMBIENT = ("azure", "bedrock", "vertex_ai")     # a machine in their cloud may have credentials that no variable shows
-_CREDENTIAL_NAMES = frozenset(n for names in CREDENTIALS.values() for name in names for n in name.split("|")) - {"HF_TOKEN"}
+# A machine in their cloud may have credentials that no variable shows.
+AMBIENT = ("azure", "bedrock", "vertex_ai")
+_CREDENTIAL_NAMES = frozenset("|".join("|".join(w) for w in CREDENTIALS.values()).split("|"))
+
+
+def _is_credential(name: str) -> bool:
+    """True for a variable that only LiteLLM needs; HF_TOKEN is llama-server's, too."""
+    if name.startswith(("AWS_S", "LITELLM_")):
+        return True
+    return name in _CREDENTIAL_NAMES and name != "HF_TOKEN"
 
 
 def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that ask no provider."""
-    return {k: v for k, v in env.items() if k not in _CREDENTIAL_NAMES and not k.startswith(("AWS_S", "LITELLM_"))}
+    return {name: value for name, value in env.items() if not _is_credential(name)}
 
 
-def tier_credentials(tier: Tier, env: Mapping[str, str], yaml_text: str, use_next: bool = False,
-                     certain: bool = False) -> Tuple[str, ...]:
-    """The names of the variables that a LiteLLM tier lacks in `env`; none where that cannot be told.
+def _provider(model: str) -> str:
+    """The provider that LiteLLM takes a model's name for, "" where that is not plain."""
+    if "/" in model:
+        return model.split("/")[0]
+    if model.startswith("claude"):
+        return "anthropic"
+    return "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
 
-    What its entry refers to as os.environ/NAME decides, else what its provider is known to need; `certain`: and
-    cannot do without.
+
+def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
+                     use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
+    """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
+
+    What its entry refers to as os.environ/NAME decides, else what its provider is known to need;
+    `certain`: and cannot do without.
     """
-    try:
-        entry = named_entries(yaml_text).get(tier.name + ("_next" if use_next and tier.model_next else ""), "")
-    except ValueError:
+    if file is None:
         return ()
-    wanted: Sequence[str] = re.findall(r"os\.environ/(\w+)", entry)
-    if not wanted and not re.search(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name|(?:^|[\s,{:])\*\w", entry):
-        model = (_yaml_values(entry, "model") or [hosted_model(tier, use_next)])[0]
-        provider = model.split("/")[0] if "/" in model else "anthropic" if model.startswith("claude") else \
-            "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+    name = tier.name + "_next" if use_next and tier.model_next else tier.name
+    entry = file.entries.get(name, LitellmEntry(""))
+    wanted = entry.references
+    if not wanted and not entry.has_key:
+        provider = _provider(entry.model or hosted_model(tier, use_next))
         if not (certain and provider in AMBIENT):
-            wanted = [w for w in CREDENTIALS.get(provider, ()) if w != "AZURE_API_BASE" or "api_base" not in entry]
-    lacking = [w for w in wanted if not any(env.get(n, "").strip() for n in w.split("|"))
-               and not re.search(rf"^[ ]+(?:{w})[ ]*:", yaml_text, re.MULTILINE)]       # environment_variables:
-    return tuple(dict.fromkeys(w.split("|")[0] for w in lacking))
+            wanted = CREDENTIALS.get(provider, ())
+        if entry.has_base:
+            wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
+    lacking = []
+    for choice in (w.split("|") for w in wanted):
+        if not any(env.get(n, "").strip() or n in file.environment for n in choice):
+            lacking.append(choice[0])
+    return tuple(dict.fromkeys(lacking))
 
 
-def litellm_differences(config: Config, yaml_text: str) -> List[str]:
+def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
-    try:
-        known = named_entries(yaml_text)
-    except ValueError:
-        return []
     found = []
     for name, model in litellm_entries(config):
-        models = _yaml_values(known.get(name, ""), "model")
-        if models and model not in models and not models[0].startswith("*"):
-            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {models[0]}, which is what is asked")
+        entry = file.entries.get(name) if file else None
+        if entry and entry.model not in ("", model):
+            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
+                         " which is what is asked")
     return found
 
 
@@ -3417,6 +3296,21 @@ def read_resource(name: str) -> bytes:
 def read_shared_text(name: str) -> str:
     """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
+
+
+def guest_command(python: str, name: str) -> List[str]:
+    """The command that runs share/guests/NAME.py inside another environment's Python.
+
+    The zipapp's own start runs a guest out of the archive and loads nothing else of it.
+    Errors: UserError where llmstack.py has been copied without share/.
+    """
+    if getattr(_LOADER, "archive", None):
+        return [python, PROGRAM, "_guest", name]
+    path = os.path.join(os.path.dirname(PROGRAM), "share", "guests", name + ".py")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no {path}",
+                        "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
+    return [python, path]
 
 
 class Places(NamedTuple):
@@ -6942,7 +6836,9 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     found = find_program("llama-server" + EXE)
     if found:
         return (found,)
-    return (environment_program(LLAMA_CPP, data), PROGRAM, "_llama-server") if environment_ready(LLAMA_CPP, data) else ()
+    if not environment_ready(LLAMA_CPP, data):
+        return ()
+    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -7006,162 +6902,6 @@ def _stamp(program: Sequence[str]) -> str:
     """Names one build of a program: its path, size and time of change, and the pin of the stand-in."""
     status = os.stat(program[0])
     return f"{program[0]}:{status.st_size}:{status.st_mtime_ns}" + (f":{LLAMA_CPP_PIN}:{VERSION}" if len(program) > 1 else "")
-
-
-# The stand-in. xllamacpp runs llama.cpp's HTTP server inside a Python process but reads no command line. Flags,
-# defaults and enum numbers are those of common/arg.cpp, llama.h and ggml.h at b11549, the build we pin.
-
-_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
-
-
-class StandInError(Exception):
-    """The server cannot start; the message is one line, without its leading ``error:``."""
-
-
-def _within(kind: Callable[[str], float], low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:            # false for nan, too
-            raise ValueError(text)
-        return value
-
-    return read
-
-
-def _comma_list(text: str) -> List[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _thread_count(text: str) -> int:
-    """llama-server reads 0 and -1 as all hardware threads; a container's share is its affinity, not cpu_count."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    hardware = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return int(text) if int(text) > 0 else hardware
-
-
-# spellings · CommonParams attribute · reader of the value, or what a flag without a value means
-_STAND_IN_TABLE: Tuple[Tuple[str, str, Any], ...] = (
-    ("--version", "version", True),
-    ("--host", "hostnames", _comma_list),
-    ("--port", "port", _within(int, 0, 65535)),
-    ("-m --model", "model.path", str),
-    ("-hf -hfr --hf-repo", "model.hf_repo", str),
-    ("-hff --hf-file", "model.hf_file", str),
-    ("--offline", "offline", True),
-    ("-a --alias", "model_alias", _comma_list),
-    ("-c --ctx-size", "n_ctx", _within(int, 0)),
-    ("-np --parallel", "n_parallel", lambda text: -1 if text == "-1" else _within(int, 1)(text)),
-    ("-t --threads", "cpuparams.n_threads", _thread_count),
-    ("-ngl --gpu-layers --n-gpu-layers", "n_gpu_layers", lambda text: {"auto": -1, "all": -2}.get(text) or int(text)),
-    ("-fa --flash-attn", "flash_attn_type", {"on": 1, "off": 0, "auto": -1}.__getitem__),
-    ("-ctk --cache-type-k", "cache_type_k", _KV_TYPES.__getitem__),
-    ("-ctv --cache-type-v", "cache_type_v", _KV_TYPES.__getitem__),
-    ("-lm --load-mode", "load_mode", {"auto": -1, "none": 0, "mmap": 1, "mlock": 2}.__getitem__),
-    ("--jinja", "use_jinja", True),
-    ("--no-warmup", "warmup", False),
-    ("--rope-scaling", "rope_scaling_type", {"none": 0, "linear": 1, "yarn": 2}.__getitem__),
-    ("--rope-scale", "rope_freq_scale", lambda text: 1 / _within(float, 1e-6)(text)),
-    ("--yarn-orig-ctx", "yarn_orig_ctx", _within(int, 0)),
-    ("--temp --temperature", "sampling.temp", lambda text: max(0.0, _within(float, -1e6)(text))),
-    ("--top-p", "sampling.top_p", _within(float, -1e6)),
-    ("--top-k", "sampling.top_k", _within(int, -(2**31))),
-    ("--min-p", "sampling.min_p", _within(float, -1e6)),
-    ("--repeat-penalty", "sampling.penalty_repeat", _within(float, 1e-6)),
-)
-_STAND_IN_FLAGS = {flag: (target, read) for flags, target, read in _STAND_IN_TABLE for flag in flags.split()}
-
-
-def parse_llama_server_argv(argv: Sequence[str]) -> Dict[str, Any]:
-    """Return CommonParams attribute -> value; ``version`` ends the reading, as the real --version exits there."""
-    wanted: Dict[str, Any] = {}
-    words = iter(argv)
-    for flag in words:
-        if flag not in _STAND_IN_FLAGS:
-            raise StandInError(f"invalid argument: {flag}")
-        target, read = _STAND_IN_FLAGS[flag]
-        text = next(words, None) if callable(read) else ""
-        if text is None:
-            raise StandInError(f"{flag} needs a value")
-        try:
-            wanted[target] = read(text) if callable(read) else read
-        except (KeyError, ValueError):
-            raise StandInError(f"invalid value for {flag}: {text}") from None
-        if target == "version":
-            break
-    return wanted
-
-
-def _check_model(path: str) -> None:
-    if not path:
-        raise StandInError("--model or --hf-repo is required")
-    try:
-        with open(path, "rb") as model:
-            if model.read(4) != b"GGUF":
-                raise StandInError(f"not a GGUF file: {path}")
-    except OSError as error:
-        raise StandInError(f"cannot read the model {path}: {error.strerror}") from error
-
-
-def _common_params(xllamacpp: Any, wanted: Dict[str, Any]) -> Any:
-    """Return the CommonParams that llama-server's own parser would have made of *wanted*."""
-    params = xllamacpp.CommonParams()
-    params.port, params.n_parallel = 9931, -1
-    params.default_template_kwargs = {"preserve_reasoning": "true"}
-    params.hf_token = os.environ.get("HF_TOKEN", "")
-    for target, value in wanted.items():
-        owner, _, name = target.rpartition(".")
-        setattr(getattr(params, owner) if owner else params, name, value)
-        if owner == "sampling":  # without its bit, sampling metadata in the GGUF overrides the flag
-            bit = xllamacpp.common_params_sampling_config["COMMON_PARAMS_SAMPLING_CONFIG_" + name.upper()]
-            params.sampling.user_sampling_config |= bit
-    if wanted.get("n_ctx") == 0:  # the model's full context: --fit may not shrink it
-        params.fit_params_min_ctx = -1
-    if params.model.hf_repo:  # Server() demands a path; the download replaces it
-        params.model.path = f"{params.model.hf_repo} (not downloaded)"
-    return params
-
-
-def _serve_until_signal(server: object) -> None:
-    """Hold *server* until SIGTERM or SIGINT, then exit 0 at once.
-
-    Destroying a Server holds the GIL and waits for every client: os._exit is what no request in flight can delay.
-    The wakeup socket, because a signal that lands on one of llama.cpp's threads does not end the main thread's sleep.
-    """
-    import signal
-    wakeup, signalled = socket.socketpair()
-    signalled.setblocking(False)
-    signal.set_wakeup_fd(signalled.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    wakeup.recv(1)
-    os._exit(0)
-
-
-def run_llama_server(argv: Sequence[str]) -> int:
-    """Serve like ``llama-server ARGV``; return 1 after one ``error:`` line when that is impossible."""
-    try:
-        wanted = parse_llama_server_argv(argv)
-        import importlib
-        import signal
-        # Loading holds the GIL, so a Python handler would run after it; KeyboardInterrupt crashes xllamacpp's import.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        xllamacpp: Any = importlib.import_module("xllamacpp")
-        if wanted.get("version"):
-            sys.stderr.write(f"version: xllamacpp {xllamacpp.__version__} (llama.cpp)\n")
-            return 0
-        params = _common_params(xllamacpp, wanted)
-        if not params.model.hf_repo:
-            _check_model(params.model.path)
-        if not all(port_is_free(host, params.port) for host in params.hostnames):
-            raise StandInError(f"couldn't bind HTTP server socket, port {params.port} is taken")
-        _serve_until_signal(xllamacpp.Server(params))
-    except RuntimeError:
-        time.sleep(0.2)  # llama.cpp logs from a thread of its own: let it finish
-        sys.stderr.write(f"error: llama.cpp could not start {params.model.path}: see its log above\n")
-    except (StandInError, UserError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-    return 1
 
 
 # ===================================================================================================
@@ -7311,46 +7051,79 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
 # LITELLM
 # ===================================================================================================
 
-# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The proxy wants a master
-# key, or this permission: it listens on loopback, and _WebGuard keeps web pages out, which a key would have to do else.
+# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The
+# proxy wants a master key, or this permission: it listens on loopback, and its guard,
+# share/guests/litellm_proxy.py, keeps web pages out, which a key would have to do else.
 _LITELLM_ENV = {"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_MODE": "PRODUCTION",
                 "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOCAL_BLOG_POSTS": "True",
                 "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
                 "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
-INSTALL_LITELLM = "LiteLLM is not installed: run `llmstack install-litellm`, then `llmstack restart`"
+INSTALL_LITELLM = ("LiteLLM is not installed:"
+                   " run `llmstack install-litellm`, then `llmstack restart`")
+
+
+# What the installers write first into a program: its Python, with options or behind env; or a shell
+# that executes it, where its path has a space or is too long for the kernel.
+_SHEBANG = re.compile(rb"#! *(?:/usr/bin/env +(?:-S +)?)?([^\s'\"]*python[0-9.]*)(?: +-\w+)*\s*\n")
+_TRAMPOLINE = re.compile(rb"#! */bin/sh\n'''exec' +(?:\"([^\"$]+)\"|'([^'$]+)'|(/\S+)) ")
+
+
+def _named_python(head: bytes) -> str:
+    """The Python that a program's first lines name, "" for none."""
+    found = _SHEBANG.match(head) or _TRAMPOLINE.match(head)
+    if not found:
+        return ""
+    named = os.fsdecode(next(filter(None, found.groups())))
+    return named if "/" in named else find_program(named)
+
+
+def _python_of(program: str) -> str:
+    """The Python that an installed program runs in. Errors: UserError where that cannot be told."""
+    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", os.path.basename(program)):
+        return program
+    try:
+        with open(program, "rb") as file:
+            python = _named_python(file.read(4096))
+    except OSError:                             # a program may be executable and not readable
+        python = ""
+    if not python:
+        python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
+    if not os.access(python, os.X_OK):
+        raise UserError(f"LITELLM_BIN names {program}, and which Python it runs in cannot be told:"
+                        " nothing would keep web pages away from LiteLLM",
+                        "name that Python in LITELLM_BIN instead, or leave LITELLM_BIN out and run"
+                        " `llmstack install-litellm`", 2)
+    return python
+
+
+def _litellm_python(env: Mapping[str, str], data: str) -> str:
+    named = env.get("LITELLM_BIN", "")
+    if named:
+        bare = os.path.basename(named) == named
+        found = find_program(named, ()) if bare else _expand(named)
+        if not found or not os.access(found, os.X_OK):
+            raise UserError(f"LITELLM_BIN names {named}, which is no program here",
+                            "correct it, or leave it out", 2)
+        return _python_of(found)
+    import importlib.util
+    needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
+    if all(map(importlib.util.find_spec, needed)):
+        return sys.executable
+    return environment_program(LITELLM, data) if environment_ready(LITELLM, data) else ""
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
-    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python where it is importable, our environment.
+    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python, our environment.
 
-    Empty when there is none. Errors: UserError where LITELLM_BIN names no program.
+    Its first word is the Python that LiteLLM is installed in; empty where there is none.
+    Errors: UserError where LITELLM_BIN names no program, or one whose Python cannot be found.
     """
-    named = env.get("LITELLM_BIN", "")
-    if named:
-        found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
-        if not found or not os.access(found, os.X_OK):
-            raise UserError(f"LITELLM_BIN names {named}, which is no program here", "correct it, or leave it out", 2)
-        python = _python_of(found)
-        return (python, PROGRAM, "_litellm") if python else (found,)
-    import importlib.util
-    if all(map(importlib.util.find_spec, ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml"))):
-        return (sys.executable, PROGRAM, "_litellm")
-    return (environment_program(LITELLM, data), PROGRAM, "_litellm") if environment_ready(LITELLM, data) else ()
-
-
-def _python_of(script: str) -> str:
-    """The Python that an installed program runs in, "" where that cannot be told."""
-    if IS_WINDOWS:
-        beside = os.path.join(os.path.dirname(os.path.realpath(script)), "python.exe")
-    else:
-        with open(script, "rb") as file:
-            match = re.match(rb"#!(/[^\s]*/python[0-9.]*)\s*\n", file.read(512))
-        beside = match.group(1).decode() if match else ""
-    return beside if os.access(beside, os.X_OK) else ""
+    python = _litellm_python(env, data)
+    return tuple(guest_command(python, "litellm_proxy")) if python else ()
 
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
-    """The proxy's environment: quiet, offline but for its providers, and not on a database that is another program's."""
+    """The proxy's environment: quiet, offline but for its providers, without others' databases."""
     kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
     return {**_LITELLM_ENV, **kept}
 
@@ -7360,40 +7133,104 @@ def litellm_config_path(places: Places) -> str:
 
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
-    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1", "--port", str(port),
-            "--telemetry", "False", "--num_workers", "1"]
+    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1",
+            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
 
-def plan_proxy(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Optional[ProxyPlan]:
-    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM. Errors: UserError."""
+YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
+
+
+def ask_litellm_yaml(program: Sequence[str], text: str,
+                     wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
+    """What share/guests/litellm_yaml.py answers in LiteLLM's Python; where it fails, only `why`."""
+    import subprocess
+    command = guest_command(program[0], "litellm_yaml")
+    asked = json.dumps({"text": text, "wanted": wanted}).encode()
+    try:
+        done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, timeout=YAML_TIMEOUT_S,
+                              stderr=subprocess.DEVNULL, check=False)
+        answer = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        answer = None
+    if isinstance(answer, dict):
+        return answer
+    return {"why": f"{program[0]} does not read it"}
+
+
+def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[LitellmFile]:
+    """What litellm_config.yaml holds; None where that cannot be told.
+
+    LiteLLM's Python is asked once a version of the file, since `status` is to stay quick.
+    """
+    data = _read_bytes(litellm_config_path(places))
+    if not data:
+        return LitellmFile({}, frozenset())
+    cache_path = os.path.join(places.data, "litellm.json")
+    cache, digest = _read_json(cache_path), _digest([("", data)])
+    known = parse_litellm_file(cache.get(digest))
+    if known:
+        return known
+    try:
+        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        answer = ask_litellm_yaml(program, text, ()) if program else {}
+        known = parse_litellm_file(answer)
+        if known:
+            kept = dict(list(cache.items())[:7])
+            write_atomic(cache_path, json.dumps({digest: answer, **kept}), 0o600)
+    except (UserError, UnicodeDecodeError):
+        pass
+    return known
+
+
+# What LiteLLM finds without a variable -> the variable that is as good as set.
+_CREDENTIAL_FILES = (
+    ("~/.aws/credentials", "AWS_PROFILE"),
+    ("~/.aws/config", "AWS_PROFILE"),
+    ("~/.config/gcloud/application_default_credentials.json", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+
+
+def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
+                        use_next: bool = False,
+                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
+    """LiteLLM tier -> names of the variables it lacks; `env`, `certain` as for tier_credentials."""
+    tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
+    known = dict(env)
+    for path, name in _CREDENTIAL_FILES:
+        if os.path.exists(os.path.expanduser(path)):
+            known.setdefault(name, path)
+    file = read_litellm_file(places, env)
+    found = {t.name: tier_credentials(t, known, file, use_next, certain) for t in tiers}
+    return {name: names for name, names in found.items() if names}
+
+
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
+               use_next: bool) -> Optional[ProxyPlan]:
+    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM.
+
+    Errors: UserError.
+    """
     tier = proxy_tier(config)
     program = find_litellm(env, places.data) if tier else ()
     if tier is None or not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
     lacking = lacking_credentials(places, config, env, use_next, True)
-    wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
+    able = [t for t in litellm_tiers(config) if t.name not in lacking]
+    wanted = any(t.role in LADDER_ROLES for t in able)
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
 
 
-def lacking_credentials(places: Places, config: Config, env: Mapping[str, str], use_next: bool = False,
-                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
-    """LiteLLM tier -> the names of the variables it lacks in `env`; `certain` as for tier_credentials."""
-    known = dict(env)
-    for name, path in (("AWS_PROFILE", "~/.aws/credentials"), ("AWS_PROFILE", "~/.aws/config"),
-                       ("GOOGLE_APPLICATION_CREDENTIALS", "~/.config/gcloud/application_default_credentials.json")):
-        if os.path.exists(os.path.expanduser(path)):
-            known.setdefault(name, path)
-    text = read_text(litellm_config_path(places))
-    found = {t.name: tier_credentials(t, known, text, use_next, certain) for t in litellm_tiers(config)}
-    return {name: names for name, names in found.items() if names}
-
-
-def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Dict[str, str]:
+def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
+                    use_next: bool) -> Dict[str, str]:
     """LiteLLM tiers that `auto` is to leave alone, with the reason."""
     tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
     try:
-        why = "" if not tiers or find_litellm(env, places.data) else INSTALL_LITELLM
+        why = "" if find_litellm(env, places.data) else INSTALL_LITELLM
     except UserError as exc:
         why = str(exc)
     if why:
@@ -7402,111 +7239,77 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_
     return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
 
-class _WebGuard:
-    """ASGI: refuses what a web page of another site sends. LiteLLM answers every origin, and lets it read the answer."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        fields = {name.lower(): value for name, value in reversed(scope.get("headers") or ())}
-        wrong = refusal(Request("GET", "/", 1, (), True, False, False, fields, {}, 0), True)
-        if not wrong:                           # nor in "lifespan", which has no headers
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"application/json")]})
-            await send({"type": "http.response.body", "body": error_json(wrong.replace("this router", "LiteLLM"), "forbidden")})
-
-
-def run_litellm(argv: Sequence[str]) -> int:
-    """Run LiteLLM's own command line with _WebGuard before its app; this runs in LiteLLM's Python."""
-    import importlib
-    here = os.getcwd()
-    os.chdir(os.path.dirname(sys.executable))   # proxy_cli appends this to sys.path: a cloned project is no place for modules
-    cli = importlib.import_module("litellm.proxy.proxy_cli")
-    os.chdir(here)
-    importlib.import_module("litellm.proxy.proxy_server").app.add_middleware(_WebGuard)
-    sys.argv = ["litellm", *argv]
-    cli.run_server()
-    return 0
-
-
-_CHECK_YAML = """import json,sys,yaml
-old,new,added=json.load(sys.stdin)
-old,new=[yaml.safe_load(t) or {} for t in (old,new)]
-was,has=old.pop('model_list',None) or [],new.pop('model_list')
-stubs=[{'model_name':n,'litellm_params':{'model':m}} for n,m in added]
-names=[n for n,m in added]
-sys.exit(old!=new or has!=was+stubs or any(e.get('model_name') in names for e in was))"""
-
-
-def _merge_holds(program: Sequence[str], old: str, new: str, added: Sequence[Tuple[str, str]]) -> bool:
-    """True when LiteLLM's own YAML parser reads the old content and the new entries out of a merged text."""
-    import subprocess
-    if len(program) < 2:                        # a program of the user's, whose Python is not known
-        return True
+def _extended_litellm(path: str, program: Sequence[str],
+                      wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
+    """litellm_config.yaml with what it lacks of `wanted`, as ask_litellm_yaml answers."""
+    data = _read_bytes(path)
+    if not data:
+        if os.path.exists(path) and os.path.getsize(path):
+            return {"why": "it cannot be read"}
+        try:
+            seed = read_shared_text("templates/litellm_config.yaml")
+        except UserError as exc:
+            return {"why": f"{exc}; {exc.hint}"}
+        text = seed + render_litellm_entries(wanted) + "\n"
+        return {"text": text, "added": [name for name, _ in wanted]}
     try:
-        return subprocess.run([program[0], "-c", _CHECK_YAML], input=json.dumps([old, new, added]).encode(), timeout=60,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-                              cwd=os.path.dirname(program[0])).returncode == 0      # -c looks for modules there
-    except (OSError, subprocess.SubprocessError):
-        return False
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"why": "it is not UTF-8"}
+    if program:
+        return ask_litellm_yaml(program, text, wanted)
+    named = all(name in text for name, _ in wanted)
+    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
-def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier that has none; True when that has changed it.
+def write_litellm_config(places: Places, config: Config, program: Sequence[str],
+                         say: Callable[[str], None]) -> bool:
+    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
 
-    A file that cannot be extended without a doubt is left alone, with what to put in. Errors: UserError.
+    A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
+    Errors: UserError.
     """
     path, wanted = litellm_config_path(places), litellm_entries(config)
-    data = _read_bytes(path)
     if not wanted:
         return False
-    try:
-        seed = "" if data else read_shared_text("templates/litellm_config.yaml")
-    except UserError as exc:
-        say(f"{exc}, so {path} is not written; {exc.hint}")
+    answer = _extended_litellm(path, program, wanted)
+    if answer.get("why"):
+        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+            f"{render_litellm_entries(wanted)}")
         return False
-    try:
-        old = data.decode("utf-8")
-        new, added = merge_litellm_yaml(old or seed, wanted)
-        if added and old and not _merge_holds(program, old, new, added):
-            raise ValueError("LiteLLM's parser does not read it as expected")
-    except ValueError as exc:
-        why = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc
-        newline = "\n"
-        say(f"{path} is left alone ({why}). See that its model_list has:\n{_entry_lines(wanted, 2, newline)}")
-        return False
-    for difference in litellm_differences(config, old):
+    for difference in litellm_differences(config, parse_litellm_file(answer)):
         say(f"Note: {difference}")
-    if not added:
+    if not answer.get("added"):
         return False
+    extended = bool(_read_bytes(path))
     with trust_lock(places):
         trusted = is_trusted(places, "run")
-        write_atomic(path, new.encode("utf-8"))
+        write_atomic(path, answer["text"].encode("utf-8"))
         if trusted:
             record_trust(places, "run")
-    say(f"{'Extended' if old else 'Wrote'} {path}: {', '.join(name for name, _ in added)}")
+    say(f"{'Extended' if extended else 'Wrote'} {path}: {', '.join(answer['added'])}")
     return True
 
 
 def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]]) -> bool:
-    """True when LiteLLM is here, or the user has agreed to install it now; `ask` answers None without a terminal."""
+    """True when LiteLLM is here, or the user has agreed to install it now.
+
+    `ask` answers None without a terminal.
+    """
     if find_litellm(env, places.data):
         return True
-    answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
-    if not answer:
+    where = environment_dir(LITELLM, places.data)
+    if not ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
         return False
     install_environment(LITELLM, places.data, say)
     return True
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
+def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
+                   say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
-    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries.
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     Returns why they will not be served, or "". Errors: UserError.
     """
@@ -7518,7 +7321,7 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: 
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
-    """The models.ini a project begins with: code-ultra is switched on where LiteLLM is there to serve it."""
+    """The models.ini a project begins with: code-ultra is on where LiteLLM is there to serve it."""
     try:
         available = bool(find_litellm(env, data))
     except UserError:
@@ -8722,7 +8525,7 @@ def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: T
         settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
         if row["missing"] and not settled:
             row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
-    rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
+    rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
 
 
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
@@ -10353,7 +10156,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
                     needs.append(f"{tier.name} ({label}): {what}")
         needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
         tiers.append(row)
-    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_text(litellm_config_path(places)))]
+    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_litellm_file(places, env))]
     try:
         program = find_llama_server(config, env, places.data)
         server = program_name(program) if program else None
@@ -11396,10 +11199,6 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     return SwapApp(config, command, env, log, places.log("llama-swap.log"))
 
 
-def _add_llama_server(commands: Any) -> None:
-    commands.add_parser("_llama-server").set_defaults(run=None)
-
-
 def _add_setup(commands: Any) -> None:
     parser = commands.add_parser("setup", help="from a bare machine to loaded models, step by step",
                                  description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
@@ -11572,7 +11371,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_daemon, _add_llama_server, _add_download_worker)
+                _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
 
 def make_parser() -> Any:
@@ -11598,10 +11397,6 @@ def make_parser() -> Any:
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
-    if argv[:1] == ["_litellm"]:
-        return run_litellm(argv[1:])
-    if argv[:1] == ["_llama-server"]:           # its flags are llama-server's, not argparse's
-        return run_llama_server(argv[1:])
     if argv[:1] == ["_hook"] and len(argv) == 3:
         return _cmd_hook(argv[1], argv[2])
     if not "".join(argv[:1]).startswith("_"):

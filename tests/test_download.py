@@ -573,7 +573,8 @@ def serve(argv: list[str], program: list[str], env: dict[str, str]) -> bytes:
 
 def servers(real_data: Path) -> list[list[str]]:
     found = shutil.which("llama-server")
-    stand_in = [llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data)), PROGRAM, "_llama-server"]
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
+    stand_in = llmstack.guest_command(python, "llama_server")
     return [stand_in, *([[found]] if found else [])]
 
 
@@ -670,7 +671,7 @@ def test_check_knows_what_a_litellm_tier_lacks(places: llmstack.Places, server_h
                                                capsys: pytest.CaptureFixture[str]) -> None:
     Path(places.models_ini).write_text("[ultra]\nrole = ultra\nmodel = anthropic/some-model\n")
     assert check(capsys, "--offline")[1]["needs"] == [f"ultra: {llmstack.INSTALL_LITELLM}"]
-    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("litellm",))
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: (sys.executable, "litellm_proxy.py"))
     assert check(capsys, "--offline")[1]["needs"] == ["ultra: missing ANTHROPIC_API_KEY"]
     monkeypatch.setenv("ANTHROPIC_API_KEY", "value-of-the-key")
     Path(places.in_state("litellm_config.yaml")).write_text(

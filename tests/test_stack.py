@@ -114,7 +114,7 @@ def test_start_brings_both_up_and_stop_leaves_nothing(project: Project, capsys: 
     assert get(f"http://127.0.0.1:{project.engine_port}/health") == (200, b"OK")
     assert (project.state / "active-channel").read_text() == "current\n"
     pid = project.pid("router")
-    assert [p for p in llmstack.project_members(str(project.directory))] == [pid], "one process"
+    assert list(llmstack.project_members(str(project.directory))) == [pid], "one process"
     assert llmstack.main(["stop"]) == 0
     assert not alive(pid)
     assert not list(project.state.glob("*.pid"))

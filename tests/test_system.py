@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -257,36 +256,3 @@ def test_what_a_pinned_thread_starts_has_every_core(tmp_path: Path) -> None:
         assert len(found[0]) == 1
     assert (tmp_path / "x.log").read_text().strip() == str(sorted(every))
     assert os.sched_getaffinity(0) == every
-
-
-# ---- the stand-in's command line
-
-
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--no-mmap", "--version"], "error: invalid argument: --no-mmap"),
-    (["-c", "abc", "--version"], "error: invalid value for -c: abc"),
-    (["--flash-attn", "maybe", "--version"], "error: invalid value for --flash-attn: maybe"),
-    (["--temp"], "error: --temp needs a value"),
-])
-def test_the_stand_in_refuses_as_llama_server_does(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert llmstack.run_llama_server(argv) == 1
-    assert capsys.readouterr().err.splitlines() == [said]
-
-
-def test_the_stand_in_takes_every_flag_we_use(config: llmstack.Config) -> None:
-    command = llmstack.server_command((), config.tiers[0], config, 10001, False, frozenset({"--no-mmap"}))
-    values = llmstack.parse_llama_server_argv(command)
-    assert values["n_ctx"] == 131_072
-    assert values["rope_freq_scale"] == 0.25
-    assert values["load_mode"] == 0
-
-
-def test_the_stand_in_says_what_is_wrong_with_a_model(real_data: Path, tmp_path: Path) -> None:
-    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
-    (tmp_path / "bad.gguf").write_bytes(b"not a model")
-    for model, said in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "bad.gguf", "not a GGUF file")):
-        done = subprocess.run([python, llmstack.PROGRAM, "_llama-server", "-m", str(model), "--port", "0"], text=True,
-                              capture_output=True, timeout=60, check=False)
-        assert done.returncode == 1
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
