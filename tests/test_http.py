@@ -9,7 +9,7 @@ import pytest
 
 import llmstack
 from llmstack import ChunkFraming, HttpError, chunk, parse_request_head, parse_response_head
-from tests.scripted import Chunks, read_chunks
+from tests.scripted import read_chunks
 
 
 @pytest.fixture(autouse=True)
