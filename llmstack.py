@@ -136,7 +136,9 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
+SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
+RETURN_MEMORY_S = 10               # a daemon gives back what malloc holds free; it takes some ms
 IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
 HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
@@ -2394,18 +2396,32 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
 # ===================================================================================================
 # PURE: HTTP
 # ===================================================================================================
+# Strict where leniency smuggles: two programs that read one message differently are how a request
+# is hidden inside another. llhttp and nginx refuse the same. Numbers of sections are RFC 9112's.
 
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
-                        b"te", b"trailer", b"transfer-encoding", b"upgrade"})
-_NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
+HOP_BY_HOP = frozenset({
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+})
+_NO_LENGTH = HOP_BY_HOP | {b"content-length"}
+# Who may ask, and where a request ends, is judged by the first of these; a second could say
+# otherwise to whoever reads the last.
+_SINGLE = (b"host", b"content-length", b"transfer-encoding", b"origin", b"sec-fetch-site")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
+_ABSOLUTE_FORM = re.compile(rb"https?://[^/?]+(.*)\Z", re.IGNORECASE)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (.*))?\Z", re.DOTALL)
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
+_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 413: "Content Too Large", 417: "Expectation Failed",
-           429: "Too Many Requests", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable"}
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
+REASONS = {
+    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
+    500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
+}
 
 Header = Tuple[bytes, bytes, bytes]             # lower-case name, value, the line as it came
 
@@ -2414,19 +2430,17 @@ class Request(NamedTuple):
     """A request's head. `length` is -1 for a chunked body."""
 
     method: str
-    target: str
+    target: str                                 # begins with "/", or is the "*" of OPTIONS
     minor: int                                  # HTTP/1.minor
     headers: Tuple[Header, ...]
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
-    notes: Dict[Any, Any]                       # what was worked out of this head, for the next request that has it
-    length: int                                 # this counts: in `headers`, Content-Length may be an earlier request's
+    length: int
 
     def header(self, name: bytes) -> str:
-        value = self.fields.get(name)
-        return "" if value is None else value.decode("latin-1")
+        return self.fields.get(name, b"").decode("latin-1")
 
 
 class Response(NamedTuple):
@@ -2438,292 +2452,304 @@ class Response(NamedTuple):
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
-    text: bytes                                 # status line and the header lines that travel on, each with its CRLF
+    text: bytes                                 # the lines that travel on, each with its CRLF
 
     def header(self, name: bytes) -> str:
-        return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
+        for known, value, _ in self.headers:
+            if known == name:
+                return value.decode("latin-1")
+        return ""
+
+
+# ---- heads
+
+
+def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
+    """Return where the empty line behind a request's head begins, -1 while it is not there.
+
+    `searched` says how many bytes an earlier call has seen: a head that comes byte by byte is read
+    in linear time, too. Errors: HttpError 400 for what can become no head.
+    """
+    end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    if end > MAX_HEAD_BYTES or (end < 0 and len(data) > MAX_HEAD_BYTES + 3):
+        raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
+    if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
+        raise HttpError(400, "a line ends in a bare CR or LF")
+    return end
+
+
+def _refuse_controls(text: bytes) -> None:
+    """Errors: ValueError for control bytes in what should be one line, or lines joined."""
+    if len(text.translate(None, _CONTROL_BYTES)) != len(text):
+        raise ValueError("a control byte, or a bare CR or LF")
+
+
+def _split_head(head: bytes) -> List[bytes]:
+    """The lines of a head. Errors: ValueError."""
+    lines = head.split(b"\r\n")
+    _refuse_controls(b"".join(lines))
+    return lines
 
 
 def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
+    """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
 
 
-def _is_clean(head: bytes, lines: int) -> bool:
-    """True when a head of so many lines has no NUL and no CR or LF but those that end its lines."""
-    return head.count(b"\n") == head.count(b"\r") == lines - 1 and b"\0" not in head
+def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
+    """The lower-case words of all Connection headers."""
+    words: Set[bytes] = set()
+    for name, value, _ in headers:
+        if name == b"connection":
+            words.update(word.strip().lower() for word in value.split(b","))
+    return frozenset(words)
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
+    """(method, target, minor version). Errors: HttpError 400."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, minor = match.groups()
+    target = _origin_form(method, target)
+    return method.decode("ascii"), target.decode("latin-1"), int(minor)
+
+
+def _origin_form(method: bytes, target: bytes) -> bytes:
+    """A target (3.2) without scheme and host. Errors: HttpError 400."""
+    if method == b"CONNECT":
+        raise HttpError(400, "CONNECT is for proxies, and this is none")
+    if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
+        return target
+    absolute = _ABSOLUTE_FORM.match(target)
+    if absolute is None:
+        raise HttpError(400, "the target is no path; it begins with /")
+    path = absolute.group(1)
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
+    """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked" or minor == 0:
+            raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
+        return -1
+    if length is None:
+        return 0
+    if not length.isdigit() or len(length) > 15:
+        raise HttpError(400, "Content-Length is no number")
+    return int(length)
+
+
+def parse_request_head(head: bytes) -> Request:
+    """Parse a request head (without its empty line), in linear time.
+
+    Errors: HttpError 400, and 417 for an expectation other than 100-continue.
+    """
+    try:
+        first, *lines = _split_head(head)
+        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+    except ValueError as exc:
+        raise HttpError(400, str(exc)) from None
+    method, target, minor = _parse_request_line(first)
+    if len(lines) > MAX_HEADERS:
+        raise HttpError(400, f"more than {MAX_HEADERS} headers")
+    fields = {name: value for name, value, _ in reversed(headers)}
+    if len(fields) < len(headers):
+        names = [name for name, _, _ in headers]
+        for name in _SINGLE:
+            if names.count(name) > 1:
+                raise HttpError(400, f"{name.decode()} is there twice")
+    length = _request_length(fields, minor)
+    if minor == 1 and b"host" not in fields:
+        raise HttpError(400, "a Host header is needed")
+    expect = fields.get(b"expect", b"").lower()
+    if expect not in (b"", b"100-continue"):
+        raise HttpError(417, "only Expect: 100-continue is known")
+    words = _connection_words(headers)
+    return Request(
+        method, target, minor, tuple(headers),
+        keep_alive=minor == 1 and b"close" not in words,
+        upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
+        expects=minor == 1 and expect != b"",
+        fields=fields, length=length,
+    )
 
 
 _NO_WORDS: FrozenSet[bytes] = frozenset()
 
 
-def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
-    values = [v for n, v, _ in headers if n == b"connection"]
-    return frozenset([w.strip().lower() for v in values for w in v.split(b",")]) if values else _NO_WORDS
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_request_line(line: bytes) -> Optional[Tuple[str, str, int]]:
-    """(method, target, minor version)."""
-    match = _REQUEST_LINE.match(line)
-    if match is None:
-        return None
-    target = match.group(2).decode("latin-1")
-    if target.lower().startswith(("http://", "https://")):      # absolute form, RFC 9112, 3.2.2
-        target = "/" + target.split("://", 1)[1].partition("/")[2]
-    return match.group(1).decode("ascii"), target, int(match.group(3))
-
-
-def parse_request_head(head: bytes) -> Request:
-    """Parse a request head (without its empty line). Strict where leniency smuggles. Errors: HttpError 400.
-
-    Source: RFC 9112; llhttp and nginx refuse the same.
-    """
-    lines = head.split(b"\r\n")
-    parse_line = _parse_request_line if len(lines[0]) < 512 else _parse_request_line.__wrapped__   # long ones are not kept
-    first = parse_line(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise HttpError(400, "malformed request line, a NUL, or a bare CR or LF")
-    if len(lines) > MAX_HEADERS + 1:
-        raise HttpError(400, f"more than {MAX_HEADERS} headers")
-    try:
-        headers = [_parse_header(line) for line in lines[1:]]
-    except ValueError as exc:
-        raise HttpError(400, str(exc)) from None
-    method, target, minor = first
-    fields = {name: value for name, value, _ in reversed(headers)}
-    if len(fields) < len(headers):
-        for name in (b"content-length", b"transfer-encoding", b"host"):
-            if sum(n == name for n, _, _ in headers) > 1:
-                raise HttpError(400, f"{name.decode()} is there twice")
-    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
-    if length is not None and (not length.isdigit() or len(length) > 15):
-        raise HttpError(400, "Content-Length is no number")
-    if coding is not None and (length is not None or coding.lower() != b"chunked" or minor == 0):
-        raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
-    if minor == 1 and b"host" not in fields:
-        raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect and expect != b"100-continue":
-        raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
-    return Request(method, target, minor, tuple(headers),
-                   minor == 1 and b"close" not in words,
-                   minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-                   minor == 1 and bool(expect), fields, {},
-                   -1 if coding is not None else int(length) if length is not None else 0)
-
-
-class HeadReader:
-    """Parses the heads of one connection, where each mostly says what the one before said but for the body's length.
-
-    Such a head is known by its bytes on both sides of the digits; its request shares fields and notes with the last
-    one's. Kept by the connection and gone with it: a head may hold a key.
-    """
-
-    __slots__ = ("_after", "_before", "_last")
-
-    def __init__(self) -> None:
-        self._before = self._after = b""
-        self._last: Optional[Request] = None
-
-    def read(self, head: bytes) -> Request:
-        """As parse_request_head."""
-        last = self._last
-        if last is not None and head.startswith(self._before) and head.endswith(self._after):
-            digits = head[len(self._before):len(head) - len(self._after)]
-            if digits.isdigit() and len(digits) <= 15:
-                length = int(digits)
-                return last if length == last.length else Request._make((*last[:-1], length))
-        self._last = None
-        request = parse_request_head(head)
-        digits = request.fields.get(b"content-length", b"")
-        if digits:
-            start = head.index(digits, head.lower().index(b"\r\ncontent-length:") + 17)
-            self._before, self._after, self._last = head[:start], head[start + len(digits):], request
-        return request
-
-
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
+    """The header lines that travel on: not those that Connection names, nor `drop`."""
+    drop = drop | _connection_words(headers)
     return [line for name, _, line in headers if name not in drop]
 
 
-@functools.lru_cache(maxsize=128)               # llama-server's heads are the same bytes for every stream
+def _response_length(headers: Sequence[Header]) -> int:
+    """Content-Length of an answer, -1 without one. Errors: ValueError."""
+    values = {value for name, value, _ in headers if name == b"content-length"}
+    if not values:
+        return -1
+    if not all(value.isdigit() and len(value) <= 15 for value in values):
+        raise ValueError("Content-Length is no number")
+    lengths = {int(value) for value in values}
+    if len(lengths) > 1:
+        raise ValueError("two Content-Lengths differ")
+    return lengths.pop()
+
+
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError."""
-    lines = head.split(b"\r\n")
-    first = _STATUS_LINE.match(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise ValueError("no HTTP status line, or a malformed head")
-    status = int(first.group(2))
-    headers = [_parse_header(line) for line in lines[1:]]
-    length, chunked, events, words = -1, False, False, b""
-    for name, value, _ in headers:
-        if name == b"content-length":
-            if not value.isdigit() or (length >= 0 and int(value) != length):
-                raise ValueError("bad Content-Length")
-            length = int(value)
-        elif name == b"transfer-encoding":
-            chunked = value.lower().split(b",")[-1].strip() == b"chunked"
-        elif name == b"connection":
-            words += b"," + value.lower()
-        elif name == b"content-type":
-            events = value.lower().startswith(b"text/event-stream")
+    first, *lines = _split_head(head)
+    match = _STATUS_LINE.match(first)
+    if match is None:
+        raise ValueError("no HTTP status line")
+    minor, code, reason = match.groups()
+    status = int(code)
+    headers = [_parse_header(line) for line in lines]
+    fields = {name: value.lower() for name, value, _ in headers}
+    coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
+    length = _response_length(headers)
     if method == "HEAD" or status in (204, 304) or status < 200:
         framing = "none"
-    elif chunked:
+    elif coding == b"chunked":
         framing = "chunked"
     elif length >= 0:
         framing = "length"
     else:
         framing = "close"
-    alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
-    line = b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b"")
+    words = _connection_words(headers)
+    alive = b"close" not in words if minor == b"1" else b"keep-alive" in words
+    text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
     if status == 101:
-        travel = [line, *(line for _, _, line in headers)]
+        text += lines
     else:
-        travel = [line, *end_to_end(headers, _NO_LENGTH)]
-        if framing == "length":                 # once, however often it was said, and whatever Connection names
-            travel.append(b"Content-Length: %d" % length)
-        elif framing == "none":                 # a HEAD's answer says what a GET's would be
-            travel += [line for name, _, line in headers if name == b"content-length"]
-    return Response(status, tuple(headers), framing, max(length, 0), alive and framing != "close", events,
-                    b"\r\n".join(travel) + b"\r\n")
+        text += end_to_end(headers, _NO_LENGTH)
+        # Once, however often it was said; a HEAD's answer says what a GET's would be.
+        if framing == "length" or (framing == "none" and length >= 0):
+            text.append(b"Content-Length: %d" % length)
+    return Response(
+        status, tuple(headers), framing, max(length, 0),
+        keep_alive=alive and framing != "close",
+        events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
+        text=b"\r\n".join(text) + b"\r\n",
+    )
 
 
-MAX_SIZE_LINE_BYTES = 1024
-_SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
+# ---- chunks
 
-
-def _chunk_size(line: bytes) -> int:
-    match = _CHUNK_SIZE.match(line)
-    if match is None or len(line) >= MAX_SIZE_LINE_BYTES:
-        raise ValueError("malformed chunk size")
-    size = int(match.group(1), 16)
-    if len(_SIZES) < 4096 and len(line) < 16:   # no extension: what a client likes to put there is not kept
-        _SIZES[line] = size
-    return size
+# What the next byte of a chunked message belongs to.
+_SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
 
 
 class ChunkFraming:
-    """Follows chunked framing through bytes that arrive in any pieces, without holding any of them back."""
+    """Follows chunked framing (7.1) through bytes that arrive in any pieces; holds none back.
 
-    __slots__ = ("_ahead", "_line", "_trailer", "done")
+        SIZE -> DATA -> DATA_END -> SIZE ...
+          `--> TRAILER ... -> DONE             behind a size of 0
+    """
+
+    __slots__ = ("_left", "_line", "_state")
 
     def __init__(self) -> None:
-        self._ahead = 0                         # payload bytes and their CRLF still to come
-        self._line = b""                        # the part of a size line seen so far
-        self._trailer = False                   # the last chunk has come, trailer lines follow
-        self.done = False
+        self._state = _SIZE
+        self._left = 0                          # bytes of this chunk, or trailers, that may still come
+        self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
+
+    @property
+    def done(self) -> bool:
+        return self._state == _DONE
 
     def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
         """Take the next bytes; return how many stand behind the end of the message.
 
-        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then do not count.
+        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then
+        do not count.
         """
-        before = self._ahead, self._line, self._trailer
+        before = self._state, self._left, self._line
+        position, end = 0, len(data)
         try:
-            return self._feed(data, payload)
+            while position < end and self._state != _DONE:
+                if self._state == _DATA:
+                    position = self._take_data(data, position, payload)
+                elif self._state == _DATA_END:
+                    position = self._take_data_end(data, position)
+                else:
+                    position = self._take_line(data, position)
         except ValueError:
-            self._ahead, self._line, self._trailer = before
+            self._state, self._left, self._line = before
             raise
+        return end - position
 
-    def _feed(self, data: bytes, payload: Optional[List[bytes]]) -> int:
-        position, end = self._ahead, len(data)
-        if position:
-            if payload is not None and position > 2:
-                payload.append(data[:position - 2])
-            if position > end:
-                self._ahead = position - end
-                self._check_crlf(data, position, end)
-                return 0
-            self._check_crlf(data, position, end)
-        elif self._line:
-            data, self._line = self._line + data, b""
-            end = len(data)
-        self._ahead = 0
-        find, known = data.find, _SIZES.get
-        while position < end and not self._trailer:
-            eol = find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            size = known(data[position:eol])
-            if size is None:
-                size = _chunk_size(data[position:eol])
-            if not size:
-                self._trailer = True
-                position = eol + 2
-                break
-            position = eol + size + 4
-            if payload is not None:
-                payload.append(data[eol + 2:min(position - 2, end)])
-            if data[position - 2:position] != b"\r\n":      # cut off here, or wrong
-                self._check_crlf(data, position, end)
-                self._ahead = position - end
-                return 0
-        return self._trailers(data, position) if self._trailer else 0
+    def _take_data(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+        behind = min(position + self._left, len(data))
+        if payload is not None:
+            payload.append(data[position:behind])
+        self._left -= behind - position
+        if not self._left:
+            self._state = _DATA_END
+        return behind
 
-    @staticmethod
-    def _check_crlf(data: bytes, position: int, end: int) -> None:
-        """`position` is behind a payload's CRLF; whatever of those two bytes is in `data` must be right."""
-        low = max(position - 2, 0)
-        if low < end and data[low:position] != b"\r\n"[low - (position - 2):min(position, end) - (position - 2)]:
+    def _take_data_end(self, data: bytes, position: int) -> int:
+        missing = b"\r\n"[len(self._line):]
+        came = data[position:position + len(missing)]
+        if came == missing:
+            self._state, self._line = _SIZE, b""
+        elif came == b"\r" and missing == b"\r\n":
+            self._line = came
+        else:
             raise ValueError("a chunk is longer than it said")
+        return position + len(came)
 
-    def _keep(self, data: bytes, position: int) -> int:
-        self._line = data[position:]
-        if len(self._line) > MAX_SIZE_LINE_BYTES:
-            raise ValueError("chunk size line without end")
-        return 0
+    def _take_line(self, data: bytes, position: int) -> int:
+        """A chunk's size, or a trailer."""
+        newline = data.find(b"\n", position)
+        behind = newline + 1 if newline >= 0 else len(data)
+        line = self._line + data[position:behind]
+        if len(line) > MAX_FRAMING_LINE_BYTES:
+            raise ValueError("a line of the chunk framing is too long")
+        self._line = line
+        if newline < 0:
+            return behind
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line of the chunk framing ends in a bare LF")
+        self._line = b""
+        if self._state == _SIZE:
+            self._end_size(line[:-2])
+        else:
+            self._end_trailer(line[:-2])
+        return behind
 
-    def _trailers(self, data: bytes, position: int) -> int:
-        while True:
-            eol = data.find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            if eol == position:
-                self.done = True
-                return len(data) - eol - 2
-            position = eol + 2
+    def _end_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.match(line)
+        if match is None:
+            raise ValueError("malformed chunk size")
+        self._left = int(match.group(1), 16)
+        self._state = _DATA
+        if not self._left:
+            self._state, self._left = _TRAILER, MAX_HEADERS
 
-    def finish_frame(self) -> Optional[bytes]:
-        """Bytes that bring a cut-off message to a chunk boundary, so that one more chunk can be said.
-
-        What is missing of a payload is filled with newlines, which end and separate server-sent events.
-        None when nothing more can be said: too much is missing, or the last chunk was under way.
-        """
-        if self.done or self._trailer:
-            return None
-        if self._line:
-            return self._finish_size_line(self._line)
-        if self._ahead > RECV_BYTES:
-            return None
-        return b"\n" * max(self._ahead - 2, 0) + b"\r\n"[-self._ahead:] if self._ahead else b""
-
-
-    @staticmethod
-    def _finish_size_line(line: bytes) -> Optional[bytes]:
-        bare = line[:-1] if line.endswith(b"\r") else line
-        rest = b"\r\n"[len(line) - len(bare):]
-        if bare == line and not bare.strip(b"0"):
-            bare, rest = bare + b"1", b"1\r\n"  # one more digit, so that no "0" becomes a clean end
-        try:
-            size = _chunk_size(bare)
-        except ValueError:
-            return None
-        return rest + b"\n" * size + b"\r\n" if 0 < size <= RECV_BYTES else None
+    def _end_trailer(self, line: bytes) -> None:
+        if not line:
+            self._state = _DONE
+            return
+        _refuse_controls(line)
+        _parse_header(line)
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_HEADERS} trailers")
 
 
 def chunk(data: bytes) -> bytes:
     """Frame `data` as one chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# ---- our own errors
 
 
 def error_json(message: str, kind: str, code: Union[int, str, None] = None,
@@ -2756,10 +2782,12 @@ def error_event(message: str, kind: str = "upstream_error", protocol: str = "") 
     return b"data: " + body + b"\n\n"
 
 
-_LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
+# ---- who may ask
+
+_LOOPBACK_NAME = re.compile(
+    r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
 
 
-@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """True for a host, with or without a port, that can only mean this machine."""
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
@@ -2768,8 +2796,8 @@ def is_loopback(host: str) -> bool:
 def refusal(request: Request, loopback: bool) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
-    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by Origin or
-    Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
+    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by
+    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
     """
     host, origin = request.header(b"host"), request.header(b"origin")
     if loopback and host and not is_loopback(host):
@@ -2778,7 +2806,8 @@ def refusal(request: Request, loopback: bool) -> str:
         place = origin.split("://", 1)[-1]
         if not is_loopback(place) and (loopback or place != host):
             return f"Origin {origin!r} may not use this router"
-    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site" and not origin:
+        return ""
+    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
         return "cross-site requests may not use this router"
     return ""
 
@@ -3821,36 +3850,16 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
-# What this process may use, before prefer_one_core: a container's share, or a user's taskset.
-CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+def return_memory() -> None:
+    """Give back the pages that malloc holds free, where it can be asked to (glibc).
 
-
-def prefer_one_core() -> None:
-    """Keep this thread, and those it starts, on one core where the interpreter has a global lock.
-
-    Only one thread runs Python at a time anyway; woken on another core, it waits there for the lock
-    of the first. This router pinned against unpinned, in turn on two cores: 1.3 and 2.0 times the
-    requests/s of 16 clients in two quiet runs (0.9 in one on a busy machine), the first event of 64
-    streams 2 to 4 times sooner; a single request the same within the noise; 16 saturated streams
-    0.7 to 0.8 of the events/s, still on a par with nginx. A prototype without any routing gained 3
-    times. Linux only: elsewhere there is no such call.
+    Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)
-    if hasattr(os, "sched_setaffinity") and gil():
-        try:
-            fields = read_text("/proc/thread-self/stat").rsplit(")", 1)[1].split()
-            os.sched_setaffinity(0, {int(fields[36])})
-        except (OSError, ValueError, IndexError):
-            pass
-
-
-def every_core() -> None:
-    """Undo prefer_one_core for this thread, before it starts a process that should use all."""
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, CORES)
-        except OSError:
-            pass
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
+        pass
 
 
 def more_files() -> None:
@@ -4397,7 +4406,6 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     Errors: UserError.
     """
     import subprocess
-    every_core()
     flags: Dict[str, Any] = {"start_new_session": True}
     if IS_WINDOWS:
         flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
@@ -4773,32 +4781,31 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 #   call; a watcher thread costs every request a hand-over of the interpreter's lock. A lapse costs nothing
 #   while bytes flow, and works on every platform.
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
-# - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
-# - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 57. Between a client and an upstream that take turns on the core, a bytecode
-#   costs twice what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways), and
-#   what only the answer's head needs while the upstream is at work. To compare two versions, turn off the random
-#   addresses (`setarch -R`): where the libraries land moves the figure by 10 us from one start to the next.
+# - A head is split and matched by few regular expressions: 8 us. BaseHTTPRequestHandler and http.client
+#   parse far more than a relay needs.
+# To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
+# moves the latency by 10 us from one start to the next.
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
-_POLL = getattr(select, "poll", None)
-_LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
+_POLL = getattr(select, "poll", None)           # Windows has none; elsewhere select() ends at 1,023
+_LAPSED = (BlockingIOError, socket.timeout)     # what lapsed patience raises; the second by TLS
 
 
 def _set_patience(sock: socket.socket, milliseconds: int) -> None:
-    """Make receiving and sending on `sock` return (with one of _LAPSED) after this long without progress."""
+    """Make receiving and sending on `sock` raise one of _LAPSED after so long without progress."""
     if IS_WINDOWS or hasattr(sock, "cipher"):
         sock.settimeout(milliseconds / 1000)
         return
-    value = struct.pack("ll", milliseconds // 1000, milliseconds % 1000 * 1000)     # struct timeval
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    seconds, rest = divmod(milliseconds, 1000)
+    timeval = struct.pack("ll", seconds, rest * 1000)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def _readable(sock: socket.socket) -> bool:
     """Whether receiving would return at once: bytes have come, or the end."""
-    if _POLL is None:                           # Windows; elsewhere select() takes no descriptor above 1,023
+    if _POLL is None:
         return bool(select.select([sock], [], [], 0)[0])
     poll = _POLL()
     poll.register(sock, select.POLLIN)
@@ -4808,7 +4815,7 @@ def _readable(sock: socket.socket) -> bool:
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
     try:
-        if hasattr(sock, "cipher"):             # TLS has no peeking: something there is taken for its end
+        if hasattr(sock, "cipher"):             # TLS has no peeking: what is there is its end
             return b"" if _readable(sock) else None
         if not _DONTWAIT and not _readable(sock):
             return None
@@ -4820,15 +4827,17 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 
 
 class Client:
-    """The side of a connection that asks."""
+    """The side of a connection that asks. Only give_way() is for other threads."""
 
-    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "opened",
-                 "origin", "protocol", "served", "unread")
+    __slots__ = (
+        "_buffer", "_sock", "answering", "asking_since", "head_timeout_s", "keep_alive", "method",
+        "minor", "opened", "origin", "protocol", "served", "unread",
+    )
+    send_timeout_s: float = SEND_TIMEOUT_S
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
-        self._heads = HeadReader()
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
@@ -4836,6 +4845,7 @@ class Client:
         self.protocol = ""                      # the canonical path asked: errors take its shape
         self.unread = False                     # a body was announced and not read
         self.served = False                     # a first request has come
+        self.asking_since = time.monotonic()    # a request is to come whole, 0.0: none is under way
         self.method = ""
         self.minor = 1
         self.origin = b""
@@ -4848,18 +4858,35 @@ class Client:
         """The next request, or None when the client is done. Errors: HttpError."""
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
         self.opened, self.protocol = False, ""
-        began, buffer = time.monotonic(), self._buffer
+        head = self._read_head()
+        if head is None:
+            return None
+        request = parse_request_head(head)
+        self.method, self.minor = request.method, request.minor
+        self.keep_alive = request.keep_alive
+        self.origin = request.fields.get(b"origin", b"")
+        self.served = True
+        self.unread = request.length != 0
+        if not self.unread:
+            self.asking_since = 0.0
+        return request
+
+    def _read_head(self) -> Optional[bytes]:
+        """The next head without its empty line, None when the client is done. Errors: HttpError."""
+        buffer = bytearray(self._buffer)
+        searched = 0
+        may_skip = True                         # RFC 9112, 2.2: one empty line before a request
+        idle_since = time.monotonic()
+        self.asking_since = 0.0 if self.served and not buffer else idle_since
         while True:
-            if buffer:
-                if buffer[0] in b"\r\n":
-                    buffer = buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-                end = buffer.find(b"\r\n\r\n")
-                if end >= 0:
-                    break
-                self._buffer = buffer
-                began = began or time.monotonic()   # a head has from its first byte on
-                if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
-                    raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
+            if may_skip and buffer.startswith(b"\r\n"):
+                del buffer[:2]
+                may_skip = False
+            end = head_end(buffer, searched)
+            if end >= 0:
+                self._buffer = bytes(buffer[end + 4:])
+                return bytes(buffer[:end])
+            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -4868,62 +4895,59 @@ class Client:
                 data = b""
             except OSError:
                 return None
-            if not buffer and data:
-                began = 0.0                     # mostly it is there at once, and no clock is asked
-            elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
+            if data and not buffer:
+                self.asking_since = time.monotonic()
+            elif time.monotonic() - (self.asking_since or idle_since) > self._head_limit_s:
                 if not buffer:
                     return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
             buffer += data
-        if end > MAX_HEAD_BYTES:
-            raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
-        self._buffer = buffer[end + 4:]
-        request = self._heads.read(buffer[:end])
-        self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
-        self.origin = request.fields.get(b"origin", b"")
-        self.unread = request.length != 0
-        self.served = True
-        return request
+
+    @property
+    def _head_limit_s(self) -> float:
+        return self.head_timeout_s if self.asking_since else IDLE_CLIENT_S
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
-        length, have = request.length, self._buffer
-        if length > MAX_BODY_BYTES:
+        if request.length > MAX_BODY_BYTES:
             raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-        if 0 <= length <= len(have):            # it came with its head
-            self.unread, self._buffer = False, have[length:]
-            return have[:length]
         if request.expects and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunked() if request.length < 0 else self._read_sized(request.length)
+        chunked = request.length < 0
+        body = self._read_chunked() if chunked else self._read_sized(request.length)
         self.unread = False
+        self.asking_since = 0.0
         return body
 
     def _read_sized(self, length: int) -> bytes:
-        body, filled, self._buffer = bytearray(self._buffer), len(self._buffer), b""
-        while filled < length:                  # grows with what has come: an announcement alone costs nothing
-            if filled == len(body):
+        have = self._buffer
+        self._buffer = have[length:]
+        if length <= len(have):                 # it came with its head
+            return have[:length]
+        body, filled = bytearray(have), len(have)
+        while filled < length:
+            if filled == len(body):             # grows with what has come: saying much costs nothing
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
-        return body                             # type: ignore[return-value]  # as good as bytes to all that read it
+        return body                             # type: ignore[return-value]  # read like bytes
 
     def _read_chunked(self) -> bytes:
         framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
-            if data:
-                payload: List[bytes] = []       # of these bytes alone: millions of tiny chunks would weigh many times the body
-                try:
-                    over = framing.feed(data, payload)
-                except ValueError as exc:
-                    raise HttpError(400, str(exc)) from None
-                body += b"".join(payload)
-                if len(body) > MAX_BODY_BYTES:
-                    raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-                if framing.done:
-                    self._buffer = data[len(data) - over:]
-                    return body                 # type: ignore[return-value]  # as _read_sized's
+            # Of these bytes alone: millions of tiny chunks would weigh many times the body.
+            payload: List[bytes] = []
+            try:
+                over = framing.feed(data, payload)
+            except ValueError as exc:
+                raise HttpError(400, str(exc)) from None
+            body += b"".join(payload)
+            if len(body) > MAX_BODY_BYTES:
+                raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+            if framing.done:
+                self._buffer = data[len(data) - over:]
+                return body                     # type: ignore[return-value]  # read like bytes
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
     def _wait_for(self, receive: Callable[[Any], Any], argument: Any) -> Any:
@@ -4942,9 +4966,13 @@ class Client:
             return got
 
     def gone(self) -> bool:
-        """True when the client has closed its connection (or its sending half: nobody waits there any more)."""
+        """True when the client has closed its connection.
+
+        Closing its sending half alone counts, too: nobody waits there any more.
+        """
         seen = _peek(self._sock)
-        while seen and len(self._buffer) < MAX_HEAD_BYTES:      # more requests, sent ahead: the end may stand behind them
+        # More requests, sent ahead: the end may stand behind them.
+        while seen and len(self._buffer) < MAX_HEAD_BYTES:
             try:
                 self._buffer += self._sock.recv(RECV_BYTES)
             except OSError:
@@ -4952,36 +4980,49 @@ class Client:
             seen = _peek(self._sock)
         return seen == b""
 
+    def give_way(self) -> None:
+        """End the connection while its own thread waits for a request on it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
     # ---- writing
 
     def send(self, data: bytes) -> None:
-        """Send everything; waits for a slow reader as long as it stays. Errors: ClientGone."""
-        view = None
-        sent = 0
-        while True:
+        """Send everything.
+
+        Errors: ClientGone, also for a client that takes nothing for send_timeout_s: it would hold
+        its relay, its connection and its model without end.
+        """
+        view = memoryview(data)
+        moved = time.monotonic()
+        while view:
             try:
-                sent = self._sock.send(data if view is None else view)
+                view = view[self._sock.send(view):]
+                moved = time.monotonic()
             except _LAPSED:
-                continue
+                if time.monotonic() - moved > self.send_timeout_s:
+                    raise ClientGone from None
             except OSError:
                 raise ClientGone from None
-            if view is None:
-                if sent == len(data):
-                    return
-                view = memoryview(data)
-            view = view[sent:]
-            if not view:
-                return
 
-    def reply(self, status: int, body: bytes, content_type: str = "application/json", extra: bytes = b"") -> None:
+    def reply(self, status: int, body: bytes, content_type: str = "application/json",
+              extra: bytes = b"") -> None:
         """Answer ourselves. Closes when a body was left unread: its bytes are no request."""
         if self.unread or self.minor == 0:
             self.keep_alive = False
-        close = b"" if self.keep_alive else b"Connection: close\r\n"
-        if self.origin and status != 403:       # a page of this machine, or refusal() would have said so
-            extra += b"Access-Control-Allow-Origin: " + self.origin + b"\r\n"
-        head = b"HTTP/1.1 %d %b\r\nServer: llmstack\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n" % (
-            status, REASONS.get(status, "Error").encode(), content_type.encode(), len(body), extra, close)
+        lines = [
+            b"HTTP/1.1 %d %b" % (status, REASONS.get(status, "Error").encode()),
+            b"Server: llmstack",
+            b"Content-Type: " + content_type.encode(),
+            b"Content-Length: %d" % len(body),
+        ]
+        if self.origin and status != 403:       # a page of this machine, as refusal() lets it pass
+            lines.append(b"Access-Control-Allow-Origin: " + self.origin)
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        head = b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
@@ -5012,8 +5053,15 @@ class Client:
         """An event or comment of a stream that open_stream began."""
         self.send(chunk(event) if self.minor == 1 else event)
 
+    def half_close(self) -> None:
+        """Nothing more is said; what the client still sends meets no reset."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
     def close(self) -> None:
-        """Close; after an early refusal, let the client read the answer before its unread bytes reset it."""
+        """Close; after a refusal, let the client read it before its unread bytes reset it."""
         try:
             if self.unread or self._buffer:
                 self._sock.shutdown(socket.SHUT_WR)
@@ -5029,28 +5077,31 @@ class Client:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
         import selectors
         self.keep_alive = False
-        ends = {self._sock: upstream, upstream: self._sock}
+        other = {self._sock: upstream, upstream: self._sock}
         with selectors.DefaultSelector() as ready:
-            for sock in ends:
+            for sock in other:
                 sock.settimeout(None)
-                _set_patience(sock, 600_000)
+                _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
+                while ready.get_map():
+                    for key, _ in ready.select():
+                        source: socket.socket = key.fileobj     # type: ignore[assignment]
+                        if not _carry(source, other[source]):
+                            ready.unregister(source)
             except OSError:
-                return
-            while ready.get_map():
-                for key, _ in ready.select():
-                    source: socket.socket = key.fileobj     # type: ignore[assignment]
-                    try:
-                        data = source.recv(RECV_BYTES)
-                        if data:
-                            ends[source].sendall(data)
-                            continue
-                        ends[source].shutdown(socket.SHUT_WR)
-                    except OSError:
-                        return
-                    ready.unregister(source)
+                pass
+
+
+def _carry(source: socket.socket, target: socket.socket) -> bool:
+    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
+    data = source.recv(RECV_BYTES)
+    if data:
+        target.sendall(data)
+    else:
+        target.shutdown(socket.SHUT_WR)
+    return bool(data)
 
 
 class Upstream:
@@ -5060,12 +5111,15 @@ class Upstream:
     key = ""                                    # that it wants, as a Bearer token
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
-        self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
-        self._idle: Any = collections.deque()
-        name = f"[{host}]" if ":" in host else host
-        self.authority = (name if port == (443 if tls else 80) else f"{name}:{port}").encode("ascii")
-        self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
+        self.host, self.port, self._tls = host, port, tls
+        self.prefix = prefix.rstrip("/")
+        self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
+        name = f"[{host}]" if ":" in host else host
+        usual_port = 443 if tls else 80
+        authority = name if port == usual_port else f"{name}:{port}"
+        self.authority = authority.encode("ascii")
+        self.url = f"{'https' if tls else 'http'}://{authority}{self.prefix}"
 
     def use_tls(self, context: Any) -> None:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
@@ -5088,7 +5142,7 @@ class Upstream:
         return sock
 
     def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
+        """(connection, whether it was used before). Passes over those closed meanwhile."""
         while self._idle:
             try:
                 since, sock = self._idle.pop()
@@ -5106,15 +5160,21 @@ class Upstream:
         else:
             sock.close()
 
+    def close_idle(self, older_than_s: float = IDLE_UPSTREAM_S) -> None:
+        """Close the connections nobody has used for so long; applications call it every second."""
+        before = time.monotonic() - older_than_s
+        try:
+            while self._idle[0][0] <= before:
+                self._idle.popleft()[1].close()
+        except IndexError:                      # none is left
+            pass
+
     def forget(self) -> None:
         """Close the idle connections: their server is gone."""
-        while self._idle:
-            try:
-                self._idle.pop()[1].close()
-            except IndexError:
-                return
+        self.close_idle(0.0)
 
-    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"",
+    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET",
+            headers: bytes = b"",
             limit_bytes: int = MAX_BODY_BYTES) -> Tuple[Response, bytes]:
         """A small request of our own: (head, body), whole within `timeout_s` of the connection.
 
@@ -5122,49 +5182,76 @@ class Upstream:
         """
         if self.key:
             headers += b"Authorization: Bearer " + self.key.encode() + b"\r\n"
+        lines = [
+            f"{method} {self.prefix}{path} HTTP/1.1".encode("latin-1"),
+            b"Host: " + self.authority,
+            headers + b"Content-Length: 0",
+            b"Connection: close",
+        ]
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
-            sock.sendall(b"%b %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: 0\r\n"
-                         b"Connection: close\r\n\r\n" % (
-                             method.encode(), (self.prefix + path).encode("latin-1"),
-                             self.authority, headers))
-            end, data, ended = time.monotonic() + timeout_s, b"", False
-            while True:
-                if len(data) > limit_bytes:
-                    raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
-                answer = _whole_answer(data, method, ended)
-                if answer is not None:
-                    return answer
-                if ended:
-                    raise ValueError("the answer ended early")
-                left_s = end - time.monotonic()
-                if left_s <= 0:
-                    raise OSError(f"no answer within {timeout_s:g} s")
-                sock.settimeout(left_s)
-                try:
-                    more = sock.recv(RECV_BYTES)
-                except _LAPSED:
-                    continue
-                data += more
-                ended = not more
+            sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+            return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
 
 
-def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tuple[Response, bytes]]:
-    """(head, body) when `data` holds a whole answer. Errors: ValueError."""
-    head, found, body = data.partition(b"\r\n\r\n")
-    if not found:
-        return None
-    response = parse_response_head(head, method)
-    if response.framing == "chunked":
-        framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-        framing.feed(body, payload)
-        return (response, b"".join(payload)) if framing.done else None
+def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
+    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    deadline = time.monotonic() + timeout_s
+    total = 0
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = sock.recv(RECV_BYTES)
+        except _LAPSED:
+            data = None
+        if data is None or time.monotonic() > deadline:
+            raise OSError(f"no answer within {timeout_s:g} s")
+        if not data:
+            return
+        total += len(data)
+        if total > limit_bytes:
+            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+        yield data
+
+
+def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
+    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
+    data, end = bytearray(), -1
+    while end < 0:
+        searched = len(data)
+        data += _next_piece(pieces)
+        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
+            raise ValueError("an answer without end")
+        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    response = parse_response_head(bytes(data[:end]), method)
+    del data[:end + 4]
+    if response.framing == "none":
+        return response, b""
     if response.framing == "close":
-        return (response, body) if ended else None
-    return (response, body[:response.length]) if len(body) >= response.length else None
+        return response, bytes(data) + b"".join(pieces)
+    if response.framing == "chunked":
+        return response, _read_chunks(bytes(data), pieces)
+    while len(data) < response.length:
+        data += _next_piece(pieces)
+    return response, bytes(data[:response.length])
+
+
+def _read_chunks(data: bytes, pieces: Iterator[bytes]) -> bytes:
+    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
+    framing.feed(data, payload)
+    while not framing.done:
+        framing.feed(_next_piece(pieces), payload)
+    return b"".join(payload)
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes:
+    data = next(pieces, b"")
+    if not data:
+        raise ValueError("the answer ended early")
+    return data
 
 
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
@@ -5191,11 +5278,14 @@ def parse_upstream(url: str) -> Upstream:
         port = parts.port
     except ValueError:
         raise UserError(f"{url!r} is not a URL", hint, 2) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username or not url.isascii():
+    plain = parts.scheme in ("http", "https") and url.isascii()
+    if not plain or not parts.hostname or parts.query or parts.username:
         raise UserError(f"{url!r} is not a plain http or https URL", hint, 2)
     tls = parts.scheme == "https"
-    path = parts.path.rstrip("/")
-    return Upstream(parts.hostname, port or (443 if tls else 80), path[:-3] if path.endswith("/v1") else path, tls)
+    prefix = parts.path.rstrip("/")
+    if prefix.endswith("/v1"):
+        prefix = prefix[:-3]
+    return Upstream(parts.hostname, port or (443 if tls else 80), prefix, tls)
 
 
 class Outcome(NamedTuple):
@@ -5729,100 +5819,173 @@ class App:
         """Housekeeping on the main thread."""
 
 
-def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+def serve_connection(client: Client, app: App) -> None:
     """Answer one connection's requests until it ends."""
     try:
-        client = Client(sock, head_timeout_s)
-    except OSError:                             # gone before it began
-        sock.close()
-        return
-    try:
         while client.keep_alive:
-            request = None
-            try:
-                request = client.read_request()
-                if request is None:
-                    return
-                app.answer(client, request)
-            except HttpError as exc:
-                if client.answering:
-                    return
-                if request is None or exc.status in (408, 413):     # where the next request begins is not known
-                    client.keep_alive = False
-                client.reply_error(exc.status, str(exc), exc.kind)
+            if not _serve_request(client, app):
+                break
     except ClientGone:
         pass
-    except Exception:                           # a bug: its traceback into the log, a 500 to the client
+    except Exception:                           # a bug: its traceback is for the log alone
         import traceback
         app.log.error("internal error\n" + traceback.format_exc())
-        if not client.answering:
-            client.keep_alive = False
-            try:
-                client.reply_error(500, "internal error; see the log", "server_error")
-            except ClientGone:
-                pass
+        _reply_last(client, 500, "internal error; see the log")
     finally:
         client.close()
 
 
+def _serve_request(client: Client, app: App) -> bool:
+    """Answer one request; False when there is none any more. Errors: ClientGone."""
+    request = None
+    try:
+        request = client.read_request()
+        if request is None:
+            return False
+        app.answer(client, request)
+    except HttpError as exc:
+        if client.answering:
+            return False
+        if request is None or exc.status in (408, 413):
+            client.keep_alive = False           # where the next request begins is not known
+        client.reply_error(exc.status, str(exc), exc.kind)
+    return True
+
+
+def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
+    """Say why a connection ends, where that can be said."""
+    if client.answering:
+        return
+    client.keep_alive = False
+    try:
+        client.reply_error(status, message, "server_error", extra)
+    except ClientGone:
+        pass
+
+
+class Server:
+    """Listens, and answers each connection on a thread of its own. Errors: OSError.
+
+    Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
+    """
+
+    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+        self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
+        self._lock = threading.Lock()
+        self._clients: Set[Client] = set()      # whose threads run
+        self._refused: List[Client] = []        # told why, and closed a little later
+        self._stopping = threading.Event()
+        self._used = True                       # since memory was returned: by the start, or clients
+        self._returned = time.monotonic()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if not IS_WINDOWS:                  # there it would share a port in use
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+            self._socket.listen(1024)           # a burst of clients is not reset
+        except OSError:
+            self._socket.close()
+            raise
+        self.server_port: int = self._socket.getsockname()[1]
+
+    def serve_forever(self, every_s: float = 1.0) -> None:
+        """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        due = time.monotonic() + every_s
+        while not self._stopping.is_set():
+            self._accept(due - time.monotonic())
+            if time.monotonic() >= due:
+                due = time.monotonic() + every_s
+                self._close_refused()
+                self._return_memory()
+                self._app.every_second()
+
+    def _return_memory(self) -> None:
+        if self._clients:
+            self._used = True
+        if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
+            self._used, self._returned = False, time.monotonic()
+            return_memory()
+
+    def shutdown(self) -> None:
+        """Make serve_forever() return; for other threads."""
+        self._stopping.set()
+
+    def server_close(self) -> None:
+        self._socket.close()
+        self._close_refused()
+
+    def _accept(self, wait_s: float) -> None:
+        self._socket.settimeout(max(wait_s, 0.001))
+        try:
+            sock, _ = self._socket.accept()
+        except _LAPSED:
+            return
+        except OSError:                         # no descriptor is free; accepting would spin
+            self._stopping.wait(0.05)
+            return
+        try:
+            client = Client(sock, self._head_timeout_s)
+        except OSError:                         # gone before it began
+            sock.close()
+            return
+        if not self._admit(client):
+            self._refuse(client, f"{self._most} connections are open already")
+            return
+        try:
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._leave(client)
+            self._refuse(client, "no more threads are to be had")
+
+    def _admit(self, client: Client) -> bool:
+        with self._lock:
+            if len(self._clients) >= self._most and not self._make_room():
+                return False
+            self._clients.add(client)
+            return True
+
+    def _make_room(self) -> bool:
+        """Have the connection give way that has been longest about its request.
+
+        Those within a quarter of all are left alone: a burst of honest clients is among them.
+        """
+        since = {client: client.asking_since for client in self._clients}
+        asking = [client for client in since if since[client]]
+        if len(asking) <= self._most // 4:
+            return False
+        oldest = min(asking, key=since.__getitem__)
+        self._clients.discard(oldest)
+        oldest.give_way()
+        return True
+
+    def _serve(self, client: Client) -> None:
+        try:
+            serve_connection(client, self._app)
+        finally:
+            self._leave(client)
+
+    def _leave(self, client: Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+
+    def _refuse(self, client: Client, why: str) -> None:
+        """A 503; closed at once, the client's request would meet a reset and lose it the answer."""
+        _reply_last(client, 503, why, b"Retry-After: 1\r\n")
+        client.half_close()
+        self._refused.append(client)
+        if len(self._refused) > self._most // 4:
+            self._refused.pop(0).close()
+
+    def _close_refused(self) -> None:
+        while self._refused:
+            self._refused.pop().close()
+
+
 def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Any:
-    """A listening ThreadingHTTPServer whose threads run serve_connection. Errors: OSError."""
-    from http.server import ThreadingHTTPServer
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 1024               # 5 by default: a burst of clients would be reset
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        allow_reuse_address = not IS_WINDOWS    # there it would share a port in use
-
-        def __init__(self) -> None:
-            self._count = 0
-            self._count_lock = threading.Lock()
-            super().__init__((host, port), None)    # type: ignore[arg-type]
-
-        def server_bind(self) -> None:
-            # Not HTTPServer's: it calls getfqdn, a stall of 5 s with a slow resolver.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0 if IS_WINDOWS else 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            with self._count_lock:
-                full = self._count >= most
-                self._count += not full
-            if full:
-                request.setblocking(False)
-                body = error_json(f"{most} connections are open already", "server_error", 503)
-                try:
-                    request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                                 b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
-                except OSError:
-                    pass
-                self.shutdown_request(request)
-                return
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:                # no more threads to be had
-                self._leave()
-                self.shutdown_request(request)
-
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                serve_connection(request, app, head_timeout_s)
-            finally:
-                self._leave()
-
-        def _leave(self) -> None:
-            with self._count_lock:
-                self._count -= 1
-
-        def service_actions(self) -> None:
-            app.every_second()
-
-    return Server()
+                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
+    """A listening server; serve_forever() answers. Errors: OSError."""
+    return Server(host, port, app, most, head_timeout_s)
 
 
 # ===================================================================================================

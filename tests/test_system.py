@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -234,25 +233,3 @@ def test_a_tail_shows_no_control_characters(tmp_path: Path) -> None:
     assert "\x1b" not in tail
 
 
-# ---- cores
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_what_a_pinned_thread_starts_has_every_core(tmp_path: Path) -> None:
-    every = os.sched_getaffinity(0)
-    found: list[Any] = []
-
-    def pinned() -> None:
-        llmstack.prefer_one_core()
-        found.append(os.sched_getaffinity(0))
-        process = llmstack.spawn([sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"],
-                                 str(tmp_path / "x.log"), os.environ)
-        process.wait()
-
-    thread = threading.Thread(target=pinned)
-    thread.start()
-    thread.join()
-    if getattr(sys, "_is_gil_enabled", lambda: True)():
-        assert len(found[0]) == 1
-    assert (tmp_path / "x.log").read_text().strip() == str(sorted(every))
-    assert os.sched_getaffinity(0) == every
