@@ -3534,6 +3534,21 @@ def read_resource(name: str) -> bytes:
     return data
 
 
+def guest_command(python: str, name: str) -> List[str]:
+    """The command that runs share/guests/NAME.py inside another environment's Python.
+
+    The zipapp's own start runs a guest out of the archive and loads nothing else of it.
+    Errors: UserError where llmstack.py has been copied without share/.
+    """
+    if getattr(_LOADER, "archive", None):
+        return [python, PROGRAM, "_guest", name]
+    path = os.path.join(os.path.dirname(PROGRAM), "share", "guests", name + ".py")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no {path}",
+                        "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
+    return [python, path]
+
+
 class Places(NamedTuple):
     """Directories and files of one invocation, absolute."""
 
