@@ -7634,16 +7634,13 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # DOWNLOADS
 # ===================================================================================================
 
-# The last release for Python 3.9, which a stock Mac has. Newer ones drop what a killed download had got: they write
-# to a file with a random name. So the worker keeps the old name, `blobs/<etag>.incomplete`, and has the library
-# continue it (http_get, resume_size); that works with every release from 1.0 to 2.4.
+# The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
+# killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
-                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)", (3, 9), (3, 14),
-                         "or install huggingface_hub into the Python that runs llmstack")
+                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new; a lost network is often back by then
 MAX_RETRY_AFTER_S = 3600
-HTTP_LIMIT_BYTES = 50_000_000_000               # the hub serves larger files over Xet only, which cannot be resumed
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
 MAX_BINARY_BYTES = 512 * 1024 * 1024
@@ -7806,18 +7803,6 @@ def set_state(places: Places, name: str, **values: Any) -> None:
             write_atomic(queue_file(places), json.dumps(jobs, indent=1))
 
 
-def hub_python(data: str, say: Say) -> str:
-    """A Python that has huggingface_hub: this one, else the private environment's. Errors: UserError."""
-    from importlib import metadata
-    try:
-        if int(metadata.version("huggingface_hub").split(".")[0]) >= 1:
-            return sys.executable
-    except (metadata.PackageNotFoundError, ValueError):
-        pass
-    install_environment(HUB, data, say)
-    return environment_program(HUB, data)
-
-
 def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], env: Mapping[str, str], say: Say) -> int:
     """Queue jobs and see that a worker runs; its pid. Errors: UserError.
 
@@ -7825,7 +7810,8 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], e
     directory may have brought a queue along, and links that logs would be written through.
     """
     check_links(places)
-    python = hub_python(places.data, say)
+    install_environment(HUB, places.data, say)
+    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
         for job in jobs:
@@ -7842,7 +7828,7 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], e
             mark = os.urandom(12).hex()
             settings = {STACK_VARIABLE: mark, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
                         "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            process = spawn([python, PROGRAM, "_download"], log,
+            process = spawn([sys.executable, PROGRAM, "_download"], log,
                             {**{k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}, **settings})
             process.returncode = 0              # it stays; do not let Popen warn that it is still running
             worker = Record(process.pid, process_started(process.pid), mark, kind="download")
@@ -7867,255 +7853,193 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
     """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
     code = 0
     while True:
-        with queue_lock(places):
-            queue = read_queue(places)
-            name = next((n for n, j in queue.items() if j["state"] in ("queued", "running")), "")
-            if not name:
-                _remove(places.in_state("download.pid"))
-                return code
-            row = queue[name]
-            row.update(state="running", error="")
-            write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        log = places.log(f"dl-{name}.log")
-        shift_logs(log)
-        with open(log, "a", encoding="utf-8") as file:
-            def note(line: str, file: Any = file) -> None:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
-                file.flush()
-            job = parse_job(row)
-            assert job is not None
-            try:
-                size = fetch_job(job, env, note, functools.partial(set_state, places, name))
-            except Exception as exc:            # the next file may fare better
-                code = 1
-                what, hint, _ = _hub_problem(exc, job.repo, job.files[0], env)
-                set_state(places, name, state="failed", error=what, hint=hint)
-                note(f"failed: {what}" + (f" ({hint})" if hint else ""))
-            else:
-                set_state(places, name, state="done", bytes=size)
-                note(f"done: {size:,} bytes (download done)")
-
-
-def fetch_job(job: Job, env: Mapping[str, str], note: Say, tell: Callable[..., None]) -> int:
-    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
-    cache = hub_cache_dir(env)
-    done = 0
-    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {cache}")
-    found = [(file, _metadata(job.repo, file, env, note)) for file in job.files]
-    total = sum(meta.size for _, meta in found)
-    for file, meta in found:
-        tell(part=meta.etag, before=done, total=total)
-        _fetch_file(job.repo, file, meta, cache, env, note)
-        done += meta.size
-    for file in job.beside:                     # refs/main has moved on: what is here of the other files must be there, too
-        if not local_file(cache, job.repo, file):
-            try:
-                meta = _metadata(job.repo, file, env, note)
-            except UserError:
-                continue
-            if os.path.exists(os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)):
-                _place_file(job.repo, file, meta, cache)
-    return done
-
-
-class _HubFile(NamedTuple):
-    """What the hub says of a file. `etag` of a large one is its SHA-256."""
-
-    commit: str
-    etag: str
-    size: int
-    url: str
-
-
-def _metadata(repo: str, file: str, env: Mapping[str, str], note: Say) -> _HubFile:
-    found: _HubFile = _patiently(lambda: _ask_hub(repo, file, env), lambda: 0, repo, file, env, note)
-    return found
-
-
-def _ask_hub(repo: str, file: str, env: Mapping[str, str]) -> _HubFile:
-    """Errors: UserError, and the library's own."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    meta = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=hub_endpoint(env)), headers=_hub_headers(hub))
-    etag, commit = str(meta.etag or ""), str(meta.commit_hash or "")
-    if not re.match(r"[0-9A-Za-z]{8,128}\Z", etag) or not re.match(r"[0-9a-f]{40}\Z", commit) or meta.size is None:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {repo}/{file} has no ETag, commit or size",
-                        "see HF_ENDPOINT, and whether a proxy stands between")
-    return _HubFile(commit, etag, int(meta.size), str(meta.location))
-
-
-def _hub_headers(hub: Any) -> Dict[str, str]:
-    """With the token of HF_TOKEN, or of `hf auth login`."""
-    headers: Dict[str, str] = hub.utils.build_hf_headers(library_name="llmstack", library_version=VERSION)
-    return headers
-
-
-def _patiently(act: Callable[[], Any], got: Callable[[], int], repo: str, file: str, env: Mapping[str, str], note: Say) -> Any:
-    """act(), again and again while waiting may help; `got` counts what it has brought. Errors: UserError."""
-    tries, before = 0, got()
-    while True:
+        job = _next_job(places)
+        if job is None:
+            return code
+        note = _job_log(places, job.name)
+        tell = functools.partial(set_state, places, job.name)
         try:
-            return act()
-        except Exception as exc:
-            reason, hint, wait_s = _hub_problem(exc, repo, file, env)
-            if got() > before:
-                tries, before = 0, got()
-            if wait_s < 0 or tries >= (len(HUB_WAITS_S) if wait_s or before else 1):
-                raise UserError(reason, hint) from None
-            pause_s = max(wait_s, HUB_WAITS_S[tries])
-            tries += 1
-            note(f"{reason}; trying again in {pause_s:.0f} s")
-            time.sleep(pause_s)
-
-
-def _hub_problem(exc: Exception, repo: str, file: str, env: Mapping[str, str]) -> Tuple[str, str, float]:
-    """(what, what to do, seconds until it is worth another try: 0 for soon, -1 for never)."""
-    endpoint = hub_endpoint(env)
-    again = "run `llmstack download` again: it goes on from there"
-    if isinstance(exc, UserError):
-        return str(exc), exc.hint, -1
-    response = getattr(exc, "response", None)
-    if response is None:
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            return f"the disk is full: {hub_cache_dir(env)}", "free some room, then `llmstack download` goes on from there", -1
-        if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return f"cannot write {exc.filename or hub_cache_dir(env)}: {exc.strerror}", "mend its permissions", -1
-        if type(exc).__name__ == "OfflineModeIsEnabled":
-            return "HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1
-        if isinstance(exc, OSError) or type(exc).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            words = (str(exc).strip() or type(exc).__name__).splitlines()[0][:200]
-            broke = "Protocol" in type(exc).__name__ or "Read" in type(exc).__name__
-            return (f"the model hub {'broke the connection' if broke else f'cannot be reached at {endpoint}'}: {words}",
-                    f"see that this machine is online (HTTPS_PROXY is honoured); {again}", 0)
-        return f"huggingface_hub failed: {type(exc).__name__}: {str(exc)[:200]}", again, -1
-    status, code = response.status_code, response.headers.get("X-Error-Code", "")
-    if status == 429 or status == 408 or status >= 500:
-        after = response.headers.get("Retry-After", "")
-        reset = re.search(r"\bt=([0-9]{1,5})", response.headers.get("RateLimit", ""))
-        after_s = float(after) if after.isdigit() else float(reset.group(1)) if reset else 5.0
-        what = "asks to wait" if status == 429 else f"answers {status}"
-        return f"the model hub {what}", again, min(max(after_s, 1.0), MAX_RETRY_AFTER_S)
-    if status == 403 and not code and not str(response.url).startswith(endpoint):
-        return "the signed address of the file has lapsed", again, 0
-    if status == 401 and "nvalid" in response.headers.get("X-Error-Message", ""):
-        return "the model hub does not take the token in HF_TOKEN", f"make a new one at {endpoint}/settings/tokens", -1
-    if code == "GatedRepo" or status == 403:
-        how = "whose owner accepted them is what HF_TOKEN must hold" if env.get("HF_TOKEN") else "into HF_TOKEN"
-        return (f"{repo} is gated: its terms must be accepted first", f"accept them at {endpoint}/{repo}, and put a token"
-                f" {how} ({endpoint}/settings/tokens)", -1)
-    if status == 401 or code == "RepoNotFound":
-        return (f"there is no {repo} on the hub, or it is private or gated",
-                f"look at {endpoint}/{repo}; for a private one, put your token into HF_TOKEN", -1)
-    if status == 404:
-        return (f"{repo} has no {file}{nearest_files(repo, file, env)}", "correct hf_file in models.ini", -1)
-    return f"the model hub answers {status} for {repo}/{file}", again, -1
-
-
-def _fetch_file(repo: str, file: str, meta: _HubFile, cache: str, env: Mapping[str, str], note: Say) -> None:
-    """Bring one file into the cache, from where an earlier try has ended. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    blob = os.path.join(folder, "blobs", meta.etag)
-    lock = os.path.join(cache, ".locks", os.path.basename(folder), meta.etag + ".lock")     # the library's own
-    begun = max(file_size(blob), file_size(blob + ".incomplete"))
-    if meta.size > HTTP_LIMIT_BYTES and not begun:
-        import importlib
-        hub: Any = importlib.import_module("huggingface_hub")
-        _check_room(meta.size, folder, file)
-        note(f"{file}: {meta.size:,} bytes, over Xet")
-        _patiently(lambda: hub.hf_hub_download(repo, file, cache_dir=cache, endpoint=hub_endpoint(env)), lambda: 0, repo, file,
-                   env, note)
-    with FileLock(lock, lambda: note(f"another program is fetching {file}; waiting for it")):
-        here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-        if file_size(here) == meta.size:
-            note(f"{file}: is here already")
-        elif file_size(blob) == meta.size:
-            note(f"{file}: is here already, under another commit")
+            size = fetch_job(job, places, env, note, tell)
+        except HubUnreachable as exc:
+            code = 1
+            note(f"failed: {exc} ({exc.hint})")
+            _fail_all(places, exc)
+        except Exception as exc:                # the next file may fare better
+            code = 1
+            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
+            tell(state="failed", error=what, hint=hint)
+            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
         else:
-            os.makedirs(os.path.dirname(blob), exist_ok=True)
-            _remove(here)
-            _remove(blob)
-            resumed = _fill_blob(repo, file, meta, blob, env, note)
-            if not resumed:
-                _fill_blob(repo, file, meta, blob, env, note)
-        _place_file(repo, file, meta, cache)
+            tell(state="done", bytes=size)
+            note(f"done: {size:,} bytes (download done)")
 
 
-def _check_room(need: int, folder: str, file: str) -> None:
-    import shutil
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{file} needs {need / 1e9:,.2f} GB more, and there are {free / 1e9:,.2f} GB free in {folder}",
-                        "free some room, or have the cache elsewhere with HF_HOME; then again")
+def _next_job(places: Places) -> Optional[Job]:
+    """The next of the queue, marked as running; None where there is none, and the worker may end."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="running", error="")
+                write_atomic(queue_file(places), json.dumps(queue, indent=1))
+                return parse_job(row)
+        _remove(places.in_state("download.pid"))
+        return None
 
 
-def _fill_blob(repo: str, file: str, meta: _HubFile, blob: str, env: Mapping[str, str], note: Say) -> bool:
-    """Fetch and verify. False when what had been there before was of no use and is gone now. Errors: UserError."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    fetch: Any = importlib.import_module("huggingface_hub.file_download")
-    fetch.constants.DOWNLOAD_CHUNK_SIZE = 1 << 20               # what a kill loses, and what a slow line shows
-    part = blob + ".incomplete"
-    if file_size(part) > meta.size:
-        _remove(part)
-    start = file_size(part)
-    _check_room(meta.size - start, os.path.dirname(blob), file)
-    note(f"{file}: {meta.size:,} bytes" + (f", going on at {start:,}" if start else ""))
-    headers = _hub_headers(hub)
-    url = meta.url
-    if url.split("/", 3)[:3] != hub_endpoint(env).split("/", 3)[:3]:
-        headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}    # a signed address, elsewhere
+def _job_log(places: Places, name: str) -> Say:
+    """What writes a line, with the time, to a new log of a job."""
+    path = places.log(f"dl-{name}.log")
+    shift_logs(path)
 
-    def get() -> None:
-        nonlocal url
-        url = url or _ask_hub(repo, file, env).url       # a signed address has its time
-        with open(part, "ab") as out:
-            have, address, url = file_size(part), url, ""
-            fetch.http_get(address, out, resume_size=have, headers=headers, expected_size=meta.size)
+    def note(line: str) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
 
-    stop = threading.Event()
-    teller = threading.Thread(target=_note_progress, args=(part, file, meta.size, note, stop), daemon=True)
-    teller.start()
-    try:
-        _patiently(get, lambda: file_size(part), repo, file, env, note)
-    finally:
-        stop.set()
-        teller.join()
-    if file_size(part) != meta.size or (len(meta.etag) == 64 and _sha256(part) != meta.etag):
-        _remove(part)
-        if start:
-            note(f"{file}: what an earlier try had left was damaged; beginning again")
-            return False
-        raise UserError(f"{file} arrived damaged: its size or SHA-256 is not the hub's", "run `llmstack download` again")
-    os.replace(part, blob)
-    note(f"{file}: whole, SHA-256 verified" if len(meta.etag) == 64 else f"{file}: whole")
-    return True
+    return note
 
 
-def _note_progress(part: str, file: str, size: int, note: Say, stop: threading.Event) -> None:
-    start, began = file_size(part), time.monotonic()
-    while not stop.wait(10):
-        have = file_size(part)
-        note(f"{file}: {progress_words(have, size, (have - start) / (time.monotonic() - began))}")
+def _fail_all(places: Places, why: UserError) -> None:
+    """Every job that waits fails for the same reason, which is no other's fault."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="failed", error=str(why), hint=why.hint)
+        write_atomic(queue_file(places), json.dumps(queue, indent=1))
 
 
-def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
-    """Make a blob a file of its commit, and this commit the one that is found without a network. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-    blob = os.path.join(folder, "blobs", meta.etag)
-    try:
-        os.makedirs(os.path.dirname(here), exist_ok=True)
-        if not os.path.isfile(here):
-            _remove(here)
-            try:
-                os.symlink(os.path.relpath(blob, os.path.dirname(here)), here)
-            except OSError:                     # Windows without developer mode: one name is enough
-                os.replace(blob, here)
-    except OSError as exc:
-        raise UserError(f"cannot write {here}: {exc.strerror}", "mend the permissions of its directory") from None
-    if read_text(os.path.join(folder, "refs", "main")).strip() != meta.commit:
-        write_atomic(os.path.join(folder, "refs", "main"), meta.commit)
+class HubUnreachable(UserError):  # noqa: N818
+    """The hub has not answered at all, so no other file needs to be tried."""
+
+
+class HubProblem(NamedTuple):
+    """A failure of the hub's guest in our words."""
+
+    what: str
+    hint: str
+    wait_s: float                               # until another try is worth it; negative: never
+    unreachable: bool = False
+
+
+GO_ON = "run `llmstack download` again: it goes on from there"
+
+
+def hub_problem(said: Mapping[str, Any], job: Job, env: Mapping[str, str]) -> HubProblem:
+    """What a failure that the guest reports means for the user. `said`: see hub_download.py."""
+    if said.get("problem"):
+        return HubProblem(visible(str(said["problem"])), visible(str(said.get("hint"))), -1)
+    if isinstance(said.get("status"), int):
+        return _refused_by_hub(said, job, env)
+    cache, words = hub_cache_dir(env), visible(str(said.get("words", "no reason given")))
+    if said.get("errno") == errno.ENOSPC:
+        return HubProblem(f"the disk is full: {cache}",
+                          "free some room, then `llmstack download` goes on from there", -1)
+    if said.get("path"):
+        return HubProblem(f"cannot write {visible(str(said['path']))}: {words}",
+                          "mend its permissions, or those of its directory", -1)
+    if said.get("kind") == "OfflineModeIsEnabled":
+        return HubProblem("HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1)
+    if not said.get("network"):
+        kind = visible(str(said.get("kind", "it ended")))
+        return HubProblem(f"huggingface_hub failed: {kind}: {words}", GO_ON, -1)
+    hint = f"see that this machine is online (HTTPS_PROXY is honoured); {GO_ON}"
+    if said.get("broke"):
+        return HubProblem(f"the model hub broke the connection: {words}", hint, 0)
+    what = f"the model hub cannot be reached at {hub_endpoint(env)}: {words}"
+    return HubProblem(what, hint, 0, unreachable=True)
+
+
+def _refused_by_hub(said: Mapping[str, Any], job: Job, env: Mapping[str, str]) -> HubProblem:
+    endpoint, page = hub_endpoint(env), f"{hub_endpoint(env)}/{job.repo}"
+    status, code = said["status"], said.get("code")
+    if status in (408, 429) or status >= 500:
+        what = "asks to wait" if status == 429 else f"answers {status}"
+        return HubProblem(f"the model hub {what}", GO_ON, _wanted_wait_s(said))
+    if status == 403 and not code and not str(said.get("url")).startswith(endpoint):
+        return HubProblem("the signed address of the file has lapsed", GO_ON, 0)
+    if status == 401 and "nvalid" in str(said.get("message")):
+        return HubProblem("the model hub does not take the token in HF_TOKEN",
+                          f"make a new one at {endpoint}/settings/tokens", -1)
+    if code == "GatedRepo" or status == 403:
+        token = "put a token into HF_TOKEN"
+        if env.get("HF_TOKEN"):
+            token = "the token in HF_TOKEN must be that of who accepted them"
+        return HubProblem(f"{job.repo} is gated: its terms must be accepted first",
+                          f"accept them at {page}, and {token} ({endpoint}/settings/tokens)", -1)
+    if status == 401 or code == "RepoNotFound":
+        return HubProblem(f"there is no {job.repo} on the hub, or it is private or gated",
+                          f"look at {page}; for a private one, put your token into HF_TOKEN", -1)
+    file = str(said.get("file") or job.files[0])
+    if status == 404:
+        return HubProblem(f"{job.repo} has no {visible(file)}{nearest_files(job.repo, file, env)}",
+                          "correct hf_file in models.ini", -1)
+    return HubProblem(f"the model hub answers {status} for {job.repo}/{visible(file)}", GO_ON, -1)
+
+
+def _wanted_wait_s(said: Mapping[str, Any]) -> float:
+    """How long the hub asks to be left alone; five seconds where it does not say."""
+    after = str(said.get("retry_after"))
+    reset = re.search(r"\bt=([0-9]{1,5})", str(said.get("rate_limit")))
+    wait_s = 5.0
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset:
+        wait_s = float(reset.group(1))
+    return min(max(wait_s, 1.0), MAX_RETRY_AFTER_S)
+
+
+def fetch_job(job: Job, places: Places, env: Mapping[str, str], note: Say,
+              tell: Callable[..., None]) -> int:
+    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
+    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {hub_cache_dir(env)}")
+    tries = most = 0
+    while True:
+        answer = run_hub_guest(job, places, env, note, tell)
+        if isinstance(answer.get("done"), int):
+            return int(answer["done"])
+        said, got = answer.get("failed"), answer.get("got")
+        problem = hub_problem(said if isinstance(said, dict) else {}, job, env)
+        if isinstance(got, int) and got > most:
+            tries, most = 0, got
+        allowed = len(HUB_WAITS_S)
+        if problem.unreachable and not most:
+            allowed = 1
+        if problem.wait_s < 0 or tries >= allowed:
+            kind = HubUnreachable if problem.unreachable and not most else UserError
+            raise kind(problem.what, problem.hint)
+        pause_s = max(problem.wait_s, HUB_WAITS_S[tries])
+        tries += 1
+        note(f"{problem.what}; trying again in {pause_s:.0f} s")
+        time.sleep(pause_s)
+
+
+def run_hub_guest(job: Job, places: Places, env: Mapping[str, str], note: Say,
+                  tell: Callable[..., None]) -> Dict[str, Any]:
+    """Have the hub's guest try one job once; the last that it says, {} for nothing.
+
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    """
+    import subprocess
+    command = guest_command(environment_program(HUB, places.data), "hub_download")
+    wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
+    guest = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    answer: Dict[str, Any] = {}
+    with guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        for line in guest.stdout:
+            answer = json.loads(line)
+            if "say" in answer:
+                note(visible(answer["say"]))
+            elif "part" in answer:
+                tell(**answer)
+            elif "size" in answer:
+                words = progress_words(answer["bytes"], answer["size"], answer["rate"])
+                note(f"{answer['file']}: {words}")
+    return answer
 
 
 def span_words(seconds: float) -> str:
@@ -9829,7 +9753,7 @@ def _add_download_worker(commands: Any) -> None:
 
 
 def _cmd_download_worker(args: Any) -> int:
-    """The process behind `download`, on a Python that has huggingface_hub."""
+    """The process behind `download`."""
     return run_downloads(_places(args), os.environ)
 
 

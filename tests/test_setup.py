@@ -276,7 +276,7 @@ def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fak
     def refuse(*_: object) -> str:
         raise llmstack.UserError("PyPI is gone")
 
-    monkeypatch.setattr(llmstack, "hub_python", refuse)
+    monkeypatch.setattr(llmstack, "install_environment", refuse)
     monkeypatch.setenv("HF_HOME", "elsewhere")
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
     captured = capsys.readouterr()
