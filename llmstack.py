@@ -6075,69 +6075,29 @@ def hub_cache_dir(env: Mapping[str, str]) -> str:
     return ""
 
 
-def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
-    """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
+def repo_dir(cache: str, repo: str) -> str:
+    return os.path.join(cache, "models--" + repo.replace("/", "--"))
+
+
+def local_file(cache: str, repo: str, file: str) -> str:
+    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
+    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
+    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
+    return path if commit and os.path.isfile(path) else ""
+
+
+def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
+    """Where each file of a tier's model lies on this disk, "" for one that is not here."""
     if weights.path:
-        return weights.path if os.path.isfile(weights.path) else ""
-    repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
-    head = read_text(os.path.join(repo, "refs", "main")).strip()
-    try:
-        commits = sorted(os.listdir(os.path.join(repo, "snapshots")), key=lambda c: c != head)
-    except OSError:
-        return ""
-    found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
-    return next((path for path in found if os.path.isfile(path)), "")
+        return [weights.path if os.path.isfile(weights.path) else ""]
+    cache = hub_cache_dir(env)
+    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
 
 
-def part_names(name: str, count: int) -> List[str]:
-    """The files of a split GGUF from the name of the first."""
-    stem, split, _ = name.rpartition("-00001-of-")
-    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)] if split and count > 1 else [name]
-
-
-def local_header(path: str) -> GgufHeader:
-    """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
-    def one(name: str) -> GgufHeader:
-        with open(name, "rb") as file:
-            def read(offset: int, count: int) -> bytes:
-                file.seek(offset)
-                return file.read(count)
-
-            header = parse_gguf_header(read)
-        if file_size(name) < header.end:
-            raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
-        return header
-
-    first = one(path)
-    return merge_headers(first, map(one, part_names(path, first.parts)[1:]))
-
-
-def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
-    """A part of a file on the hub, which redirects to its storage; short at its end. Errors: OSError, in words."""
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    if not url.startswith("http"):
-        raise OSError(f"{url} is no address of a hub")
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
-        if token:                               # goes to the hub, never to where it redirects
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            skip = 0 if answer.status == 206 else first         # no ranges: the file as far as is needed
-            data: bytes = answer.read(skip + count)
-            return data[skip:]
-    except urllib.error.HTTPError as exc:
-        if exc.code == 416:                     # beyond its end
-            return b""
-        raise OSError(f"{url} answered {exc.code}" + (": set HF_TOKEN" if exc.code in (401, 403) else "")) from None
-    except urllib.error.URLError as exc:
-        raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
-    except (ValueError, http.client.HTTPException) as exc:
-        raise OSError(str(exc) or type(exc).__name__) from None
-    except OSError as exc:                      # one that takes the connection and says nothing
-        raise ConnectionError(f"the hub cannot be reached: {exc}") from None
+def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
+    """The first file of a tier's model where all of it is on this disk, else ""."""
+    parts = local_parts(weights, env)
+    return parts[0] if all(parts) else ""
 
 
 def hub_endpoint(env: Mapping[str, str]) -> str:
@@ -6158,6 +6118,108 @@ def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
     return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
 
 
+class Unreachable(UserError):  # noqa: N818
+    """A server that cannot be asked at all, so that no second question to it is worth its wait."""
+
+
+def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None,
+             timeout_s: float = 20) -> Any:
+    """Ask a server on the internet, through the proxy of the environment, or one on this machine.
+
+    Errors: Unreachable, HTTPError (an OSError) for what it refuses.
+    """
+    import urllib.error
+    import urllib.request
+    parts = re.match(r"https?://([^/?#]+)", url)
+    if parts is None:
+        raise Unreachable(f"{what} has no address that can be asked: {url}",
+                          "give it one that begins with https://")
+    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
+    for name, value in headers.items():
+        if name == "Authorization":             # not sent on when it leads elsewhere
+            request.add_unredirected_header(name, value)
+        else:
+            request.add_header(name, value)
+    ask = urllib.request.urlopen
+    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
+        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    try:
+        return ask(request, timeout=timeout_s)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError) as exc:
+        reason = str(getattr(exc, "reason", exc))
+        hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
+        if "CERTIFICATE_VERIFY" in reason:
+            hint = ("this Python has no certificates: run its Install Certificates.command,"
+                    " or set SSL_CERT_FILE")
+        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+
+
+def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
+    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    from urllib.parse import urlencode
+    token = hub_token(env)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = urlencode(form, doseq=True).encode() if form else None
+    try:
+        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
+            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
+    except ValueError as exc:
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
+
+
+def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
+    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
+    import difflib
+    try:
+        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
+    except (UserError, OSError, KeyError, TypeError):
+        return ""
+    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
+    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
+
+
+def local_header(path: str) -> GgufHeader:
+    """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
+    def one(name: str) -> GgufHeader:
+        with open(name, "rb") as file:
+            def read(offset: int, count: int) -> bytes:
+                file.seek(offset)
+                return file.read(count)
+
+            header = parse_gguf_header(read)
+        if file_size(name) < header.end:
+            raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
+        return header
+
+    first = one(path)
+    return merge_headers(first, map(one, split_parts(path)[1:]))
+
+
+def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
+    """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
+    import http.client
+    import urllib.error
+    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        with open_url(url, headers, "the model hub", timeout_s=10) as answer:
+            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
+            data: bytes = answer.read(skip + count)
+            return data[skip:]
+    except urllib.error.HTTPError as exc:
+        if exc.code == 416:                     # beyond its end
+            return b""
+        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        raise OSError(f"{url} answered {exc.code}{hint}") from None
+    except (ValueError, http.client.HTTPException) as exc:
+        raise OSError(str(exc) or type(exc).__name__) from None
+    except OSError as exc:                      # one that takes the connection and says nothing
+        raise Unreachable(f"the model hub broke off: {exc}", "try again later") from None
+
+
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
     def one(name: str) -> GgufHeader:
@@ -6174,7 +6236,7 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
         return parse_gguf_header(read)
 
     first = one(weights.file)
-    return merge_headers(first, map(one, part_names(weights.file, first.parts)[1:]))
+    return merge_headers(first, map(one, split_parts(weights.file)[1:]))
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
@@ -6195,8 +6257,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
                 continue
         except GgufError as exc:
             note = f"{os.path.basename(where)} {exc}"
+        except Unreachable as exc:              # no further tier is asked for
+            note, hub = str(exc), False
         except OSError as exc:
-            note, hub = str(exc), hub and not isinstance(exc, ConnectionError)      # offline: no tier more is asked for
+            note = str(exc)
         need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
         fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
                             note=note))
@@ -7705,65 +7769,6 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def repo_dir(cache: str, repo: str) -> str:
-    return os.path.join(cache, "models--" + repo.replace("/", "--"))
-
-
-def local_file(cache: str, repo: str, file: str) -> str:
-    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
-    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
-    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
-    return path if commit and os.path.isfile(path) else ""
-
-
-def has_all(cache: str, job: Job) -> bool:
-    return all(local_file(cache, job.repo, file) for file in job.files)
-
-
-def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None, timeout_s: float = 20) -> Any:
-    """Ask a server on the internet, through the proxy of the environment. Errors: UserError, HTTPError (an OSError)."""
-    import urllib.error
-    import urllib.request
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"{what} has no address that can be asked: {url}", "give it one that begins with https://")
-    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
-    for name, value in headers.items():         # not sent on when it leads elsewhere
-        request.add_unredirected_header(name, value)
-    try:
-        return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, ValueError) as exc:
-        reason = str(getattr(exc, "reason", exc))
-        hint = ("this Python has no certificates: run its Install Certificates.command, or set SSL_CERT_FILE"
-                if "CERTIFICATE_VERIFY" in reason else "see that this machine is online (HTTPS_PROXY is honoured), then again")
-        raise UserError(f"{what} cannot be reached at {url.split('/', 3)[2] if '//' in url else url}: {reason}", hint) from None
-
-
-def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
-    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
-    from urllib.parse import urlencode
-    token = hub_token(env)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = urlencode(form, doseq=True).encode() if form else None
-    try:
-        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except ValueError as exc:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
-
-
-def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
-    import difflib
-    try:
-        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
-    except (UserError, OSError, KeyError, TypeError):
-        return ""
-    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
-
-
 # The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
 # pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
 # is about to end, or starts another.
@@ -7860,7 +7865,7 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
         tell = functools.partial(set_state, places, job.name)
         try:
             size = fetch_job(job, places, env, note, tell)
-        except HubUnreachable as exc:
+        except Unreachable as exc:
             code = 1
             note(f"failed: {exc} ({exc.hint})")
             _fail_all(places, exc)
@@ -7907,10 +7912,6 @@ def _fail_all(places: Places, why: UserError) -> None:
             if row["state"] in ("queued", "running"):
                 row.update(state="failed", error=str(why), hint=why.hint)
         write_atomic(queue_file(places), json.dumps(queue, indent=1))
-
-
-class HubUnreachable(UserError):  # noqa: N818
-    """The hub has not answered at all, so no other file needs to be tried."""
 
 
 class HubProblem(NamedTuple):
@@ -8006,7 +8007,7 @@ def fetch_job(job: Job, places: Places, env: Mapping[str, str], note: Say,
         if problem.unreachable and not most:
             allowed = 1
         if problem.wait_s < 0 or tries >= allowed:
-            kind = HubUnreachable if problem.unreachable and not most else UserError
+            kind = Unreachable if problem.unreachable and not most else UserError
             raise kind(problem.what, problem.hint)
         pause_s = max(problem.wait_s, HUB_WAITS_S[tries])
         tries += 1
@@ -8542,17 +8543,21 @@ def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str]) -> Dict[st
     return found
 
 
-def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a file in the cache; a hash is made where that is cheap."""
-    parts = split_parts(file)
-    paths = [local_file(cache, repo, part) for part in parts]
-    if not all(paths):
-        return ("partial" if any(paths) or _is_begun(cache, repo, hub.get("sha256") or ()) else "missing"), ""
-    size = sum(map(file_size, paths))
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
+def local_state(weights: Weights, env: Mapping[str, str],
+                hub: Mapping[str, Any]) -> Tuple[str, str]:
+    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
+
+    `hub`: what ask_repo says of it. A hash is made where that is cheap.
+    """
+    paths = local_parts(weights, env)
     sums = hub.get("sha256") or []
+    if not all(paths):
+        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
+        return ("partial" if begun else "missing"), ""
+    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
     if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
         return "outdated", "the hub has a newer one; `llmstack download` fetches it"
+    size = sum(map(file_size, paths))
     if hub.get("size_bytes") and size != hub["size_bytes"]:
         return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
     for path, blob, digest in zip(paths, blobs, sums or blobs):
@@ -8560,18 +8565,21 @@ def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tup
         with open(path, "rb") as opened:
             if opened.read(4) != b"GGUF":
                 return "damaged", "it is no GGUF file"
-        if re.match(r"[0-9a-f]{64}\Z", expected) and file_size(path) <= CHEAP_HASH_BYTES and _sha256(path) != expected:
+        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
+        if cheap and _sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
 
-def _is_begun(cache: str, repo: str, sums: Sequence[str]) -> bool:
-    """True when an earlier download of one of these blobs, of any where none is known, has left something."""
+def _is_begun(folder: str, sums: Sequence[str]) -> bool:
+    """True when a download has left something of one of these blobs, of any where none is known."""
     try:
-        left = [n.split(".")[0] for n in os.listdir(os.path.join(repo_dir(cache, repo), "blobs")) if "." in n]
+        left = os.listdir(os.path.join(folder, "blobs"))
     except OSError:
         return False
-    return bool(set(left) & set(sums) if sums else left)
+    if sums:
+        return any(name.split(".")[0] in sums for name in left)
+    return any("." in name for name in left)    # a whole one is another model's
 
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
@@ -8671,7 +8679,7 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, s
         size = file_size(weights.path)
         return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
                 "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
-    state, why = local_state(hub_cache_dir(env), weights.repo, weights.file, hub)
+    state, why = local_state(weights, env, hub)
     return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
             "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
             "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
@@ -8755,7 +8763,7 @@ def _setup_llama_swap(setup: Setup) -> str:
 def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
     cache = hub_cache_dir(setup.env)
     jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not has_all(cache, job)]
+    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
 
 
 def _setup_download(setup: Setup) -> str:
@@ -8797,9 +8805,12 @@ def _setup_project(setup: Setup) -> str:
 def _setup_answer(setup: Setup) -> str:
     """Load the smallest local model that is here and have it say something, once for each pair of server and file."""
     check_run_trust(setup.places)
-    config, cache = load_config(setup.places), hub_cache_dir(setup.env)
-    here = [(sum(map(file_size, paths)), tier) for tier, paths in ((t, _local_paths(t, cache)) for t in local_tiers(config))
-            if all(map(file_size, paths))]
+    config = load_config(setup.places)
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
     program = find_llama_server(config, setup.env, setup.places.data)
     if not here or not program:
         raise _Skipped("there is no model to load yet" if program else "there is no llama-server to load one")
@@ -8811,12 +8822,6 @@ def _setup_answer(setup: Setup) -> str:
     seconds, words = prove_tier(tier, config, program, setup)
     write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
-
-
-def _local_paths(tier: Tier, cache: str) -> List[str]:
-    """Where the parts of a tier's current model are, "" for one that is not here."""
-    weights = weights_for(tier, False)
-    return [weights.path] if weights.path else [local_file(cache, weights.repo, f) for f in split_parts(weights.file)]
 
 
 def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup) -> Tuple[float, str]:
