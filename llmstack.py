@@ -4402,7 +4402,18 @@ def environment_program(wanted: PrivateEnvironment, data: str, program: str = "p
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
-    return os.path.exists(os.path.join(environment_dir(wanted, data), "ready"))
+    """True where an environment was finished, and the Python that it stands on is still there."""
+    directory, python = environment_dir(wanted, data), environment_program(wanted, data)
+    if not os.path.exists(os.path.join(directory, "ready")):
+        return False
+    settings = read_text(os.path.join(directory, "pyvenv.cfg"))
+    home = re.search(r"^home *= *(.+)$", settings, re.MULTILINE)
+    if home is None or not os.path.isdir(home.group(1).strip()) or not os.path.exists(python):
+        return False
+    # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
+    name = os.path.basename(os.path.realpath(python))
+    packages = os.path.join(directory, "lib", name)
+    return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
@@ -4417,35 +4428,50 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
-    """Make a private environment where it is not there yet; wheels only, nothing is built. Errors: UserError."""
+    """Make a private environment where none is ready; wheels only, nothing is built.
+
+    One process does it at a time; the others wait and find it done. Errors: UserError.
+    """
     if environment_ready(wanted, data):
         return
-    import shutil
-    directory = environment_dir(wanted, data)
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python {'.'.join(map(str, wanted.oldest))} to"
-                        f" {'.'.join(map(str, wanted.newest))}, and there is none on PATH", wanted.otherwise)
+        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
+        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
+                        " and there is none on PATH", wanted.otherwise)
+    lock = os.path.join(data, wanted.name, "lock")
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+        if not environment_ready(wanted, data):
+            _make_environment(wanted, data, python, say)
+
+
+def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
+                      say: Callable[[str], None]) -> None:
+    """All of it anew: what an interrupted try or another Python has left is of no use."""
+    import shutil
+    directory = environment_dir(wanted, data)
+    if os.path.exists(os.path.join(directory, "ready")):
+        say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as exc:
-        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
     inside = environment_program(wanted, data)
+    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
     steps = (
         ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [inside, "-m", "pip", "install", "--disable-pip-version-check",
-                                  "--only-binary", ":all:", *wanted.requirements]),
+        ("download and install", [*pip, *wanted.requirements]),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = _run_with_progress(what, command, say)
-        if output is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            reason = next((x for x in reversed(output.splitlines()) if x.strip()), "no reason given")
-            hint = "apt install python3-venv, then again" if "ensurepip" in output else "see that PyPI can be reached, then again"
-            raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
+        if output is None:
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        lines = [line for line in output.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        hint = "see that PyPI can be reached, then again"
+        if "ensurepip" in output:
+            hint = "apt install python3-venv, then again"
+        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
@@ -8710,10 +8736,16 @@ def _setup_hardware(setup: Setup) -> str:
     return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
 
 
+def _is_profile(written: bytes, profile: str) -> bool:
+    """True for what --profile writes, with or without the tier that LiteLLM serves."""
+    seed = seed_text(profile)[0]
+    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
+
+
 def _setup_ini(setup: Setup) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
     there = os.path.exists(path)
-    if not there or (profile and _read_bytes(path) != seed_text(profile)[0]):
+    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
     load_config(setup.places, setup.say)
     return f"{path} is there" if there else "written; edit it to have other models"

@@ -24,6 +24,7 @@ import yaml
 import llmstack
 from llmstack import Config, Tier, UserError
 from tests.conftest import ROOT
+from tests.test_environments import make_environment
 
 WANTED = [("code-ultra", "anthropic/claude-opus-4-20250514"), ("code-fast_next", "bedrock/eu.anthropic.claude-v2:0")]
 KEY = "sk-scripted-0123456789abcdef0123"
@@ -314,9 +315,7 @@ def test_which_litellm_is_taken(tmp_path: Path) -> None:
     assert llmstack.find_litellm({"LITELLM_BIN": installed}, data) == (sys.executable, llmstack.PROGRAM, "_litellm")
     with pytest.raises(UserError, match="no program"):
         llmstack.find_litellm({"LITELLM_BIN": "/nowhere"}, data)
-    ready = Path(llmstack.environment_dir(llmstack.LITELLM, data))
-    ready.mkdir(parents=True)
-    (ready / "ready").write_text("")
+    make_environment(llmstack.LITELLM, data)
     assert llmstack.find_litellm({}, data)[1:] == (llmstack.PROGRAM, "_litellm")
 
 
