@@ -38,7 +38,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
-    FIT                  headers from this disk or the hub; what each tier takes on this machine
+    FIT                  the hub and its cache; a model's header from either; what each tier takes here
     LITELLM              which one, its environment and configuration; what keeps web pages away from it
     ENGINE               the embedded application on 10102
     STACK                bringing the daemons up and down
@@ -6166,7 +6166,7 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
             request.add_unredirected_header(name, value)
         else:
             request.add_header(name, value)
-    ask = urllib.request.urlopen
+    ask: Any = urllib.request.urlopen
     if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
         ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     try:
@@ -7736,6 +7736,28 @@ RELEASES_URL = "https://api.github.com"
 MAX_BINARY_BYTES = 512 * 1024 * 1024
 
 
+def span_words(seconds: float) -> str:
+    """`75 s`, `14 min`, `12.5 h`"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def progress_words(have: int, size: int, rate: float) -> str:
+    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
+    unit, name = 1e6, "MB"
+    if size >= 1e9:
+        unit, name = 1e9, "GB"
+    if not size:
+        return f"{have / unit:,.1f} {name}"
+    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
+    if rate <= 0:
+        return words
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+
+
 def download_file(url: str, path: str, say: Say) -> None:
     """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
     import http.client
@@ -7781,9 +7803,7 @@ def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            rate = (done - start) / passed
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"  {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}")
+            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -7989,11 +8009,11 @@ def _refused_by_hub(said: Mapping[str, Any], job: Job, env: Mapping[str, str]) -
         return HubProblem("the model hub does not take the token in HF_TOKEN",
                           f"make a new one at {endpoint}/settings/tokens", -1)
     if code == "GatedRepo" or status == 403:
-        token = "put a token into HF_TOKEN"
+        how = "put a token into HF_TOKEN"
         if env.get("HF_TOKEN"):
-            token = "the token in HF_TOKEN must be that of who accepted them"
+            how = "let HF_TOKEN hold a token of who accepted them"
         return HubProblem(f"{job.repo} is gated: its terms must be accepted first",
-                          f"accept them at {page}, and {token} ({endpoint}/settings/tokens)", -1)
+                          f"accept them at {page}, and {how} ({endpoint}/settings/tokens)", -1)
     if status == 401 or code == "RepoNotFound":
         return HubProblem(f"there is no {job.repo} on the hub, or it is private or gated",
                           f"look at {page}; for a private one, put your token into HF_TOKEN", -1)
@@ -8069,19 +8089,6 @@ def run_hub_guest(job: Job, places: Places, env: Mapping[str, str], note: Say,
     return answer
 
 
-def span_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def progress_words(have: int, size: int, rate: float) -> str:
-    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`"""
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}" if size else f"{have / unit:,.1f} {name}"
-    if rate <= 0 or not size:
-        return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
-
-
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
     worker, cache = download_worker(places), hub_cache_dir(os.environ)
@@ -8096,59 +8103,93 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     return rows
 
 
+class _Bar:
+    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
+        self._file = ""
+        self._shown = ""
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
+            self._shown = ""
+
+    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
+        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
+        import shutil
+        if row["file"] != self._file:
+            self._file = row["file"]
+            self._samples.clear()
+        self._samples.append((time.monotonic(), row["bytes"]))
+        line = self._line(row, behind, last)[:shutil.get_terminal_size().columns - 1]
+        sys.stdout.write("\r" + line.ljust(len(self._shown)))
+        sys.stdout.flush()
+        self._shown = line
+
+    def _line(self, row: Mapping[str, Any], behind: int, last: str) -> str:
+        began, start = self._samples[0]
+        now, have = self._samples[-1]
+        stands = have == start and len(self._samples) > 15
+        if stands and ("trying again" in last or "waiting" in last):
+            return last.partition(" ")[2]
+        total = row["total_bytes"]
+        share = min(have / total, 1.0) if total else 0.0
+        rate = (have - start) / max(now - began, 0.001)
+        bar = f"[{'#' * int(share * 24):<24}] {share * 100:3.0f} %"
+        line = f"{row['tier']}-{row['label']} {bar} {progress_words(have, total, rate)}"
+        if behind > 0:
+            line += f" (+{behind})"
+        return line
+
+
+def _ended_words(row: Mapping[str, Any]) -> str:
+    """How a download has ended, "" while it goes on. `row`: of download_rows, {} where it has gone."""
+    state = row.get("state", "stopped")
+    if state in ("queued", "running"):
+        return ""
+    if state == "done":
+        return f"done, {progress_words(row['bytes'], 0, 0)}"
+    error, hint = f"the worker was {state}", GO_ON
+    if state == "failed":
+        error, hint = row["error"], row["hint"]
+    return f"failed: {error} ({hint})" if hint else f"failed: {error}"
+
+
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line a file.
+    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line an end.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    import shutil
-    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    samples: Any = collections.deque(maxlen=50)
-    told: Dict[str, bool] = {}
-    shown = ""
+    bar, left, failed = _Bar(), list(names), []
     try:
         while True:
-            rows = {f"{r['tier']}-{r['label']}": r for r in download_rows(places)}
-            for name in names:
-                state = rows[name]["state"] if name in rows else "stopped"
-                if name in told or state in ("queued", "running"):
-                    continue
-                if live and shown:
-                    sys.stdout.write("\r" + " " * len(shown) + "\r")
-                told[name], shown = state == "done", ""
-                if state == "done":
-                    say(f"{name}: done, {progress_words(rows[name]['bytes'], 0, 0)}")
-                else:
-                    error = rows[name]["error"] if state == "failed" else f"the worker was {state}"
-                    hint = rows[name]["hint"] if state == "failed" else "run `llmstack download` again: it goes on from there"
-                    say(f"{name}: failed: {error}" + (f" ({hint})" if hint else ""))
-            if len(told) == len(names):
-                return [name for name, good in told.items() if not good]
-            row = next((r for r in rows.values() if r["state"] == "running"), None) if live else None
-            if row is not None:
-                samples.append((time.monotonic(), row["bytes"], row["file"]))
-                line = _bar(row, [x for x in samples if x[2] == row["file"]], len(names) - len(told) - 1,
-                            tail_of(places.log(f"dl-{row['tier']}-{row['label']}.log"), 1))
-                line = line[:shutil.get_terminal_size().columns - 1]
-                sys.stdout.write("\r" + line.ljust(len(shown)))
-                sys.stdout.flush()
-                shown = line
+            rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
+            ended: Dict[str, List[str]] = {}    # a hub that is not there is said once
+            for name in left:
+                words = _ended_words(rows.get(name, {}))
+                if words:
+                    ended.setdefault(words, []).append(name)
+            for words, those in ended.items():
+                bar.clear()
+                say(f"{', '.join(those)}: {words}")
+                left = [name for name in left if name not in those]
+                if words.startswith("failed"):
+                    failed += those
+            if not left:
+                return failed
+            running = [row for row in rows.values() if row["state"] == "running"]
+            if bar.live and running:
+                log = places.log(f"dl-{running[0]['tier']}-{running[0]['label']}.log")
+                bar.show(running[0], len(left) - 1, tail_of(log, 1))
             time.sleep(0.2)
     except KeyboardInterrupt:
         say("")
         say("The download goes on in the background: `llmstack status` shows it, `llmstack download --wait` watches it,"
             " `llmstack download --stop` ends it.")
         raise
-
-
-def _bar(row: Mapping[str, Any], samples: Sequence[Tuple[float, int, str]], behind: int, last: str) -> str:
-    (began, start, _), (now, have, _) = samples[0], samples[-1]
-    if have == start and len(samples) > 15 and ("trying again" in last or "waiting" in last):
-        return last.split(" ", 1)[-1]
-    share = min(have / row["total_bytes"], 1.0) if row["total_bytes"] else 0.0
-    words = progress_words(have, row["total_bytes"], (have - start) / (now - began) if now > began else 0.0)
-    more = f" (+{behind})" if behind > 0 else ""
-    return f"{row['tier']}-{row['label']} [{'#' * int(share * 24):<24}] {share * 100:3.0f} % {words}{more}"
 
 
 # llama-swap's releases. One binary serves all projects.
@@ -8163,10 +8204,6 @@ def platform_names() -> Tuple[str, str]:
 def installed_swap(path: str) -> str:
     """The version an installed llama-swap gives itself, "" when it does not run."""
     return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
-
-
-class NoAsset(UserError):  # noqa: N818
-    """A release has nothing for this platform."""
 
 
 def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
@@ -8247,8 +8284,8 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     if not name:
         known = ", ".join(sorted("/".join(m.groups()) for m in (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", n)
                                                                for n in assets) if m))
-        raise NoAsset(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
-                      "nothing is missing without it: the engine that llmstack brings along serves")
+        raise UserError(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
+                        "nothing is missing without it: the engine that llmstack brings along serves")
     listed = next((n for n in assets if n.endswith("checksums.txt")), "")
     sums = parse_checksums(_release_answer(assets[listed], 1 << 20, listed, say).decode("utf-8", "replace")) if listed else {}
     wanted = sums.get(name) or digests[name].replace("sha256:", "")
@@ -8721,6 +8758,7 @@ class Setup(NamedTuple):
     say: Say                                    # indented below the step's line
     ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
     failed: List[str]                           # the steps that have failed so far
+    skipped: List[str]                          # and those that were not wanted
 
 
 class _Skipped(Exception):  # noqa: N818
@@ -8774,21 +8812,24 @@ def server_ways() -> str:
         return "winget install ggml.llamacpp"
     if IS_MAC or find_program("brew"):
         return "brew install llama.cpp"
-    return "apt install llama.cpp" if find_program("apt") else "install llama.cpp"
+    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
+        return "apt install llama.cpp"
+    return "install llama.cpp"
 
 
 def _setup_llama_swap(setup: Setup) -> str:
-    if load_config(setup.places).engine == "embedded":
+    engine = load_config(setup.places).engine
+    if engine == "embedded":
         raise _Skipped("engine = embedded in models.ini")
     found = find_llama_swap(setup.env, setup.places.data)
     if found:
         return found
     try:
         install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except NoAsset as exc:
-        raise _Skipped(f"{exc}; {exc.hint}") from None
     except UserError as exc:
-        raise UserError(str(exc), f"{exc.hint}; or do without it: `engine = embedded` in models.ini") from None
+        if engine == "llama-swap":
+            raise
+        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
     return find_llama_swap(setup.env, setup.places.data)
 
 
@@ -8801,22 +8842,51 @@ def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> Li
 def _setup_download(setup: Setup) -> str:
     if setup.args.skip_download:
         raise _Skipped("--skip-download")
-    jobs = _setup_jobs(setup)
+    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
     if not jobs:
-        return f"every model is in {hub_cache_dir(setup.env)}"
+        return f"every model is in {cache}"
     known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    names = ", ".join(job.name for job in jobs)
+    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
+              f" from {hub_endpoint(setup.env)}: {names}")
+    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
+    if answer is None:
+        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
+                        "run `llmstack setup --yes`, or `llmstack download`")
+    if not answer:
+        raise _Skipped("not wanted now; `llmstack download` fetches them")
     pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {', '.join(job.name for job in jobs)}"
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
+
+
+def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
+    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
+
+    Errors: Unreachable, before anything is installed for a hub that is not there.
+    """
+    files: Dict[str, List[str]] = {}
+    for job in jobs:
+        files.setdefault(job.repo, []).append(job.files[0])
+    total = 0
+    for repo, names in files.items():
+        try:
+            found = ask_repo(repo, names, env)
+        except Unreachable:
+            raise
+        except UserError:
+            continue
+        total += sum(row.get("size_bytes") or 0 for row in found.values())
+    return total / 1e9
 
 
 def _setup_wait(setup: Setup) -> str:
     if setup.args.skip_download or setup.args.skip_wait:
         raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
-    if "downloads" in setup.failed:
-        raise _Skipped("nothing is being fetched")
     jobs = _setup_jobs(setup, ("current",))
     if not jobs:
         return "every current model is here"
+    if "downloads" in (*setup.failed, *setup.skipped):
+        raise _Skipped("nothing is being fetched")
     failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
     if failed:
         raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run this again")
@@ -9718,7 +9788,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, []))
+    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from there")
@@ -9735,6 +9805,7 @@ def run_setup(setup: Setup) -> List[str]:
         try:
             text, mark = step(setup), paint("ok", "32")
         except _Skipped as exc:
+            setup.skipped.append(name)
             text, mark = str(exc), paint("skipped", "33")
         except UserError as exc:
             if name == "models.ini" or isinstance(exc, ConfigError):

@@ -329,6 +329,103 @@ def test_a_hub_that_is_not_there_is_one_line_a_file(places: llmstack.Places, rea
     assert "Traceback" not in captured.out + captured.err + log(places, "code-fast-current")
 
 
+def test_a_hub_that_is_not_there_is_said_once(places: llmstack.Places, real_data: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert llmstack.main(["download", "--wait"]) == 1
+    out = capsys.readouterr().out
+    worker_gone(places)
+    assert out.count("the model hub cannot be reached") == 1
+    assert "code-fast-current, code-smart-current, code-fast-next: failed: " in out
+    assert log(places, "code-fast-next") == "", "it was not asked again for each"
+
+
+def guest_of(worker: int) -> int:
+    """The pid of the worker's guest, 0 when there is none."""
+    done = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in done.stdout.splitlines()]
+    return next((int(pid) for pid, parent, args in rows if int(parent) == worker and "hub_download" in args), 0)
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="no ps")
+def test_a_guest_goes_with_its_worker(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
+    hub.hold_after = 2_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    worker = llmstack.download_worker(places)
+    assert worker is not None
+    guest = until(lambda: guest_of(worker.pid), "the guest")
+    started = llmstack.process_started(guest)
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: llmstack.process_started(guest) != started, "the guest is gone")
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="no ps")
+def test_a_guest_that_is_killed_fails_its_job_and_no_other(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
+    hub.hold_after = 2_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    worker = llmstack.download_worker(places)
+    assert worker is not None
+    os.kill(until(lambda: guest_of(worker.pid), "the guest"), signal.SIGKILL)
+    worker_gone(places)
+    rows = {row["label"]: row for row in llmstack.download_rows(places)}
+    assert rows["current"]["state"] == "failed"
+    assert "goes on from there" in rows["current"]["hint"]
+    assert rows["next"]["state"] == "done"
+    hub.gate.set()
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+
+
+def test_what_was_fetched_but_not_verified_is_verified_by_the_next(hub: FakeHub, places: llmstack.Places,
+                                                                   real_data: Path) -> None:
+    """A kill while the hash of 50 GB is made: the library has put the file in place by then."""
+    blob = place("owner/fast-GGUF", "fast-Q4.gguf", BIG[:-1] + bytes([BIG[-1] ^ 1]), hub)
+    Path(f"{blob}.unverified").touch()
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 1
+    assert not blob.exists()
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    assert not Path(f"{blob}.unverified").exists()
+
+
+def test_refs_main_moves_only_when_all_is_there(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
+    """Meanwhile llama-server finds what it has found before."""
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
+    hub.revision["owner/fast-GGUF"] = 1
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = BIG + b"newer"
+    hub.hold_after = 1_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    hub.gate.set()
+    worker_gone(places)
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG + b"newer"
+    assert here("owner/fast-GGUF", "fast-Q6.gguf") == SMALL
+
+
+def test_a_copy_without_its_guests_downloads_nothing_and_says_why(hub: FakeHub, places: llmstack.Places, real_data: Path,
+                                                                  tmp_path: Path) -> None:
+    copy = shutil.copy(PROGRAM, tmp_path)
+    done = subprocess.run([sys.executable, copy, "download"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "hub_download.py" in done.stderr.splitlines()[0]
+    assert "share/" in done.stderr.splitlines()[1]
+    assert llmstack.download_worker(places) is None
+
+
+def test_the_zipapp_downloads_as_well(hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path) -> None:
+    import build_zipapp
+    pyz = tmp_path / "llmstack.pyz"
+    build_zipapp.write(str(pyz), build_zipapp.build())
+    done = subprocess.run([sys.executable, str(pyz), "download", "code-fast", "--wait"], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    worker_gone(places)
+
+
 def test_a_full_disk_is_seen_before_anything_is_fetched(
         hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:

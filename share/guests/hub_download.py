@@ -41,7 +41,7 @@ NETWORK_MODULES = ("httpx", "httpcore", "requests")
 AGAIN = "run `llmstack download` again"
 
 
-class Problem(Exception):
+class FetchError(Exception):
     """What no further try mends, and what to do about it."""
 
     def __init__(self, what: str, hint: str) -> None:
@@ -113,17 +113,18 @@ class Fetch:
         self.got_bytes = 0                      # of the files before it
 
     def metadata(self, file: str, revision: str) -> HubFile:
-        """What the hub says of a file. The hash stands on the hub's own answer, not where it leads."""
+        """What the hub says of a file: the hash stands on its own answer, not where that leads."""
         self.asked = file
-        url = huggingface_hub.hf_hub_url(self.repo, file, revision=revision, endpoint=self.endpoint)
+        url = huggingface_hub.hf_hub_url(self.repo, file, revision=revision,
+                                         endpoint=self.endpoint)
         headers = build_hf_headers(library_name="llmstack")
         meta = huggingface_hub.get_hf_file_metadata(url, headers=headers)
         etag, commit = str(meta.etag or ""), str(meta.commit_hash or "")
         named = re.match(r"[0-9A-Za-z]{8,128}\Z", etag) and re.match(r"[0-9a-f]{40}\Z", commit)
         if not named or meta.size is None:
-            raise Problem(f"{self.endpoint} does not answer like a model hub:"
-                          f" {self.repo}/{file} has no ETag, commit or size",
-                          "see HF_ENDPOINT, and whether a proxy stands between")
+            raise FetchError(f"{self.endpoint} does not answer like a model hub:"
+                             f" {self.repo}/{file} has no ETag, commit or size",
+                             "see HF_ENDPOINT, and whether a proxy stands between")
         return HubFile(self.folder, file, meta)
 
     def download(self, file: HubFile) -> None:
@@ -140,9 +141,10 @@ class Fetch:
         need = file.size - file_size(file.part)
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise Problem(f"{file.name} needs {need / 1e9:,.2f} GB more, and there are"
-                          f" {free / 1e9:,.2f} GB free in {self.folder}",
-                          "free some room, or have the cache elsewhere with HF_HOME; then again")
+            raise FetchError(f"{file.name} needs {need / 1e9:,.2f} GB more, and there are"
+                             f" {free / 1e9:,.2f} GB free in {self.folder}",
+                             "free some room, or have the cache elsewhere with HF_HOME;"
+                             " then again")
 
     def fetch_verified(self, file: HubFile) -> None:
         """Fetch a file until its hash is right; what an earlier try had left gets one chance."""
@@ -151,7 +153,7 @@ class Fetch:
             if file_size(file.part) > file.size:
                 remove(file.part)
             start = file_size(file.part)
-            if file_size(file.blob) != file.size:
+            if file.size not in (file_size(file.pointer), file_size(file.blob)):
                 remove(file.blob)
                 remove(file.pointer)
                 self.check_room(file)
@@ -167,8 +169,8 @@ class Fetch:
             for path in (file.pointer, file.blob, file.mark):
                 remove(path)
             if not start:
-                raise Problem(f"{file.name} arrived damaged: its size or SHA-256 is not the hub's",
-                              AGAIN)
+                raise FetchError(f"{file.name} arrived damaged:"
+                                 " its size or SHA-256 is not the hub's", AGAIN)
             tell(say=f"{file.name}: what an earlier try had left was damaged; beginning again")
 
     def bring(self, file: HubFile) -> None:
@@ -199,7 +201,7 @@ class Fetch:
             file = self.metadata(name, commit)
             if os.path.exists(file.blob) and not os.path.exists(file.mark):
                 self.download(file)
-        except Exception as exc:  # noqa: BLE001  # what was asked for is here all the same
+        except Exception as exc:  # what was asked for is here all the same
             tell(say=f"{name}: is not linked below the new commit: {first_line(exc)}")
 
     def write_head(self, commit: str) -> None:
@@ -272,7 +274,7 @@ def cause_of(exc: BaseException) -> BaseException:
 
 def facts(outer: Exception, file: str) -> Dict[str, Any]:
     """What llmstack needs to know of a failure, to say it in its own words."""
-    if isinstance(outer, Problem):
+    if isinstance(outer, FetchError):
         return {"problem": str(outer), "hint": outer.hint}
     exc = cause_of(outer)
     kind = type(exc).__name__
@@ -308,7 +310,7 @@ def main() -> int:
     fetch = Fetch(job["repo"], job["cache"], job["endpoint"])
     try:
         fetch.run(tuple(job["files"]), tuple(job["beside"]))
-    except Exception as exc:  # noqa: BLE001  # every failure is told in the same way
+    except Exception as exc:  # every failure is told in the same way
         tell(failed=facts(exc, fetch.asked), got=fetch.got_bytes)
         return 1
     return 0
