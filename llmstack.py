@@ -3399,7 +3399,7 @@ class Job(NamedTuple):
     label: str                                  # current | next
     repo: str
     files: Tuple[str, ...]
-    beside: Tuple[str, ...] = ()                # the project's other files in that repository: one commit for all of them
+    beside: Tuple[str, ...] = ()                # the project's other files of that repository
 
     @property
     def name(self) -> str:
@@ -3407,45 +3407,44 @@ class Job(NamedTuple):
 
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
-    """A job of the queue file; None where it is none, or its names would lead out of the directories they belong in."""
+    """A job of the queue file; None where it is none, or where a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")), tuple(map(str, files)), tuple(map(str, beside)))
-    good = _NAME.match(job.tier) and job.label in ("current", "next") and _REPO.match(job.repo)
-    return job if good and all(_HUB_PATH.match(f) for f in (*job.files, *job.beside)) else None
+    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
+              tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+        return None
+    if not _REPO.match(job.repo):
+        return None
+    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+        return None
+    return job
 
 
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf\Z")
+MAX_PARTS = 1000
 
 
 def split_parts(file: str) -> Tuple[str, ...]:
-    """All the files of a split GGUF, named by any one of them; the file itself where it is whole."""
+    """All the files of a split GGUF, named by any of them; the file itself where it is whole."""
     match = _SPLIT.match(file)
-    count = int(match.group(3)) if match else 0
-    if not match or not 0 < count <= 1000:
+    if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
-    return tuple(f"{match.group(1)}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    stem, _, count = match.groups()
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the rest of the tiers is left out): every current file first, then the queued ones.
+def plan_downloads(config: Config, names: Sequence[str],
+                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
+    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
 
     `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
     """
     tiers = list(config.tiers)
     if names:
-        known = [n for t in config.tiers for n in (t.name, *t.aliases)]
-        for name in names:
-            if config.by_name(name) is None:
-                raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                                "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-        asked = {config.by_name(name) for name in names}
-        tiers = [t for t in tiers if t in asked]
-    wanted: Dict[str, List[str]] = {}
-    for weights in (weights_for(t, n) for t in config.tiers if t.backend == "gguf" for n in (False, True)):
-        if weights.repo:
-            wanted.setdefault(weights.repo, []).extend(split_parts(weights.file))
+        tiers = _named_tiers(config, names)
+    wanted = _files_by_repo(config)
     jobs, skipped = [], []
     for label in labels:
         for tier in tiers:
@@ -3456,20 +3455,54 @@ def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) 
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
                 files = split_parts(weights.file)
-                beside = tuple(dict.fromkeys(f for f in wanted[weights.repo] if f not in files))
+                beside = tuple(file for file in wanted[weights.repo] if file not in files)
                 jobs.append(Job(tier.name, label, weights.repo, files, beside))
     return jobs, list(dict.fromkeys(skipped))
 
 
+def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
+                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
+    asked = {config.by_name(name) for name in names}
+    return [tier for tier in config.tiers if tier in asked]
+
+
+def _files_by_repo(config: Config) -> Dict[str, List[str]]:
+    """Repository -> the files of it that any tier has, on either channel, each once."""
+    wanted: Dict[str, Dict[str, None]] = {}
+    for tier in config.tiers:
+        if tier.backend != "gguf":
+            continue
+        for weights in (weights_for(tier, False), weights_for(tier, True)):
+            if weights.repo:
+                parts = dict.fromkeys(split_parts(weights.file))
+                wanted.setdefault(weights.repo, {}).update(parts)
+    return {repo: list(files) for repo, files in wanted.items()}
+
+
 def parse_checksums(text: str) -> Dict[str, str]:
     """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    rows = (line.split() for line in text.splitlines())
-    return {row[1].lstrip("*"): row[0].lower() for row in rows if len(row) == 2 and re.match(r"[0-9A-Fa-f]{64}\Z", row[0])}
+    sums = {}
+    for line in text.splitlines():
+        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
+        if match:
+            sums[match.group(2)] = match.group(1).lower()
+    return sums
 
 
 def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """The release archive of llama-swap for a platform, "" when there is none. `llama-swap_251_linux_amd64.tar.gz`"""
-    return next((n for n in names if re.match(rf"llama-swap_[^_]+_{system}_{machine}\.(?:tar\.gz|zip)\Z", n)), "")
+    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
+    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
+    return next(filter(wanted.match, names), "")
+
+
+def asset_platforms(names: Sequence[str]) -> str:
+    """The platforms that a release of llama-swap has archives for, for people."""
+    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
+    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
 
 
 def swap_version(output: str) -> str:
@@ -3479,26 +3512,31 @@ def swap_version(output: str) -> str:
 
 
 def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than the GPU gets now; 0 where no limit is needed or helps.
+    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
 
-    All but an eighth of memory, and never less than 8 GB, for the system: 57344 of 65536 (README, "Memory math").
+    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
+    Source: README, "Memory math".
     """
     most = memory_mb - max(8192, memory_mb // 8)
-    return most if limit_mb < need_mb <= most else 0
+    if limit_mb < need_mb <= most:
+        return most
+    return 0
 
 
 def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their command lines and all else below them, comments taken out."""
+    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
     blocks: Dict[str, List[str]] = {}
     name, inside = "", False
     for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            continue
         top = re.match(r"(\S[^:]*):", line)
-        if top and not line.startswith("#"):
+        heading = re.match(r"  (\S.*?):\s*$", line)
+        if top:
             inside, name = top.group(1) == "models", ""
-        heading = re.match(r"  (\S.*?):\s*$", line) if inside else None
-        if heading:
+        elif inside and heading:
             name = heading.group(1).strip("\"'")
-        elif name and not line.lstrip().startswith("#"):
+        elif name:
             blocks.setdefault(name, []).append(line.strip())
     return {name: "\n".join(lines) for name, lines in blocks.items()}
 
@@ -3506,9 +3544,12 @@ def swap_yaml_commands(text: str) -> Dict[str, str]:
 def weights_drift(weights: Weights, command: str) -> str:
     """Which other file than `weights` a llama-server command names, "" when it is the same one."""
     for flags in weight_flags(weights):
-        if not re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-            return found.group(1) if found else "something else"
+        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
+            continue
+        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
+        if found:
+            return found.group(1)
+        return "something else"
     return ""
 
 
@@ -4364,11 +4405,15 @@ def _expand(path: str) -> str:
 def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     """A program on PATH or in its usual places, "" when there is none."""
     import shutil
-    return shutil.which(name) or next((p for p in (os.path.join(d, name) for d in places) if os.access(p, os.X_OK)), "")
+    found = shutil.which(name)
+    if found:
+        return found
+    paths = (os.path.join(directory, name) for directory in places)
+    return next((path for path in paths if os.access(path, os.X_OK)), "")
 
 
 class PrivateEnvironment(NamedTuple):
-    """Pinned packages from PyPI in a virtual environment below the data directory, never in the user's Python."""
+    """Pinned packages of PyPI's in a virtual environment of llmstack's, never in the user's Python."""
 
     name: str                                   # its directory, with the version below it
     version: str
@@ -4383,7 +4428,8 @@ class PrivateEnvironment(NamedTuple):
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
-    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp")
+    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp,"
+    " apt install llama.cpp")
 
 
 LITELLM = PrivateEnvironment(
@@ -4398,7 +4444,8 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
     """A program of the environment, whether or not that is there."""
-    return os.path.join(environment_dir(wanted, data), "Scripts" if IS_WINDOWS else "bin", program + EXE)
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, program + EXE)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
@@ -4417,12 +4464,15 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
-    """A Python that an environment's wheels are built for: this one, else the newest on PATH; "" for none."""
+    """A Python that the wheels are built for: this one, else the newest on PATH; "" for none."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
         python = find_program(f"python3.{minor}" + EXE)
-        if python and _output([python, "-c", "import sys; print(sys.version_info[1])"]).strip() == str(minor):
+        if not python:
+            continue
+        said = _output([python, "-c", "import sys; print(sys.version_info[1])"])
+        if said.strip() == str(minor):          # a version manager's stub may stand there
             return python
     return ""
 
@@ -4475,14 +4525,15 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
-def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], None]) -> Optional[str]:
+def _run_with_progress(what: str, command: Sequence[str],
+                       say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, saying every few seconds that it goes on; its output when it failed."""
     import subprocess
     import tempfile
     began, said = time.monotonic(), 0.0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=not IS_WINDOWS)
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while process.poll() is None:
                 passed = time.monotonic() - began
@@ -6089,16 +6140,27 @@ def run_llama_server(argv: Sequence[str]) -> int:
 # ===================================================================================================
 # FIT
 # ===================================================================================================
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000, less than a cache of them would be worth.
+# The hub, its cache on this disk, and what each tier takes by the header of its file in either.
+# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
+
+
+_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+    ("LLAMA_CACHE", ""),
+    ("HF_HUB_CACHE", ""),
+    ("HUGGINGFACE_HUB_CACHE", ""),
+    ("HF_HOME", "hub"),
+    ("XDG_CACHE_HOME", "huggingface/hub"),
+)
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
-    """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
-    for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                        ("XDG_CACHE_HOME", "huggingface/hub"), ("", "~/.cache/huggingface/hub")):
-        if not name or env.get(name):
-            return os.path.normpath(_expand(os.path.join(env.get(name, ""), below)))
-    return ""
+    """Where llama-server keeps downloads, huggingface_hub's own place. Source: hf-cache.cpp."""
+    place = "~/.cache/huggingface/hub"
+    for name, below in _CACHE_VARIABLES:
+        if env.get(name):
+            place = os.path.join(env[name], below)
+            break
+    return os.path.normpath(_expand(place))
 
 
 def repo_dir(cache: str, repo: str) -> str:
@@ -6106,10 +6168,16 @@ def repo_dir(cache: str, repo: str) -> str:
 
 
 def local_file(cache: str, repo: str, file: str) -> str:
-    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
-    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
-    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
-    return path if commit and os.path.isfile(path) else ""
+    """A file of the hub cache, "" for none. Looked for as llama-server does without a network.
+
+    Only the commit of refs/main counts: what lies below another is not found.
+    """
+    folder = repo_dir(cache, repo)
+    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    path = os.path.join(folder, "snapshots", commit, *file.split("/"))
+    if commit and os.path.isfile(path):
+        return path
+    return ""
 
 
 def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
@@ -6128,14 +6196,16 @@ def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
 
 def hub_endpoint(env: Mapping[str, str]) -> str:
     """Where llama-server asks for models, too."""
-    return (env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    named = env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT")
+    return (named or "https://huggingface.co").rstrip("/")
 
 
 def hub_token(env: Mapping[str, str]) -> str:
     """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
     token = env.get("HF_TOKEN", "").strip()
     if not re.match(r"[!-~]*\Z", token):
-        raise UserError("HF_TOKEN holds a character that no token has", "set it anew: one line of letters and digits")
+        raise UserError("HF_TOKEN holds a character that no token has",
+                        "set it anew: one line of letters and digits")
     return token
 
 
@@ -6185,25 +6255,29 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
 def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
     """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
     from urllib.parse import urlencode
-    token = hub_token(env)
+    token, endpoint = hub_token(env), hub_endpoint(env)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     data = urlencode(form, doseq=True).encode() if form else None
     try:
-        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except ValueError as exc:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
+        with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
+            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as exc:
+        raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
+                        "see HF_ENDPOINT") from None
 
 
 def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
+    """`; it has ...` with the names in a repository that are nearest to one it does not have."""
     import difflib
     try:
-        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
-    except (UserError, OSError, KeyError, TypeError):
+        rows = hub_api(f"{repo}/tree/main?recursive=true", env)
+        names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
         return ""
     near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
+    if not near:
+        return "; it has no GGUF file at all"
+    return f"; it has {visible(', '.join(near))}"
 
 
 def local_header(path: str) -> GgufHeader:
@@ -6247,13 +6321,15 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
-    """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
+    """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
+    token = hub_token(env)
+
     def one(name: str) -> GgufHeader:
-        held = bytearray()
+        url, held = hub_url(weights.repo, name, env), bytearray()
 
         def read(offset: int, count: int) -> bytes:
             while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)), hub_token(env))
+                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
                 held.extend(more)
@@ -6261,8 +6337,7 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    first = one(weights.file)
-    return merge_headers(first, map(one, split_parts(weights.file)[1:]))
+    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
@@ -7729,11 +7804,14 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new; a lost network is often back by then
+HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new
 MAX_RETRY_AFTER_S = 3600
+MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 * 1024 * 1024
+MAX_BINARY_BYTES = 512 << 20
+MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
+MAX_CHECKSUMS_BYTES = 1 << 20
 
 
 def span_words(seconds: float) -> str:
@@ -7815,9 +7893,9 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-# The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
-# pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
-# is about to end, or starts another.
+# The worker: one process a project, started by `download` and left alone. Its queue is
+# .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
+# a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
 
 
@@ -7830,14 +7908,24 @@ def queue_lock(places: Places) -> FileLock:
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
-    """Job name -> its state: queued | running | done | failed, with what is known of it; what a clone made up is left out."""
+    """Job name -> its state (queued, running, done, failed) and what is known of it.
+
+    What a clone made up is left out: a row has a job's own values, each of its own type.
+    """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
         job = parse_job(row) if isinstance(row, dict) else None
-        if job is not None and job.name == name and row.get("state") in ("queued", "running", "done", "failed"):
-            known = {k: v for k, v in row.items() if isinstance(v, _QUEUE_VALUES.get(k, ())) and not isinstance(v, bool)}
-            jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        if job is None or job.name != name:
+            continue
+        if row.get("state") not in ("queued", "running", "done", "failed"):
+            continue
+        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
+        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
     return jobs
+
+
+def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
+    write_atomic(queue_file(places), json.dumps(queue, indent=1))
 
 
 def download_worker(places: Places) -> Optional[Record]:
@@ -7851,40 +7939,65 @@ def set_state(places: Places, name: str, **values: Any) -> None:
         jobs = read_queue(places)
         if name in jobs:
             jobs[name].update(values)
-            write_atomic(queue_file(places), json.dumps(jobs, indent=1))
+            write_queue(places, jobs)
 
 
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], env: Mapping[str, str], say: Say) -> int:
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
+                    env: Mapping[str, str], say: Say) -> int:
     """Queue jobs and see that a worker runs; its pid. Errors: UserError.
 
-    What a killed worker has left is taken up again, if it is still one of the `known` jobs of models.ini: a cloned
-    directory may have brought a queue along, and links that logs would be written through.
+    What a killed worker has left is taken up again where it is still one of the `known` jobs of
+    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
     """
     check_links(places)
     install_environment(HUB, places.data, say)
     guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
+        if worker is None:
+            queue = _left_over(queue, known)
         for job in jobs:
-            if worker is None or queue.get(job.name, {}).get("state") not in ("queued", "running"):
+            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
+            if worker is None or not waits:
                 queue.pop(job.name, None)       # to the end of the queue
                 queue[job.name] = {**job._asdict(), "state": "queued"}
+        write_queue(places, queue)
         if worker is None:
-            queue = {n: {**j, "state": "queued"} if j["state"] == "running" else j for n, j in queue.items()
-                     if j["state"] in ("done", "failed") or parse_job(j) in known}
-        write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        if worker is None:
-            log = places.log("download.log")
-            shift_logs(log)
-            mark = os.urandom(12).hex()
-            settings = {STACK_VARIABLE: mark, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-                        "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            process = spawn([sys.executable, PROGRAM, "_download"], log,
-                            {**{k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}, **settings})
-            process.returncode = 0              # it stays; do not let Popen warn that it is still running
-            worker = Record(process.pid, process_started(process.pid), mark, kind="download")
-            write_record(places.in_state("download.pid"), worker)
+            worker = _spawn_worker(places, env)
         return worker.pid
+
+
+def _left_over(queue: Mapping[str, Dict[str, Any]],
+               known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
+    """The queue of a worker that has ended, as the next one finds it."""
+    left = {}
+    for name, row in queue.items():
+        if row["state"] in ("done", "failed"):
+            left[name] = row
+        elif parse_job(row) in known:
+            left[name] = {**row, "state": "queued"}
+    return left
+
+
+def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
+    """Start the worker, which stays. It needs the hub's token and no other credential."""
+    log, mark = places.log("download.log"), os.urandom(12).hex()
+    shift_logs(log)
+    settings = without_credentials(env)
+    settings.pop("LLMSTACK_API_KEY", None)
+    settings.update({
+        STACK_VARIABLE: mark,
+        "LLMSTACK_WORK_DIR": places.work,
+        "LLMSTACK_DATA_DIR": places.data,
+        "HF_ENDPOINT": hub_endpoint(env),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    })
+    process = spawn([sys.executable, PROGRAM, "_download"], log, settings)
+    process.returncode = 0                      # Popen would warn that it is still running
+    worker = Record(process.pid, process_started(process.pid), mark, kind="download")
+    write_record(places.in_state("download.pid"), worker)
+    return worker
 
 
 def stop_downloads(places: Places) -> bool:
@@ -7893,9 +8006,8 @@ def stop_downloads(places: Places) -> bool:
     if worker is not None:
         stop_process(worker.pid, worker.started, STOP_GRACE_S)
     with queue_lock(places):
-        left = {n: j for n, j in read_queue(places).items() if j["state"] not in ("queued", "running")}
         if os.path.exists(queue_file(places)):
-            write_atomic(queue_file(places), json.dumps(left, indent=1))
+            write_queue(places, _left_over(read_queue(places), ()))
         _remove(places.in_state("download.pid"))
     return worker is not None
 
@@ -7910,7 +8022,7 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
         note = _job_log(places, job.name)
         tell = functools.partial(set_state, places, job.name)
         try:
-            size = fetch_job(job, places, env, note, tell)
+            size = fetch_job(job, places.data, env, note, tell)
         except Unreachable as exc:
             code = 1
             note(f"failed: {exc} ({exc.hint})")
@@ -7926,13 +8038,13 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
 
 
 def _next_job(places: Places) -> Optional[Job]:
-    """The next of the queue, marked as running; None where there is none, and the worker may end."""
+    """The next of the queue, marked as running; None for none, and the worker is to end."""
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
             if row["state"] in ("queued", "running"):
                 row.update(state="running", error="")
-                write_atomic(queue_file(places), json.dumps(queue, indent=1))
+                write_queue(places, queue)
                 return parse_job(row)
         _remove(places.in_state("download.pid"))
         return None
@@ -7957,7 +8069,7 @@ def _fail_all(places: Places, why: UserError) -> None:
         for row in queue.values():
             if row["state"] in ("queued", "running"):
                 row.update(state="failed", error=str(why), hint=why.hint)
-        write_atomic(queue_file(places), json.dumps(queue, indent=1))
+        write_queue(places, queue)
 
 
 class HubProblem(NamedTuple):
@@ -8036,13 +8148,13 @@ def _wanted_wait_s(said: Mapping[str, Any]) -> float:
     return min(max(wait_s, 1.0), MAX_RETRY_AFTER_S)
 
 
-def fetch_job(job: Job, places: Places, env: Mapping[str, str], note: Say,
+def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
     note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {hub_cache_dir(env)}")
     tries = most = 0
     while True:
-        answer = run_hub_guest(job, places, env, note, tell)
+        answer = run_hub_guest(job, data, env, note, tell)
         if isinstance(answer.get("done"), int):
             return int(answer["done"])
         said, got = answer.get("failed"), answer.get("got")
@@ -8061,14 +8173,14 @@ def fetch_job(job: Job, places: Places, env: Mapping[str, str], note: Say,
         time.sleep(pause_s)
 
 
-def run_hub_guest(job: Job, places: Places, env: Mapping[str, str], note: Say,
+def run_hub_guest(job: Job, data: str, env: Mapping[str, str], note: Say,
                   tell: Callable[..., None]) -> Dict[str, Any]:
     """Have the hub's guest try one job once; the last that it says, {} for nothing.
 
     The guest ends when its standard input does, so it does not outlive a worker that is killed.
     """
     import subprocess
-    command = guest_command(environment_program(HUB, places.data), "hub_download")
+    command = guest_command(environment_program(HUB, data), "hub_download")
     wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
     guest = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     answer: Dict[str, Any] = {}
@@ -8094,12 +8206,22 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     worker, cache = download_worker(places), hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
-        state = job["state"] if worker is not None or job["state"] in ("done", "failed") else "interrupted"
-        part = os.path.join(repo_dir(cache, job["repo"]), "blobs", os.path.basename(job.get("part", "")) + ".incomplete")
-        have = job.get("bytes") or job.get("before", 0) + file_size(part)
-        rows.append({"tier": job["tier"], "label": job["label"], "file": visible(job["files"][0]), "state": state,
-                     "bytes": have, "total_bytes": job.get("total") or have, "error": visible(job.get("error", "")),
-                     "hint": visible(job.get("hint", ""))})
+        state = job["state"]
+        if worker is None and state in ("queued", "running"):
+            state = "interrupted"
+        part = os.path.basename(job.get("part", "")) + ".incomplete"
+        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
+        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        rows.append({
+            "tier": job["tier"],
+            "label": job["label"],
+            "file": visible(job["files"][0]),
+            "state": state,
+            "bytes": have,
+            "total_bytes": job.get("total") or have,
+            "error": visible(job.get("error", "")),
+            "hint": visible(job.get("hint", "")),
+        })
     return rows
 
 
@@ -8146,7 +8268,7 @@ class _Bar:
 
 
 def _ended_words(row: Mapping[str, Any]) -> str:
-    """How a download has ended, "" while it goes on. `row`: of download_rows, {} where it has gone."""
+    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
     state = row.get("state", "stopped")
     if state in ("queued", "running"):
         return ""
@@ -8159,7 +8281,7 @@ def _ended_words(row: Mapping[str, Any]) -> str:
 
 
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line an end.
+    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
@@ -8187,8 +8309,8 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
             time.sleep(0.2)
     except KeyboardInterrupt:
         say("")
-        say("The download goes on in the background: `llmstack status` shows it, `llmstack download --wait` watches it,"
-            " `llmstack download --stop` ends it.")
+        say("The download goes on in the background: `llmstack status` shows it,"
+            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
 
 
@@ -8214,53 +8336,139 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
             _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
-            if total and len(out.getbuffer()) != total:
-                raise ValueError(f"the connection ended at {len(out.getbuffer()):,} of {total:,} bytes")
-            return out.getvalue()
     except urllib.error.HTTPError as exc:
-        if exc.code in (403, 429) and (exc.headers.get("X-RateLimit-Remaining") == "0" or exc.headers.get("Retry-After")):
-            reset, after = exc.headers.get("X-RateLimit-Reset", ""), exc.headers.get("Retry-After", "")
-            wait_s = float(after) if after.isdigit() else float(reset) - time.time() if reset.isdigit() else 3600.0
-            clock = time.strftime("%H:%M", time.localtime(time.time() + max(wait_s, 0)))
-            raise UserError("the releases server lets this address ask no more for now", f"wait until {clock}, or put the"
-                            " binary in place yourself") from None
-        if exc.code == 404:
-            raise UserError(f"there is no {what}", "see https://github.com/mostlygeek/llama-swap/releases") from None
-        raise UserError(f"the releases server answers {exc.code} for {what}", "try again later") from None
+        raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
-        raise UserError(f"{what} did not arrive: {str(exc) or type(exc).__name__}", "try again") from None
+        reason = str(exc) or type(exc).__name__
+        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
+    have = len(out.getbuffer())
+    if total and have != total:
+        raise UserError(f"{what} did not arrive: the connection ended at"
+                        f" {have:,} of {total:,} bytes", "try again")
+    return out.getvalue()
+
+
+def _release_refusal(exc: Any, what: str) -> UserError:
+    """What an HTTPError of the releases' server means for the user."""
+    if exc.code == 404:
+        return UserError(f"there is no {what}",
+                         "see https://github.com/mostlygeek/llama-swap/releases")
+    after = exc.headers.get("Retry-After", "")
+    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
+    if exc.code not in (403, 429) or not limited:
+        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
+    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset.isdigit():
+        wait_s = max(float(reset) - time.time(), 0.0)
+    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
+    return UserError("the releases server lets this address ask no more for now",
+                     f"wait until {clock}, or put the binary in place yourself")
 
 
 def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The one file `wanted` at the root of a .tar.gz or .zip; nothing else of it touches the disk. Errors: UserError."""
+    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
+
+    Nothing of the archive touches the disk.
+    """
     import tarfile
     import zipfile
     import zlib
+    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
+              NotImplementedError)
+    read = _extract_tar_gz
+    if name.endswith(".zip"):
+        read = _extract_zip
     try:
-        if name.endswith(".zip"):
-            with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-                info = next((i for i in pack.infolist() if i.filename == wanted), None)
-                kind = info.external_attr >> 28 if info else 0     # of Unix's file types, 8 is a regular file
-                if info and info.file_size <= MAX_BINARY_BYTES and kind in (0, 8):
-                    with pack.open(info) as source:
-                        return source.read(MAX_BINARY_BYTES)
-        else:
-            with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-                for member in tar:
-                    if member.name in (wanted, "./" + wanted) and member.isreg() and member.size <= MAX_BINARY_BYTES:
-                        plain = tar.extractfile(member)
-                        return plain.read() if plain else b""
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
+        data = read(archive, wanted)
+    except broken as exc:
         raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    if data is None:
+        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    return data
 
 
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool, say: Say) -> bool:
-    """Bring llama-swap's binary of a release ("": the latest) to its place; False when it was there. Errors: UserError."""
+def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
+    import zipfile
+    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+        for info in pack.infolist():
+            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
+            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
+            if info.filename == wanted and plain:
+                with pack.open(info) as source:
+                    return source.read(MAX_BINARY_BYTES)
+    return None
+
+
+def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
+    import tarfile
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
+            if member.name in (wanted, "./" + wanted) and plain:
+                source = tar.extractfile(member)
+                return source.read() if source else None
+    return None
+
+
+class Release(NamedTuple):
+    """A release of llama-swap, as GitHub's API describes it."""
+
+    tag: str
+    addresses: Dict[str, str]                   # file -> where it is
+    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
+
+
+def _parse_release(data: bytes) -> Release:
+    """Errors: ValueError where it is none."""
+    try:
+        found = json.loads(data)
+        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
+        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
+        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
+        return Release(str(found["tag_name"]), addresses, digests)
+    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
+        raise ValueError(str(exc)) from None
+
+
+def _release_digest(release: Release, name: str, say: Say) -> str:
+    """The SHA-256 that a release names for one of its files. Errors: UserError where it does not."""
+    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
+    digest = ""
+    if listed:
+        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
+        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
+    digest = digest or release.digests[name].replace("sha256:", "")
+    if not re.match(r"[0-9a-f]{64}\Z", digest):
+        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
+                        " so it is not installed", "try another --version")
+    return digest
+
+
+def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
+    """What is known of a release ("": of the latest). Errors: UserError."""
+    server = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
+    url, what = base + "latest", "latest release of llama-swap"
+    if tag:
+        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
+    try:
+        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
+    except ValueError:
+        raise UserError(f"{base} does not answer like GitHub's releases API",
+                        "see LLMSTACK_RELEASES_URL") from None
+
+
+def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
+                       say: Say) -> bool:
+    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
+
+    Errors: UserError; what was there stays.
+    """
     import hashlib
-    base = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/") + "/repos/mostlygeek/llama-swap/releases/"
     version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version):
+    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
         raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
     tag = "v" + version.lstrip("v") if version else ""
     path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
@@ -8268,55 +8476,47 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     if tag and have == tag and not force:
         say(f"llama-swap {have} is here already: {path}")
         return False
-    try:
-        what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
-        release = json.loads(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
-        tag = str(release["tag_name"])
-        assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
-        digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{base} does not answer like GitHub's releases API", "see LLMSTACK_RELEASES_URL") from None
-    if have == tag and not force:
+    release = _find_release(env, tag, say)
+    if have == release.tag and not force:
         say(f"llama-swap {have} is the latest and here already: {path}")
         return False
     system, machine = platform_names()
-    name = choose_asset(list(assets), system, machine)
+    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
     if not name:
-        known = ", ".join(sorted("/".join(m.groups()) for m in (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", n)
-                                                               for n in assets) if m))
-        raise UserError(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
-                        "nothing is missing without it: the engine that llmstack brings along serves")
-    listed = next((n for n in assets if n.endswith("checksums.txt")), "")
-    sums = parse_checksums(_release_answer(assets[listed], 1 << 20, listed, say).decode("utf-8", "replace")) if listed else {}
-    wanted = sums.get(name) or digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", wanted):
-        raise UserError(f"llama-swap {tag} gives no SHA-256 for {name}, so it is not installed", "try another --version")
-    say(f"Fetching llama-swap {tag} for {system}/{machine}")
-    archive = _release_answer(assets[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != wanted:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of {listed or 'the release'}",
-                        "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), tag)
-    say(f"Installed {path}: llama-swap {tag}, checksum verified")
+        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
+                        f" {asset_platforms(list(release.addresses))}",
+                        "nothing is missing without it: llmstack brings an engine along")
+    digest = _release_digest(release, name, say)
+    say(f"Fetching llama-swap {shown} for {system}/{machine}")
+    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
+    if hashlib.sha256(archive).hexdigest() != digest:
+        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
+                        " the release", "try again; if it stays so, do not use it")
+    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
+    say(f"Installed {path}: llama-swap {shown}, checksum verified")
     return True
 
 
 def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it; a running one keeps its file. Errors: UserError."""
+    """Put an executable in place once it has run beside it. Errors: UserError.
+
+    One that runs keeps its file.
+    """
     new = path[:len(path) - len(EXE)] + ".new" + EXE
     write_atomic(new, data, 0o755)
     try:
         if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not {tag}", "the old one stays; try"
-                            " another --version")
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
+                            f" {visible(tag)}", "the old one stays; try another --version")
         try:
             os.replace(new, path)
-        except PermissionError:                 # Windows: it is running, and may be renamed but not replaced
+        except PermissionError:                 # on Windows a running one can only be renamed
             _remove(path + ".old")
             os.replace(path, path + ".old")
             os.replace(new, path)
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}", "stop what uses it, or mend its permissions") from None
+        raise UserError(f"cannot write {path}: {exc.strerror}",
+                        "stop what uses it, or mend its permissions") from None
     finally:
         _remove(new)
 
@@ -8580,30 +8780,45 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
 # SETUP
 # ===================================================================================================
 
-def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem. Errors: UserError when unreachable."""
+def ask_repo(repo: str, files: Sequence[str],
+             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
+    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
+
+    Errors: UserError where it cannot be asked.
+    """
     import urllib.error
     wanted = [part for file in files for part in split_parts(file)]
+    form = {"paths": wanted, "expand": "true"}
     try:
-        rows = {row["path"]: row for row in hub_api(f"{repo}/paths-info/main", env, {"paths": wanted, "expand": "true"})}
+        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
+        return {file: _ask_file(repo, file, rows, env) for file in files}
     except urllib.error.HTTPError as exc:
         if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}", "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)" if exc.code != 403 else f"{repo} is closed to you"
+            raise UserError(f"the model hub answers {exc.code} for {repo}",
+                            "try again later") from None
+        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
+        if exc.code == 403:
+            what = f"{repo} is closed to you"
         return {file: {"exists": False, "problem": what} for file in files}
-    except (KeyError, TypeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub", "see HF_ENDPOINT") from None
-    found: Dict[str, Dict[str, Any]] = {}
-    for file in files:
-        parts = [rows.get(part) for part in split_parts(file)]
-        if None in parts:
-            found[file] = {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-            continue
-        dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts if part]
-        found[file] = {"exists": True, "size_bytes": sum(int(part.get("size") or 0) for part in parts if part),
-                       "changed": max(dates), "problem": "",
-                       "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts if part]}
-    return found
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
+                        "see HF_ENDPOINT") from None
+
+
+def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
+              env: Mapping[str, str]) -> Dict[str, Any]:
+    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
+    parts = [rows[part] for part in split_parts(file) if part in rows]
+    if len(parts) < len(split_parts(file)):
+        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
+    return {
+        "exists": True,
+        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
+        "changed": visible(max(dates)),
+        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
+        "problem": "",
+    }
 
 
 def local_state(weights: Weights, env: Mapping[str, str],
