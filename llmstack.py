@@ -8964,6 +8964,9 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, s
 
 
 # setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
+
+
 class Setup(NamedTuple):
     """What the steps of `setup` share."""
 
@@ -9095,8 +9098,10 @@ def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
 
 
 def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download or setup.args.skip_wait:
-        raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    if setup.args.skip_wait:
+        raise _Skipped("--skip-wait")
     jobs = _setup_jobs(setup, ("current",))
     if not jobs:
         return "every current model is here"
@@ -9104,9 +9109,12 @@ def _setup_wait(setup: Setup) -> str:
         raise _Skipped("nothing is being fetched")
     failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
     if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run this again")
+        raise UserError(f"not downloaded: {', '.join(failed)}",
+                        "mend what its line says, then run this again")
     queued = len(_setup_jobs(setup, ("next",)))
-    return f"{len(jobs)} downloaded" + (f"; {queued} queued upgrades go on in the background" if queued else "")
+    if not queued:
+        return f"{len(jobs)} downloaded"
+    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
 
 
 def _setup_project(setup: Setup) -> str:
@@ -9120,17 +9128,19 @@ def _setup_project(setup: Setup) -> str:
 
 
 def _setup_answer(setup: Setup) -> str:
-    """Load the smallest local model that is here and have it say something, once for each pair of server and file."""
+    """Have the smallest model that is here say something, once for each pair of server and file."""
     check_run_trust(setup.places)
     config = load_config(setup.places)
+    program = find_llama_server(config, setup.env, setup.places.data)
+    if not program:
+        raise _Skipped("there is no llama-server to load one")
     here = []
     for tier in local_tiers(config):
         sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
         if all(sizes):
             here.append((sum(sizes), tier))
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not here or not program:
-        raise _Skipped("there is no model to load yet" if program else "there is no llama-server to load one")
+    if not here:
+        raise _Skipped("there is no model to load yet")
     size, tier = min(here, key=lambda pair: pair[0])
     path = os.path.join(setup.places.data, "proven.json")
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
@@ -9141,33 +9151,39 @@ def _setup_answer(setup: Setup) -> str:
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
 
-def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup) -> Tuple[float, str]:
-    """Run a tier's llama-server for one short answer: (seconds to load, what it said). Errors: UserError."""
+def prove_tier(tier: Tier, config: Config, program: Sequence[str],
+               setup: Setup) -> Tuple[float, str]:
+    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    upstream, began = Upstream("127.0.0.1", port), time.monotonic()
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
-        upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S
-        while True:
-            try:
-                if process.poll() is None and upstream.get("/health", 5.0)[0].status == 200:
-                    break
-            except (OSError, ValueError):
-                pass
-            if process.poll() is not None or time.monotonic() > end:
-                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}", f"see {log}; `llmstack check` looks at its file")
+        while not _is_healthy(upstream):
+            if process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
+                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}",
+                                f"see {log}; `llmstack check` looks at its file")
             time.sleep(0.05)
         seconds = time.monotonic() - began
-        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
-                      json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
-            return seconds, str(json.loads(answer.read(1 << 20))["choices"][0]["text"]).strip()
+        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode()
+        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"},
+                      tier.name, body, FIRST_ANSWER_S) as answer:
+            choices = json.loads(answer.read(1 << 20))["choices"]
+        return seconds, str(choices[0]["text"]).strip()
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
         stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
         process.wait()
+
+
+def _is_healthy(upstream: Upstream) -> bool:
+    try:
+        return upstream.get("/health", 5.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def _setup_shell(setup: Setup) -> str:
@@ -9993,7 +10009,7 @@ def _add_setup(commands: Any) -> None:
                                  " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
     parser.add_argument("--skip-download", action="store_true", help="fetch no models")
     parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server where there is none")
+    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server and fetch the models")
     parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
                         " machine's")
     parser.set_defaults(run=_cmd_setup)

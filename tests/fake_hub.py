@@ -81,6 +81,7 @@ class FakeHub(LocalServer):
         self.cut: list[int] = []                            # the next bodies end after so many bytes
         self.lapsed = 0                                     # so many signed addresses are no longer good
         self.damaged = False                                # every body has its last byte changed
+        self.nonsense = b""                                 # what the API answers instead
         self.ranges = True                                  # without: every body is whole, as through some proxies
         self.hold_after = 0                                 # bodies wait behind so many bytes...
         self.gate = threading.Event()                       # ...until this is set
@@ -147,7 +148,9 @@ class HubHandler(Handler):
 
     def api(self, repo: str, what: str, form: dict[str, list[str]]) -> None:
         hub, rows = self.server, self.server.rows(repo)
-        if what == "refs":
+        if hub.nonsense:
+            self.answer(200, hub.nonsense)
+        elif what == "refs":
             self.json({"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": hub.commit(repo)}], "tags": [],
                        "converts": []})
         elif what == "tree":
@@ -224,6 +227,7 @@ class FakeReleases(LocalServer):
         self.assets: dict[str, dict[str, bytes]] = {}
         self.limited = ""                                   # X-RateLimit-Reset while it is set
         self.digests = False
+        self.nonsense = b""                                 # what the API answers instead
         super().__init__(ReleasesHandler)
 
     def add(self, tag: str, archives: dict[str, bytes], sums: dict[str, str] | None = None) -> None:
@@ -241,7 +245,9 @@ class ReleasesHandler(Handler):
         fake = self.server
         api = re.match(r"/repos/mostlygeek/llama-swap/releases/(?:(latest)|tags/(.+))$", self.path)
         file = re.match(r"/files/([^/]+)/(.+)$", self.path)
-        if fake.limited and api:
+        if fake.nonsense and api:
+            self.answer(200, fake.nonsense)
+        elif fake.limited and api:
             self.json({"message": "API rate limit exceeded"}, 403, X_RateLimit_Remaining="0", X_RateLimit_Reset=fake.limited)
         elif api and (api.group(1) or api.group(2) in fake.assets):
             tag = api.group(2) or sorted(fake.assets)[-1]

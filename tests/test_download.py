@@ -800,6 +800,37 @@ def test_check_without_a_network_knows_what_is_here(places: llmstack.Places, ser
     assert (code, found["notes"]) == (0, [])
 
 
+NONSENSE = [b"[", b"[" * 100_000, b"null", b"1", b"[1]", b"{}", b'[{"path": 1}]', b'{"assets": [{"name": "x"}]}',
+            b'[{"path": "fast-Q4.gguf", "size": "x"}]', b'[{"path": "fast-Q4.gguf", "lastCommit": 7}]',
+            b'[{"path": "fast-Q4.gguf", "lfs": [1]}]', b"\xff", b"<html>"]
+
+
+@pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: repr(answer[:40]))
+def test_no_answer_of_a_hub_or_a_mirror_is_a_traceback(answer: bytes, hub: FakeHub, releases: FakeReleases,
+                                                       places: llmstack.Places, server_here: None,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    Path(places.models_ini).write_text("[a]\nhf_repo = owner/fast-GGUF\nhf_file = fast-Q4.gguf\n")
+    hub.nonsense = releases.nonsense = answer
+    assert llmstack.main(["check", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["tiers"][0]["current"]["local"] == "missing"
+    assert isinstance(llmstack.nearest_files("owner/fast-GGUF", "x.gguf", os.environ), str)
+    assert llmstack.main(["install-llama-swap"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_nothing_that_a_mirror_names_reaches_the_terminal_raw(releases: FakeReleases, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    this_platform(monkeypatch)
+    tag = "v251\x1b[2J\x9b31m"
+    releases.nonsense = json.dumps({"tag_name": tag, "assets": [
+        {"name": f"llama-swap_2{evil}51_linux_amd64.tar.gz", "browser_download_url": releases.url, "digest": "\x1b[2J"}
+        for evil in ("", "\x1b[2J")]}).encode()
+    assert llmstack.main(["install-llama-swap"]) == 1
+    captured = capsys.readouterr()
+    assert "gives no SHA-256" in captured.err
+    assert not set("\x1b\x9b") & set(captured.out + captured.err)
+
+
 def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places, server_here: None,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = llmstack.parse_models_ini(INI)
