@@ -6144,6 +6144,7 @@ def run_llama_server(argv: Sequence[str]) -> int:
 # Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
 
 
+MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
 _CACHE_VARIABLES = (                            # the first that is set, and the place below it
     ("LLAMA_CACHE", ""),
     ("HF_HUB_CACHE", ""),
@@ -7804,9 +7805,6 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new
-MAX_RETRY_AFTER_S = 3600
-MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
 MAX_BINARY_BYTES = 512 << 20
@@ -7897,6 +7895,9 @@ def _sha256(path: str) -> str:
 # .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
 # a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+
+
+GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 def queue_file(places: Places) -> str:
@@ -8072,133 +8073,39 @@ def _fail_all(places: Places, why: UserError) -> None:
         write_queue(places, queue)
 
 
-class HubProblem(NamedTuple):
-    """A failure of the hub's guest in our words."""
-
-    what: str
-    hint: str
-    wait_s: float                               # until another try is worth it; negative: never
-    unreachable: bool = False
-
-
-GO_ON = "run `llmstack download` again: it goes on from there"
-
-
-def hub_problem(said: Mapping[str, Any], job: Job, env: Mapping[str, str]) -> HubProblem:
-    """What a failure that the guest reports means for the user. `said`: see hub_download.py."""
-    if said.get("problem"):
-        return HubProblem(visible(str(said["problem"])), visible(str(said.get("hint"))), -1)
-    if isinstance(said.get("status"), int):
-        return _refused_by_hub(said, job, env)
-    cache, words = hub_cache_dir(env), visible(str(said.get("words", "no reason given")))
-    if said.get("errno") == errno.ENOSPC:
-        return HubProblem(f"the disk is full: {cache}",
-                          "free some room, then `llmstack download` goes on from there", -1)
-    if said.get("path"):
-        return HubProblem(f"cannot write {visible(str(said['path']))}: {words}",
-                          "mend its permissions, or those of its directory", -1)
-    if said.get("kind") == "OfflineModeIsEnabled":
-        return HubProblem("HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1)
-    if not said.get("network"):
-        kind = visible(str(said.get("kind", "it ended")))
-        return HubProblem(f"huggingface_hub failed: {kind}: {words}", GO_ON, -1)
-    hint = f"see that this machine is online (HTTPS_PROXY is honoured); {GO_ON}"
-    if said.get("broke"):
-        return HubProblem(f"the model hub broke the connection: {words}", hint, 0)
-    what = f"the model hub cannot be reached at {hub_endpoint(env)}: {words}"
-    return HubProblem(what, hint, 0, unreachable=True)
-
-
-def _refused_by_hub(said: Mapping[str, Any], job: Job, env: Mapping[str, str]) -> HubProblem:
-    endpoint, page = hub_endpoint(env), f"{hub_endpoint(env)}/{job.repo}"
-    status, code = said["status"], said.get("code")
-    if status in (408, 429) or status >= 500:
-        what = "asks to wait" if status == 429 else f"answers {status}"
-        return HubProblem(f"the model hub {what}", GO_ON, _wanted_wait_s(said))
-    if status == 403 and not code and not str(said.get("url")).startswith(endpoint):
-        return HubProblem("the signed address of the file has lapsed", GO_ON, 0)
-    if status == 401 and "nvalid" in str(said.get("message")):
-        return HubProblem("the model hub does not take the token in HF_TOKEN",
-                          f"make a new one at {endpoint}/settings/tokens", -1)
-    if code == "GatedRepo" or status == 403:
-        how = "put a token into HF_TOKEN"
-        if env.get("HF_TOKEN"):
-            how = "let HF_TOKEN hold a token of who accepted them"
-        return HubProblem(f"{job.repo} is gated: its terms must be accepted first",
-                          f"accept them at {page}, and {how} ({endpoint}/settings/tokens)", -1)
-    if status == 401 or code == "RepoNotFound":
-        return HubProblem(f"there is no {job.repo} on the hub, or it is private or gated",
-                          f"look at {page}; for a private one, put your token into HF_TOKEN", -1)
-    file = str(said.get("file") or job.files[0])
-    if status == 404:
-        return HubProblem(f"{job.repo} has no {visible(file)}{nearest_files(job.repo, file, env)}",
-                          "correct hf_file in models.ini", -1)
-    return HubProblem(f"the model hub answers {status} for {job.repo}/{visible(file)}", GO_ON, -1)
-
-
-def _wanted_wait_s(said: Mapping[str, Any]) -> float:
-    """How long the hub asks to be left alone; five seconds where it does not say."""
-    after = str(said.get("retry_after"))
-    reset = re.search(r"\bt=([0-9]{1,5})", str(said.get("rate_limit")))
-    wait_s = 5.0
-    if after.isdigit():
-        wait_s = float(after)
-    elif reset:
-        wait_s = float(reset.group(1))
-    return min(max(wait_s, 1.0), MAX_RETRY_AFTER_S)
-
-
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
-    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
-    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {hub_cache_dir(env)}")
-    tries = most = 0
-    while True:
-        answer = run_hub_guest(job, data, env, note, tell)
-        if isinstance(answer.get("done"), int):
-            return int(answer["done"])
-        said, got = answer.get("failed"), answer.get("got")
-        problem = hub_problem(said if isinstance(said, dict) else {}, job, env)
-        if isinstance(got, int) and got > most:
-            tries, most = 0, got
-        allowed = len(HUB_WAITS_S)
-        if problem.unreachable and not most:
-            allowed = 1
-        if problem.wait_s < 0 or tries >= allowed:
-            kind = Unreachable if problem.unreachable and not most else UserError
-            raise kind(problem.what, problem.hint)
-        pause_s = max(problem.wait_s, HUB_WAITS_S[tries])
-        tries += 1
-        note(f"{problem.what}; trying again in {pause_s:.0f} s")
-        time.sleep(pause_s)
-
-
-def run_hub_guest(job: Job, data: str, env: Mapping[str, str], note: Say,
-                  tell: Callable[..., None]) -> Dict[str, Any]:
-    """Have the hub's guest try one job once; the last that it says, {} for nothing.
+    """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
     The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
     """
     import subprocess
-    command = guest_command(environment_program(HUB, data), "hub_download")
     wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
-    guest = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    answer: Dict[str, Any] = {}
-    with guest:
+    note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
+    command = guest_command(environment_program(HUB, data), "hub_download")
+    event: Dict[str, Any] = {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
         assert guest.stdin is not None
         assert guest.stdout is not None
         guest.stdin.write(json.dumps(wanted).encode() + b"\n")
         guest.stdin.flush()
         for line in guest.stdout:
-            answer = json.loads(line)
-            if "say" in answer:
-                note(visible(answer["say"]))
-            elif "part" in answer:
-                tell(**answer)
-            elif "size" in answer:
-                words = progress_words(answer["bytes"], answer["size"], answer["rate"])
-                note(f"{answer['file']}: {words}")
-    return answer
+            event = json.loads(line)
+            if "say" in event:
+                note(visible(event["say"]))
+            elif "part" in event:
+                tell(**event)
+            elif "size" in event:
+                words = progress_words(event["bytes"], event["size"], event["rate"])
+                note(f"{event['file']}: {words}")
+    if "done" in event:
+        return int(event["done"])
+    what = event.get("failed", "huggingface_hub has ended in the middle")
+    if event.get("lacks"):
+        what += nearest_files(job.repo, event["lacks"], env)
+    kind = Unreachable if event.get("unreachable") else UserError
+    raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:

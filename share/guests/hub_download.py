@@ -2,23 +2,24 @@
 
 A guest: it runs in the Python of llmstack's private environment `hub`, and nothing of llmstack is
 there. The library resumes, locks and lays out the cache. What is done here besides: the room on the
-disk is looked at first, every hash is checked, and refs/main is moved last, for llama-server finds
-without a network what lies below that commit and nothing else.
+disk is looked at first, every hash is checked, what may pass is tried again, and refs/main is moved
+last, for llama-server finds without a network what lies below that commit and nothing else.
 
-Standard input: one line of JSON with `repo`, `files`, `beside`, `cache` and `endpoint`. `beside` are
-further files of the repository that have to be found below the same commit. The pipe's end says that
-whoever asked is gone, and ends this process.
+Standard input: one line of JSON with `repo`, `files`, `beside`, `cache` and `endpoint`. `beside`
+are further files of the repository that have to be found below the same commit. The pipe's end says
+that whoever asked is gone, and ends this process.
 Standard output: JSON, a line an event.
 
     {"say": TEXT}                               for the log
     {"part": ETAG, "before": N, "total": N}     the file that is fetched now; bytes
     {"file": NAME, "bytes": N, "size": N, "rate": N}    how far it is, every ten seconds; bytes/s
     {"done": N}                                 the last one: everything is here
-    {"failed": {...}, "got": N}                 the last one: why not, and the bytes that are here
+    {"failed": TEXT, "hint": TEXT, ...}         the last one: why not, see Failure
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Iterator, NamedTuple, Tuple
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -38,15 +39,29 @@ PROGRESS_EVERY_S = 10
 LOCK_PATIENCE_S = 0.1               # a lock that is held longer than this is waited for aloud
 CHUNK_BYTES = 1 << 20               # what a kill loses, and what a slow line shows
 NETWORK_MODULES = ("httpx", "httpcore", "requests")
+WAITS_S = (1, 5, 20, 60, 60, 60)    # between tries that bring nothing new
+HUB_SAYS_NOTHING_S = 5.0            # for a hub that is busy and does not say how long
+MAX_WAIT_S = 3600.0
 AGAIN = "run `llmstack download` again"
+GO_ON = AGAIN + ": it goes on from there"
+
+
+class Failure(NamedTuple):
+    """Why files are not here, in words for the user."""
+
+    what: str
+    hint: str
+    wait_s: float = -1                  # until another try is worth it; negative: never
+    unreachable: bool = False           # the hub has not answered at all
+    lacks: str = ""                     # the file that the repository does not have
 
 
 class FetchError(Exception):
-    """What no further try mends, and what to do about it."""
+    """A failure of our own finding."""
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
-        self.hint = hint
+        self.failure = Failure(what, hint)
 
 
 def tell(**event: Any) -> None:
@@ -88,7 +103,7 @@ class HubFile:
         self.size = int(meta.size)
         self.blob = os.path.join(folder, "blobs", self.etag)
         self.part = self.blob + ".incomplete"   # the library's own name
-        self.mark = self.blob + ".unverified"   # there from the first byte until the hash is checked
+        self.mark = self.blob + ".unverified"   # there until the hash is checked
         self.pointer = os.path.join(folder, "snapshots", self.commit, *name.split("/"))
 
     def is_whole(self) -> bool:
@@ -110,7 +125,7 @@ class Fetch:
         self.folder = os.path.join(cache, name)
         self.locks = os.path.join(cache, ".locks", name)
         self.asked = ""                         # the file that the hub was asked for last
-        self.got_bytes = 0                      # of the files before it
+        self.got_bytes = 0                      # of this file and those before it
 
     def metadata(self, file: str, revision: str) -> HubFile:
         """What the hub says of a file: the hash stands on its own answer, not where that leads."""
@@ -128,7 +143,7 @@ class Fetch:
         return HubFile(self.folder, file, meta)
 
     def download(self, file: HubFile) -> None:
-        """Have the library fetch what lacks, and link it. By commit: so it leaves refs/main alone."""
+        """Have the library fetch what lacks, and link it; by commit, so refs/main stays."""
         over_xet = file.size > constants.MAX_HTTP_DOWNLOAD_SIZE
         # Only Xet serves what is larger than that, and only plain HTTP resumes.
         constants.HF_HUB_DISABLE_XET = not over_xet
@@ -213,6 +228,7 @@ class Fetch:
         os.replace(temporary, path)
 
     def run(self, names: Tuple[str, ...], beside: Tuple[str, ...]) -> None:
+        self.got_bytes = 0
         files = list(self.metadata_of_all(names))
         total = sum(file.size for file in files)
         for file in files:
@@ -272,33 +288,93 @@ def cause_of(exc: BaseException) -> BaseException:
     return exc
 
 
-def facts(outer: Exception, file: str) -> Dict[str, Any]:
-    """What llmstack needs to know of a failure, to say it in its own words."""
+def explain(outer: Exception, fetch: Fetch) -> Failure:
+    """What an error of the library or of this machine means for the user."""
     if isinstance(outer, FetchError):
-        return {"problem": str(outer), "hint": outer.hint}
+        return outer.failure
     exc = cause_of(outer)
-    kind = type(exc).__name__
-    found: Dict[str, Any] = {"file": file, "kind": kind, "words": first_line(exc)}
-    response = getattr(exc, "response", None)
-    if response is not None:
-        headers = response.headers
-        found.update(status=int(response.status_code), url=str(response.url),
-                     code=headers.get("X-Error-Code", ""),
-                     message=headers.get("X-Error-Message", ""),
-                     retry_after=headers.get("Retry-After", ""),
-                     rate_limit=headers.get("RateLimit", ""))
-        return found
-    modules = {type(x).__module__.split(".")[0] for x in (outer, exc)}
-    found["network"] = isinstance(exc, OSError) or bool(modules & set(NETWORK_MODULES))
-    found["broke"] = "Protocol" in kind or "Read" in kind
-    if isinstance(exc, OSError):
-        found["errno"] = exc.errno or 0
-        found["path"] = str(exc.filename or "")
-    return found
+    kind, words = type(exc).__name__, first_line(exc)
+    if getattr(exc, "response", None) is not None:
+        return explain_answer(exc.response, fetch)  # type: ignore[attr-defined]
+    if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+        return Failure(f"the disk is full: {fetch.cache}",
+                       "free some room, then `llmstack download` goes on from there")
+    if isinstance(exc, OSError) and exc.filename:
+        return Failure(f"cannot write {exc.filename}: {exc.strerror}",
+                       "mend its permissions, or those of its directory")
+    if kind == "OfflineModeIsEnabled":
+        return Failure("HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it")
+    modules = {type(error).__module__.split(".")[0] for error in (outer, exc)}
+    if not isinstance(exc, OSError) and not modules & set(NETWORK_MODULES):
+        return Failure(f"huggingface_hub failed: {kind}: {words}", GO_ON)
+    hint = f"see that this machine is online (HTTPS_PROXY is honoured); {GO_ON}"
+    if "Protocol" in kind or "Read" in kind:
+        return Failure(f"the model hub broke the connection: {words}", hint, 0)
+    return Failure(f"the model hub cannot be reached at {fetch.endpoint}: {words}", hint, 0,
+                   unreachable=True)
+
+
+def explain_answer(response: Any, fetch: Fetch) -> Failure:
+    """What the hub means by an answer that is no file."""
+    status, code = int(response.status_code), response.headers.get("X-Error-Code", "")
+    endpoint, page = fetch.endpoint, f"{fetch.endpoint}/{fetch.repo}"
+    if status in (408, 429) or status >= 500:
+        what = "asks to wait" if status == 429 else f"answers {status}"
+        return Failure(f"the model hub {what}", GO_ON, wanted_wait_s(response.headers))
+    if status == 403 and not code and not str(response.url).startswith(endpoint):
+        return Failure("the signed address of the file has lapsed", GO_ON, 0)
+    if status == 401 and "nvalid" in response.headers.get("X-Error-Message", ""):
+        return Failure("the model hub does not take the token in HF_TOKEN",
+                       f"make a new one at {endpoint}/settings/tokens")
+    if code == "GatedRepo" or status == 403:
+        how = "put a token into HF_TOKEN"
+        if os.environ.get("HF_TOKEN"):
+            how = "let HF_TOKEN hold a token of who accepted them"
+        return Failure(f"{fetch.repo} is gated: its terms must be accepted first",
+                       f"accept them at {page}, and {how} ({endpoint}/settings/tokens)")
+    if status == 401 or code == "RepoNotFound":
+        return Failure(f"there is no {fetch.repo} on the hub, or it is private or gated",
+                       f"look at {page}; for a private one, put your token into HF_TOKEN")
+    if status == 404:
+        return Failure(f"{fetch.repo} has no {fetch.asked}", "correct hf_file in models.ini",
+                       lacks=fetch.asked)
+    return Failure(f"the model hub answers {status} for {fetch.repo}/{fetch.asked}", GO_ON)
+
+
+def wanted_wait_s(headers: Any) -> float:
+    """How long the hub asks to be left alone."""
+    after, wait_s = headers.get("Retry-After", ""), HUB_SAYS_NOTHING_S
+    reset = re.search(r"\bt=([0-9]{1,5})", headers.get("RateLimit", ""))
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset:
+        wait_s = float(reset.group(1))
+    return min(max(wait_s, 1.0), MAX_WAIT_S)
+
+
+def run_patiently(fetch: Fetch, names: Tuple[str, ...], beside: Tuple[str, ...]) -> int:
+    """Try as long as that may help; the exit status."""
+    tries = most = 0
+    while True:
+        try:
+            fetch.run(names, beside)
+            return 0
+        except Exception as exc:  # every failure is told in the same way
+            failure = explain(exc, fetch)
+        if fetch.got_bytes > most:
+            tries, most = 0, fetch.got_bytes
+        away = failure.unreachable and not most
+        if failure.wait_s < 0 or tries >= (1 if away else len(WAITS_S)):
+            tell(failed=failure.what, hint=failure.hint, unreachable=away, lacks=failure.lacks)
+            return 1
+        pause_s = max(failure.wait_s, WAITS_S[tries])
+        tries += 1
+        tell(say=f"{failure.what}; trying again in {pause_s:.0f} s")
+        time.sleep(pause_s)
 
 
 def end_with_the_pipe() -> None:
-    while os.read(0, 1):                        # sys.stdin's own lock would be in the way of an exit
+    while os.read(0, 1):                        # the lock of sys.stdin would hold up an exit
         pass
     os._exit(1)
 
@@ -308,12 +384,7 @@ def main() -> int:
     threading.Thread(target=end_with_the_pipe, daemon=True).start()
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     fetch = Fetch(job["repo"], job["cache"], job["endpoint"])
-    try:
-        fetch.run(tuple(job["files"]), tuple(job["beside"]))
-    except Exception as exc:  # every failure is told in the same way
-        tell(failed=facts(exc, fetch.asked), got=fetch.got_bytes)
-        return 1
-    return 0
+    return run_patiently(fetch, tuple(job["files"]), tuple(job["beside"]))
 
 
 if __name__ == "__main__":
