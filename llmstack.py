@@ -8153,12 +8153,13 @@ class _Bar:
             self._file = row["file"]
             self._samples.clear()
         self._samples.append((time.monotonic(), row["bytes"]))
-        line = self._line(row, behind, last)[:shutil.get_terminal_size().columns - 1]
+        columns = shutil.get_terminal_size().columns - 1
+        line = self._line(row, behind, last, columns)[:columns]
         sys.stdout.write("\r" + line.ljust(len(self._shown)))
         sys.stdout.flush()
         self._shown = line
 
-    def _line(self, row: Mapping[str, Any], behind: int, last: str) -> str:
+    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
         began, start = self._samples[0]
         now, have = self._samples[-1]
         stands = have == start and len(self._samples) > 15
@@ -8167,11 +8168,15 @@ class _Bar:
         total = row["total_bytes"]
         share = min(have / total, 1.0) if total else 0.0
         rate = (have - start) / max(now - began, 0.001)
-        bar = f"[{'#' * int(share * 24):<24}] {share * 100:3.0f} %"
-        line = f"{row['tier']}-{row['label']} {bar} {progress_words(have, total, rate)}"
+        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
         if behind > 0:
-            line += f" (+{behind})"
-        return line
+            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
+        name = f"{row['tier']}-{row['label']}"
+        width = columns - len(name) - len(words) - len(" [] ")
+        if width < 4:                           # the words say it, too
+            return f"{name} {words}"
+        width = min(width, 24)
+        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
 
 
 def _ended_words(row: Mapping[str, Any]) -> str:

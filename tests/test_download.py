@@ -616,6 +616,17 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(hub: FakeHub, places: llm
     worker_gone(places)
 
 
+@pytest.mark.parametrize(("columns", "bar"), [(120, 24), (80, 10), (70, 0)])
+def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
+    row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
+    shown = llmstack._Bar()
+    shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
+    line = shown._line(row, 1, "", columns)
+    assert len(line) <= columns
+    assert line.endswith(" 27 % (+1) 12.3 of 45.0 GB, 85.0 MB/s, 6 min left")
+    assert len(re.sub(r".*\[|\].*|^[^\[]*$", "", line)) == bar
+
+
 def test_a_thin_client_downloads_nothing(places: llmstack.Places, capsys: pytest.CaptureFixture[str]) -> None:
     Path(places.state, "default-channel").write_text("external http://10.0.0.5:10101\n")
     for words in (["download"], ["install-llama-swap"], ["check"], ["setup"]):
