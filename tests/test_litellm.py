@@ -24,7 +24,6 @@ import yaml
 import llmstack
 from llmstack import Config, Tier, UserError
 from tests.conftest import ROOT
-from tests.test_environments import make_environment
 
 WANTED = [("code-ultra", "anthropic/claude-opus-4-20250514"), ("code-fast_next", "bedrock/eu.anthropic.claude-v2:0")]
 KEY = "sk-scripted-0123456789abcdef0123"
@@ -315,6 +314,7 @@ def test_which_litellm_is_taken(tmp_path: Path) -> None:
     assert llmstack.find_litellm({"LITELLM_BIN": installed}, data) == (sys.executable, llmstack.PROGRAM, "_litellm")
     with pytest.raises(UserError, match="no program"):
         llmstack.find_litellm({"LITELLM_BIN": "/nowhere"}, data)
+    from tests.test_environments import make_environment
     make_environment(llmstack.LITELLM, data)
     assert llmstack.find_litellm({}, data)[1:] == (llmstack.PROGRAM, "_litellm")
 
