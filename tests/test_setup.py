@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 import llmstack
+from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
-from tests.test_download import INI, PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
+from tests.test_download import PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
 __all__ = ["hub", "releases"]                   # fixtures
@@ -269,7 +270,7 @@ def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_serv
     monkeypatch.setattr(llmstack, "start_downloads", lambda *_: 7)
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
-    Path(places.models_ini).write_text(INI)
+    Path(places.models_ini).write_text(test_download.INI)
     hub.rows = lambda repo: [{**row, "size": 3_000_000_000} for row in FakeHub.rows(hub, repo)]  # type: ignore[method-assign]
     said: list[str] = []
     answers: list[bool | None] = [True, False, None]
@@ -296,7 +297,7 @@ def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, 
     monkeypatch.setattr(llmstack, "install_environment", lambda *_: pytest.fail("installed for nothing"))
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
-    Path(places.models_ini).write_text(INI)
+    Path(places.models_ini).write_text(test_download.INI)
     setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
     with pytest.raises(llmstack.Unreachable, match=r"the model hub cannot be reached at 127\.0\.0\.1:9"):
         llmstack._setup_download(setup)
