@@ -41,7 +41,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
-    FIT                  headers from this disk or the hub; what each tier takes on this machine
+    FIT                  the hub and its cache; a model's header from either; what each tier takes here
     LITELLM              which one, its environment and configuration; what keeps web pages away from it
     ENGINE               llama-server processes within the memory there is, and their application on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
@@ -3181,7 +3181,7 @@ class Job(NamedTuple):
     label: str                                  # current | next
     repo: str
     files: Tuple[str, ...]
-    beside: Tuple[str, ...] = ()                # the project's other files in that repository: one commit for all of them
+    beside: Tuple[str, ...] = ()                # the project's other files of that repository
 
     @property
     def name(self) -> str:
@@ -3189,45 +3189,44 @@ class Job(NamedTuple):
 
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
-    """A job of the queue file; None where it is none, or its names would lead out of the directories they belong in."""
+    """A job of the queue file; None where it is none, or where a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")), tuple(map(str, files)), tuple(map(str, beside)))
-    good = _NAME.match(job.tier) and job.label in ("current", "next") and _REPO.match(job.repo)
-    return job if good and all(_HUB_PATH.match(f) for f in (*job.files, *job.beside)) else None
+    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
+              tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+        return None
+    if not _REPO.match(job.repo):
+        return None
+    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+        return None
+    return job
 
 
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf\Z")
+MAX_PARTS = 1000
 
 
 def split_parts(file: str) -> Tuple[str, ...]:
-    """All the files of a split GGUF, named by any one of them; the file itself where it is whole."""
+    """All the files of a split GGUF, named by any of them; the file itself where it is whole."""
     match = _SPLIT.match(file)
-    count = int(match.group(3)) if match else 0
-    if not match or not 0 < count <= 1000:
+    if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
-    return tuple(f"{match.group(1)}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    stem, _, count = match.groups()
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the rest of the tiers is left out): every current file first, then the queued ones.
+def plan_downloads(config: Config, names: Sequence[str],
+                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
+    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
 
     `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
     """
     tiers = list(config.tiers)
     if names:
-        known = [n for t in config.tiers for n in (t.name, *t.aliases)]
-        for name in names:
-            if config.by_name(name) is None:
-                raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                                "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-        asked = {config.by_name(name) for name in names}
-        tiers = [t for t in tiers if t in asked]
-    wanted: Dict[str, List[str]] = {}
-    for weights in (weights_for(t, n) for t in config.tiers if t.backend == "gguf" for n in (False, True)):
-        if weights.repo:
-            wanted.setdefault(weights.repo, []).extend(split_parts(weights.file))
+        tiers = _named_tiers(config, names)
+    wanted = _files_by_repo(config)
     jobs, skipped = [], []
     for label in labels:
         for tier in tiers:
@@ -3238,20 +3237,54 @@ def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) 
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
                 files = split_parts(weights.file)
-                beside = tuple(dict.fromkeys(f for f in wanted[weights.repo] if f not in files))
+                beside = tuple(file for file in wanted[weights.repo] if file not in files)
                 jobs.append(Job(tier.name, label, weights.repo, files, beside))
     return jobs, list(dict.fromkeys(skipped))
 
 
+def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
+                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
+    asked = {config.by_name(name) for name in names}
+    return [tier for tier in config.tiers if tier in asked]
+
+
+def _files_by_repo(config: Config) -> Dict[str, List[str]]:
+    """Repository -> the files of it that any tier has, on either channel, each once."""
+    wanted: Dict[str, Dict[str, None]] = {}
+    for tier in config.tiers:
+        if tier.backend != "gguf":
+            continue
+        for weights in (weights_for(tier, False), weights_for(tier, True)):
+            if weights.repo:
+                parts = dict.fromkeys(split_parts(weights.file))
+                wanted.setdefault(weights.repo, {}).update(parts)
+    return {repo: list(files) for repo, files in wanted.items()}
+
+
 def parse_checksums(text: str) -> Dict[str, str]:
     """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    rows = (line.split() for line in text.splitlines())
-    return {row[1].lstrip("*"): row[0].lower() for row in rows if len(row) == 2 and re.match(r"[0-9A-Fa-f]{64}\Z", row[0])}
+    sums = {}
+    for line in text.splitlines():
+        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
+        if match:
+            sums[match.group(2)] = match.group(1).lower()
+    return sums
 
 
 def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """The release archive of llama-swap for a platform, "" when there is none. `llama-swap_251_linux_amd64.tar.gz`"""
-    return next((n for n in names if re.match(rf"llama-swap_[^_]+_{system}_{machine}\.(?:tar\.gz|zip)\Z", n)), "")
+    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
+    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
+    return next(filter(wanted.match, names), "")
+
+
+def asset_platforms(names: Sequence[str]) -> str:
+    """The platforms that a release of llama-swap has archives for, for people."""
+    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
+    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
 
 
 def swap_version(output: str) -> str:
@@ -3261,26 +3294,31 @@ def swap_version(output: str) -> str:
 
 
 def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than the GPU gets now; 0 where no limit is needed or helps.
+    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
 
-    All but an eighth of memory, and never less than 8 GB, for the system: 57344 of 65536 (README, "Memory math").
+    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
+    Source: README, "Memory math".
     """
     most = memory_mb - max(8192, memory_mb // 8)
-    return most if limit_mb < need_mb <= most else 0
+    if limit_mb < need_mb <= most:
+        return most
+    return 0
 
 
 def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their command lines and all else below them, comments taken out."""
+    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
     blocks: Dict[str, List[str]] = {}
     name, inside = "", False
     for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            continue
         top = re.match(r"(\S[^:]*):", line)
-        if top and not line.startswith("#"):
+        heading = re.match(r"  (\S.*?):\s*$", line)
+        if top:
             inside, name = top.group(1) == "models", ""
-        heading = re.match(r"  (\S.*?):\s*$", line) if inside else None
-        if heading:
+        elif inside and heading:
             name = heading.group(1).strip("\"'")
-        elif name and not line.lstrip().startswith("#"):
+        elif name:
             blocks.setdefault(name, []).append(line.strip())
     return {name: "\n".join(lines) for name, lines in blocks.items()}
 
@@ -3288,9 +3326,12 @@ def swap_yaml_commands(text: str) -> Dict[str, str]:
 def weights_drift(weights: Weights, command: str) -> str:
     """Which other file than `weights` a llama-server command names, "" when it is the same one."""
     for flags in weight_flags(weights):
-        if not re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-            return found.group(1) if found else "something else"
+        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
+            continue
+        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
+        if found:
+            return found.group(1)
+        return "something else"
     return ""
 
 
@@ -4651,11 +4692,15 @@ def _expand(path: str) -> str:
 def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     """A program on PATH or in its usual places, "" when there is none."""
     import shutil
-    return shutil.which(name) or next((p for p in (os.path.join(d, name) for d in places) if os.access(p, os.X_OK)), "")
+    found = shutil.which(name)
+    if found:
+        return found
+    paths = (os.path.join(directory, name) for directory in places)
+    return next((path for path in paths if os.access(path, os.X_OK)), "")
 
 
 class PrivateEnvironment(NamedTuple):
-    """Pinned packages from PyPI in a virtual environment below the data directory, never in the user's Python."""
+    """Pinned packages of PyPI's in a virtual environment of llmstack's, never in the user's Python."""
 
     name: str                                   # its directory, with the version below it
     version: str
@@ -4670,7 +4715,8 @@ class PrivateEnvironment(NamedTuple):
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
-    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp")
+    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp,"
+    " apt install llama.cpp")
 
 
 LITELLM = PrivateEnvironment(
@@ -4685,11 +4731,23 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
     """A program of the environment, whether or not that is there."""
-    return os.path.join(environment_dir(wanted, data), "Scripts" if IS_WINDOWS else "bin", program + EXE)
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, program + EXE)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
-    return os.path.exists(os.path.join(environment_dir(wanted, data), "ready"))
+    """True where an environment was finished, and the Python that it stands on is still there."""
+    directory, python = environment_dir(wanted, data), environment_program(wanted, data)
+    if not os.path.exists(os.path.join(directory, "ready")):
+        return False
+    settings = read_text(os.path.join(directory, "pyvenv.cfg"))
+    home = re.search(r"^home *= *(.+)$", settings, re.MULTILINE)
+    if home is None or not os.path.isdir(home.group(1).strip()) or not os.path.exists(python):
+        return False
+    # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
+    name = os.path.basename(os.path.realpath(python))
+    packages = os.path.join(directory, "lib", name)
+    return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
 
 
 def _launched_python(minor: int) -> str:
@@ -4707,52 +4765,70 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
-        if python and _output([python, "-c", ask]).strip() == str(minor):
+        if not python:
+            continue
+        if _output([python, "-c", ask]).strip() == str(minor):  # a manager's stub may stand there
             return python
     return ""
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
-    """Make a private environment where it is not there yet; wheels only, nothing is built. Errors: UserError."""
+    """Make a private environment where none is ready; wheels only, nothing is built.
+
+    One process does it at a time; the others wait and find it done. Errors: UserError.
+    """
     if environment_ready(wanted, data):
         return
-    import shutil
-    directory = environment_dir(wanted, data)
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python {'.'.join(map(str, wanted.oldest))} to"
-                        f" {'.'.join(map(str, wanted.newest))}, and there is none on PATH", wanted.otherwise)
+        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
+        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
+                        " and there is none on PATH", wanted.otherwise)
+    lock = os.path.join(data, wanted.name, "lock")
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+        if not environment_ready(wanted, data):
+            _make_environment(wanted, data, python, say)
+
+
+def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
+                      say: Callable[[str], None]) -> None:
+    """All of it anew: what an interrupted try or another Python has left is of no use."""
+    import shutil
+    directory = environment_dir(wanted, data)
+    if os.path.exists(os.path.join(directory, "ready")):
+        say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    try:
-        make_private_dir(directory)
-    except OSError as exc:
-        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
     inside = environment_program(wanted, data)
+    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
     steps = (
         ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [inside, "-m", "pip", "install", "--disable-pip-version-check",
-                                  "--only-binary", ":all:", *wanted.requirements]),
+        ("download and install", [*pip, *wanted.requirements]),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = _run_with_progress(what, command, say)
-        if output is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            reason = next((x for x in reversed(output.splitlines()) if x.strip()), "no reason given")
-            hint = "apt install python3-venv, then again" if "ensurepip" in output else "see that PyPI can be reached, then again"
-            raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
+        if output is None:
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        lines = [line for line in output.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        hint = "see that PyPI can be reached, then again"
+        if "ensurepip" in output:
+            hint = "apt install python3-venv, then again"
+        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
-def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], None]) -> Optional[str]:
+def _run_with_progress(what: str, command: Sequence[str],
+                       say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, saying every few seconds that it goes on; its output when it failed."""
     import subprocess
     import tempfile
     began, said = time.monotonic(), 0.0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=not IS_WINDOWS)
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while process.poll() is None:
                 passed = time.monotonic() - began
@@ -7070,36 +7146,145 @@ def _stamp(program: Sequence[str]) -> str:
 # ===================================================================================================
 # FIT
 # ===================================================================================================
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000, less than a cache of them would be worth.
+# The hub, its cache on this disk, and what each tier takes by the header of its file in either.
+# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
+
+
+MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
+_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+    ("LLAMA_CACHE", ""),
+    ("HF_HUB_CACHE", ""),
+    ("HUGGINGFACE_HUB_CACHE", ""),
+    ("HF_HOME", "hub"),
+    ("XDG_CACHE_HOME", "huggingface/hub"),
+)
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
-    """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
-    for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                        ("XDG_CACHE_HOME", "huggingface/hub"), ("", "~/.cache/huggingface/hub")):
-        if not name or env.get(name):
-            return os.path.normpath(_expand(os.path.join(env.get(name, ""), below)))
+    """Where llama-server keeps downloads, huggingface_hub's own place. Source: hf-cache.cpp."""
+    place = "~/.cache/huggingface/hub"
+    for name, below in _CACHE_VARIABLES:
+        if env.get(name):
+            place = os.path.join(env[name], below)
+            break
+    return os.path.normpath(_expand(place))
+
+
+def repo_dir(cache: str, repo: str) -> str:
+    return os.path.join(cache, "models--" + repo.replace("/", "--"))
+
+
+def local_file(cache: str, repo: str, file: str) -> str:
+    """A file of the hub cache, "" for none. Looked for as llama-server does without a network.
+
+    Only the commit of refs/main counts: what lies below another is not found.
+    """
+    folder = repo_dir(cache, repo)
+    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    path = os.path.join(folder, "snapshots", commit, *file.split("/"))
+    if commit and os.path.isfile(path):
+        return path
     return ""
 
 
-def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
-    """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
+def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
+    """Where each file of a tier's model lies on this disk, "" for one that is not here."""
     if weights.path:
-        return weights.path if os.path.isfile(weights.path) else ""
-    repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
-    head = read_text(os.path.join(repo, "refs", "main")).strip()
+        return [weights.path if os.path.isfile(weights.path) else ""]
+    cache = hub_cache_dir(env)
+    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+
+
+def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
+    """The first file of a tier's model where all of it is on this disk, else ""."""
+    parts = local_parts(weights, env)
+    return parts[0] if all(parts) else ""
+
+
+def hub_endpoint(env: Mapping[str, str]) -> str:
+    """Where llama-server asks for models, too."""
+    named = env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT")
+    return (named or "https://huggingface.co").rstrip("/")
+
+
+def hub_token(env: Mapping[str, str]) -> str:
+    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
+    token = env.get("HF_TOKEN", "").strip()
+    if not re.match(r"[!-~]*\Z", token):
+        raise UserError("HF_TOKEN holds a character that no token has",
+                        "set it anew: one line of letters and digits")
+    return token
+
+
+def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
+    from urllib.parse import quote
+    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
+
+
+class Unreachable(UserError):  # noqa: N818
+    """A server that cannot be asked at all, so that no second question to it is worth its wait."""
+
+
+def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None,
+             timeout_s: float = 20) -> Any:
+    """Ask a server on the internet, through the proxy of the environment, or one on this machine.
+
+    Errors: Unreachable, HTTPError (an OSError) for what it refuses.
+    """
+    import urllib.error
+    import urllib.request
+    parts = re.match(r"https?://([^/?#]+)", url)
+    if parts is None:
+        raise Unreachable(f"{what} has no address that can be asked: {url}",
+                          "give it one that begins with https://")
+    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
+    for name, value in headers.items():
+        if name == "Authorization":             # not sent on when it leads elsewhere
+            request.add_unredirected_header(name, value)
+        else:
+            request.add_header(name, value)
+    ask: Any = urllib.request.urlopen
+    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
+        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     try:
-        commits = sorted(os.listdir(os.path.join(repo, "snapshots")), key=lambda c: c != head)
-    except OSError:
+        return ask(request, timeout=timeout_s)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError) as exc:
+        reason = str(getattr(exc, "reason", exc))
+        hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
+        if "CERTIFICATE_VERIFY" in reason:
+            hint = ("this Python has no certificates: run its Install Certificates.command,"
+                    " or set SSL_CERT_FILE")
+        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+
+
+def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
+    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    from urllib.parse import urlencode
+    token, endpoint = hub_token(env), hub_endpoint(env)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = urlencode(form, doseq=True).encode() if form else None
+    try:
+        with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
+            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as exc:
+        raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
+                        "see HF_ENDPOINT") from None
+
+
+def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
+    """`; it has ...` with the names in a repository that are nearest to one it does not have."""
+    import difflib
+    try:
+        rows = hub_api(f"{repo}/tree/main?recursive=true", env)
+        names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
         return ""
-    found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
-    return next((path for path in found if os.path.isfile(path)), "")
-
-
-def part_names(name: str, count: int) -> List[str]:
-    """The files of a split GGUF from the name of the first."""
-    stem, split, _ = name.rpartition("-00001-of-")
-    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)] if split and count > 1 else [name]
+    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
+    if not near:
+        return "; it has no GGUF file at all"
+    return f"; it has {visible(', '.join(near))}"
 
 
 def local_header(path: str) -> GgufHeader:
@@ -7116,63 +7301,42 @@ def local_header(path: str) -> GgufHeader:
         return header
 
     first = one(path)
-    return merge_headers(first, map(one, part_names(path, first.parts)[1:]))
+    return merge_headers(first, map(one, split_parts(path)[1:]))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
-    """A part of a file on the hub, which redirects to its storage; short at its end. Errors: OSError, in words."""
+    """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
     import http.client
     import urllib.error
-    import urllib.request
-
-    if not url.startswith("http"):
-        raise OSError(f"{url} is no address of a hub")
+    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
-        if token:                               # goes to the hub, never to where it redirects
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            skip = 0 if answer.status == 206 else first         # no ranges: the file as far as is needed
+        with open_url(url, headers, "the model hub", timeout_s=10) as answer:
+            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
             data: bytes = answer.read(skip + count)
             return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        raise OSError(f"{url} answered {exc.code}" + (": set HF_TOKEN" if exc.code in (401, 403) else "")) from None
-    except urllib.error.URLError as exc:
-        raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
+        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        raise OSError(f"{url} answered {exc.code}{hint}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
     except OSError as exc:                      # one that takes the connection and says nothing
-        raise ConnectionError(f"the hub cannot be reached: {exc}") from None
-
-
-def hub_endpoint(env: Mapping[str, str]) -> str:
-    """Where llama-server asks for models, too."""
-    return (env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def hub_token(env: Mapping[str, str]) -> str:
-    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
-    token = env.get("HF_TOKEN", "").strip()
-    if not re.match(r"[!-~]*\Z", token):
-        raise UserError("HF_TOKEN holds a character that no token has", "set it anew: one line of letters and digits")
-    return token
-
-
-def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
-    from urllib.parse import quote
-    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
+        raise Unreachable(f"the model hub broke off: {exc}", "try again later") from None
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
-    """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
+    """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
+    token = hub_token(env)
+
     def one(name: str) -> GgufHeader:
-        held = bytearray()
+        url, held = hub_url(weights.repo, name, env), bytearray()
 
         def read(offset: int, count: int) -> bytes:
             while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)), hub_token(env))
+                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
                 held.extend(more)
@@ -7180,8 +7344,7 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    first = one(weights.file)
-    return merge_headers(first, map(one, part_names(weights.file, first.parts)[1:]))
+    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
@@ -7202,8 +7365,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
                 continue
         except GgufError as exc:
             note = f"{os.path.basename(where)} {exc}"
+        except Unreachable as exc:              # no further tier is asked for
+            note, hub = str(exc), False
         except OSError as exc:
-            note, hub = str(exc), hub and not isinstance(exc, ConnectionError)      # offline: no tier more is asked for
+            note = str(exc)
         need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
         fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
                             note=note))
@@ -9095,19 +9260,38 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # DOWNLOADS
 # ===================================================================================================
 
-# The last release for Python 3.9, which a stock Mac has. Newer ones drop what a killed download had got: they write
-# to a file with a random name. So the worker keeps the old name, `blobs/<etag>.incomplete`, and has the library
-# continue it (http_get, resume_size); that works with every release from 1.0 to 2.4.
+# The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
+# killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
-                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)", (3, 9), (3, 14),
-                         "or install huggingface_hub into the Python that runs llmstack")
-HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new; a lost network is often back by then
-MAX_RETRY_AFTER_S = 3600
-HTTP_LIMIT_BYTES = 50_000_000_000               # the hub serves larger files over Xet only, which cannot be resumed
+                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 * 1024 * 1024
+MAX_BINARY_BYTES = 512 << 20
+MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
+MAX_CHECKSUMS_BYTES = 1 << 20
+
+
+def span_words(seconds: float) -> str:
+    """`75 s`, `14 min`, `12.5 h`"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def progress_words(have: int, size: int, rate: float) -> str:
+    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
+    unit, name = 1e6, "MB"
+    if size >= 1e9:
+        unit, name = 1e9, "GB"
+    if not size:
+        return f"{have / unit:,.1f} {name}"
+    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
+    if rate <= 0:
+        return words
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
 def download_file(url: str, path: str, say: Say) -> None:
@@ -9155,9 +9339,7 @@ def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            rate = (done - start) / passed
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"  {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}")
+            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -9169,69 +9351,13 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def repo_dir(cache: str, repo: str) -> str:
-    return os.path.join(cache, "models--" + repo.replace("/", "--"))
-
-
-def local_file(cache: str, repo: str, file: str) -> str:
-    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
-    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
-    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
-    return path if commit and os.path.isfile(path) else ""
-
-
-def has_all(cache: str, job: Job) -> bool:
-    return all(local_file(cache, job.repo, file) for file in job.files)
-
-
-def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None, timeout_s: float = 20) -> Any:
-    """Ask a server on the internet, through the proxy of the environment. Errors: UserError, HTTPError (an OSError)."""
-    import urllib.error
-    import urllib.request
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"{what} has no address that can be asked: {url}", "give it one that begins with https://")
-    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
-    for name, value in headers.items():         # not sent on when it leads elsewhere
-        request.add_unredirected_header(name, value)
-    try:
-        return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, ValueError) as exc:
-        reason = str(getattr(exc, "reason", exc))
-        hint = ("this Python has no certificates: run its Install Certificates.command, or set SSL_CERT_FILE"
-                if "CERTIFICATE_VERIFY" in reason else "see that this machine is online (HTTPS_PROXY is honoured), then again")
-        raise UserError(f"{what} cannot be reached at {url.split('/', 3)[2] if '//' in url else url}: {reason}", hint) from None
-
-
-def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
-    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
-    from urllib.parse import urlencode
-    token = hub_token(env)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = urlencode(form, doseq=True).encode() if form else None
-    try:
-        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as exc:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
-
-
-def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
-    import difflib
-    try:
-        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
-    except (UserError, OSError, KeyError, TypeError):
-        return ""
-    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
-
-
-# The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
-# pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
-# is about to end, or starts another.
+# The worker: one process a project, started by `download` and left alone. Its queue is
+# .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
+# a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+
+
+GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 def queue_file(places: Places) -> str:
@@ -9243,14 +9369,24 @@ def queue_lock(places: Places) -> FileLock:
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
-    """Job name -> its state: queued | running | done | failed, with what is known of it; what a clone made up is left out."""
+    """Job name -> its state (queued, running, done, failed) and what is known of it.
+
+    What a clone made up is left out: a row has a job's own values, each of its own type.
+    """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
         job = parse_job(row) if isinstance(row, dict) else None
-        if job is not None and job.name == name and row.get("state") in ("queued", "running", "done", "failed"):
-            known = {k: v for k, v in row.items() if isinstance(v, _QUEUE_VALUES.get(k, ())) and not isinstance(v, bool)}
-            jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        if job is None or job.name != name:
+            continue
+        if row.get("state") not in ("queued", "running", "done", "failed"):
+            continue
+        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
+        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
     return jobs
+
+
+def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
+    write_atomic(queue_file(places), json.dumps(queue, indent=1))
 
 
 def download_worker(places: Places) -> Optional[Record]:
@@ -9264,50 +9400,64 @@ def set_state(places: Places, name: str, **values: Any) -> None:
         jobs = read_queue(places)
         if name in jobs:
             jobs[name].update(values)
-            write_atomic(queue_file(places), json.dumps(jobs, indent=1))
+            write_queue(places, jobs)
 
 
-def hub_python(data: str, say: Say) -> str:
-    """A Python that has huggingface_hub: this one, else the private environment's. Errors: UserError."""
-    from importlib import metadata
-    try:
-        if int(metadata.version("huggingface_hub").split(".")[0]) >= 1:
-            return sys.executable
-    except (metadata.PackageNotFoundError, ValueError):
-        pass
-    install_environment(HUB, data, say)
-    return environment_program(HUB, data)
-
-
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], env: Mapping[str, str], say: Say) -> int:
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
+                    env: Mapping[str, str], say: Say) -> int:
     """Queue jobs and see that a worker runs; its pid. Errors: UserError.
 
-    What a killed worker has left is taken up again, if it is still one of the `known` jobs of models.ini: a cloned
-    directory may have brought a queue along, and links that logs would be written through.
+    What a killed worker has left is taken up again where it is still one of the `known` jobs of
+    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
     """
     check_links(places)
-    python = hub_python(places.data, say)
+    install_environment(HUB, places.data, say)
+    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
+        if worker is None:
+            queue = _left_over(queue, known)
         for job in jobs:
-            if worker is None or queue.get(job.name, {}).get("state") not in ("queued", "running"):
+            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
+            if worker is None or not waits:
                 queue.pop(job.name, None)       # to the end of the queue
                 queue[job.name] = {**job._asdict(), "state": "queued"}
+        write_queue(places, queue)
         if worker is None:
-            queue = {n: {**j, "state": "queued"} if j["state"] == "running" else j for n, j in queue.items()
-                     if j["state"] in ("done", "failed") or parse_job(j) in known}
-        write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        if worker is None:
-            log = places.log("download.log")
-            shift_logs(log)
-            settings = {"LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-                        "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            kept = {k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}
-            record = Record(0, "", new_mark(places.project, "download"), kind="download")
-            process, worker = spawn_recorded([python, PROGRAM, "_download"], log, {**kept, **settings},
-                                             places.in_state("download.pid"), record)
-            process.returncode = 0              # it stays; do not let Popen warn that it is still running
+            worker = _spawn_worker(places, env)
         return worker.pid
+
+
+def _left_over(queue: Mapping[str, Dict[str, Any]],
+               known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
+    """The queue of a worker that has ended, as the next one finds it."""
+    left = {}
+    for name, row in queue.items():
+        if row["state"] in ("done", "failed"):
+            left[name] = row
+        elif parse_job(row) in known:
+            left[name] = {**row, "state": "queued"}
+    return left
+
+
+def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
+    """Start the worker, which stays. It needs the hub's token and no other credential."""
+    log = places.log("download.log")
+    shift_logs(log)
+    settings = without_credentials(env)
+    settings.pop("LLMSTACK_API_KEY", None)
+    settings.update({
+        "LLMSTACK_WORK_DIR": places.work,
+        "LLMSTACK_DATA_DIR": places.data,
+        "HF_ENDPOINT": hub_endpoint(env),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    })
+    record = Record(0, "", new_mark(places.project, "download"), kind="download")
+    process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
+                                     places.in_state("download.pid"), record)
+    process.returncode = 0                      # Popen would warn that it is still running
+    return worker
 
 
 def stop_downloads(places: Places) -> bool:
@@ -9316,9 +9466,8 @@ def stop_downloads(places: Places) -> bool:
     if worker is not None:
         stop_recorded(worker, places.project, STOP_GRACE_S)
     with queue_lock(places):
-        left = {n: j for n, j in read_queue(places).items() if j["state"] not in ("queued", "running")}
         if os.path.exists(queue_file(places)):
-            write_atomic(queue_file(places), json.dumps(left, indent=1))
+            write_queue(places, _left_over(read_queue(places), ()))
         _remove(places.in_state("download.pid"))
     return worker is not None
 
@@ -9327,268 +9476,95 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
     """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
     code = 0
     while True:
-        with queue_lock(places):
-            queue = read_queue(places)
-            name = next((n for n, j in queue.items() if j["state"] in ("queued", "running")), "")
-            if not name:
-                _remove(places.in_state("download.pid"))
-                return code
-            row = queue[name]
-            row.update(state="running", error="")
-            write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        log = places.log(f"dl-{name}.log")
-        shift_logs(log)
-        with os.fdopen(open_log(log), "a", encoding="utf-8") as file:
-            def note(line: str, file: Any = file) -> None:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
-                file.flush()
-            job = parse_job(row)
-            assert job is not None
-            try:
-                size = fetch_job(job, env, note, functools.partial(set_state, places, name))
-            except Exception as exc:            # the next file may fare better
-                code = 1
-                what, hint, _ = _hub_problem(exc, job.repo, job.files[0], env)
-                set_state(places, name, state="failed", error=what, hint=hint)
-                note(f"failed: {what}" + (f" ({hint})" if hint else ""))
-            else:
-                set_state(places, name, state="done", bytes=size)
-                note(f"done: {size:,} bytes (download done)")
-
-
-def fetch_job(job: Job, env: Mapping[str, str], note: Say, tell: Callable[..., None]) -> int:
-    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
-    cache = hub_cache_dir(env)
-    done = 0
-    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {cache}")
-    found = [(file, _metadata(job.repo, file, env, note)) for file in job.files]
-    total = sum(meta.size for _, meta in found)
-    for file, meta in found:
-        tell(part=meta.etag, before=done, total=total)
-        _fetch_file(job.repo, file, meta, cache, env, note)
-        done += meta.size
-    for file in job.beside:                     # refs/main has moved on: what is here of the other files must be there, too
-        if not local_file(cache, job.repo, file):
-            try:
-                meta = _metadata(job.repo, file, env, note)
-            except UserError:
-                continue
-            if os.path.exists(os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)):
-                _place_file(job.repo, file, meta, cache)
-    return done
-
-
-class _HubFile(NamedTuple):
-    """What the hub says of a file. `etag` of a large one is its SHA-256."""
-
-    commit: str
-    etag: str
-    size: int
-    url: str
-
-
-def _metadata(repo: str, file: str, env: Mapping[str, str], note: Say) -> _HubFile:
-    found: _HubFile = _patiently(lambda: _ask_hub(repo, file, env), lambda: 0, repo, file, env, note)
-    return found
-
-
-def _ask_hub(repo: str, file: str, env: Mapping[str, str]) -> _HubFile:
-    """Errors: UserError, and the library's own."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    meta = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=hub_endpoint(env)), headers=_hub_headers(hub))
-    etag, commit = str(meta.etag or ""), str(meta.commit_hash or "")
-    if not re.match(r"[0-9A-Za-z]{8,128}\Z", etag) or not re.match(r"[0-9a-f]{40}\Z", commit) or meta.size is None:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {repo}/{file} has no ETag, commit or size",
-                        "see HF_ENDPOINT, and whether a proxy stands between")
-    return _HubFile(commit, etag, int(meta.size), str(meta.location))
-
-
-def _hub_headers(hub: Any) -> Dict[str, str]:
-    """With the token of HF_TOKEN, or of `hf auth login`."""
-    headers: Dict[str, str] = hub.utils.build_hf_headers(library_name="llmstack", library_version=VERSION)
-    return headers
-
-
-def _patiently(act: Callable[[], Any], got: Callable[[], int], repo: str, file: str, env: Mapping[str, str], note: Say) -> Any:
-    """act(), again and again while waiting may help; `got` counts what it has brought. Errors: UserError."""
-    tries, before = 0, got()
-    while True:
+        job = _next_job(places)
+        if job is None:
+            return code
+        note = _job_log(places, job.name)
+        tell = functools.partial(set_state, places, job.name)
         try:
-            return act()
-        except Exception as exc:
-            reason, hint, wait_s = _hub_problem(exc, repo, file, env)
-            if got() > before:
-                tries, before = 0, got()
-            if wait_s < 0 or tries >= (len(HUB_WAITS_S) if wait_s or before else 1):
-                raise UserError(reason, hint) from None
-            pause_s = max(wait_s, HUB_WAITS_S[tries])
-            tries += 1
-            note(f"{reason}; trying again in {pause_s:.0f} s")
-            time.sleep(pause_s)
-
-
-def _hub_problem(exc: Exception, repo: str, file: str, env: Mapping[str, str]) -> Tuple[str, str, float]:
-    """(what, what to do, seconds until it is worth another try: 0 for soon, -1 for never)."""
-    endpoint = hub_endpoint(env)
-    again = "run `llmstack download` again: it goes on from there"
-    if isinstance(exc, UserError):
-        return str(exc), exc.hint, -1
-    response = getattr(exc, "response", None)
-    if response is None:
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            return f"the disk is full: {hub_cache_dir(env)}", "free some room, then `llmstack download` goes on from there", -1
-        if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return f"cannot write {exc.filename or hub_cache_dir(env)}: {exc.strerror}", "mend its permissions", -1
-        if type(exc).__name__ == "OfflineModeIsEnabled":
-            return "HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1
-        if isinstance(exc, OSError) or type(exc).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            words = (str(exc).strip() or type(exc).__name__).splitlines()[0][:200]
-            broke = "Protocol" in type(exc).__name__ or "Read" in type(exc).__name__
-            return (f"the model hub {'broke the connection' if broke else f'cannot be reached at {endpoint}'}: {words}",
-                    f"see that this machine is online (HTTPS_PROXY is honoured); {again}", 0)
-        return f"huggingface_hub failed: {type(exc).__name__}: {str(exc)[:200]}", again, -1
-    status, code = response.status_code, response.headers.get("X-Error-Code", "")
-    if status == 429 or status == 408 or status >= 500:
-        after = response.headers.get("Retry-After", "")
-        reset = re.search(r"\bt=([0-9]{1,5})", response.headers.get("RateLimit", ""))
-        after_s = float(after) if after.isdigit() else float(reset.group(1)) if reset else 5.0
-        what = "asks to wait" if status == 429 else f"answers {status}"
-        return f"the model hub {what}", again, min(max(after_s, 1.0), MAX_RETRY_AFTER_S)
-    if status == 403 and not code and not str(response.url).startswith(endpoint):
-        return "the signed address of the file has lapsed", again, 0
-    if status == 401 and "nvalid" in response.headers.get("X-Error-Message", ""):
-        return "the model hub does not take the token in HF_TOKEN", f"make a new one at {endpoint}/settings/tokens", -1
-    if code == "GatedRepo" or status == 403:
-        how = "whose owner accepted them is what HF_TOKEN must hold" if env.get("HF_TOKEN") else "into HF_TOKEN"
-        return (f"{repo} is gated: its terms must be accepted first", f"accept them at {endpoint}/{repo}, and put a token"
-                f" {how} ({endpoint}/settings/tokens)", -1)
-    if status == 401 or code == "RepoNotFound":
-        return (f"there is no {repo} on the hub, or it is private or gated",
-                f"look at {endpoint}/{repo}; for a private one, put your token into HF_TOKEN", -1)
-    if status == 404:
-        return (f"{repo} has no {file}{nearest_files(repo, file, env)}", "correct hf_file in models.ini", -1)
-    return f"the model hub answers {status} for {repo}/{file}", again, -1
-
-
-def _fetch_file(repo: str, file: str, meta: _HubFile, cache: str, env: Mapping[str, str], note: Say) -> None:
-    """Bring one file into the cache, from where an earlier try has ended. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    blob = os.path.join(folder, "blobs", meta.etag)
-    lock = os.path.join(cache, ".locks", os.path.basename(folder), meta.etag + ".lock")     # the library's own
-    begun = max(file_size(blob), file_size(blob + ".incomplete"))
-    if meta.size > HTTP_LIMIT_BYTES and not begun:
-        import importlib
-        hub: Any = importlib.import_module("huggingface_hub")
-        _check_room(meta.size, folder, file)
-        note(f"{file}: {meta.size:,} bytes, over Xet")
-        _patiently(lambda: hub.hf_hub_download(repo, file, cache_dir=cache, endpoint=hub_endpoint(env)), lambda: 0, repo, file,
-                   env, note)
-    with FileLock(lock, lambda: note(f"another program is fetching {file}; waiting for it")):
-        here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-        if file_size(here) == meta.size:
-            note(f"{file}: is here already")
-        elif file_size(blob) == meta.size:
-            note(f"{file}: is here already, under another commit")
+            size = fetch_job(job, places.data, env, note, tell)
+        except Unreachable as exc:
+            code = 1
+            note(f"failed: {exc} ({exc.hint})")
+            _fail_all(places, exc)
+        except Exception as exc:                # the next file may fare better
+            code = 1
+            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
+            tell(state="failed", error=what, hint=hint)
+            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
         else:
-            os.makedirs(os.path.dirname(blob), exist_ok=True)
-            _remove(here)
-            _remove(blob)
-            resumed = _fill_blob(repo, file, meta, blob, env, note)
-            if not resumed:
-                _fill_blob(repo, file, meta, blob, env, note)
-        _place_file(repo, file, meta, cache)
+            tell(state="done", bytes=size)
+            note(f"done: {size:,} bytes (download done)")
 
 
-def _check_room(need: int, folder: str, file: str) -> None:
-    import shutil
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{file} needs {need / 1e9:,.2f} GB more, and there are {free / 1e9:,.2f} GB free in {folder}",
-                        "free some room, or have the cache elsewhere with HF_HOME; then again")
+def _next_job(places: Places) -> Optional[Job]:
+    """The next of the queue, marked as running; None for none, and the worker is to end."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="running", error="")
+                write_queue(places, queue)
+                return parse_job(row)
+        _remove(places.in_state("download.pid"))
+        return None
 
 
-def _fill_blob(repo: str, file: str, meta: _HubFile, blob: str, env: Mapping[str, str], note: Say) -> bool:
-    """Fetch and verify. False when what had been there before was of no use and is gone now. Errors: UserError."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    fetch: Any = importlib.import_module("huggingface_hub.file_download")
-    fetch.constants.DOWNLOAD_CHUNK_SIZE = 1 << 20               # what a kill loses, and what a slow line shows
-    part = blob + ".incomplete"
-    if file_size(part) > meta.size:
-        _remove(part)
-    start = file_size(part)
-    _check_room(meta.size - start, os.path.dirname(blob), file)
-    note(f"{file}: {meta.size:,} bytes" + (f", going on at {start:,}" if start else ""))
-    headers = _hub_headers(hub)
-    url = meta.url
-    if url.split("/", 3)[:3] != hub_endpoint(env).split("/", 3)[:3]:
-        headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}    # a signed address, elsewhere
+def _job_log(places: Places, name: str) -> Say:
+    """What writes a line, with the time, to a new log of a job."""
+    path = places.log(f"dl-{name}.log")
+    shift_logs(path)
 
-    def get() -> None:
-        nonlocal url
-        url = url or _ask_hub(repo, file, env).url       # a signed address has its time
-        with open(part, "ab") as out:
-            have, address, url = file_size(part), url, ""
-            fetch.http_get(address, out, resume_size=have, headers=headers, expected_size=meta.size)
+    def note(line: str) -> None:
+        with os.fdopen(open_log(path), "a", encoding="utf-8") as file:
+            file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
 
-    stop = threading.Event()
-    teller = threading.Thread(target=_note_progress, args=(part, file, meta.size, note, stop), daemon=True)
-    teller.start()
-    try:
-        _patiently(get, lambda: file_size(part), repo, file, env, note)
-    finally:
-        stop.set()
-        teller.join()
-    if file_size(part) != meta.size or (len(meta.etag) == 64 and _sha256(part) != meta.etag):
-        _remove(part)
-        if start:
-            note(f"{file}: what an earlier try had left was damaged; beginning again")
-            return False
-        raise UserError(f"{file} arrived damaged: its size or SHA-256 is not the hub's", "run `llmstack download` again")
-    os.replace(part, blob)
-    note(f"{file}: whole, SHA-256 verified" if len(meta.etag) == 64 else f"{file}: whole")
-    return True
+    return note
 
 
-def _note_progress(part: str, file: str, size: int, note: Say, stop: threading.Event) -> None:
-    start, began = file_size(part), time.monotonic()
-    while not stop.wait(10):
-        have = file_size(part)
-        note(f"{file}: {progress_words(have, size, (have - start) / (time.monotonic() - began))}")
+def _fail_all(places: Places, why: UserError) -> None:
+    """Every job that waits fails for the same reason, which is no other's fault."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="failed", error=str(why), hint=why.hint)
+        write_queue(places, queue)
 
 
-def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
-    """Make a blob a file of its commit, and this commit the one that is found without a network. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-    blob = os.path.join(folder, "blobs", meta.etag)
-    try:
-        os.makedirs(os.path.dirname(here), exist_ok=True)
-        if not os.path.isfile(here):
-            _remove(here)
-            try:
-                os.symlink(os.path.relpath(blob, os.path.dirname(here)), here)
-            except OSError:                     # Windows without developer mode: one name is enough
-                os.replace(blob, here)
-    except OSError as exc:
-        raise UserError(f"cannot write {here}: {exc.strerror}", "mend the permissions of its directory") from None
-    if read_text(os.path.join(folder, "refs", "main")).strip() != meta.commit:
-        write_atomic(os.path.join(folder, "refs", "main"), meta.commit, 0o644)
+def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
+              tell: Callable[..., None]) -> int:
+    """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-
-def span_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def progress_words(have: int, size: int, rate: float) -> str:
-    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`"""
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}" if size else f"{have / unit:,.1f} {name}"
-    if rate <= 0 or not size:
-        return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    """
+    import subprocess
+    wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
+    note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
+    command = guest_command(environment_program(HUB, data), "hub_download")
+    event: Dict[str, Any] = {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        for line in guest.stdout:
+            event = json.loads(line)
+            if "say" in event:
+                note(visible(event["say"]))
+            elif "part" in event:
+                tell(**event)
+            elif "size" in event:
+                words = progress_words(event["bytes"], event["size"], event["rate"])
+                note(f"{event['file']}: {words}")
+    if "done" in event:
+        return int(event["done"])
+    what = event.get("failed", "huggingface_hub has ended in the middle")
+    if event.get("lacks"):
+        what += nearest_files(job.repo, event["lacks"], env)
+    kind = Unreachable if event.get("unreachable") else UserError
+    raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -9596,68 +9572,117 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     worker, cache = download_worker(places), hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
-        state = job["state"] if worker is not None or job["state"] in ("done", "failed") else "interrupted"
-        part = os.path.join(repo_dir(cache, job["repo"]), "blobs", os.path.basename(job.get("part", "")) + ".incomplete")
-        have = job.get("bytes") or job.get("before", 0) + file_size(part)
-        rows.append({"tier": job["tier"], "label": job["label"], "file": visible(job["files"][0]), "state": state,
-                     "bytes": have, "total_bytes": job.get("total") or have, "error": visible(job.get("error", "")),
-                     "hint": visible(job.get("hint", ""))})
+        state = job["state"]
+        if worker is None and state in ("queued", "running"):
+            state = "interrupted"
+        part = os.path.basename(job.get("part", "")) + ".incomplete"
+        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
+        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        rows.append({
+            "tier": job["tier"],
+            "label": job["label"],
+            "file": visible(job["files"][0]),
+            "state": state,
+            "bytes": have,
+            "total_bytes": job.get("total") or have,
+            "error": visible(job.get("error", "")),
+            "hint": visible(job.get("hint", "")),
+        })
     return rows
 
 
+class _Bar:
+    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
+        self._file = ""
+        self._shown = ""
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
+            self._shown = ""
+
+    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
+        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
+        import shutil
+        if row["file"] != self._file:
+            self._file = row["file"]
+            self._samples.clear()
+        self._samples.append((time.monotonic(), row["bytes"]))
+        columns = shutil.get_terminal_size().columns - 1
+        line = self._line(row, behind, last, columns)[:columns]
+        sys.stdout.write("\r" + line.ljust(len(self._shown)))
+        sys.stdout.flush()
+        self._shown = line
+
+    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
+        began, start = self._samples[0]
+        now, have = self._samples[-1]
+        stands = have == start and len(self._samples) > 15
+        if stands and ("trying again" in last or "waiting" in last):
+            return last.partition(" ")[2]
+        total = row["total_bytes"]
+        share = min(have / total, 1.0) if total else 0.0
+        rate = (have - start) / max(now - began, 0.001)
+        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
+        if behind > 0:
+            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
+        name = f"{row['tier']}-{row['label']}"
+        width = columns - len(name) - len(words) - len(" [] ")
+        if width < 4:                           # the words say it, too
+            return f"{name} {words}"
+        width = min(width, 24)
+        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
+
+
+def _ended_words(row: Mapping[str, Any]) -> str:
+    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
+    state = row.get("state", "stopped")
+    if state in ("queued", "running"):
+        return ""
+    if state == "done":
+        return f"done, {progress_words(row['bytes'], 0, 0)}"
+    error, hint = f"the worker was {state}", GO_ON
+    if state == "failed":
+        error, hint = row["error"], row["hint"]
+    return f"failed: {error} ({hint})" if hint else f"failed: {error}"
+
+
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line a file.
+    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    import shutil
-    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    samples: Any = collections.deque(maxlen=50)
-    told: Dict[str, bool] = {}
-    shown = ""
+    bar, left, failed = _Bar(), list(names), []
     try:
         while True:
-            rows = {f"{r['tier']}-{r['label']}": r for r in download_rows(places)}
-            for name in names:
-                state = rows[name]["state"] if name in rows else "stopped"
-                if name in told or state in ("queued", "running"):
-                    continue
-                if live and shown:
-                    sys.stdout.write("\r" + " " * len(shown) + "\r")
-                told[name], shown = state == "done", ""
-                if state == "done":
-                    say(f"{name}: done, {progress_words(rows[name]['bytes'], 0, 0)}")
-                else:
-                    error = rows[name]["error"] if state == "failed" else f"the worker was {state}"
-                    hint = rows[name]["hint"] if state == "failed" else "run `llmstack download` again: it goes on from there"
-                    say(f"{name}: failed: {error}" + (f" ({hint})" if hint else ""))
-            if len(told) == len(names):
-                return [name for name, good in told.items() if not good]
-            row = next((r for r in rows.values() if r["state"] == "running"), None) if live else None
-            if row is not None:
-                samples.append((time.monotonic(), row["bytes"], row["file"]))
-                line = _bar(row, [x for x in samples if x[2] == row["file"]], len(names) - len(told) - 1,
-                            tail_of(places.log(f"dl-{row['tier']}-{row['label']}.log"), 1))
-                line = line[:shutil.get_terminal_size().columns - 1]
-                sys.stdout.write("\r" + line.ljust(len(shown)))
-                sys.stdout.flush()
-                shown = line
+            rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
+            ended: Dict[str, List[str]] = {}    # a hub that is not there is said once
+            for name in left:
+                words = _ended_words(rows.get(name, {}))
+                if words:
+                    ended.setdefault(words, []).append(name)
+            for words, those in ended.items():
+                bar.clear()
+                say(f"{', '.join(those)}: {words}")
+                left = [name for name in left if name not in those]
+                if words.startswith("failed"):
+                    failed += those
+            if not left:
+                return failed
+            running = [row for row in rows.values() if row["state"] == "running"]
+            if bar.live and running:
+                log = places.log(f"dl-{running[0]['tier']}-{running[0]['label']}.log")
+                bar.show(running[0], len(left) - 1, tail_of(log, 1))
             time.sleep(0.2)
     except KeyboardInterrupt:
         say("")
-        say("The download goes on in the background: `llmstack status` shows it, `llmstack download --wait` watches it,"
-            " `llmstack download --stop` ends it.")
+        say("The download goes on in the background: `llmstack status` shows it,"
+            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
-
-
-def _bar(row: Mapping[str, Any], samples: Sequence[Tuple[float, int, str]], behind: int, last: str) -> str:
-    (began, start, _), (now, have, _) = samples[0], samples[-1]
-    if have == start and len(samples) > 15 and ("trying again" in last or "waiting" in last):
-        return last.split(" ", 1)[-1]
-    share = min(have / row["total_bytes"], 1.0) if row["total_bytes"] else 0.0
-    words = progress_words(have, row["total_bytes"], (have - start) / (now - began) if now > began else 0.0)
-    more = f" (+{behind})" if behind > 0 else ""
-    return f"{row['tier']}-{row['label']} [{'#' * int(share * 24):<24}] {share * 100:3.0f} % {words}{more}"
 
 
 # llama-swap's releases. One binary serves all projects.
@@ -9674,10 +9699,6 @@ def installed_swap(path: str) -> str:
     return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
 
 
-class NoAsset(UserError):  # noqa: N818
-    """A release has nothing for this platform."""
-
-
 def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     """A file or an answer of the releases' server. Errors: UserError."""
     import http.client
@@ -9686,53 +9707,139 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
             _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
-            if total and len(out.getbuffer()) != total:
-                raise ValueError(f"the connection ended at {len(out.getbuffer()):,} of {total:,} bytes")
-            return out.getvalue()
     except urllib.error.HTTPError as exc:
-        if exc.code in (403, 429) and (exc.headers.get("X-RateLimit-Remaining") == "0" or exc.headers.get("Retry-After")):
-            reset, after = exc.headers.get("X-RateLimit-Reset", ""), exc.headers.get("Retry-After", "")
-            wait_s = float(after) if after.isdigit() else float(reset) - time.time() if reset.isdigit() else 3600.0
-            clock = time.strftime("%H:%M", time.localtime(time.time() + max(wait_s, 0)))
-            raise UserError("the releases server lets this address ask no more for now", f"wait until {clock}, or put the"
-                            " binary in place yourself") from None
-        if exc.code == 404:
-            raise UserError(f"there is no {what}", "see https://github.com/mostlygeek/llama-swap/releases") from None
-        raise UserError(f"the releases server answers {exc.code} for {what}", "try again later") from None
+        raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
-        raise UserError(f"{what} did not arrive: {str(exc) or type(exc).__name__}", "try again") from None
+        reason = str(exc) or type(exc).__name__
+        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
+    have = len(out.getbuffer())
+    if total and have != total:
+        raise UserError(f"{what} did not arrive: the connection ended at"
+                        f" {have:,} of {total:,} bytes", "try again")
+    return out.getvalue()
+
+
+def _release_refusal(exc: Any, what: str) -> UserError:
+    """What an HTTPError of the releases' server means for the user."""
+    if exc.code == 404:
+        return UserError(f"there is no {what}",
+                         "see https://github.com/mostlygeek/llama-swap/releases")
+    after = exc.headers.get("Retry-After", "")
+    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
+    if exc.code not in (403, 429) or not limited:
+        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
+    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset.isdigit():
+        wait_s = max(float(reset) - time.time(), 0.0)
+    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
+    return UserError("the releases server lets this address ask no more for now",
+                     f"wait until {clock}, or put the binary in place yourself")
 
 
 def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The one file `wanted` at the root of a .tar.gz or .zip; nothing else of it touches the disk. Errors: UserError."""
+    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
+
+    Nothing of the archive touches the disk.
+    """
     import tarfile
     import zipfile
     import zlib
+    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
+              NotImplementedError)
+    read = _extract_tar_gz
+    if name.endswith(".zip"):
+        read = _extract_zip
     try:
-        if name.endswith(".zip"):
-            with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-                info = next((i for i in pack.infolist() if i.filename == wanted), None)
-                kind = info.external_attr >> 28 if info else 0     # of Unix's file types, 8 is a regular file
-                if info and info.file_size <= MAX_BINARY_BYTES and kind in (0, 8):
-                    with pack.open(info) as source:
-                        return source.read(MAX_BINARY_BYTES)
-        else:
-            with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-                for member in tar:
-                    if member.name in (wanted, "./" + wanted) and member.isreg() and member.size <= MAX_BINARY_BYTES:
-                        plain = tar.extractfile(member)
-                        return plain.read() if plain else b""
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
+        data = read(archive, wanted)
+    except broken as exc:
         raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    if data is None:
+        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    return data
 
 
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool, say: Say) -> bool:
-    """Bring llama-swap's binary of a release ("": the latest) to its place; False when it was there. Errors: UserError."""
+def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
+    import zipfile
+    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+        for info in pack.infolist():
+            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
+            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
+            if info.filename == wanted and plain:
+                with pack.open(info) as source:
+                    return source.read(MAX_BINARY_BYTES)
+    return None
+
+
+def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
+    import tarfile
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
+            if member.name in (wanted, "./" + wanted) and plain:
+                source = tar.extractfile(member)
+                return source.read() if source else None
+    return None
+
+
+class Release(NamedTuple):
+    """A release of llama-swap, as GitHub's API describes it."""
+
+    tag: str
+    addresses: Dict[str, str]                   # file -> where it is
+    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
+
+
+def _parse_release(data: bytes) -> Release:
+    """Errors: ValueError where it is none."""
+    try:
+        found = json.loads(data)
+        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
+        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
+        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
+        return Release(str(found["tag_name"]), addresses, digests)
+    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
+        raise ValueError(str(exc)) from None
+
+
+def _release_digest(release: Release, name: str, say: Say) -> str:
+    """The SHA-256 that a release names for one of its files. Errors: UserError where it does not."""
+    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
+    digest = ""
+    if listed:
+        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
+        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
+    digest = digest or release.digests[name].replace("sha256:", "")
+    if not re.match(r"[0-9a-f]{64}\Z", digest):
+        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
+                        " so it is not installed", "try another --version")
+    return digest
+
+
+def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
+    """What is known of a release ("": of the latest). Errors: UserError."""
+    server = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
+    url, what = base + "latest", "latest release of llama-swap"
+    if tag:
+        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
+    try:
+        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
+    except ValueError:
+        raise UserError(f"{base} does not answer like GitHub's releases API",
+                        "see LLMSTACK_RELEASES_URL") from None
+
+
+def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
+                       say: Say) -> bool:
+    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
+
+    Errors: UserError; what was there stays.
+    """
     import hashlib
-    base = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/") + "/repos/mostlygeek/llama-swap/releases/"
     version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version):
+    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
         raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
     tag = "v" + version.lstrip("v") if version else ""
     path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
@@ -9740,55 +9847,47 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     if tag and have == tag and not force:
         say(f"llama-swap {have} is here already: {path}")
         return False
-    try:
-        what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
-        release = parse_json_object(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
-        tag = str(release["tag_name"])
-        assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
-        digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{base} does not answer like GitHub's releases API", "see LLMSTACK_RELEASES_URL") from None
-    if have == tag and not force:
+    release = _find_release(env, tag, say)
+    if have == release.tag and not force:
         say(f"llama-swap {have} is the latest and here already: {path}")
         return False
     system, machine = platform_names()
-    name = choose_asset(list(assets), system, machine)
+    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
     if not name:
-        known = ", ".join(sorted("/".join(m.groups()) for m in (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", n)
-                                                               for n in assets) if m))
-        raise NoAsset(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
-                      "nothing is missing without it: the engine that llmstack brings along serves")
-    listed = next((n for n in assets if n.endswith("checksums.txt")), "")
-    sums = parse_checksums(_release_answer(assets[listed], 1 << 20, listed, say).decode("utf-8", "replace")) if listed else {}
-    wanted = sums.get(name) or digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", wanted):
-        raise UserError(f"llama-swap {tag} gives no SHA-256 for {name}, so it is not installed", "try another --version")
-    say(f"Fetching llama-swap {tag} for {system}/{machine}")
-    archive = _release_answer(assets[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != wanted:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of {listed or 'the release'}",
-                        "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), tag)
-    say(f"Installed {path}: llama-swap {tag}, checksum verified")
+        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
+                        f" {asset_platforms(list(release.addresses))}",
+                        "nothing is missing without it: llmstack brings an engine along")
+    digest = _release_digest(release, name, say)
+    say(f"Fetching llama-swap {shown} for {system}/{machine}")
+    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
+    if hashlib.sha256(archive).hexdigest() != digest:
+        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
+                        " the release", "try again; if it stays so, do not use it")
+    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
+    say(f"Installed {path}: llama-swap {shown}, checksum verified")
     return True
 
 
 def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it; a running one keeps its file. Errors: UserError."""
+    """Put an executable in place once it has run beside it. Errors: UserError.
+
+    One that runs keeps its file.
+    """
     new = path[:len(path) - len(EXE)] + ".new" + EXE
     write_atomic(new, data, 0o755)
     try:
         if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not {tag}", "the old one stays; try"
-                            " another --version")
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
+                            f" {visible(tag)}", "the old one stays; try another --version")
         try:
             os.replace(new, path)
-        except PermissionError:                 # Windows: it is running, and may be renamed but not replaced
+        except PermissionError:                 # on Windows a running one can only be renamed
             _remove(path + ".old")
             os.replace(path, path + ".old")
             os.replace(new, path)
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}", "stop what uses it, or mend its permissions") from None
+        raise UserError(f"cannot write {path}: {exc.strerror}",
+                        "stop what uses it, or mend its permissions") from None
     finally:
         _remove(new)
 
@@ -10178,43 +10277,62 @@ def trust_facts(places: Places) -> List[Tuple[str, str]]:
 # SETUP
 # ===================================================================================================
 
-def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem. Errors: UserError when unreachable."""
+def ask_repo(repo: str, files: Sequence[str],
+             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
+    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
+
+    Errors: UserError where it cannot be asked.
+    """
     import urllib.error
     wanted = [part for file in files for part in split_parts(file)]
+    form = {"paths": wanted, "expand": "true"}
     try:
-        rows = {row["path"]: row for row in hub_api(f"{repo}/paths-info/main", env, {"paths": wanted, "expand": "true"})}
+        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
+        return {file: _ask_file(repo, file, rows, env) for file in files}
     except urllib.error.HTTPError as exc:
         if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}", "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)" if exc.code != 403 else f"{repo} is closed to you"
+            raise UserError(f"the model hub answers {exc.code} for {repo}",
+                            "try again later") from None
+        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
+        if exc.code == 403:
+            what = f"{repo} is closed to you"
         return {file: {"exists": False, "problem": what} for file in files}
-    except (KeyError, TypeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub", "see HF_ENDPOINT") from None
-    found: Dict[str, Dict[str, Any]] = {}
-    for file in files:
-        parts = [rows.get(part) for part in split_parts(file)]
-        if None in parts:
-            found[file] = {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-            continue
-        dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts if part]
-        found[file] = {"exists": True, "size_bytes": sum(int(part.get("size") or 0) for part in parts if part),
-                       "changed": max(dates), "problem": "",
-                       "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts if part]}
-    return found
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
+                        "see HF_ENDPOINT") from None
 
 
-def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a file in the cache; a hash is made where that is cheap."""
-    parts = split_parts(file)
-    paths = [local_file(cache, repo, part) for part in parts]
-    if not all(paths):
-        return ("partial" if any(paths) or _is_begun(cache, repo, hub.get("sha256") or ()) else "missing"), ""
-    size = sum(map(file_size, paths))
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
+def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
+              env: Mapping[str, str]) -> Dict[str, Any]:
+    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
+    parts = [rows[part] for part in split_parts(file) if part in rows]
+    if len(parts) < len(split_parts(file)):
+        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
+    return {
+        "exists": True,
+        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
+        "changed": visible(max(dates)),
+        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
+        "problem": "",
+    }
+
+
+def local_state(weights: Weights, env: Mapping[str, str],
+                hub: Mapping[str, Any]) -> Tuple[str, str]:
+    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
+
+    `hub`: what ask_repo says of it. A hash is made where that is cheap.
+    """
+    paths = local_parts(weights, env)
     sums = hub.get("sha256") or []
+    if not all(paths):
+        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
+        return ("partial" if begun else "missing"), ""
+    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
     if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
         return "outdated", "the hub has a newer one; `llmstack download` fetches it"
+    size = sum(map(file_size, paths))
     if hub.get("size_bytes") and size != hub["size_bytes"]:
         return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
     for path, blob, digest in zip(paths, blobs, sums or blobs):
@@ -10222,18 +10340,21 @@ def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tup
         with open(path, "rb") as opened:
             if opened.read(4) != b"GGUF":
                 return "damaged", "it is no GGUF file"
-        if re.match(r"[0-9a-f]{64}\Z", expected) and file_size(path) <= CHEAP_HASH_BYTES and _sha256(path) != expected:
+        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
+        if cheap and _sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
 
-def _is_begun(cache: str, repo: str, sums: Sequence[str]) -> bool:
-    """True when an earlier download of one of these blobs, of any where none is known, has left something."""
+def _is_begun(folder: str, sums: Sequence[str]) -> bool:
+    """True when a download has left something of one of these blobs, of any where none is known."""
     try:
-        left = [n.split(".")[0] for n in os.listdir(os.path.join(repo_dir(cache, repo), "blobs")) if "." in n]
+        left = os.listdir(os.path.join(folder, "blobs"))
     except OSError:
         return False
-    return bool(set(left) & set(sums) if sums else left)
+    if sums:
+        return any(name.split(".")[0] in sums for name in left)
+    return any("." in name for name in left)    # a whole one is another model's
 
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
@@ -10338,13 +10459,16 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, s
         size = file_size(weights.path)
         return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
                 "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
-    state, why = local_state(hub_cache_dir(env), weights.repo, weights.file, hub)
+    state, why = local_state(weights, env, hub)
     return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
             "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
             "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
 
 
 # setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
+
+
 class Setup(NamedTuple):
     """What the steps of `setup` share."""
 
@@ -10354,6 +10478,7 @@ class Setup(NamedTuple):
     say: Say                                    # indented below the step's line
     ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
     failed: List[str]                           # the steps that have failed so far
+    skipped: List[str]                          # and those that were not wanted
 
 
 class _Skipped(Exception):  # noqa: N818
@@ -10369,10 +10494,16 @@ def _setup_hardware(setup: Setup) -> str:
     return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
 
 
+def _is_profile(written: bytes, profile: str) -> bool:
+    """True for what --profile writes, with or without the tier that LiteLLM serves."""
+    seed = seed_text(profile)[0]
+    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
+
+
 def _setup_ini(setup: Setup) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
     there = os.path.exists(path)
-    if not there or (profile and _read_bytes(path) != seed_text(profile)[0]):
+    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
     load_config(setup.places, setup.say)
     return f"{path} is there" if there else "written; edit it to have other models"
@@ -10401,54 +10532,91 @@ def server_ways() -> str:
         return "winget install ggml.llamacpp"
     if IS_MAC or find_program("brew"):
         return "brew install llama.cpp"
-    return "apt install llama.cpp" if find_program("apt") else "install llama.cpp"
+    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
+        return "apt install llama.cpp"
+    return "install llama.cpp"
 
 
 def _setup_llama_swap(setup: Setup) -> str:
-    if load_config(setup.places).engine == "embedded":
+    engine = load_config(setup.places).engine
+    if engine == "embedded":
         raise _Skipped("engine = embedded in models.ini")
     found = find_llama_swap(setup.env, setup.places.data)
     if found:
         return found
     try:
         install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except NoAsset as exc:
-        raise _Skipped(f"{exc}; {exc.hint}") from None
     except UserError as exc:
-        raise UserError(str(exc), f"{exc.hint}; or do without it: `engine = embedded` in models.ini") from None
+        if engine == "llama-swap":
+            raise
+        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
     return find_llama_swap(setup.env, setup.places.data)
 
 
 def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
     cache = hub_cache_dir(setup.env)
     jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not has_all(cache, job)]
+    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
 
 
 def _setup_download(setup: Setup) -> str:
     if setup.args.skip_download:
         raise _Skipped("--skip-download")
-    jobs = _setup_jobs(setup)
+    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
     if not jobs:
-        return f"every model is in {hub_cache_dir(setup.env)}"
+        return f"every model is in {cache}"
     known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    names = ", ".join(job.name for job in jobs)
+    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
+              f" from {hub_endpoint(setup.env)}: {names}")
+    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
+    if answer is None:
+        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
+                        "run `llmstack setup --yes`, or `llmstack download`")
+    if not answer:
+        raise _Skipped("not wanted now; `llmstack download` fetches them")
     pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {', '.join(job.name for job in jobs)}"
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
+
+
+def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
+    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
+
+    Errors: Unreachable, before anything is installed for a hub that is not there.
+    """
+    files: Dict[str, List[str]] = {}
+    for job in jobs:
+        files.setdefault(job.repo, []).append(job.files[0])
+    total = 0
+    for repo, names in files.items():
+        try:
+            found = ask_repo(repo, names, env)
+        except Unreachable:
+            raise
+        except UserError:
+            continue
+        total += sum(row.get("size_bytes") or 0 for row in found.values())
+    return total / 1e9
 
 
 def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download or setup.args.skip_wait:
-        raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
-    if "downloads" in setup.failed:
-        raise _Skipped("nothing is being fetched")
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    if setup.args.skip_wait:
+        raise _Skipped("--skip-wait")
     jobs = _setup_jobs(setup, ("current",))
     if not jobs:
         return "every current model is here"
+    if "downloads" in (*setup.failed, *setup.skipped):
+        raise _Skipped("nothing is being fetched")
     failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
     if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run this again")
+        raise UserError(f"not downloaded: {', '.join(failed)}",
+                        "mend what its line says, then run this again")
     queued = len(_setup_jobs(setup, ("next",)))
-    return f"{len(jobs)} downloaded" + (f"; {queued} queued upgrades go on in the background" if queued else "")
+    if not queued:
+        return f"{len(jobs)} downloaded"
+    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
 
 
 def _setup_project(setup: Setup) -> str:
@@ -10462,14 +10630,19 @@ def _setup_project(setup: Setup) -> str:
 
 
 def _setup_answer(setup: Setup) -> str:
-    """Load the smallest local model that is here and have it say something, once for each pair of server and file."""
+    """Have the smallest model that is here say something, once for each pair of server and file."""
     check_run_trust(setup.places)
-    config, cache = load_config(setup.places), hub_cache_dir(setup.env)
-    here = [(sum(map(file_size, paths)), tier) for tier, paths in ((t, _local_paths(t, cache)) for t in local_tiers(config))
-            if all(map(file_size, paths))]
+    config = load_config(setup.places)
     program = find_llama_server(config, setup.env, setup.places.data)
-    if not here or not program:
-        raise _Skipped("there is no model to load yet" if program else "there is no llama-server to load one")
+    if not program:
+        raise _Skipped("there is no llama-server to load one")
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    if not here:
+        raise _Skipped("there is no model to load yet")
     size, tier = min(here, key=lambda pair: pair[0])
     path = os.path.join(setup.places.data, "proven.json")
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
@@ -10480,40 +10653,40 @@ def _setup_answer(setup: Setup) -> str:
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
 
-def _local_paths(tier: Tier, cache: str) -> List[str]:
-    """Where the parts of a tier's current model are, "" for one that is not here."""
-    weights = weights_for(tier, False)
-    return [weights.path] if weights.path else [local_file(cache, weights.repo, f) for f in split_parts(weights.file)]
-
-
-def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup) -> Tuple[float, str]:
-    """Run a tier's llama-server for one short answer: (seconds to load, what it said). Errors: UserError."""
+def prove_tier(tier: Tier, config: Config, program: Sequence[str],
+               setup: Setup) -> Tuple[float, str]:
+    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
-                                    STACK_VARIABLE: new_mark(setup.places.project)}
+    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
+           STACK_VARIABLE: new_mark(setup.places.project)}
+    upstream, began = Upstream("127.0.0.1", port), time.monotonic()
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
-        upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S
-        while True:
-            try:
-                if process.poll() is None and upstream.get("/health", 5.0)[0].status == 200:
-                    break
-            except (OSError, ValueError):
-                pass
-            if process.poll() is not None or time.monotonic() > end:
-                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}", f"see {log}; `llmstack check` looks at its file")
+        while not _is_healthy(upstream):
+            if process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
+                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}",
+                                f"see {log}; `llmstack check` looks at its file")
             time.sleep(0.05)
         seconds = time.monotonic() - began
-        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
-                      json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
-            return seconds, str(parse_json_object(answer.read(1 << 20))["choices"][0]["text"]).strip()
+        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode()
+        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"},
+                      tier.name, body, FIRST_ANSWER_S) as answer:
+            choices = json.loads(answer.read(1 << 20))["choices"]
+        return seconds, str(choices[0]["text"]).strip()
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
         stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
         process.wait()
+
+
+def _is_healthy(upstream: Upstream) -> bool:
+    try:
+        return upstream.get("/health", 5.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def _setup_shell(setup: Setup) -> str:
@@ -11369,7 +11542,7 @@ def _add_setup(commands: Any) -> None:
                                  " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
     parser.add_argument("--skip-download", action="store_true", help="fetch no models")
     parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server where there is none")
+    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server and fetch the models")
     parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
                         " machine's")
     parser.set_defaults(run=_cmd_setup)
@@ -11379,7 +11552,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, []))
+    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from there")
@@ -11396,6 +11569,7 @@ def run_setup(setup: Setup) -> List[str]:
         try:
             text, mark = step(setup), paint("ok", "32")
         except _Skipped as exc:
+            setup.skipped.append(name)
             text, mark = str(exc), paint("skipped", "33")
         except UserError as exc:
             if name == "models.ini" or isinstance(exc, ConfigError):
@@ -11451,7 +11625,7 @@ def _add_download_worker(commands: Any) -> None:
 
 
 def _cmd_download_worker(args: Any) -> int:
-    """The process behind `download`, on a Python that has huggingface_hub."""
+    """The process behind `download`."""
     return run_downloads(_places(args), os.environ)
 
 

@@ -25,6 +25,7 @@ import llmstack
 from llmstack import Config, Tier, UserError
 from tests.conftest import ROOT
 from tests.noise_model import render_noise_gguf
+from tests.test_environments import make_environment
 from tests.test_http import ELSEWHERE, LOOPBACK
 
 sys.path.insert(0, str(ROOT / "share" / "guests"))
@@ -274,9 +275,7 @@ def test_which_litellm_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no program"):
         llmstack.find_litellm({"LITELLM_BIN": "/nowhere"}, data)
     assert llmstack.find_litellm({"LITELLM_BIN": sys.executable}, data) == proxy_command(sys.executable)
-    ready = Path(llmstack.environment_dir(llmstack.LITELLM, data))
-    ready.mkdir(parents=True)
-    (ready / "ready").write_text("")
+    make_environment(llmstack.LITELLM, data)
     python = llmstack.environment_program(llmstack.LITELLM, data)
     assert llmstack.find_litellm({}, data) == proxy_command(python)
 

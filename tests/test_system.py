@@ -105,46 +105,6 @@ def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, 
         llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
 
 
-# ---- the private environment
-
-
-def test_the_stand_in_needs_a_python_its_wheels_are_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "")
-    with pytest.raises(llmstack.UserError, match=r"needs Python 3\.10") as failure:
-        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
-    assert "brew install llama.cpp" in failure.value.hint
-
-
-def test_a_failed_installation_leaves_nothing_and_says_why(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho one; echo 'ERROR: no route to the index' >&2; exit 1\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: str(python))
-    said: list[str] = []
-    with pytest.raises(llmstack.UserError, match="no route to the index"):
-        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), said.append)
-    assert not Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data"))).exists()
-    assert "34 MB" in said[0]
-
-
-def test_a_newer_python_is_found_for_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    newer = tmp_path / "python3.12"
-    newer.write_text("#!/bin/sh\necho 12\n")
-    newer.chmod(0o755)
-    (tmp_path / "python3.14").write_text("#!/bin/sh\nexit 127\n")
-    (tmp_path / "python3.14").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
-    monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
-    assert llmstack.suitable_python(llmstack.LLAMA_CPP) == str(newer)
-
-
-def test_an_environment_that_is_there_is_used_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data")))
-    directory.mkdir(parents=True)
-    (directory / "ready").write_text("x")
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: pytest.fail("not looked for"))
-    llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
 
 
 # ---- files
