@@ -3761,7 +3761,8 @@ def visible_colours(text: str) -> str:
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o600)
     _close_open_file(handle)
     return handle
@@ -10971,6 +10972,20 @@ def _add_stop(commands: Any) -> None:
     parser.set_defaults(run=_cmd_stop)
 
 
+def _other_stack(places: Places) -> str:
+    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+    try:
+        config = planned_config(places)
+    except UserError:                           # another user's project, say
+        config = Config()
+    for port in (config.router_port, config.engine_port):
+        if not port_is_free("127.0.0.1", port):
+            holder = port_holder(port)
+            if "llmstack" in holder:
+                return f": port {port} is taken by {holder}"
+    return ""
+
+
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
     if stop_stack(places, say):
@@ -10983,7 +10998,8 @@ def _cmd_stop(args: Any) -> int:
     if owner:
         where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
-    say("Nothing is running.")
+    other = _other_stack(places)
+    say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
     return 0
 
 
