@@ -52,7 +52,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -91,6 +91,7 @@ from typing import (
     MutableMapping,
     NamedTuple,
     Optional,
+    Pattern,
     Sequence,
     Set,
     Tuple,
@@ -101,7 +102,7 @@ if TYPE_CHECKING:
     import random
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
+# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -127,6 +128,10 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
+MAX_INI_BYTES = 1024 * 1024         # of a models.ini; the bundled one has 10,000
+MAX_INI_LINE = 8_192                # characters; a pattern may look at each of them twice
+MAX_INI_SECTIONS = 1_000
+MAX_SHOWN_PROBLEMS = 100            # and as many warnings
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
@@ -830,70 +835,82 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ===================================================================================================
 
 
+# Which values of a key have no effect outside the project, so that nobody has to trust them.
+_ANY_VALUE = re.compile("")
+_NO_VALUE = re.compile(r"(?!)")
+_THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
+_NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
+_PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+
+
 class Option(NamedTuple):
-    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set."""
+    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set.
+
+    `harmless` matches the values that need no trust; a key whose row does not speak of it needs trust.
+    """
 
     kind: str
     low: float = 0
     high: float = 0
     choices: Tuple[str, ...] = ()
     field: str = ""                             # the record's field, where it has another name than the key
+    harmless: Pattern[str] = _NO_VALUE
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 # The three tables below are all that is known of the file: reading, errors and "did you mean" come from them.
 DEFAULT_OPTIONS: Dict[str, Option] = {
-    "host": Option("host"),
-    "router_host": Option("host", field="host"),
-    "router_port": Option("int", 1, 65_535),
-    "engine_port": Option("int", 1, 65_535),
-    "litellm_port": Option("int", 1, 65_535),
-    "engine": Option("choice", choices=("auto", "llama-swap", "embedded")),
-    "memory_gb": Option("gb_or_auto", 0.1, 100_000),
+    "host": Option("host", harmless=_THIS_MACHINE),
+    "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
+    "router_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "litellm_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
+    "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers"),
-    "flash_attn": Option("choice", choices=("on", "off", "auto")),
-    "jinja": Option("bool"),
-    "threads": Option("int", -1, 4_096),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES),
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
+    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
+    "jinja": Option("bool", harmless=_ANY_VALUE),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
+    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
+    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
     "llama_server_bin": Option("text"),
-    "build_model": Option("choice", choices=("agent", "auto")),
-    "local_only": Option("bool"),
+    "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
+    "local_only": Option("bool", harmless=_ANY_VALUE),
 }
 TIER_OPTIONS: Dict[str, Option] = {
-    "tier": Option("text"),
-    "role": Option("text"),
-    "backend": Option("choice", choices=("gguf", "litellm", "openai")),
-    "hf_repo": Option("repo"),
-    "hf_file": Option("hub_file"),
-    "hf_repo_next": Option("repo"),
-    "hf_file_next": Option("hub_file"),
-    "path": Option("text"),
-    "model": Option("text"),
-    "model_next": Option("text"),
+    "tier": Option("text", harmless=_ANY_VALUE),
+    "role": Option("text", harmless=_ANY_VALUE),
+    "backend": Option("choice", choices=("gguf", "litellm", "openai"), harmless=_ANY_VALUE),
+    "hf_repo": Option("repo", harmless=_ANY_VALUE),
+    "hf_file": Option("hub_file", harmless=_ANY_VALUE),
+    "hf_repo_next": Option("repo", harmless=_ANY_VALUE),
+    "hf_file_next": Option("hub_file", harmless=_ANY_VALUE),
+    "path": Option("text", harmless=_PATH_WITHIN),
+    "model": Option("text", harmless=_NO_ADDRESS),
+    "model_next": Option("text", harmless=_NO_ADDRESS),
     "base_url": Option("url"),
     "api_key_env": Option("text"),
-    "ctx_size": Option("tokens", 256, 100_000_000),
-    "max_output_tokens": Option("tokens", 1, 100_000_000),
-    "size_gb": Option("gb", 0, 100_000),
-    "size_gb_next": Option("gb", 0, 100_000),
-    "quant": Option("text"),
-    "quant_next": Option("text"),
-    "sampler": Option("sampler"),
-    "rope_scaling": Option("rope"),
-    "description": Option("text"),
-    "aliases": Option("names"),
-    "ttl": Option("int", 0, 31_536_000),
-    "tool_call": Option("bool"),
-    "reasoning": Option("bool"),
+    "ctx_size": Option("tokens", 256, 100_000_000, harmless=_ANY_VALUE),
+    "max_output_tokens": Option("tokens", 1, 100_000_000, harmless=_ANY_VALUE),
+    "size_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "size_gb_next": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "quant": Option("text", harmless=_ANY_VALUE),
+    "quant_next": Option("text", harmless=_ANY_VALUE),
+    "sampler": Option("sampler", harmless=_ANY_VALUE),
+    "rope_scaling": Option("rope", harmless=_ANY_VALUE),
+    "description": Option("text", harmless=_ANY_VALUE),
+    "aliases": Option("names", harmless=_ANY_VALUE),
+    "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
+    "tool_call": Option("bool", harmless=_ANY_VALUE),
+    "reasoning": Option("bool", harmless=_ANY_VALUE),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
-    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "multi_turn": Option("int", 1, 1_000_000),
-    "ultra_triggers": Option("triggers"),
+    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "multi_turn": Option("int", 1, 1_000_000, harmless=_ANY_VALUE),
+    "ultra_triggers": Option("triggers", harmless=_ANY_VALUE),
 }
 SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-server accepts
     "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
@@ -914,7 +931,7 @@ _SECRET_VALUE = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|nvapi|pplx|csk|fw)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{20,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\barn:aws:iam::"
-    r"|\beyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
+    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
 )
 # What names a model may look as it likes.
 _MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
@@ -929,8 +946,8 @@ _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/
 class _Line(NamedTuple):
     number: int
     section: str
-    key: str
-    text: str                                   # the line itself, without indentation
+    key: str                                    # "" for the [section] itself
+    value: str
 
 
 def parse_tokens(text: str) -> int:
@@ -968,6 +985,8 @@ def _parse_rope(text: str) -> Tuple[float, int]:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
+    if len(word) > 64:                          # the comparison takes the square of its length
+        return ""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
 
@@ -1032,53 +1051,87 @@ def parse_value(option: Option, text: str) -> Any:
     return text
 
 
-def _scan(text: str) -> Tuple[List[_Line], List[Tuple[int, str]]]:
-    """The sections and keys of an ini text with their lines, and what is there twice, stray or a secret.
+_SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
+_KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
+_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so take it out"
+                " (and revoke it)")
 
-    configparser reads the values out of what is left; it knows neither lines of keys nor more than one
-    problem at a time.
+
+def _odd_space(*texts: str) -> str:
+    """White space other than space and tab at either end of one of the texts, as U+XXXX; "" for none."""
+    for char in "".join(text[:1] + text[-1:] for text in texts):
+        if char.isspace() and char not in " \t":
+            return f"U+{ord(char):04X}"
+    return ""
+
+
+class _Scan:
+    """The sections and keys of an ini text with their lines, and what is stray, there twice or a secret.
+
+    The only reader of the file: what it does not see has no value. configparser knows neither the lines of keys
+    nor more than one problem at a time, and takes every white space of Unicode for none.
     """
-    lines: List[_Line] = []
-    problems: List[Tuple[int, str]] = []
-    seen: Dict[Tuple[str, str], int] = {}
-    section: Optional[str] = ""                 # None below a heading that cannot be shown
-    indent, key = 0, ""
-    for number, raw in enumerate(text.split("\n"), 1):
-        stripped = raw.strip()
+
+    def __init__(self, text: str) -> None:
+        self.lines: List[_Line] = []
+        self.problems: List[Tuple[int, str]] = []
+        self._seen: Dict[Tuple[str, str], int] = {}
+        self._section: Optional[str] = ""       # None below a heading that cannot be shown
+        self._indent, self._key = 0, ""         # of the last line with a key, "" after a heading
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+            self._read(number, line)
+
+    def _read(self, number: int, line: str) -> None:
+        stripped = line.strip(" \t")
         hidden = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if hidden:
-            problems.append((number, "this line holds what looks like a key or password; the file is served and"
-                                     " committed, so take it out (and revoke it)"))
+            self.problems.append((number, _LEAK))
         if not stripped or stripped[0] in "#;":
-            continue
-        depth = len(raw) - len(raw.lstrip())
-        if key and depth > indent:
+            return
+        indent = len(line) - len(line.lstrip(" \t"))
+        if self._key and indent > self._indent:
             if not hidden:
-                problems.append((number, "indented, so it continues the value above; take the spaces away"))
-            continue
-        bare = re.split(r"\s;", stripped)[0].rstrip()
-        header = re.match(r"\[([^\]]+)\]\s*(?:#.*)?$", bare)
-        match = re.match(r"(?!\[)([^:=]+?)\s*[:=]", bare)
-        if header:
-            section, key = None if hidden else header.group(1), ""
-        elif hidden:
-            continue
-        elif not match:
-            problems.append((number, "neither a [section], a key = value nor a comment"))
-            continue
-        elif section == "":
-            problems.append((number, f"{match.group(1).lower()} stands before any [section]"))
-            continue
+                self._wrong(number, "indented, so it continues the value above; take the spaces away")
+            return
+        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
+        section = _SECTION.match(text)
+        if section:
+            self._section, self._key = section.group(1), ""
+            if hidden:
+                self._section = None
+            self._add(number, "", "")
+        elif not hidden:
+            self._read_key(number, text, indent)
+
+    def _read_key(self, number: int, text: str, indent: int) -> None:
+        match = _KEY_VALUE.match(text)
+        key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
+        odd = _odd_space(text, key, value)
+        if odd:
+            self._wrong(number, f"the white space {odd} stands beside a key or value; use a plain space")
+        elif not key:
+            self._wrong(number, "neither a [section], a key = value nor a comment")
+        elif not key.isascii():
+            char = next(c for c in key if not c.isascii())
+            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{ord(char):04X}")
+        elif self._section == "":
+            self._wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            key, indent = match.group(1).lower(), depth
+            self._key, self._indent = key.lower(), indent
+            self._add(number, self._key, value)
+
+    def _wrong(self, number: int, what: str) -> None:
+        self.problems.append((number, what))
+
+    def _add(self, number: int, key: str, value: str) -> None:
+        section = self._section
         if section is None:
-            continue
-        if (section, key) in seen:
+            return
+        first = self._seen.setdefault((section, key), number)
+        if first != number:
             what = f"{key} in [{section}]" if key else f"[{section}]"
-            problems.append((number, f"{what} is there twice, first on line {seen[section, key]}"))
-        seen.setdefault((section, key), number)
-        lines.append(_Line(number, section, key, stripped))
-    return lines, problems
+            self._wrong(number, f"{what} is there twice, first on line {first}")
+        self.lines.append(_Line(number, section, key, value))
 
 
 def _secret_problem(key: str, value: str) -> str:
@@ -1095,11 +1148,10 @@ def _secret_problem(key: str, value: str) -> str:
 
 def holds_secret(text: str) -> bool:
     """True when a models.ini, comments included, would give a secret away to whoever may read it."""
-    lines, problems = _scan(text)
-    if any("key or password" in what for _, what in problems):
+    scan = _Scan(text)
+    if any(what == _LEAK for _, what in scan.problems):
         return True
-    values = ((x.key, re.split("[=:]", x.text, maxsplit=1)[1]) for x in lines if x.key)
-    return any(_secret_problem(key, re.split(r"\s;", value)[0].strip()) for key, value in values)
+    return any(_secret_problem(line.key, line.value) for line in scan.lines)
 
 
 class _Reader:
@@ -1108,36 +1160,42 @@ class _Reader:
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self.warnings: List[str] = []
-        self.lines, stray = _scan(text)
-        self.problems: List[Tuple[int, str]] = list(stray)
-        import configparser
-        self._values = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, strict=False,
-                                                 default_section="\0none")
-        self._values.read_string("\n".join(f"[{x.section}]" if not x.key else x.text for x in self.lines), source)
+        scan = _Scan(text)
+        self.problems = scan.problems
+        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is the heading, the first of its name
+        for line in scan.lines:
+            section = self.sections.setdefault(line.section, {})
+            if line.key or "" not in section:
+                section[line.key] = line
 
     def line_of(self, section: str, key: str = "") -> int:
         """Where a section begins, or where the value of its key that counts, the last, stands; 0: nowhere."""
-        found = [x.number for x in self.lines if x.section == section and x.key == key]
-        return (found[-1] if key else found[0]) if found else 0
+        line = self.sections.get(section, {}).get(key)
+        return line.number if line else 0
 
     def own(self, section: str) -> Dict[str, str]:
-        return dict(self._values[section]) if self._values.has_section(section) else {}
+        return {key: line.value for key, line in self.sections.get(section, {}).items() if key}
 
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
+    def _unknown(self, line: int, key: str, section: str, options: Mapping[str, Option]) -> None:
+        if len(self.warnings) < MAX_SHOWN_PROBLEMS:
+            near = _did_you_mean(key, options)
+            self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{section}]{near}")
+
     def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
         values: Dict[str, Any] = {}
-        for key, raw in own.items():
-            line, text = self.line_of(name, key), raw.strip()
+        for key, text in own.items():
+            line = self.line_of(name, key)
             secret = _secret_problem(key, text)
             if secret:
                 self.wrong(line, secret)
                 continue
             option = options.get(key)
             if option is None:
-                self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{name}]{_did_you_mean(key, options)}")
+                self._unknown(line, key, name, options)
                 continue
             if not text and option.kind not in ("triggers", "text", "names", "sampler"):
                 continue
@@ -1216,16 +1274,30 @@ def _check_names(reader: _Reader, tiers: Sequence[Tier], explicit: Mapping[str, 
     return tuple(checked[t.name] for t in tiers)
 
 
+# A value is printed in many places, and a terminal would obey these; some editors take a CR alone for a new line.
+_INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def _check_shape(text: str, source: str) -> None:
+    """Before a text of any origin is read at all. Errors: ConfigError."""
+    if len(text) > MAX_INI_BYTES:
+        raise ConfigError([f"{source}:1: is over {MAX_INI_BYTES:,} bytes"])
+    control = _INI_CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        raise ConfigError([f"{source}:{line}: holds the control character {control.group()!r}; take it out"])
+    for number, line_text in enumerate(text.split("\n"), 1):
+        if len(line_text) > MAX_INI_LINE:
+            raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
+
+
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
     Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
-    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
-    if control:                                 # a value is printed in many places, and a terminal would obey it
-        raise ConfigError([f"{source}:{text.count(chr(10), 0, control.start()) + 1}: holds the control character"
-                           f" {control.group()!r}; take it out"])
+    _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
@@ -1233,7 +1305,10 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
         reader.wrong(reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING"),
                      f"high_fidelity_ceiling {routing.high_fidelity_ceiling:,} is above mid_fidelity_ceiling"
                      f" {routing.mid_fidelity_ceiling:,}")
-    sections = [s for s in dict.fromkeys(x.section for x in reader.lines) if s not in ("DEFAULT", "ROUTING")]
+    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
     explicit = {s for s in sections if reader.line_of(s, "aliases")}
     checked = _check_names(reader, tiers, dict.fromkeys(explicit))
@@ -1249,7 +1324,37 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
 
 
 def _worded(reader: _Reader) -> List[str]:
-    return [f"{reader.source}:{line}: {what}" for line, what in sorted(set(reader.problems))]
+    problems = sorted(set(reader.problems))
+    lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        line = problems[MAX_SHOWN_PROBLEMS][0]
+        lines.append(f"{reader.source}:{line}: and {len(problems) - MAX_SHOWN_PROBLEMS:,} more problems from here")
+    return lines
+
+
+def _effects(prefix: str, record: Any, default: Any, options: Mapping[str, Option]) -> List[Tuple[str, str]]:
+    found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    for key, option in options.items():
+        field = option.field or key
+        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+            continue
+        value = getattr(record, field)
+        text = "yes" if value is True else str(value)
+        if not option.harmless.match(text):
+            found.setdefault(field, (prefix + key, text))
+    return list(found.values())
+
+
+def config_effects(config: Config) -> List[Tuple[str, str]]:
+    """(key, value) of all in a models.ini that can have an effect outside its project: what trust is about.
+
+    They are the values that the parser returned and the program uses, so no spelling of theirs is overlooked.
+    """
+    effects = _effects("", config, Config(), DEFAULT_OPTIONS)
+    effects += _effects("[ROUTING] ", config.routing, Routing(), ROUTING_OPTIONS)
+    for tier in config.tiers:
+        effects += _effects(f"[{tier.name}] ", tier, Tier(tier.name), TIER_OPTIONS)
+    return effects
 
 
 def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
@@ -3577,6 +3682,8 @@ def path_hint(exc: OSError) -> str:
     import errno
     if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
         return "move away what stands in its place"
+    if exc.errno == errno.EFBIG:
+        return "make it smaller"
     return "free some room" if exc.errno == errno.ENOSPC else "mend its permissions, or those of its directory"
 
 
@@ -3618,11 +3725,28 @@ def read_text(path: str) -> str:
         return ""
 
 
+def read_regular(path: str, limit_bytes: int) -> bytes:
+    """A regular file whole. Errors: OSError, too where it is another thing (a FIFO, a device) or over the limit."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EISDIR, "it is no regular file")
+        with open(handle, "rb", closefd=False) as file:
+            data = file.read(limit_bytes + 1)
+    finally:
+        os.close(handle)
+    if len(data) > limit_bytes:
+        raise OSError(errno.EFBIG, f"it is over {limit_bytes:,} bytes")
+    return data
+
+
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
     """The project's configuration, or the bundled one where it has no models.ini. Errors: ConfigError, UserError."""
     try:
-        with open(places.models_ini, "rb") as file:
-            data = file.read()
+        data = read_regular(places.models_ini, MAX_INI_BYTES)
         source = os.path.relpath(places.models_ini) if places.models_ini.startswith(os.getcwd()) else places.models_ini
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
@@ -3973,39 +4097,61 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 
 # Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
 # would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
-# `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
+# `llmstack trust`. The ledger, trust.json, lies outside the project, in the data directory. It has for each project
+# the digests of what is trusted, by part, and of the files that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
-                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
-def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
+class Effect(NamedTuple):
+    """One thing in .llmstack/ that takes effect outside it, and so waits for trust."""
+
+    name: str                                   # a file's, for models.ini with the key
+    data: bytes = b""                           # what is trusted, to the byte
+    shown: str = ""                             # as `trust` shows it, where that is not for the file's kind to say
+    problem: str = ""                           # why it cannot be trusted: nobody could read it whole
+
+
+def _digest(data: bytes) -> str:
     import hashlib
-    digest = hashlib.sha256()
-    for name, data in parts:
-        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
-    return digest.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            data = file.read(MAX_STATE_BYTES + 1)
+        return read_regular(path, MAX_STATE_BYTES)
     except OSError:
         return b""
-    return data if len(data) <= MAX_STATE_BYTES else os.urandom(32)      # never the same, so never trusted
 
 
-def _run_lines(places: Places) -> List[str]:
-    """The lines of the project's own models.ini that need trust; one that LLMSTACK_MODELS_INI names is the user's word."""
+def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
+    effects = []
+    for name in names:
+        path = places.in_state(name)
+        if not os.path.lexists(path):
+            continue
+        try:
+            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+        except OSError as exc:
+            effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
+    return effects
+
+
+def _ini_effects(places: Places) -> List[Effect]:
+    """Of the project's own models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
     if places.models_ini != places.in_state("models.ini"):
         return []
-    lines: List[str] = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
-    return lines
+    try:
+        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
+        config, _ = parse_models_ini(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
+    except ConfigError as exc:
+        return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
+    return [Effect(f"models.ini {key}", value.encode(), f"= {value}") for key, value in config_effects(config)]
 
 
 def _log_links(places: Places) -> List[Tuple[str, str]]:
@@ -4018,30 +4164,58 @@ def _log_links(places: Places) -> List[Tuple[str, str]]:
     return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
 
 
-def run_parts(places: Places) -> List[Tuple[str, bytes]]:
-    """(file, what of it needs trust) of all that `start` runs, sends credentials to, or follows out of the project."""
-    lines = _run_lines(places)
-    return [*([("models.ini", "\n".join(lines).encode())] if lines else []),
-            *((name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))),
-            *((name, os.fsencode(target)) for name, target in _log_links(places))]
+def _hook_effects(places: Places) -> List[Effect]:
+    return _file_effects(places, _HOOK_FILES)
 
 
-def project_digests(places: Places) -> Dict[str, str]:
-    """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    run = run_parts(places)
-    return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
-            "run": _digest(run) if run else ""}
+def _run_effects(places: Places) -> List[Effect]:
+    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
+    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+
+
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows out of the project.
+_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
+
+
+def project_effects(places: Places) -> Dict[str, List[Effect]]:
+    """What takes effect now, by part; read once, so that who shows it and then trusts it trusts what was shown."""
+    return {part: effects(places) for part, effects in _PARTS.items()}
 
 
 def trust_file(data: str) -> str:
     return os.path.join(data, "trust.json")
 
 
-def is_trusted(places: Places, what: str) -> bool:
-    """True when the project's "hook" or "run" part is as it was when it was trusted, or has nothing that needs trust."""
-    digest = project_digests(places)[what]
-    known = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    return not digest or (isinstance(known, dict) and known.get(what) == digest)
+def trust_lock(places: Places) -> FileLock:
+    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
+    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+
+
+def _known(places: Places, what: str) -> Dict[str, Any]:
+    """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
+    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
+    known = project.get(what) if isinstance(project, dict) else None
+    return known if isinstance(known, dict) else {}
+
+
+def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
+    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
+    project = ledger.get(key)
+    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
+    ledger[""] = f"{time.time():.6f}"           # the file's second line: shell hooks see by it that something was trusted
+    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+
+
+def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
+    """Those of a part's effects that are new, other than they were when they were trusted, or cannot be read."""
+    known = _known(places, part)
+    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+
+
+def is_trusted(places: Places, part: str) -> bool:
+    """True when the project's "hook" or "run" part has nothing that is not as it was trusted."""
+    return not untrusted(places, part, _PARTS[part](places))
 
 
 def check_links(places: Places) -> None:
@@ -4051,9 +4225,15 @@ def check_links(places: Places) -> None:
                         "look at it, then run `llmstack trust`")
 
 
-def trust_lock(places: Places) -> FileLock:
-    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
-    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
+    """Trust these effects and no other of that part, for who holds the trust_lock; those not read whole stay out."""
+    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+
+
+def record_trust(places: Places, *parts: str) -> None:
+    """trust_project, for who holds the trust_lock."""
+    for part in parts or _PARTS:
+        record_effects(places, part, _PARTS[part](places))
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -4062,13 +4242,14 @@ def trust_project(places: Places, *parts: str) -> None:
         record_trust(places, *parts)
 
 
-def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = None) -> None:
-    """trust_project, for who holds the trust_lock; of what was `seen` before, where somebody was shown it meanwhile."""
-    known = _read_json(trust_file(places.data))
-    mine, now = known.get(os.path.realpath(places.state)), seen or project_digests(places)
-    known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
-    known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
-    write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
+    return _known(places, "written").get(name) == _digest(data)
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with trust_lock(places):
+        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
 
 
 # ===================================================================================================
@@ -7354,24 +7535,6 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
                                 mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
 
 
-def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for a file in .llmstack/, all that it remembers)."""
-    path = os.path.join(places.data, "written.json")
-    return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
-
-
-def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
-    _, key, known = _written(places, name)
-    return known.get(key) == _digest([(name, data)])
-
-
-def _remember(places: Places, name: str, data: bytes) -> None:
-    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
-        path, key, known = _written(places, name)
-        write_atomic(path, json.dumps({**known, key: _digest([(name, data)])}, indent=1, sort_keys=True))
-
-
 def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
     """Write a generated file into .llmstack/; True when anything has changed.
 
@@ -8340,17 +8503,23 @@ def check_run_trust(places: Places) -> None:
     if is_trusted(places, "run"):
         return
     with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
-        trusted = is_trusted(places, "run")
-    if not trusted:
-        what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
-                        f" other files are named by {what}",
-                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+        new = untrusted(places, "run", _run_effects(places))
+    if not new:
+        return
+    for effect in new:
+        if effect.problem:
+            load_config(places)                 # says more, where it is models.ini
+            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    what = visible(", ".join(effect.name for effect in new))
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
+                    f" other files are named by {what}",
+                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
     """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook") or not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES)
+    return is_trusted(places, "hook")
 
 
 def project_above(directory: str) -> str:
@@ -8431,6 +8600,8 @@ def write_hook(shell: str, data: str) -> str:
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
+        return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -8471,12 +8642,9 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
-        if trusted_link:                        # the rest is as it was trusted
-            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
@@ -8520,9 +8688,10 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    pinned = read_marker(places)
-    marker = pinned if pinned and pinned.channel == "external" else read_marker(places, "active-channel") or pinned
-    marker = marker or Marker("current")
+    marker = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    if active and "external" not in (active.channel, marker.channel):   # an address in it is nothing that was trusted
+        marker = active
     values = shell_values(places, marker)
     lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
@@ -8553,24 +8722,59 @@ def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
 
 
-def trust_facts(places: Places) -> List[Tuple[str, str]]:
-    """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
-    texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
-    rows: List[Tuple[str, str]] = []
-    for name, text in texts:
-        if name == "opencode.json" and text:
-            try:
-                rows += _leaves(json.loads(text), ())
-            except (ValueError, RecursionError):
-                rows.append((name, "is not plain JSON; read it yourself"))
-        elif name in _RUN_FILES:                # modules that LiteLLM imports, hosts that get a key: anything may matter
-            lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-            rows += [(name, line) for line in lines[:SHOWN_LINES]]
-            rows += [(name, f"and {len(lines) - SHOWN_LINES} more lines")] if len(lines) > SHOWN_LINES else []
-        elif text:
-            rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
-            *(("models.ini", line.strip()) for line in _run_lines(places))]
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: modules that LiteLLM imports, hosts that get a key. Anything may matter."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
+    if len(lines) > SHOWN_LINES:
+        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    return rows
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name == "opencode.json":
+        try:
+            return list(_leaves(json.loads(text), ()))
+        except (ValueError, RecursionError):
+            return [(name, "is not plain JSON; read it yourself")]
+    return [(name, f"{len(text.splitlines())} lines")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = max(len(visible(name, 80)) for name, _ in rows)
+    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+
+
+def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts exactly what was shown.
+
+    `ask` answers None where nobody is there, and then nothing is shown or changed. Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
+        effects = project_effects(places)
+        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+    if all(effect.problem for effect in new):
+        return
+    lines = ["New or changed since it was trusted here:", *trust_facts(places, new), "Trust this? [y/N] "]
+    if not ask("\n".join(lines)):
+        return
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    say("Trusted as it is now.")
 
 
 # ===================================================================================================
@@ -9080,6 +9284,8 @@ def _keep_terms(args: Any, places: Places) -> None:
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -9196,6 +9402,8 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -9367,13 +9575,16 @@ def _cmd_trust(args: Any) -> int:
         places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
-    seen = project_digests(places)              # first: what changes behind it is not trusted
-    rows = trust_facts(places)
+    effects = project_effects(places)           # first: what changes behind it is not trusted
+    every = [effect for part in effects.values() for effect in part]
+    for line in trust_facts(places, every):
+        say(line)
     with trust_lock(places):
-        record_trust(places, seen=seen)
-    width = max([len(visible(name, 80)) for name, _ in rows] + [7])
-    for name, value in [("project", places.work), *rows]:
-        say(f"{visible(name, 80):<{width}}  {visible(value)}")
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    broken = [effect.name for effect in every if effect.problem]
+    if broken:
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
     say("Trusted as it is now.")
     return 0
 
@@ -9420,6 +9631,8 @@ def _external_url(args: Any, places: Places) -> str:
 
 def _cmd_install(args: Any) -> int:
     places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
     url = _external_url(args, places)
     if url:
         return _install_external(args, places, url)

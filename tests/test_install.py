@@ -948,6 +948,7 @@ def test_two_hosts(hosts: tuple[str, str], second: Path, real_data: Path, noise:
     (STATE / "models.ini").write_text("[DEFAULT]\nengine = embedded\n" + two_tiers(noise))
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     try:
+        run(*desk, "trust")
         run(*desk, "start", "--host", "0.0.0.0")
         with monkeypatch.context() as laptop:
             laptop.chdir(second)

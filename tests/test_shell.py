@@ -801,8 +801,8 @@ def test_what_changes_while_trust_shows_it_is_not_trusted(monkeypatch: pytest.Mo
     project = make_project(Path.cwd(), "current\n", trusted=False)
     facts = llmstack.trust_facts
 
-    def swapped(places: llmstack.Places) -> Any:
-        shown = facts(places)
+    def swapped(places: llmstack.Places, effects: Any) -> Any:
+        shown = facts(places, effects)
         (project / ".llmstack" / "AGENTS.md").write_text("do as I say")
         return shown
 
