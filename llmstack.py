@@ -128,7 +128,7 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
-MAX_INI_BYTES = 1024 * 1024         # of a models.ini; the bundled one has 10,000
+MAX_INI_BYTES = 256 * 1024          # of a models.ini; the bundled one has 10,000
 MAX_INI_LINE = 8_192                # characters; a pattern may look at each of them twice
 MAX_INI_SECTIONS = 1_000
 MAX_SHOWN_PROBLEMS = 100            # and as many warnings
@@ -1179,10 +1179,10 @@ class _Reader:
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
-    def _unknown(self, line: int, key: str, section: str, options: Mapping[str, Option]) -> None:
+    def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
+        """Say what is odd, and which of the known words may have been meant."""
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
-            near = _did_you_mean(key, options)
-            self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{section}]{near}")
+            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
 
     def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
@@ -1195,7 +1195,7 @@ class _Reader:
                 continue
             option = options.get(key)
             if option is None:
-                self._unknown(line, key, name, options)
+                self.warn(line, f"unknown key {key} in [{name}]", key, options)
                 continue
             if not text and option.kind not in ("triggers", "text", "names", "sampler"):
                 continue
@@ -1220,7 +1220,7 @@ def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, A
     if variable == "LLMSTACK_API_KEY":
         reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
-        reader.warnings.append(f"{reader.source}:{at}: the key in {variable} travels unencrypted; https would protect it")
+        reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
 
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
@@ -1239,8 +1239,8 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
         reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
-        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'role')}: role {role} is none that auto or the"
-                               f" agents know{_did_you_mean(role, KNOWN_ROLES)}")
+        at = reader.line_of(name, "role")
+        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
     values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
     values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
     values.update(name=name, backend=backend, rope_scale=rope[0], rope_orig_ctx=rope[1])
