@@ -80,19 +80,19 @@ def check_closed(places: llmstack.Places, what: str, base: Any) -> None:
 # ---- 1. every spelling of models.ini
 
 
-def positions(key: str, value: str, odd: str) -> Iterator[str]:
-    for text in (f"{odd}{key} = {value}", f"{key}{odd}= {value}", f"{key} {odd} = {value}", f"{odd} {key} = {value}",
-                 f" {odd}{key} = {value}", f"{key} ={odd}{value}", f"{key} = {value}{odd}", f"{key[:3]}{odd}{key[3:]} = {value}",
-                 f"; x{odd}{key} = {value}", f"; x{odd}\n{key} = {value}", f"ttl = 3{odd}{key} = {value}",
-                 f"{odd}\n{key} = {value}", f"{key} : {odd} {value}", f"{key}={value} {odd};", f"# {odd}\n {key} = {value}"):
-        yield text
+POSITIONS = [
+    "{o}{k} = {v}", "{k}{o}= {v}", "{k} {o} = {v}", "{o} {k} = {v}", " {o}{k} = {v}", "{k} ={o}{v}",
+    "{k} = {v}{o}", "{h}{o}{t} = {v}", "; x{o}{k} = {v}", "; x{o}\n{k} = {v}", "ttl = 3{o}{k} = {v}",
+    "{o}\n{k} = {v}", "{k} : {o} {v}", "{k}={v} {o};", "# {o}\n {k} = {v}",
+]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda c: f"U+{ord(c):04X}")
 @pytest.mark.parametrize(("key", "value", "before"), REACHES, ids=[f"{k} {n}" for n, (k, _, _) in enumerate(REACHES)])
 def test_no_white_space_hides_a_key(key: str, value: str, before: str, odd: str, places: llmstack.Places) -> None:
     llmstack.trust_project(places)
-    for line in positions(key, value, odd):
+    for position in POSITIONS:
+        line = position.format(k=key, v=value, o=odd, h=key[:3], t=key[3:])
         INI.write_text(f"{before}{line}\n{NO_MODELS}", encoding="utf-8", newline="")
         check_closed(places, line, [])
 
@@ -150,8 +150,9 @@ def test_a_path_within_the_project_needs_no_trust(path: str, places: llmstack.Pl
     assert llmstack.is_trusted(places, "run")
 
 
-@pytest.mark.parametrize("path", ["/a.gguf", "../a.gguf", "a/../../b.gguf", "..", "a/..", "~/a", "~root/a", "C:\\a", "c:a", "\\\\h\\a",
-                                  "a\\..\\..\\b", "//host/share/a", "a/../..\\b", "a:b"])
+@pytest.mark.parametrize("path", [
+    "/a.gguf", "../a.gguf", "a/../../b.gguf", "..", "a/..", "~/a", "~root/a", "C:\\a", "c:a",
+    "\\\\h\\a", "a\\..\\..\\b", "//host/share/a", "a/../..\\b", "a:b"])
 def test_a_path_that_may_lead_out_of_it_does(path: str, places: llmstack.Places) -> None:
     INI.write_text(f"[a]\npath = {path}\n")
     assert not llmstack.is_trusted(places, "run")
@@ -179,8 +180,9 @@ def test_every_field_that_the_file_sets_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda c: f"U+{ord(c):04X}")
-@pytest.mark.parametrize("line", ["{}engine = auto", "engine{} = auto", "engine ={}auto", "engine = {}auto", "{}[x]", "[ROUTING]{};",
-                                  "{};"])
+@pytest.mark.parametrize("line", [
+    "{}engine = auto", "engine{} = auto", "engine ={}auto", "engine = {}auto", "{}[x]",
+    "[ROUTING]{};", "{};"])
 def test_odd_white_space_is_an_error_with_its_line(line: str, odd: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_models_ini(f"; one\n[DEFAULT]\n{line.format(odd)}\n")
@@ -195,7 +197,9 @@ def test_nor_does_it_end_a_line(odd: str) -> None:
     assert caught.value.problems[0].startswith("models.ini:2: ")
 
 
-@pytest.mark.parametrize("text", ["llama_server_bin = /a\rengine = auto\n", "; x\rllama_server_bin = /a\n", "engine = auto\r\r\n", "\r"])
+@pytest.mark.parametrize("text", [
+    "llama_server_bin = /a\rengine = auto\n", "; x\rllama_server_bin = /a\n",
+    "engine = auto\r\r\n", "\r"])
 def test_a_bare_cr_is_an_error_with_its_line(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_models_ini(f"\r\n[DEFAULT]\r\n{text}")
@@ -378,7 +382,7 @@ CLONES = {
     "nbsp": "[DEFAULT]\n\u00a0llama_server_bin = ./evil.sh\n".encode(),
     "nbsp behind": "[DEFAULT]\nllama_server_bin\u00a0= ./evil.sh\n".encode(),
     "ideographic": "[DEFAULT]\n\u3000llama_server_bin = ./evil.sh\n".encode(),
-    "cr": b"[DEFAULT]\nengine = embedded\rllama_server_bin = ./evil.sh\n",
+    "cr": b"[DEFAULT]\nmemory_gb = auto\rllama_server_bin = ./evil.sh\n",
     "comment and cr": b"[DEFAULT]\n; x\rllama_server_bin = ./evil.sh\n",
     "line separator": "[DEFAULT]\n; x\u2028llama_server_bin = ./evil.sh\n".encode(),
     "next line": b"[DEFAULT]\n; x\xc2\x85llama_server_bin = ./evil.sh\n",
@@ -397,7 +401,7 @@ def test_the_program_of_a_clone_does_not_run(name: str, real_data: Path) -> None
     tiers = b"[m]\nrole = fast\npath = m.gguf\nctx_size = 2k\nsize_gb = 0.1\n"
     ports = project.defaults.encode().replace(b"[DEFAULT]\n", b"")
     head, _, rest = CLONES[name].partition(b"[DEFAULT]\n")
-    INI.write_bytes(head + b"[DEFAULT]\n" + ports + rest + tiers)
+    INI.write_bytes(head + b"[DEFAULT]\n" + rest + ports + tiers)
     try:
         done = subprocess.run([sys.executable, PROGRAM, "start", "--detach"], capture_output=True, text=True, check=False,
                               stdin=subprocess.DEVNULL, timeout=60)
@@ -414,8 +418,9 @@ def test_the_program_of_a_clone_does_not_run(name: str, real_data: Path) -> None
 
 
 @pytest.mark.parametrize("odd", ["", "\u00a0", "\u3000", "x = 1\r"])
-@pytest.mark.parametrize("words", [["start", "--detach"], ["restart", "--detach"], ["serve", "--port", "0"], ["status"], ["why", "r.json"],
-                                   ["check"], ["fit"], ["install"], ["reload"]])
+@pytest.mark.parametrize("words", [
+    ["start", "--detach"], ["restart", "--detach"], ["serve", "--port", "0"], ["status"],
+    ["why", "r.json"], ["check"], ["fit"], ["install"], ["reload"]])
 def test_no_credential_leaves_a_clone(words: list[str], odd: str, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-test")
@@ -490,7 +495,7 @@ def test_only_what_is_new_is_shown(places: llmstack.Places) -> None:
     assert offer(places, person) == []
     assert "/opt/other" in person.asked[0]
     assert "base_url" not in person.asked[0]
-    with pytest.raises(UserError, match="named by models.ini llama_server_bin"):
+    with pytest.raises(UserError, match=r"named by models\.ini llama_server_bin"):
         llmstack.check_run_trust(places)
 
 
@@ -518,7 +523,7 @@ def test_what_cannot_be_read_is_shown_and_stays_out(places: llmstack.Places) -> 
     person = Person(True)
     offer(places, person)
     assert "cannot be read: it is no regular file" in person.asked[0]
-    with pytest.raises(UserError, match="litellm_config.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"litellm_config\.yaml cannot be read"):
         llmstack.check_run_trust(places)
 
 
