@@ -844,22 +844,24 @@ _PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
 
 
 class Option(NamedTuple):
-    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set.
+    """One key of models.ini.
 
-    `harmless` matches the values that need no trust; a key whose row does not speak of it needs trust.
+    `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
+    matches the values that need no trust; a key whose row does not speak of it needs trust.
     """
 
     kind: str
     low: float = 0
     high: float = 0
     choices: Tuple[str, ...] = ()
-    field: str = ""                             # the record's field, where it has another name than the key
+    field: str = ""                             # of the record, where it is not called as the key
     harmless: Pattern[str] = _NO_VALUE
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors and "did you mean" come from them.
+# The three tables below are all that is known of the file: reading, errors, "did you mean" and
+# what needs trust come from them.
 DEFAULT_OPTIONS: Dict[str, Option] = {
     "host": Option("host", harmless=_THIS_MACHINE),
     "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
@@ -921,25 +923,37 @@ _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
-_ROPE = re.compile(r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z", re.IGNORECASE)
+_ROPE = re.compile(
+    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
-# Names that would hold a secret, whatever their value; and values that look like one, whatever their name.
-_SECRET_NAME = re.compile(r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer|authoriz")
+# Names that would hold a secret, whatever the value; values that look like one, whatever the name.
+_SECRET_NAME = re.compile(
+    r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
+    r"|authoriz")
 _SECRET_VALUE = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|nvapi|pplx|csk|fw)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{20,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\barn:aws:iam::"
-    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}"      # bounded: each start is read to its end
+    r"|\barn:aws:iam::|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
 )
 # What names a model may look as it likes.
-_MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
-# A host is asked by what it is here, so no user, query or escape; a variable's name is told from a key by its shape.
-_BASE_URL = re.compile(r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
-                       re.ASCII)
+_MODEL_NAME = re.compile(
+    r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b",
+    re.IGNORECASE)
+# A host is asked by what it is here, so no user, query or escape.
+_BASE_URL = re.compile(
+    r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
+    re.ASCII)
+# The name of a variable is told from a key by its shape.
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
-_NO_OPAQUE = frozenset({"hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next", "llama_server_bin"})
+_NO_OPAQUE = frozenset({
+    "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
+    "llama_server_bin"})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
@@ -965,9 +979,12 @@ def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
         if key not in SAMPLER_KEYS:
             raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
         low, high = SAMPLER_KEYS[key]
-        whole = "whole " if key == "top_k" else ""
-        if not re.match(r"-?[0-9]+\Z" if whole else r"-?[0-9]*\.?[0-9]+\Z", value) or not low <= float(value) <= high:
-            raise ValueError(f"{key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
+        kind, pattern = "number", r"-?[0-9]*\.?[0-9]+\Z"
+        if key == "top_k":
+            kind, pattern = "whole number", r"-?[0-9]+\Z"
+        if not re.match(pattern, value) or not low <= float(value) <= high:
+            value = value or "nothing"
+            raise ValueError(f"{key} = {value} is not a {kind} from {low:g} to {high:g}")
         if key in values:
             raise ValueError(f"{key} is given twice")
         values[key] = float(value)
@@ -992,7 +1009,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def parse_value(option: Option, text: str) -> Any:
-    """Read one value as its option says. Errors: ValueError with a sentence that never shows a secret."""
+    """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
     if kind in ("int", "tokens"):
         if kind == "int" and not _NUMBER.match(text):
@@ -1006,7 +1023,8 @@ def parse_value(option: Option, text: str) -> Any:
             return 0.0
         match = _GB.match(text)
         if not match or not option.low <= float(match.group(1)) <= option.high:
-            raise ValueError(f"{text!r} is not a size in GB{' or auto' if kind == 'gb_or_auto' else ''}")
+            auto = " or auto" if kind == "gb_or_auto" else ""
+            raise ValueError(f"{text!r} is not a size in GB{auto}")
         return float(match.group(1))
     if kind == "bool":
         if text.lower() not in _TRUE + _FALSE:
@@ -1014,7 +1032,8 @@ def parse_value(option: Option, text: str) -> Any:
         return text.lower() in _TRUE
     if kind == "choice":
         if text.lower() not in option.choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{_did_you_mean(text, option.choices)}")
+            near = _did_you_mean(text, option.choices)
+            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
         return text.lower()
     if kind == "layers":
         if text not in ("auto", "all") and not (_NUMBER.match(text) and -1 <= int(text) <= 100_000):
@@ -1027,7 +1046,8 @@ def parse_value(option: Option, text: str) -> Any:
     if kind == "url":
         match = _BASE_URL.match(text)
         if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-            raise ValueError("not of the form https://host[:port][/path], such as https://api.groq.com/openai/v1")
+            raise ValueError("not of the form https://host[:port][/path], such as"
+                             " https://api.groq.com/openai/v1")
         return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
@@ -1053,12 +1073,12 @@ def parse_value(option: Option, text: str) -> Any:
 
 _SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
 _KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
-_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so take it out"
-                " (and revoke it)")
+_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
+         " take it out (and revoke it)")
 
 
 def _odd_space(*texts: str) -> str:
-    """White space other than space and tab at either end of one of the texts, as U+XXXX; "" for none."""
+    """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
     for char in "".join(text[:1] + text[-1:] for text in texts):
         if char.isspace() and char not in " \t":
             return f"U+{ord(char):04X}"
@@ -1066,10 +1086,11 @@ def _odd_space(*texts: str) -> str:
 
 
 class _Scan:
-    """The sections and keys of an ini text with their lines, and what is stray, there twice or a secret.
+    """The sections and keys of an ini text with their lines; what is stray, twice or a secret.
 
-    The only reader of the file: what it does not see has no value. configparser knows neither the lines of keys
-    nor more than one problem at a time, and takes every white space of Unicode for none.
+    This is the only reader of the file: what it does not see has no value. configparser knows
+    neither the lines of keys nor more than one problem at a time, and skips any white space of
+    Unicode.
     """
 
     def __init__(self, text: str) -> None:
@@ -1091,7 +1112,8 @@ class _Scan:
         indent = len(line) - len(line.lstrip(" \t"))
         if self._key and indent > self._indent:
             if not hidden:
-                self._wrong(number, "indented, so it continues the value above; take the spaces away")
+                self._wrong(
+                    number, "indented, so it continues the value above; take the spaces away")
             return
         text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
         section = _SECTION.match(text)
@@ -1108,12 +1130,13 @@ class _Scan:
         key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
         odd = _odd_space(text, key, value)
         if odd:
-            self._wrong(number, f"the white space {odd} stands beside a key or value; use a plain space")
+            self._wrong(
+                number, f"the white space {odd} stands beside a key or value; use a plain space")
         elif not key:
             self._wrong(number, "neither a [section], a key = value nor a comment")
         elif not key.isascii():
-            char = next(c for c in key if not c.isascii())
-            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{ord(char):04X}")
+            code = next(ord(c) for c in key if not c.isascii())
+            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
         elif self._section == "":
             self._wrong(number, f"{key.lower()} stands before any [section]")
         else:
@@ -1140,14 +1163,15 @@ def _secret_problem(key: str, value: str) -> str:
     if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
         return f"{key} would hold a secret: {advice}"
     if key == "api_key_env" and value and not _VARIABLE.match(value):
-        return "api_key_env names the environment variable that holds the key, such as GROQ_API_KEY; the key itself stays there"
+        return ("api_key_env names the environment variable that holds the key, such as"
+                " GROQ_API_KEY; the key itself stays there")
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
 
 
 def holds_secret(text: str) -> bool:
-    """True when a models.ini, comments included, would give a secret away to whoever may read it."""
+    """True when a models.ini, comments included, would give a secret away to its readers."""
     scan = _Scan(text)
     if any(what == _LEAK for _, what in scan.problems):
         return True
@@ -1162,14 +1186,17 @@ class _Reader:
         self.warnings: List[str] = []
         scan = _Scan(text)
         self.problems = scan.problems
-        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is the heading, the first of its name
+        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is its first heading
         for line in scan.lines:
             section = self.sections.setdefault(line.section, {})
             if line.key or "" not in section:
                 section[line.key] = line
 
     def line_of(self, section: str, key: str = "") -> int:
-        """Where a section begins, or where the value of its key that counts, the last, stands; 0: nowhere."""
+        """Where a section begins, or where the value of its key that counts, the last, stands.
+
+        0: nowhere.
+        """
         line = self.sections.get(section, {}).get(key)
         return line.number if line else 0
 
@@ -1184,7 +1211,8 @@ class _Reader:
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
             self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
 
-    def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
+    def section(self, name: str, own: Mapping[str, str],
+                options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
         values: Dict[str, Any] = {}
         for key, text in own.items():
@@ -1207,14 +1235,16 @@ class _Reader:
 
 
 def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
-    """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
+    """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
     url, variable = values.get("base_url", ""), values.get("api_key_env", "")
     at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
     if backend == "openai" and not at:
         reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend != "openai":
-        reader.wrong(at, "base_url is for backend = openai" + ("; LiteLLM's is api_base in litellm_config.yaml"
-                                                               if backend == "litellm" else " and needs a model"))
+    if url and backend == "litellm":
+        reader.wrong(
+            at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
+    elif url and backend != "openai":
+        reader.wrong(at, "base_url is for backend = openai and needs a model")
     if variable and backend == "gguf":
         reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
@@ -1223,20 +1253,28 @@ def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, A
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
 
+def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if own.get("base_url") else "litellm"
+
+
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
-    backend = values.get("backend") or ("gguf" if not values.get("model") else "openai" if own.get("base_url") else "litellm")
+    backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
-    elif backend == "gguf" and not values.get("path") and not (own.get("hf_repo") and own.get("hf_file")):
+    in_hub = own.get("hf_repo") and own.get("hf_file")
+    if backend == "gguf" and not values.get("path") and not in_hub:
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
         return None
     if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
-        reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
+        at = reader.line_of(name, "hf_file_next")
+        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
         at = reader.line_of(name, "role")
@@ -1248,33 +1286,43 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     return Tier(**values)
 
 
-def _check_names(reader: _Reader, tiers: Sequence[Tier], explicit: Mapping[str, Any]) -> Tuple[Tier, ...]:
+def _check_names(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """One role a tier, one owner a name; implicit aliases give way to a section of that name."""
-    names = {t.name: t.name for t in tiers}
     roles: Dict[str, str] = {}
-    checked: Dict[str, Tier] = {}
     for tier in tiers:
-        if not _NAME.match(tier.name) or tier.name.lower() in RESERVED_NAMES:
-            why = "is a reserved name" if tier.name.lower() in RESERVED_NAMES else "is not a name a model can have"
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] {why}")
-        if tier.role and tier.role in roles:
-            reader.wrong(reader.line_of(tier.name, "role"), f"role {tier.role} belongs to [{roles[tier.role]}] already")
-        roles.setdefault(tier.role, tier.name)
-    for tier in sorted(tiers, key=lambda t: t.name not in explicit):    # what is written comes before a role's own
-        aliases = []
-        for alias in tier.aliases:
-            if alias.lower() in RESERVED_NAMES:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} is a reserved name")
-            elif alias not in names:
-                names[alias] = tier.name
-                aliases.append(alias)
-            elif tier.name in explicit and names[alias] != tier.name:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} belongs to [{names[alias]}] already")
-        checked[tier.name] = tier._replace(aliases=tuple(aliases))
-    return tuple(checked[t.name] for t in tiers)
+        if tier.name.lower() in RESERVED_NAMES:
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is a reserved name")
+        elif not _NAME.match(tier.name):
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is not a name a model can have")
+        owner = roles.setdefault(tier.role, tier.name)
+        if tier.role and owner != tier.name:
+            at = reader.line_of(tier.name, "role")
+            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
+    names = {t.name: t.name for t in tiers}
+    implicit = {t.name: not reader.line_of(t.name, "aliases") for t in tiers}
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    for tier in sorted(tiers, key=lambda t: implicit[t.name]):  # a role's own after the written
+        aliases[tier.name] = _own_aliases(reader, tier, names, implicit[tier.name])
+    return tuple(t._replace(aliases=aliases[t.name]) for t in tiers)
 
 
-# A value is printed in many places, and a terminal would obey these; some editors take a CR alone for a new line.
+def _own_aliases(
+        reader: _Reader, tier: Tier, names: Dict[str, str], implicit: bool) -> Tuple[str, ...]:
+    """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
+    at, aliases = reader.line_of(tier.name, "aliases"), []
+    for alias in tier.aliases:
+        if alias.lower() in RESERVED_NAMES:
+            reader.wrong(at, f"alias {alias} is a reserved name")
+        elif alias not in names:
+            names[alias] = tier.name
+            aliases.append(alias)
+        elif names[alias] != tier.name and not implicit:
+            reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
+    return tuple(aliases)
+
+
+# A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
+# some editors.
 _INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
@@ -1285,39 +1333,45 @@ def _check_shape(text: str, source: str) -> None:
     control = _INI_CONTROL.search(text)
     if control:
         line = text.count("\n", 0, control.start()) + 1
-        raise ConfigError([f"{source}:{line}: holds the control character {control.group()!r}; take it out"])
+        found = control.group()
+        raise ConfigError([f"{source}:{line}: holds the control character {found!r}; take it out"])
     for number, line_text in enumerate(text.split("\n"), 1):
         if len(line_text) > MAX_INI_LINE:
             raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
 
 
+def _check_ports(reader: _Reader, config: Config) -> None:
+    taken: Dict[int, str] = {}
+    for key in ("router_port", "engine_port", "litellm_port"):
+        port = getattr(config, key)
+        other = taken.setdefault(port, key)
+        if other != key:
+            at = reader.line_of("DEFAULT", other) or reader.line_of("DEFAULT", key)
+            reader.wrong(at, f"{other} and {key} are both {port}")
+
+
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
-    Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
+    Strict and kind: every problem of the file at once, each as `source:LINE: what`.
+    Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
     _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
-    if routing.high_fidelity_ceiling > routing.mid_fidelity_ceiling:
-        reader.wrong(reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING"),
-                     f"high_fidelity_ceiling {routing.high_fidelity_ceiling:,} is above mid_fidelity_ceiling"
-                     f" {routing.mid_fidelity_ceiling:,}")
+    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    if high > mid:
+        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
+        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
     sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
     if len(sections) > MAX_INI_SECTIONS:
         line = reader.line_of(sections[MAX_INI_SECTIONS])
         raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    explicit = {s for s in sections if reader.line_of(s, "aliases")}
-    checked = _check_names(reader, tiers, dict.fromkeys(explicit))
-    config = Config(tiers=checked, routing=routing, **values)
-    ports = {"router_port": config.router_port, "engine_port": config.engine_port, "litellm_port": config.litellm_port}
-    for one, other in (("router_port", "engine_port"), ("router_port", "litellm_port"), ("engine_port", "litellm_port")):
-        if ports[one] == ports[other]:
-            reader.wrong(reader.line_of("DEFAULT", one) or reader.line_of("DEFAULT", other),
-                         f"{one} and {other} are both {ports[one]}")
+    config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
+    _check_ports(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
@@ -1327,12 +1381,13 @@ def _worded(reader: _Reader) -> List[str]:
     problems = sorted(set(reader.problems))
     lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
     if len(problems) > MAX_SHOWN_PROBLEMS:
-        line = problems[MAX_SHOWN_PROBLEMS][0]
-        lines.append(f"{reader.source}:{line}: and {len(problems) - MAX_SHOWN_PROBLEMS:,} more problems from here")
+        line, more = problems[MAX_SHOWN_PROBLEMS][0], len(problems) - MAX_SHOWN_PROBLEMS
+        lines.append(f"{reader.source}:{line}: and {more:,} more problems from here")
     return lines
 
 
-def _effects(prefix: str, record: Any, default: Any, options: Mapping[str, Option]) -> List[Tuple[str, str]]:
+def _effects(prefix: str, record: Any, default: Any,
+             options: Mapping[str, Option]) -> List[Tuple[str, str]]:
     found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
     for key, option in options.items():
         field = option.field or key
@@ -1346,9 +1401,9 @@ def _effects(prefix: str, record: Any, default: Any, options: Mapping[str, Optio
 
 
 def config_effects(config: Config) -> List[Tuple[str, str]]:
-    """(key, value) of all in a models.ini that can have an effect outside its project: what trust is about.
+    """(key, value) of all in a models.ini that can have an effect outside its project.
 
-    They are the values that the parser returned and the program uses, so no spelling of theirs is overlooked.
+    They are the values that the parser returned and the program uses: no spelling is overlooked.
     """
     effects = _effects("", config, Config(), DEFAULT_OPTIONS)
     effects += _effects("[ROUTING] ", config.routing, Routing(), ROUTING_OPTIONS)
@@ -1358,13 +1413,14 @@ def config_effects(config: Config) -> List[Tuple[str, str]]:
 
 
 def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
-    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError that names the line."""
+    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError with the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         rest = exc.object                       # without the BOM
-        raise ConfigError([f"{source}:{rest.count(10, 0, exc.start) + 1}: byte 0x{rest[exc.start]:02x} is not UTF-8; save"
-                           " the file as UTF-8"]) from None
+        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
+        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
 # ===================================================================================================
@@ -3726,7 +3782,10 @@ def read_text(path: str) -> str:
 
 
 def read_regular(path: str, limit_bytes: int) -> bytes:
-    """A regular file whole. Errors: OSError, too where it is another thing (a FIFO, a device) or over the limit."""
+    """A regular file, whole. Errors: OSError, also where it is a FIFO, a device or over the limit.
+
+    It is opened without waiting: a FIFO would wait for somebody who writes.
+    """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(handle).st_mode
@@ -4095,10 +4154,11 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
-# would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
-# `llmstack trust`. The ledger, trust.json, lies outside the project, in the data directory. It has for each project
-# the digests of what is trusted, by part, and of the files that we wrote there last ("written").
+# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
+# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
+# data directory. It has for each project the digests of what is trusted, by part, and of the files
+# that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
@@ -4108,8 +4168,8 @@ class Effect(NamedTuple):
 
     name: str                                   # a file's, for models.ini with the key
     data: bytes = b""                           # what is trusted, to the byte
-    shown: str = ""                             # as `trust` shows it, where that is not for the file's kind to say
-    problem: str = ""                           # why it cannot be trusted: nobody could read it whole
+    shown: str = ""                             # as `trust` shows it; "": by the file's kind
+    problem: str = ""                           # why it cannot be trusted: it is not read whole
 
 
 def _digest(data: bytes) -> str:
@@ -4118,7 +4178,7 @@ def _digest(data: bytes) -> str:
 
 
 def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
         return read_regular(path, MAX_STATE_BYTES)
     except OSError:
@@ -4139,7 +4199,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
 
 
 def _ini_effects(places: Places) -> List[Effect]:
-    """Of the project's own models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
+    """Of the project's models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
     if places.models_ini != places.in_state("models.ini"):
         return []
     try:
@@ -4151,17 +4211,22 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
     except ConfigError as exc:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
-    return [Effect(f"models.ini {key}", value.encode(), f"= {value}") for key, value in config_effects(config)]
+    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
+            for key, value in config_effects(config)]
 
 
 def _log_links(places: Places) -> List[Tuple[str, str]]:
-    """Symbolic links where logs are written, with where they lead. Other files of ours replace a link that they find."""
+    """Symbolic links where logs are written, with where they lead.
+
+    Other files of ours replace a link that they find.
+    """
     logs = places.in_state("logs")
     try:
         paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
     except OSError:                             # none yet, or a link to no directory
         paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+    return [(os.path.relpath(path, places.state), os.readlink(path))
+            for path in paths if os.path.islink(path)]
 
 
 def _hook_effects(places: Places) -> List[Effect]:
@@ -4173,12 +4238,13 @@ def _run_effects(places: Places) -> List[Effect]:
     return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
 
 
-# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows out of the project.
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
 _PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
 
 
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
-    """What takes effect now, by part; read once, so that who shows it and then trusts it trusts what was shown."""
+    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
     return {part: effects(places) for part, effects in _PARTS.items()}
 
 
@@ -4187,7 +4253,7 @@ def trust_file(data: str) -> str:
 
 
 def trust_lock(places: Places) -> FileLock:
-    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
+    """Held while a trusted file is written and trusted anew: another start may look in between."""
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
@@ -4203,30 +4269,30 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
     project = ledger.get(key)
     ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
-    ledger[""] = f"{time.time():.6f}"           # the file's second line: shell hooks see by it that something was trusted
+    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
     write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
 
 
 def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
-    """Those of a part's effects that are new, other than they were when they were trusted, or cannot be read."""
+    """Those of a part's effects that are new, other than as they were trusted, or not readable."""
     known = _known(places, part)
     return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
 
 
 def is_trusted(places: Places, part: str) -> bool:
-    """True when the project's "hook" or "run" part has nothing that is not as it was trusted."""
+    """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
     return not untrusted(places, part, _PARTS[part](places))
 
 
 def check_links(places: Places) -> None:
     """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
     if _log_links(places) and not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
-                        "look at it, then run `llmstack trust`")
+        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
+                        " not trusted here", "look at it, then run `llmstack trust`")
 
 
 def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
-    """Trust these effects and no other of that part, for who holds the trust_lock; those not read whole stay out."""
+    """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
     _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
 
 
@@ -4237,13 +4303,13 @@ def record_trust(places: Places, *parts: str) -> None:
 
 
 def trust_project(places: Places, *parts: str) -> None:
-    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
+    """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
         record_trust(places, *parts)
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
+    """True for the bytes of a file in .llmstack/ that we wrote there last."""
     return _known(places, "written").get(name) == _digest(data)
 
 
@@ -8499,10 +8565,10 @@ def untrusted_line(places: Places) -> str:
 
 
 def check_run_trust(places: Places) -> None:
-    """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
         new = untrusted(places, "run", _run_effects(places))
     if not new:
         return
@@ -8512,8 +8578,8 @@ def check_run_trust(places: Places) -> None:
             raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
     what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
-                    f" other files are named by {what}",
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
+                    f" addresses or other files are named by {what}",
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
@@ -8690,8 +8756,8 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         return ""
     marker = read_marker(places) or Marker("current")
     active = read_marker(places, "active-channel")
-    if active and "external" not in (active.channel, marker.channel):   # an address in it is nothing that was trusted
-        marker = active
+    if active and "external" not in (active.channel, marker.channel):
+        marker = active                         # an address in it is nothing that was trusted
     values = shell_values(places, marker)
     lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
@@ -8723,8 +8789,9 @@ SHOWN_LINES = 100                              # of litellm_config.yaml, before 
 
 
 def _config_rows(text: str) -> List[Tuple[str, str]]:
-    """Of litellm_config.yaml: modules that LiteLLM imports, hosts that get a key. Anything may matter."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    stripped = ((line, line.strip()) for line in text.splitlines())
+    lines = [line for line, words in stripped if words and not words.startswith("#")]
     rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
     if len(lines) > SHOWN_LINES:
         rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
@@ -8757,19 +8824,20 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
 
 
 def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
-    """Show a person what is new or changed since it was trusted, and ask; yes trusts exactly what was shown.
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
 
-    `ask` answers None where nobody is there, and then nothing is shown or changed. Errors: UserError.
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
     """
     if all(is_trusted(places, part) for part in _PARTS):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
         effects = project_effects(places)
         new = [e for part in effects for e in untrusted(places, part, effects[part])]
     if all(effect.problem for effect in new):
         return
-    lines = ["New or changed since it was trusted here:", *trust_facts(places, new), "Trust this? [y/N] "]
-    if not ask("\n".join(lines)):
+    facts = "\n".join(trust_facts(places, new))
+    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
         return
     with trust_lock(places):
         for part, shown in effects.items():
