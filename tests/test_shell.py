@@ -682,6 +682,8 @@ def test_a_shell_that_is_not_there_is_one_line(stack: Path, open_shell: Open) ->
 def test_what_is_not_trusted_opens_no_shell(stack: Path, open_shell: Open) -> None:
     make_project(stack, trusted=False)
     terminal = open_shell("bash", hook=False, argv=started(), cwd=stack)
+    terminal.wait("Trust this? [y/N] ")
+    terminal.send("n")
     assert terminal.finish() == 0
     assert "is not trusted here" in terminal.fresh
 
