@@ -16,6 +16,7 @@ import pytest
 
 import llmstack
 from llmstack import Config, ConfigError, Option, Tier, UserError, parse_models_ini
+from tests.noise_model import render_noise_gguf
 from tests.test_shell import Terminal
 from tests.test_stack import NO_MODELS, PROGRAM, Project, noise  # noqa: F401  # a fixture
 
@@ -397,7 +398,7 @@ def test_the_program_of_a_clone_does_not_run(name: str, real_data: Path) -> None
     evil = Path("evil.sh")
     evil.write_text("#!/bin/sh\necho ran >> ran\n")
     evil.chmod(0o755)
-    (STATE / "m.gguf").write_bytes(llmstack.render_noise_gguf())
+    (STATE / "m.gguf").write_bytes(render_noise_gguf())
     tiers = b"[m]\nrole = fast\npath = m.gguf\nctx_size = 2k\nsize_gb = 0.1\n"
     ports = project.defaults.encode().replace(b"[DEFAULT]\n", b"")
     head, _, rest = CLONES[name].partition(b"[DEFAULT]\n")
