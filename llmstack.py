@@ -6825,8 +6825,7 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            with open(self._models_ini, "rb") as file:
-                text = file.read()
+            text = read_regular(self._models_ini, MAX_INI_BYTES)
         except OSError:
             if not self._bundled:
                 raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
