@@ -57,7 +57,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -96,6 +96,7 @@ from typing import (
     MutableMapping,
     NamedTuple,
     Optional,
+    Pattern,
     Sequence,
     Set,
     Tuple,
@@ -106,7 +107,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
+# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -134,6 +135,10 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
+MAX_INI_BYTES = 256 * 1024          # of a models.ini; the bundled one has 10,000
+MAX_INI_LINE = 8_192                # characters; a pattern may look at each of them twice
+MAX_INI_SECTIONS = 1_000
+MAX_SHOWN_PROBLEMS = 100            # and as many warnings
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
 SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
@@ -916,72 +921,87 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ===================================================================================================
 
 
+# Which values of a key have no effect outside the project, so that nobody has to trust them.
+_ANY_VALUE = re.compile("")
+_NO_VALUE = re.compile(r"(?!)")
+_THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
+_NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
+_PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+
+
 class Option(NamedTuple):
-    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set."""
+    """One key of models.ini.
+
+    `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
+    matches the values that need no trust; a key whose row does not speak of it needs trust.
+    """
 
     kind: str
     low: float = 0
     high: float = 0
     choices: Tuple[str, ...] = ()
-    field: str = ""                             # the record's field, where it has another name than the key
+    field: str = ""                             # of the record, where it is not called as the key
+    harmless: Pattern[str] = _NO_VALUE
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors and "did you mean" come from them.
+# The three tables below are all that is known of the file: reading, errors, "did you mean" and
+# what needs trust come from them.
 DEFAULT_OPTIONS: Dict[str, Option] = {
-    "host": Option("host"),
-    "router_host": Option("host", field="host"),
-    "router_port": Option("int", 1, 65_535),
-    "engine_port": Option("int", 1, 65_535),
-    "litellm_port": Option("int", 1, 65_535),
-    "engine": Option("choice", choices=("auto", "llama-swap", "embedded")),
-    "memory_gb": Option("gb_or_auto", 0.1, 100_000),
+    "host": Option("host", harmless=_THIS_MACHINE),
+    "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
+    "router_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "litellm_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
+    "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers"),
-    "flash_attn": Option("choice", choices=("on", "off", "auto")),
-    "jinja": Option("bool"),
-    "threads": Option("int", -1, 4_096),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES),
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
+    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
+    "jinja": Option("bool", harmless=_ANY_VALUE),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
+    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
+    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
     "llama_server_bin": Option("text"),
-    "build_model": Option("choice", choices=("agent", "auto")),
-    "decision_log": Option("bool"),
-    "loading_state": Option("choice", choices=("visible", "comments", "off")),
-    "local_only": Option("bool"),
+    "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
+    "decision_log": Option("bool", harmless=_ANY_VALUE),
+    "loading_state": Option(
+        "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
+    "local_only": Option("bool", harmless=_ANY_VALUE),
 }
 TIER_OPTIONS: Dict[str, Option] = {
-    "tier": Option("text"),
-    "role": Option("text"),
-    "backend": Option("choice", choices=("gguf", "litellm", "openai")),
-    "hf_repo": Option("repo"),
-    "hf_file": Option("hub_file"),
-    "hf_repo_next": Option("repo"),
-    "hf_file_next": Option("hub_file"),
-    "path": Option("text"),
-    "model": Option("text"),
-    "model_next": Option("text"),
+    "tier": Option("text", harmless=_ANY_VALUE),
+    "role": Option("text", harmless=_ANY_VALUE),
+    "backend": Option("choice", choices=("gguf", "litellm", "openai"), harmless=_ANY_VALUE),
+    "hf_repo": Option("repo", harmless=_ANY_VALUE),
+    "hf_file": Option("hub_file", harmless=_ANY_VALUE),
+    "hf_repo_next": Option("repo", harmless=_ANY_VALUE),
+    "hf_file_next": Option("hub_file", harmless=_ANY_VALUE),
+    "path": Option("text", harmless=_PATH_WITHIN),
+    "model": Option("text", harmless=_NO_ADDRESS),
+    "model_next": Option("text", harmless=_NO_ADDRESS),
     "base_url": Option("url"),
     "api_key_env": Option("text"),
-    "ctx_size": Option("tokens", 256, 100_000_000),
-    "max_output_tokens": Option("tokens", 1, 100_000_000),
-    "size_gb": Option("gb", 0, 100_000),
-    "size_gb_next": Option("gb", 0, 100_000),
-    "quant": Option("text"),
-    "quant_next": Option("text"),
-    "sampler": Option("sampler"),
-    "rope_scaling": Option("rope"),
-    "description": Option("text"),
-    "aliases": Option("names"),
-    "ttl": Option("int", 0, 31_536_000),
-    "tool_call": Option("bool"),
-    "reasoning": Option("bool"),
+    "ctx_size": Option("tokens", 256, 100_000_000, harmless=_ANY_VALUE),
+    "max_output_tokens": Option("tokens", 1, 100_000_000, harmless=_ANY_VALUE),
+    "size_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "size_gb_next": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "quant": Option("text", harmless=_ANY_VALUE),
+    "quant_next": Option("text", harmless=_ANY_VALUE),
+    "sampler": Option("sampler", harmless=_ANY_VALUE),
+    "rope_scaling": Option("rope", harmless=_ANY_VALUE),
+    "description": Option("text", harmless=_ANY_VALUE),
+    "aliases": Option("names", harmless=_ANY_VALUE),
+    "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
+    "tool_call": Option("bool", harmless=_ANY_VALUE),
+    "reasoning": Option("bool", harmless=_ANY_VALUE),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
-    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "multi_turn": Option("int", 1, 1_000_000),
-    "ultra_triggers": Option("triggers"),
+    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "multi_turn": Option("int", 1, 1_000_000, harmless=_ANY_VALUE),
+    "ultra_triggers": Option("triggers", harmless=_ANY_VALUE),
 }
 SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-server accepts
     "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
@@ -992,33 +1012,45 @@ _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
-_ROPE = re.compile(r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z", re.IGNORECASE)
+_ROPE = re.compile(
+    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
-# Names that would hold a secret, whatever their value; and values that look like one, whatever their name.
-_SECRET_NAME = re.compile(r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer|authoriz")
+# Names that would hold a secret, whatever the value; values that look like one, whatever the name.
+_SECRET_NAME = re.compile(
+    r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
+    r"|authoriz")
 _SECRET_VALUE = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|nvapi|pplx|csk|fw)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{20,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\barn:aws:iam::"
-    r"|\beyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}"      # bounded: each start is read to its end
+    r"|\barn:aws:iam::|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
 )
 # What names a model may look as it likes.
-_MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
-# A host is asked by what it is here, so no user, query or escape; a variable's name is told from a key by its shape.
-_BASE_URL = re.compile(r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
-                       re.ASCII)
+_MODEL_NAME = re.compile(
+    r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b",
+    re.IGNORECASE)
+# A host is asked by what it is here, so no user, query or escape.
+_BASE_URL = re.compile(
+    r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
+    re.ASCII)
+# The name of a variable is told from a key by its shape.
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
-_NO_OPAQUE = frozenset({"hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next", "llama_server_bin"})
+_NO_OPAQUE = frozenset({
+    "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
+    "llama_server_bin"})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
 class _Line(NamedTuple):
     number: int
     section: str
-    key: str
-    text: str                                   # the line itself, without indentation
+    key: str                                    # "" for the [section] itself
+    value: str
 
 
 def parse_tokens(text: str) -> int:
@@ -1036,9 +1068,12 @@ def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
         if key not in SAMPLER_KEYS:
             raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
         low, high = SAMPLER_KEYS[key]
-        whole = "whole " if key == "top_k" else ""
-        if not re.match(r"-?[0-9]+\Z" if whole else r"-?[0-9]*\.?[0-9]+\Z", value) or not low <= float(value) <= high:
-            raise ValueError(f"{key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
+        kind, pattern = "number", r"-?[0-9]*\.?[0-9]+\Z"
+        if key == "top_k":
+            kind, pattern = "whole number", r"-?[0-9]+\Z"
+        if not re.match(pattern, value) or not low <= float(value) <= high:
+            value = value or "nothing"
+            raise ValueError(f"{key} = {value} is not a {kind} from {low:g} to {high:g}")
         if key in values:
             raise ValueError(f"{key} is given twice")
         values[key] = float(value)
@@ -1056,12 +1091,14 @@ def _parse_rope(text: str) -> Tuple[float, int]:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
+    if len(word) > 64:                          # the comparison takes the square of its length
+        return ""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
 
 
 def parse_value(option: Option, text: str) -> Any:
-    """Read one value as its option says. Errors: ValueError with a sentence that never shows a secret."""
+    """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
     if kind in ("int", "tokens"):
         if kind == "int" and not _NUMBER.match(text):
@@ -1075,7 +1112,8 @@ def parse_value(option: Option, text: str) -> Any:
             return 0.0
         match = _GB.match(text)
         if not match or not option.low <= float(match.group(1)) <= option.high:
-            raise ValueError(f"{text!r} is not a size in GB{' or auto' if kind == 'gb_or_auto' else ''}")
+            auto = " or auto" if kind == "gb_or_auto" else ""
+            raise ValueError(f"{text!r} is not a size in GB{auto}")
         return float(match.group(1))
     if kind == "bool":
         if text.lower() not in _TRUE + _FALSE:
@@ -1083,7 +1121,8 @@ def parse_value(option: Option, text: str) -> Any:
         return text.lower() in _TRUE
     if kind == "choice":
         if text.lower() not in option.choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{_did_you_mean(text, option.choices)}")
+            near = _did_you_mean(text, option.choices)
+            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
         return text.lower()
     if kind == "layers":
         if text not in ("auto", "all") and not (_NUMBER.match(text) and -1 <= int(text) <= 100_000):
@@ -1096,7 +1135,8 @@ def parse_value(option: Option, text: str) -> Any:
     if kind == "url":
         match = _BASE_URL.match(text)
         if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-            raise ValueError("not of the form https://host[:port][/path], such as https://api.groq.com/openai/v1")
+            raise ValueError("not of the form https://host[:port][/path], such as"
+                             " https://api.groq.com/openai/v1")
         return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
@@ -1120,53 +1160,90 @@ def parse_value(option: Option, text: str) -> Any:
     return text
 
 
-def _scan(text: str) -> Tuple[List[_Line], List[Tuple[int, str]]]:
-    """The sections and keys of an ini text with their lines, and what is there twice, stray or a secret.
+_SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
+_KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
+_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
+         " take it out (and revoke it)")
 
-    configparser reads the values out of what is left; it knows neither lines of keys nor more than one
-    problem at a time.
+
+def _odd_space(*texts: str) -> str:
+    """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
+    for char in "".join(text[:1] + text[-1:] for text in texts):
+        if char.isspace() and char not in " \t":
+            return f"U+{ord(char):04X}"
+    return ""
+
+
+class _Scan:
+    """The sections and keys of an ini text with their lines; what is stray, twice or a secret.
+
+    This is the only reader of the file: what it does not see has no value. configparser knows
+    neither the lines of keys nor more than one problem at a time, and skips any white space of
+    Unicode.
     """
-    lines: List[_Line] = []
-    problems: List[Tuple[int, str]] = []
-    seen: Dict[Tuple[str, str], int] = {}
-    section: Optional[str] = ""                 # None below a heading that cannot be shown
-    indent, key = 0, ""
-    for number, raw in enumerate(text.split("\n"), 1):
-        stripped = raw.strip()
+
+    def __init__(self, text: str) -> None:
+        self.lines: List[_Line] = []
+        self.problems: List[Tuple[int, str]] = []
+        self._seen: Dict[Tuple[str, str], int] = {}
+        self._section: Optional[str] = ""       # None below a heading that cannot be shown
+        self._indent, self._key = 0, ""         # of the last line with a key, "" after a heading
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+            self._read(number, line)
+
+    def _read(self, number: int, line: str) -> None:
+        stripped = line.strip(" \t")
         hidden = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if hidden:
-            problems.append((number, "this line holds what looks like a key or password; the file is served and"
-                                     " committed, so take it out (and revoke it)"))
+            self.problems.append((number, _LEAK))
         if not stripped or stripped[0] in "#;":
-            continue
-        depth = len(raw) - len(raw.lstrip())
-        if key and depth > indent:
+            return
+        indent = len(line) - len(line.lstrip(" \t"))
+        if self._key and indent > self._indent:
             if not hidden:
-                problems.append((number, "indented, so it continues the value above; take the spaces away"))
-            continue
-        bare = re.split(r"\s;", stripped)[0].rstrip()
-        header = re.match(r"\[([^\]]+)\]\s*(?:#.*)?$", bare)
-        match = re.match(r"(?!\[)([^:=]+?)\s*[:=]", bare)
-        if header:
-            section, key = None if hidden else header.group(1), ""
-        elif hidden:
-            continue
-        elif not match:
-            problems.append((number, "neither a [section], a key = value nor a comment"))
-            continue
-        elif section == "":
-            problems.append((number, f"{match.group(1).lower()} stands before any [section]"))
-            continue
+                self._wrong(
+                    number, "indented, so it continues the value above; take the spaces away")
+            return
+        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
+        section = _SECTION.match(text)
+        if section:
+            self._section, self._key = section.group(1), ""
+            if hidden:
+                self._section = None
+            self._add(number, "", "")
+        elif not hidden:
+            self._read_key(number, text, indent)
+
+    def _read_key(self, number: int, text: str, indent: int) -> None:
+        match = _KEY_VALUE.match(text)
+        key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
+        odd = _odd_space(text, key, value)
+        if odd:
+            self._wrong(
+                number, f"the white space {odd} stands beside a key or value; use a plain space")
+        elif not key:
+            self._wrong(number, "neither a [section], a key = value nor a comment")
+        elif not key.isascii():
+            code = next(ord(c) for c in key if not c.isascii())
+            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+        elif self._section == "":
+            self._wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            key, indent = match.group(1).lower(), depth
+            self._key, self._indent = key.lower(), indent
+            self._add(number, self._key, value)
+
+    def _wrong(self, number: int, what: str) -> None:
+        self.problems.append((number, what))
+
+    def _add(self, number: int, key: str, value: str) -> None:
+        section = self._section
         if section is None:
-            continue
-        if (section, key) in seen:
+            return
+        first = self._seen.setdefault((section, key), number)
+        if first != number:
             what = f"{key} in [{section}]" if key else f"[{section}]"
-            problems.append((number, f"{what} is there twice, first on line {seen[section, key]}"))
-        seen.setdefault((section, key), number)
-        lines.append(_Line(number, section, key, stripped))
-    return lines, problems
+            self._wrong(number, f"{what} is there twice, first on line {first}")
+        self.lines.append(_Line(number, section, key, value))
 
 
 def _secret_problem(key: str, value: str) -> str:
@@ -1175,19 +1252,19 @@ def _secret_problem(key: str, value: str) -> str:
     if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
         return f"{key} would hold a secret: {advice}"
     if key == "api_key_env" and value and not _VARIABLE.match(value):
-        return "api_key_env names the environment variable that holds the key, such as GROQ_API_KEY; the key itself stays there"
+        return ("api_key_env names the environment variable that holds the key, such as"
+                " GROQ_API_KEY; the key itself stays there")
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
 
 
 def holds_secret(text: str) -> bool:
-    """True when a models.ini, comments included, would give a secret away to whoever may read it."""
-    lines, problems = _scan(text)
-    if any("key or password" in what for _, what in problems):
+    """True when a models.ini, comments included, would give a secret away to its readers."""
+    scan = _Scan(text)
+    if any(what == _LEAK for _, what in scan.problems):
         return True
-    values = ((x.key, re.split("[=:]", x.text, maxsplit=1)[1]) for x in lines if x.key)
-    return any(_secret_problem(key, re.split(r"\s;", value)[0].strip()) for key, value in values)
+    return any(_secret_problem(line.key, line.value) for line in scan.lines)
 
 
 class _Reader:
@@ -1196,36 +1273,46 @@ class _Reader:
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self.warnings: List[str] = []
-        self.lines, stray = _scan(text)
-        self.problems: List[Tuple[int, str]] = list(stray)
-        import configparser
-        self._values = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, strict=False,
-                                                 default_section="\0none")
-        self._values.read_string("\n".join(f"[{x.section}]" if not x.key else x.text for x in self.lines), source)
+        scan = _Scan(text)
+        self.problems = scan.problems
+        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is its first heading
+        for line in scan.lines:
+            section = self.sections.setdefault(line.section, {})
+            if line.key or "" not in section:
+                section[line.key] = line
 
     def line_of(self, section: str, key: str = "") -> int:
-        """Where a section begins, or where the value of its key that counts, the last, stands; 0: nowhere."""
-        found = [x.number for x in self.lines if x.section == section and x.key == key]
-        return (found[-1] if key else found[0]) if found else 0
+        """Where a section begins, or where the value of its key that counts, the last, stands.
+
+        0: nowhere.
+        """
+        line = self.sections.get(section, {}).get(key)
+        return line.number if line else 0
 
     def own(self, section: str) -> Dict[str, str]:
-        return dict(self._values[section]) if self._values.has_section(section) else {}
+        return {key: line.value for key, line in self.sections.get(section, {}).items() if key}
 
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
-    def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
+    def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
+        """Say what is odd, and which of the known words may have been meant."""
+        if len(self.warnings) < MAX_SHOWN_PROBLEMS:
+            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+
+    def section(self, name: str, own: Mapping[str, str],
+                options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
         values: Dict[str, Any] = {}
-        for key, raw in own.items():
-            line, text = self.line_of(name, key), raw.strip()
+        for key, text in own.items():
+            line = self.line_of(name, key)
             secret = _secret_problem(key, text)
             if secret:
                 self.wrong(line, secret)
                 continue
             option = options.get(key)
             if option is None:
-                self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{name}]{_did_you_mean(key, options)}")
+                self.warn(line, f"unknown key {key} in [{name}]", key, options)
                 continue
             if not text and option.kind not in ("triggers", "text", "names", "sampler"):
                 continue
@@ -1237,40 +1324,50 @@ class _Reader:
 
 
 def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
-    """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
+    """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
     url, variable = values.get("base_url", ""), values.get("api_key_env", "")
     at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
     if backend == "openai" and not at:
         reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend != "openai":
-        reader.wrong(at, "base_url is for backend = openai" + ("; LiteLLM's is api_base in litellm_config.yaml"
-                                                               if backend == "litellm" else " and needs a model"))
+    if url and backend == "litellm":
+        reader.wrong(
+            at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
+    elif url and backend != "openai":
+        reader.wrong(at, "base_url is for backend = openai and needs a model")
     if variable and backend == "gguf":
         reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
         reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
-        reader.warnings.append(f"{reader.source}:{at}: the key in {variable} travels unencrypted; https would protect it")
+        reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
+
+
+def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if own.get("base_url") else "litellm"
 
 
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
-    backend = values.get("backend") or ("gguf" if not values.get("model") else "openai" if own.get("base_url") else "litellm")
+    backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
-    elif backend == "gguf" and not values.get("path") and not (own.get("hf_repo") and own.get("hf_file")):
+    in_hub = own.get("hf_repo") and own.get("hf_file")
+    if backend == "gguf" and not values.get("path") and not in_hub:
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
         return None
     if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
-        reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
+        at = reader.line_of(name, "hf_file_next")
+        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
-        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'role')}: role {role} is none that auto or the"
-                               f" agents know{_did_you_mean(role, KNOWN_ROLES)}")
+        at = reader.line_of(name, "role")
+        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
     values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
     values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
     values.update(name=name, backend=backend, rope_scale=rope[0], rope_orig_ctx=rope[1])
@@ -1278,76 +1375,141 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     return Tier(**values)
 
 
-def _check_names(reader: _Reader, tiers: Sequence[Tier], explicit: Mapping[str, Any]) -> Tuple[Tier, ...]:
+def _check_names(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """One role a tier, one owner a name; implicit aliases give way to a section of that name."""
-    names = {t.name: t.name for t in tiers}
     roles: Dict[str, str] = {}
-    checked: Dict[str, Tier] = {}
     for tier in tiers:
-        if not _NAME.match(tier.name) or tier.name.lower() in RESERVED_NAMES:
-            why = "is a reserved name" if tier.name.lower() in RESERVED_NAMES else "is not a name a model can have"
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] {why}")
-        if tier.role and tier.role in roles:
-            reader.wrong(reader.line_of(tier.name, "role"), f"role {tier.role} belongs to [{roles[tier.role]}] already")
-        roles.setdefault(tier.role, tier.name)
-    for tier in sorted(tiers, key=lambda t: t.name not in explicit):    # what is written comes before a role's own
-        aliases = []
-        for alias in tier.aliases:
-            if alias.lower() in RESERVED_NAMES:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} is a reserved name")
-            elif alias not in names:
-                names[alias] = tier.name
-                aliases.append(alias)
-            elif tier.name in explicit and names[alias] != tier.name:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} belongs to [{names[alias]}] already")
-        checked[tier.name] = tier._replace(aliases=tuple(aliases))
-    return tuple(checked[t.name] for t in tiers)
+        if tier.name.lower() in RESERVED_NAMES:
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is a reserved name")
+        elif not _NAME.match(tier.name):
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is not a name a model can have")
+        owner = roles.setdefault(tier.role, tier.name)
+        if tier.role and owner != tier.name:
+            at = reader.line_of(tier.name, "role")
+            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
+    names = {t.name: t.name for t in tiers}
+    implicit = {t.name: not reader.line_of(t.name, "aliases") for t in tiers}
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    for tier in sorted(tiers, key=lambda t: implicit[t.name]):  # a role's own after the written
+        aliases[tier.name] = _own_aliases(reader, tier, names, implicit[tier.name])
+    return tuple(t._replace(aliases=aliases[t.name]) for t in tiers)
+
+
+def _own_aliases(
+        reader: _Reader, tier: Tier, names: Dict[str, str], implicit: bool) -> Tuple[str, ...]:
+    """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
+    at, aliases = reader.line_of(tier.name, "aliases"), []
+    for alias in tier.aliases:
+        if alias.lower() in RESERVED_NAMES:
+            reader.wrong(at, f"alias {alias} is a reserved name")
+        elif alias not in names:
+            names[alias] = tier.name
+            aliases.append(alias)
+        elif names[alias] != tier.name and not implicit:
+            reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
+    return tuple(aliases)
+
+
+# A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
+# some editors.
+_INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def _check_shape(text: str, source: str) -> None:
+    """Before a text of any origin is read at all. Errors: ConfigError."""
+    if len(text) > MAX_INI_BYTES:
+        raise ConfigError([f"{source}:1: is over {MAX_INI_BYTES:,} bytes"])
+    control = _INI_CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        found = control.group()
+        raise ConfigError([f"{source}:{line}: holds the control character {found!r}; take it out"])
+    for number, line_text in enumerate(text.split("\n"), 1):
+        if len(line_text) > MAX_INI_LINE:
+            raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
+
+
+def _check_ports(reader: _Reader, config: Config) -> None:
+    taken: Dict[int, str] = {}
+    for key in ("router_port", "engine_port", "litellm_port"):
+        port = getattr(config, key)
+        other = taken.setdefault(port, key)
+        if other != key:
+            at = reader.line_of("DEFAULT", other) or reader.line_of("DEFAULT", key)
+            reader.wrong(at, f"{other} and {key} are both {port}")
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
-    Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
+    Strict and kind: every problem of the file at once, each as `source:LINE: what`.
+    Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
-    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
-    if control:                                 # a value is printed in many places, and a terminal would obey it
-        raise ConfigError([f"{source}:{text.count(chr(10), 0, control.start()) + 1}: holds the control character"
-                           f" {control.group()!r}; take it out"])
+    _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
-    if routing.high_fidelity_ceiling > routing.mid_fidelity_ceiling:
-        reader.wrong(reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING"),
-                     f"high_fidelity_ceiling {routing.high_fidelity_ceiling:,} is above mid_fidelity_ceiling"
-                     f" {routing.mid_fidelity_ceiling:,}")
-    sections = [s for s in dict.fromkeys(x.section for x in reader.lines) if s not in ("DEFAULT", "ROUTING")]
+    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    if high > mid:
+        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
+        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
+    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    explicit = {s for s in sections if reader.line_of(s, "aliases")}
-    checked = _check_names(reader, tiers, dict.fromkeys(explicit))
-    config = Config(tiers=checked, routing=routing, **values)
-    ports = {"router_port": config.router_port, "engine_port": config.engine_port, "litellm_port": config.litellm_port}
-    for one, other in (("router_port", "engine_port"), ("router_port", "litellm_port"), ("engine_port", "litellm_port")):
-        if ports[one] == ports[other]:
-            reader.wrong(reader.line_of("DEFAULT", one) or reader.line_of("DEFAULT", other),
-                         f"{one} and {other} are both {ports[one]}")
+    config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
+    _check_ports(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
 
 
 def _worded(reader: _Reader) -> List[str]:
-    return [f"{reader.source}:{line}: {what}" for line, what in sorted(set(reader.problems))]
+    problems = sorted(set(reader.problems))
+    lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        line, more = problems[MAX_SHOWN_PROBLEMS][0], len(problems) - MAX_SHOWN_PROBLEMS
+        lines.append(f"{reader.source}:{line}: and {more:,} more problems from here")
+    return lines
+
+
+def _effects(prefix: str, record: Any, default: Any,
+             options: Mapping[str, Option]) -> List[Tuple[str, str]]:
+    found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    for key, option in options.items():
+        field = option.field or key
+        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+            continue
+        value = getattr(record, field)
+        text = "yes" if value is True else str(value)
+        if not option.harmless.match(text):
+            found.setdefault(field, (prefix + key, text))
+    return list(found.values())
+
+
+def config_effects(config: Config) -> List[Tuple[str, str]]:
+    """(key, value) of all in a models.ini that can have an effect outside its project.
+
+    They are the values that the parser returned and the program uses: no spelling is overlooked.
+    """
+    effects = _effects("", config, Config(), DEFAULT_OPTIONS)
+    effects += _effects("[ROUTING] ", config.routing, Routing(), ROUTING_OPTIONS)
+    for tier in config.tiers:
+        effects += _effects(f"[{tier.name}] ", tier, Tier(tier.name), TIER_OPTIONS)
+    return effects
 
 
 def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
-    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError that names the line."""
+    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError with the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         rest = exc.object                       # without the BOM
-        raise ConfigError([f"{source}:{rest.count(10, 0, exc.start) + 1}: byte 0x{rest[exc.start]:02x} is not UTF-8; save"
-                           " the file as UTF-8"]) from None
+        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
+        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
 # ===================================================================================================
@@ -3435,6 +3597,8 @@ def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
     if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
         return "move away what stands in its place"
+    if exc.errno == errno.EFBIG:
+        return "make it smaller"
     if exc.errno == errno.ENOSPC:
         return "free some room"
     return "mend its permissions, or those of its directory"
@@ -3576,14 +3740,11 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-MAX_MODELS_INI_BYTES = 1 << 20
-
-
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
     path = places.models_ini
     try:
-        data = read_regular(path, MAX_MODELS_INI_BYTES)
+        data = read_regular(path, MAX_INI_BYTES)
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
             what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
@@ -4048,104 +4209,168 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
-# would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
-# `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
+# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
+# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
+# data directory. It has for each project the digests of what is trusted, by part, and of the files
+# that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
-                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
-def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
+class Effect(NamedTuple):
+    """One thing in .llmstack/ that takes effect outside it, and so waits for trust."""
+
+    name: str                                   # a file's, for models.ini with the key
+    data: bytes = b""                           # what is trusted, to the byte
+    shown: str = ""                             # as `trust` shows it; "": by the file's kind
+    problem: str = ""                           # why it cannot be trusted: it is not read whole
+
+
+def _digest(data: bytes) -> str:
     import hashlib
-    digest = hashlib.sha256()
-    for name, data in parts:
-        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
-    return digest.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            data = file.read(MAX_STATE_BYTES + 1)
+        return read_regular(path, MAX_STATE_BYTES)
     except OSError:
         return b""
-    return data if len(data) <= MAX_STATE_BYTES else os.urandom(32)      # never the same, so never trusted
 
 
-def _run_lines(places: Places) -> List[str]:
-    """The lines of the project's own models.ini that need trust; one that LLMSTACK_MODELS_INI names is the user's word."""
+def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
+    effects = []
+    for name in names:
+        path = places.in_state(name)
+        if not os.path.lexists(path):
+            continue
+        try:
+            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+        except OSError as exc:
+            effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
+    return effects
+
+
+def _ini_effects(places: Places) -> List[Effect]:
+    """Of the project's models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
     if places.models_ini != places.in_state("models.ini"):
         return []
-    lines: List[str] = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
-    return lines
+    try:
+        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
+        config, _ = parse_models_ini(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
+    except ConfigError as exc:
+        return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
+    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
+            for key, value in config_effects(config)]
 
 
 def _log_links(places: Places) -> List[Tuple[str, str]]:
-    """Symbolic links where logs are written, with where they lead. Other files of ours replace a link that they find."""
+    """Symbolic links where logs are written, with where they lead.
+
+    Other files of ours replace a link that they find.
+    """
     logs = places.in_state("logs")
     try:
         paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
     except OSError:                             # none yet, or a link to no directory
         paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+    return [(os.path.relpath(path, places.state), os.readlink(path))
+            for path in paths if os.path.islink(path)]
 
 
-def run_parts(places: Places) -> List[Tuple[str, bytes]]:
-    """(file, what of it needs trust) of all that `start` runs, sends credentials to, or follows out of the project."""
-    lines = _run_lines(places)
-    return [*([("models.ini", "\n".join(lines).encode())] if lines else []),
-            *((name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))),
-            *((name, os.fsencode(target)) for name, target in _log_links(places))]
+def _hook_effects(places: Places) -> List[Effect]:
+    return _file_effects(places, _HOOK_FILES)
 
 
-def project_digests(places: Places) -> Dict[str, str]:
-    """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    run = run_parts(places)
-    return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
-            "run": _digest(run) if run else ""}
+def _run_effects(places: Places) -> List[Effect]:
+    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
+    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+
+
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
+
+
+def project_effects(places: Places) -> Dict[str, List[Effect]]:
+    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
+    return {part: effects(places) for part, effects in _PARTS.items()}
 
 
 def trust_file(data: str) -> str:
     return os.path.join(data, "trust.json")
 
 
-def is_trusted(places: Places, what: str) -> bool:
-    """True when the project's "hook" or "run" part is as it was when it was trusted, or has nothing that needs trust."""
-    digest = project_digests(places)[what]
-    known = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    return not digest or (isinstance(known, dict) and known.get(what) == digest)
+def trust_lock(places: Places) -> FileLock:
+    """Held while a trusted file is written and trusted anew: another start may look in between."""
+    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+
+
+def _known(places: Places, what: str) -> Dict[str, Any]:
+    """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
+    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
+    known = project.get(what) if isinstance(project, dict) else None
+    return known if isinstance(known, dict) else {}
+
+
+def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
+    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
+    project = ledger.get(key)
+    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
+    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
+    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+
+
+def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
+    """Those of a part's effects that are new, other than as they were trusted, or not readable."""
+    known = _known(places, part)
+    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+
+
+def is_trusted(places: Places, part: str) -> bool:
+    """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
+    return not untrusted(places, part, _PARTS[part](places))
 
 
 def check_links(places: Places) -> None:
     """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
     if _log_links(places) and not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
-                        "look at it, then run `llmstack trust`")
+        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
+                        " not trusted here", "look at it, then run `llmstack trust`")
 
 
-def trust_lock(places: Places) -> FileLock:
-    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
-    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
+    """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
+    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+
+
+def record_trust(places: Places, *parts: str) -> None:
+    """trust_project, for who holds the trust_lock."""
+    for part in parts or _PARTS:
+        record_effects(places, part, _PARTS[part](places))
 
 
 def trust_project(places: Places, *parts: str) -> None:
-    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
+    """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
         record_trust(places, *parts)
 
 
-def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = None) -> None:
-    """trust_project, for who holds the trust_lock; of what was `seen` before, where somebody was shown it meanwhile."""
-    known = _read_json(trust_file(places.data))
-    mine, now = known.get(os.path.realpath(places.state)), seen or project_digests(places)
-    known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
-    known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
-    write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last."""
+    return _known(places, "written").get(name) == _digest(data)
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with trust_lock(places):
+        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
 
 
 # ===================================================================================================
@@ -6840,8 +7065,7 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            with open(self._models_ini, "rb") as file:
-                text = file.read()
+            text = read_regular(self._models_ini, MAX_INI_BYTES)
         except OSError:
             if not self._bundled:
                 raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
@@ -7495,7 +7719,7 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest([("", data)])
+    cache, digest = _read_json(cache_path), _digest(data)
     known = parse_litellm_file(cache.get(digest))
     if known:
         return known
@@ -8933,25 +9157,6 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
-def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for `name`, all that it remembers)."""
-    path = os.path.join(places.data, "written.json")
-    return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
-
-
-def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes that we wrote last to a file in .llmstack/: nobody has changed it."""
-    _, key, known = _written(places, name)
-    return known.get(key) == _digest([(name, data)])
-
-
-def _remember(places: Places, name: str, data: bytes) -> None:
-    with trust_lock(places):
-        path, key, known = _written(places, name)
-        known[key] = _digest([(name, data)])
-        write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
-
-
 def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
     """Keep a file of somebody else's in the way of `data`.
 
@@ -9184,7 +9389,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
         response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
-                                      limit_bytes=MAX_MODELS_INI_BYTES)
+                                      limit_bytes=MAX_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
@@ -10029,21 +10234,27 @@ def untrusted_line(places: Places) -> str:
 
 
 def check_run_trust(places: Places) -> None:
-    """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
-        trusted = is_trusted(places, "run")
-    if not trusted:
-        what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
-                        f" other files are named by {what}",
-                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        new = untrusted(places, "run", _run_effects(places))
+    if not new:
+        return
+    for effect in new:
+        if effect.problem:
+            load_config(places)                 # says more, where it is models.ini
+            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    what = visible(", ".join(effect.name for effect in new))
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
+                    f" addresses or other files are named by {what}",
+                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
     """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook") or not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES)
+    return is_trusted(places, "hook")
 
 
 def project_above(directory: str) -> str:
@@ -10127,6 +10338,8 @@ def write_hook(shell: str, data: str) -> str:
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
+        return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -10172,12 +10385,9 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
-        if trusted_link:                        # the rest is as it was trusted
-            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
@@ -10221,9 +10431,10 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    pinned = read_marker(places)
-    marker = pinned if pinned and pinned.channel == "external" else read_marker(places, "active-channel") or pinned
-    marker = marker or Marker("current")
+    marker = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    if active and "external" not in (active.channel, marker.channel):
+        marker = active                         # an address in it is nothing that was trusted
     values = shell_values(places, marker)
     lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
@@ -10254,24 +10465,61 @@ def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
 
 
-def trust_facts(places: Places) -> List[Tuple[str, str]]:
-    """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
-    texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
-    rows: List[Tuple[str, str]] = []
-    for name, text in texts:
-        if name == "opencode.json" and text:
-            try:
-                rows += _leaves(json.loads(text), ())
-            except (ValueError, RecursionError):
-                rows.append((name, "is not plain JSON; read it yourself"))
-        elif name in _RUN_FILES:                # modules that LiteLLM imports, hosts that get a key: anything may matter
-            lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-            rows += [(name, line) for line in lines[:SHOWN_LINES]]
-            rows += [(name, f"and {len(lines) - SHOWN_LINES} more lines")] if len(lines) > SHOWN_LINES else []
-        elif text:
-            rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
-            *(("models.ini", line.strip()) for line in _run_lines(places))]
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    stripped = ((line, line.strip()) for line in text.splitlines())
+    lines = [line for line, words in stripped if words and not words.startswith("#")]
+    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
+    if len(lines) > SHOWN_LINES:
+        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    return rows
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name == "opencode.json":
+        try:
+            return list(_leaves(json.loads(text), ()))
+        except (ValueError, RecursionError):
+            return [(name, "is not plain JSON; read it yourself")]
+    return [(name, f"{len(text.splitlines())} lines")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = max(len(visible(name, 80)) for name, _ in rows)
+    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+
+
+def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        effects = project_effects(places)
+        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        return
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    say("Trusted as it is now.")
 
 
 # ===================================================================================================
@@ -10874,6 +11122,8 @@ def _keep_terms(args: Any, places: Places) -> None:
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -11013,6 +11263,8 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -11181,13 +11433,16 @@ def _cmd_trust(args: Any) -> int:
         places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
-    seen = project_digests(places)              # first: what changes behind it is not trusted
-    rows = trust_facts(places)
+    effects = project_effects(places)           # first: what changes behind it is not trusted
+    every = [effect for part in effects.values() for effect in part]
+    for line in trust_facts(places, every):
+        say(line)
     with trust_lock(places):
-        record_trust(places, seen=seen)
-    width = max([len(visible(name, 80)) for name, _ in rows] + [7])
-    for name, value in [("project", places.work), *rows]:
-        say(f"{visible(name, 80):<{width}}  {visible(value)}")
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    broken = [effect.name for effect in every if effect.problem]
+    if broken:
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
     say("Trusted as it is now.")
     return 0
 
@@ -11233,6 +11488,8 @@ def _external_url(args: Any, places: Places) -> str:
 
 def _cmd_install(args: Any) -> int:
     places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
     url = _external_url(args, places)
     if url:
         return _install_external(args, places, url)

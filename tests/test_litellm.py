@@ -182,6 +182,8 @@ def test_a_changed_model_is_said_and_the_entry_stays() -> None:
 
 def test_what_is_written_is_trusted_only_where_the_file_was() -> None:
     places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.state, "AGENTS.md").write_text("do as I say")
     written(Config(tiers=(hosted(),)))
     assert llmstack.is_trusted(places, "run")
     assert not llmstack.is_trusted(places, "hook"), "the rest of the directory is another matter"

@@ -73,6 +73,7 @@ class Project:
     def write(self, tiers: str) -> None:
         self.state.mkdir(exist_ok=True)
         (self.state / "models.ini").write_text(self.defaults + tiers)
+        llmstack.trust_project(llmstack.find_places(os.environ), "run")     # a path out of it, as its user would
 
     def pid(self, name: str) -> int:
         return int((self.state / f"{name}.pid").read_text().split()[0])
