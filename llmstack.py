@@ -149,7 +149,7 @@ CONNECT_TIMEOUT_S = 10
 HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
 PROBE_S = 2                        # after this long an unreachable host is looked at again, then twice as long...
 MAX_PROBE_S = 60                   # ...up to this
-RECV_BYTES = 65_536
+RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
@@ -5179,11 +5179,13 @@ class Client:
         searched = 0
         may_skip = True                         # RFC 9112, 2.2: one empty line before a request
         idle_since = time.monotonic()
-        self.asking_since = 0.0 if self.served and not buffer else idle_since
+        self.asking_since = idle_since
         while True:
             if may_skip and buffer.startswith(b"\r\n"):
                 del buffer[:2]
                 may_skip = False
+            if not buffer and self.served:
+                self.asking_since = 0.0
             end = head_end(buffer, searched)
             if end >= 0:
                 self._buffer = bytes(buffer[end + 4:])
@@ -6177,7 +6179,7 @@ class Server:
         self._clients: Set[Client] = set()      # whose threads run
         self._refused: List[Client] = []        # told why, and closed a little later
         self._stopping = threading.Event()
-        self._used = True                       # since memory was returned: by the start, or clients
+        self._used = True                       # since memory was returned: the start, a client
         self._returned = time.monotonic()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
@@ -6203,8 +6205,6 @@ class Server:
                 self._app.every_second()
 
     def _return_memory(self) -> None:
-        if self._clients:
-            self._used = True
         if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
             self._used, self._returned = False, time.monotonic()
             return_memory()
@@ -6270,6 +6270,7 @@ class Server:
     def _leave(self, client: Client) -> None:
         with self._lock:
             self._clients.discard(client)
+            self._used = True
 
     def _refuse(self, client: Client, why: str) -> None:
         """A 503; closed at once, the client's request would meet a reset and lose it the answer."""
