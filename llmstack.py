@@ -72,6 +72,7 @@ import collections
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -394,7 +395,8 @@ INFERENCE_PATHS = {
 STREAM_ENDS = {
     "/v1/chat/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
     "/v1/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
-    "/v1/messages": (b"message_stop", b"error"),
+    "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"', b'"type":"error"',
+                     b'"type": "error"'),       # in prose, quotes are escaped
 }
 _PICTURE_KINDS = ("image_url", "image", "input_image")
 _WIDE = re.compile(
@@ -461,11 +463,19 @@ def parse_json(text: str) -> Any:
 
 
 def inference_path(target: str) -> str:
-    """Return the canonical inference path for a request target, or "" when it is not one."""
-    path = target.split("?", 1)[0].rstrip("/")
-    if path.startswith("/v1/"):
-        path = path[3:]
-    return INFERENCE_PATHS.get(path, "")
+    """Return the canonical inference path for a request target, or "" when it is not one.
+
+    However a client joins a base URL and a path: /v1 once, twice or not at all, slashes doubled or
+    at the end, letters percent-encoded.
+    """
+    path = target.split("?", 1)[0]
+    if "%" in path:
+        from urllib.parse import unquote
+        path = unquote(path)
+    words = [word for word in path.split("/") if word]
+    while words and words[0] == "v1":
+        words.pop(0)
+    return INFERENCE_PATHS.get("/" + "/".join(words), "")
 
 
 def is_auto(model: object) -> bool:
@@ -1551,7 +1561,8 @@ def common_flags(config: Config) -> List[Tuple[str, ...]]:
     if config.jinja:
         flags.append(("--jinja",))
     flags += [("--cache-type-k", config.cache_type_k), ("--cache-type-v", config.cache_type_v),
-              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",)]
+              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",),
+              ("--cors-origins", "localhost")]  # by default every web page may read what it says
     return flags
 
 
@@ -4794,6 +4805,18 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def free_port(host: str) -> int:
+    """A port that nobody listens on now. Errors: UserError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as exc:
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
+                            "choose an address of this machine", 2) from None
+        return int(probe.getsockname()[1])
+
+
 def free_run(first: int, count: int) -> int:
     """The first port from `first` on that is free with the `count` - 1 behind it."""
     start = first
@@ -5754,6 +5777,15 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             raise UpstreamBroken("its head does not end")
 
 
+_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
+
+
+def uncompressed(request: Request) -> Request:
+    """The request, asking for a stream whose end can be read and added to."""
+    others = tuple(h for h in request.headers if h[0] != b"accept-encoding")
+    return request._replace(headers=(*others, _IDENTITY))
+
+
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
 _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
@@ -6607,6 +6639,8 @@ class UpstreamApp(Behind):
             values = _json_of(request, body)
             if isinstance(values, dict):
                 name, stream = str(values.get("model")), values.get("stream") is True
+        if stream:
+            request = uncompressed(request)
         terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
         outcome = ask_lease(client, request, self.lease(name), request.target,
                             [body] if body else [], terms, Waiting(client, inference, stream))
@@ -6775,9 +6809,6 @@ class Snapshot(NamedTuple):
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
-_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
-
-
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
     """A client's request and its target as a host gets them: no credentials but the host's own.
 
@@ -6787,7 +6818,7 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return request._replace(headers=(*kept, *route.headers, _IDENTITY)), target
+    return uncompressed(request._replace(headers=(*kept, *route.headers))), target
 
 
 def _as_json(request: Request) -> Request:
@@ -6813,12 +6844,24 @@ class Asked(NamedTuple):
         return self.values.get("stream") is True
 
 
-class Try(NamedTuple):
-    """A tier that is asked for an answer."""
+class Ongoing:
+    """An inference request that is under way, for who looks on."""
 
-    tier: Tier
-    route: Route
-    judge: Optional[Callable[[int, str], bool]]
+    def __init__(self, number: int, client: Client, asked: Asked) -> None:
+        self.number, self._client, self.asked = number, client, asked
+        self.tier = ""
+        self.lease: Optional[Lease] = None
+
+    def row(self) -> Dict[str, Any]:
+        """Its row of /llmstack/requests. Nothing of its text is in it."""
+        asked, lease = self.asked, self.lease
+        stage = lease.stage() if lease is not None else ""
+        if not stage:
+            stage = "writing" if self._client.answering else "reading the prompt"
+        seconds = round(time.monotonic() - asked.began_s, 1)
+        return {"id": self.number, "model": str(asked.values.get("model") or "auto"),
+                "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
+                "since_s": seconds}
 
 
 class Ladder:
@@ -6918,6 +6961,8 @@ class RouterApp(App):
         self._breaker = Breaker(clock)
         self._conversations = Conversations()
         self._record = record
+        self._ongoing: Dict[int, Ongoing] = {}
+        self._number = itertools.count(1)
         self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
@@ -7022,6 +7067,9 @@ class RouterApp(App):
             self._models(client, request, drop)
         elif request.method == "GET" and path == "/llmstack/state":
             client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
+        elif request.method == "GET" and path == "/llmstack/requests":
+            rows = {"requests": self.requests()}
+            client.reply(200, json.dumps(rows, ensure_ascii=False).encode())
         elif request.method == "POST" and path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
@@ -7140,21 +7188,36 @@ class RouterApp(App):
             raise HttpError(400, "the body is not a JSON object")
         if b"json" not in request.fields.get(b"content-type", b"").lower():
             request = _as_json(request)         # curl -d says it is a form
+        if values.get("stream") is True:
+            request = uncompressed(request)
         asked = Asked(request, path, target, body, values, drop, began_s)
-        if is_auto(values.get("model")):
-            self._ask_ladder(client, asked)
-            return
-        route = self._snapshot.routes.get(str(values.get("model")))
-        if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
-        else:
-            self._ask_named(client, asked, route)
+        ongoing = Ongoing(next(self._number), client, asked)
+        self._ongoing[ongoing.number] = ongoing
+        try:
+            self._answer_asked(client, asked, ongoing)
+        finally:
+            del self._ongoing[ongoing.number]
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+    def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+        name = asked.values.get("model")
+        route = self._snapshot.routes.get(str(name))
+        if is_auto(name):
+            self._ask_ladder(client, asked, ongoing)
+        elif route is not None:
+            self._ask_named(client, asked, route, ongoing)
+        else:
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+
+    def requests(self) -> List[Dict[str, Any]]:
+        """What is under way, the oldest first."""
+        return [ongoing.row() for ongoing in list(self._ongoing.values())]
+
+    def _ask_named(self, client: Client, asked: Asked, route: Route,
+                   ongoing: Optional[Ongoing] = None) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
-        outcome = self._ask(client, asked, route, None, None)
+        outcome = self._ask(client, asked, route, ongoing)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
@@ -7175,7 +7238,7 @@ class RouterApp(App):
             row["fallbacks"] = list(fallbacks)
         self._record.add(row, conversation_key(asked.request.fields, asked.values))
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+    def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         config = now.config
@@ -7204,7 +7267,7 @@ class RouterApp(App):
 
         while True:
             route = ladder.route
-            outcome = self._try(client, asked, ladder, headers, reason)
+            outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
         name = ladder.tier.name
@@ -7217,29 +7280,31 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
 
-    def _try(self, client: Client, asked: Asked, ladder: Ladder, headers: Callable[[], bytes],
-             reason: str) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
+             ongoing: Ongoing) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
-        route = ladder.route
+        route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, headers)
+            return self._ask(client, asked, route, ongoing, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route,
-             judge: Optional[Callable[[int, str], bool]],
-             headers: Optional[Callable[[], bytes]]) -> Outcome:
+    def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
+             judge: Optional[Callable[[int, str], bool]] = None,
+             headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
         name = route.model if judge is None else route.model or route.tier.name
         pieces = route_body(asked.body, asked.values, route, asked.path, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
+        if ongoing is not None:
+            ongoing.tier, ongoing.lease = route.tier.name, lease
         first_byte_s = 0.0
         if route.host is not None:
             request, target = host_request(request, route, target)
@@ -8390,6 +8455,9 @@ class EngineApp(Behind):
             self._serve(client, request, name, target, body, drop)
             return
         name, stream = self._asked(body, query)
+        if is_auto(name) and name:
+            raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
+                                 " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
         if model and model.proxy and tier and body and tier.name != name:
@@ -11053,7 +11121,7 @@ def _warn_of_missing(config: Config) -> None:
 
 def _plan(args: Any, places: Places, config: Config) -> Plan:
     host = args.host or config.host
-    port = args.port or config.router_port
+    port = config.router_port if args.port is None else args.port or free_port(host)
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
     kind = choose_engine(config, os.environ, places.data)
