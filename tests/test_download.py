@@ -19,6 +19,7 @@ import pytest
 
 import llmstack
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz, zipped
+from tests.noise_model import render_noise_gguf
 
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
@@ -683,12 +684,13 @@ def serve(argv: list[str], program: list[str], env: dict[str, str]) -> bytes:
 
 def servers(real_data: Path) -> list[list[str]]:
     found = shutil.which("llama-server")
-    stand_in = [llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data)), PROGRAM, "_llama-server"]
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
+    stand_in = llmstack.guest_command(python, "llama_server")
     return [stand_in, *([[found]] if found else [])]
 
 
 def test_what_download_has_brought_starts_without_a_network(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
-    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = llmstack.render_noise_gguf()
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = render_noise_gguf()
     assert llmstack.main(["download", "code-fast", "--wait"]) == 0
     worker_gone(places)
     argv = ["-hf", "owner/fast-GGUF", "-hff", "fast-Q4.gguf", "-c", "512", "--alias", "code-fast"]
@@ -703,7 +705,7 @@ def test_what_download_has_brought_starts_without_a_network(hub: FakeHub, places
 
 
 def test_what_llama_server_has_brought_is_not_fetched_again(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
-    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = llmstack.render_noise_gguf()
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = render_noise_gguf()
     for program in servers(real_data):
         shutil.rmtree(cache(), ignore_errors=True)
         serve(["-hf", "owner/fast-GGUF", "-hff", "fast-Q4.gguf", "-c", "512"], program, dict(os.environ))
@@ -780,7 +782,7 @@ def test_check_knows_what_a_litellm_tier_lacks(places: llmstack.Places, server_h
                                                capsys: pytest.CaptureFixture[str]) -> None:
     Path(places.models_ini).write_text("[ultra]\nrole = ultra\nmodel = anthropic/some-model\n")
     assert check(capsys, "--offline")[1]["needs"] == [f"ultra: {llmstack.INSTALL_LITELLM}"]
-    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("litellm",))
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: (sys.executable, "litellm_proxy.py"))
     assert check(capsys, "--offline")[1]["needs"] == ["ultra: missing ANTHROPIC_API_KEY"]
     monkeypatch.setenv("ANTHROPIC_API_KEY", "value-of-the-key")
     Path(places.in_state("litellm_config.yaml")).write_text(
@@ -872,13 +874,14 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
     config = llmstack.load_config(places)
     assert llmstack.find_drift(places, config) == {}, "as UPGRADING says: flipped in both, no drift"
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff \x1b[2J"))
-    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has ?[2J, ")
+    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has \\u001b[2J, ")
 
 
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = llmstack.parse_models_ini(INI)
     record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()), "x", "127.0.0.1", 1, "embedded", "current")
-    monkeypatch.setattr(llmstack, "read_daemons", lambda places: llmstack.Daemons(None, record))
+    monkeypatch.setattr(llmstack, "read_stack", lambda places: record)
+    monkeypatch.setattr(llmstack, "owned_process", lambda record, project: True)
     command = "llama-server -hf owner/fast-GGUF -hff fast-Q2.gguf -c 1"
     view = ({"code-fast": command}, {"code-fast": {"ctx_size": 77, "quant": ""}})
     monkeypatch.setattr(llmstack, "_engine_view", lambda engine: view)

@@ -18,7 +18,7 @@ from tests import gguf_models
 from tests.fake_hub import FakeHub
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEMORY_PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 BUNDLED = (ROOT / "models.ini").read_text(encoding="utf-8")
 
 
@@ -529,11 +529,15 @@ def test_memory_gb_is_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = list(llmstack.PROFILES)
 
 
+def profile_text(name: str) -> str:
+    return llmstack.read_resource(llmstack.profile_file(name)).decode("utf-8")
+
+
 def tiers_of(name: str) -> tuple[llmstack.Config, list[llmstack.TierFit]]:
     """A profile's tiers on the smallest machine it is for, on a GPU."""
-    config, warnings = llmstack.parse_models_ini(llmstack.render_profile(BUNDLED, name))
+    config, warnings = llmstack.parse_models_ini(profile_text(name))
     assert warnings == ()
-    budget, found = llmstack.PROFILES[name][0], []
+    budget, found = llmstack.PROFILES[name], []
     for tier in config.tiers:
         header = gguf_models.header_of(tier.hf_file)
         need = llmstack.footprint_gb(tier.size_gb)
@@ -556,7 +560,7 @@ def test_every_tier_of_a_profile_fits_its_machine(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_profile_has_the_same_tiers(name: str) -> None:
     bundled, _ = llmstack.parse_models_ini(BUNDLED)
-    config, _ = llmstack.parse_models_ini(llmstack.render_profile(BUNDLED, name))
+    config, _ = llmstack.parse_models_ini(profile_text(name))
     assert [(t.name, t.role, t.aliases, t.ttl, t.sampler) for t in config.tiers] == [
         (t.name, t.role, t.aliases, t.ttl, t.sampler) for t in bundled.tiers]
     assert [t.description.partition(" - ")[2] for t in config.tiers] == [t.description.partition(" - ")[2] for t in bundled.tiers]
@@ -566,14 +570,20 @@ def test_every_profile_has_the_same_tiers(name: str) -> None:
         assert not tier.has_next
 
 
+def test_every_profile_is_a_file_and_every_file_a_profile() -> None:
+    files = {path.stem for path in (ROOT / "share" / "profiles").iterdir()}
+    assert files | {"64"} == set(NAMES)
+    assert "64" not in files
+
+
 def test_profile_64_is_the_bundled_file() -> None:
-    assert llmstack.render_profile(BUNDLED, "64") == BUNDLED
+    assert llmstack.profile_file("64") == "models.ini"
     assert "# Profile: 64 (GB of memory)" in BUNDLED
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "64"])
-def test_a_rendered_profile_keeps_the_explanations(name: str) -> None:
-    text = llmstack.render_profile(BUNDLED, name)
+def test_a_profile_keeps_the_explanations(name: str) -> None:
+    text = profile_text(name)
     assert f"# Profile: {name} (GB of memory)" in text
     assert "53 GB" not in text
     assert "57344" not in text
@@ -608,7 +618,7 @@ def test_a_new_project_gets_the_profile_of_this_machine(monkeypatch: pytest.Monk
     machine(monkeypatch, 17.18, True)
     places = llmstack.find_places(os.environ)
     llmstack.seed_project(places, said.append)
-    assert Path(places.models_ini).read_text(encoding="utf-8") == llmstack.render_profile(BUNDLED, "16")
+    assert Path(places.models_ini).read_text(encoding="utf-8") == profile_text("16")
     assert said[1] == "Profile 16, the tiers for 16 GB of memory (11.5 GB usable: 67% of 17.2 GB, what macOS gives the GPU)"
     said.clear()
     llmstack.seed_project(places, said.append)
@@ -634,28 +644,28 @@ def test_start_takes_a_profile_for_a_new_project_only(monkeypatch: pytest.Monkey
     assert "there is no profile gigantic" in capsys.readouterr().err
     assert llmstack.main(["start", "--profile", "128"]) == 0
     assert "Profile 128" in capsys.readouterr().out
-    assert Path(".llmstack/models.ini").read_text(encoding="utf-8") == llmstack.render_profile(BUNDLED, "128")
+    assert Path(".llmstack/models.ini").read_text(encoding="utf-8") == profile_text("128")
     assert llmstack.main(["start", "--profile", "8"]) == 1
     assert "is there already" in capsys.readouterr().err
 
 
-# ---- The README
+# ---- docs/memory.md
 
 def memory_table() -> Iterator[str]:
     yield "| profile | usable | code-fast | code-smart | plan | plan-uncensored | together at most |"
     yield "|---|---|---|---|---|---|---|"
     for name in NAMES:
         config, found = tiers_of(name)
-        budget = llmstack.PROFILES[name][0]
+        budget = llmstack.PROFILES[name]
         cells = [f"{t.description.partition(' - ')[0]}, {t.ctx_size // 1024}k: {f.need_gb:.1f} GB"
                  for t, f in zip(config.tiers, found)]
         most = max((need, tiers) for tiers, need in llmstack.fit_sets(config, found) if need <= budget)
         yield f"| {name} | {budget:g} GB | " + " | ".join(cells) + f" | {' + '.join(most[1])}: {most[0]:.1f} GB |"
 
 
-def test_the_readmes_memory_table_is_fits() -> None:
+def test_the_table_of_profiles_is_fits() -> None:
     table = "\n".join(memory_table())
-    assert table in README, f"the README's table should read:\n{table}"
+    assert table in MEMORY_PAGE, f"the table of docs/memory.md should read:\n{table}"
 
 
 def sets_table() -> Iterator[str]:
@@ -668,6 +678,6 @@ def sets_table() -> Iterator[str]:
         yield f"| {' + '.join(tiers)} | {sum(weights[t] for t in tiers):.1f} GB | {need:.1f} GB | {note} |"
 
 
-def test_the_readmes_table_of_sets_is_fits() -> None:
+def test_the_table_of_sets_is_fits() -> None:
     table = "\n".join(sets_table())
-    assert table in README, f"the README's table should read:\n{table}"
+    assert table in MEMORY_PAGE, f"the table of docs/memory.md should read:\n{table}"

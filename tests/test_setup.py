@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import llmstack
 from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
+from tests.noise_model import render_noise_gguf
 from tests.test_download import PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
@@ -38,7 +38,7 @@ def model_hub(hub: FakeHub, config: llmstack.Config) -> FakeHub:
     for number, tier in enumerate(config.tiers):
         for use_next in (False, True):
             weights = llmstack.weights_for(tier, use_next)
-            hub.repos.setdefault(weights.repo, {}).setdefault(weights.file, llmstack.render_noise_gguf(2 * number + use_next))
+            hub.repos.setdefault(weights.repo, {}).setdefault(weights.file, render_noise_gguf(2 * number + use_next))
     return hub
 
 
@@ -104,7 +104,7 @@ def test_from_an_empty_home_to_answers_through_auto(engine: str, model_hub: Fake
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user does it, in processes of their own: setup, start, a question; twice. The hub goes away in between."""
     router, port = free_ports(2)
-    model_hub.repos["me/small-GGUF"] = {"small.gguf": llmstack.render_noise_gguf(5), "queued.gguf": llmstack.render_noise_gguf(6)}
+    model_hub.repos["me/small-GGUF"] = {"small.gguf": render_noise_gguf(5), "queued.gguf": render_noise_gguf(6)}
     ini = Path(".llmstack/models.ini")
     ini.parent.mkdir()
     ini.write_text(f"[DEFAULT]\nengine = {engine}\nrouter_port = {router}\nengine_port = {port}\nn_gpu_layers = 0\n"
@@ -230,7 +230,7 @@ def test_a_program_that_a_clone_names_is_not_run(home: Path, real_data: Path, fa
     evil.chmod(0o755)
     Path(".llmstack").mkdir()
     Path(".llmstack/models.ini").write_text(f"[DEFAULT]\nllama_server_bin = {evil}\n[m]\npath = m.gguf\n")
-    Path(".llmstack/m.gguf").write_bytes(llmstack.render_noise_gguf())
+    Path(".llmstack/m.gguf").write_bytes(render_noise_gguf())
     assert llmstack.main(["setup", "--yes", "--skip-download"]) == 1
     captured = capsys.readouterr()
     assert "failed: llama-server, first answer" in captured.err
@@ -376,7 +376,7 @@ def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fak
 def test_a_models_memory_is_reckoned_from_the_hub_before_it_is_fetched(hub: FakeHub, real_data: Path, no_server: None,
                                                                        capsys: pytest.CaptureFixture[str]) -> None:
     """size_gb is what somebody has written; the header knows that 1,000,000 tokens need more than that."""
-    hub.repos["me/small-GGUF"] = {"small.gguf": llmstack.render_noise_gguf(5)}
+    hub.repos["me/small-GGUF"] = {"small.gguf": render_noise_gguf(5)}
     Path(".llmstack").mkdir()
     Path(".llmstack/models.ini").write_text("[DEFAULT]\nengine = embedded\nmemory_gb = 0.1\n"
                                             "cache_type_k = f32\ncache_type_v = f32\n[small]\nrole = agent\n"
@@ -427,7 +427,8 @@ def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_flags_we_start_with_are_taken_by_a_current_build(real_data: Path, config: llmstack.Config) -> None:
     """The peer's defaults hold --no-mmap, which current builds refuse: nothing loads. And no YaRN for 131k."""
-    program = (llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data)), llmstack.PROGRAM, "_llama-server")
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
+    program = llmstack.guest_command(python, "llama_server")
     refused = llmstack.probe_flags(program, config, str(real_data))
     fast = config.by_role("fast")
     assert fast is not None
@@ -467,21 +468,6 @@ def test_a_stale_pid_file_of_a_download_stops_no_stranger(home: Path, capsys: py
 # ---- the documents
 
 
-def command_lines() -> list[list[str]]:
-    """Every `llmstack ...` line of a shell block in the documents, in words, without its comment."""
-    found = []
-    for name in ("README.md", "UPGRADING.md"):
-        for block in re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL):
-            for line in re.findall(r"^(?:\$ )?llmstack (.*)$", block, re.MULTILINE):
-                found.append(shlex.split(re.split(r"  #| \| | && ", line)[0]))
-    return found
-
-
-@pytest.mark.parametrize("words", command_lines(), ids=" ".join)
-def test_every_command_line_of_the_documents_is_one(words: list[str]) -> None:
-    assert llmstack.make_parser().parse_args(words).run
-
-
 def test_the_worked_example_of_upgrading(hub: FakeHub, real_data: Path, no_server: None, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "UPGRADING.md").read_text(encoding="utf-8")
@@ -495,7 +481,7 @@ def test_the_worked_example_of_upgrading(hub: FakeHub, real_data: Path, no_serve
     tier = llmstack.load_config(places).tiers[0]
     for use_next in (False, True):
         weights = llmstack.weights_for(tier, use_next)
-        hub.repos[weights.repo] = {weights.file: llmstack.render_noise_gguf(use_next)}
+        hub.repos[weights.repo] = {weights.file: render_noise_gguf(use_next)}
 
     def checked() -> list[str]:
         capsys.readouterr()

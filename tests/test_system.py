@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -107,28 +105,6 @@ def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, 
         llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
 
 
-def test_the_demo_takes_the_hubs_model_where_it_can_be_had(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "DEMO_FILE", "model.gguf")
-    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
-    monkeypatch.setenv("HF_ENDPOINT", hub.url.split("/owner")[0] + "/")
-    places = llmstack.find_places(os.environ, demo=True)
-    llmstack._prepare_demo(places)
-    config = llmstack.load_config(places)
-    assert [Path(t.path).read_bytes() == CONTENT for t in config.tiers] == [True, True]
-    assert [t.role for t in config.ladder] == ["agent", "fast"]
-
-
-def test_the_demo_keeps_what_its_user_has_changed(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    places = llmstack.find_places(os.environ, demo=True)
-    llmstack._prepare_demo(places)
-    noise = Path(places.models_ini).read_text()
-    assert "noise" in noise
-    mine = noise + "# mine\n"
-    Path(places.models_ini).write_text(mine)
-    llmstack._prepare_demo(places)
-    assert Path(places.models_ini).read_text() == mine
 
 
 # ---- files
@@ -217,58 +193,3 @@ def test_a_tail_shows_no_control_characters(tmp_path: Path) -> None:
     assert "\x1b" not in tail
 
 
-# ---- cores
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_what_a_pinned_thread_starts_has_every_core(tmp_path: Path) -> None:
-    every = os.sched_getaffinity(0)
-    found: list[Any] = []
-
-    def pinned() -> None:
-        llmstack.prefer_one_core()
-        found.append(os.sched_getaffinity(0))
-        process = llmstack.spawn([sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"],
-                                 str(tmp_path / "x.log"), os.environ)
-        process.wait()
-
-    thread = threading.Thread(target=pinned)
-    thread.start()
-    thread.join()
-    if getattr(sys, "_is_gil_enabled", lambda: True)():
-        assert len(found[0]) == 1
-    assert (tmp_path / "x.log").read_text().strip() == str(sorted(every))
-    assert os.sched_getaffinity(0) == every
-
-
-# ---- the stand-in's command line
-
-
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--no-mmap", "--version"], "error: invalid argument: --no-mmap"),
-    (["-c", "abc", "--version"], "error: invalid value for -c: abc"),
-    (["--flash-attn", "maybe", "--version"], "error: invalid value for --flash-attn: maybe"),
-    (["--temp"], "error: --temp needs a value"),
-])
-def test_the_stand_in_refuses_as_llama_server_does(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert llmstack.run_llama_server(argv) == 1
-    assert capsys.readouterr().err.splitlines() == [said]
-
-
-def test_the_stand_in_takes_every_flag_we_use(config: llmstack.Config) -> None:
-    command = llmstack.server_command((), config.tiers[0], config, 10001, False, frozenset({"--no-mmap"}))
-    values = llmstack.parse_llama_server_argv(command)
-    assert values["n_ctx"] == 131_072
-    assert values["rope_freq_scale"] == 0.25
-    assert values["load_mode"] == 0
-
-
-def test_the_stand_in_says_what_is_wrong_with_a_model(real_data: Path, tmp_path: Path) -> None:
-    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
-    (tmp_path / "bad.gguf").write_bytes(b"not a model")
-    for model, said in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "bad.gguf", "not a GGUF file")):
-        done = subprocess.run([python, llmstack.PROGRAM, "_llama-server", "-m", str(model), "--port", "0"], text=True,
-                              capture_output=True, timeout=60, check=False)
-        assert done.returncode == 1
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
