@@ -10,7 +10,6 @@ import pytest
 
 import llmstack
 
-
 # ---- files
 
 
