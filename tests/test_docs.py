@@ -1,9 +1,11 @@
-"""The README stays true: every command, option, key, variable and route of the program stands in it."""
+"""README and docs/ stay true: every command, option, key, variable and path stands on its page."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
+import shlex
 from pathlib import Path
 from typing import Iterator
 
@@ -12,14 +14,51 @@ import pytest
 import llmstack
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCE = (ROOT / "llmstack.py").read_text(encoding="utf-8")
+PATHS = [ROOT / "README.md", ROOT / "UPGRADING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in PATHS if not path.name.startswith("inbox-")}
+
+COMMANDS = "docs/commands.md"
+CONFIGURATION = "docs/configuration.md"
+ENDPOINTS = "docs/endpoints.md"
+ENVIRONMENT = "docs/environment.md"
+MODELS = "docs/models.md"
+README_LINES = 200
+COLUMNS = 100
+
+OF_OTHER_PROGRAMS = {"--auth-type", "--lint", "--model", "--oss", "--peer", "--pyz", "--rounds",
+                     "--user", "--weak-model"}
+SET_FOR_CHILDREN = {llmstack.STACK_VARIABLE, "HF_HUB_DISABLE_PROGRESS_BARS",
+                    "HF_HUB_DISABLE_TELEMETRY"}
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of every table row of a page; a bar in a cell is written as \\|."""
+    lines = [line for line in PAGES[page].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def names_in(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def blocks(page: str, *languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", PAGES[page],
+                      re.DOTALL | re.MULTILINE)
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+# ---- commands and options
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     parser = llmstack.make_parser()
     actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return {name: sub for name, sub in actions[0].choices.items() if not name.startswith("_")}
+    return {n: sub for n, sub in actions[0].choices.items() if not n.startswith("_")}
 
 
 def options() -> Iterator[tuple[str, str]]:
@@ -30,53 +69,49 @@ def options() -> Iterator[tuple[str, str]]:
                     yield name, option
 
 
+def command_rows(page: str, name: str) -> list[str]:
+    """The first cells that begin with the command; a second name may follow on its page."""
+    before = ".*" if page == COMMANDS else ""
+    asked = re.compile(rf"{before}`llmstack {re.escape(name)}(?:`| [\[A-Z]| bash)")
+    return [row[0] for row in rows(page) if asked.match(row[0])]
+
+
 @pytest.mark.parametrize("name", subcommands())
-def test_every_command_stands_in_the_readme(name: str) -> None:
-    assert f"`llmstack {name}" in README
+def test_every_command_has_one_row(name: str) -> None:
+    assert len(command_rows(COMMANDS, name)) == 1
+    others = [page for page in PAGES if page != COMMANDS and command_rows(page, name)]
+    assert others == []
 
 
 @pytest.mark.parametrize(("name", "option"), list(options()))
 def test_every_option_stands_in_its_commands_row(name: str, option: str) -> None:
-    row = next(line for line in README.splitlines() if line.startswith("|") and f"`llmstack {name}" in line)
-    assert option in row or option == "--no-shell"
+    if option == "--no-shell":                  # the second name of an option that is there
+        assert f"`{option}`" in PAGES[COMMANDS]
+        return
+    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", command_rows(COMMANDS, name)[0])
 
 
-def test_every_option_in_the_readme_exists() -> None:
-    known = {option for _, option in options()} | {"--lint", "--check", "--version", "--rounds", "--pyz", "--peer"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+def test_every_option_in_the_documents_exists() -> None:
+    known = {option for _, option in options()} | OF_OTHER_PROGRAMS
+    known |= {"--check", "--help", "--version"}
+    for page, text in PAGES.items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+        assert named <= known, page
 
 
-@pytest.mark.parametrize("key", [*llmstack.DEFAULT_OPTIONS, *llmstack.TIER_OPTIONS, *llmstack.ROUTING_OPTIONS])
-def test_every_key_of_models_ini_stands_in_the_readme(key: str) -> None:
-    assert f"`{key}`" in README
+def command_lines() -> list[list[str]]:
+    """Every `llmstack ...` line of a shell block, in words, without its comment."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh", "console"):
+            for line in re.findall(r"^(?:\$ |.*\| )?llmstack (.*)$", block, re.MULTILINE):
+                found.append(shlex.split(re.split(r" +#| \| | && ", line)[0]))
+    return found
 
 
-def test_every_environment_variable_stands_in_the_readme() -> None:
-    named = set(re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', SOURCE))
-    internal = {llmstack.STACK_VARIABLE, "HF_TOKEN", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"}   # set, not read
-    assert {n for n in named - internal if f"`{n}`" not in README} == set()
-
-
-def test_the_defaults_in_the_readme_are_the_programs() -> None:
-    config = llmstack.Config()
-    for key in ("host", "router_port", "engine_port", "engine"):
-        assert re.search(rf"\| `{key}`[^|]*\| {getattr(config, key)} \|", README), key
-    for key in ("high_fidelity_ceiling", "mid_fidelity_ceiling", "multi_turn"):
-        assert f"| `{key}` | {getattr(config.routing, key)} |" in README
-
-
-def test_the_tier_table_is_the_bundled_file(config: llmstack.Config) -> None:
-    for tier in config.tiers:
-        row = next(line for line in README.splitlines() if line.startswith(f"| {tier.name} |"))
-        assert f"{tier.ctx_size:,}" in row
-        assert f"{tier.size_gb:g} GB" in row
-        assert tier.quant in row
-
-
-def test_the_map_of_the_file_names_its_banners() -> None:
-    banners = re.findall(r"^# =+\n# ([A-Z][^\n(]*?)(?: \(.*)?\n# =+$", SOURCE, re.MULTILINE)
-    mapped = re.findall(r"^    ([A-Z][A-Z.: -]+?)  +\S", llmstack.__doc__ or "", re.MULTILINE)
-    assert banners == mapped
+@pytest.mark.parametrize("words", command_lines(), ids=" ".join)
+def test_every_command_line_is_one(words: list[str]) -> None:
+    assert llmstack.make_parser().parse_args(words).run
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,11 +122,166 @@ def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert "_router" not in out
 
 
+# ---- models.ini
+
+
+@pytest.mark.parametrize("key", [*llmstack.DEFAULT_OPTIONS, *llmstack.TIER_OPTIONS,
+                                 *llmstack.ROUTING_OPTIONS])
+def test_every_key_has_one_row(key: str) -> None:
+    assert sum(names_in(row[0]) == [key] for row in rows(CONFIGURATION)) == 1
+
+
+def test_every_key_in_the_table_exists() -> None:
+    """A key that goes, or is renamed, goes from its page."""
+    known = {*llmstack.DEFAULT_OPTIONS, *llmstack.TIER_OPTIONS, *llmstack.ROUTING_OPTIONS}
+    named = {row[0] for row in rows(CONFIGURATION) if re.fullmatch(r"`[a-z_]+`", row[0])}
+    assert {cell.strip("`") for cell in named} <= known
+
+
+def default_of(key: str) -> str:
+    return next(row[1] for row in rows(CONFIGURATION) if row[0] == f"`{key}`")
+
+
+def test_the_defaults_in_the_tables_are_the_programs() -> None:
+    config = llmstack.Config()
+    for key in sorted({*llmstack.DEFAULT_OPTIONS} - {"router_host", "memory_gb"}):
+        value = getattr(config, key)
+        words = {True: ("yes", "true"), False: ("no",)}[value] if isinstance(value, bool) else None
+        assert default_of(key) in (words or (str(value),)), key
+    for key in ("high_fidelity_ceiling", "mid_fidelity_ceiling", "multi_turn"):
+        assert default_of(key) == str(getattr(config.routing, key)), key
+
+
+def test_the_ladder_in_readme_has_the_programs_numbers() -> None:
+    routing = llmstack.Config().routing
+    ladder = [row[1] for row in rows("README.md") if row[0].isdigit()]
+    assert f"{routing.high_fidelity_ceiling:,}" in ladder[1]
+    assert f"{routing.mid_fidelity_ceiling:,}" in ladder[2]
+    assert f"at least {routing.multi_turn} user turns" in ladder[3]
+    assert len(ladder) == 5
+
+
+def test_the_roles_table_is_the_programs() -> None:
+    for role, aliases in llmstack.ROLE_ALIASES.items():
+        ttl = str(llmstack.ROLE_TTL_S[role])
+        assert [role, ttl, ", ".join(aliases)] in rows(CONFIGURATION)
+
+
+def test_the_tier_table_is_the_bundled_file(config: llmstack.Config) -> None:
+    for tier in config.tiers:
+        row = next(row for row in rows(MODELS) if row[0] == tier.name)
+        assert row[2].startswith(tier.quant)
+        assert row[3] == f"{tier.size_gb:g} GB"
+        assert row[4].startswith(f"{tier.ctx_size:,}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_ini_examples_load(page: str) -> None:
+    for block in blocks(page, "ini"):
+        llmstack.parse_models_ini(block)
+
+
+# ---- variables, paths
+
+
+def variables() -> list[str]:
+    read = re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', SOURCE)
+    return sorted(set(read) - SET_FOR_CHILDREN)
+
+
+@pytest.mark.parametrize("variable", variables())
+def test_every_variable_has_one_row(variable: str) -> None:
+    assert sum(variable in names_in(row[0]) for row in rows(ENVIRONMENT)) == 1
+
+
+def test_every_variable_in_the_table_is_read() -> None:
+    cells = [row[0] for row in rows(ENVIRONMENT)]
+    named = {name for cell in cells for name in names_in(cell) if name.startswith("LLMSTACK_")}
+    assert named <= set(variables())
+
+
+def section(name: str) -> str:
+    """The source text of a section of llmstack.py, from its banner to the next."""
+    return re.split(rf"^# {name}\b.*\n# =+$", SOURCE, flags=re.MULTILINE)[1].split("\n# ====")[0]
+
+
+def answered_paths() -> list[str]:
+    """Every path that ROUTER and ENGINE compare a request's with, and the inference paths."""
+    found = set(llmstack.INFERENCE_PATHS.values())
+    for name in ("ROUTER", "ENGINE"):
+        for node in ast.walk(ast.parse(section(name))):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and re.fullmatch(r"/[a-z][a-z0-9_]*([/.][a-z0-9_.]*)*", text):
+                found.add(text)
+    return sorted(found - {"/v1/"})             # a beginning that many share
+
+
+@pytest.mark.parametrize("path", answered_paths())
+def test_every_path_stands_in_endpoints(path: str) -> None:
+    assert re.search(rf"`(?:[A-Z]+ )?{re.escape(path)}(?:`|[A-Z.])", PAGES[ENDPOINTS])
+
+
+def test_the_sections_with_paths_are_found() -> None:
+    assert {"/models.ini", "/llmstack/state", "/running", "/unload"} <= set(answered_paths())
+
+
+# ---- the pages themselves
+
+
+def anchor_of(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    plain = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return plain.replace(" ", "-")
+
+
+def headings(page: str) -> list[str]:
+    return [anchor_of(found) for found in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)]
+
+
+def links(page: str) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_resolves(page: str) -> None:
+    for link in links(page):
+        path, _, fragment = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_file(), link
+        if fragment:
+            assert fragment in headings(target.relative_to(ROOT).as_posix()), link
+
+
+def test_readme_is_one_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_readme_leads_to_every_page(page: str) -> None:
+    assert page in links("README.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_can_be_read_alone(page: str) -> None:
+    """It opens with its one title, and its lines of prose fit a terminal; a table's cannot."""
+    text = PAGES[page]
+    assert text.startswith("# ")
+    assert len(re.findall(r"^# ", prose(page), re.MULTILINE)) == 1
+    long = [line for line in text.splitlines() if len(line) > COLUMNS and line[0] != "|"]
+    assert [line for line in long if " " in line.strip()] == []
+
+
+def test_readme_has_ten_troubles() -> None:
+    part = PAGES["README.md"].split("## Ten troubles")[1].split("\n## ")[0]
+    assert len([line for line in part.splitlines() if line.startswith("|")]) == 2 + 10
+
+
 def test_the_changelog_names_this_version() -> None:
     assert f"## {llmstack.VERSION}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_ini_examples_of_the_docs_load() -> None:
-    for name in ("README.md", "UPGRADING.md"):
-        for block in re.findall(r"```ini\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL):
-            llmstack.parse_models_ini(block)
+def test_the_map_of_the_file_names_its_banners() -> None:
+    banners = re.findall(r"^# =+\n# ([A-Z][^\n(]*?)(?: \(.*)?\n# =+$", SOURCE, re.MULTILINE)
+    mapped = re.findall(r"^    ([A-Z][A-Z.: -]+?)  +\S", llmstack.__doc__ or "", re.MULTILINE)
+    assert banners == mapped

@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import pytest
 
 import llmstack
+from tests.noise_model import render_noise_gguf
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 DEADLINE_S = 20.0
@@ -111,7 +112,7 @@ class Call:
 
     def event(self) -> str:
         """The next event or comment of a stream, "" at its clean end. Errors: Broken."""
-        while "\n\n" not in self.text.lstrip("\n"):
+        while not self._whole():
             if self.headers.get("transfer-encoding") != "chunked":
                 line = self.file.readline()
                 if not line:
@@ -129,8 +130,14 @@ class Call:
             if not data.endswith(b"\r\n"):
                 raise Broken
             self.text += data[:-2].decode()
-        event, _, self.text = self.text.lstrip("\n").partition("\n\n")
+        self.text = self.text.lstrip("\n")
+        event, _, self.text = self.text.partition("\n" if self.text[:1] == ":" else "\n\n")
         return event
+
+    def _whole(self) -> bool:
+        """Whether an event, or a comment of one line, has come."""
+        text = self.text.lstrip("\n")
+        return ("\n" if text[:1] == ":" else "\n\n") in text
 
     def events(self) -> List[str]:
         """All that is left of a stream with a clean end."""
@@ -177,6 +184,7 @@ class Stage:
         log = llmstack.Log(str(directory / "engine.log"), "debug")
         self.engine = llmstack.Engine(config, self.command, log, lambda name: str(directory / f"{name}.log"),
                                       os.environ, budget_gb, first_port=first_port)
+        self.engine._is_here = lambda model: True       # type: ignore[method-assign]  # nothing is downloaded
         self.app = llmstack.EngineApp(self.engine, log)
         self.server = llmstack.make_server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
@@ -298,6 +306,7 @@ def open_stage(tmp_path: Path, config: llmstack.Config) -> Iterator[OpenStage]:
     stages: List[Stage] = []
 
     def make(config: llmstack.Config = config, budget_gb: float = 1e9, first_port: int = FIRST_PORT) -> Stage:
+        config = config._replace(loading_state="comments")
         stages.append(Stage(tmp_path / f"stage{len(stages)}", config, budget_gb, first_port))
         return stages[-1]
 
@@ -315,14 +324,14 @@ def stage(open_stage: OpenStage) -> Stage:
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting streams are told so at once and often."""
-    monkeypatch.setattr(llmstack.EngineApp, "FIRST_COMMENT_S", 0.0)
-    monkeypatch.setattr(llmstack, "COMMENT_EVERY_S", 0.01)
+    monkeypatch.setattr(llmstack.Waiting, "GRACE_S", 0.0)
+    monkeypatch.setattr(llmstack, "WAITING_EVERY_S", 0.01)
 
 
 @pytest.fixture
 def taciturn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting streams are told nothing, however slow this machine is."""
-    monkeypatch.setattr(llmstack.EngineApp, "FIRST_COMMENT_S", 1e9)
+    monkeypatch.setattr(llmstack.Waiting, "GRACE_S", 1e9)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -423,7 +432,7 @@ def test_unload_of_one_model_leaves_the_others(stage: Stage) -> None:
 def test_unload_cuts_a_stream_and_says_so(stage: Stage) -> None:
     held = stage.hold("plan", "one")
     assert stage.ask("POST", "/api/models/unload/plan") == (200, "OK")
-    assert "upstream_error" in held.event()
+    assert "server_error" in held.event()
     with pytest.raises(Broken):
         held.event()
     stage.wait_idle("plan")
@@ -603,7 +612,7 @@ def test_a_busy_model_is_never_evicted(stage: Stage) -> None:
     held = stage.hold("code-smart", "one")
     waiting = stage.call().chat("plan", stream=True)
     assert waiting.status() == 200
-    assert re.fullmatch(r": waiting for memory to load plan \d+ s", waiting.event())
+    assert re.fullmatch(r": waiting for code-smart to finish before plan can load, \d+ s", waiting.event())
     plain = stage.call().chat("plan")
     wait_for(lambda: stage.waiting() == ["plan", "plan"], "both requests queued")
     assert stage.states() == {"code-smart": "ready"}
@@ -623,7 +632,7 @@ def test_a_loading_model_is_never_evicted(stage: Stage) -> None:
     stage.wait_event("code-smart started")
     second = stage.call().chat("plan", stream=True)
     assert second.status() == 200
-    assert re.fullmatch(r": waiting for memory to load plan \d+ s", second.event())
+    assert re.fullmatch(r": waiting for code-smart to finish before plan can load, \d+ s", second.event())
     assert stage.states() == {"code-smart": "starting"}
     stage.put("code-smart.loaded")
     assert first.answer()[0] == 200
@@ -641,7 +650,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_not_broken_off(stage: Stage) -
     wait_for(lambda: not stage.waiting(), "the leaver's going")
     second = stage.call().chat("plan", stream=True)
     assert second.status() == 200
-    assert second.event().startswith(": waiting for memory")
+    assert second.event().startswith(": waiting for code-smart to finish")
     assert stage.states() == {"code-smart": "starting"}
     stage.put("code-smart.loaded")
     assert second.content() == "plan says hello."
@@ -849,7 +858,7 @@ def test_close_stops_everything_and_refuses_what_waits(stage: Stage, monkeypatch
     pids = [stage.pid(name) for name in ("code-fast", "plan", "plan-uncensored")]
     stage.engine.close()
     assert not any(map(exists, pids))
-    assert "upstream_error" in held.event()
+    assert "server_error" in held.event()
     for call in (waiting, stage.call().chat("code-fast")):
         status, answer = call.answer()
         assert status == 500
@@ -882,7 +891,7 @@ def test_a_waiting_stream_is_told_and_a_plain_request_is_not(stage: Stage) -> No
     assert stream.status() == 200
     assert stream.headers["content-type"] == "text/event-stream"
     for _ in range(4):
-        assert re.fullmatch(r": loading code-smart \d+ s", stream.event())
+        assert re.fullmatch(r": loading code-smart, \d+ s", stream.event())
     assert plain.silent()
     stage.put("code-smart.loaded")
     assert stream.content() == "code-smart says hello."
@@ -896,7 +905,7 @@ def test_a_waiting_stream_is_told_and_a_plain_request_is_not(stage: Stage) -> No
 @pytest.mark.usefixtures("talkative")
 def test_comments_come_as_often_as_they_should(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first at once, the next not before its time: here, never."""
-    monkeypatch.setattr(llmstack, "COMMENT_EVERY_S", 1e9)
+    monkeypatch.setattr(llmstack, "WAITING_EVERY_S", 1e9)
     stage.put("code-smart.slow")
     looks: List[float] = []
     wait = stage.engine.wait
@@ -920,7 +929,7 @@ def test_a_client_of_http_1_0_gets_its_comments_unchunked(stage: Stage) -> None:
     assert stream.status() == 200
     assert "transfer-encoding" not in stream.headers
     assert stream.headers["connection"] == "close"
-    assert re.fullmatch(r": loading code-smart \d+ s", stream.event())
+    assert re.fullmatch(r": loading code-smart, \d+ s", stream.event())
     stage.put("code-smart.loaded")
     assert stream.content() == "code-smart says hello."
 
@@ -1154,7 +1163,7 @@ def test_a_server_that_dies_mid_stream_is_an_error_event_and_a_broken_end(stage:
     stage.put("one.die")
     event = held.event()
     assert event.startswith("data: ")
-    assert json.loads(event[len("data: "):])["error"]["type"] == "upstream_error"
+    assert json.loads(event[len("data: "):])["error"]["type"] == "server_error"
     with pytest.raises(Broken):
         held.event()
     stage.wait_idle("code-smart")
@@ -1384,8 +1393,8 @@ def test_stack_members_are_found_by_their_mark_and_nobody_else(python: Spawn) ->
     python(READY, f"LLMSTACK_STACK={mark}")     # in the arguments only
     python()
     assert sorted(llmstack.stack_members(mark)) == sorted([member.pid, parent.pid, child])
-    assert llmstack.stack_members("") == []
-    assert llmstack.stack_members(os.urandom(8).hex()) == []
+    assert llmstack.stack_members("") == {}
+    assert llmstack.stack_members(os.urandom(8).hex()) == {}
 
 
 def test_stop_stack_members_stops_these_and_nobody_else(python: Spawn) -> None:
@@ -1410,13 +1419,15 @@ def test_port_holder_names_who_listens(python: Spawn) -> None:
     assert llmstack.port_holder(port) == "another program"
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path, python: Spawn) -> None:
     path = str(tmp_path / "state" / "router.pid")
-    record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()), "mark", "127.0.0.1", 10101, "router", "next")
+    mark = llmstack.new_mark(str(tmp_path))
+    child = python(env={llmstack.STACK_VARIABLE: mark})
+    record = llmstack.Record(child.pid, llmstack.process_started(child.pid), mark, "127.0.0.1", 10101, "router", "next")
     llmstack.write_record(path, record)
     assert llmstack.read_record(path) == record
     assert record.alive
-    assert Path(path).read_text(encoding="utf-8").splitlines()[0] == str(os.getpid())      # what `kill $(head -1 …)` needs
+    assert Path(path).read_text(encoding="utf-8").splitlines()[0] == str(child.pid)      # what `kill $(head -1 …)` needs
     assert not record._replace(started="0a1b2c3d-1").alive
     assert not record._replace(started="").alive
 
@@ -1463,7 +1474,7 @@ def test_a_lock_is_held_against_another_process_until_that_ends(python: Spawn, t
 def test_real_llama_cpp_is_served_and_swapped(
         real_data: Path, tmp_path: Path, config: llmstack.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "noise.gguf"
-    weights.write_bytes(llmstack.render_noise_gguf())
+    weights.write_bytes(render_noise_gguf())
     tiers = tuple(t._replace(path=str(weights), ctx_size=4096, rope_scale=0.0) for t in config.tiers
                   if t.name in ("code-smart", "plan"))
     config = config._replace(tiers=tiers, threads=1)

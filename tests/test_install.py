@@ -22,6 +22,7 @@ from tests.scripted import Connection, Script, ScriptedUpstream, always, answer
 from tests.test_stack import NO_MODELS, PROGRAM, Project, alive, free_ports, get, noise, two_tiers  # noqa: F401  # a fixture
 
 STATE = Path(".llmstack")
+AGENTS_MD = llmstack.read_shared_text("templates/AGENTS.md")
 INI = "[far]\nrole = agent\nmodel = x/y\nctx_size = 100k\n[near]\nrole = fast\nmodel = x/z\nctx_size = 8k\n"
 MODELS_INI = answer(INI.encode(), "200 OK", "Content-Type: text/plain", "X-LLMStack-Pid: 1")
 
@@ -247,7 +248,7 @@ def test_an_empty_directory_gets_all_it_needs(places: llmstack.Places, capsys: p
     assert served() == "http://127.0.0.1:10101/v1"
     assert opencode()["instructions"] == [str(STATE.absolute() / "AGENTS.md")]
     assert (STATE / "default-channel").read_text() == "current\n"
-    assert (STATE / "AGENTS.md").read_text() == llmstack.AGENTS_MD
+    assert (STATE / "AGENTS.md").read_text() == AGENTS_MD
     assert llmstack.is_trusted(places, "hook")
     assert "llmstack start" in capsys.readouterr().out
 
@@ -299,7 +300,7 @@ def test_an_edited_agents_md_stays(places: llmstack.Places, capsys: pytest.Captu
     (STATE / "AGENTS.md").write_text("mine")
     assert llmstack.main(["install"]) == 0
     assert (STATE / "AGENTS.md").read_text() == "mine"
-    assert (STATE / "AGENTS.md.new").read_text() == llmstack.AGENTS_MD
+    assert (STATE / "AGENTS.md.new").read_text() == AGENTS_MD
     assert "is yours and stays" in capsys.readouterr().out
     assert not llmstack.is_trusted(places, "hook"), "it may have come with a pull"
     assert llmstack.main(["trust"]) == 0
@@ -311,10 +312,10 @@ def test_an_edited_agents_md_stays(places: llmstack.Places, capsys: pytest.Captu
 
 def test_an_agents_md_of_an_earlier_version_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr(llmstack, "AGENTS_MD", "of an earlier version\n")
+        earlier.setattr(llmstack, "read_shared_text", lambda name: "of an earlier version\n")
         llmstack.main(["install"])
     llmstack.main(["install"])
-    assert (STATE / "AGENTS.md").read_text() == llmstack.AGENTS_MD
+    assert (STATE / "AGENTS.md").read_text() == AGENTS_MD
     assert not (STATE / "AGENTS.md.new").exists()
 
 
@@ -702,10 +703,10 @@ def test_a_router_that_never_answers(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(llmstack, "MAX_BODY_BYTES", 100_000)
+    monkeypatch.setattr(llmstack, "MAX_INI_BYTES", 100_000)
     with ScriptedUpstream(once(b"HTTP/1.1 200 OK\r\n\r\n" + b"#" * 150_000)) as router:
         assert install_external(f"http://127.0.0.1:{router.port}") == 1
-    refused(capsys, "an answer without end", "correct the URL")
+    refused(capsys, "more than 100,000 bytes", "correct the URL")
 
 
 def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -816,7 +817,7 @@ def test_two_projects_on_one_host(second: Path, monkeypatch: pytest.MonkeyPatch,
     url = f"http://127.0.0.1:{first.router_port}"
     try:
         assert llmstack.main(["start"]) == 0
-        pids = first.pid("router"), first.pid("llama-swap")
+        pids = (first.pid("router"),)
         with monkeypatch.context() as inside:
             inside.chdir(second)
             assert install_external(url) == 0
@@ -849,7 +850,7 @@ def test_daemons_are_stopped_before_a_project_becomes_a_thin_client(capsys: pyte
     project = Project()
     try:
         llmstack.main(["start"])
-        pids = project.pid("router"), project.pid("llama-swap")
+        pids = (project.pid("router"),)
         assert install_external(f"http://127.0.0.1:{free_ports(1)[0]}") == 1
         assert all(map(alive, pids)), "the other router is not there: nothing has changed"
         with ScriptedUpstream(always(MODELS_INI)) as router:
@@ -865,7 +866,7 @@ def test_daemons_are_stopped_before_a_project_becomes_a_thin_client(capsys: pyte
 def test_stop_finds_daemons_of_a_project_that_another_program_has_repinned(capsys: pytest.CaptureFixture[str]) -> None:
     project = Project()
     llmstack.main(["start"])
-    pids = project.pid("router"), project.pid("llama-swap")
+    pids = (project.pid("router"),)
     (STATE / "default-channel").write_text("external http://127.0.0.1:10101\n")
     assert llmstack.main(["stop"]) == 0
     assert "Stopped." in capsys.readouterr().out
@@ -948,6 +949,7 @@ def test_two_hosts(hosts: tuple[str, str], second: Path, real_data: Path, noise:
     (STATE / "models.ini").write_text("[DEFAULT]\nengine = embedded\n" + two_tiers(noise))
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     try:
+        run(*desk, "trust")
         run(*desk, "start", "--host", "0.0.0.0")
         with monkeypatch.context() as laptop:
             laptop.chdir(second)

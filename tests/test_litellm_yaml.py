@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llmstack import LITELLM_SEED
+import llmstack
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "share" / "guests"))
@@ -22,7 +22,7 @@ import litellm_yaml
 WANTED = [("code-ultra", "anthropic/claude-opus-4-20250514"), ("code-fast_next", "bedrock/eu.anthropic.claude-v2:0")]
 
 MERGED = {
-    "seed": LITELLM_SEED,
+    "seed": llmstack.read_shared_text("templates/litellm_config.yaml"),
     "empty": "",
     "only comments": "# nothing\n",
     "no final newline": "litellm_settings:\n  drop_params: true",

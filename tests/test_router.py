@@ -125,7 +125,7 @@ class Rig:
         try:
             self.upstream.close()
         finally:
-            self.app.upstream.forget()
+            self.app.behind.upstream.forget()
             for thread in set(threading.enumerate()) - self._others:    # those that serve connections: all must end
                 thread.join(WAIT_S)
                 assert not thread.is_alive(), thread
@@ -238,7 +238,7 @@ def test_answers_without_a_body(start: Start, status: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["/", "/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
-                                    "//x", "*", "/a;b=c?%00", "/caf\xe9"])
+                                    "//x", "/a;b=c?%00", "/caf\xe9"])
 def test_targets_pass_byte_for_byte(start: Start, target: str) -> None:
     rig = start(always(OK))
     assert rig.ask(request("GET", target)).status == 200
@@ -651,10 +651,9 @@ def test_pipelined_requests_are_answered_in_order(start: Start) -> None:
     assert rig.upstream.connections == 1
 
 
-@pytest.mark.parametrize("between", [b"\r\n", b"\r\n\r\n"])
-def test_empty_lines_between_requests_are_nothing(start: Start, between: bytes) -> None:
+def test_one_empty_line_between_requests_is_nothing(start: Start) -> None:
     """RFC 9112, 2.2: old clients send one behind a body."""
-    client = start(always(OK)).client()
+    client, between = start(always(OK)).client(), b"\r\n"
     client.send(between + request("PUT", "/1", body=b"one") + between + request("GET", "/2") + between)
     assert [client.read_message(m).status for m in ("PUT", "GET")] == [200, 200]
     assert client.ask(request("GET", "/3")).status == 200
@@ -734,7 +733,7 @@ def tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
 def test_tls_streams_and_is_kept(start: Start, tls: ssl.SSLContext) -> None:
     rig = start(tls=tls)
     client = rig.client()
-    client.send(chat(stream=True))
+    client.send(chat("code-ultra", stream=True))
     up = rig.upstream.next()
     for more in (True, False):
         assert up.read().json["model"] == "code-ultra"
@@ -746,7 +745,7 @@ def test_tls_streams_and_is_kept(start: Start, tls: ssl.SSLContext) -> None:
         up.send(b"0\r\n\r\n")
         assert client.take(5) == b"0\r\n\r\n"
         if more:
-            client.send(chat(stream=True))
+            client.send(chat("code-ultra", stream=True))
     assert rig.upstream.connections == 1
 
 
@@ -820,9 +819,12 @@ def test_each_event_arrives_before_the_next_is_sent(start: Start, framing: Frami
     up = rig.upstream.next()
     up.read()
     up.send(SSE + framing.head.encode() + b"\r\n\r\n")
+    if model == "auto":                         # its head waits for the first event: that may be an error
+        up.send(framing.wrap(EVENTS[0]))
     assert client.read_head().header("content-type") == "text/event-stream"
     for event in EVENTS:
-        up.send(framing.wrap(event))
+        if model != "auto" or event is not EVENTS[0]:
+            up.send(framing.wrap(event))
         assert framing.read(client, event) == event
     up.send(framing.end)
     if framing.head == "Connection: close":
@@ -845,22 +847,37 @@ SPLITS = {
     "two events at a time": [b"".join(map(chunk, EVENTS[:2])), b"".join(map(chunk, EVENTS[2:4])), STREAM[len(b"".join(map(
         chunk, EVENTS[:4]))):]],
     "an event over two chunks": [chunk(EVENTS[0][:5]), chunk(EVENTS[0][5:] + EVENTS[-1]), b"0\r\n\r\n"],
-    "extensions": [b"3;x=y\r\ndat\r\n", b"005\r\na: 1\n\r\n1\r\n\n\r\n", b"0;z\r\n\r\n"],
+    "extensions": [b"3;x=y\r\ndat\r\n", b"00a\r\na: [DONE]\n\r\n1\r\n\n\r\n", b"0;z\r\n\r\n"],
 }
 
 
+def take_payload(client: Client, count: int) -> bytes:
+    """The next so many bytes of a chunked answer, however it is cut into chunks."""
+    got = b""
+    while len(got) < count:
+        got += client.read_chunk()
+    return got
+
+
 @pytest.mark.parametrize("pieces", SPLITS.values(), ids=SPLITS.keys())
-def test_chunks_are_relayed_byte_for_byte_as_they_come(start: Start, pieces: list[bytes]) -> None:
+def test_what_is_in_chunks_is_relayed_as_it_comes(start: Start, pieces: list[bytes]) -> None:
     rig = start()
     client = rig.client()
-    client.send(chat(stream=True))
+    client.send(chat("code-smart", stream=True))
     up = rig.upstream.next()
     up.read()
     up.send(SSE_CHUNKED)
     client.read_head()
+    sent = got = b""
     for piece in pieces:                        # each must arrive before the next is sent
         up.send(piece)
-        assert client.take(len(piece)) == piece
+        sent += piece
+        payload = read_chunks(sent).payload
+        got += take_payload(client, len(payload) - len(got))
+        assert got == payload
+    if read_chunks(sent).at != "done":          # its first events only
+        return
+    assert client.take(5) == b"0\r\n\r\n"
     client.send(request("GET", "/next"))        # and both connections are still in step
     assert up.read().target == "/next"
 
@@ -873,9 +890,11 @@ def test_a_head_and_its_first_events_in_one_piece(start: Start) -> None:
     up.read()
     up.send(SSE_CHUNKED + STREAM[:100])
     client.read_head()
-    assert client.take(100) == STREAM[:100]
+    first = read_chunks(STREAM[:100]).payload
+    assert take_payload(client, len(first)) == first
     up.send(STREAM[100:])
-    assert client.take(len(STREAM) - 100) == STREAM[100:]
+    rest = read_chunks(STREAM).payload[len(first):]
+    assert take_payload(client, len(rest)) == rest
 
 
 def test_a_head_in_pieces(start: Start) -> None:
@@ -910,16 +929,25 @@ both_ends = pytest.mark.parametrize("end", [Connection.close, Connection.reset],
 
 
 def broken_off(rig: Rig, asked: bytes, head: bytes, body: bytes, end: End) -> bytes:
-    """What a client still gets, behind the body so far, of an answer that breaks off there."""
+    """All that a client gets behind the head of an answer that breaks off behind `body`."""
     client = rig.client()
     client.send(asked)
     up = rig.upstream.next()
     up.read()
     up.send(head, body)
     client.read_head()
-    assert client.take(len(body)) == body
+    got = b""
+    if b"chunked" in head:
+        payload = read_chunks(body).payload
+        while len(got) < len(payload):
+            got += client.read_chunk()
+        assert got == payload
+        got = chunk(got) if got else b""
+    else:
+        got = client.take(len(body))
+        assert got == body
     end(up)
-    return client.rest()
+    return got + client.rest()
 
 
 def check_last_words(payload: bytes) -> None:
@@ -934,62 +962,61 @@ ONE = chunk(EVENTS[0])
 CUTS = {
     "behind the head": b"",
     "between events": ONE,
-    "in an event": ONE[:-20],
-    "one byte into an event": ONE + b"2f\r\nd",
     "behind an event's payload": ONE[:-2],
     "in the CRLF behind it": ONE[:-1],
+    "in an event over two chunks": ONE + chunk(EVENTS[1][:9]),
+}
+WITHIN = {
+    "in an event": ONE[:-20],
+    "one byte into an event": ONE + b"2f\r\nd",
     "in a size line": ONE + b"2",
-    "behind a size": ONE + b"2f",
     "in the CRLF of a size line": ONE + b"2f\r",
     "behind a size line": ONE + b"2f\r\n",
-    "behind a larger size": ONE + b"1000",
     "behind a 0 that may be the end": ONE + b"0",
-    "behind white space": ONE + b"2f ",
     "in an extension": ONE + b"2f;a=",
-    "in an event over two chunks": ONE + chunk(EVENTS[1][:9]),
+    "in the last chunk": ONE + b"0\r",
+    "behind the last chunk": ONE + b"0\r\n",
+    "behind a trailer": ONE + b"0\r\nX-Trailer: 1\r\n",
 }
 
 
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("cut", {**CUTS, **WITHIN}.values(), ids={**CUTS, **WITHIN}.keys())
 @both_ends
 def test_a_stream_that_breaks_off_says_so_and_never_ends_cleanly(start: Start, cut: bytes, end: End) -> None:
     rig = start()
-    more = broken_off(rig, chat(stream=True), SSE_CHUNKED, cut, end)
-    got = read_chunks(cut + more)
+    got = read_chunks(broken_off(rig, chat("code-smart", stream=True), SSE_CHUNKED, cut, end))
     assert (got.at, got.line) == ("size", b""), "a clean end: opencode would ask again without bound"
     assert got.payload.startswith(read_chunks(cut).payload)
     check_last_words(got.payload)
     rig.log.line_with("broke off")
 
 
-@pytest.mark.parametrize("cut", [ONE + b"0\r\n", ONE + b"0\r", ONE + b"0\r\nX-Trailer: 1\r\n", ONE + b"7fffffff\r\ndata: "])
-def test_where_nothing_more_can_be_said_the_end_is_still_a_broken_one(start: Start, cut: bytes) -> None:
-    assert broken_off(start(), chat(stream=True), SSE_CHUNKED, cut, Connection.close) == b""
-    assert read_chunks(cut).at != "done"
-
-
-@pytest.mark.parametrize("garbage", [b"zz\r\n", b"-5\r\n", b"\r\n", b"5\r\nhello!\r\n"])
-def test_a_garbled_stream_says_so_and_never_ends_cleanly(start: Start, garbage: bytes) -> None:
-    rig = start()
-    more = broken_off(rig, chat(stream=True), SSE_CHUNKED, ONE, lambda up: up.send(garbage))
-    got = read_chunks(ONE + more)
+@pytest.mark.parametrize("cut", [ONE + b"0\r\n", ONE + b"0\r", ONE + b"0\r\nX-Trailer: 1\r\n",
+                                 ONE + b"7fffffff\r\ndata: "])
+def test_an_end_that_is_cut_is_said_to_be_one(start: Start, cut: bytes) -> None:
+    got = read_chunks(broken_off(start(), chat("code-smart", stream=True), SSE_CHUNKED, cut,
+                                 Connection.close))
     assert (got.at, got.line) == ("size", b"")
     check_last_words(got.payload)
 
 
-@both_ends
-def test_half_a_garbled_size_line_is_no_bug_of_ours(start: Start, end: End) -> None:
-    rig = start()
-    assert broken_off(rig, chat(stream=True), SSE_CHUNKED, ONE + b"zz", end) == b""
+@pytest.mark.parametrize("garbage", [b"zz\r\n", b"-5\r\n", b"\r\n", b"5\r\nhello!\r\n", b"zz"])
+def test_a_garbled_stream_says_so_and_never_ends_cleanly(start: Start, garbage: bytes) -> None:
+    def end(up: Connection) -> None:
+        up.send(garbage)
+        up.close()
+
+    got = read_chunks(broken_off(start(), chat("code-smart", stream=True), SSE_CHUNKED, ONE, end))
+    assert (got.at, got.line) == ("size", b"")
+    check_last_words(got.payload)
 
 
-@pytest.mark.parametrize("model", ["auto", "code-smart"])
-@pytest.mark.parametrize("event", [b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n', b": loading\n\n"])
-def test_a_stream_that_ends_cleanly_without_its_end_is_broken(start: Start, event: bytes, model: str) -> None:
+@pytest.mark.parametrize("event", [b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}]}\n\n',
+                                   b": loading\n\n"])
+def test_a_stream_that_ends_cleanly_without_its_end_is_broken(start: Start, event: bytes) -> None:
     """llama-swap ends it so when the llama-server behind it is killed."""
-    rig = start()
-    more = broken_off(rig, chat(stream=True, model=model), SSE_CHUNKED, chunk(event), lambda up: up.send(b"0\r\n\r\n"))
-    got = read_chunks(chunk(event) + more)
+    got = read_chunks(broken_off(start(), chat("code-smart", stream=True), SSE_CHUNKED, chunk(event),
+                                 lambda up: up.send(b"0\r\n\r\n")))
     assert (got.at, got.line) == ("size", b"")
     check_last_words(got.payload)
 
@@ -998,42 +1025,29 @@ FAILED_LOAD = chunk(b": loading\n\n") + chunk(b'{"error":{"message":"no such fil
 
 
 CLEAN_ENDS = {
-    "at once": ([FAILED_LOAD + b"0\r\n\r\n"], True),
-    "in two": ([FAILED_LOAD[:9], FAILED_LOAD[9:] + b"0\r\n\r\n"], True),
-    "apart": ([FAILED_LOAD, b"0\r\n\r\n"], True),
-    "with the last LF": ([FAILED_LOAD[:-1], b"\n0\r\n\r\n"], True),
-    "behind its digit": ([FAILED_LOAD + b"0", b"\r\n\r\n"], False),
-    "behind its line": ([FAILED_LOAD + b"0\r\n", b"\r\n"], False),
-    "before its last byte": ([FAILED_LOAD + b"0\r\n\r", b"\n"], False),
-    "with a trailer": ([FAILED_LOAD + b"0\r\nX: 0\r\n\r\n"], False),
-    "with a trailer in two": ([FAILED_LOAD + b"0\r\nX: 0\r\n", b"\r\n"], False),
+    "at once": [FAILED_LOAD + b"0\r\n\r\n"],
+    "in two": [FAILED_LOAD[:9], FAILED_LOAD[9:] + b"0\r\n\r\n"],
+    "apart": [FAILED_LOAD, b"0\r\n\r\n"],
+    "behind its digit": [FAILED_LOAD + b"0", b"\r\n\r\n"],
+    "before its last byte": [FAILED_LOAD + b"0\r\n\r", b"\n"],
+    "with a trailer": [FAILED_LOAD + b"0\r\nX: 0\r\n\r\n"],
 }
 
 
-@pytest.mark.parametrize(("pieces", "in_time"), CLEAN_ENDS.values(), ids=CLEAN_ENDS.keys())
-def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pieces: list[bytes], in_time: bool) -> None:
-    """llama-swap ends a stream of loading messages with a failed load's JSON and a clean last chunk.
-
-    In time, an error event takes the last chunk's place; behind a part of it, there is no more to be said.
-    """
+@pytest.mark.parametrize("pieces", CLEAN_ENDS.values(), ids=CLEAN_ENDS.keys())
+def test_a_stream_that_ends_within_an_event_never_ends_cleanly(start: Start, pieces: list[bytes]) -> None:
+    """llama-swap ends a stream of loading messages with a failed load's JSON and a clean last chunk."""
     rig = start()
     client = rig.client()
-    client.send(chat(stream=True))
+    client.send(chat("code-smart", stream=True))
     up = rig.upstream.next()
     up.read()
-    up.send(SSE_CHUNKED)
+    up.send(SSE_CHUNKED, *pieces)
     client.read_head()
-    for piece in pieces[:-1]:
-        up.send(piece)
-        assert client.take(len(piece)) == piece
-    up.send(pieces[-1])
-    more = client.rest()
-    got = read_chunks(b"".join(pieces[:-1]) + more)
+    got = read_chunks(client.rest())
     assert got.at != "done"
-    assert (b"data: {" in more) is in_time
-    if in_time:
-        check_last_words(got.payload)
-        assert b"no such file" in got.payload.rpartition(b"data: ")[2]
+    check_last_words(got.payload)
+    assert b"no such file" in got.payload.rpartition(b"data: ")[2]
 
 
 PLAIN = [
@@ -1048,7 +1062,11 @@ PLAIN = [
 @pytest.mark.parametrize(("head", "body"), PLAIN)
 @both_ends
 def test_other_answers_just_break_off(start: Start, head: bytes, body: bytes, end: End) -> None:
-    assert broken_off(start(), chat(), head, body, end) == b""
+    got = broken_off(start(), chat(), head, body, end)
+    if b"chunked" in head:
+        assert read_chunks(got).at == "size"
+    else:
+        assert got == body, "nothing is added"
 
 
 def test_an_answer_up_to_the_close_is_broken_by_a_reset(start: Start) -> None:
@@ -1082,7 +1100,12 @@ def test_a_stream_up_to_the_close_that_lacks_its_end_is_broken(start: Start, eve
     rig = start(up_to_the_close(events))
     client = rig.client()
     client.send(chat(model, stream=True))
-    assert client.read_head().header("transfer-encoding") == "chunked"
+    head = client.read_head()
+    if model == "auto" and not events:
+        assert head.status == 502, "every tier of the ladder was asked, and one error is said"
+        assert [m.json["model"] for m in rig.upstream.requests] == ["code-ultra", "code-smart", "code-fast"]
+        return
+    assert head.header("transfer-encoding") == "chunked"
     got = read_chunks(client.rest())
     assert (got.at, got.line) == ("size", b"")
     assert got.payload.startswith(b"".join(events))
@@ -1188,7 +1211,8 @@ def test_a_model_asked_for_by_name_passes_untouched(start: Start, model: object)
     body = json.dumps({"messages": HELLO, "model": model}).encode() + b"\n"
     got = rig.ask(post(body, target="/chat/completions/?q"))
     assert [n for n, _ in got.headers] == [b"Content-Length"], "nothing is added to what was not decided here"
-    assert (rig.upstream.requests[0].target, rig.upstream.requests[0].body) == ("/chat/completions/?q", body)
+    target = CHAT + "?q" if model in ("code-fast", "coder") else "/chat/completions/?q"
+    assert (rig.upstream.requests[0].target, rig.upstream.requests[0].body) == (target, body)
 
 
 BIG = b'"%b"' % (b"The word \\\"model\\\": \\\"auto\\\" in prose. " * 10_000)
@@ -1287,7 +1311,7 @@ def test_a_compressed_body_is_not_read(start: Start) -> None:
 
 def test_no_tier_of_the_ladder_is_a_400(start: Start) -> None:
     rig = start()
-    rig.app.config = CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan"))
+    rig.app._snapshot = rig.app._adopt(CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan")), {})
     assert "auto" in error_of(rig.ask(chat()))["message"]
 
 
@@ -1504,7 +1528,7 @@ def test_a_tier_that_fails_is_answered_for_by_the_next(start: Start, data: Optio
 
 
 @pytest.mark.parametrize("status", ["200 OK", "201 Created", "301 Moved Permanently", "400 Bad Request",
-                                    "408 Request Timeout", "409 Conflict", "413 Content Too Large", "422 Unprocessable"])
+                                    "409 Conflict", "413 Content Too Large", "422 Unprocessable"])
 def test_what_another_tier_would_not_do_better_is_passed_on(start: Start, status: str) -> None:
     rig = start(by_model(code_ultra=refuse(status)))
     got = rig.ask(chat())
@@ -1595,7 +1619,9 @@ def with_clock(rig: Rig) -> Clock:
     (["Retry-After: 60"], 60),
     (["Retry-After: 999999"], llmstack.MAX_BREAKER_S),
     (["Retry-After: 0"], llmstack.BREAKER_S),
-    (["Retry-After: Wed, 21 Oct 2065 07:28:00 GMT"], llmstack.BREAKER_S),
+    (["Retry-After: Wed, 21 Oct 2065 07:28:00 GMT"], llmstack.MAX_BREAKER_S),
+    (["Retry-After: Wed, 21 Oct 2015 07:28:00 GMT"], llmstack.BREAKER_S),
+    (["Retry-After: Wed, 99 Oct 2065"], llmstack.BREAKER_S),
     (["Retry-After: -5"], llmstack.BREAKER_S),
 ])
 def test_a_tier_that_failed_is_left_alone_for_a_while(start: Start, lines: list[str], seconds: float) -> None:
@@ -1643,10 +1669,10 @@ def test_when_all_are_left_alone_all_are_tried(start: Start) -> None:
 def test_an_upstream_that_was_down_leaves_no_tier_behind(start: Start, nothing_listens: int) -> None:
     """Nothing was learned about a tier where nothing could be connected to."""
     rig = start(always(OK))
-    up, rig.app.upstream = rig.app.upstream, llmstack.Upstream("127.0.0.1", nothing_listens)
+    up, rig.app.behind.upstream = rig.app.behind.upstream, llmstack.Upstream("127.0.0.1", nothing_listens)
     client = rig.client()
     assert client.ask(chat()).status == 502
-    rig.app.upstream = up
+    rig.app.behind.upstream = up
     assert client.ask(chat()).header("x-llmstack-model") == "code-ultra"
 
 
@@ -1667,7 +1693,7 @@ def test_breaker() -> None:
 
 @pytest.mark.parametrize(("status", "local", "hosted"), [
     (200, False, False), (302, False, False), (400, False, False), (401, True, True), (402, False, True), (403, True, True),
-    (404, False, True), (408, False, False), (413, False, False), (422, False, False), (429, True, True), (499, False, False),
+    (404, False, True), (408, True, True), (413, False, False), (422, False, False), (429, True, True), (499, False, False),
     (500, True, True), (503, True, True), (529, True, True), (599, True, True),
 ])
 def test_which_statuses_fall_through(status: int, local: bool, hosted: bool) -> None:
@@ -1862,6 +1888,19 @@ ATTACKS = {
     "NUL": request("GET", "/x", "X: \0") + SMUGGLED,
     "bad chunks": request("PUT", "/x", "Transfer-Encoding: chunked") + b"0x1\r\n" + SMUGGLED,
     "a chunk that is longer": request("PUT", "/x", "Transfer-Encoding: chunked") + b"1\r\nxx\r\n0\r\n\r\n" + SMUGGLED,
+    "two Origins": request("GET", "/x", "Origin: http://localhost", "Origin: https://evil.example"),
+    "two Sec-Fetch-Sites": request("GET", "/x", "Sec-Fetch-Site: none", "Sec-Fetch-Site: cross-site"),
+    "CONNECT": request("CONNECT", "127.0.0.1:10101") + SMUGGLED,
+    "authority form": request("GET", "127.0.0.1:10101") + SMUGGLED,
+    "asterisk form": request("GET", "*") + SMUGGLED,
+    "two empty lines in front": b"\r\n\r\n" + SMUGGLED,
+    "LF in front": b"\n" + SMUGGLED,
+    "CR in front": b"\r" + SMUGGLED,
+    "a control byte": request("GET", "/x", "X: \x1b[31m") + SMUGGLED,
+    "a trailer without a colon": request("PUT", "/x", "Transfer-Encoding: chunked") + b"0\r\nX\r\n\r\n" + SMUGGLED,
+    "a folded trailer": request("PUT", "/x", "Transfer-Encoding: chunked") + b"0\r\nX: 1\r\n 2\r\n\r\n" + SMUGGLED,
+    "a trailer and LF": request("PUT", "/x", "Transfer-Encoding: chunked") + b"0\r\nX: 1\n\r\n" + SMUGGLED,
+    "a CR in a trailer": request("PUT", "/x", "Transfer-Encoding: chunked") + b"0\r\nX: 1\rY: 2\r\n\r\n" + SMUGGLED,
     "no HTTP": b"\x16\x03\x01\r\n\r\n" + SMUGGLED,
 }
 

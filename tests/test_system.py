@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -106,70 +105,6 @@ def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, 
         llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
 
 
-def test_the_demo_takes_the_hubs_model_where_it_can_be_had(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "DEMO_FILE", "model.gguf")
-    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
-    monkeypatch.setenv("HF_ENDPOINT", hub.url.split("/owner")[0] + "/")
-    places = llmstack.find_places(os.environ, demo=True)
-    llmstack._prepare_demo(places)
-    config = llmstack.load_config(places)
-    assert [Path(t.path).read_bytes() == CONTENT for t in config.tiers] == [True, True]
-    assert [t.role for t in config.ladder] == ["agent", "fast"]
-
-
-def test_the_demo_keeps_what_its_user_has_changed(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    places = llmstack.find_places(os.environ, demo=True)
-    llmstack._prepare_demo(places)
-    noise = Path(places.models_ini).read_text()
-    assert "noise" in noise
-    mine = noise + "# mine\n"
-    Path(places.models_ini).write_text(mine)
-    llmstack._prepare_demo(places)
-    assert Path(places.models_ini).read_text() == mine
-
-
-# ---- the private environment
-
-
-def test_the_stand_in_needs_a_python_its_wheels_are_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "")
-    with pytest.raises(llmstack.UserError, match=r"needs Python 3\.10") as failure:
-        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
-    assert "brew install llama.cpp" in failure.value.hint
-
-
-def test_a_failed_installation_leaves_nothing_and_says_why(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho one; echo 'ERROR: no route to the index' >&2; exit 1\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: str(python))
-    said: list[str] = []
-    with pytest.raises(llmstack.UserError, match="no route to the index"):
-        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), said.append)
-    assert not Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data"))).exists()
-    assert "34 MB" in said[0]
-
-
-def test_a_newer_python_is_found_for_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    newer = tmp_path / "python3.12"
-    newer.write_text("#!/bin/sh\necho 12\n")
-    newer.chmod(0o755)
-    (tmp_path / "python3.14").write_text("#!/bin/sh\nexit 127\n")
-    (tmp_path / "python3.14").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
-    monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
-    assert llmstack.suitable_python(llmstack.LLAMA_CPP) == str(newer)
-
-
-def test_an_environment_that_is_there_is_used_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data")))
-    directory.mkdir(parents=True)
-    (directory / "ready").write_text("x")
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: pytest.fail("not looked for"))
-    llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
 
 
 # ---- files
@@ -258,25 +193,3 @@ def test_a_tail_shows_no_control_characters(tmp_path: Path) -> None:
     assert "\x1b" not in tail
 
 
-# ---- cores
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_what_a_pinned_thread_starts_has_every_core(tmp_path: Path) -> None:
-    every = os.sched_getaffinity(0)
-    found: list[Any] = []
-
-    def pinned() -> None:
-        llmstack.prefer_one_core()
-        found.append(os.sched_getaffinity(0))
-        process = llmstack.spawn([sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"],
-                                 str(tmp_path / "x.log"), os.environ)
-        process.wait()
-
-    thread = threading.Thread(target=pinned)
-    thread.start()
-    thread.join()
-    if getattr(sys, "_is_gil_enabled", lambda: True)():
-        assert len(found[0]) == 1
-    assert (tmp_path / "x.log").read_text().strip() == str(sorted(every))
-    assert os.sched_getaffinity(0) == every
