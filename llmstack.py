@@ -25,7 +25,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
     PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
     PURE: PROFILES       the tiers for other memory sizes, as text of a models.ini
-    PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
+    PURE: LITELLM        Config -> entries of litellm_config.yaml; which credentials a tier lacks
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say
@@ -40,9 +40,9 @@ Map of the file, bottom-up; each section is built from those above it:
     BACKENDS             what can answer a tier, and how a request waits for it
     RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
-    LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
+    LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
-    LITELLM              which one, its environment and configuration; what keeps web pages away from it
+    LITELLM              which one, its environment, its configuration read by its own parser
     ENGINE               llama-server processes within the memory there is, and their application on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
@@ -7794,8 +7794,8 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         answer = ask_litellm_yaml(program, text, ()) if program else {}
         known = parse_litellm_file(answer)
         if known:
-            kept = dict(list(cache.items())[:7])
-            write_atomic(cache_path, json.dumps({digest: answer, **kept}), 0o600)
+            kept = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**kept, digest: answer}), 0o600)
     except (UserError, UnicodeDecodeError):
         pass
     return known
