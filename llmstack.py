@@ -346,7 +346,7 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
-    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    texts: Sequence[str] = ()                   # all that was counted, for class_tokens
     classes: int = 0                            # what that says of them, 0: not asked yet
     ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
@@ -648,7 +648,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+                 tally.pictures, turns, asked, trigger, tally.texts)
 
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
@@ -5640,6 +5640,7 @@ class Terms(NamedTuple):
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
+    began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
 
 
 AS_IT_COMES = Terms()
@@ -5975,7 +5976,7 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Relay:
     """One request on its way upstream, and the answer on its way back."""
 
-    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+    def __init__(self, client: Client, request: Request, pieces: List[bytes], terms: Terms) -> None:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
@@ -6106,6 +6107,9 @@ class _Relay:
             except (OSError, UpstreamBroken, _NoAnswer) as exc:
                 return Outcome("unreachable", 0, _why_unreachable(exc))
             first_s = time.monotonic() - self.began_s
+            self._pieces.clear()                # a prompt is not held while its answer streams
+            if self._terms.began is not None:
+                self._terms.began()
             receiver.waiting, receiver.silent_until_s = None, 0.0
             self.pass_on(answer, receiver, payload)
             if answer.reusable and self._sent_whole:
@@ -6120,15 +6124,20 @@ class _Relay:
                 sock.close()
 
 
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
           terms: Terms = AS_IT_COMES) -> Outcome:
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
+    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
-    return _Relay(client, request, [head, *body], terms).run(upstream)
+    body.insert(0, head)
+    try:
+        return _Relay(client, request, body, terms).run(upstream)
+    finally:
+        del body[:1]
 
 
 def _cost(response: Response) -> float:
@@ -6527,7 +6536,7 @@ class Waiting:
             client.send_event(f": {words}\n".encode())
 
 
-def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: List[bytes],
               terms: Terms, waiting: Waiting) -> Outcome:
     """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
     try:
@@ -6591,6 +6600,9 @@ class Behind(App):
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
 
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while; called once a second."""
+
     def close(self) -> None:
         """End what was started for it."""
 
@@ -6614,6 +6626,9 @@ class UpstreamApp(Behind):
     def __init__(self, upstream: Upstream, log: Log) -> None:
         self.upstream, self.log = upstream, log
         self.address = upstream.url
+
+    def close_idle(self) -> None:
+        self.upstream.close_idle()
 
     def lease(self, name: str) -> Lease:
         return Lease(self.upstream)
@@ -6828,20 +6843,26 @@ def _as_json(request: Request) -> Request:
     return request._replace(headers=(*others, ours))
 
 
-class Asked(NamedTuple):
-    """An inference request, read."""
+class Asked:
+    """An inference request, read. Its body goes once an answer has begun."""
 
-    request: Request
-    path: str                                   # canonical
-    target: str                                 # that with the query
-    body: bytes
-    values: Mapping[str, Any]                   # of the body
-    drop: FrozenSet[bytes]
-    began_s: float
+    def __init__(self, request: Request, path: str, target: str, body: bytes,
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+        self.request = request
+        self.path = path                        # canonical
+        self.target = target                    # that with the query
+        self.body = body
+        self.values = values                    # of the body
+        self.drop = drop                        # headers that stay here
+        self.began_s = time.monotonic()
+        self.model = values.get("model")
+        self.stream = values.get("stream") is True
+        self.conversation = conversation_key(request.fields, values)
 
-    @property
-    def stream(self) -> bool:
-        return self.values.get("stream") is True
+    def release(self) -> None:
+        """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
+        self.body = b""
+        self.values = {}
 
 
 class Ongoing:
@@ -6859,7 +6880,7 @@ class Ongoing:
         if not stage:
             stage = "writing" if self._client.answering else "reading the prompt"
         seconds = round(time.monotonic() - asked.began_s, 1)
-        return {"id": self.number, "model": str(asked.values.get("model") or "auto"),
+        return {"id": self.number, "model": str(asked.model or "auto"),
                 "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
                 "since_s": seconds}
 
@@ -7028,6 +7049,8 @@ class RouterApp(App):
             self.reload()
         for host in self._snapshot.hosts.values():
             host.look_again()
+            host.close_idle()
+        self.behind.close_idle()
         self.log.flush()
         if self._record is not None:
             self._record.flush()
@@ -7087,10 +7110,7 @@ class RouterApp(App):
         name = values.get("model") if isinstance(values, dict) else None
         route = self._snapshot.routes.get(str(name))
         if route is not None and route.hosted:
-            began_s = time.monotonic()
-            target = path + request.target[len(path):]
-            asked = Asked(request, path, target, body, values, drop, began_s)
-            self._ask_named(client, asked, route)
+            self._ask_named(client, Asked(request, path, request.target, body, values, drop), route)
             return
         self.behind.pass_on(client, request, body, drop, self._remedy)
 
@@ -7177,7 +7197,18 @@ class RouterApp(App):
 
     def _infer(self, client: Client, request: Request, path: str, target: str,
                drop: FrozenSet[bytes]) -> None:
-        began_s = time.monotonic()
+        asked = self._read_asked(client, request, path, target, drop)
+        ongoing = Ongoing(next(self._number), client, asked)
+        self._ongoing[ongoing.number] = ongoing
+        try:
+            self._answer_asked(client, asked, ongoing)
+        finally:
+            del self._ongoing[ongoing.number]
+
+    @staticmethod
+    def _read_asked(client: Client, request: Request, path: str, target: str,
+                    drop: FrozenSet[bytes]) -> Asked:
+        """Read an inference request. Errors: HttpError, ClientGone."""
         body = client.read_body(request)
         client.protocol = path
         try:
@@ -7190,18 +7221,11 @@ class RouterApp(App):
             request = _as_json(request)         # curl -d says it is a form
         if values.get("stream") is True:
             request = uncompressed(request)
-        asked = Asked(request, path, target, body, values, drop, began_s)
-        ongoing = Ongoing(next(self._number), client, asked)
-        self._ongoing[ongoing.number] = ongoing
-        try:
-            self._answer_asked(client, asked, ongoing)
-        finally:
-            del self._ongoing[ongoing.number]
+        return Asked(request, path, target, body, values, drop)
 
     def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
-        name = asked.values.get("model")
-        route = self._snapshot.routes.get(str(name))
-        if is_auto(name):
+        route = self._snapshot.routes.get(str(asked.model))
+        if is_auto(asked.model):
             self._ask_ladder(client, asked, ongoing)
         elif route is not None:
             self._ask_named(client, asked, route, ongoing)
@@ -7217,17 +7241,19 @@ class RouterApp(App):
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
+        facts: List[Facts] = []
+        if self._record is not None and asked.path in STREAM_ENDS:
+            try:
+                facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
+            except RecursionError:
+                pass
         outcome = self._ask(client, asked, route, ongoing)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if self._record is not None and asked.path in STREAM_ENDS:
-            try:
-                facts = read_facts(asked.path, asked.values)
-            except RecursionError:
-                return
-            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+        for counted in facts:
+            self._note(asked, record_row(counted, asked.path, name, None, outcome), ())
 
     def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record."""
@@ -7236,7 +7262,7 @@ class RouterApp(App):
         row["total_s"] = round(time.monotonic() - asked.began_s, 3)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
-        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+        self._record.add(row, asked.conversation)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -7246,23 +7272,30 @@ class RouterApp(App):
             facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        key = conversation_key(asked.request.fields, asked.values)
+        key, texts = asked.conversation, facts.texts
         if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
-            facts = facts._replace(classes=class_tokens(facts.texts),
+            facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
+        facts = facts._replace(texts=())
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, now.barred)
+        estimate = facts.classes
 
         def learn(truth: int, tier: str = "") -> None:
-            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, estimate, truth, tier)
+            worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
         reason = decision.reason
 
         def headers() -> bytes:
+            """Made while the model is at work, as is what the answer's counts are compared with."""
+            nonlocal estimate, texts
+            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+                estimate = class_tokens(texts)
+            texts = ()
             return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
         while True:
@@ -7311,7 +7344,8 @@ class RouterApp(App):
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release)
         waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
         return ask_lease(client, request, lease, target, pieces, terms, waiting)
 
@@ -7342,6 +7376,9 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], re
     """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
     reason = reason or decision.reason
     lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
+    facts = decision.facts
+    if facts.classes:                           # the bounds did not decide: which number did
+        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
@@ -8400,6 +8437,11 @@ class Engine:
             self._changed.notify_all()
         self.unload(self.models.values())
 
+    def upstreams(self) -> List[Upstream]:
+        """Of the models that are loaded or loading."""
+        with self._changed:
+            return [m.upstream for m in self.models.values() if m.upstream is not None]
+
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         with self._changed:
@@ -8432,6 +8474,10 @@ class EngineApp(Behind):
 
     def start(self) -> None:
         self.engine.preload()
+
+    def close_idle(self) -> None:
+        for upstream in self.engine.upstreams():
+            upstream.close_idle()
 
     def close(self) -> None:
         self.engine.close()
