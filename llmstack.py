@@ -4064,16 +4064,33 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
+
+
+def _glibc(call: str, *numbers: int) -> None:
+    """Call a function of glibc's malloc; nothing happens where there is another libc."""
+    try:
+        import ctypes
+        getattr(ctypes.CDLL(None), call)(*numbers)
+    except (ImportError, AttributeError, OSError, TypeError):
+        pass
+
+
+def hold_little_memory() -> None:
+    """Prepare a daemon for return_memory(), before it starts threads.
+
+    Of arenas other than the first, malloc never returns the top; large bodies need no arena.
+    """
+    _glibc("mallopt", _M_ARENA_MAX, 1)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 65_536)
+
+
 def return_memory() -> None:
-    """Give back the pages that malloc holds free, where it can be asked to (glibc).
+    """Give back the pages that malloc holds free.
 
     Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
-        pass
+    _glibc("malloc_trim", 0)
 
 
 def more_files() -> None:
@@ -6236,6 +6253,7 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        hold_little_memory()
         due = time.monotonic() + every_s
         while not self._stopping.is_set():
             self._accept(due - time.monotonic())
