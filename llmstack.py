@@ -7948,7 +7948,8 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         return False
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+        fate = "left alone" if os.path.exists(path) else "not written"
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
     for difference in litellm_differences(config, parse_litellm_file(answer)):
