@@ -10655,6 +10655,21 @@ def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
 
 
+def running_router(places: Places) -> Tuple[Upstream, Config]:
+    """The router that `status` shows, its key with it, and its tiers. Errors: UserError where none is up."""
+    url = trusted_url(places)
+    if url:
+        remote = fetch_remote(url, os.environ)
+        remote.upstream.key = api_key(os.environ)
+        return remote.upstream, remote.config
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
+        raise UserError("the stack of this project is not running", "run `llmstack start`")
+    upstream = router_upstream(record)
+    upstream.key = api_key(os.environ) or api_key(_environment_of(record, {}))
+    return upstream, load_config(places)
+
+
 def _wants_next(args: Any, places: Places, config: Config) -> bool:
     """The channel to run: as asked, else as pinned in default-channel. Errors: UserError where nothing is queued."""
     if getattr(args, "current", False):
@@ -11592,7 +11607,7 @@ ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_lla
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload"),
+    ("Every day", "start stop restart status reload run"),
     ("Decisions", "why"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
     ("Projects", "install trust activate"),
@@ -11603,7 +11618,7 @@ COMMAND_GROUPS = (
 def unknown_word(word: str, known: Iterable[str]) -> str:
     """'strat', did you mean start?"""
     import difflib
-    near = difflib.get_close_matches(word, known, 1)
+    near = difflib.get_close_matches(word, known, 1, 0.7)
     return f"{word!r}, did you mean {near[0]}?" if near else repr(word)
 
 
@@ -11623,14 +11638,11 @@ def new_parser(prog: str, description: str, **options: Any) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
+            unknown = re.match("unrecognized arguments: ([^ =]*)", message)
+            if unknown:
+                what = unknown_word(unknown.group(1), self._option_string_actions)
+                message = f"{self.prog} has no {what}"
             raise UserError(message, f"see `{self.prog} --help`", 2)
-
-        def parse_known_args(self, *args: Any, **options: Any) -> Any:
-            found, left = super().parse_known_args(*args, **options)
-            if left:
-                known = self._option_string_actions
-                self.error(f"{self.prog} has no {unknown_word(left[0].split('=')[0], known)}")
-            return found, left
 
         def format_help(self) -> str:
             return super().format_help() + render_examples(self.prog)
@@ -11641,7 +11653,8 @@ def new_parser(prog: str, description: str, **options: Any) -> Any:
 def extra_parser(name: str, doc: str) -> Any:
     """The parser of an extra, whose help is its docstring as it stands."""
     import argparse
-    return new_parser("llmstack " + name, doc.rstrip(),
+    text, heading, examples = doc.rstrip().partition("examples:\n")
+    return new_parser("llmstack " + name, text, epilog=heading + examples,
                       formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -11756,13 +11769,15 @@ def run_command(argv: Sequence[str]) -> int:
     parser = make_parser()
     if name in ("-h", "--help"):
         return _say_help(parser, "")
-    if not name.startswith("-") and name not in parser.commands:
+    command = parser.commands.get(name)
+    if command is None and not name.startswith("-"):
         return run_extra(name, argv[1:])
-    args = parser.parse_args(list(argv))
-    if args.version:
-        return _cmd_version(args)
-    if getattr(args, "run", None) is None:
-        return _say_help(parser, getattr(args, "topic", ""))
+    if command is None:
+        parser.parse_args(list(argv))
+        return _cmd_version(None)
+    args = command.parse_args(list(argv[1:]))
+    if args.run is None:
+        return _say_help(parser, args.topic)
     return int(args.run(args))
 
 
