@@ -47,6 +47,15 @@ from importlib.util import source_hash
 
 HERE = os.path.dirname(__file__)
 
+if sys.argv[1:2] == ["_guest"]:
+    # A program for another environment's Python, which finds there nothing of this archive to import.
+    guest = os.path.join(HERE, "share", "guests", sys.argv[2] + ".py")
+    sys.path[:] = [entry for entry in sys.path if entry != HERE]
+    sys.argv[:3] = [guest]
+    code = compile(__loader__.get_data(guest), guest, "exec", dont_inherit=True)
+    exec(code, {"__name__": "__main__", "__file__": guest})
+    sys.exit(0)
+
 
 def cached_code(source):
     import marshal

@@ -41,7 +41,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
-    FIT                  headers from this disk or the hub; what each tier takes on this machine
+    FIT                  the hub and its cache; a model's header from either; what each tier takes here
     LITELLM              which one, its environment and configuration; what keeps web pages away from it
     ENGINE               llama-server processes within the memory there is, and their application on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
@@ -57,7 +57,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -96,6 +96,7 @@ from typing import (
     MutableMapping,
     NamedTuple,
     Optional,
+    Pattern,
     Sequence,
     Set,
     Tuple,
@@ -106,7 +107,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
+# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -134,15 +135,21 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
+MAX_INI_BYTES = 256 * 1024          # of a models.ini; the bundled one has 10,000
+MAX_INI_LINE = 8_192                # characters; a pattern may look at each of them twice
+MAX_INI_SECTIONS = 1_000
+MAX_SHOWN_PROBLEMS = 100            # and as many warnings
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
+SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
+RETURN_MEMORY_S = 10               # a daemon gives back what malloc holds free; it takes some ms
 IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
 CONNECT_TIMEOUT_S = 10
 HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
 PROBE_S = 2                        # after this long an unreachable host is looked at again, then twice as long...
 MAX_PROBE_S = 60                   # ...up to this
-RECV_BYTES = 65_536
+RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
@@ -914,72 +921,87 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ===================================================================================================
 
 
+# Which values of a key have no effect outside the project, so that nobody has to trust them.
+_ANY_VALUE = re.compile("")
+_NO_VALUE = re.compile(r"(?!)")
+_THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
+_NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
+_PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+
+
 class Option(NamedTuple):
-    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set."""
+    """One key of models.ini.
+
+    `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
+    matches the values that need no trust; a key whose row does not speak of it needs trust.
+    """
 
     kind: str
     low: float = 0
     high: float = 0
     choices: Tuple[str, ...] = ()
-    field: str = ""                             # the record's field, where it has another name than the key
+    field: str = ""                             # of the record, where it is not called as the key
+    harmless: Pattern[str] = _NO_VALUE
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors and "did you mean" come from them.
+# The three tables below are all that is known of the file: reading, errors, "did you mean" and
+# what needs trust come from them.
 DEFAULT_OPTIONS: Dict[str, Option] = {
-    "host": Option("host"),
-    "router_host": Option("host", field="host"),
-    "router_port": Option("int", 1, 65_535),
-    "engine_port": Option("int", 1, 65_535),
-    "litellm_port": Option("int", 1, 65_535),
-    "engine": Option("choice", choices=("auto", "llama-swap", "embedded")),
-    "memory_gb": Option("gb_or_auto", 0.1, 100_000),
+    "host": Option("host", harmless=_THIS_MACHINE),
+    "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
+    "router_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "litellm_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
+    "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers"),
-    "flash_attn": Option("choice", choices=("on", "off", "auto")),
-    "jinja": Option("bool"),
-    "threads": Option("int", -1, 4_096),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES),
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
+    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
+    "jinja": Option("bool", harmless=_ANY_VALUE),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
+    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
+    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
     "llama_server_bin": Option("text"),
-    "build_model": Option("choice", choices=("agent", "auto")),
-    "decision_log": Option("bool"),
-    "loading_state": Option("choice", choices=("visible", "comments", "off")),
-    "local_only": Option("bool"),
+    "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
+    "decision_log": Option("bool", harmless=_ANY_VALUE),
+    "loading_state": Option(
+        "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
+    "local_only": Option("bool", harmless=_ANY_VALUE),
 }
 TIER_OPTIONS: Dict[str, Option] = {
-    "tier": Option("text"),
-    "role": Option("text"),
-    "backend": Option("choice", choices=("gguf", "litellm", "openai")),
-    "hf_repo": Option("repo"),
-    "hf_file": Option("hub_file"),
-    "hf_repo_next": Option("repo"),
-    "hf_file_next": Option("hub_file"),
-    "path": Option("text"),
-    "model": Option("text"),
-    "model_next": Option("text"),
+    "tier": Option("text", harmless=_ANY_VALUE),
+    "role": Option("text", harmless=_ANY_VALUE),
+    "backend": Option("choice", choices=("gguf", "litellm", "openai"), harmless=_ANY_VALUE),
+    "hf_repo": Option("repo", harmless=_ANY_VALUE),
+    "hf_file": Option("hub_file", harmless=_ANY_VALUE),
+    "hf_repo_next": Option("repo", harmless=_ANY_VALUE),
+    "hf_file_next": Option("hub_file", harmless=_ANY_VALUE),
+    "path": Option("text", harmless=_PATH_WITHIN),
+    "model": Option("text", harmless=_NO_ADDRESS),
+    "model_next": Option("text", harmless=_NO_ADDRESS),
     "base_url": Option("url"),
     "api_key_env": Option("text"),
-    "ctx_size": Option("tokens", 256, 100_000_000),
-    "max_output_tokens": Option("tokens", 1, 100_000_000),
-    "size_gb": Option("gb", 0, 100_000),
-    "size_gb_next": Option("gb", 0, 100_000),
-    "quant": Option("text"),
-    "quant_next": Option("text"),
-    "sampler": Option("sampler"),
-    "rope_scaling": Option("rope"),
-    "description": Option("text"),
-    "aliases": Option("names"),
-    "ttl": Option("int", 0, 31_536_000),
-    "tool_call": Option("bool"),
-    "reasoning": Option("bool"),
+    "ctx_size": Option("tokens", 256, 100_000_000, harmless=_ANY_VALUE),
+    "max_output_tokens": Option("tokens", 1, 100_000_000, harmless=_ANY_VALUE),
+    "size_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "size_gb_next": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "quant": Option("text", harmless=_ANY_VALUE),
+    "quant_next": Option("text", harmless=_ANY_VALUE),
+    "sampler": Option("sampler", harmless=_ANY_VALUE),
+    "rope_scaling": Option("rope", harmless=_ANY_VALUE),
+    "description": Option("text", harmless=_ANY_VALUE),
+    "aliases": Option("names", harmless=_ANY_VALUE),
+    "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
+    "tool_call": Option("bool", harmless=_ANY_VALUE),
+    "reasoning": Option("bool", harmless=_ANY_VALUE),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
-    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "multi_turn": Option("int", 1, 1_000_000),
-    "ultra_triggers": Option("triggers"),
+    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "multi_turn": Option("int", 1, 1_000_000, harmless=_ANY_VALUE),
+    "ultra_triggers": Option("triggers", harmless=_ANY_VALUE),
 }
 SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-server accepts
     "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
@@ -990,33 +1012,45 @@ _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
-_ROPE = re.compile(r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z", re.IGNORECASE)
+_ROPE = re.compile(
+    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
-# Names that would hold a secret, whatever their value; and values that look like one, whatever their name.
-_SECRET_NAME = re.compile(r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer|authoriz")
+# Names that would hold a secret, whatever the value; values that look like one, whatever the name.
+_SECRET_NAME = re.compile(
+    r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
+    r"|authoriz")
 _SECRET_VALUE = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|nvapi|pplx|csk|fw)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{20,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\barn:aws:iam::"
-    r"|\beyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}"      # bounded: each start is read to its end
+    r"|\barn:aws:iam::|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
 )
 # What names a model may look as it likes.
-_MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
-# A host is asked by what it is here, so no user, query or escape; a variable's name is told from a key by its shape.
-_BASE_URL = re.compile(r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
-                       re.ASCII)
+_MODEL_NAME = re.compile(
+    r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b",
+    re.IGNORECASE)
+# A host is asked by what it is here, so no user, query or escape.
+_BASE_URL = re.compile(
+    r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
+    re.ASCII)
+# The name of a variable is told from a key by its shape.
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
-_NO_OPAQUE = frozenset({"hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next", "llama_server_bin"})
+_NO_OPAQUE = frozenset({
+    "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
+    "llama_server_bin"})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
 class _Line(NamedTuple):
     number: int
     section: str
-    key: str
-    text: str                                   # the line itself, without indentation
+    key: str                                    # "" for the [section] itself
+    value: str
 
 
 def parse_tokens(text: str) -> int:
@@ -1034,9 +1068,12 @@ def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
         if key not in SAMPLER_KEYS:
             raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
         low, high = SAMPLER_KEYS[key]
-        whole = "whole " if key == "top_k" else ""
-        if not re.match(r"-?[0-9]+\Z" if whole else r"-?[0-9]*\.?[0-9]+\Z", value) or not low <= float(value) <= high:
-            raise ValueError(f"{key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
+        kind, pattern = "number", r"-?[0-9]*\.?[0-9]+\Z"
+        if key == "top_k":
+            kind, pattern = "whole number", r"-?[0-9]+\Z"
+        if not re.match(pattern, value) or not low <= float(value) <= high:
+            value = value or "nothing"
+            raise ValueError(f"{key} = {value} is not a {kind} from {low:g} to {high:g}")
         if key in values:
             raise ValueError(f"{key} is given twice")
         values[key] = float(value)
@@ -1054,12 +1091,14 @@ def _parse_rope(text: str) -> Tuple[float, int]:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
+    if len(word) > 64:                          # the comparison takes the square of its length
+        return ""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
 
 
 def parse_value(option: Option, text: str) -> Any:
-    """Read one value as its option says. Errors: ValueError with a sentence that never shows a secret."""
+    """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
     if kind in ("int", "tokens"):
         if kind == "int" and not _NUMBER.match(text):
@@ -1073,7 +1112,8 @@ def parse_value(option: Option, text: str) -> Any:
             return 0.0
         match = _GB.match(text)
         if not match or not option.low <= float(match.group(1)) <= option.high:
-            raise ValueError(f"{text!r} is not a size in GB{' or auto' if kind == 'gb_or_auto' else ''}")
+            auto = " or auto" if kind == "gb_or_auto" else ""
+            raise ValueError(f"{text!r} is not a size in GB{auto}")
         return float(match.group(1))
     if kind == "bool":
         if text.lower() not in _TRUE + _FALSE:
@@ -1081,7 +1121,8 @@ def parse_value(option: Option, text: str) -> Any:
         return text.lower() in _TRUE
     if kind == "choice":
         if text.lower() not in option.choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{_did_you_mean(text, option.choices)}")
+            near = _did_you_mean(text, option.choices)
+            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
         return text.lower()
     if kind == "layers":
         if text not in ("auto", "all") and not (_NUMBER.match(text) and -1 <= int(text) <= 100_000):
@@ -1094,7 +1135,8 @@ def parse_value(option: Option, text: str) -> Any:
     if kind == "url":
         match = _BASE_URL.match(text)
         if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-            raise ValueError("not of the form https://host[:port][/path], such as https://api.groq.com/openai/v1")
+            raise ValueError("not of the form https://host[:port][/path], such as"
+                             " https://api.groq.com/openai/v1")
         return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
@@ -1118,53 +1160,90 @@ def parse_value(option: Option, text: str) -> Any:
     return text
 
 
-def _scan(text: str) -> Tuple[List[_Line], List[Tuple[int, str]]]:
-    """The sections and keys of an ini text with their lines, and what is there twice, stray or a secret.
+_SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
+_KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
+_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
+         " take it out (and revoke it)")
 
-    configparser reads the values out of what is left; it knows neither lines of keys nor more than one
-    problem at a time.
+
+def _odd_space(*texts: str) -> str:
+    """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
+    for char in "".join(text[:1] + text[-1:] for text in texts):
+        if char.isspace() and char not in " \t":
+            return f"U+{ord(char):04X}"
+    return ""
+
+
+class _Scan:
+    """The sections and keys of an ini text with their lines; what is stray, twice or a secret.
+
+    This is the only reader of the file: what it does not see has no value. configparser knows
+    neither the lines of keys nor more than one problem at a time, and skips any white space of
+    Unicode.
     """
-    lines: List[_Line] = []
-    problems: List[Tuple[int, str]] = []
-    seen: Dict[Tuple[str, str], int] = {}
-    section: Optional[str] = ""                 # None below a heading that cannot be shown
-    indent, key = 0, ""
-    for number, raw in enumerate(text.split("\n"), 1):
-        stripped = raw.strip()
+
+    def __init__(self, text: str) -> None:
+        self.lines: List[_Line] = []
+        self.problems: List[Tuple[int, str]] = []
+        self._seen: Dict[Tuple[str, str], int] = {}
+        self._section: Optional[str] = ""       # None below a heading that cannot be shown
+        self._indent, self._key = 0, ""         # of the last line with a key, "" after a heading
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+            self._read(number, line)
+
+    def _read(self, number: int, line: str) -> None:
+        stripped = line.strip(" \t")
         hidden = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if hidden:
-            problems.append((number, "this line holds what looks like a key or password; the file is served and"
-                                     " committed, so take it out (and revoke it)"))
+            self.problems.append((number, _LEAK))
         if not stripped or stripped[0] in "#;":
-            continue
-        depth = len(raw) - len(raw.lstrip())
-        if key and depth > indent:
+            return
+        indent = len(line) - len(line.lstrip(" \t"))
+        if self._key and indent > self._indent:
             if not hidden:
-                problems.append((number, "indented, so it continues the value above; take the spaces away"))
-            continue
-        bare = re.split(r"\s;", stripped)[0].rstrip()
-        header = re.match(r"\[([^\]]+)\]\s*(?:#.*)?$", bare)
-        match = re.match(r"(?!\[)([^:=]+?)\s*[:=]", bare)
-        if header:
-            section, key = None if hidden else header.group(1), ""
-        elif hidden:
-            continue
-        elif not match:
-            problems.append((number, "neither a [section], a key = value nor a comment"))
-            continue
-        elif section == "":
-            problems.append((number, f"{match.group(1).lower()} stands before any [section]"))
-            continue
+                self._wrong(
+                    number, "indented, so it continues the value above; take the spaces away")
+            return
+        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
+        section = _SECTION.match(text)
+        if section:
+            self._section, self._key = section.group(1), ""
+            if hidden:
+                self._section = None
+            self._add(number, "", "")
+        elif not hidden:
+            self._read_key(number, text, indent)
+
+    def _read_key(self, number: int, text: str, indent: int) -> None:
+        match = _KEY_VALUE.match(text)
+        key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
+        odd = _odd_space(text, key, value)
+        if odd:
+            self._wrong(
+                number, f"the white space {odd} stands beside a key or value; use a plain space")
+        elif not key:
+            self._wrong(number, "neither a [section], a key = value nor a comment")
+        elif not key.isascii():
+            code = next(ord(c) for c in key if not c.isascii())
+            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+        elif self._section == "":
+            self._wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            key, indent = match.group(1).lower(), depth
+            self._key, self._indent = key.lower(), indent
+            self._add(number, self._key, value)
+
+    def _wrong(self, number: int, what: str) -> None:
+        self.problems.append((number, what))
+
+    def _add(self, number: int, key: str, value: str) -> None:
+        section = self._section
         if section is None:
-            continue
-        if (section, key) in seen:
+            return
+        first = self._seen.setdefault((section, key), number)
+        if first != number:
             what = f"{key} in [{section}]" if key else f"[{section}]"
-            problems.append((number, f"{what} is there twice, first on line {seen[section, key]}"))
-        seen.setdefault((section, key), number)
-        lines.append(_Line(number, section, key, stripped))
-    return lines, problems
+            self._wrong(number, f"{what} is there twice, first on line {first}")
+        self.lines.append(_Line(number, section, key, value))
 
 
 def _secret_problem(key: str, value: str) -> str:
@@ -1173,19 +1252,19 @@ def _secret_problem(key: str, value: str) -> str:
     if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
         return f"{key} would hold a secret: {advice}"
     if key == "api_key_env" and value and not _VARIABLE.match(value):
-        return "api_key_env names the environment variable that holds the key, such as GROQ_API_KEY; the key itself stays there"
+        return ("api_key_env names the environment variable that holds the key, such as"
+                " GROQ_API_KEY; the key itself stays there")
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
 
 
 def holds_secret(text: str) -> bool:
-    """True when a models.ini, comments included, would give a secret away to whoever may read it."""
-    lines, problems = _scan(text)
-    if any("key or password" in what for _, what in problems):
+    """True when a models.ini, comments included, would give a secret away to its readers."""
+    scan = _Scan(text)
+    if any(what == _LEAK for _, what in scan.problems):
         return True
-    values = ((x.key, re.split("[=:]", x.text, maxsplit=1)[1]) for x in lines if x.key)
-    return any(_secret_problem(key, re.split(r"\s;", value)[0].strip()) for key, value in values)
+    return any(_secret_problem(line.key, line.value) for line in scan.lines)
 
 
 class _Reader:
@@ -1194,36 +1273,46 @@ class _Reader:
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self.warnings: List[str] = []
-        self.lines, stray = _scan(text)
-        self.problems: List[Tuple[int, str]] = list(stray)
-        import configparser
-        self._values = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, strict=False,
-                                                 default_section="\0none")
-        self._values.read_string("\n".join(f"[{x.section}]" if not x.key else x.text for x in self.lines), source)
+        scan = _Scan(text)
+        self.problems = scan.problems
+        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is its first heading
+        for line in scan.lines:
+            section = self.sections.setdefault(line.section, {})
+            if line.key or "" not in section:
+                section[line.key] = line
 
     def line_of(self, section: str, key: str = "") -> int:
-        """Where a section begins, or where the value of its key that counts, the last, stands; 0: nowhere."""
-        found = [x.number for x in self.lines if x.section == section and x.key == key]
-        return (found[-1] if key else found[0]) if found else 0
+        """Where a section begins, or where the value of its key that counts, the last, stands.
+
+        0: nowhere.
+        """
+        line = self.sections.get(section, {}).get(key)
+        return line.number if line else 0
 
     def own(self, section: str) -> Dict[str, str]:
-        return dict(self._values[section]) if self._values.has_section(section) else {}
+        return {key: line.value for key, line in self.sections.get(section, {}).items() if key}
 
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
-    def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
+    def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
+        """Say what is odd, and which of the known words may have been meant."""
+        if len(self.warnings) < MAX_SHOWN_PROBLEMS:
+            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+
+    def section(self, name: str, own: Mapping[str, str],
+                options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
         values: Dict[str, Any] = {}
-        for key, raw in own.items():
-            line, text = self.line_of(name, key), raw.strip()
+        for key, text in own.items():
+            line = self.line_of(name, key)
             secret = _secret_problem(key, text)
             if secret:
                 self.wrong(line, secret)
                 continue
             option = options.get(key)
             if option is None:
-                self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{name}]{_did_you_mean(key, options)}")
+                self.warn(line, f"unknown key {key} in [{name}]", key, options)
                 continue
             if not text and option.kind not in ("triggers", "text", "names", "sampler"):
                 continue
@@ -1235,40 +1324,50 @@ class _Reader:
 
 
 def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
-    """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
+    """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
     url, variable = values.get("base_url", ""), values.get("api_key_env", "")
     at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
     if backend == "openai" and not at:
         reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend != "openai":
-        reader.wrong(at, "base_url is for backend = openai" + ("; LiteLLM's is api_base in litellm_config.yaml"
-                                                               if backend == "litellm" else " and needs a model"))
+    if url and backend == "litellm":
+        reader.wrong(
+            at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
+    elif url and backend != "openai":
+        reader.wrong(at, "base_url is for backend = openai and needs a model")
     if variable and backend == "gguf":
         reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
         reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
-        reader.warnings.append(f"{reader.source}:{at}: the key in {variable} travels unencrypted; https would protect it")
+        reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
+
+
+def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if own.get("base_url") else "litellm"
 
 
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
-    backend = values.get("backend") or ("gguf" if not values.get("model") else "openai" if own.get("base_url") else "litellm")
+    backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
-    elif backend == "gguf" and not values.get("path") and not (own.get("hf_repo") and own.get("hf_file")):
+    in_hub = own.get("hf_repo") and own.get("hf_file")
+    if backend == "gguf" and not values.get("path") and not in_hub:
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
         return None
     if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
-        reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
+        at = reader.line_of(name, "hf_file_next")
+        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
-        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'role')}: role {role} is none that auto or the"
-                               f" agents know{_did_you_mean(role, KNOWN_ROLES)}")
+        at = reader.line_of(name, "role")
+        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
     values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
     values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
     values.update(name=name, backend=backend, rope_scale=rope[0], rope_orig_ctx=rope[1])
@@ -1276,76 +1375,141 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     return Tier(**values)
 
 
-def _check_names(reader: _Reader, tiers: Sequence[Tier], explicit: Mapping[str, Any]) -> Tuple[Tier, ...]:
+def _check_names(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """One role a tier, one owner a name; implicit aliases give way to a section of that name."""
-    names = {t.name: t.name for t in tiers}
     roles: Dict[str, str] = {}
-    checked: Dict[str, Tier] = {}
     for tier in tiers:
-        if not _NAME.match(tier.name) or tier.name.lower() in RESERVED_NAMES:
-            why = "is a reserved name" if tier.name.lower() in RESERVED_NAMES else "is not a name a model can have"
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] {why}")
-        if tier.role and tier.role in roles:
-            reader.wrong(reader.line_of(tier.name, "role"), f"role {tier.role} belongs to [{roles[tier.role]}] already")
-        roles.setdefault(tier.role, tier.name)
-    for tier in sorted(tiers, key=lambda t: t.name not in explicit):    # what is written comes before a role's own
-        aliases = []
-        for alias in tier.aliases:
-            if alias.lower() in RESERVED_NAMES:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} is a reserved name")
-            elif alias not in names:
-                names[alias] = tier.name
-                aliases.append(alias)
-            elif tier.name in explicit and names[alias] != tier.name:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} belongs to [{names[alias]}] already")
-        checked[tier.name] = tier._replace(aliases=tuple(aliases))
-    return tuple(checked[t.name] for t in tiers)
+        if tier.name.lower() in RESERVED_NAMES:
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is a reserved name")
+        elif not _NAME.match(tier.name):
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is not a name a model can have")
+        owner = roles.setdefault(tier.role, tier.name)
+        if tier.role and owner != tier.name:
+            at = reader.line_of(tier.name, "role")
+            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
+    names = {t.name: t.name for t in tiers}
+    implicit = {t.name: not reader.line_of(t.name, "aliases") for t in tiers}
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    for tier in sorted(tiers, key=lambda t: implicit[t.name]):  # a role's own after the written
+        aliases[tier.name] = _own_aliases(reader, tier, names, implicit[tier.name])
+    return tuple(t._replace(aliases=aliases[t.name]) for t in tiers)
+
+
+def _own_aliases(
+        reader: _Reader, tier: Tier, names: Dict[str, str], implicit: bool) -> Tuple[str, ...]:
+    """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
+    at, aliases = reader.line_of(tier.name, "aliases"), []
+    for alias in tier.aliases:
+        if alias.lower() in RESERVED_NAMES:
+            reader.wrong(at, f"alias {alias} is a reserved name")
+        elif alias not in names:
+            names[alias] = tier.name
+            aliases.append(alias)
+        elif names[alias] != tier.name and not implicit:
+            reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
+    return tuple(aliases)
+
+
+# A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
+# some editors.
+_INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def _check_shape(text: str, source: str) -> None:
+    """Before a text of any origin is read at all. Errors: ConfigError."""
+    if len(text) > MAX_INI_BYTES:
+        raise ConfigError([f"{source}:1: is over {MAX_INI_BYTES:,} bytes"])
+    control = _INI_CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        found = control.group()
+        raise ConfigError([f"{source}:{line}: holds the control character {found!r}; take it out"])
+    for number, line_text in enumerate(text.split("\n"), 1):
+        if len(line_text) > MAX_INI_LINE:
+            raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
+
+
+def _check_ports(reader: _Reader, config: Config) -> None:
+    taken: Dict[int, str] = {}
+    for key in ("router_port", "engine_port", "litellm_port"):
+        port = getattr(config, key)
+        other = taken.setdefault(port, key)
+        if other != key:
+            at = reader.line_of("DEFAULT", other) or reader.line_of("DEFAULT", key)
+            reader.wrong(at, f"{other} and {key} are both {port}")
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
-    Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
+    Strict and kind: every problem of the file at once, each as `source:LINE: what`.
+    Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
-    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
-    if control:                                 # a value is printed in many places, and a terminal would obey it
-        raise ConfigError([f"{source}:{text.count(chr(10), 0, control.start()) + 1}: holds the control character"
-                           f" {control.group()!r}; take it out"])
+    _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
-    if routing.high_fidelity_ceiling > routing.mid_fidelity_ceiling:
-        reader.wrong(reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING"),
-                     f"high_fidelity_ceiling {routing.high_fidelity_ceiling:,} is above mid_fidelity_ceiling"
-                     f" {routing.mid_fidelity_ceiling:,}")
-    sections = [s for s in dict.fromkeys(x.section for x in reader.lines) if s not in ("DEFAULT", "ROUTING")]
+    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    if high > mid:
+        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
+        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
+    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    explicit = {s for s in sections if reader.line_of(s, "aliases")}
-    checked = _check_names(reader, tiers, dict.fromkeys(explicit))
-    config = Config(tiers=checked, routing=routing, **values)
-    ports = {"router_port": config.router_port, "engine_port": config.engine_port, "litellm_port": config.litellm_port}
-    for one, other in (("router_port", "engine_port"), ("router_port", "litellm_port"), ("engine_port", "litellm_port")):
-        if ports[one] == ports[other]:
-            reader.wrong(reader.line_of("DEFAULT", one) or reader.line_of("DEFAULT", other),
-                         f"{one} and {other} are both {ports[one]}")
+    config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
+    _check_ports(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
 
 
 def _worded(reader: _Reader) -> List[str]:
-    return [f"{reader.source}:{line}: {what}" for line, what in sorted(set(reader.problems))]
+    problems = sorted(set(reader.problems))
+    lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        line, more = problems[MAX_SHOWN_PROBLEMS][0], len(problems) - MAX_SHOWN_PROBLEMS
+        lines.append(f"{reader.source}:{line}: and {more:,} more problems from here")
+    return lines
+
+
+def _effects(prefix: str, record: Any, default: Any,
+             options: Mapping[str, Option]) -> List[Tuple[str, str]]:
+    found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    for key, option in options.items():
+        field = option.field or key
+        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+            continue
+        value = getattr(record, field)
+        text = "yes" if value is True else str(value)
+        if not option.harmless.match(text):
+            found.setdefault(field, (prefix + key, text))
+    return list(found.values())
+
+
+def config_effects(config: Config) -> List[Tuple[str, str]]:
+    """(key, value) of all in a models.ini that can have an effect outside its project.
+
+    They are the values that the parser returned and the program uses: no spelling is overlooked.
+    """
+    effects = _effects("", config, Config(), DEFAULT_OPTIONS)
+    effects += _effects("[ROUTING] ", config.routing, Routing(), ROUTING_OPTIONS)
+    for tier in config.tiers:
+        effects += _effects(f"[{tier.name}] ", tier, Tier(tier.name), TIER_OPTIONS)
+    return effects
 
 
 def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
-    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError that names the line."""
+    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError with the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         rest = exc.object                       # without the BOM
-        raise ConfigError([f"{source}:{rest.count(10, 0, exc.start) + 1}: byte 0x{rest[exc.start]:02x} is not UTF-8; save"
-                           " the file as UTF-8"]) from None
+        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
+        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
 # ===================================================================================================
@@ -2122,7 +2286,7 @@ def profile_file(name: str) -> str:
 # PURE: LITELLM
 # ===================================================================================================
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy, which serves all tiers of its backend
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
 
 
@@ -2133,280 +2297,159 @@ def litellm_tiers(config: Config) -> List[Tier]:
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     """(model_name, model) of the entries that model_list needs."""
-    return [(name, model) for t in config.tiers if t.backend == "litellm"
-            for name, model in ((t.name, t.model), (f"{t.name}_next", t.model_next)) if model]
+    entries = []
+    for tier in config.tiers:
+        if tier.backend == "litellm":
+            entries += [(tier.name, tier.model), (f"{tier.name}_next", tier.model_next)]
+    return [(name, model) for name, model in entries if model]
 
 
 def proxy_tier(config: Config) -> Optional[Tier]:
-    """The proxy as an engine sees it: a model of no size with every hosted name as its alias; None where no tier needs it."""
+    """The proxy as an engine sees it: a model of no size with every hosted name as its alias.
+
+    None where no tier needs it.
+    """
     tiers = litellm_tiers(config)
-    names = [n for t in tiers for n in (t.name, *([f"{t.name}_next"] if t.model_next else []), *t.aliases)]
-    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, aliases=tuple(dict.fromkeys(names)), description="LiteLLM, for "
-                + ", ".join(t.name for t in tiers)) if tiers else None
+    if not tiers:
+        return None
+    names: List[str] = []
+    for tier in tiers:
+        names.append(tier.name)
+        if tier.model_next:
+            names.append(f"{tier.name}_next")
+        names += tier.aliases
+    description = "LiteLLM, for " + ", ".join(t.name for t in tiers)
+    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
+                aliases=tuple(dict.fromkeys(names)))
 
 
 def unfence_ultra(text: str) -> str:
-    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on, the markers gone."""
+    """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
         return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    return re.sub(rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n", bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
 
 
-def _entry_lines(entries: Sequence[Tuple[str, str]], indent: int, newline: str) -> str:
-    dash = " " * indent
-    return newline.join(f"{dash}- model_name: {_yaml_text(name)}{newline}{dash}  litellm_params:{newline}"
-                        f"{dash}    model: {_yaml_text(model)}" for name, model in entries)
+def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
+    """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
+    lines = []
+    for name, model in entries:
+        lines += [f"  - model_name: {_yaml_text(name)}",
+                  "    litellm_params:",
+                  f"      model: {_yaml_text(model)}"]
+    return "\n".join(lines)
 
 
-_YAML_TOKEN = re.compile(r"""(?:^|(?<=[\[{,])|(?<=[:?-][ ])|(?<=["']:))[ ]*(?:[&!][^\s,\[\]{}]*[ ]+)*
-                             (?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|(?P<torn>["']))|(?P<note>(?:^|(?<=\s))\#.*)|.""", re.VERBOSE)
-_SCALAR_HEAD = re.compile(r"(?:^|[:?-][ ]+)(?:[&!]\S+[ ]+)*[|>]([0-9+-]{0,2})[ ]*$")
-_TOP_LINE = re.compile(r"""(?:[\w.-]+|"[^"]*"|'[^']*')[ ]*:(?:[ ]|$)|-(?:[ ]|$)""")
-_MODEL_LIST = re.compile(r"""(?:model_list|"model_list"|'model_list')[ ]*:(?:[ ]+(?:&\S+[ ]*)?|$)""")
-_VALUE_OF = (r"""(?:^|[\s{{,])(?:{0}[ ]*:(?=[\s])|["']{0}["'][ ]*:)\s*(?:[&!]\S+\s+)*"""
-             r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[^,}}\s][^,}}\n]*)""")
+class LitellmEntry(NamedTuple):
+    """An entry of model_list, as LiteLLM's own parser reads it."""
+
+    model: str
+    references: Tuple[str, ...] = ()            # the NAMEs of os.environ/NAME
+    has_key: bool = False
+    has_base: bool = False
 
 
-class _YamlLine(NamedTuple):
-    at: int                                     # offset of its first character
-    indent: int
-    code: str                                   # without indentation and comment; "" for nothing, and for a scalar's text
-    end: int                                    # offset behind its line break
-    keep: bool                                  # ends in, or belongs to, a scalar that would take up a line break behind it
+class LitellmFile(NamedTuple):
+    """litellm_config.yaml, as LiteLLM's own parser reads it."""
+
+    entries: Mapping[str, LitellmEntry]
+    environment: FrozenSet[str]                 # variables that the file sets itself
 
 
-def _without_comment(line: str) -> str:
-    """Errors: ValueError where a quoted text goes on in the next line."""
-    kept = []
-    for token in _YAML_TOKEN.finditer(line):
-        if token.group("torn"):
-            raise ValueError("a quoted text goes over several lines")
-        if not token.group("note"):
-            kept.append(token.group())
-    return "".join(kept).rstrip()
+def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
+    """What share/guests/litellm_yaml.py has said of a file; None where it could not read that."""
+    try:
+        entries = {name: LitellmEntry(entry["model"], tuple(entry["references"]), entry["has_key"],
+                                      entry["has_base"])
+                   for name, entry in answer["entries"].items()}
+        return LitellmFile(entries, frozenset(answer["environment"]))
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
-def _yaml_lines(text: str) -> List[_YamlLine]:
-    """The lines of a configuration. Errors: ValueError for what is not plain enough to be sure of."""
-    if re.search(r"\r(?!\n)|[\x85\u2028\u2029]|^ *\t", text, re.MULTILINE):
-        raise ValueError("tabs or unusual line breaks")
-    lines: List[_YamlLine] = []
-    scalar, keep = -1, False                    # the column that a block scalar's text is to the right of
-    for match in re.finditer(r"[^\n]*\n|[^\n]+\Z", text):
-        raw = match.group().rstrip("\r\n").replace("\ufeff", "")
-        indent = len(raw) - len(raw.lstrip(" "))
-        if scalar >= 0 and (indent > scalar or not raw.strip()):
-            lines.append(_YamlLine(match.start(), indent, "", match.end(), keep or not match.group().endswith("\n")))
-            continue
-        code = _without_comment(raw[indent:])
-        if re.match(r"%|\.\.\.(?:\s|\Z)", raw) or (re.match(r"---(?:\s|\Z)", raw)
-                                                   and (raw.strip() != "---" or any(x.code for x in lines))):
-            raise ValueError("several documents, or directives")
-        head = _SCALAR_HEAD.search(code)
-        scalar, keep = -1, bool(head and "+" in head.group(1))
-        if head:
-            bullets = re.match(r"(?:[-?][ ]+)*", code)
-            scalar = indent + (bullets.end() if bullets and code[bullets.end()] not in "|>" else 0)
-        lines.append(_YamlLine(match.start(), indent, "" if raw.strip() == "---" else code, match.end(), keep))
-    return lines
-
-
-class _ModelList(NamedTuple):
-    """A configuration's model_list: its entries' text, and where and how more are put in."""
-
-    entries: Tuple[str, ...]
-    at: int
-    indent: int = -1                            # of the dashes; -1: the list is written in brackets
-    separator: str = ""                         # what goes before: a comma, the key itself
-
-
-def _find_model_list(text: str) -> _ModelList:
-    """Errors: ValueError, where entries cannot be put in without a doubt."""
-    lines = _yaml_lines(text)
-    found = [i for i, x in enumerate(lines) if x.indent == 0 and _MODEL_LIST.match(x.code)]
-    if len(found) > 1:
-        raise ValueError("model_list is there twice")
-    flow = _flow_place(text, lines, found[0]) if found else None
-    for line in lines:
-        if line.indent == 0 and line.code and not _TOP_LINE.match(line.code) \
-                and not (flow and lines[found[0]].at < line.at <= flow.at):
-            raise ValueError(f"it is not written as one key a line: {line.code[:40]}")
-    if flow:
-        return flow
-    if not found:
-        if any(x.indent == 0 and x.code.startswith("-") for x in lines) or (lines and lines[-1].keep):
-            raise ValueError("there is no model_list, and no place for one")
-        return _ModelList((), len(text), 2, "model_list:")
-    key = lines[found[0]]
-    rest = key.code[_MODEL_LIST.match(key.code).end():]     # type: ignore[union-attr]
-    below: List[_YamlLine] = []
-    for line in lines[found[0] + 1:]:
-        if line.indent == 0 and line.code and not line.code.startswith("-"):
-            break
-        below.append(line)
-    first = next((x for x in below if x.code), None)
-    if rest:
-        raise ValueError("model_list is no list")
-    return _block_list(text, below, first) if first else _ModelList((), key.end, 2)
-
-
-def _flow_place(text: str, lines: Sequence[_YamlLine], key: int) -> Optional[_ModelList]:
-    """The list below the key on that line where it is written in brackets."""
-    for line in lines[key:]:
-        code = _MODEL_LIST.sub("", line.code, count=1) if line is lines[key] else line.code
-        if code:
-            return _flow_list(text, text.index("[", line.at)) if code.startswith("[") else None
-    return None
-
-
-def _block_list(text: str, below: Sequence[_YamlLine], first: _YamlLine) -> _ModelList:
-    indent = first.indent
-    starts = []
-    last = first
-    for line in below:
-        if line.code:
-            if line.indent < indent or (line.indent == indent and not re.match(r"-(?:[ ]|$)", line.code)):
-                raise ValueError("its indentation is unclear")
-            starts += [line] if line.indent == indent else []
-        elif not text[line.at:line.end].strip() or (indent == line.indent == 0):
-            continue                            # what follows the last entry belongs to the next key
-        if line.code or line.indent >= indent:
-            last = line
-    if last.keep:
-        raise ValueError("its last entry ends in a text that keeps the lines behind it")
-    bounds = [*[x.at for x in starts], last.end]
-    entries = ["".join(f"{' ' * x.indent}{x.code}\n" for x in below if a <= x.at < b) for a, b in zip(bounds, bounds[1:])]
-    return _ModelList(tuple(entries), last.end, indent)
-
-
-def _flow_list(text: str, start: int) -> _ModelList:
-    """A list in brackets, which begin at `start`."""
-    entries: List[str] = []
-    depth, code, at = 0, "", start
-    for line in text[start:].split("\n"):
-        for token in _YAML_TOKEN.finditer(line):
-            word = token.group()
-            if word in ("[", "{"):
-                depth += 1
-            elif word in ("]", "}"):
-                depth -= 1
-                if depth == 0:
-                    tail = [code] if code.strip() else []
-                    return _ModelList((*entries, *tail), at + token.start(), -1, ", " if tail else "")
-            if token.group("note"):
-                continue
-            if word == "," and depth == 1:
-                entries.append(code)
-                code = ""
-            elif depth > 1 or word != "[":
-                code += word
-        code += "\n"
-        at += len(line) + 1
-    raise ValueError("its brackets do not close")
-
-
-def _yaml_values(entry: str, key: str) -> List[str]:
-    """The values of a key in an entry's text."""
-    values = []
-    for value in re.findall(_VALUE_OF.format(key), entry, re.MULTILINE):
-        value = value.strip()
-        try:
-            values.append(json.loads(value) if value[0] == '"' else value[1:-1].replace("''", "'") if value[0] == "'" else value)
-        except ValueError:
-            values.append(value)
-    return values
-
-
-def named_entries(text: str) -> Dict[str, str]:
-    """model_name -> its entry's text, of a LiteLLM configuration. Errors: ValueError where that cannot be told."""
-    named: Dict[str, str] = {}
-    for entry in _find_model_list(text).entries:
-        names = _yaml_values(entry, "model_name")
-        if any(n.startswith(("*", "|", ">")) for n in names) or (not names and re.search(r"<<\s*:|^\s*-?\s*\*", entry)):
-            raise ValueError("an entry has its name from elsewhere in the file")
-        for name in names:
-            named.setdefault(name, entry)
-    return named
-
-
-def merge_litellm_yaml(text: str, wanted: Sequence[Tuple[str, str]]) -> Tuple[str, List[Tuple[str, str]]]:
-    """(`text` with an entry for each (name, model) that its model_list lacks, those). Every character of it stays.
-
-    Errors: ValueError, why nothing can be put in.
-    """
-    known = named_entries(text)
-    missing = [(name, model) for name, model in wanted if name not in known]
-    if not missing:
-        return text, []
-    place = _find_model_list(text)
-    if place.indent < 0:
-        flow = ", ".join(f"{{model_name: {_yaml_text(n)}, litellm_params: {{model: {_yaml_text(m)}}}}}" for n, m in missing)
-        return text[:place.at] + place.separator + flow + text[place.at:], missing
-    newline = "\r\n" if "\r\n" in text else "\n"
-    added = (place.separator + newline if place.separator else "") + _entry_lines(missing, place.indent, newline)
-    before, after = text[:place.at], text[place.at:]
-    return before + (added + newline if not before or before.endswith("\n") else newline + added) + after, missing
-
-
-# A provider -> what LiteLLM reads its credentials from; with | between what does instead of each other.
+_PLAIN_PROVIDERS = ("openai", "groq", "mistral", "codestral", "deepseek", "xai", "cerebras",
+                    "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")
+# A provider -> the variables LiteLLM reads its credentials from; | between those that do instead of
+# each other.
 CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    **{name: (f"{name.upper()}_API_KEY",) for name in ("openai", "groq", "mistral", "codestral", "deepseek", "xai",
-       "cerebras", "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")},
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",), "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",), "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
+    **{name: (f"{name.upper()}_API_KEY",) for name in _PLAIN_PROVIDERS},
+    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",),
+    "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
+    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",),
+    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
     "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
-    "cohere": ("COHERE_API_KEY|CO_API_KEY",), "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN",),
+    "cohere": ("COHERE_API_KEY|CO_API_KEY",),
+    "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
+    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY"
+                     "|FIREWORKS_AI_TOKEN",),
     "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
     "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
-    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
+    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK"
+                "|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
     "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
 }
-AMBIENT = ("azure", "bedrock", "vertex_ai")     # a machine in their cloud may have credentials that no variable shows
-_CREDENTIAL_NAMES = frozenset(n for names in CREDENTIALS.values() for name in names for n in name.split("|")) - {"HF_TOKEN"}
+# A machine in their cloud may have credentials that no variable shows.
+AMBIENT = ("azure", "bedrock", "vertex_ai")
+_CREDENTIAL_NAMES = frozenset("|".join("|".join(w) for w in CREDENTIALS.values()).split("|"))
+
+
+def _is_credential(name: str) -> bool:
+    """True for a variable that only LiteLLM needs; HF_TOKEN is llama-server's, too."""
+    if name.startswith(("AWS_S", "LITELLM_")):
+        return True
+    return name in _CREDENTIAL_NAMES and name != "HF_TOKEN"
 
 
 def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that ask no provider."""
-    return {k: v for k, v in env.items() if k not in _CREDENTIAL_NAMES and not k.startswith(("AWS_S", "LITELLM_"))}
+    return {name: value for name, value in env.items() if not _is_credential(name)}
 
 
-def tier_credentials(tier: Tier, env: Mapping[str, str], yaml_text: str, use_next: bool = False,
-                     certain: bool = False) -> Tuple[str, ...]:
-    """The names of the variables that a LiteLLM tier lacks in `env`; none where that cannot be told.
+def _provider(model: str) -> str:
+    """The provider that LiteLLM takes a model's name for, "" where that is not plain."""
+    if "/" in model:
+        return model.split("/")[0]
+    if model.startswith("claude"):
+        return "anthropic"
+    return "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
 
-    What its entry refers to as os.environ/NAME decides, else what its provider is known to need; `certain`: and
-    cannot do without.
+
+def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
+                     use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
+    """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
+
+    What its entry refers to as os.environ/NAME decides, else what its provider is known to need;
+    `certain`: and cannot do without.
     """
-    try:
-        entry = named_entries(yaml_text).get(tier.name + ("_next" if use_next and tier.model_next else ""), "")
-    except ValueError:
+    if file is None:
         return ()
-    wanted: Sequence[str] = re.findall(r"os\.environ/(\w+)", entry)
-    if not wanted and not re.search(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name|(?:^|[\s,{:])\*\w", entry):
-        model = (_yaml_values(entry, "model") or [hosted_model(tier, use_next)])[0]
-        provider = model.split("/")[0] if "/" in model else "anthropic" if model.startswith("claude") else \
-            "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+    name = tier.name + "_next" if use_next and tier.model_next else tier.name
+    entry = file.entries.get(name, LitellmEntry(""))
+    wanted = entry.references
+    if not wanted and not entry.has_key:
+        provider = _provider(entry.model or hosted_model(tier, use_next))
         if not (certain and provider in AMBIENT):
-            wanted = [w for w in CREDENTIALS.get(provider, ()) if w != "AZURE_API_BASE" or "api_base" not in entry]
-    lacking = [w for w in wanted if not any(env.get(n, "").strip() for n in w.split("|"))
-               and not re.search(rf"^[ ]+(?:{w})[ ]*:", yaml_text, re.MULTILINE)]       # environment_variables:
-    return tuple(dict.fromkeys(w.split("|")[0] for w in lacking))
+            wanted = CREDENTIALS.get(provider, ())
+        if entry.has_base:
+            wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
+    lacking = []
+    for choice in (w.split("|") for w in wanted):
+        if not any(env.get(n, "").strip() or n in file.environment for n in choice):
+            lacking.append(choice[0])
+    return tuple(dict.fromkeys(lacking))
 
 
-def litellm_differences(config: Config, yaml_text: str) -> List[str]:
+def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
-    try:
-        known = named_entries(yaml_text)
-    except ValueError:
-        return []
     found = []
     for name, model in litellm_entries(config):
-        models = _yaml_values(known.get(name, ""), "model")
-        if models and model not in models and not models[0].startswith("*"):
-            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {models[0]}, which is what is asked")
+        entry = file.entries.get(name) if file else None
+        if entry and entry.model not in ("", model):
+            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
+                         " which is what is asked")
     return found
 
 
@@ -2515,18 +2558,32 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
 # ===================================================================================================
 # PURE: HTTP
 # ===================================================================================================
+# Strict where leniency smuggles: two programs that read one message differently are how a request
+# is hidden inside another. llhttp and nginx refuse the same. Numbers of sections are RFC 9112's.
 
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
-                        b"te", b"trailer", b"transfer-encoding", b"upgrade"})
-_NO_LENGTH = frozenset({b"content-length"}) | HOP_BY_HOP
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\x00\r\n]*))?\Z")
+HOP_BY_HOP = frozenset({
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+})
+_NO_LENGTH = HOP_BY_HOP | {b"content-length"}
+# Who may ask, and where a request ends, is judged by the first of these; a second could say
+# otherwise to whoever reads the last.
+_SINGLE = (b"host", b"content-length", b"transfer-encoding", b"origin", b"sec-fetch-site")
+_REQUEST_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\Z")
+_ABSOLUTE_FORM = re.compile(rb"https?://[^/?]+(.*)\Z", re.IGNORECASE)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (.*))?\Z", re.DOTALL)
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00\r\n]*)?\Z")
+_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 413: "Content Too Large", 417: "Expectation Failed",
-           429: "Too Many Requests", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable"}
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
+REASONS = {
+    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
+    500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
+}
 
 Header = Tuple[bytes, bytes, bytes]             # lower-case name, value, the line as it came
 
@@ -2535,19 +2592,17 @@ class Request(NamedTuple):
     """A request's head. `length` is -1 for a chunked body."""
 
     method: str
-    target: str
+    target: str                                 # begins with "/", or is the "*" of OPTIONS
     minor: int                                  # HTTP/1.minor
     headers: Tuple[Header, ...]
     keep_alive: bool
     upgrade: bool
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
-    notes: Dict[Any, Any]                       # what was worked out of this head, for the next request that has it
-    length: int                                 # this counts: in `headers`, Content-Length may be an earlier request's
+    length: int
 
     def header(self, name: bytes) -> str:
-        value = self.fields.get(name)
-        return "" if value is None else value.decode("latin-1")
+        return self.fields.get(name, b"").decode("latin-1")
 
 
 class Response(NamedTuple):
@@ -2559,292 +2614,304 @@ class Response(NamedTuple):
     length: int
     keep_alive: bool
     events: bool                                # text/event-stream
-    text: bytes                                 # status line and the header lines that travel on, each with its CRLF
+    text: bytes                                 # the lines that travel on, each with its CRLF
 
     def header(self, name: bytes) -> str:
-        return next((v.decode("latin-1") for n, v, _ in self.headers if n == name), "")
+        for known, value, _ in self.headers:
+            if known == name:
+                return value.decode("latin-1")
+        return ""
+
+
+# ---- heads
+
+
+def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
+    """Return where the empty line behind a request's head begins, -1 while it is not there.
+
+    `searched` says how many bytes an earlier call has seen: a head that comes byte by byte is read
+    in linear time, too. Errors: HttpError 400 for what can become no head.
+    """
+    end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    if end > MAX_HEAD_BYTES or (end < 0 and len(data) > MAX_HEAD_BYTES + 3):
+        raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
+    if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
+        raise HttpError(400, "a line ends in a bare CR or LF")
+    return end
+
+
+def _refuse_controls(text: bytes) -> None:
+    """Errors: ValueError for control bytes in what should be one line, or lines joined."""
+    if len(text.translate(None, _CONTROL_BYTES)) != len(text):
+        raise ValueError("a control byte, or a bare CR or LF")
+
+
+def _split_head(head: bytes) -> List[bytes]:
+    """The lines of a head. Errors: ValueError."""
+    lines = head.split(b"\r\n")
+    _refuse_controls(b"".join(lines))
+    return lines
 
 
 def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError. A folded line starts with white space and so is no header: refused (RFC 9112, 5.2)."""
+    """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
 
 
-def _is_clean(head: bytes, lines: int) -> bool:
-    """True when a head of so many lines has no NUL and no CR or LF but those that end its lines."""
-    return head.count(b"\n") == head.count(b"\r") == lines - 1 and b"\0" not in head
+def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
+    """The lower-case words of all Connection headers."""
+    words: Set[bytes] = set()
+    for name, value, _ in headers:
+        if name == b"connection":
+            words.update(word.strip().lower() for word in value.split(b","))
+    return frozenset(words)
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
+    """(method, target, minor version). Errors: HttpError 400."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, minor = match.groups()
+    target = _origin_form(method, target)
+    return method.decode("ascii"), target.decode("latin-1"), int(minor)
+
+
+def _origin_form(method: bytes, target: bytes) -> bytes:
+    """A target (3.2) without scheme and host. Errors: HttpError 400."""
+    if method == b"CONNECT":
+        raise HttpError(400, "CONNECT is for proxies, and this is none")
+    if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
+        return target
+    absolute = _ABSOLUTE_FORM.match(target)
+    if absolute is None:
+        raise HttpError(400, "the target is no path; it begins with /")
+    path = absolute.group(1)
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
+    """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked" or minor == 0:
+            raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
+        return -1
+    if length is None:
+        return 0
+    if not length.isdigit() or len(length) > 15:
+        raise HttpError(400, "Content-Length is no number")
+    return int(length)
+
+
+def parse_request_head(head: bytes) -> Request:
+    """Parse a request head (without its empty line), in linear time.
+
+    Errors: HttpError 400, and 417 for an expectation other than 100-continue.
+    """
+    try:
+        first, *lines = _split_head(head)
+        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+    except ValueError as exc:
+        raise HttpError(400, str(exc)) from None
+    method, target, minor = _parse_request_line(first)
+    if len(lines) > MAX_HEADERS:
+        raise HttpError(400, f"more than {MAX_HEADERS} headers")
+    fields = {name: value for name, value, _ in reversed(headers)}
+    if len(fields) < len(headers):
+        names = [name for name, _, _ in headers]
+        for name in _SINGLE:
+            if names.count(name) > 1:
+                raise HttpError(400, f"{name.decode()} is there twice")
+    length = _request_length(fields, minor)
+    if minor == 1 and b"host" not in fields:
+        raise HttpError(400, "a Host header is needed")
+    expect = fields.get(b"expect", b"").lower()
+    if expect not in (b"", b"100-continue"):
+        raise HttpError(417, "only Expect: 100-continue is known")
+    words = _connection_words(headers)
+    return Request(
+        method, target, minor, tuple(headers),
+        keep_alive=minor == 1 and b"close" not in words,
+        upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
+        expects=minor == 1 and expect != b"",
+        fields=fields, length=length,
+    )
 
 
 _NO_WORDS: FrozenSet[bytes] = frozenset()
 
 
-def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
-    values = [v for n, v, _ in headers if n == b"connection"]
-    return frozenset([w.strip().lower() for v in values for w in v.split(b",")]) if values else _NO_WORDS
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_request_line(line: bytes) -> Optional[Tuple[str, str, int]]:
-    """(method, target, minor version)."""
-    match = _REQUEST_LINE.match(line)
-    if match is None:
-        return None
-    target = match.group(2).decode("latin-1")
-    if target.lower().startswith(("http://", "https://")):      # absolute form, RFC 9112, 3.2.2
-        target = "/" + target.split("://", 1)[1].partition("/")[2]
-    return match.group(1).decode("ascii"), target, int(match.group(3))
-
-
-def parse_request_head(head: bytes) -> Request:
-    """Parse a request head (without its empty line). Strict where leniency smuggles. Errors: HttpError 400.
-
-    Source: RFC 9112; llhttp and nginx refuse the same.
-    """
-    lines = head.split(b"\r\n")
-    parse_line = _parse_request_line if len(lines[0]) < 512 else _parse_request_line.__wrapped__   # long ones are not kept
-    first = parse_line(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise HttpError(400, "malformed request line, a NUL, or a bare CR or LF")
-    if len(lines) > MAX_HEADERS + 1:
-        raise HttpError(400, f"more than {MAX_HEADERS} headers")
-    try:
-        headers = [_parse_header(line) for line in lines[1:]]
-    except ValueError as exc:
-        raise HttpError(400, str(exc)) from None
-    method, target, minor = first
-    fields = {name: value for name, value, _ in reversed(headers)}
-    if len(fields) < len(headers):
-        for name in (b"content-length", b"transfer-encoding", b"host"):
-            if sum(n == name for n, _, _ in headers) > 1:
-                raise HttpError(400, f"{name.decode()} is there twice")
-    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
-    if length is not None and (not length.isdigit() or len(length) > 15):
-        raise HttpError(400, "Content-Length is no number")
-    if coding is not None and (length is not None or coding.lower() != b"chunked" or minor == 0):
-        raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
-    if minor == 1 and b"host" not in fields:
-        raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect and expect != b"100-continue":
-        raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers) if b"connection" in fields else _NO_WORDS
-    return Request(method, target, minor, tuple(headers),
-                   minor == 1 and b"close" not in words,
-                   minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-                   minor == 1 and bool(expect), fields, {},
-                   -1 if coding is not None else int(length) if length is not None else 0)
-
-
-class HeadReader:
-    """Parses the heads of one connection, where each mostly says what the one before said but for the body's length.
-
-    Such a head is known by its bytes on both sides of the digits; its request shares fields and notes with the last
-    one's. Kept by the connection and gone with it: a head may hold a key.
-    """
-
-    __slots__ = ("_after", "_before", "_last")
-
-    def __init__(self) -> None:
-        self._before = self._after = b""
-        self._last: Optional[Request] = None
-
-    def read(self, head: bytes) -> Request:
-        """As parse_request_head."""
-        last = self._last
-        if last is not None and head.startswith(self._before) and head.endswith(self._after):
-            digits = head[len(self._before):len(head) - len(self._after)]
-            if digits.isdigit() and len(digits) <= 15:
-                length = int(digits)
-                return last if length == last.length else Request._make((*last[:-1], length))
-        self._last = None
-        request = parse_request_head(head)
-        digits = request.fields.get(b"content-length", b"")
-        if digits:
-            start = head.index(digits, head.lower().index(b"\r\ncontent-length:") + 17)
-            self._before, self._after, self._last = head[:start], head[start + len(digits):], request
-        return request
-
-
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not the hop-by-hop ones, those named by Connection, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
+    """The header lines that travel on: not those that Connection names, nor `drop`."""
+    drop = drop | _connection_words(headers)
     return [line for name, _, line in headers if name not in drop]
 
 
-@functools.lru_cache(maxsize=128)               # llama-server's heads are the same bytes for every stream
+def _response_length(headers: Sequence[Header]) -> int:
+    """Content-Length of an answer, -1 without one. Errors: ValueError."""
+    values = {value for name, value, _ in headers if name == b"content-length"}
+    if not values:
+        return -1
+    if not all(value.isdigit() and len(value) <= 15 for value in values):
+        raise ValueError("Content-Length is no number")
+    lengths = {int(value) for value in values}
+    if len(lengths) > 1:
+        raise ValueError("two Content-Lengths differ")
+    return lengths.pop()
+
+
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError."""
-    lines = head.split(b"\r\n")
-    first = _STATUS_LINE.match(lines[0])
-    if first is None or not _is_clean(head, len(lines)):
-        raise ValueError("no HTTP status line, or a malformed head")
-    status = int(first.group(2))
-    headers = [_parse_header(line) for line in lines[1:]]
-    length, chunked, events, words = -1, False, False, b""
-    for name, value, _ in headers:
-        if name == b"content-length":
-            if not value.isdigit() or (length >= 0 and int(value) != length):
-                raise ValueError("bad Content-Length")
-            length = int(value)
-        elif name == b"transfer-encoding":
-            chunked = value.lower().split(b",")[-1].strip() == b"chunked"
-        elif name == b"connection":
-            words += b"," + value.lower()
-        elif name == b"content-type":
-            events = value.lower().startswith(b"text/event-stream")
+    first, *lines = _split_head(head)
+    match = _STATUS_LINE.match(first)
+    if match is None:
+        raise ValueError("no HTTP status line")
+    minor, code, reason = match.groups()
+    status = int(code)
+    headers = [_parse_header(line) for line in lines]
+    fields = {name: value.lower() for name, value, _ in headers}
+    coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
+    length = _response_length(headers)
     if method == "HEAD" or status in (204, 304) or status < 200:
         framing = "none"
-    elif chunked:
+    elif coding == b"chunked":
         framing = "chunked"
     elif length >= 0:
         framing = "length"
     else:
         framing = "close"
-    alive = (b"close" not in words) if first.group(1) == b"1" else (b"keep-alive" in words)
-    line = b"HTTP/1.1 " + first.group(2) + b" " + (first.group(3) or b"")
+    words = _connection_words(headers)
+    alive = b"close" not in words if minor == b"1" else b"keep-alive" in words
+    text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
     if status == 101:
-        travel = [line, *(line for _, _, line in headers)]
+        text += lines
     else:
-        travel = [line, *end_to_end(headers, _NO_LENGTH)]
-        if framing == "length":                 # once, however often it was said, and whatever Connection names
-            travel.append(b"Content-Length: %d" % length)
-        elif framing == "none":                 # a HEAD's answer says what a GET's would be
-            travel += [line for name, _, line in headers if name == b"content-length"]
-    return Response(status, tuple(headers), framing, max(length, 0), alive and framing != "close", events,
-                    b"\r\n".join(travel) + b"\r\n")
+        text += end_to_end(headers, _NO_LENGTH)
+        # Once, however often it was said; a HEAD's answer says what a GET's would be.
+        if framing == "length" or (framing == "none" and length >= 0):
+            text.append(b"Content-Length: %d" % length)
+    return Response(
+        status, tuple(headers), framing, max(length, 0),
+        keep_alive=alive and framing != "close",
+        events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
+        text=b"\r\n".join(text) + b"\r\n",
+    )
 
 
-MAX_SIZE_LINE_BYTES = 1024
-_SIZES: Dict[bytes, int] = {}                   # spelled chunk size -> size; streams repeat a few dozen
+# ---- chunks
 
-
-def _chunk_size(line: bytes) -> int:
-    match = _CHUNK_SIZE.match(line)
-    if match is None or len(line) >= MAX_SIZE_LINE_BYTES:
-        raise ValueError("malformed chunk size")
-    size = int(match.group(1), 16)
-    if len(_SIZES) < 4096 and len(line) < 16:   # no extension: what a client likes to put there is not kept
-        _SIZES[line] = size
-    return size
+# What the next byte of a chunked message belongs to.
+_SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
 
 
 class ChunkFraming:
-    """Follows chunked framing through bytes that arrive in any pieces, without holding any of them back."""
+    """Follows chunked framing (7.1) through bytes that arrive in any pieces; holds none back.
 
-    __slots__ = ("_ahead", "_line", "_trailer", "done")
+        SIZE -> DATA -> DATA_END -> SIZE ...
+          `--> TRAILER ... -> DONE             behind a size of 0
+    """
+
+    __slots__ = ("_left", "_line", "_state")
 
     def __init__(self) -> None:
-        self._ahead = 0                         # payload bytes and their CRLF still to come
-        self._line = b""                        # the part of a size line seen so far
-        self._trailer = False                   # the last chunk has come, trailer lines follow
-        self.done = False
+        self._state = _SIZE
+        self._left = 0                          # bytes of this chunk, or trailers, that may still come
+        self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
+
+    @property
+    def done(self) -> bool:
+        return self._state == _DONE
 
     def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
         """Take the next bytes; return how many stand behind the end of the message.
 
-        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then do not count.
+        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then
+        do not count.
         """
-        before = self._ahead, self._line, self._trailer
+        before = self._state, self._left, self._line
+        position, end = 0, len(data)
         try:
-            return self._feed(data, payload)
+            while position < end and self._state != _DONE:
+                if self._state == _DATA:
+                    position = self._take_data(data, position, payload)
+                elif self._state == _DATA_END:
+                    position = self._take_data_end(data, position)
+                else:
+                    position = self._take_line(data, position)
         except ValueError:
-            self._ahead, self._line, self._trailer = before
+            self._state, self._left, self._line = before
             raise
+        return end - position
 
-    def _feed(self, data: bytes, payload: Optional[List[bytes]]) -> int:
-        position, end = self._ahead, len(data)
-        if position:
-            if payload is not None and position > 2:
-                payload.append(data[:position - 2])
-            if position > end:
-                self._ahead = position - end
-                self._check_crlf(data, position, end)
-                return 0
-            self._check_crlf(data, position, end)
-        elif self._line:
-            data, self._line = self._line + data, b""
-            end = len(data)
-        self._ahead = 0
-        find, known = data.find, _SIZES.get
-        while position < end and not self._trailer:
-            eol = find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            size = known(data[position:eol])
-            if size is None:
-                size = _chunk_size(data[position:eol])
-            if not size:
-                self._trailer = True
-                position = eol + 2
-                break
-            position = eol + size + 4
-            if payload is not None:
-                payload.append(data[eol + 2:min(position - 2, end)])
-            if data[position - 2:position] != b"\r\n":      # cut off here, or wrong
-                self._check_crlf(data, position, end)
-                self._ahead = position - end
-                return 0
-        return self._trailers(data, position) if self._trailer else 0
+    def _take_data(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+        behind = min(position + self._left, len(data))
+        if payload is not None:
+            payload.append(data[position:behind])
+        self._left -= behind - position
+        if not self._left:
+            self._state = _DATA_END
+        return behind
 
-    @staticmethod
-    def _check_crlf(data: bytes, position: int, end: int) -> None:
-        """`position` is behind a payload's CRLF; whatever of those two bytes is in `data` must be right."""
-        low = max(position - 2, 0)
-        if low < end and data[low:position] != b"\r\n"[low - (position - 2):min(position, end) - (position - 2)]:
+    def _take_data_end(self, data: bytes, position: int) -> int:
+        missing = b"\r\n"[len(self._line):]
+        came = data[position:position + len(missing)]
+        if came == missing:
+            self._state, self._line = _SIZE, b""
+        elif came == b"\r" and missing == b"\r\n":
+            self._line = came
+        else:
             raise ValueError("a chunk is longer than it said")
+        return position + len(came)
 
-    def _keep(self, data: bytes, position: int) -> int:
-        self._line = data[position:]
-        if len(self._line) > MAX_SIZE_LINE_BYTES:
-            raise ValueError("chunk size line without end")
-        return 0
+    def _take_line(self, data: bytes, position: int) -> int:
+        """A chunk's size, or a trailer."""
+        newline = data.find(b"\n", position)
+        behind = newline + 1 if newline >= 0 else len(data)
+        line = self._line + data[position:behind]
+        if len(line) > MAX_FRAMING_LINE_BYTES:
+            raise ValueError("a line of the chunk framing is too long")
+        self._line = line
+        if newline < 0:
+            return behind
+        if not line.endswith(b"\r\n"):
+            raise ValueError("a line of the chunk framing ends in a bare LF")
+        self._line = b""
+        if self._state == _SIZE:
+            self._end_size(line[:-2])
+        else:
+            self._end_trailer(line[:-2])
+        return behind
 
-    def _trailers(self, data: bytes, position: int) -> int:
-        while True:
-            eol = data.find(b"\r\n", position)
-            if eol < 0:
-                return self._keep(data, position)
-            if eol == position:
-                self.done = True
-                return len(data) - eol - 2
-            position = eol + 2
+    def _end_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.match(line)
+        if match is None:
+            raise ValueError("malformed chunk size")
+        self._left = int(match.group(1), 16)
+        self._state = _DATA
+        if not self._left:
+            self._state, self._left = _TRAILER, MAX_HEADERS
 
-    def finish_frame(self) -> Optional[bytes]:
-        """Bytes that bring a cut-off message to a chunk boundary, so that one more chunk can be said.
-
-        What is missing of a payload is filled with newlines, which end and separate server-sent events.
-        None when nothing more can be said: too much is missing, or the last chunk was under way.
-        """
-        if self.done or self._trailer:
-            return None
-        if self._line:
-            return self._finish_size_line(self._line)
-        if self._ahead > RECV_BYTES:
-            return None
-        return b"\n" * max(self._ahead - 2, 0) + b"\r\n"[-self._ahead:] if self._ahead else b""
-
-
-    @staticmethod
-    def _finish_size_line(line: bytes) -> Optional[bytes]:
-        bare = line[:-1] if line.endswith(b"\r") else line
-        rest = b"\r\n"[len(line) - len(bare):]
-        if bare == line and not bare.strip(b"0"):
-            bare, rest = bare + b"1", b"1\r\n"  # one more digit, so that no "0" becomes a clean end
-        try:
-            size = _chunk_size(bare)
-        except ValueError:
-            return None
-        return rest + b"\n" * size + b"\r\n" if 0 < size <= RECV_BYTES else None
+    def _end_trailer(self, line: bytes) -> None:
+        if not line:
+            self._state = _DONE
+            return
+        _refuse_controls(line)
+        _parse_header(line)
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_HEADERS} trailers")
 
 
 def chunk(data: bytes) -> bytes:
     """Frame `data` as one chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# ---- our own errors
 
 
 def error_json(message: str, kind: str, code: Union[int, str, None] = None,
@@ -2877,10 +2944,12 @@ def error_event(message: str, kind: str = "upstream_error", protocol: str = "") 
     return b"data: " + body + b"\n\n"
 
 
-_LOOPBACK_NAME = re.compile(r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
+# ---- who may ask
+
+_LOOPBACK_NAME = re.compile(
+    r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
 
 
-@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """True for a host, with or without a port, that can only mean this machine."""
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
@@ -2889,8 +2958,8 @@ def is_loopback(host: str) -> bool:
 def refusal(request: Request, loopback: bool) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
-    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by Origin or
-    Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
+    A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by
+    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
     """
     host, origin = request.header(b"host"), request.header(b"origin")
     if loopback and host and not is_loopback(host):
@@ -2899,7 +2968,8 @@ def refusal(request: Request, loopback: bool) -> str:
         place = origin.split("://", 1)[-1]
         if not is_loopback(place) and (loopback or place != host):
             return f"Origin {origin!r} may not use this router"
-    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site" and not origin:
+        return ""
+    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
         return "cross-site requests may not use this router"
     return ""
 
@@ -3273,7 +3343,7 @@ class Job(NamedTuple):
     label: str                                  # current | next
     repo: str
     files: Tuple[str, ...]
-    beside: Tuple[str, ...] = ()                # the project's other files in that repository: one commit for all of them
+    beside: Tuple[str, ...] = ()                # the project's other files of that repository
 
     @property
     def name(self) -> str:
@@ -3281,45 +3351,44 @@ class Job(NamedTuple):
 
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
-    """A job of the queue file; None where it is none, or its names would lead out of the directories they belong in."""
+    """A job of the queue file; None where it is none, or where a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")), tuple(map(str, files)), tuple(map(str, beside)))
-    good = _NAME.match(job.tier) and job.label in ("current", "next") and _REPO.match(job.repo)
-    return job if good and all(_HUB_PATH.match(f) for f in (*job.files, *job.beside)) else None
+    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
+              tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+        return None
+    if not _REPO.match(job.repo):
+        return None
+    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+        return None
+    return job
 
 
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf\Z")
+MAX_PARTS = 1000
 
 
 def split_parts(file: str) -> Tuple[str, ...]:
-    """All the files of a split GGUF, named by any one of them; the file itself where it is whole."""
+    """All the files of a split GGUF, named by any of them; the file itself where it is whole."""
     match = _SPLIT.match(file)
-    count = int(match.group(3)) if match else 0
-    if not match or not 0 < count <= 1000:
+    if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
-    return tuple(f"{match.group(1)}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
+    stem, _, count = match.groups()
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the rest of the tiers is left out): every current file first, then the queued ones.
+def plan_downloads(config: Config, names: Sequence[str],
+                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
+    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
 
     `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
     """
     tiers = list(config.tiers)
     if names:
-        known = [n for t in config.tiers for n in (t.name, *t.aliases)]
-        for name in names:
-            if config.by_name(name) is None:
-                raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                                "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-        asked = {config.by_name(name) for name in names}
-        tiers = [t for t in tiers if t in asked]
-    wanted: Dict[str, List[str]] = {}
-    for weights in (weights_for(t, n) for t in config.tiers if t.backend == "gguf" for n in (False, True)):
-        if weights.repo:
-            wanted.setdefault(weights.repo, []).extend(split_parts(weights.file))
+        tiers = _named_tiers(config, names)
+    wanted = _files_by_repo(config)
     jobs, skipped = [], []
     for label in labels:
         for tier in tiers:
@@ -3330,20 +3399,54 @@ def plan_downloads(config: Config, names: Sequence[str], labels: Sequence[str]) 
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
                 files = split_parts(weights.file)
-                beside = tuple(dict.fromkeys(f for f in wanted[weights.repo] if f not in files))
+                beside = tuple(file for file in wanted[weights.repo] if file not in files)
                 jobs.append(Job(tier.name, label, weights.repo, files, beside))
     return jobs, list(dict.fromkeys(skipped))
 
 
+def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
+                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
+    asked = {config.by_name(name) for name in names}
+    return [tier for tier in config.tiers if tier in asked]
+
+
+def _files_by_repo(config: Config) -> Dict[str, List[str]]:
+    """Repository -> the files of it that any tier has, on either channel, each once."""
+    wanted: Dict[str, Dict[str, None]] = {}
+    for tier in config.tiers:
+        if tier.backend != "gguf":
+            continue
+        for weights in (weights_for(tier, False), weights_for(tier, True)):
+            if weights.repo:
+                parts = dict.fromkeys(split_parts(weights.file))
+                wanted.setdefault(weights.repo, {}).update(parts)
+    return {repo: list(files) for repo, files in wanted.items()}
+
+
 def parse_checksums(text: str) -> Dict[str, str]:
     """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    rows = (line.split() for line in text.splitlines())
-    return {row[1].lstrip("*"): row[0].lower() for row in rows if len(row) == 2 and re.match(r"[0-9A-Fa-f]{64}\Z", row[0])}
+    sums = {}
+    for line in text.splitlines():
+        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
+        if match:
+            sums[match.group(2)] = match.group(1).lower()
+    return sums
 
 
 def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """The release archive of llama-swap for a platform, "" when there is none. `llama-swap_251_linux_amd64.tar.gz`"""
-    return next((n for n in names if re.match(rf"llama-swap_[^_]+_{system}_{machine}\.(?:tar\.gz|zip)\Z", n)), "")
+    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
+    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
+    return next(filter(wanted.match, names), "")
+
+
+def asset_platforms(names: Sequence[str]) -> str:
+    """The platforms that a release of llama-swap has archives for, for people."""
+    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
+    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
 
 
 def swap_version(output: str) -> str:
@@ -3353,26 +3456,31 @@ def swap_version(output: str) -> str:
 
 
 def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than the GPU gets now; 0 where no limit is needed or helps.
+    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
 
-    All but an eighth of memory, and never less than 8 GB, for the system: 57344 of 65536 (README, "Memory math").
+    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
+    Source: README, "Memory math".
     """
     most = memory_mb - max(8192, memory_mb // 8)
-    return most if limit_mb < need_mb <= most else 0
+    if limit_mb < need_mb <= most:
+        return most
+    return 0
 
 
 def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their command lines and all else below them, comments taken out."""
+    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
     blocks: Dict[str, List[str]] = {}
     name, inside = "", False
     for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            continue
         top = re.match(r"(\S[^:]*):", line)
-        if top and not line.startswith("#"):
+        heading = re.match(r"  (\S.*?):\s*$", line)
+        if top:
             inside, name = top.group(1) == "models", ""
-        heading = re.match(r"  (\S.*?):\s*$", line) if inside else None
-        if heading:
+        elif inside and heading:
             name = heading.group(1).strip("\"'")
-        elif name and not line.lstrip().startswith("#"):
+        elif name:
             blocks.setdefault(name, []).append(line.strip())
     return {name: "\n".join(lines) for name, lines in blocks.items()}
 
@@ -3380,9 +3488,12 @@ def swap_yaml_commands(text: str) -> Dict[str, str]:
 def weights_drift(weights: Weights, command: str) -> str:
     """Which other file than `weights` a llama-server command names, "" when it is the same one."""
     for flags in weight_flags(weights):
-        if not re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-            return found.group(1) if found else "something else"
+        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
+            continue
+        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
+        if found:
+            return found.group(1)
+        return "something else"
     return ""
 
 
@@ -3417,6 +3528,21 @@ def read_resource(name: str) -> bytes:
 def read_shared_text(name: str) -> str:
     """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
+
+
+def guest_command(python: str, name: str) -> List[str]:
+    """The command that runs share/guests/NAME.py inside another environment's Python.
+
+    The zipapp's own start runs a guest out of the archive and loads nothing else of it.
+    Errors: UserError where llmstack.py has been copied without share/.
+    """
+    if getattr(_LOADER, "archive", None):
+        return [python, PROGRAM, "_guest", name]
+    path = os.path.join(os.path.dirname(PROGRAM), "share", "guests", name + ".py")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no {path}",
+                        "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
+    return [python, path]
 
 
 class Places(NamedTuple):
@@ -3471,6 +3597,8 @@ def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
     if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
         return "move away what stands in its place"
+    if exc.errno == errno.EFBIG:
+        return "make it smaller"
     if exc.errno == errno.ENOSPC:
         return "free some room"
     return "mend its permissions, or those of its directory"
@@ -3612,14 +3740,11 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-MAX_MODELS_INI_BYTES = 1 << 20
-
-
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
     path = places.models_ini
     try:
-        data = read_regular(path, MAX_MODELS_INI_BYTES)
+        data = read_regular(path, MAX_INI_BYTES)
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
             what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
@@ -3797,7 +3922,8 @@ def visible_colours(text: str) -> str:
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o600)
     _close_open_file(handle)
     return handle
@@ -3927,36 +4053,16 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
-# What this process may use, before prefer_one_core: a container's share, or a user's taskset.
-CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+def return_memory() -> None:
+    """Give back the pages that malloc holds free, where it can be asked to (glibc).
 
-
-def prefer_one_core() -> None:
-    """Keep this thread, and those it starts, on one core where the interpreter has a global lock.
-
-    Only one thread runs Python at a time anyway; woken on another core, it waits there for the lock
-    of the first. This router pinned against unpinned, in turn on two cores: 1.3 and 2.0 times the
-    requests/s of 16 clients in two quiet runs (0.9 in one on a busy machine), the first event of 64
-    streams 2 to 4 times sooner; a single request the same within the noise; 16 saturated streams
-    0.7 to 0.8 of the events/s, still on a par with nginx. A prototype without any routing gained 3
-    times. Linux only: elsewhere there is no such call.
+    Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)
-    if hasattr(os, "sched_setaffinity") and gil():
-        try:
-            fields = read_text("/proc/thread-self/stat").rsplit(")", 1)[1].split()
-            os.sched_setaffinity(0, {int(fields[36])})
-        except (OSError, ValueError, IndexError):
-            pass
-
-
-def every_core() -> None:
-    """Undo prefer_one_core for this thread, before it starts a process that should use all."""
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, CORES)
-        except OSError:
-            pass
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
+        pass
 
 
 def more_files() -> None:
@@ -4103,104 +4209,168 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
-# would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
-# `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
+# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
+# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
+# data directory. It has for each project the digests of what is trusted, by part, and of the files
+# that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
-                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
-def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
+class Effect(NamedTuple):
+    """One thing in .llmstack/ that takes effect outside it, and so waits for trust."""
+
+    name: str                                   # a file's, for models.ini with the key
+    data: bytes = b""                           # what is trusted, to the byte
+    shown: str = ""                             # as `trust` shows it; "": by the file's kind
+    problem: str = ""                           # why it cannot be trusted: it is not read whole
+
+
+def _digest(data: bytes) -> str:
     import hashlib
-    digest = hashlib.sha256()
-    for name, data in parts:
-        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
-    return digest.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            data = file.read(MAX_STATE_BYTES + 1)
+        return read_regular(path, MAX_STATE_BYTES)
     except OSError:
         return b""
-    return data if len(data) <= MAX_STATE_BYTES else os.urandom(32)      # never the same, so never trusted
 
 
-def _run_lines(places: Places) -> List[str]:
-    """The lines of the project's own models.ini that need trust; one that LLMSTACK_MODELS_INI names is the user's word."""
+def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
+    effects = []
+    for name in names:
+        path = places.in_state(name)
+        if not os.path.lexists(path):
+            continue
+        try:
+            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+        except OSError as exc:
+            effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
+    return effects
+
+
+def _ini_effects(places: Places) -> List[Effect]:
+    """Of the project's models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
     if places.models_ini != places.in_state("models.ini"):
         return []
-    lines: List[str] = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
-    return lines
+    try:
+        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
+        config, _ = parse_models_ini(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
+    except ConfigError as exc:
+        return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
+    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
+            for key, value in config_effects(config)]
 
 
 def _log_links(places: Places) -> List[Tuple[str, str]]:
-    """Symbolic links where logs are written, with where they lead. Other files of ours replace a link that they find."""
+    """Symbolic links where logs are written, with where they lead.
+
+    Other files of ours replace a link that they find.
+    """
     logs = places.in_state("logs")
     try:
         paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
     except OSError:                             # none yet, or a link to no directory
         paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+    return [(os.path.relpath(path, places.state), os.readlink(path))
+            for path in paths if os.path.islink(path)]
 
 
-def run_parts(places: Places) -> List[Tuple[str, bytes]]:
-    """(file, what of it needs trust) of all that `start` runs, sends credentials to, or follows out of the project."""
-    lines = _run_lines(places)
-    return [*([("models.ini", "\n".join(lines).encode())] if lines else []),
-            *((name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))),
-            *((name, os.fsencode(target)) for name, target in _log_links(places))]
+def _hook_effects(places: Places) -> List[Effect]:
+    return _file_effects(places, _HOOK_FILES)
 
 
-def project_digests(places: Places) -> Dict[str, str]:
-    """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    run = run_parts(places)
-    return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
-            "run": _digest(run) if run else ""}
+def _run_effects(places: Places) -> List[Effect]:
+    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
+    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+
+
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
+
+
+def project_effects(places: Places) -> Dict[str, List[Effect]]:
+    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
+    return {part: effects(places) for part, effects in _PARTS.items()}
 
 
 def trust_file(data: str) -> str:
     return os.path.join(data, "trust.json")
 
 
-def is_trusted(places: Places, what: str) -> bool:
-    """True when the project's "hook" or "run" part is as it was when it was trusted, or has nothing that needs trust."""
-    digest = project_digests(places)[what]
-    known = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    return not digest or (isinstance(known, dict) and known.get(what) == digest)
+def trust_lock(places: Places) -> FileLock:
+    """Held while a trusted file is written and trusted anew: another start may look in between."""
+    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+
+
+def _known(places: Places, what: str) -> Dict[str, Any]:
+    """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
+    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
+    known = project.get(what) if isinstance(project, dict) else None
+    return known if isinstance(known, dict) else {}
+
+
+def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
+    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
+    project = ledger.get(key)
+    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
+    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
+    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+
+
+def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
+    """Those of a part's effects that are new, other than as they were trusted, or not readable."""
+    known = _known(places, part)
+    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+
+
+def is_trusted(places: Places, part: str) -> bool:
+    """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
+    return not untrusted(places, part, _PARTS[part](places))
 
 
 def check_links(places: Places) -> None:
     """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
     if _log_links(places) and not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
-                        "look at it, then run `llmstack trust`")
+        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
+                        " not trusted here", "look at it, then run `llmstack trust`")
 
 
-def trust_lock(places: Places) -> FileLock:
-    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
-    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
+    """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
+    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+
+
+def record_trust(places: Places, *parts: str) -> None:
+    """trust_project, for who holds the trust_lock."""
+    for part in parts or _PARTS:
+        record_effects(places, part, _PARTS[part](places))
 
 
 def trust_project(places: Places, *parts: str) -> None:
-    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
+    """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
         record_trust(places, *parts)
 
 
-def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = None) -> None:
-    """trust_project, for who holds the trust_lock; of what was `seen` before, where somebody was shown it meanwhile."""
-    known = _read_json(trust_file(places.data))
-    mine, now = known.get(os.path.realpath(places.state)), seen or project_digests(places)
-    known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
-    known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
-    write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last."""
+    return _known(places, "written").get(name) == _digest(data)
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with trust_lock(places):
+        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
 
 
 # ===================================================================================================
@@ -4503,7 +4673,6 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     Errors: UserError.
     """
     import subprocess
-    every_core()
     flags: Dict[str, Any] = {"start_new_session": True}
     if IS_WINDOWS:
         flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
@@ -4749,11 +4918,15 @@ def _expand(path: str) -> str:
 def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     """A program on PATH or in its usual places, "" when there is none."""
     import shutil
-    return shutil.which(name) or next((p for p in (os.path.join(d, name) for d in places) if os.access(p, os.X_OK)), "")
+    found = shutil.which(name)
+    if found:
+        return found
+    paths = (os.path.join(directory, name) for directory in places)
+    return next((path for path in paths if os.access(path, os.X_OK)), "")
 
 
 class PrivateEnvironment(NamedTuple):
-    """Pinned packages from PyPI in a virtual environment below the data directory, never in the user's Python."""
+    """Pinned packages of PyPI's in a virtual environment of llmstack's, never in the user's Python."""
 
     name: str                                   # its directory, with the version below it
     version: str
@@ -4768,7 +4941,8 @@ class PrivateEnvironment(NamedTuple):
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
-    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp, apt install llama.cpp")
+    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp,"
+    " apt install llama.cpp")
 
 
 LITELLM = PrivateEnvironment(
@@ -4783,11 +4957,23 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
     """A program of the environment, whether or not that is there."""
-    return os.path.join(environment_dir(wanted, data), "Scripts" if IS_WINDOWS else "bin", program + EXE)
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, program + EXE)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
-    return os.path.exists(os.path.join(environment_dir(wanted, data), "ready"))
+    """True where an environment was finished, and the Python that it stands on is still there."""
+    directory, python = environment_dir(wanted, data), environment_program(wanted, data)
+    if not os.path.exists(os.path.join(directory, "ready")):
+        return False
+    settings = read_text(os.path.join(directory, "pyvenv.cfg"))
+    home = re.search(r"^home *= *(.+)$", settings, re.MULTILINE)
+    if home is None or not os.path.isdir(home.group(1).strip()) or not os.path.exists(python):
+        return False
+    # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
+    name = os.path.basename(os.path.realpath(python))
+    packages = os.path.join(directory, "lib", name)
+    return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
 
 
 def _launched_python(minor: int) -> str:
@@ -4805,52 +4991,70 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
-        if python and _output([python, "-c", ask]).strip() == str(minor):
+        if not python:
+            continue
+        if _output([python, "-c", ask]).strip() == str(minor):  # a manager's stub may stand there
             return python
     return ""
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
-    """Make a private environment where it is not there yet; wheels only, nothing is built. Errors: UserError."""
+    """Make a private environment where none is ready; wheels only, nothing is built.
+
+    One process does it at a time; the others wait and find it done. Errors: UserError.
+    """
     if environment_ready(wanted, data):
         return
-    import shutil
-    directory = environment_dir(wanted, data)
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python {'.'.join(map(str, wanted.oldest))} to"
-                        f" {'.'.join(map(str, wanted.newest))}, and there is none on PATH", wanted.otherwise)
+        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
+        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
+                        " and there is none on PATH", wanted.otherwise)
+    lock = os.path.join(data, wanted.name, "lock")
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+        if not environment_ready(wanted, data):
+            _make_environment(wanted, data, python, say)
+
+
+def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
+                      say: Callable[[str], None]) -> None:
+    """All of it anew: what an interrupted try or another Python has left is of no use."""
+    import shutil
+    directory = environment_dir(wanted, data)
+    if os.path.exists(os.path.join(directory, "ready")):
+        say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    try:
-        make_private_dir(directory)
-    except OSError as exc:
-        raise UserError(f"cannot write {directory}: {exc.strerror}", "mend its permissions, or set LLMSTACK_DATA_DIR") from None
     inside = environment_program(wanted, data)
+    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
     steps = (
         ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [inside, "-m", "pip", "install", "--disable-pip-version-check",
-                                  "--only-binary", ":all:", *wanted.requirements]),
+        ("download and install", [*pip, *wanted.requirements]),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = _run_with_progress(what, command, say)
-        if output is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            reason = next((x for x in reversed(output.splitlines()) if x.strip()), "no reason given")
-            hint = "apt install python3-venv, then again" if "ensurepip" in output else "see that PyPI can be reached, then again"
-            raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
+        if output is None:
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        lines = [line for line in output.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        hint = "see that PyPI can be reached, then again"
+        if "ensurepip" in output:
+            hint = "apt install python3-venv, then again"
+        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
-def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], None]) -> Optional[str]:
+def _run_with_progress(what: str, command: Sequence[str],
+                       say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, saying every few seconds that it goes on; its output when it failed."""
     import subprocess
     import tempfile
     began, said = time.monotonic(), 0.0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=not IS_WINDOWS)
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while process.poll() is None:
                 passed = time.monotonic() - began
@@ -4879,32 +5083,31 @@ def _run_with_progress(what: str, command: Sequence[str], say: Callable[[str], N
 #   call; a watcher thread costs every request a hand-over of the interpreter's lock. A lapse costs nothing
 #   while bytes flow, and works on every platform.
 # - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
-# - Heads are matched by a few regular expressions; BaseHTTPRequestHandler and http.client parse far more than a relay needs.
-# - The latency a router adds is the Python it runs, not the wake-ups: all on one core, a bare relay of four socket calls
-#   adds what nginx does (24 us), this one 57. Between a client and an upstream that take turns on the core, a bytecode
-#   costs twice what it does in a loop; hence what a head or models.ini says is worked out once (HeadReader, _ways), and
-#   what only the answer's head needs while the upstream is at work. To compare two versions, turn off the random
-#   addresses (`setarch -R`): where the libraries land moves the figure by 10 us from one start to the next.
+# - A head is split and matched by few regular expressions: 8 us. BaseHTTPRequestHandler and http.client
+#   parse far more than a relay needs.
+# To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
+# moves the latency by 10 us from one start to the next.
 
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
 _PEEK = _DONTWAIT | int(socket.MSG_PEEK)        # once: these are enums, whose | is slow
-_POLL = getattr(select, "poll", None)
-_LAPSED = (BlockingIOError, socket.timeout)     # what a receive timeout raises, POSIX and Windows or TLS
+_POLL = getattr(select, "poll", None)           # Windows has none; elsewhere select() ends at 1,023
+_LAPSED = (BlockingIOError, socket.timeout)     # what lapsed patience raises; the second by TLS
 
 
 def _set_patience(sock: socket.socket, milliseconds: int) -> None:
-    """Make receiving and sending on `sock` return (with one of _LAPSED) after this long without progress."""
+    """Make receiving and sending on `sock` raise one of _LAPSED after so long without progress."""
     if IS_WINDOWS or hasattr(sock, "cipher"):
         sock.settimeout(milliseconds / 1000)
         return
-    value = struct.pack("ll", milliseconds // 1000, milliseconds % 1000 * 1000)     # struct timeval
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    seconds, rest = divmod(milliseconds, 1000)
+    timeval = struct.pack("ll", seconds, rest * 1000)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def _readable(sock: socket.socket) -> bool:
     """Whether receiving would return at once: bytes have come, or the end."""
-    if _POLL is None:                           # Windows; elsewhere select() takes no descriptor above 1,023
+    if _POLL is None:
         return bool(select.select([sock], [], [], 0)[0])
     poll = _POLL()
     poll.register(sock, select.POLLIN)
@@ -4914,7 +5117,7 @@ def _readable(sock: socket.socket) -> bool:
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
     try:
-        if hasattr(sock, "cipher"):             # TLS has no peeking: something there is taken for its end
+        if hasattr(sock, "cipher"):             # TLS has no peeking: what is there is its end
             return b"" if _readable(sock) else None
         if not _DONTWAIT and not _readable(sock):
             return None
@@ -4926,15 +5129,17 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
 
 
 class Client:
-    """The side of a connection that asks."""
+    """The side of a connection that asks. Only give_way() is for other threads."""
 
-    __slots__ = ("_buffer", "_heads", "_sock", "answering", "head_timeout_s", "keep_alive", "method", "minor", "opened",
-                 "origin", "protocol", "served", "unread")
+    __slots__ = (
+        "_buffer", "_sock", "answering", "asking_since", "head_timeout_s", "keep_alive", "method",
+        "minor", "opened", "origin", "protocol", "served", "unread",
+    )
+    send_timeout_s: float = SEND_TIMEOUT_S
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
-        self._heads = HeadReader()
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
@@ -4942,6 +5147,7 @@ class Client:
         self.protocol = ""                      # the canonical path asked: errors take its shape
         self.unread = False                     # a body was announced and not read
         self.served = False                     # a first request has come
+        self.asking_since = time.monotonic()    # a request is to come whole, 0.0: none is under way
         self.method = ""
         self.minor = 1
         self.origin = b""
@@ -4954,18 +5160,37 @@ class Client:
         """The next request, or None when the client is done. Errors: HttpError."""
         self.answering, self.method, self.minor, self.origin = False, "", 1, b""
         self.opened, self.protocol = False, ""
-        began, buffer = time.monotonic(), self._buffer
+        head = self._read_head()
+        if head is None:
+            return None
+        request = parse_request_head(head)
+        self.method, self.minor = request.method, request.minor
+        self.keep_alive = request.keep_alive
+        self.origin = request.fields.get(b"origin", b"")
+        self.served = True
+        self.unread = request.length != 0
+        if not self.unread:
+            self.asking_since = 0.0
+        return request
+
+    def _read_head(self) -> Optional[bytes]:
+        """The next head without its empty line, None when the client is done. Errors: HttpError."""
+        buffer = bytearray(self._buffer)
+        searched = 0
+        may_skip = True                         # RFC 9112, 2.2: one empty line before a request
+        idle_since = time.monotonic()
+        self.asking_since = idle_since
         while True:
-            if buffer:
-                if buffer[0] in b"\r\n":
-                    buffer = buffer.lstrip(b"\r\n")     # RFC 9112, 2.2: empty lines before a request
-                end = buffer.find(b"\r\n\r\n")
-                if end >= 0:
-                    break
-                self._buffer = buffer
-                began = began or time.monotonic()   # a head has from its first byte on
-                if len(buffer) > MAX_HEAD_BYTES or _NAKED_NEWLINE.search(buffer):
-                    raise HttpError(400, "head too large, or a line that ends in a bare CR or LF")
+            if may_skip and buffer.startswith(b"\r\n"):
+                del buffer[:2]
+                may_skip = False
+            if not buffer and self.served:
+                self.asking_since = 0.0
+            end = head_end(buffer, searched)
+            if end >= 0:
+                self._buffer = bytes(buffer[end + 4:])
+                return bytes(buffer[:end])
+            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -4974,62 +5199,59 @@ class Client:
                 data = b""
             except OSError:
                 return None
-            if not buffer and data:
-                began = 0.0                     # mostly it is there at once, and no clock is asked
-            elif time.monotonic() - began > (self.head_timeout_s if buffer or not self.served else IDLE_CLIENT_S):
+            if data and not buffer:
+                self.asking_since = time.monotonic()
+            elif time.monotonic() - (self.asking_since or idle_since) > self._head_limit_s:
                 if not buffer:
                     return None
                 raise HttpError(408, f"the head did not arrive within {self.head_timeout_s:g} s")
             buffer += data
-        if end > MAX_HEAD_BYTES:
-            raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
-        self._buffer = buffer[end + 4:]
-        request = self._heads.read(buffer[:end])
-        self.method, self.minor, self.keep_alive = request.method, request.minor, request.keep_alive
-        self.origin = request.fields.get(b"origin", b"")
-        self.unread = request.length != 0
-        self.served = True
-        return request
+
+    @property
+    def _head_limit_s(self) -> float:
+        return self.head_timeout_s if self.asking_since else IDLE_CLIENT_S
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
-        length, have = request.length, self._buffer
-        if length > MAX_BODY_BYTES:
+        if request.length > MAX_BODY_BYTES:
             raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-        if 0 <= length <= len(have):            # it came with its head
-            self.unread, self._buffer = False, have[length:]
-            return have[:length]
         if request.expects and not self._buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunked() if request.length < 0 else self._read_sized(request.length)
+        chunked = request.length < 0
+        body = self._read_chunked() if chunked else self._read_sized(request.length)
         self.unread = False
+        self.asking_since = 0.0
         return body
 
     def _read_sized(self, length: int) -> bytes:
-        body, filled, self._buffer = bytearray(self._buffer), len(self._buffer), b""
-        while filled < length:                  # grows with what has come: an announcement alone costs nothing
-            if filled == len(body):
+        have = self._buffer
+        self._buffer = have[length:]
+        if length <= len(have):                 # it came with its head
+            return have[:length]
+        body, filled = bytearray(have), len(have)
+        while filled < length:
+            if filled == len(body):             # grows with what has come: saying much costs nothing
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
-        return body                             # type: ignore[return-value]  # as good as bytes to all that read it
+        return body                             # type: ignore[return-value]  # read like bytes
 
     def _read_chunked(self) -> bytes:
         framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
-            if data:
-                payload: List[bytes] = []       # of these bytes alone: millions of tiny chunks would weigh many times the body
-                try:
-                    over = framing.feed(data, payload)
-                except ValueError as exc:
-                    raise HttpError(400, str(exc)) from None
-                body += b"".join(payload)
-                if len(body) > MAX_BODY_BYTES:
-                    raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-                if framing.done:
-                    self._buffer = data[len(data) - over:]
-                    return body                 # type: ignore[return-value]  # as _read_sized's
+            # Of these bytes alone: millions of tiny chunks would weigh many times the body.
+            payload: List[bytes] = []
+            try:
+                over = framing.feed(data, payload)
+            except ValueError as exc:
+                raise HttpError(400, str(exc)) from None
+            body += b"".join(payload)
+            if len(body) > MAX_BODY_BYTES:
+                raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+            if framing.done:
+                self._buffer = data[len(data) - over:]
+                return body                     # type: ignore[return-value]  # read like bytes
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
     def _wait_for(self, receive: Callable[[Any], Any], argument: Any) -> Any:
@@ -5048,9 +5270,13 @@ class Client:
             return got
 
     def gone(self) -> bool:
-        """True when the client has closed its connection (or its sending half: nobody waits there any more)."""
+        """True when the client has closed its connection.
+
+        Closing its sending half alone counts, too: nobody waits there any more.
+        """
         seen = _peek(self._sock)
-        while seen and len(self._buffer) < MAX_HEAD_BYTES:      # more requests, sent ahead: the end may stand behind them
+        # More requests, sent ahead: the end may stand behind them.
+        while seen and len(self._buffer) < MAX_HEAD_BYTES:
             try:
                 self._buffer += self._sock.recv(RECV_BYTES)
             except OSError:
@@ -5058,36 +5284,49 @@ class Client:
             seen = _peek(self._sock)
         return seen == b""
 
+    def give_way(self) -> None:
+        """End the connection while its own thread waits for a request on it."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
     # ---- writing
 
     def send(self, data: bytes) -> None:
-        """Send everything; waits for a slow reader as long as it stays. Errors: ClientGone."""
-        view = None
-        sent = 0
-        while True:
+        """Send everything.
+
+        Errors: ClientGone, also for a client that takes nothing for send_timeout_s: it would hold
+        its relay, its connection and its model without end.
+        """
+        view = memoryview(data)
+        moved = time.monotonic()
+        while view:
             try:
-                sent = self._sock.send(data if view is None else view)
+                view = view[self._sock.send(view):]
+                moved = time.monotonic()
             except _LAPSED:
-                continue
+                if time.monotonic() - moved > self.send_timeout_s:
+                    raise ClientGone from None
             except OSError:
                 raise ClientGone from None
-            if view is None:
-                if sent == len(data):
-                    return
-                view = memoryview(data)
-            view = view[sent:]
-            if not view:
-                return
 
-    def reply(self, status: int, body: bytes, content_type: str = "application/json", extra: bytes = b"") -> None:
+    def reply(self, status: int, body: bytes, content_type: str = "application/json",
+              extra: bytes = b"") -> None:
         """Answer ourselves. Closes when a body was left unread: its bytes are no request."""
         if self.unread or self.minor == 0:
             self.keep_alive = False
-        close = b"" if self.keep_alive else b"Connection: close\r\n"
-        if self.origin and status != 403:       # a page of this machine, or refusal() would have said so
-            extra += b"Access-Control-Allow-Origin: " + self.origin + b"\r\n"
-        head = b"HTTP/1.1 %d %b\r\nServer: llmstack\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n" % (
-            status, REASONS.get(status, "Error").encode(), content_type.encode(), len(body), extra, close)
+        lines = [
+            b"HTTP/1.1 %d %b" % (status, REASONS.get(status, "Error").encode()),
+            b"Server: llmstack",
+            b"Content-Type: " + content_type.encode(),
+            b"Content-Length: %d" % len(body),
+        ]
+        if self.origin and status != 403:       # a page of this machine, as refusal() lets it pass
+            lines.append(b"Access-Control-Allow-Origin: " + self.origin)
+        if not self.keep_alive:
+            lines.append(b"Connection: close")
+        head = b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
@@ -5099,8 +5338,11 @@ class Client:
         """A server-sent event that says a stream has failed, in the shape of what was asked."""
         return error_event(message, kind, self.protocol)
 
-    def open_stream(self) -> None:
-        """Begin an answer that is a stream of events, before any upstream has one."""
+    def open_stream(self, extra: bytes = b"") -> None:
+        """Begin an answer that is a stream of events, before any upstream has one.
+
+        `extra` are more header lines, each with its CRLF.
+        """
         self.keep_alive = self.keep_alive and self.minor == 1
         lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
                  b"Cache-Control: no-cache"]
@@ -5109,14 +5351,21 @@ class Client:
         if not self.keep_alive:
             lines.append(b"Connection: close")
         self.answering = self.opened = True
-        self.send(b"\r\n".join(lines) + b"\r\n\r\n")
+        self.send(b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n")
 
     def send_event(self, event: bytes) -> None:
         """An event or comment of a stream that open_stream began."""
         self.send(chunk(event) if self.minor == 1 else event)
 
+    def half_close(self) -> None:
+        """Nothing more is said; what the client still sends meets no reset."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
     def close(self) -> None:
-        """Close; after an early refusal, let the client read the answer before its unread bytes reset it."""
+        """Close; after a refusal, let the client read it before its unread bytes reset it."""
         try:
             if self.unread or self._buffer:
                 self._sock.shutdown(socket.SHUT_WR)
@@ -5132,28 +5381,31 @@ class Client:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
         import selectors
         self.keep_alive = False
-        ends = {self._sock: upstream, upstream: self._sock}
+        other = {self._sock: upstream, upstream: self._sock}
         with selectors.DefaultSelector() as ready:
-            for sock in ends:
+            for sock in other:
                 sock.settimeout(None)
-                _set_patience(sock, 600_000)
+                _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
+                while ready.get_map():
+                    for key, _ in ready.select():
+                        source: socket.socket = key.fileobj     # type: ignore[assignment]
+                        if not _carry(source, other[source]):
+                            ready.unregister(source)
             except OSError:
-                return
-            while ready.get_map():
-                for key, _ in ready.select():
-                    source: socket.socket = key.fileobj     # type: ignore[assignment]
-                    try:
-                        data = source.recv(RECV_BYTES)
-                        if data:
-                            ends[source].sendall(data)
-                            continue
-                        ends[source].shutdown(socket.SHUT_WR)
-                    except OSError:
-                        return
-                    ready.unregister(source)
+                pass
+
+
+def _carry(source: socket.socket, target: socket.socket) -> bool:
+    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
+    data = source.recv(RECV_BYTES)
+    if data:
+        target.sendall(data)
+    else:
+        target.shutdown(socket.SHUT_WR)
+    return bool(data)
 
 
 class Upstream:
@@ -5163,12 +5415,15 @@ class Upstream:
     key = ""                                    # that it wants, as a Bearer token
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
-        self.host, self.port, self.prefix, self._tls = host, port, prefix.rstrip("/"), tls
-        self._idle: Any = collections.deque()
-        name = f"[{host}]" if ":" in host else host
-        self.authority = (name if port == (443 if tls else 80) else f"{name}:{port}").encode("ascii")
-        self.url = f"{'https' if tls else 'http'}://{self.authority.decode()}{self.prefix}"
+        self.host, self.port, self._tls = host, port, tls
+        self.prefix = prefix.rstrip("/")
+        self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
+        name = f"[{host}]" if ":" in host else host
+        usual_port = 443 if tls else 80
+        authority = name if port == usual_port else f"{name}:{port}"
+        self.authority = authority.encode("ascii")
+        self.url = f"{'https' if tls else 'http'}://{authority}{self.prefix}"
 
     def use_tls(self, context: Any) -> None:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
@@ -5191,7 +5446,7 @@ class Upstream:
         return sock
 
     def checkout(self, client: Optional[Client] = None) -> Tuple[socket.socket, bool]:
-        """(connection, whether it was used before). A connection that has been closed meanwhile is passed over."""
+        """(connection, whether it was used before). Passes over those closed meanwhile."""
         while self._idle:
             try:
                 since, sock = self._idle.pop()
@@ -5209,15 +5464,21 @@ class Upstream:
         else:
             sock.close()
 
+    def close_idle(self, older_than_s: float = IDLE_UPSTREAM_S) -> None:
+        """Close the connections nobody has used for so long; applications call it every second."""
+        before = time.monotonic() - older_than_s
+        try:
+            while self._idle[0][0] <= before:
+                self._idle.popleft()[1].close()
+        except IndexError:                      # none is left
+            pass
+
     def forget(self) -> None:
         """Close the idle connections: their server is gone."""
-        while self._idle:
-            try:
-                self._idle.pop()[1].close()
-            except IndexError:
-                return
+        self.close_idle(0.0)
 
-    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET", headers: bytes = b"",
+    def get(self, path: str, timeout_s: float = 5.0, method: str = "GET",
+            headers: bytes = b"",
             limit_bytes: int = MAX_BODY_BYTES) -> Tuple[Response, bytes]:
         """A small request of our own: (head, body), whole within `timeout_s` of the connection.
 
@@ -5225,49 +5486,76 @@ class Upstream:
         """
         if self.key:
             headers += b"Authorization: Bearer " + self.key.encode() + b"\r\n"
+        lines = [
+            f"{method} {self.prefix}{path} HTTP/1.1".encode("latin-1"),
+            b"Host: " + self.authority,
+            headers + b"Content-Length: 0",
+            b"Connection: close",
+        ]
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
-            sock.sendall(b"%b %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: 0\r\n"
-                         b"Connection: close\r\n\r\n" % (
-                             method.encode(), (self.prefix + path).encode("latin-1"),
-                             self.authority, headers))
-            end, data, ended = time.monotonic() + timeout_s, b"", False
-            while True:
-                if len(data) > limit_bytes:
-                    raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
-                answer = _whole_answer(data, method, ended)
-                if answer is not None:
-                    return answer
-                if ended:
-                    raise ValueError("the answer ended early")
-                left_s = end - time.monotonic()
-                if left_s <= 0:
-                    raise OSError(f"no answer within {timeout_s:g} s")
-                sock.settimeout(left_s)
-                try:
-                    more = sock.recv(RECV_BYTES)
-                except _LAPSED:
-                    continue
-                data += more
-                ended = not more
+            sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+            return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
 
 
-def _whole_answer(data: bytes, method: str, ended: bool = False) -> Optional[Tuple[Response, bytes]]:
-    """(head, body) when `data` holds a whole answer. Errors: ValueError."""
-    head, found, body = data.partition(b"\r\n\r\n")
-    if not found:
-        return None
-    response = parse_response_head(head, method)
-    if response.framing == "chunked":
-        framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-        framing.feed(body, payload)
-        return (response, b"".join(payload)) if framing.done else None
+def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
+    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    deadline = time.monotonic() + timeout_s
+    total = 0
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = sock.recv(RECV_BYTES)
+        except _LAPSED:
+            data = None
+        if data is None or time.monotonic() > deadline:
+            raise OSError(f"no answer within {timeout_s:g} s")
+        if not data:
+            return
+        total += len(data)
+        if total > limit_bytes:
+            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+        yield data
+
+
+def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
+    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
+    data, end = bytearray(), -1
+    while end < 0:
+        searched = len(data)
+        data += _next_piece(pieces)
+        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
+            raise ValueError("an answer without end")
+        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    response = parse_response_head(bytes(data[:end]), method)
+    del data[:end + 4]
+    if response.framing == "none":
+        return response, b""
     if response.framing == "close":
-        return (response, body) if ended else None
-    return (response, body[:response.length]) if len(body) >= response.length else None
+        return response, bytes(data) + b"".join(pieces)
+    if response.framing == "chunked":
+        return response, _read_chunks(bytes(data), pieces)
+    while len(data) < response.length:
+        data += _next_piece(pieces)
+    return response, bytes(data[:response.length])
+
+
+def _read_chunks(data: bytes, pieces: Iterator[bytes]) -> bytes:
+    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
+    framing.feed(data, payload)
+    while not framing.done:
+        framing.feed(_next_piece(pieces), payload)
+    return b"".join(payload)
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes:
+    data = next(pieces, b"")
+    if not data:
+        raise ValueError("the answer ended early")
+    return data
 
 
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
@@ -5294,11 +5582,14 @@ def parse_upstream(url: str) -> Upstream:
         port = parts.port
     except ValueError:
         raise UserError(f"{url!r} is not a URL", hint, 2) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username or not url.isascii():
+    plain = parts.scheme in ("http", "https") and url.isascii()
+    if not plain or not parts.hostname or parts.query or parts.username:
         raise UserError(f"{url!r} is not a plain http or https URL", hint, 2)
     tls = parts.scheme == "https"
-    path = parts.path.rstrip("/")
-    return Upstream(parts.hostname, port or (443 if tls else 80), path[:-3] if path.endswith("/v1") else path, tls)
+    prefix = parts.path.rstrip("/")
+    if prefix.endswith("/v1"):
+        prefix = prefix[:-3]
+    return Upstream(parts.hostname, port or (443 if tls else 80), prefix, tls)
 
 
 class Outcome(NamedTuple):
@@ -5832,100 +6123,172 @@ class App:
         """Housekeeping on the main thread."""
 
 
-def serve_connection(sock: socket.socket, app: App, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+def serve_connection(client: Client, app: App) -> None:
     """Answer one connection's requests until it ends."""
     try:
-        client = Client(sock, head_timeout_s)
-    except OSError:                             # gone before it began
-        sock.close()
-        return
-    try:
         while client.keep_alive:
-            request = None
-            try:
-                request = client.read_request()
-                if request is None:
-                    return
-                app.answer(client, request)
-            except HttpError as exc:
-                if client.answering:
-                    return
-                if request is None or exc.status in (408, 413):     # where the next request begins is not known
-                    client.keep_alive = False
-                client.reply_error(exc.status, str(exc), exc.kind)
+            if not _serve_request(client, app):
+                break
     except ClientGone:
         pass
-    except Exception:                           # a bug: its traceback into the log, a 500 to the client
+    except Exception:                           # a bug: its traceback is for the log alone
         import traceback
         app.log.error("internal error\n" + traceback.format_exc())
-        if not client.answering:
-            client.keep_alive = False
-            try:
-                client.reply_error(500, "internal error; see the log", "server_error")
-            except ClientGone:
-                pass
+        _reply_last(client, 500, "internal error; see the log")
     finally:
         client.close()
 
 
+def _serve_request(client: Client, app: App) -> bool:
+    """Answer one request; False when there is none any more. Errors: ClientGone."""
+    request = None
+    try:
+        request = client.read_request()
+        if request is None:
+            return False
+        app.answer(client, request)
+    except HttpError as exc:
+        if client.answering:
+            return False
+        if request is None or exc.status in (408, 413):
+            client.keep_alive = False           # where the next request begins is not known
+        client.reply_error(exc.status, str(exc), exc.kind)
+    return True
+
+
+def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
+    """Say why a connection ends, where that can be said."""
+    if client.answering:
+        return
+    client.keep_alive = False
+    try:
+        client.reply_error(status, message, "server_error", extra)
+    except ClientGone:
+        pass
+
+
+class Server:
+    """Listens, and answers each connection on a thread of its own. Errors: OSError.
+
+    Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
+    """
+
+    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+        self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
+        self._lock = threading.Lock()
+        self._clients: Set[Client] = set()      # whose threads run
+        self._refused: List[Client] = []        # told why, and closed a little later
+        self._stopping = threading.Event()
+        self._used = True                       # since memory was returned: the start, a client
+        self._returned = time.monotonic()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if not IS_WINDOWS:                  # there it would share a port in use
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind((host, port))
+            self._socket.listen(1024)           # a burst of clients is not reset
+        except OSError:
+            self._socket.close()
+            raise
+        self.server_port: int = self._socket.getsockname()[1]
+
+    def serve_forever(self, every_s: float = 1.0) -> None:
+        """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        due = time.monotonic() + every_s
+        while not self._stopping.is_set():
+            self._accept(due - time.monotonic())
+            if time.monotonic() >= due:
+                due = time.monotonic() + every_s
+                self._close_refused()
+                self._return_memory()
+                self._app.every_second()
+
+    def _return_memory(self) -> None:
+        if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
+            self._used, self._returned = False, time.monotonic()
+            return_memory()
+
+    def shutdown(self) -> None:
+        """Make serve_forever() return; for other threads."""
+        self._stopping.set()
+
+    def server_close(self) -> None:
+        self._socket.close()
+        self._close_refused()
+
+    def _accept(self, wait_s: float) -> None:
+        self._socket.settimeout(max(wait_s, 0.001))
+        try:
+            sock, _ = self._socket.accept()
+        except _LAPSED:
+            return
+        except OSError:                         # no descriptor is free; accepting would spin
+            self._stopping.wait(0.05)
+            return
+        try:
+            client = Client(sock, self._head_timeout_s)
+        except OSError:                         # gone before it began
+            sock.close()
+            return
+        if not self._admit(client):
+            self._refuse(client, f"{self._most} connections are open already")
+            return
+        try:
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._leave(client)
+            self._refuse(client, "no more threads are to be had")
+
+    def _admit(self, client: Client) -> bool:
+        with self._lock:
+            if len(self._clients) >= self._most and not self._make_room():
+                return False
+            self._clients.add(client)
+            return True
+
+    def _make_room(self) -> bool:
+        """Have the connection give way that has been longest about its request.
+
+        Those within a quarter of all are left alone: a burst of honest clients is among them.
+        """
+        since = {client: client.asking_since for client in self._clients}
+        asking = [client for client in since if since[client]]
+        if len(asking) <= self._most // 4:
+            return False
+        oldest = min(asking, key=since.__getitem__)
+        self._clients.discard(oldest)
+        oldest.give_way()
+        return True
+
+    def _serve(self, client: Client) -> None:
+        try:
+            serve_connection(client, self._app)
+        finally:
+            self._leave(client)
+
+    def _leave(self, client: Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+            self._used = True
+
+    def _refuse(self, client: Client, why: str) -> None:
+        """A 503; closed at once, the client's request would meet a reset and lose it the answer."""
+        _reply_last(client, 503, why, b"Retry-After: 1\r\n")
+        client.half_close()
+        self._refused.append(client)
+        if len(self._refused) > self._most // 4:
+            self._refused.pop(0).close()
+
+    def _close_refused(self) -> None:
+        while self._refused:
+            self._refused.pop().close()
+
+
 def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Any:
-    """A listening ThreadingHTTPServer whose threads run serve_connection. Errors: OSError."""
-    from http.server import ThreadingHTTPServer
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 1024               # 5 by default: a burst of clients would be reset
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        allow_reuse_address = not IS_WINDOWS    # there it would share a port in use
-
-        def __init__(self) -> None:
-            self._count = 0
-            self._count_lock = threading.Lock()
-            super().__init__((host, port), None)    # type: ignore[arg-type]
-
-        def server_bind(self) -> None:
-            # Not HTTPServer's: it calls getfqdn, a stall of 5 s with a slow resolver.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0 if IS_WINDOWS else 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            with self._count_lock:
-                full = self._count >= most
-                self._count += not full
-            if full:
-                request.setblocking(False)
-                body = error_json(f"{most} connections are open already", "server_error", 503)
-                try:
-                    request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                                 b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(body), body))
-                except OSError:
-                    pass
-                self.shutdown_request(request)
-                return
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:                # no more threads to be had
-                self._leave()
-                self.shutdown_request(request)
-
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                serve_connection(request, app, head_timeout_s)
-            finally:
-                self._leave()
-
-        def _leave(self) -> None:
-            with self._count_lock:
-                self._count -= 1
-
-        def service_actions(self) -> None:
-            app.every_second()
-
-    return Server()
+                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
+    """A listening server; serve_forever() answers. Errors: OSError."""
+    return Server(host, port, app, most, head_timeout_s)
 
 
 # ===================================================================================================
@@ -6097,8 +6460,9 @@ class Waiting:
 
     GRACE_S = 0.15                              # a start that fails at once is a plain error
 
-    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible") -> None:
-        self._client, self._path = client, path
+    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible",
+                 extra: Optional[Callable[[], bytes]] = None) -> None:
+        self._client, self._extra = client, extra
         self._silent = not stream or mode == "off"
         self._visible = mode == "visible" and path == "/v1/chat/completions"
         self._began_s = time.monotonic()
@@ -6123,7 +6487,7 @@ class Waiting:
             return
         client = self._client
         if not client.opened:
-            client.open_stream()
+            client.open_stream(self._extra() if self._extra else b"")
         words = f"{what}, {waited_s:.0f} s"
         if self._visible:
             client.send_event(waiting_event(words))
@@ -6537,7 +6901,7 @@ class Ladder:
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, behind: Union[App, Upstream], log: Log, *,
+    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
                  loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
                  reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
                  unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
@@ -6545,7 +6909,7 @@ class RouterApp(App):
                  env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.log = log
-        self.behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
+        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
         self._loopback, self._key, self._models_ini = loopback, key, models_ini
         self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
         self._unserved = unserved or (lambda config: {})
@@ -6702,8 +7066,7 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            with open(self._models_ini, "rb") as file:
-                text = file.read()
+            text = read_regular(self._models_ini, MAX_INI_BYTES)
         except OSError:
             if not self._bundled:
                 raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
@@ -6884,7 +7247,7 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
-        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state)
+        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
         return ask_lease(client, request, lease, target, pieces, terms, waiting)
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
@@ -6938,7 +7301,9 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     found = find_program("llama-server" + EXE)
     if found:
         return (found,)
-    return (environment_program(LLAMA_CPP, data), PROGRAM, "_llama-server") if environment_ready(LLAMA_CPP, data) else ()
+    if not environment_ready(LLAMA_CPP, data):
+        return ()
+    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -7004,195 +7369,148 @@ def _stamp(program: Sequence[str]) -> str:
     return f"{program[0]}:{status.st_size}:{status.st_mtime_ns}" + (f":{LLAMA_CPP_PIN}:{VERSION}" if len(program) > 1 else "")
 
 
-# The stand-in. xllamacpp runs llama.cpp's HTTP server inside a Python process but reads no command line. Flags,
-# defaults and enum numbers are those of common/arg.cpp, llama.h and ggml.h at b11549, the build we pin.
-
-_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
-
-
-class StandInError(Exception):
-    """The server cannot start; the message is one line, without its leading ``error:``."""
-
-
-def _within(kind: Callable[[str], float], low: float, high: float = 2**31 - 1) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:            # false for nan, too
-            raise ValueError(text)
-        return value
-
-    return read
-
-
-def _comma_list(text: str) -> List[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _thread_count(text: str) -> int:
-    """llama-server reads 0 and -1 as all hardware threads; a container's share is its affinity, not cpu_count."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    hardware = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return int(text) if int(text) > 0 else hardware
-
-
-# spellings · CommonParams attribute · reader of the value, or what a flag without a value means
-_STAND_IN_TABLE: Tuple[Tuple[str, str, Any], ...] = (
-    ("--version", "version", True),
-    ("--host", "hostnames", _comma_list),
-    ("--port", "port", _within(int, 0, 65535)),
-    ("-m --model", "model.path", str),
-    ("-hf -hfr --hf-repo", "model.hf_repo", str),
-    ("-hff --hf-file", "model.hf_file", str),
-    ("--offline", "offline", True),
-    ("-a --alias", "model_alias", _comma_list),
-    ("-c --ctx-size", "n_ctx", _within(int, 0)),
-    ("-np --parallel", "n_parallel", lambda text: -1 if text == "-1" else _within(int, 1)(text)),
-    ("-t --threads", "cpuparams.n_threads", _thread_count),
-    ("-ngl --gpu-layers --n-gpu-layers", "n_gpu_layers", lambda text: {"auto": -1, "all": -2}.get(text) or int(text)),
-    ("-fa --flash-attn", "flash_attn_type", {"on": 1, "off": 0, "auto": -1}.__getitem__),
-    ("-ctk --cache-type-k", "cache_type_k", _KV_TYPES.__getitem__),
-    ("-ctv --cache-type-v", "cache_type_v", _KV_TYPES.__getitem__),
-    ("-lm --load-mode", "load_mode", {"auto": -1, "none": 0, "mmap": 1, "mlock": 2}.__getitem__),
-    ("--jinja", "use_jinja", True),
-    ("--no-warmup", "warmup", False),
-    ("--rope-scaling", "rope_scaling_type", {"none": 0, "linear": 1, "yarn": 2}.__getitem__),
-    ("--rope-scale", "rope_freq_scale", lambda text: 1 / _within(float, 1e-6)(text)),
-    ("--yarn-orig-ctx", "yarn_orig_ctx", _within(int, 0)),
-    ("--temp --temperature", "sampling.temp", lambda text: max(0.0, _within(float, -1e6)(text))),
-    ("--top-p", "sampling.top_p", _within(float, -1e6)),
-    ("--top-k", "sampling.top_k", _within(int, -(2**31))),
-    ("--min-p", "sampling.min_p", _within(float, -1e6)),
-    ("--repeat-penalty", "sampling.penalty_repeat", _within(float, 1e-6)),
-)
-_STAND_IN_FLAGS = {flag: (target, read) for flags, target, read in _STAND_IN_TABLE for flag in flags.split()}
-
-
-def parse_llama_server_argv(argv: Sequence[str]) -> Dict[str, Any]:
-    """Return CommonParams attribute -> value; ``version`` ends the reading, as the real --version exits there."""
-    wanted: Dict[str, Any] = {}
-    words = iter(argv)
-    for flag in words:
-        if flag not in _STAND_IN_FLAGS:
-            raise StandInError(f"invalid argument: {flag}")
-        target, read = _STAND_IN_FLAGS[flag]
-        text = next(words, None) if callable(read) else ""
-        if text is None:
-            raise StandInError(f"{flag} needs a value")
-        try:
-            wanted[target] = read(text) if callable(read) else read
-        except (KeyError, ValueError):
-            raise StandInError(f"invalid value for {flag}: {text}") from None
-        if target == "version":
-            break
-    return wanted
-
-
-def _check_model(path: str) -> None:
-    if not path:
-        raise StandInError("--model or --hf-repo is required")
-    try:
-        with open(path, "rb") as model:
-            if model.read(4) != b"GGUF":
-                raise StandInError(f"not a GGUF file: {path}")
-    except OSError as error:
-        raise StandInError(f"cannot read the model {path}: {error.strerror}") from error
-
-
-def _common_params(xllamacpp: Any, wanted: Dict[str, Any]) -> Any:
-    """Return the CommonParams that llama-server's own parser would have made of *wanted*."""
-    params = xllamacpp.CommonParams()
-    params.port, params.n_parallel = 9931, -1
-    params.default_template_kwargs = {"preserve_reasoning": "true"}
-    params.hf_token = os.environ.get("HF_TOKEN", "")
-    for target, value in wanted.items():
-        owner, _, name = target.rpartition(".")
-        setattr(getattr(params, owner) if owner else params, name, value)
-        if owner == "sampling":  # without its bit, sampling metadata in the GGUF overrides the flag
-            bit = xllamacpp.common_params_sampling_config["COMMON_PARAMS_SAMPLING_CONFIG_" + name.upper()]
-            params.sampling.user_sampling_config |= bit
-    if wanted.get("n_ctx") == 0:  # the model's full context: --fit may not shrink it
-        params.fit_params_min_ctx = -1
-    if params.model.hf_repo:  # Server() demands a path; the download replaces it
-        params.model.path = f"{params.model.hf_repo} (not downloaded)"
-    return params
-
-
-def _serve_until_signal(server: object) -> None:
-    """Hold *server* until SIGTERM or SIGINT, then exit 0 at once.
-
-    Destroying a Server holds the GIL and waits for every client: os._exit is what no request in flight can delay.
-    The wakeup socket, because a signal that lands on one of llama.cpp's threads does not end the main thread's sleep.
-    """
-    import signal
-    wakeup, signalled = socket.socketpair()
-    signalled.setblocking(False)
-    signal.set_wakeup_fd(signalled.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    wakeup.recv(1)
-    os._exit(0)
-
-
-def run_llama_server(argv: Sequence[str]) -> int:
-    """Serve like ``llama-server ARGV``; return 1 after one ``error:`` line when that is impossible."""
-    try:
-        wanted = parse_llama_server_argv(argv)
-        import importlib
-        import signal
-        # Loading holds the GIL, so a Python handler would run after it; KeyboardInterrupt crashes xllamacpp's import.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        xllamacpp: Any = importlib.import_module("xllamacpp")
-        if wanted.get("version"):
-            sys.stderr.write(f"version: xllamacpp {xllamacpp.__version__} (llama.cpp)\n")
-            return 0
-        params = _common_params(xllamacpp, wanted)
-        if not params.model.hf_repo:
-            _check_model(params.model.path)
-        if not all(port_is_free(host, params.port) for host in params.hostnames):
-            raise StandInError(f"couldn't bind HTTP server socket, port {params.port} is taken")
-        _serve_until_signal(xllamacpp.Server(params))
-    except RuntimeError:
-        time.sleep(0.2)  # llama.cpp logs from a thread of its own: let it finish
-        sys.stderr.write(f"error: llama.cpp could not start {params.model.path}: see its log above\n")
-    except (StandInError, UserError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-    return 1
-
-
 # ===================================================================================================
 # FIT
 # ===================================================================================================
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000, less than a cache of them would be worth.
+# The hub, its cache on this disk, and what each tier takes by the header of its file in either.
+# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
+
+
+MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
+_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+    ("LLAMA_CACHE", ""),
+    ("HF_HUB_CACHE", ""),
+    ("HUGGINGFACE_HUB_CACHE", ""),
+    ("HF_HOME", "hub"),
+    ("XDG_CACHE_HOME", "huggingface/hub"),
+)
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
-    """Where llama-server keeps what it downloads; huggingface_hub's own place. Source: hf-cache.cpp, b11549."""
-    for name, below in (("LLAMA_CACHE", ""), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                        ("XDG_CACHE_HOME", "huggingface/hub"), ("", "~/.cache/huggingface/hub")):
-        if not name or env.get(name):
-            return os.path.normpath(_expand(os.path.join(env.get(name, ""), below)))
+    """Where llama-server keeps downloads, huggingface_hub's own place. Source: hf-cache.cpp."""
+    place = "~/.cache/huggingface/hub"
+    for name, below in _CACHE_VARIABLES:
+        if env.get(name):
+            place = os.path.join(env[name], below)
+            break
+    return os.path.normpath(_expand(place))
+
+
+def repo_dir(cache: str, repo: str) -> str:
+    return os.path.join(cache, "models--" + repo.replace("/", "--"))
+
+
+def local_file(cache: str, repo: str, file: str) -> str:
+    """A file of the hub cache, "" for none. Looked for as llama-server does without a network.
+
+    Only the commit of refs/main counts: what lies below another is not found.
+    """
+    folder = repo_dir(cache, repo)
+    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    path = os.path.join(folder, "snapshots", commit, *file.split("/"))
+    if commit and os.path.isfile(path):
+        return path
     return ""
 
 
-def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
-    """The file of a tier on this disk, "" when it is not there: its path, or where a download of it lies."""
+def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
+    """Where each file of a tier's model lies on this disk, "" for one that is not here."""
     if weights.path:
-        return weights.path if os.path.isfile(weights.path) else ""
-    repo = os.path.join(hub_cache_dir(env), "models--" + weights.repo.replace("/", "--"))
-    head = read_text(os.path.join(repo, "refs", "main")).strip()
+        return [weights.path if os.path.isfile(weights.path) else ""]
+    cache = hub_cache_dir(env)
+    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+
+
+def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
+    """The first file of a tier's model where all of it is on this disk, else ""."""
+    parts = local_parts(weights, env)
+    return parts[0] if all(parts) else ""
+
+
+def hub_endpoint(env: Mapping[str, str]) -> str:
+    """Where llama-server asks for models, too."""
+    named = env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT")
+    return (named or "https://huggingface.co").rstrip("/")
+
+
+def hub_token(env: Mapping[str, str]) -> str:
+    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
+    token = env.get("HF_TOKEN", "").strip()
+    if not re.match(r"[!-~]*\Z", token):
+        raise UserError("HF_TOKEN holds a character that no token has",
+                        "set it anew: one line of letters and digits")
+    return token
+
+
+def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
+    from urllib.parse import quote
+    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
+
+
+class Unreachable(UserError):  # noqa: N818
+    """A server that cannot be asked at all, so that no second question to it is worth its wait."""
+
+
+def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None,
+             timeout_s: float = 20) -> Any:
+    """Ask a server on the internet, through the proxy of the environment, or one on this machine.
+
+    Errors: Unreachable, HTTPError (an OSError) for what it refuses.
+    """
+    import urllib.error
+    import urllib.request
+    parts = re.match(r"https?://([^/?#]+)", url)
+    if parts is None:
+        raise Unreachable(f"{what} has no address that can be asked: {url}",
+                          "give it one that begins with https://")
+    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
+    for name, value in headers.items():
+        if name == "Authorization":             # not sent on when it leads elsewhere
+            request.add_unredirected_header(name, value)
+        else:
+            request.add_header(name, value)
+    ask: Any = urllib.request.urlopen
+    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
+        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     try:
-        commits = sorted(os.listdir(os.path.join(repo, "snapshots")), key=lambda c: c != head)
-    except OSError:
+        return ask(request, timeout=timeout_s)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError) as exc:
+        reason = str(getattr(exc, "reason", exc))
+        hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
+        if "CERTIFICATE_VERIFY" in reason:
+            hint = ("this Python has no certificates: run its Install Certificates.command,"
+                    " or set SSL_CERT_FILE")
+        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+
+
+def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
+    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    from urllib.parse import urlencode
+    token, endpoint = hub_token(env), hub_endpoint(env)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = urlencode(form, doseq=True).encode() if form else None
+    try:
+        with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
+            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as exc:
+        raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
+                        "see HF_ENDPOINT") from None
+
+
+def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
+    """`; it has ...` with the names in a repository that are nearest to one it does not have."""
+    import difflib
+    try:
+        rows = hub_api(f"{repo}/tree/main?recursive=true", env)
+        names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
         return ""
-    found = (os.path.join(repo, "snapshots", c, *weights.file.split("/")) for c in commits)
-    return next((path for path in found if os.path.isfile(path)), "")
-
-
-def part_names(name: str, count: int) -> List[str]:
-    """The files of a split GGUF from the name of the first."""
-    stem, split, _ = name.rpartition("-00001-of-")
-    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)] if split and count > 1 else [name]
+    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
+    if not near:
+        return "; it has no GGUF file at all"
+    return f"; it has {visible(', '.join(near))}"
 
 
 def local_header(path: str) -> GgufHeader:
@@ -7209,63 +7527,42 @@ def local_header(path: str) -> GgufHeader:
         return header
 
     first = one(path)
-    return merge_headers(first, map(one, part_names(path, first.parts)[1:]))
+    return merge_headers(first, map(one, split_parts(path)[1:]))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
-    """A part of a file on the hub, which redirects to its storage; short at its end. Errors: OSError, in words."""
+    """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
     import http.client
     import urllib.error
-    import urllib.request
-
-    if not url.startswith("http"):
-        raise OSError(f"{url} is no address of a hub")
+    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{first + count - 1}"})  # noqa: S310
-        if token:                               # goes to the hub, never to where it redirects
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            skip = 0 if answer.status == 206 else first         # no ranges: the file as far as is needed
+        with open_url(url, headers, "the model hub", timeout_s=10) as answer:
+            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
             data: bytes = answer.read(skip + count)
             return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        raise OSError(f"{url} answered {exc.code}" + (": set HF_TOKEN" if exc.code in (401, 403) else "")) from None
-    except urllib.error.URLError as exc:
-        raise ConnectionError(f"the hub cannot be reached: {exc.reason}") from None
+        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        raise OSError(f"{url} answered {exc.code}{hint}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
     except OSError as exc:                      # one that takes the connection and says nothing
-        raise ConnectionError(f"the hub cannot be reached: {exc}") from None
-
-
-def hub_endpoint(env: Mapping[str, str]) -> str:
-    """Where llama-server asks for models, too."""
-    return (env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def hub_token(env: Mapping[str, str]) -> str:
-    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
-    token = env.get("HF_TOKEN", "").strip()
-    if not re.match(r"[!-~]*\Z", token):
-        raise UserError("HF_TOKEN holds a character that no token has", "set it anew: one line of letters and digits")
-    return token
-
-
-def hub_url(repo: str, file: str, env: Mapping[str, str]) -> str:
-    from urllib.parse import quote
-    return f"{hub_endpoint(env)}/{repo}/resolve/main/{quote(file)}"
+        raise Unreachable(f"the model hub broke off: {exc}", "try again later") from None
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
-    """The header of a GGUF on the hub by growing ranges, before any download of it. Errors: GgufError, OSError."""
+    """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
+    token = hub_token(env)
+
     def one(name: str) -> GgufHeader:
-        held = bytearray()
+        url, held = hub_url(weights.repo, name, env), bytearray()
 
         def read(offset: int, count: int) -> bytes:
             while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(hub_url(weights.repo, name, env), len(held), max(1 << 20, len(held)), hub_token(env))
+                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
                 held.extend(more)
@@ -7273,8 +7570,7 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    first = one(weights.file)
-    return merge_headers(first, map(one, part_names(weights.file, first.parts)[1:]))
+    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
@@ -7295,8 +7591,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
                 continue
         except GgufError as exc:
             note = f"{os.path.basename(where)} {exc}"
+        except Unreachable as exc:              # no further tier is asked for
+            note, hub = str(exc), False
         except OSError as exc:
-            note, hub = str(exc), hub and not isinstance(exc, ConnectionError)      # offline: no tier more is asked for
+            note = str(exc)
         need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
         fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
                             note=note))
@@ -7307,46 +7605,79 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
 # LITELLM
 # ===================================================================================================
 
-# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The proxy wants a master
-# key, or this permission: it listens on loopback, and _WebGuard keeps web pages out, which a key would have to do else.
+# What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The
+# proxy wants a master key, or this permission: it listens on loopback, and its guard,
+# share/guests/litellm_proxy.py, keeps web pages out, which a key would have to do else.
 _LITELLM_ENV = {"LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False", "LITELLM_MODE": "PRODUCTION",
                 "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOCAL_BLOG_POSTS": "True",
                 "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
                 "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
-INSTALL_LITELLM = "LiteLLM is not installed: run `llmstack install-litellm`, then `llmstack restart`"
+INSTALL_LITELLM = ("LiteLLM is not installed:"
+                   " run `llmstack install-litellm`, then `llmstack restart`")
+
+
+# What the installers write first into a program: its Python, with options or behind env; or a shell
+# that executes it, where its path has a space or is too long for the kernel.
+_SHEBANG = re.compile(rb"#! *(?:/usr/bin/env +(?:-S +)?)?([^\s'\"]*python[0-9.]*)(?: +-\w+)*\s*\n")
+_TRAMPOLINE = re.compile(rb"#! */bin/sh\n'''exec' +(?:\"([^\"$]+)\"|'([^'$]+)'|(/\S+)) ")
+
+
+def _named_python(head: bytes) -> str:
+    """The Python that a program's first lines name, "" for none."""
+    found = _SHEBANG.match(head) or _TRAMPOLINE.match(head)
+    if not found:
+        return ""
+    named = os.fsdecode(next(filter(None, found.groups())))
+    return named if "/" in named else find_program(named)
+
+
+def _python_of(program: str) -> str:
+    """The Python that an installed program runs in. Errors: UserError where that cannot be told."""
+    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", os.path.basename(program)):
+        return program
+    try:
+        with open(program, "rb") as file:
+            python = _named_python(file.read(4096))
+    except OSError:                             # a program may be executable and not readable
+        python = ""
+    if not python:
+        python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
+    if not os.access(python, os.X_OK):
+        raise UserError(f"LITELLM_BIN names {program}, and which Python it runs in cannot be told:"
+                        " nothing would keep web pages away from LiteLLM",
+                        "name that Python in LITELLM_BIN instead, or leave LITELLM_BIN out and run"
+                        " `llmstack install-litellm`", 2)
+    return python
+
+
+def _litellm_python(env: Mapping[str, str], data: str) -> str:
+    named = env.get("LITELLM_BIN", "")
+    if named:
+        bare = os.path.basename(named) == named
+        found = find_program(named, ()) if bare else _expand(named)
+        if not found or not os.access(found, os.X_OK):
+            raise UserError(f"LITELLM_BIN names {named}, which is no program here",
+                            "correct it, or leave it out", 2)
+        return _python_of(found)
+    import importlib.util
+    needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
+    if all(map(importlib.util.find_spec, needed)):
+        return sys.executable
+    return environment_program(LITELLM, data) if environment_ready(LITELLM, data) else ""
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
-    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python where it is importable, our environment.
+    """The command that starts LiteLLM's proxy: LITELLM_BIN, this Python, our environment.
 
-    Empty when there is none. Errors: UserError where LITELLM_BIN names no program.
+    Its first word is the Python that LiteLLM is installed in; empty where there is none.
+    Errors: UserError where LITELLM_BIN names no program, or one whose Python cannot be found.
     """
-    named = env.get("LITELLM_BIN", "")
-    if named:
-        found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
-        if not found or not os.access(found, os.X_OK):
-            raise UserError(f"LITELLM_BIN names {named}, which is no program here", "correct it, or leave it out", 2)
-        python = _python_of(found)
-        return (python, PROGRAM, "_litellm") if python else (found,)
-    import importlib.util
-    if all(map(importlib.util.find_spec, ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml"))):
-        return (sys.executable, PROGRAM, "_litellm")
-    return (environment_program(LITELLM, data), PROGRAM, "_litellm") if environment_ready(LITELLM, data) else ()
-
-
-def _python_of(script: str) -> str:
-    """The Python that an installed program runs in, "" where that cannot be told."""
-    if IS_WINDOWS:
-        beside = os.path.join(os.path.dirname(os.path.realpath(script)), "python.exe")
-    else:
-        with open(script, "rb") as file:
-            match = re.match(rb"#!(/[^\s]*/python[0-9.]*)\s*\n", file.read(512))
-        beside = match.group(1).decode() if match else ""
-    return beside if os.access(beside, os.X_OK) else ""
+    python = _litellm_python(env, data)
+    return tuple(guest_command(python, "litellm_proxy")) if python else ()
 
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
-    """The proxy's environment: quiet, offline but for its providers, and not on a database that is another program's."""
+    """The proxy's environment: quiet, offline but for its providers, without others' databases."""
     kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
     return {**_LITELLM_ENV, **kept}
 
@@ -7356,40 +7687,104 @@ def litellm_config_path(places: Places) -> str:
 
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
-    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1", "--port", str(port),
-            "--telemetry", "False", "--num_workers", "1"]
+    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1",
+            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
 
-def plan_proxy(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Optional[ProxyPlan]:
-    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM. Errors: UserError."""
+YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
+
+
+def ask_litellm_yaml(program: Sequence[str], text: str,
+                     wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
+    """What share/guests/litellm_yaml.py answers in LiteLLM's Python; where it fails, only `why`."""
+    import subprocess
+    command = guest_command(program[0], "litellm_yaml")
+    asked = json.dumps({"text": text, "wanted": wanted}).encode()
+    try:
+        done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, timeout=YAML_TIMEOUT_S,
+                              stderr=subprocess.DEVNULL, check=False)
+        answer = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        answer = None
+    if isinstance(answer, dict):
+        return answer
+    return {"why": f"{program[0]} does not read it"}
+
+
+def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[LitellmFile]:
+    """What litellm_config.yaml holds; None where that cannot be told.
+
+    LiteLLM's Python is asked once a version of the file, since `status` is to stay quick.
+    """
+    data = _read_bytes(litellm_config_path(places))
+    if not data:
+        return LitellmFile({}, frozenset())
+    cache_path = os.path.join(places.data, "litellm.json")
+    cache, digest = _read_json(cache_path), _digest(data)
+    known = parse_litellm_file(cache.get(digest))
+    if known:
+        return known
+    try:
+        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        answer = ask_litellm_yaml(program, text, ()) if program else {}
+        known = parse_litellm_file(answer)
+        if known:
+            kept = dict(list(cache.items())[:7])
+            write_atomic(cache_path, json.dumps({digest: answer, **kept}), 0o600)
+    except (UserError, UnicodeDecodeError):
+        pass
+    return known
+
+
+# What LiteLLM finds without a variable -> the variable that is as good as set.
+_CREDENTIAL_FILES = (
+    ("~/.aws/credentials", "AWS_PROFILE"),
+    ("~/.aws/config", "AWS_PROFILE"),
+    ("~/.config/gcloud/application_default_credentials.json", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
+
+
+def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
+                        use_next: bool = False,
+                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
+    """LiteLLM tier -> names of the variables it lacks; `env`, `certain` as for tier_credentials."""
+    tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
+    known = dict(env)
+    for path, name in _CREDENTIAL_FILES:
+        if os.path.exists(os.path.expanduser(path)):
+            known.setdefault(name, path)
+    file = read_litellm_file(places, env)
+    found = {t.name: tier_credentials(t, known, file, use_next, certain) for t in tiers}
+    return {name: names for name, names in found.items() if names}
+
+
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
+               use_next: bool) -> Optional[ProxyPlan]:
+    """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM.
+
+    Errors: UserError.
+    """
     tier = proxy_tier(config)
     program = find_litellm(env, places.data) if tier else ()
     if tier is None or not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
     lacking = lacking_credentials(places, config, env, use_next, True)
-    wanted = any(t.role in LADDER_ROLES and t.name not in lacking for t in litellm_tiers(config))
+    able = [t for t in litellm_tiers(config) if t.name not in lacking]
+    wanted = any(t.role in LADDER_ROLES for t in able)
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
 
 
-def lacking_credentials(places: Places, config: Config, env: Mapping[str, str], use_next: bool = False,
-                        certain: bool = False) -> Dict[str, Tuple[str, ...]]:
-    """LiteLLM tier -> the names of the variables it lacks in `env`; `certain` as for tier_credentials."""
-    known = dict(env)
-    for name, path in (("AWS_PROFILE", "~/.aws/credentials"), ("AWS_PROFILE", "~/.aws/config"),
-                       ("GOOGLE_APPLICATION_CREDENTIALS", "~/.config/gcloud/application_default_credentials.json")):
-        if os.path.exists(os.path.expanduser(path)):
-            known.setdefault(name, path)
-    text = read_text(litellm_config_path(places))
-    found = {t.name: tier_credentials(t, known, text, use_next, certain) for t in litellm_tiers(config)}
-    return {name: names for name, names in found.items() if names}
-
-
-def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_next: bool) -> Dict[str, str]:
+def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
+                    use_next: bool) -> Dict[str, str]:
     """LiteLLM tiers that `auto` is to leave alone, with the reason."""
     tiers = litellm_tiers(config)
+    if not tiers:
+        return {}
     try:
-        why = "" if not tiers or find_litellm(env, places.data) else INSTALL_LITELLM
+        why = "" if find_litellm(env, places.data) else INSTALL_LITELLM
     except UserError as exc:
         why = str(exc)
     if why:
@@ -7398,111 +7793,77 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str], use_
     return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
 
-class _WebGuard:
-    """ASGI: refuses what a web page of another site sends. LiteLLM answers every origin, and lets it read the answer."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        fields = {name.lower(): value for name, value in reversed(scope.get("headers") or ())}
-        wrong = refusal(Request("GET", "/", 1, (), True, False, False, fields, {}, 0), True)
-        if not wrong:                           # nor in "lifespan", which has no headers
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"application/json")]})
-            await send({"type": "http.response.body", "body": error_json(wrong.replace("this router", "LiteLLM"), "forbidden")})
-
-
-def run_litellm(argv: Sequence[str]) -> int:
-    """Run LiteLLM's own command line with _WebGuard before its app; this runs in LiteLLM's Python."""
-    import importlib
-    here = os.getcwd()
-    os.chdir(os.path.dirname(sys.executable))   # proxy_cli appends this to sys.path: a cloned project is no place for modules
-    cli = importlib.import_module("litellm.proxy.proxy_cli")
-    os.chdir(here)
-    importlib.import_module("litellm.proxy.proxy_server").app.add_middleware(_WebGuard)
-    sys.argv = ["litellm", *argv]
-    cli.run_server()
-    return 0
-
-
-_CHECK_YAML = """import json,sys,yaml
-old,new,added=json.load(sys.stdin)
-old,new=[yaml.safe_load(t) or {} for t in (old,new)]
-was,has=old.pop('model_list',None) or [],new.pop('model_list')
-stubs=[{'model_name':n,'litellm_params':{'model':m}} for n,m in added]
-names=[n for n,m in added]
-sys.exit(old!=new or has!=was+stubs or any(e.get('model_name') in names for e in was))"""
-
-
-def _merge_holds(program: Sequence[str], old: str, new: str, added: Sequence[Tuple[str, str]]) -> bool:
-    """True when LiteLLM's own YAML parser reads the old content and the new entries out of a merged text."""
-    import subprocess
-    if len(program) < 2:                        # a program of the user's, whose Python is not known
-        return True
+def _extended_litellm(path: str, program: Sequence[str],
+                      wanted: Sequence[Tuple[str, str]]) -> Dict[str, Any]:
+    """litellm_config.yaml with what it lacks of `wanted`, as ask_litellm_yaml answers."""
+    data = _read_bytes(path)
+    if not data:
+        if os.path.exists(path) and os.path.getsize(path):
+            return {"why": "it cannot be read"}
+        try:
+            seed = read_shared_text("templates/litellm_config.yaml")
+        except UserError as exc:
+            return {"why": f"{exc}; {exc.hint}"}
+        text = seed + render_litellm_entries(wanted) + "\n"
+        return {"text": text, "added": [name for name, _ in wanted]}
     try:
-        return subprocess.run([program[0], "-c", _CHECK_YAML], input=json.dumps([old, new, added]).encode(), timeout=60,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-                              cwd=os.path.dirname(program[0])).returncode == 0      # -c looks for modules there
-    except (OSError, subprocess.SubprocessError):
-        return False
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"why": "it is not UTF-8"}
+    if program:
+        return ask_litellm_yaml(program, text, wanted)
+    named = all(name in text for name, _ in wanted)
+    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
-def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier that has none; True when that has changed it.
+def write_litellm_config(places: Places, config: Config, program: Sequence[str],
+                         say: Callable[[str], None]) -> bool:
+    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
 
-    A file that cannot be extended without a doubt is left alone, with what to put in. Errors: UserError.
+    A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
+    Errors: UserError.
     """
     path, wanted = litellm_config_path(places), litellm_entries(config)
-    data = _read_bytes(path)
     if not wanted:
         return False
-    try:
-        seed = "" if data else read_shared_text("templates/litellm_config.yaml")
-    except UserError as exc:
-        say(f"{exc}, so {path} is not written; {exc.hint}")
+    answer = _extended_litellm(path, program, wanted)
+    if answer.get("why"):
+        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+            f"{render_litellm_entries(wanted)}")
         return False
-    try:
-        old = data.decode("utf-8")
-        new, added = merge_litellm_yaml(old or seed, wanted)
-        if added and old and not _merge_holds(program, old, new, added):
-            raise ValueError("LiteLLM's parser does not read it as expected")
-    except ValueError as exc:
-        why = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else exc
-        newline = "\n"
-        say(f"{path} is left alone ({why}). See that its model_list has:\n{_entry_lines(wanted, 2, newline)}")
-        return False
-    for difference in litellm_differences(config, old):
+    for difference in litellm_differences(config, parse_litellm_file(answer)):
         say(f"Note: {difference}")
-    if not added:
+    if not answer.get("added"):
         return False
+    extended = bool(_read_bytes(path))
     with trust_lock(places):
         trusted = is_trusted(places, "run")
-        write_atomic(path, new.encode("utf-8"))
+        write_atomic(path, answer["text"].encode("utf-8"))
         if trusted:
             record_trust(places, "run")
-    say(f"{'Extended' if old else 'Wrote'} {path}: {', '.join(name for name, _ in added)}")
+    say(f"{'Extended' if extended else 'Wrote'} {path}: {', '.join(answer['added'])}")
     return True
 
 
 def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]]) -> bool:
-    """True when LiteLLM is here, or the user has agreed to install it now; `ask` answers None without a terminal."""
+    """True when LiteLLM is here, or the user has agreed to install it now.
+
+    `ask` answers None without a terminal.
+    """
     if find_litellm(env, places.data):
         return True
-    answer = ask(f"Hosted tiers need {LITELLM.what}. Install it into {environment_dir(LITELLM, places.data)}? [y/N] ")
-    if not answer:
+    where = environment_dir(LITELLM, places.data)
+    if not ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
         return False
     install_environment(LITELLM, places.data, say)
     return True
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: Callable[[str], None],
+def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
+                   say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
-    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM itself, then give them their entries.
+    """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     Returns why they will not be served, or "". Errors: UserError.
     """
@@ -7514,7 +7875,7 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str], say: 
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
-    """The models.ini a project begins with: code-ultra is switched on where LiteLLM is there to serve it."""
+    """The models.ini a project begins with: code-ultra is on where LiteLLM is there to serve it."""
     try:
         available = bool(find_litellm(env, data))
     except UserError:
@@ -8718,7 +9079,7 @@ def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: T
         settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
         if row["missing"] and not settled:
             row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
-    rows["differences"] = litellm_differences(config, read_text(litellm_config_path(places)))
+    rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
 
 
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
@@ -8795,25 +9156,6 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
-
-
-def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for `name`, all that it remembers)."""
-    path = os.path.join(places.data, "written.json")
-    return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
-
-
-def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes that we wrote last to a file in .llmstack/: nobody has changed it."""
-    _, key, known = _written(places, name)
-    return known.get(key) == _digest([(name, data)])
-
-
-def _remember(places: Places, name: str, data: bytes) -> None:
-    with trust_lock(places):
-        path, key, known = _written(places, name)
-        known[key] = _digest([(name, data)])
-        write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
 
 
 def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
@@ -9048,7 +9390,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
         response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
-                                      limit_bytes=MAX_MODELS_INI_BYTES)
+                                      limit_bytes=MAX_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
@@ -9125,19 +9467,38 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # DOWNLOADS
 # ===================================================================================================
 
-# The last release for Python 3.9, which a stock Mac has. Newer ones drop what a killed download had got: they write
-# to a file with a random name. So the worker keeps the old name, `blobs/<etag>.incomplete`, and has the library
-# continue it (http_get, resume_size); that works with every release from 1.0 to 2.4.
+# The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
+# killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
-                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)", (3, 9), (3, 14),
-                         "or install huggingface_hub into the Python that runs llmstack")
-HUB_WAITS_S = (1, 5, 20, 60, 60, 60)            # between tries that bring nothing new; a lost network is often back by then
-MAX_RETRY_AFTER_S = 3600
-HTTP_LIMIT_BYTES = 50_000_000_000               # the hub serves larger files over Xet only, which cannot be resumed
+                         f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 * 1024 * 1024
+MAX_BINARY_BYTES = 512 << 20
+MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
+MAX_CHECKSUMS_BYTES = 1 << 20
+
+
+def span_words(seconds: float) -> str:
+    """`75 s`, `14 min`, `12.5 h`"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def progress_words(have: int, size: int, rate: float) -> str:
+    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
+    unit, name = 1e6, "MB"
+    if size >= 1e9:
+        unit, name = 1e9, "GB"
+    if not size:
+        return f"{have / unit:,.1f} {name}"
+    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
+    if rate <= 0:
+        return words
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
 def download_file(url: str, path: str, say: Say) -> None:
@@ -9185,9 +9546,7 @@ def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            rate = (done - start) / passed
-            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
-            say(f"  {name}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s{left}")
+            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -9199,69 +9558,13 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def repo_dir(cache: str, repo: str) -> str:
-    return os.path.join(cache, "models--" + repo.replace("/", "--"))
-
-
-def local_file(cache: str, repo: str, file: str) -> str:
-    """A file of the hub cache, found as llama-server does without a network: in the commit of refs/main; "" for none."""
-    commit = read_text(os.path.join(repo_dir(cache, repo), "refs", "main")).strip()
-    path = os.path.join(repo_dir(cache, repo), "snapshots", commit, *file.split("/"))
-    return path if commit and os.path.isfile(path) else ""
-
-
-def has_all(cache: str, job: Job) -> bool:
-    return all(local_file(cache, job.repo, file) for file in job.files)
-
-
-def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[bytes] = None, timeout_s: float = 20) -> Any:
-    """Ask a server on the internet, through the proxy of the environment. Errors: UserError, HTTPError (an OSError)."""
-    import urllib.error
-    import urllib.request
-    if not url.startswith(("https://", "http://")):
-        raise UserError(f"{what} has no address that can be asked: {url}", "give it one that begins with https://")
-    request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
-    for name, value in headers.items():         # not sent on when it leads elsewhere
-        request.add_unredirected_header(name, value)
-    try:
-        return urllib.request.urlopen(request, timeout=timeout_s)  # noqa: S310
-    except urllib.error.HTTPError:
-        raise
-    except (OSError, ValueError) as exc:
-        reason = str(getattr(exc, "reason", exc))
-        hint = ("this Python has no certificates: run its Install Certificates.command, or set SSL_CERT_FILE"
-                if "CERTIFICATE_VERIFY" in reason else "see that this machine is online (HTTPS_PROXY is honoured), then again")
-        raise UserError(f"{what} cannot be reached at {url.split('/', 3)[2] if '//' in url else url}: {reason}", hint) from None
-
-
-def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
-    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
-    from urllib.parse import urlencode
-    token = hub_token(env)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = urlencode(form, doseq=True).encode() if form else None
-    try:
-        with open_url(f"{hub_endpoint(env)}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(64 << 20).decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as exc:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {exc}", "see HF_ENDPOINT") from None
-
-
-def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; did it mean ...` with the names in the repository that are nearest to one it does not have."""
-    import difflib
-    try:
-        names = [x["path"] for x in hub_api(f"{repo}/tree/main?recursive=true", env) if x["path"].endswith(".gguf")]
-    except (UserError, OSError, KeyError, TypeError):
-        return ""
-    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    return f"; it has {visible(', '.join(near))}" if near else "; it has no GGUF file at all"
-
-
-# The worker: one process a project, started by `download` and left alone. Its queue is .llmstack/downloads.json, its
-# pid file .llmstack/download.pid, both written under one lock, so that a job added is either seen by the worker that
-# is about to end, or starts another.
+# The worker: one process a project, started by `download` and left alone. Its queue is
+# .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
+# a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+
+
+GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 def queue_file(places: Places) -> str:
@@ -9273,14 +9576,24 @@ def queue_lock(places: Places) -> FileLock:
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
-    """Job name -> its state: queued | running | done | failed, with what is known of it; what a clone made up is left out."""
+    """Job name -> its state (queued, running, done, failed) and what is known of it.
+
+    What a clone made up is left out: a row has a job's own values, each of its own type.
+    """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
         job = parse_job(row) if isinstance(row, dict) else None
-        if job is not None and job.name == name and row.get("state") in ("queued", "running", "done", "failed"):
-            known = {k: v for k, v in row.items() if isinstance(v, _QUEUE_VALUES.get(k, ())) and not isinstance(v, bool)}
-            jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        if job is None or job.name != name:
+            continue
+        if row.get("state") not in ("queued", "running", "done", "failed"):
+            continue
+        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
+        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
     return jobs
+
+
+def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
+    write_atomic(queue_file(places), json.dumps(queue, indent=1))
 
 
 def download_worker(places: Places) -> Optional[Record]:
@@ -9294,50 +9607,64 @@ def set_state(places: Places, name: str, **values: Any) -> None:
         jobs = read_queue(places)
         if name in jobs:
             jobs[name].update(values)
-            write_atomic(queue_file(places), json.dumps(jobs, indent=1))
+            write_queue(places, jobs)
 
 
-def hub_python(data: str, say: Say) -> str:
-    """A Python that has huggingface_hub: this one, else the private environment's. Errors: UserError."""
-    from importlib import metadata
-    try:
-        if int(metadata.version("huggingface_hub").split(".")[0]) >= 1:
-            return sys.executable
-    except (metadata.PackageNotFoundError, ValueError):
-        pass
-    install_environment(HUB, data, say)
-    return environment_program(HUB, data)
-
-
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job], env: Mapping[str, str], say: Say) -> int:
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
+                    env: Mapping[str, str], say: Say) -> int:
     """Queue jobs and see that a worker runs; its pid. Errors: UserError.
 
-    What a killed worker has left is taken up again, if it is still one of the `known` jobs of models.ini: a cloned
-    directory may have brought a queue along, and links that logs would be written through.
+    What a killed worker has left is taken up again where it is still one of the `known` jobs of
+    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
     """
     check_links(places)
-    python = hub_python(places.data, say)
+    install_environment(HUB, places.data, say)
+    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
+        if worker is None:
+            queue = _left_over(queue, known)
         for job in jobs:
-            if worker is None or queue.get(job.name, {}).get("state") not in ("queued", "running"):
+            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
+            if worker is None or not waits:
                 queue.pop(job.name, None)       # to the end of the queue
                 queue[job.name] = {**job._asdict(), "state": "queued"}
+        write_queue(places, queue)
         if worker is None:
-            queue = {n: {**j, "state": "queued"} if j["state"] == "running" else j for n, j in queue.items()
-                     if j["state"] in ("done", "failed") or parse_job(j) in known}
-        write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        if worker is None:
-            log = places.log("download.log")
-            shift_logs(log)
-            settings = {"LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-                        "HF_ENDPOINT": hub_endpoint(env), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            kept = {k: v for k, v in without_credentials(env).items() if k != "LLMSTACK_API_KEY"}
-            record = Record(0, "", new_mark(places.project, "download"), kind="download")
-            process, worker = spawn_recorded([python, PROGRAM, "_download"], log, {**kept, **settings},
-                                             places.in_state("download.pid"), record)
-            process.returncode = 0              # it stays; do not let Popen warn that it is still running
+            worker = _spawn_worker(places, env)
         return worker.pid
+
+
+def _left_over(queue: Mapping[str, Dict[str, Any]],
+               known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
+    """The queue of a worker that has ended, as the next one finds it."""
+    left = {}
+    for name, row in queue.items():
+        if row["state"] in ("done", "failed"):
+            left[name] = row
+        elif parse_job(row) in known:
+            left[name] = {**row, "state": "queued"}
+    return left
+
+
+def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
+    """Start the worker, which stays. It needs the hub's token and no other credential."""
+    log = places.log("download.log")
+    shift_logs(log)
+    settings = without_credentials(env)
+    settings.pop("LLMSTACK_API_KEY", None)
+    settings.update({
+        "LLMSTACK_WORK_DIR": places.work,
+        "LLMSTACK_DATA_DIR": places.data,
+        "HF_ENDPOINT": hub_endpoint(env),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    })
+    record = Record(0, "", new_mark(places.project, "download"), kind="download")
+    process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
+                                     places.in_state("download.pid"), record)
+    process.returncode = 0                      # Popen would warn that it is still running
+    return worker
 
 
 def stop_downloads(places: Places) -> bool:
@@ -9346,9 +9673,8 @@ def stop_downloads(places: Places) -> bool:
     if worker is not None:
         stop_recorded(worker, places.project, STOP_GRACE_S)
     with queue_lock(places):
-        left = {n: j for n, j in read_queue(places).items() if j["state"] not in ("queued", "running")}
         if os.path.exists(queue_file(places)):
-            write_atomic(queue_file(places), json.dumps(left, indent=1))
+            write_queue(places, _left_over(read_queue(places), ()))
         _remove(places.in_state("download.pid"))
     return worker is not None
 
@@ -9357,268 +9683,95 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
     """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
     code = 0
     while True:
-        with queue_lock(places):
-            queue = read_queue(places)
-            name = next((n for n, j in queue.items() if j["state"] in ("queued", "running")), "")
-            if not name:
-                _remove(places.in_state("download.pid"))
-                return code
-            row = queue[name]
-            row.update(state="running", error="")
-            write_atomic(queue_file(places), json.dumps(queue, indent=1))
-        log = places.log(f"dl-{name}.log")
-        shift_logs(log)
-        with os.fdopen(open_log(log), "a", encoding="utf-8") as file:
-            def note(line: str, file: Any = file) -> None:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
-                file.flush()
-            job = parse_job(row)
-            assert job is not None
-            try:
-                size = fetch_job(job, env, note, functools.partial(set_state, places, name))
-            except Exception as exc:            # the next file may fare better
-                code = 1
-                what, hint, _ = _hub_problem(exc, job.repo, job.files[0], env)
-                set_state(places, name, state="failed", error=what, hint=hint)
-                note(f"failed: {what}" + (f" ({hint})" if hint else ""))
-            else:
-                set_state(places, name, state="done", bytes=size)
-                note(f"done: {size:,} bytes (download done)")
-
-
-def fetch_job(job: Job, env: Mapping[str, str], note: Say, tell: Callable[..., None]) -> int:
-    """Bring all files of a job into the cache; their bytes together. Errors: UserError."""
-    cache = hub_cache_dir(env)
-    done = 0
-    note(f"{job.repo}: {', '.join(job.files)}, from {hub_endpoint(env)} into {cache}")
-    found = [(file, _metadata(job.repo, file, env, note)) for file in job.files]
-    total = sum(meta.size for _, meta in found)
-    for file, meta in found:
-        tell(part=meta.etag, before=done, total=total)
-        _fetch_file(job.repo, file, meta, cache, env, note)
-        done += meta.size
-    for file in job.beside:                     # refs/main has moved on: what is here of the other files must be there, too
-        if not local_file(cache, job.repo, file):
-            try:
-                meta = _metadata(job.repo, file, env, note)
-            except UserError:
-                continue
-            if os.path.exists(os.path.join(repo_dir(cache, job.repo), "blobs", meta.etag)):
-                _place_file(job.repo, file, meta, cache)
-    return done
-
-
-class _HubFile(NamedTuple):
-    """What the hub says of a file. `etag` of a large one is its SHA-256."""
-
-    commit: str
-    etag: str
-    size: int
-    url: str
-
-
-def _metadata(repo: str, file: str, env: Mapping[str, str], note: Say) -> _HubFile:
-    found: _HubFile = _patiently(lambda: _ask_hub(repo, file, env), lambda: 0, repo, file, env, note)
-    return found
-
-
-def _ask_hub(repo: str, file: str, env: Mapping[str, str]) -> _HubFile:
-    """Errors: UserError, and the library's own."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    meta = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=hub_endpoint(env)), headers=_hub_headers(hub))
-    etag, commit = str(meta.etag or ""), str(meta.commit_hash or "")
-    if not re.match(r"[0-9A-Za-z]{8,128}\Z", etag) or not re.match(r"[0-9a-f]{40}\Z", commit) or meta.size is None:
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub: {repo}/{file} has no ETag, commit or size",
-                        "see HF_ENDPOINT, and whether a proxy stands between")
-    return _HubFile(commit, etag, int(meta.size), str(meta.location))
-
-
-def _hub_headers(hub: Any) -> Dict[str, str]:
-    """With the token of HF_TOKEN, or of `hf auth login`."""
-    headers: Dict[str, str] = hub.utils.build_hf_headers(library_name="llmstack", library_version=VERSION)
-    return headers
-
-
-def _patiently(act: Callable[[], Any], got: Callable[[], int], repo: str, file: str, env: Mapping[str, str], note: Say) -> Any:
-    """act(), again and again while waiting may help; `got` counts what it has brought. Errors: UserError."""
-    tries, before = 0, got()
-    while True:
+        job = _next_job(places)
+        if job is None:
+            return code
+        note = _job_log(places, job.name)
+        tell = functools.partial(set_state, places, job.name)
         try:
-            return act()
-        except Exception as exc:
-            reason, hint, wait_s = _hub_problem(exc, repo, file, env)
-            if got() > before:
-                tries, before = 0, got()
-            if wait_s < 0 or tries >= (len(HUB_WAITS_S) if wait_s or before else 1):
-                raise UserError(reason, hint) from None
-            pause_s = max(wait_s, HUB_WAITS_S[tries])
-            tries += 1
-            note(f"{reason}; trying again in {pause_s:.0f} s")
-            time.sleep(pause_s)
-
-
-def _hub_problem(exc: Exception, repo: str, file: str, env: Mapping[str, str]) -> Tuple[str, str, float]:
-    """(what, what to do, seconds until it is worth another try: 0 for soon, -1 for never)."""
-    endpoint = hub_endpoint(env)
-    again = "run `llmstack download` again: it goes on from there"
-    if isinstance(exc, UserError):
-        return str(exc), exc.hint, -1
-    response = getattr(exc, "response", None)
-    if response is None:
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            return f"the disk is full: {hub_cache_dir(env)}", "free some room, then `llmstack download` goes on from there", -1
-        if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return f"cannot write {exc.filename or hub_cache_dir(env)}: {exc.strerror}", "mend its permissions", -1
-        if type(exc).__name__ == "OfflineModeIsEnabled":
-            return "HF_HUB_OFFLINE is set, so the model hub is not asked", "unset it", -1
-        if isinstance(exc, OSError) or type(exc).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            words = (str(exc).strip() or type(exc).__name__).splitlines()[0][:200]
-            broke = "Protocol" in type(exc).__name__ or "Read" in type(exc).__name__
-            return (f"the model hub {'broke the connection' if broke else f'cannot be reached at {endpoint}'}: {words}",
-                    f"see that this machine is online (HTTPS_PROXY is honoured); {again}", 0)
-        return f"huggingface_hub failed: {type(exc).__name__}: {str(exc)[:200]}", again, -1
-    status, code = response.status_code, response.headers.get("X-Error-Code", "")
-    if status == 429 or status == 408 or status >= 500:
-        after = response.headers.get("Retry-After", "")
-        reset = re.search(r"\bt=([0-9]{1,5})", response.headers.get("RateLimit", ""))
-        after_s = float(after) if after.isdigit() else float(reset.group(1)) if reset else 5.0
-        what = "asks to wait" if status == 429 else f"answers {status}"
-        return f"the model hub {what}", again, min(max(after_s, 1.0), MAX_RETRY_AFTER_S)
-    if status == 403 and not code and not str(response.url).startswith(endpoint):
-        return "the signed address of the file has lapsed", again, 0
-    if status == 401 and "nvalid" in response.headers.get("X-Error-Message", ""):
-        return "the model hub does not take the token in HF_TOKEN", f"make a new one at {endpoint}/settings/tokens", -1
-    if code == "GatedRepo" or status == 403:
-        how = "whose owner accepted them is what HF_TOKEN must hold" if env.get("HF_TOKEN") else "into HF_TOKEN"
-        return (f"{repo} is gated: its terms must be accepted first", f"accept them at {endpoint}/{repo}, and put a token"
-                f" {how} ({endpoint}/settings/tokens)", -1)
-    if status == 401 or code == "RepoNotFound":
-        return (f"there is no {repo} on the hub, or it is private or gated",
-                f"look at {endpoint}/{repo}; for a private one, put your token into HF_TOKEN", -1)
-    if status == 404:
-        return (f"{repo} has no {file}{nearest_files(repo, file, env)}", "correct hf_file in models.ini", -1)
-    return f"the model hub answers {status} for {repo}/{file}", again, -1
-
-
-def _fetch_file(repo: str, file: str, meta: _HubFile, cache: str, env: Mapping[str, str], note: Say) -> None:
-    """Bring one file into the cache, from where an earlier try has ended. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    blob = os.path.join(folder, "blobs", meta.etag)
-    lock = os.path.join(cache, ".locks", os.path.basename(folder), meta.etag + ".lock")     # the library's own
-    begun = max(file_size(blob), file_size(blob + ".incomplete"))
-    if meta.size > HTTP_LIMIT_BYTES and not begun:
-        import importlib
-        hub: Any = importlib.import_module("huggingface_hub")
-        _check_room(meta.size, folder, file)
-        note(f"{file}: {meta.size:,} bytes, over Xet")
-        _patiently(lambda: hub.hf_hub_download(repo, file, cache_dir=cache, endpoint=hub_endpoint(env)), lambda: 0, repo, file,
-                   env, note)
-    with FileLock(lock, lambda: note(f"another program is fetching {file}; waiting for it")):
-        here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-        if file_size(here) == meta.size:
-            note(f"{file}: is here already")
-        elif file_size(blob) == meta.size:
-            note(f"{file}: is here already, under another commit")
+            size = fetch_job(job, places.data, env, note, tell)
+        except Unreachable as exc:
+            code = 1
+            note(f"failed: {exc} ({exc.hint})")
+            _fail_all(places, exc)
+        except Exception as exc:                # the next file may fare better
+            code = 1
+            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
+            tell(state="failed", error=what, hint=hint)
+            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
         else:
-            os.makedirs(os.path.dirname(blob), exist_ok=True)
-            _remove(here)
-            _remove(blob)
-            resumed = _fill_blob(repo, file, meta, blob, env, note)
-            if not resumed:
-                _fill_blob(repo, file, meta, blob, env, note)
-        _place_file(repo, file, meta, cache)
+            tell(state="done", bytes=size)
+            note(f"done: {size:,} bytes (download done)")
 
 
-def _check_room(need: int, folder: str, file: str) -> None:
-    import shutil
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{file} needs {need / 1e9:,.2f} GB more, and there are {free / 1e9:,.2f} GB free in {folder}",
-                        "free some room, or have the cache elsewhere with HF_HOME; then again")
+def _next_job(places: Places) -> Optional[Job]:
+    """The next of the queue, marked as running; None for none, and the worker is to end."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="running", error="")
+                write_queue(places, queue)
+                return parse_job(row)
+        _remove(places.in_state("download.pid"))
+        return None
 
 
-def _fill_blob(repo: str, file: str, meta: _HubFile, blob: str, env: Mapping[str, str], note: Say) -> bool:
-    """Fetch and verify. False when what had been there before was of no use and is gone now. Errors: UserError."""
-    import importlib
-    hub: Any = importlib.import_module("huggingface_hub")
-    fetch: Any = importlib.import_module("huggingface_hub.file_download")
-    fetch.constants.DOWNLOAD_CHUNK_SIZE = 1 << 20               # what a kill loses, and what a slow line shows
-    part = blob + ".incomplete"
-    if file_size(part) > meta.size:
-        _remove(part)
-    start = file_size(part)
-    _check_room(meta.size - start, os.path.dirname(blob), file)
-    note(f"{file}: {meta.size:,} bytes" + (f", going on at {start:,}" if start else ""))
-    headers = _hub_headers(hub)
-    url = meta.url
-    if url.split("/", 3)[:3] != hub_endpoint(env).split("/", 3)[:3]:
-        headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}    # a signed address, elsewhere
+def _job_log(places: Places, name: str) -> Say:
+    """What writes a line, with the time, to a new log of a job."""
+    path = places.log(f"dl-{name}.log")
+    shift_logs(path)
 
-    def get() -> None:
-        nonlocal url
-        url = url or _ask_hub(repo, file, env).url       # a signed address has its time
-        with open(part, "ab") as out:
-            have, address, url = file_size(part), url, ""
-            fetch.http_get(address, out, resume_size=have, headers=headers, expected_size=meta.size)
+    def note(line: str) -> None:
+        with os.fdopen(open_log(path), "a", encoding="utf-8") as file:
+            file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
 
-    stop = threading.Event()
-    teller = threading.Thread(target=_note_progress, args=(part, file, meta.size, note, stop), daemon=True)
-    teller.start()
-    try:
-        _patiently(get, lambda: file_size(part), repo, file, env, note)
-    finally:
-        stop.set()
-        teller.join()
-    if file_size(part) != meta.size or (len(meta.etag) == 64 and _sha256(part) != meta.etag):
-        _remove(part)
-        if start:
-            note(f"{file}: what an earlier try had left was damaged; beginning again")
-            return False
-        raise UserError(f"{file} arrived damaged: its size or SHA-256 is not the hub's", "run `llmstack download` again")
-    os.replace(part, blob)
-    note(f"{file}: whole, SHA-256 verified" if len(meta.etag) == 64 else f"{file}: whole")
-    return True
+    return note
 
 
-def _note_progress(part: str, file: str, size: int, note: Say, stop: threading.Event) -> None:
-    start, began = file_size(part), time.monotonic()
-    while not stop.wait(10):
-        have = file_size(part)
-        note(f"{file}: {progress_words(have, size, (have - start) / (time.monotonic() - began))}")
+def _fail_all(places: Places, why: UserError) -> None:
+    """Every job that waits fails for the same reason, which is no other's fault."""
+    with queue_lock(places):
+        queue = read_queue(places)
+        for row in queue.values():
+            if row["state"] in ("queued", "running"):
+                row.update(state="failed", error=str(why), hint=why.hint)
+        write_queue(places, queue)
 
 
-def _place_file(repo: str, file: str, meta: _HubFile, cache: str) -> None:
-    """Make a blob a file of its commit, and this commit the one that is found without a network. Errors: UserError."""
-    folder = repo_dir(cache, repo)
-    here = os.path.join(folder, "snapshots", meta.commit, *file.split("/"))
-    blob = os.path.join(folder, "blobs", meta.etag)
-    try:
-        os.makedirs(os.path.dirname(here), exist_ok=True)
-        if not os.path.isfile(here):
-            _remove(here)
-            try:
-                os.symlink(os.path.relpath(blob, os.path.dirname(here)), here)
-            except OSError:                     # Windows without developer mode: one name is enough
-                os.replace(blob, here)
-    except OSError as exc:
-        raise UserError(f"cannot write {here}: {exc.strerror}", "mend the permissions of its directory") from None
-    if read_text(os.path.join(folder, "refs", "main")).strip() != meta.commit:
-        write_atomic(os.path.join(folder, "refs", "main"), meta.commit, 0o644)
+def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
+              tell: Callable[..., None]) -> int:
+    """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-
-def span_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def progress_words(have: int, size: int, rate: float) -> str:
-    """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`"""
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}" if size else f"{have / unit:,.1f} {name}"
-    if rate <= 0 or not size:
-        return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    """
+    import subprocess
+    wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
+    note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
+    command = guest_command(environment_program(HUB, data), "hub_download")
+    event: Dict[str, Any] = {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        for line in guest.stdout:
+            event = json.loads(line)
+            if "say" in event:
+                note(visible(event["say"]))
+            elif "part" in event:
+                tell(**event)
+            elif "size" in event:
+                words = progress_words(event["bytes"], event["size"], event["rate"])
+                note(f"{event['file']}: {words}")
+    if "done" in event:
+        return int(event["done"])
+    what = event.get("failed", "huggingface_hub has ended in the middle")
+    if event.get("lacks"):
+        what += nearest_files(job.repo, event["lacks"], env)
+    kind = Unreachable if event.get("unreachable") else UserError
+    raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -9626,68 +9779,117 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     worker, cache = download_worker(places), hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
-        state = job["state"] if worker is not None or job["state"] in ("done", "failed") else "interrupted"
-        part = os.path.join(repo_dir(cache, job["repo"]), "blobs", os.path.basename(job.get("part", "")) + ".incomplete")
-        have = job.get("bytes") or job.get("before", 0) + file_size(part)
-        rows.append({"tier": job["tier"], "label": job["label"], "file": visible(job["files"][0]), "state": state,
-                     "bytes": have, "total_bytes": job.get("total") or have, "error": visible(job.get("error", "")),
-                     "hint": visible(job.get("hint", ""))})
+        state = job["state"]
+        if worker is None and state in ("queued", "running"):
+            state = "interrupted"
+        part = os.path.basename(job.get("part", "")) + ".incomplete"
+        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
+        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        rows.append({
+            "tier": job["tier"],
+            "label": job["label"],
+            "file": visible(job["files"][0]),
+            "state": state,
+            "bytes": have,
+            "total_bytes": job.get("total") or have,
+            "error": visible(job.get("error", "")),
+            "hint": visible(job.get("hint", "")),
+        })
     return rows
 
 
+class _Bar:
+    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
+        self._file = ""
+        self._shown = ""
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
+            self._shown = ""
+
+    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
+        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
+        import shutil
+        if row["file"] != self._file:
+            self._file = row["file"]
+            self._samples.clear()
+        self._samples.append((time.monotonic(), row["bytes"]))
+        columns = shutil.get_terminal_size().columns - 1
+        line = self._line(row, behind, last, columns)[:columns]
+        sys.stdout.write("\r" + line.ljust(len(self._shown)))
+        sys.stdout.flush()
+        self._shown = line
+
+    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
+        began, start = self._samples[0]
+        now, have = self._samples[-1]
+        stands = have == start and len(self._samples) > 15
+        if stands and ("trying again" in last or "waiting" in last):
+            return last.partition(" ")[2]
+        total = row["total_bytes"]
+        share = min(have / total, 1.0) if total else 0.0
+        rate = (have - start) / max(now - began, 0.001)
+        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
+        if behind > 0:
+            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
+        name = f"{row['tier']}-{row['label']}"
+        width = columns - len(name) - len(words) - len(" [] ")
+        if width < 4:                           # the words say it, too
+            return f"{name} {words}"
+        width = min(width, 24)
+        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
+
+
+def _ended_words(row: Mapping[str, Any]) -> str:
+    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
+    state = row.get("state", "stopped")
+    if state in ("queued", "running"):
+        return ""
+    if state == "done":
+        return f"done, {progress_words(row['bytes'], 0, 0)}"
+    error, hint = f"the worker was {state}", GO_ON
+    if state == "failed":
+        error, hint = row["error"], row["hint"]
+    return f"failed: {error} ({hint})" if hint else f"failed: {error}"
+
+
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs are done; those that failed. A bar on a terminal, else a line a file.
+    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    import shutil
-    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    samples: Any = collections.deque(maxlen=50)
-    told: Dict[str, bool] = {}
-    shown = ""
+    bar, left, failed = _Bar(), list(names), []
     try:
         while True:
-            rows = {f"{r['tier']}-{r['label']}": r for r in download_rows(places)}
-            for name in names:
-                state = rows[name]["state"] if name in rows else "stopped"
-                if name in told or state in ("queued", "running"):
-                    continue
-                if live and shown:
-                    sys.stdout.write("\r" + " " * len(shown) + "\r")
-                told[name], shown = state == "done", ""
-                if state == "done":
-                    say(f"{name}: done, {progress_words(rows[name]['bytes'], 0, 0)}")
-                else:
-                    error = rows[name]["error"] if state == "failed" else f"the worker was {state}"
-                    hint = rows[name]["hint"] if state == "failed" else "run `llmstack download` again: it goes on from there"
-                    say(f"{name}: failed: {error}" + (f" ({hint})" if hint else ""))
-            if len(told) == len(names):
-                return [name for name, good in told.items() if not good]
-            row = next((r for r in rows.values() if r["state"] == "running"), None) if live else None
-            if row is not None:
-                samples.append((time.monotonic(), row["bytes"], row["file"]))
-                line = _bar(row, [x for x in samples if x[2] == row["file"]], len(names) - len(told) - 1,
-                            tail_of(places.log(f"dl-{row['tier']}-{row['label']}.log"), 1))
-                line = line[:shutil.get_terminal_size().columns - 1]
-                sys.stdout.write("\r" + line.ljust(len(shown)))
-                sys.stdout.flush()
-                shown = line
+            rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
+            ended: Dict[str, List[str]] = {}    # a hub that is not there is said once
+            for name in left:
+                words = _ended_words(rows.get(name, {}))
+                if words:
+                    ended.setdefault(words, []).append(name)
+            for words, those in ended.items():
+                bar.clear()
+                say(f"{', '.join(those)}: {words}")
+                left = [name for name in left if name not in those]
+                if words.startswith("failed"):
+                    failed += those
+            if not left:
+                return failed
+            running = [row for row in rows.values() if row["state"] == "running"]
+            if bar.live and running:
+                log = places.log(f"dl-{running[0]['tier']}-{running[0]['label']}.log")
+                bar.show(running[0], len(left) - 1, tail_of(log, 1))
             time.sleep(0.2)
     except KeyboardInterrupt:
         say("")
-        say("The download goes on in the background: `llmstack status` shows it, `llmstack download --wait` watches it,"
-            " `llmstack download --stop` ends it.")
+        say("The download goes on in the background: `llmstack status` shows it,"
+            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
-
-
-def _bar(row: Mapping[str, Any], samples: Sequence[Tuple[float, int, str]], behind: int, last: str) -> str:
-    (began, start, _), (now, have, _) = samples[0], samples[-1]
-    if have == start and len(samples) > 15 and ("trying again" in last or "waiting" in last):
-        return last.split(" ", 1)[-1]
-    share = min(have / row["total_bytes"], 1.0) if row["total_bytes"] else 0.0
-    words = progress_words(have, row["total_bytes"], (have - start) / (now - began) if now > began else 0.0)
-    more = f" (+{behind})" if behind > 0 else ""
-    return f"{row['tier']}-{row['label']} [{'#' * int(share * 24):<24}] {share * 100:3.0f} % {words}{more}"
 
 
 # llama-swap's releases. One binary serves all projects.
@@ -9704,10 +9906,6 @@ def installed_swap(path: str) -> str:
     return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
 
 
-class NoAsset(UserError):  # noqa: N818
-    """A release has nothing for this platform."""
-
-
 def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     """A file or an answer of the releases' server. Errors: UserError."""
     import http.client
@@ -9716,53 +9914,139 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
             _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
-            if total and len(out.getbuffer()) != total:
-                raise ValueError(f"the connection ended at {len(out.getbuffer()):,} of {total:,} bytes")
-            return out.getvalue()
     except urllib.error.HTTPError as exc:
-        if exc.code in (403, 429) and (exc.headers.get("X-RateLimit-Remaining") == "0" or exc.headers.get("Retry-After")):
-            reset, after = exc.headers.get("X-RateLimit-Reset", ""), exc.headers.get("Retry-After", "")
-            wait_s = float(after) if after.isdigit() else float(reset) - time.time() if reset.isdigit() else 3600.0
-            clock = time.strftime("%H:%M", time.localtime(time.time() + max(wait_s, 0)))
-            raise UserError("the releases server lets this address ask no more for now", f"wait until {clock}, or put the"
-                            " binary in place yourself") from None
-        if exc.code == 404:
-            raise UserError(f"there is no {what}", "see https://github.com/mostlygeek/llama-swap/releases") from None
-        raise UserError(f"the releases server answers {exc.code} for {what}", "try again later") from None
+        raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
-        raise UserError(f"{what} did not arrive: {str(exc) or type(exc).__name__}", "try again") from None
+        reason = str(exc) or type(exc).__name__
+        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
+    have = len(out.getbuffer())
+    if total and have != total:
+        raise UserError(f"{what} did not arrive: the connection ended at"
+                        f" {have:,} of {total:,} bytes", "try again")
+    return out.getvalue()
+
+
+def _release_refusal(exc: Any, what: str) -> UserError:
+    """What an HTTPError of the releases' server means for the user."""
+    if exc.code == 404:
+        return UserError(f"there is no {what}",
+                         "see https://github.com/mostlygeek/llama-swap/releases")
+    after = exc.headers.get("Retry-After", "")
+    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
+    if exc.code not in (403, 429) or not limited:
+        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
+    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset.isdigit():
+        wait_s = max(float(reset) - time.time(), 0.0)
+    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
+    return UserError("the releases server lets this address ask no more for now",
+                     f"wait until {clock}, or put the binary in place yourself")
 
 
 def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The one file `wanted` at the root of a .tar.gz or .zip; nothing else of it touches the disk. Errors: UserError."""
+    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
+
+    Nothing of the archive touches the disk.
+    """
     import tarfile
     import zipfile
     import zlib
+    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
+              NotImplementedError)
+    read = _extract_tar_gz
+    if name.endswith(".zip"):
+        read = _extract_zip
     try:
-        if name.endswith(".zip"):
-            with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-                info = next((i for i in pack.infolist() if i.filename == wanted), None)
-                kind = info.external_attr >> 28 if info else 0     # of Unix's file types, 8 is a regular file
-                if info and info.file_size <= MAX_BINARY_BYTES and kind in (0, 8):
-                    with pack.open(info) as source:
-                        return source.read(MAX_BINARY_BYTES)
-        else:
-            with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-                for member in tar:
-                    if member.name in (wanted, "./" + wanted) and member.isreg() and member.size <= MAX_BINARY_BYTES:
-                        plain = tar.extractfile(member)
-                        return plain.read() if plain else b""
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as exc:
+        data = read(archive, wanted)
+    except broken as exc:
         raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    if data is None:
+        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    return data
 
 
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool, say: Say) -> bool:
-    """Bring llama-swap's binary of a release ("": the latest) to its place; False when it was there. Errors: UserError."""
+def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
+    import zipfile
+    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+        for info in pack.infolist():
+            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
+            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
+            if info.filename == wanted and plain:
+                with pack.open(info) as source:
+                    return source.read(MAX_BINARY_BYTES)
+    return None
+
+
+def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
+    import tarfile
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
+            if member.name in (wanted, "./" + wanted) and plain:
+                source = tar.extractfile(member)
+                return source.read() if source else None
+    return None
+
+
+class Release(NamedTuple):
+    """A release of llama-swap, as GitHub's API describes it."""
+
+    tag: str
+    addresses: Dict[str, str]                   # file -> where it is
+    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
+
+
+def _parse_release(data: bytes) -> Release:
+    """Errors: ValueError where it is none."""
+    try:
+        found = json.loads(data)
+        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
+        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
+        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
+        return Release(str(found["tag_name"]), addresses, digests)
+    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
+        raise ValueError(str(exc)) from None
+
+
+def _release_digest(release: Release, name: str, say: Say) -> str:
+    """The SHA-256 that a release names for one of its files. Errors: UserError where it does not."""
+    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
+    digest = ""
+    if listed:
+        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
+        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
+    digest = digest or release.digests[name].replace("sha256:", "")
+    if not re.match(r"[0-9a-f]{64}\Z", digest):
+        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
+                        " so it is not installed", "try another --version")
+    return digest
+
+
+def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
+    """What is known of a release ("": of the latest). Errors: UserError."""
+    server = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
+    url, what = base + "latest", "latest release of llama-swap"
+    if tag:
+        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
+    try:
+        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
+    except ValueError:
+        raise UserError(f"{base} does not answer like GitHub's releases API",
+                        "see LLMSTACK_RELEASES_URL") from None
+
+
+def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
+                       say: Say) -> bool:
+    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
+
+    Errors: UserError; what was there stays.
+    """
     import hashlib
-    base = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/") + "/repos/mostlygeek/llama-swap/releases/"
     version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version):
+    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
         raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
     tag = "v" + version.lstrip("v") if version else ""
     path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
@@ -9770,55 +10054,47 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     if tag and have == tag and not force:
         say(f"llama-swap {have} is here already: {path}")
         return False
-    try:
-        what = f"release {tag} of llama-swap" if tag else "latest release of llama-swap"
-        release = parse_json_object(_release_answer(base + (f"tags/{tag}" if tag else "latest"), 16 << 20, what, say))
-        tag = str(release["tag_name"])
-        assets = {str(a["name"]): str(a["browser_download_url"]) for a in release["assets"]}
-        digests = {str(a["name"]): str(a.get("digest") or "") for a in release["assets"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{base} does not answer like GitHub's releases API", "see LLMSTACK_RELEASES_URL") from None
-    if have == tag and not force:
+    release = _find_release(env, tag, say)
+    if have == release.tag and not force:
         say(f"llama-swap {have} is the latest and here already: {path}")
         return False
     system, machine = platform_names()
-    name = choose_asset(list(assets), system, machine)
+    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
     if not name:
-        known = ", ".join(sorted("/".join(m.groups()) for m in (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", n)
-                                                               for n in assets) if m))
-        raise NoAsset(f"llama-swap {tag} has no binary for {system}/{machine}, only for {known or 'no platform'}",
-                      "nothing is missing without it: the engine that llmstack brings along serves")
-    listed = next((n for n in assets if n.endswith("checksums.txt")), "")
-    sums = parse_checksums(_release_answer(assets[listed], 1 << 20, listed, say).decode("utf-8", "replace")) if listed else {}
-    wanted = sums.get(name) or digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", wanted):
-        raise UserError(f"llama-swap {tag} gives no SHA-256 for {name}, so it is not installed", "try another --version")
-    say(f"Fetching llama-swap {tag} for {system}/{machine}")
-    archive = _release_answer(assets[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != wanted:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of {listed or 'the release'}",
-                        "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), tag)
-    say(f"Installed {path}: llama-swap {tag}, checksum verified")
+        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
+                        f" {asset_platforms(list(release.addresses))}",
+                        "nothing is missing without it: llmstack brings an engine along")
+    digest = _release_digest(release, name, say)
+    say(f"Fetching llama-swap {shown} for {system}/{machine}")
+    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
+    if hashlib.sha256(archive).hexdigest() != digest:
+        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
+                        " the release", "try again; if it stays so, do not use it")
+    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
+    say(f"Installed {path}: llama-swap {shown}, checksum verified")
     return True
 
 
 def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it; a running one keeps its file. Errors: UserError."""
+    """Put an executable in place once it has run beside it. Errors: UserError.
+
+    One that runs keeps its file.
+    """
     new = path[:len(path) - len(EXE)] + ".new" + EXE
     write_atomic(new, data, 0o755)
     try:
         if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not {tag}", "the old one stays; try"
-                            " another --version")
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
+                            f" {visible(tag)}", "the old one stays; try another --version")
         try:
             os.replace(new, path)
-        except PermissionError:                 # Windows: it is running, and may be renamed but not replaced
+        except PermissionError:                 # on Windows a running one can only be renamed
             _remove(path + ".old")
             os.replace(path, path + ".old")
             os.replace(new, path)
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}", "stop what uses it, or mend its permissions") from None
+        raise UserError(f"cannot write {path}: {exc.strerror}",
+                        "stop what uses it, or mend its permissions") from None
     finally:
         _remove(new)
 
@@ -9959,21 +10235,27 @@ def untrusted_line(places: Places) -> str:
 
 
 def check_run_trust(places: Places) -> None:
-    """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
-        trusted = is_trusted(places, "run")
-    if not trusted:
-        what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
-                        f" other files are named by {what}",
-                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        new = untrusted(places, "run", _run_effects(places))
+    if not new:
+        return
+    for effect in new:
+        if effect.problem:
+            load_config(places)                 # says more, where it is models.ini
+            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    what = visible(", ".join(effect.name for effect in new))
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
+                    f" addresses or other files are named by {what}",
+                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
     """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook") or not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES)
+    return is_trusted(places, "hook")
 
 
 def project_above(directory: str) -> str:
@@ -10057,6 +10339,8 @@ def write_hook(shell: str, data: str) -> str:
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
+        return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -10102,12 +10386,9 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
-        if trusted_link:                        # the rest is as it was trusted
-            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
@@ -10151,9 +10432,10 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    pinned = read_marker(places)
-    marker = pinned if pinned and pinned.channel == "external" else read_marker(places, "active-channel") or pinned
-    marker = marker or Marker("current")
+    marker = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    if active and "external" not in (active.channel, marker.channel):
+        marker = active                         # an address in it is nothing that was trusted
     values = shell_values(places, marker)
     lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
@@ -10184,67 +10466,123 @@ def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
 
 
-def trust_facts(places: Places) -> List[Tuple[str, str]]:
-    """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
-    texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
-    rows: List[Tuple[str, str]] = []
-    for name, text in texts:
-        if name == "opencode.json" and text:
-            try:
-                rows += _leaves(json.loads(text), ())
-            except (ValueError, RecursionError):
-                rows.append((name, "is not plain JSON; read it yourself"))
-        elif name in _RUN_FILES:                # modules that LiteLLM imports, hosts that get a key: anything may matter
-            lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-            rows += [(name, line) for line in lines[:SHOWN_LINES]]
-            rows += [(name, f"and {len(lines) - SHOWN_LINES} more lines")] if len(lines) > SHOWN_LINES else []
-        elif text:
-            rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
-            *(("models.ini", line.strip()) for line in _run_lines(places))]
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    stripped = ((line, line.strip()) for line in text.splitlines())
+    lines = [line for line, words in stripped if words and not words.startswith("#")]
+    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
+    if len(lines) > SHOWN_LINES:
+        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    return rows
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name == "opencode.json":
+        try:
+            return list(_leaves(json.loads(text), ()))
+        except (ValueError, RecursionError):
+            return [(name, "is not plain JSON; read it yourself")]
+    return [(name, f"{len(text.splitlines())} lines")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = max(len(visible(name, 80)) for name, _ in rows)
+    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+
+
+def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        effects = project_effects(places)
+        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        return
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    say("Trusted as it is now.")
 
 
 # ===================================================================================================
 # SETUP
 # ===================================================================================================
 
-def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem. Errors: UserError when unreachable."""
+def ask_repo(repo: str, files: Sequence[str],
+             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
+    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
+
+    Errors: UserError where it cannot be asked.
+    """
     import urllib.error
     wanted = [part for file in files for part in split_parts(file)]
+    form = {"paths": wanted, "expand": "true"}
     try:
-        rows = {row["path"]: row for row in hub_api(f"{repo}/paths-info/main", env, {"paths": wanted, "expand": "true"})}
+        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
+        return {file: _ask_file(repo, file, rows, env) for file in files}
     except urllib.error.HTTPError as exc:
         if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}", "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)" if exc.code != 403 else f"{repo} is closed to you"
+            raise UserError(f"the model hub answers {exc.code} for {repo}",
+                            "try again later") from None
+        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
+        if exc.code == 403:
+            what = f"{repo} is closed to you"
         return {file: {"exists": False, "problem": what} for file in files}
-    except (KeyError, TypeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub", "see HF_ENDPOINT") from None
-    found: Dict[str, Dict[str, Any]] = {}
-    for file in files:
-        parts = [rows.get(part) for part in split_parts(file)]
-        if None in parts:
-            found[file] = {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-            continue
-        dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts if part]
-        found[file] = {"exists": True, "size_bytes": sum(int(part.get("size") or 0) for part in parts if part),
-                       "changed": max(dates), "problem": "",
-                       "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts if part]}
-    return found
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
+                        "see HF_ENDPOINT") from None
 
 
-def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a file in the cache; a hash is made where that is cheap."""
-    parts = split_parts(file)
-    paths = [local_file(cache, repo, part) for part in parts]
-    if not all(paths):
-        return ("partial" if any(paths) or _is_begun(cache, repo, hub.get("sha256") or ()) else "missing"), ""
-    size = sum(map(file_size, paths))
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
+def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
+              env: Mapping[str, str]) -> Dict[str, Any]:
+    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
+    parts = [rows[part] for part in split_parts(file) if part in rows]
+    if len(parts) < len(split_parts(file)):
+        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
+    return {
+        "exists": True,
+        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
+        "changed": visible(max(dates)),
+        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
+        "problem": "",
+    }
+
+
+def local_state(weights: Weights, env: Mapping[str, str],
+                hub: Mapping[str, Any]) -> Tuple[str, str]:
+    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
+
+    `hub`: what ask_repo says of it. A hash is made where that is cheap.
+    """
+    paths = local_parts(weights, env)
     sums = hub.get("sha256") or []
+    if not all(paths):
+        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
+        return ("partial" if begun else "missing"), ""
+    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
     if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
         return "outdated", "the hub has a newer one; `llmstack download` fetches it"
+    size = sum(map(file_size, paths))
     if hub.get("size_bytes") and size != hub["size_bytes"]:
         return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
     for path, blob, digest in zip(paths, blobs, sums or blobs):
@@ -10252,18 +10590,21 @@ def local_state(cache: str, repo: str, file: str, hub: Mapping[str, Any]) -> Tup
         with open(path, "rb") as opened:
             if opened.read(4) != b"GGUF":
                 return "damaged", "it is no GGUF file"
-        if re.match(r"[0-9a-f]{64}\Z", expected) and file_size(path) <= CHEAP_HASH_BYTES and _sha256(path) != expected:
+        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
+        if cheap and _sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
 
-def _is_begun(cache: str, repo: str, sums: Sequence[str]) -> bool:
-    """True when an earlier download of one of these blobs, of any where none is known, has left something."""
+def _is_begun(folder: str, sums: Sequence[str]) -> bool:
+    """True when a download has left something of one of these blobs, of any where none is known."""
     try:
-        left = [n.split(".")[0] for n in os.listdir(os.path.join(repo_dir(cache, repo), "blobs")) if "." in n]
+        left = os.listdir(os.path.join(folder, "blobs"))
     except OSError:
         return False
-    return bool(set(left) & set(sums) if sums else left)
+    if sums:
+        return any(name.split(".")[0] in sums for name in left)
+    return any("." in name for name in left)    # a whole one is another model's
 
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
@@ -10349,7 +10690,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
                     needs.append(f"{tier.name} ({label}): {what}")
         needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
         tiers.append(row)
-    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_text(litellm_config_path(places)))]
+    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_litellm_file(places, env))]
     try:
         program = find_llama_server(config, env, places.data)
         server = program_name(program) if program else None
@@ -10368,13 +10709,16 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, s
         size = file_size(weights.path)
         return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
                 "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
-    state, why = local_state(hub_cache_dir(env), weights.repo, weights.file, hub)
+    state, why = local_state(weights, env, hub)
     return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
             "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
             "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
 
 
 # setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
+
+
 class Setup(NamedTuple):
     """What the steps of `setup` share."""
 
@@ -10384,6 +10728,7 @@ class Setup(NamedTuple):
     say: Say                                    # indented below the step's line
     ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
     failed: List[str]                           # the steps that have failed so far
+    skipped: List[str]                          # and those that were not wanted
 
 
 class _Skipped(Exception):  # noqa: N818
@@ -10399,10 +10744,16 @@ def _setup_hardware(setup: Setup) -> str:
     return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
 
 
+def _is_profile(written: bytes, profile: str) -> bool:
+    """True for what --profile writes, with or without the tier that LiteLLM serves."""
+    seed = seed_text(profile)[0]
+    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
+
+
 def _setup_ini(setup: Setup) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
     there = os.path.exists(path)
-    if not there or (profile and _read_bytes(path) != seed_text(profile)[0]):
+    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
     load_config(setup.places, setup.say)
     return f"{path} is there" if there else "written; edit it to have other models"
@@ -10431,54 +10782,91 @@ def server_ways() -> str:
         return "winget install ggml.llamacpp"
     if IS_MAC or find_program("brew"):
         return "brew install llama.cpp"
-    return "apt install llama.cpp" if find_program("apt") else "install llama.cpp"
+    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
+        return "apt install llama.cpp"
+    return "install llama.cpp"
 
 
 def _setup_llama_swap(setup: Setup) -> str:
-    if load_config(setup.places).engine == "embedded":
+    engine = load_config(setup.places).engine
+    if engine == "embedded":
         raise _Skipped("engine = embedded in models.ini")
     found = find_llama_swap(setup.env, setup.places.data)
     if found:
         return found
     try:
         install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except NoAsset as exc:
-        raise _Skipped(f"{exc}; {exc.hint}") from None
     except UserError as exc:
-        raise UserError(str(exc), f"{exc.hint}; or do without it: `engine = embedded` in models.ini") from None
+        if engine == "llama-swap":
+            raise
+        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
     return find_llama_swap(setup.env, setup.places.data)
 
 
 def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
     cache = hub_cache_dir(setup.env)
     jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not has_all(cache, job)]
+    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
 
 
 def _setup_download(setup: Setup) -> str:
     if setup.args.skip_download:
         raise _Skipped("--skip-download")
-    jobs = _setup_jobs(setup)
+    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
     if not jobs:
-        return f"every model is in {hub_cache_dir(setup.env)}"
+        return f"every model is in {cache}"
     known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    names = ", ".join(job.name for job in jobs)
+    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
+              f" from {hub_endpoint(setup.env)}: {names}")
+    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
+    if answer is None:
+        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
+                        "run `llmstack setup --yes`, or `llmstack download`")
+    if not answer:
+        raise _Skipped("not wanted now; `llmstack download` fetches them")
     pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {', '.join(job.name for job in jobs)}"
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
+
+
+def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
+    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
+
+    Errors: Unreachable, before anything is installed for a hub that is not there.
+    """
+    files: Dict[str, List[str]] = {}
+    for job in jobs:
+        files.setdefault(job.repo, []).append(job.files[0])
+    total = 0
+    for repo, names in files.items():
+        try:
+            found = ask_repo(repo, names, env)
+        except Unreachable:
+            raise
+        except UserError:
+            continue
+        total += sum(row.get("size_bytes") or 0 for row in found.values())
+    return total / 1e9
 
 
 def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download or setup.args.skip_wait:
-        raise _Skipped("--skip-download" if setup.args.skip_download else "--skip-wait")
-    if "downloads" in setup.failed:
-        raise _Skipped("nothing is being fetched")
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    if setup.args.skip_wait:
+        raise _Skipped("--skip-wait")
     jobs = _setup_jobs(setup, ("current",))
     if not jobs:
         return "every current model is here"
+    if "downloads" in (*setup.failed, *setup.skipped):
+        raise _Skipped("nothing is being fetched")
     failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
     if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run this again")
+        raise UserError(f"not downloaded: {', '.join(failed)}",
+                        "mend what its line says, then run this again")
     queued = len(_setup_jobs(setup, ("next",)))
-    return f"{len(jobs)} downloaded" + (f"; {queued} queued upgrades go on in the background" if queued else "")
+    if not queued:
+        return f"{len(jobs)} downloaded"
+    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
 
 
 def _setup_project(setup: Setup) -> str:
@@ -10492,14 +10880,19 @@ def _setup_project(setup: Setup) -> str:
 
 
 def _setup_answer(setup: Setup) -> str:
-    """Load the smallest local model that is here and have it say something, once for each pair of server and file."""
+    """Have the smallest model that is here say something, once for each pair of server and file."""
     check_run_trust(setup.places)
-    config, cache = load_config(setup.places), hub_cache_dir(setup.env)
-    here = [(sum(map(file_size, paths)), tier) for tier, paths in ((t, _local_paths(t, cache)) for t in local_tiers(config))
-            if all(map(file_size, paths))]
+    config = load_config(setup.places)
     program = find_llama_server(config, setup.env, setup.places.data)
-    if not here or not program:
-        raise _Skipped("there is no model to load yet" if program else "there is no llama-server to load one")
+    if not program:
+        raise _Skipped("there is no llama-server to load one")
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    if not here:
+        raise _Skipped("there is no model to load yet")
     size, tier = min(here, key=lambda pair: pair[0])
     path = os.path.join(setup.places.data, "proven.json")
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
@@ -10510,40 +10903,40 @@ def _setup_answer(setup: Setup) -> str:
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
 
-def _local_paths(tier: Tier, cache: str) -> List[str]:
-    """Where the parts of a tier's current model are, "" for one that is not here."""
-    weights = weights_for(tier, False)
-    return [weights.path] if weights.path else [local_file(cache, weights.repo, f) for f in split_parts(weights.file)]
-
-
-def prove_tier(tier: Tier, config: Config, program: Sequence[str], setup: Setup) -> Tuple[float, str]:
-    """Run a tier's llama-server for one short answer: (seconds to load, what it said). Errors: UserError."""
+def prove_tier(tier: Tier, config: Config, program: Sequence[str],
+               setup: Setup) -> Tuple[float, str]:
+    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
-    began, env = time.monotonic(), {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
-                                    STACK_VARIABLE: new_mark(setup.places.project)}
+    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
+           STACK_VARIABLE: new_mark(setup.places.project)}
+    upstream, began = Upstream("127.0.0.1", port), time.monotonic()
     process = spawn(server_command(program, tier, config, port, False, refused), log, env)
     try:
-        upstream, end = Upstream("127.0.0.1", port), began + LOAD_TIMEOUT_S
-        while True:
-            try:
-                if process.poll() is None and upstream.get("/health", 5.0)[0].status == 200:
-                    break
-            except (OSError, ValueError):
-                pass
-            if process.poll() is not None or time.monotonic() > end:
-                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}", f"see {log}; `llmstack check` looks at its file")
+        while not _is_healthy(upstream):
+            if process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
+                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}",
+                                f"see {log}; `llmstack check` looks at its file")
             time.sleep(0.05)
         seconds = time.monotonic() - began
-        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"}, tier.name,
-                      json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode(), 300) as answer:
-            return seconds, str(parse_json_object(answer.read(1 << 20))["choices"][0]["text"]).strip()
+        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode()
+        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"},
+                      tier.name, body, FIRST_ANSWER_S) as answer:
+            choices = json.loads(answer.read(1 << 20))["choices"]
+        return seconds, str(choices[0]["text"]).strip()
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
         stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
         process.wait()
+
+
+def _is_healthy(upstream: Upstream) -> bool:
+    try:
+        return upstream.get("/health", 5.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def _setup_shell(setup: Setup) -> str:
@@ -10763,6 +11156,8 @@ def _keep_terms(args: Any, places: Places) -> None:
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -10861,6 +11256,20 @@ def _add_stop(commands: Any) -> None:
     parser.set_defaults(run=_cmd_stop)
 
 
+def _other_stack(places: Places) -> str:
+    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+    try:
+        config = planned_config(places)
+    except UserError:                           # another user's project, say
+        config = Config()
+    for port in (config.router_port, config.engine_port):
+        if not port_is_free("127.0.0.1", port):
+            holder = port_holder(port)
+            if "llmstack" in holder:
+                return f": port {port} is taken by {holder}"
+    return ""
+
+
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
     if stop_stack(places, say):
@@ -10873,7 +11282,8 @@ def _cmd_stop(args: Any) -> int:
     if owner:
         where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
-    say("Nothing is running.")
+    other = _other_stack(places)
+    say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
     return 0
 
 
@@ -10887,6 +11297,8 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -11055,13 +11467,16 @@ def _cmd_trust(args: Any) -> int:
         places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
-    seen = project_digests(places)              # first: what changes behind it is not trusted
-    rows = trust_facts(places)
+    effects = project_effects(places)           # first: what changes behind it is not trusted
+    every = [effect for part in effects.values() for effect in part]
+    for line in trust_facts(places, every):
+        say(line)
     with trust_lock(places):
-        record_trust(places, seen=seen)
-    width = max([len(visible(name, 80)) for name, _ in rows] + [7])
-    for name, value in [("project", places.work), *rows]:
-        say(f"{visible(name, 80):<{width}}  {visible(value)}")
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    broken = [effect.name for effect in every if effect.problem]
+    if broken:
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
     say("Trusted as it is now.")
     return 0
 
@@ -11107,6 +11522,8 @@ def _external_url(args: Any, places: Places) -> str:
 
 def _cmd_install(args: Any) -> int:
     places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
     url = _external_url(args, places)
     if url:
         return _install_external(args, places, url)
@@ -11286,7 +11703,7 @@ def _cmd_serve(args: Any) -> int:
     more_files()
     server = _listen(host, port, app)
     say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
-    _serve_until_signal(server, app)
+    _run_until_signal(server, app)
     return 0
 
 
@@ -11320,7 +11737,7 @@ def _listen(host: str, port: int, app: App) -> Any:
         raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
 
 
-def _serve_until_signal(server: Any, app: RouterApp) -> None:
+def _run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload)
     try:
@@ -11379,7 +11796,7 @@ def _cmd_daemon(args: Any) -> int:
         behind.start()
         threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
         log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
-        _serve_until_signal(server, app)
+        _run_until_signal(server, app)
     finally:
         _ignore_signals()
         behind.close()
@@ -11425,10 +11842,6 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     return SwapApp(config, command, env, log, places.log("llama-swap.log"))
 
 
-def _add_llama_server(commands: Any) -> None:
-    commands.add_parser("_llama-server").set_defaults(run=None)
-
-
 def _add_setup(commands: Any) -> None:
     parser = commands.add_parser("setup", help="from a bare machine to loaded models, step by step",
                                  description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
@@ -11436,7 +11849,7 @@ def _add_setup(commands: Any) -> None:
                                  " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
     parser.add_argument("--skip-download", action="store_true", help="fetch no models")
     parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server where there is none")
+    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server and fetch the models")
     parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
                         " machine's")
     parser.set_defaults(run=_cmd_setup)
@@ -11446,7 +11859,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, []))
+    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from there")
@@ -11463,6 +11876,7 @@ def run_setup(setup: Setup) -> List[str]:
         try:
             text, mark = step(setup), paint("ok", "32")
         except _Skipped as exc:
+            setup.skipped.append(name)
             text, mark = str(exc), paint("skipped", "33")
         except UserError as exc:
             if name == "models.ini" or isinstance(exc, ConfigError):
@@ -11518,7 +11932,7 @@ def _add_download_worker(commands: Any) -> None:
 
 
 def _cmd_download_worker(args: Any) -> int:
-    """The process behind `download`, on a Python that has huggingface_hub."""
+    """The process behind `download`."""
     return run_downloads(_places(args), os.environ)
 
 
@@ -11603,7 +12017,7 @@ def _add_help(commands: Any) -> None:
 
 ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_daemon, _add_llama_server, _add_download_worker)
+                _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
@@ -11758,10 +12172,6 @@ def _say_help(parser: Any, topic: str) -> int:
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name = argv[0] if argv else "help"
-    if name == "_litellm":
-        return run_litellm(argv[1:])
-    if name == "_llama-server":                 # its flags are llama-server's, not argparse's
-        return run_llama_server(argv[1:])
     if name == "_hook" and len(argv) == 3:
         return _cmd_hook(argv[1], argv[2])
     if not name.startswith("_"):

@@ -129,8 +129,8 @@ def main() -> int:
     python = tools_python()
     if sys.argv[1:] == ["--lint"]:
         for command in (["ruff", "check", "."], ["mypy"],
-                        ["vermin", "-q", "--no-tips", "-t=3.9-", "--violations", "llmstack.py", "build_zipapp.py", "extras",
-                         "tests"]):
+                        ["vermin", "-q", "--no-tips", "-t=3.9-", "--violations", "llmstack.py", "build_zipapp.py",
+                         "share", "extras", "tests"]):
             say("tests: " + " ".join(command))
             code = subprocess.call([os.path.join(os.path.dirname(python), command[0]), *command[1:]])
             if code:

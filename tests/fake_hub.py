@@ -81,6 +81,8 @@ class FakeHub(LocalServer):
         self.cut: list[int] = []                            # the next bodies end after so many bytes
         self.lapsed = 0                                     # so many signed addresses are no longer good
         self.damaged = False                                # every body has its last byte changed
+        self.nonsense = b""                                 # what the API answers instead
+        self.ranges = True                                  # without: every body is whole, as through some proxies
         self.hold_after = 0                                 # bodies wait behind so many bytes...
         self.gate = threading.Event()                       # ...until this is set
         self.held = threading.Event()                       # one has come that far
@@ -146,7 +148,9 @@ class HubHandler(Handler):
 
     def api(self, repo: str, what: str, form: dict[str, list[str]]) -> None:
         hub, rows = self.server, self.server.rows(repo)
-        if what == "refs":
+        if hub.nonsense:
+            self.answer(200, hub.nonsense)
+        elif what == "refs":
             self.json({"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": hub.commit(repo)}], "tags": [],
                        "converts": []})
         elif what == "tree":
@@ -179,30 +183,40 @@ class HubHandler(Handler):
         if self.headers.get("Authorization"):
             self.answer(400, b"only one auth mechanism allowed")        # as a signed address of the real store says
             return
-        start = int(asked[len("bytes="):].split("-")[0]) if asked else 0
+        if not hub.ranges:
+            asked = ""
+        first, _, last = asked[len("bytes="):].partition("-")
+        start, end = int(first or 0), int(last or len(data) - 1) + 1
         if start >= len(data):
             self.answer(416, Content_Range=f"bytes */{len(data)}")
             return
         if hub.damaged:
             data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        self.send_header("Accept-Ranges", "bytes")
+        end = min(end, len(data))
+        self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        if hub.ranges:
+            self.send_header("Accept-Ranges", "bytes")
         if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         self.end_headers()
         if self.command == "HEAD":
             return
-        end = hub.cut.pop(0) if hub.cut else len(data)
+        whole = end
+        if hub.cut:
+            end = hub.cut.pop(0)
         hold = hub.hold_after if start < hub.hold_after < end and not hub.gate.is_set() else 0
         if hold:
             self.wfile.write(data[start:hold])
             hub.held.set()
             hub.gate.wait(60)
             start = hold
-        self.wfile.write(data[start:end])
-        if end < len(data):
+        try:
+            self.wfile.write(data[start:end])
+        except ConnectionError:                             # a reader that had enough
+            self.close_connection = True
+        if end < whole:
             self.close_connection = True
 
 
@@ -213,6 +227,7 @@ class FakeReleases(LocalServer):
         self.assets: dict[str, dict[str, bytes]] = {}
         self.limited = ""                                   # X-RateLimit-Reset while it is set
         self.digests = False
+        self.nonsense = b""                                 # what the API answers instead
         super().__init__(ReleasesHandler)
 
     def add(self, tag: str, archives: dict[str, bytes], sums: dict[str, str] | None = None) -> None:
@@ -230,7 +245,9 @@ class ReleasesHandler(Handler):
         fake = self.server
         api = re.match(r"/repos/mostlygeek/llama-swap/releases/(?:(latest)|tags/(.+))$", self.path)
         file = re.match(r"/files/([^/]+)/(.+)$", self.path)
-        if fake.limited and api:
+        if fake.nonsense and api:
+            self.answer(200, fake.nonsense)
+        elif fake.limited and api:
             self.json({"message": "API rate limit exceeded"}, 403, X_RateLimit_Remaining="0", X_RateLimit_Reset=fake.limited)
         elif api and (api.group(1) or api.group(2) in fake.assets):
             tag = api.group(2) or sorted(fake.assets)[-1]

@@ -24,7 +24,7 @@ import threading
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, Optional
 
-WAIT_S = 2.0
+WAIT_S = 15.0
 
 Header = tuple[bytes, bytes]
 Script = Callable[["Connection"], None]
@@ -208,7 +208,10 @@ class Wire:
         return data[:size]
 
     def half_close(self) -> None:
-        self.sock.shutdown(socket.SHUT_WR)
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:             # the other side has reset it meanwhile
+            pass
 
     def reset(self) -> None:
         """Close as a process that is killed with work in hand does: with a RST."""

@@ -330,6 +330,103 @@ def test_a_hub_that_is_not_there_is_one_line_a_file(places: llmstack.Places, rea
     assert "Traceback" not in captured.out + captured.err + log(places, "code-fast-current")
 
 
+def test_a_hub_that_is_not_there_is_said_once(places: llmstack.Places, real_data: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert llmstack.main(["download", "--wait"]) == 1
+    out = capsys.readouterr().out
+    worker_gone(places)
+    assert out.count("the model hub cannot be reached") == 1
+    assert "code-fast-current, code-smart-current, code-fast-next: failed: " in out
+    assert log(places, "code-fast-next") == "", "it was not asked again for each"
+
+
+def guest_of(worker: int) -> int:
+    """The pid of the worker's guest, 0 when there is none."""
+    done = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in done.stdout.splitlines()]
+    return next((int(pid) for pid, parent, args in rows if int(parent) == worker and "hub_download" in args), 0)
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="no ps")
+def test_a_guest_goes_with_its_worker(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
+    hub.hold_after = 2_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    worker = llmstack.download_worker(places)
+    assert worker is not None
+    guest = until(lambda: guest_of(worker.pid), "the guest")
+    started = llmstack.process_started(guest)
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: llmstack.process_started(guest) != started, "the guest is gone")
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="no ps")
+def test_a_guest_that_is_killed_fails_its_job_and_no_other(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
+    hub.hold_after = 2_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    worker = llmstack.download_worker(places)
+    assert worker is not None
+    os.kill(until(lambda: guest_of(worker.pid), "the guest"), signal.SIGKILL)
+    worker_gone(places)
+    rows = {row["label"]: row for row in llmstack.download_rows(places)}
+    assert rows["current"]["state"] == "failed"
+    assert "goes on from there" in rows["current"]["hint"]
+    assert rows["next"]["state"] == "done"
+    hub.gate.set()
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+
+
+def test_what_was_fetched_but_not_verified_is_verified_by_the_next(hub: FakeHub, places: llmstack.Places,
+                                                                   real_data: Path) -> None:
+    """A kill while the hash of 50 GB is made: the library has put the file in place by then."""
+    blob = place("owner/fast-GGUF", "fast-Q4.gguf", BIG[:-1] + bytes([BIG[-1] ^ 1]), hub)
+    Path(f"{blob}.unverified").touch()
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 1
+    assert not blob.exists()
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    assert not Path(f"{blob}.unverified").exists()
+
+
+def test_refs_main_moves_only_when_all_is_there(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
+    """Meanwhile llama-server finds what it has found before."""
+    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
+    hub.revision["owner/fast-GGUF"] = 1
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = BIG + b"newer"
+    hub.hold_after = 1_000_000
+    assert llmstack.main(["download", "code-fast"]) == 0
+    assert hub.held.wait(30)
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    hub.gate.set()
+    worker_gone(places)
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG + b"newer"
+    assert here("owner/fast-GGUF", "fast-Q6.gguf") == SMALL
+
+
+def test_a_copy_without_its_guests_downloads_nothing_and_says_why(hub: FakeHub, places: llmstack.Places, real_data: Path,
+                                                                  tmp_path: Path) -> None:
+    copy = shutil.copy(PROGRAM, tmp_path)
+    done = subprocess.run([sys.executable, copy, "download"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "hub_download.py" in done.stderr.splitlines()[0]
+    assert "share/" in done.stderr.splitlines()[1]
+    assert llmstack.download_worker(places) is None
+
+
+def test_the_zipapp_downloads_as_well(hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path) -> None:
+    import build_zipapp
+    pyz = tmp_path / "llmstack.pyz"
+    build_zipapp.write(str(pyz), build_zipapp.build())
+    done = subprocess.run([sys.executable, str(pyz), "download", "code-fast", "--wait"], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    worker_gone(places)
+
+
 def test_a_full_disk_is_seen_before_anything_is_fetched(
         hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,24 +448,13 @@ def test_a_full_disk_is_seen_before_anything_is_fetched(
         subprocess.run(["umount", str(small)], check=False)
 
 
-def test_what_is_too_large_for_a_plain_download_is_left_to_the_library(hub: FakeHub, places: llmstack.Places, real_data: Path,
-                                                                       tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "smaller.py"
-    program.write_text(f"import sys\nsys.path.insert(0, {str(Path(PROGRAM).parent)!r})\nimport llmstack\n"
-                       "llmstack.HTTP_LIMIT_BYTES = 1_000_000\nsys.exit(llmstack.main(sys.argv[1:]))\n")
-    monkeypatch.setattr(llmstack, "PROGRAM", str(program))
-    assert llmstack.main(["download", "code-fast", "--wait"]) == 0
-    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
-    assert "over Xet" in log(places, "code-fast-current")
-
-
 def test_a_cache_that_cannot_be_written_is_one_line(hub: FakeHub, places: llmstack.Places, real_data: Path, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
     assert llmstack.main(["download", "code-fast", "--wait"]) == 1
     captured = capsys.readouterr()
-    assert "cannot open" in captured.out
+    assert "cannot write" in captured.out
     assert "Traceback" not in captured.out + captured.err + Path(places.log("download.log")).read_text()
     assert " failed: " in log(places, "code-fast-current").splitlines()[-1]
 
@@ -531,6 +617,17 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(hub: FakeHub, places: llm
     worker_gone(places)
 
 
+@pytest.mark.parametrize(("columns", "bar"), [(120, 24), (80, 10), (70, 0)])
+def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
+    row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
+    shown = llmstack._Bar()
+    shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
+    line = shown._line(row, 1, "", columns)
+    assert len(line) <= columns
+    assert line.endswith(" 27 % (+1) 12.3 of 45.0 GB, 85.0 MB/s, 6 min left")
+    assert len(re.sub(r".*\[|\].*|^[^\[]*$", "", line)) == bar
+
+
 def test_a_thin_client_downloads_nothing(places: llmstack.Places, capsys: pytest.CaptureFixture[str]) -> None:
     Path(places.state, "default-channel").write_text("external http://10.0.0.5:10101\n")
     for words in (["download"], ["install-llama-swap"], ["check"], ["setup"]):
@@ -573,7 +670,8 @@ def serve(argv: list[str], program: list[str], env: dict[str, str]) -> bytes:
 
 def servers(real_data: Path) -> list[list[str]]:
     found = shutil.which("llama-server")
-    stand_in = [llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data)), PROGRAM, "_llama-server"]
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
+    stand_in = llmstack.guest_command(python, "llama_server")
     return [stand_in, *([[found]] if found else [])]
 
 
@@ -670,7 +768,7 @@ def test_check_knows_what_a_litellm_tier_lacks(places: llmstack.Places, server_h
                                                capsys: pytest.CaptureFixture[str]) -> None:
     Path(places.models_ini).write_text("[ultra]\nrole = ultra\nmodel = anthropic/some-model\n")
     assert check(capsys, "--offline")[1]["needs"] == [f"ultra: {llmstack.INSTALL_LITELLM}"]
-    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("litellm",))
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: (sys.executable, "litellm_proxy.py"))
     assert check(capsys, "--offline")[1]["needs"] == ["ultra: missing ANTHROPIC_API_KEY"]
     monkeypatch.setenv("ANTHROPIC_API_KEY", "value-of-the-key")
     Path(places.in_state("litellm_config.yaml")).write_text(
@@ -715,6 +813,37 @@ def test_check_without_a_network_knows_what_is_here(places: llmstack.Places, ser
     assert (code, found["notes"]) == (0, [])
 
 
+NONSENSE = [b"[", b"[" * 100_000, b"null", b"1", b"[1]", b"{}", b'[{"path": 1}]', b'{"assets": [{"name": "x"}]}',
+            b'[{"path": "fast-Q4.gguf", "size": "x"}]', b'[{"path": "fast-Q4.gguf", "lastCommit": 7}]',
+            b'[{"path": "fast-Q4.gguf", "lfs": [1]}]', b"\xff", b"<html>"]
+
+
+@pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: repr(answer[:40]))
+def test_no_answer_of_a_hub_or_a_mirror_is_a_traceback(answer: bytes, hub: FakeHub, releases: FakeReleases,
+                                                       places: llmstack.Places, server_here: None,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    Path(places.models_ini).write_text("[a]\nhf_repo = owner/fast-GGUF\nhf_file = fast-Q4.gguf\n")
+    hub.nonsense = releases.nonsense = answer
+    assert llmstack.main(["check", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["tiers"][0]["current"]["local"] == "missing"
+    assert isinstance(llmstack.nearest_files("owner/fast-GGUF", "x.gguf", os.environ), str)
+    assert llmstack.main(["install-llama-swap"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_nothing_that_a_mirror_names_reaches_the_terminal_raw(releases: FakeReleases, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    this_platform(monkeypatch)
+    tag = "v251\x1b[2J\x9b31m"
+    releases.nonsense = json.dumps({"tag_name": tag, "assets": [
+        {"name": f"llama-swap_2{evil}51_linux_amd64.tar.gz", "browser_download_url": releases.url, "digest": "\x1b[2J"}
+        for evil in ("", "\x1b[2J")]}).encode()
+    assert llmstack.main(["install-llama-swap"]) == 1
+    captured = capsys.readouterr()
+    assert "gives no SHA-256" in captured.err
+    assert not set("\x1b\x9b") & set(captured.out + captured.err)
+
+
 def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places, server_here: None,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = llmstack.parse_models_ini(INI)
@@ -737,7 +866,8 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = llmstack.parse_models_ini(INI)
     record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()), "x", "127.0.0.1", 1, "embedded", "current")
-    monkeypatch.setattr(llmstack, "read_daemons", lambda places: llmstack.Daemons(None, record))
+    monkeypatch.setattr(llmstack, "read_stack", lambda places: record)
+    monkeypatch.setattr(llmstack, "owned_process", lambda record, project: True)
     command = "llama-server -hf owner/fast-GGUF -hff fast-Q2.gguf -c 1"
     view = ({"code-fast": command}, {"code-fast": {"ctx_size": 77, "quant": ""}})
     monkeypatch.setattr(llmstack, "_engine_view", lambda engine: view)

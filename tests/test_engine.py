@@ -1118,7 +1118,7 @@ def test_an_error_of_the_server_after_comments_is_an_error_event(stage: Stage) -
     event = stream.event()
     while event.startswith(":"):
         event = stream.event()
-    assert "server_error" in event
+    assert "upstream_error" in event
     assert "/v1/other" in event
     with pytest.raises(Broken):
         stream.event()
@@ -1163,7 +1163,7 @@ def test_a_server_that_dies_mid_stream_is_an_error_event_and_a_broken_end(stage:
     stage.put("one.die")
     event = held.event()
     assert event.startswith("data: ")
-    assert json.loads(event[len("data: "):])["error"]["type"] == "upstream_error"
+    assert json.loads(event[len("data: "):])["error"]["type"] == "server_error"
     with pytest.raises(Broken):
         held.event()
     stage.wait_idle("code-smart")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
 import socket
 import struct
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -17,6 +15,7 @@ import pytest
 
 import llmstack
 from tests import gguf_models
+from tests.fake_hub import FakeHub
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -250,66 +249,28 @@ def cached(home: Path, repo: str, file: str, commit: str, head: bool) -> Path:
     return path
 
 
-def test_of_several_snapshots_the_one_of_main_is_taken(home: Path) -> None:
+def test_only_the_snapshot_of_main_counts_as_for_llama_server(home: Path) -> None:
     weights = llmstack.Weights("o/n", "sub/m.gguf", "", 0, "", "current")
     env = {"HF_HOME": str(home)}
     assert llmstack.cached_model(weights, env) == ""
     old = cached(home, "o/n", "sub/m.gguf", "aaa", False)
     old.write_bytes(b"")
-    assert llmstack.cached_model(weights, env) == str(old)
+    assert llmstack.cached_model(weights, env) == "", "llama-server would not find it"
     new = cached(home, "o/n", "sub/m.gguf", "bbb", True)
-    assert llmstack.cached_model(weights, env) == str(old)      # main's is not downloaded yet
+    assert llmstack.cached_model(weights, env) == ""
     new.write_bytes(b"")
     assert llmstack.cached_model(weights, env) == str(new)
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """A hub that redirects to its storage under another name, as the real one does."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), _HubHandler)
-        self.files, self.seen, self.ranges, self.private = files, [], True, False
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    seen: list[tuple[str, str, str]]            # path, Range, Authorization
-
-
-class _HubHandler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        hub = self.server
-        token = self.headers.get("Authorization", "")
-        hub.seen.append((self.path, self.headers.get("Range", ""), token))
-        name = self.path.rsplit("/", 1)[1]
-        if name not in hub.files:
-            return self.send_error(404)
-        if hub.private and "/resolve/" in self.path and token != "Bearer hf_secret":
-            return self.send_error(401)
-        if "/resolve/" in self.path:
-            self.send_response(302)
-            self.send_header("Location", f"http://localhost:{hub.server_port}/storage/{name}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        data, status = hub.files[name], 200
-        if hub.ranges:
-            first, last = map(int, self.headers["Range"][6:].split("-"))
-            if first >= len(data):
-                return self.send_error(416)
-            data, status = data[first:last + 1], 206
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        try:
-            self.wfile.write(data)
-        except ConnectionError:
-            pass
-        return None
-
-    def log_message(self, *_: object) -> None:
-        pass
+def test_a_split_model_is_here_when_all_of_it_is(home: Path) -> None:
+    weights = llmstack.Weights("o/n", "m-00001-of-00002.gguf", "", 0, "", "current")
+    env = {"HF_HOME": str(home)}
+    first = cached(home, "o/n", "m-00001-of-00002.gguf", "aaa", True)
+    first.write_bytes(b"")
+    assert llmstack.local_parts(weights, env) == [str(first), ""]
+    assert llmstack.cached_model(weights, env) == ""
+    first.with_name("m-00002-of-00002.gguf").write_bytes(b"")
+    assert llmstack.cached_model(weights, env) == str(first)
 
 
 @pytest.fixture(scope="module")
@@ -321,49 +282,48 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(served: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub(served)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+def hub(served: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    server = FakeHub()
+    server.repos["owner/name"] = served
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
     yield server
-    server.shutdown()
-    server.server_close()
+    server.stop()
 
 
 def on_hub(file: str) -> llmstack.Weights:
     return llmstack.Weights("owner/name", file, "", 0, "", "current")
 
 
-def test_a_header_comes_from_the_hub_in_growing_ranges(hub: Hub) -> None:
+def test_a_header_comes_from_the_hub_in_growing_ranges(hub: FakeHub) -> None:
     header = llmstack.hub_header(on_hub("big.gguf"), os.environ)
-    assert header == parse(hub.files["big.gguf"])
-    asked = [r for path, r, _ in hub.seen if path.startswith("/storage/")]
+    assert header == parse(hub.repos["owner/name"]["big.gguf"])
+    asked = [seen.range for seen in hub.fetched()]
     assert asked[:3] == ["bytes=0-1048575", "bytes=1048576-2097151", "bytes=2097152-4194303"]
     assert len(asked) < 5
 
 
-def test_a_hub_without_ranges_is_read_as_far_as_needed(hub: Hub) -> None:
+def test_a_hub_without_ranges_is_read_as_far_as_needed(hub: FakeHub) -> None:
     hub.ranges = False
-    assert llmstack.hub_header(on_hub("big.gguf"), os.environ) == parse(hub.files["big.gguf"])
+    assert llmstack.hub_header(on_hub("big.gguf"), os.environ) == parse(hub.repos["owner/name"]["big.gguf"])
 
 
-def test_the_parts_of_a_split_are_read_each(hub: Hub) -> None:
+def test_the_parts_of_a_split_are_read_each(hub: FakeHub) -> None:
     header = llmstack.hub_header(on_hub("m-00001-of-00002.gguf"), os.environ)
-    assert header.tensor_bytes == sum(parse(hub.files[f"m-0000{i}-of-00002.gguf"]).tensor_bytes for i in (1, 2))
+    assert header.tensor_bytes == sum(parse(hub.repos["owner/name"][f"m-0000{i}-of-00002.gguf"]).tensor_bytes for i in (1, 2))
 
 
-def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.private = True
+def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.gated["owner/name"] = "hf_secret"
     with pytest.raises(OSError, match="answered 401: set HF_TOKEN"):
         llmstack.hub_header(on_hub("big.gguf"), os.environ)
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     llmstack.hub_header(on_hub("big.gguf"), os.environ)
-    assert {token for path, _, token in hub.seen if path.startswith("/storage/")} == {""}
+    assert {seen.authorization for seen in hub.fetched()} == {""}
 
 
-@pytest.mark.parametrize(("endpoint", "error"), [
-    ("file:///etc", OSError), ("http://127.0.0.1:9", ConnectionError), ("nonsense", OSError)])
-def test_what_is_no_hub_is_said_so(endpoint: str, error: type[Exception]) -> None:
-    with pytest.raises(error):
+@pytest.mark.parametrize("endpoint", ["file:///etc", "http://127.0.0.1:9", "nonsense"])
+def test_what_is_no_hub_is_said_so(endpoint: str) -> None:
+    with pytest.raises(llmstack.Unreachable):
         llmstack.hub_header(on_hub("m.gguf"), {"HF_ENDPOINT": endpoint})
 
 
@@ -405,7 +365,7 @@ def fit_json(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_fit_says_what_each_tier_takes_and_from_where(hub: Hub, project: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_says_what_each_tier_takes_and_from_where(hub: FakeHub, project: Any, capsys: pytest.CaptureFixture[str]) -> None:
     project(4)
     code, found = fit_json(capsys)
     assert code == 0
@@ -420,7 +380,7 @@ def test_fit_says_what_each_tier_takes_and_from_where(hub: Hub, project: Any, ca
                               "fits": True}]
 
 
-def test_fit_fails_where_a_tier_cannot_fit(hub: Hub, project: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_fails_where_a_tier_cannot_fit(hub: FakeHub, project: Any, capsys: pytest.CaptureFixture[str]) -> None:
     project(0.5)
     code, found = fit_json(capsys)
     assert code == 1
@@ -441,7 +401,7 @@ def test_fit_offline_falls_back_to_size_gb_and_says_so(project: Any, monkeypatch
     code, found = fit_json(capsys)
     assert code == 0
     assert (found["tiers"][1]["source"], found["tiers"][1]["need_gb"]) == ("size_gb", pytest.approx(3.3))
-    assert "the hub cannot be reached" in found["tiers"][1]["note"]
+    assert "the model hub cannot be reached" in found["tiers"][1]["note"]
     assert llmstack.main(["fit", "smart"]) == 0
     assert "~3.3" in capsys.readouterr().out
 
@@ -456,7 +416,7 @@ def test_a_silent_hub_is_asked_once_and_not_for_each_tier(monkeypatch: pytest.Mo
     monkeypatch.setattr("urllib.request.urlopen", silent)
     tiers = tuple(llmstack.Tier(name, hf_repo="owner/name", hf_file=f"{name}.gguf", size_gb=1) for name in ("a", "b"))
     fits = llmstack.measure_tiers(llmstack.Config(tiers=tiers), llmstack.Machine(4.0, "test", False), os.environ, False, True)
-    assert fits[0].note == "the hub cannot be reached: timed out"
+    assert fits[0].note == "the model hub cannot be reached at huggingface.co: timed out"
     assert [fit.source for fit in fits] == ["size_gb", "size_gb"]
     assert len(asked) == 1
 

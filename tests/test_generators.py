@@ -572,11 +572,11 @@ def test_a_description_never_becomes_a_macro(text: str) -> None:
     "/models/größe.gguf", "/models/日本 \U0001f600.gguf", "/models/back\\slash.gguf", "/models/$HOME `x` *.gguf",
     "/models/it's ${HOME}.gguf", "/models/a: b.gguf", "/models/  two.gguf"])
 def test_odd_paths_survive_the_yaml_and_the_splitting(path: str) -> None:
-    program = (path.replace(".gguf", "/llama-server"), "/other dir/llmstack.py", "_llama-server")
+    program = (path.replace(".gguf", "/llama-server"), "/other dir/llmstack.pyz", "_guest", "llama_server")
     loaded = render_and_load(config_of(local("a")._replace(path=path, hf_repo="", hf_file="")), program)
     words = words_of(loaded, "a", 1)
-    assert tuple(words[:3]) == program
-    assert options(words[3:])["-m"] == path
+    assert tuple(words[:4]) == program
+    assert options(words[4:])["-m"] == path
 
 
 def test_a_repository_file_in_a_folder_or_with_a_space_survives() -> None:

@@ -703,7 +703,7 @@ def test_a_router_that_never_answers(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(llmstack, "MAX_MODELS_INI_BYTES", 100_000)
+    monkeypatch.setattr(llmstack, "MAX_INI_BYTES", 100_000)
     with ScriptedUpstream(once(b"HTTP/1.1 200 OK\r\n\r\n" + b"#" * 150_000)) as router:
         assert install_external(f"http://127.0.0.1:{router.port}") == 1
     refused(capsys, "more than 100,000 bytes", "correct the URL")
@@ -817,7 +817,7 @@ def test_two_projects_on_one_host(second: Path, monkeypatch: pytest.MonkeyPatch,
     url = f"http://127.0.0.1:{first.router_port}"
     try:
         assert llmstack.main(["start"]) == 0
-        pids = first.pid("router"), first.pid("llama-swap")
+        pids = (first.pid("router"),)
         with monkeypatch.context() as inside:
             inside.chdir(second)
             assert install_external(url) == 0
@@ -850,7 +850,7 @@ def test_daemons_are_stopped_before_a_project_becomes_a_thin_client(capsys: pyte
     project = Project()
     try:
         llmstack.main(["start"])
-        pids = project.pid("router"), project.pid("llama-swap")
+        pids = (project.pid("router"),)
         assert install_external(f"http://127.0.0.1:{free_ports(1)[0]}") == 1
         assert all(map(alive, pids)), "the other router is not there: nothing has changed"
         with ScriptedUpstream(always(MODELS_INI)) as router:
@@ -866,7 +866,7 @@ def test_daemons_are_stopped_before_a_project_becomes_a_thin_client(capsys: pyte
 def test_stop_finds_daemons_of_a_project_that_another_program_has_repinned(capsys: pytest.CaptureFixture[str]) -> None:
     project = Project()
     llmstack.main(["start"])
-    pids = project.pid("router"), project.pid("llama-swap")
+    pids = (project.pid("router"),)
     (STATE / "default-channel").write_text("external http://127.0.0.1:10101\n")
     assert llmstack.main(["stop"]) == 0
     assert "Stopped." in capsys.readouterr().out
@@ -949,6 +949,7 @@ def test_two_hosts(hosts: tuple[str, str], second: Path, real_data: Path, noise:
     (STATE / "models.ini").write_text("[DEFAULT]\nengine = embedded\n" + two_tiers(noise))
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     try:
+        run(*desk, "trust")
         run(*desk, "start", "--host", "0.0.0.0")
         with monkeypatch.context() as laptop:
             laptop.chdir(second)

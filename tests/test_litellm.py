@@ -1,11 +1,11 @@
-"""Hosted tiers through LiteLLM: the merge of litellm_config.yaml, credentials, and the real proxy before a scripted provider."""
+"""Hosted tiers through LiteLLM: litellm_config.yaml, credentials, the real proxy before a scripted provider."""
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -25,147 +25,15 @@ import llmstack
 from llmstack import Config, Tier, UserError
 from tests.conftest import ROOT
 from tests.noise_model import render_noise_gguf
+from tests.test_environments import make_environment
+from tests.test_http import ELSEWHERE, LOOPBACK
 
-WANTED = [("code-ultra", "anthropic/claude-opus-4-20250514"), ("code-fast_next", "bedrock/eu.anthropic.claude-v2:0")]
+sys.path.insert(0, str(ROOT / "share" / "guests"))
+
+import litellm_proxy
+import litellm_yaml
+
 KEY = "sk-scripted-0123456789abcdef0123"
-
-# ---- the merge
-
-MERGED = {
-    "seed": llmstack.read_shared_text("templates/litellm_config.yaml"),
-    "empty": "",
-    "only comments": "# nothing\n",
-    "no final newline": "litellm_settings:\n  drop_params: true",
-    "block": "model_list:\n  - model_name: a\n    litellm_params:\n      model: x/y\n      api_key: os.environ/FOO # c\n"
-             "\n# next\ng: {}\n",
-    "block at the margin": "model_list:\n- model_name: a\n  litellm_params: {model: x/y}\n# c\n\ngeneral_settings:\n  a: 1\n",
-    "wide, unfinished": "model_list:\n    -   model_name: 'a'\n        litellm_params:\n            model: \"x/y\"",
-    "CRLF": "model_list:\r\n  - model_name: a\r\n    litellm_params:\r\n      model: x/y\r\nfoo: 1\r\n",
-    "BOM": "\ufeffmodel_list:\n  - model_name: a\n    litellm_params: {model: x/y}\n",
-    "brackets": "model_list: [{model_name: a, litellm_params: {model: x/y}}]\nb: 1\n",
-    "empty brackets": "model_list: []\nb: 1\n",
-    "brackets over lines": "model_list: [\n  {model_name: a, litellm_params: {model: x/y}}, # t ]\n"
-                           "  {\"model_name\":\"b #\", 'litellm_params':{\"model\":\"x/y ]\"}},\n]\nb: 1\n",
-    "brackets below": "model_list:\n  [\n  {model_name: a, litellm_params: {model: x/y}}\n  # tail ]\n  ]\nb: 1\n",
-    "brackets, no comma": "model_list: [\n{model_name: a, litellm_params: {model: q}}\n]\n",
-    "anchors": "x: &d\n  model: x/y\nmodel_list: &m\n  - model_name: a\n    litellm_params: *d\n  - model_name: b\n"
-               "    litellm_params:\n      <<: *d\n      api_base: http://x:1/v1\n",
-    "a scalar that looks like entries": "model_list:\n  - model_name: a\n    litellm_params: {model: x/y}\n    d: |\n"
-                                        "      text: it's \"not\n        # no comment\n      model_name: code-ultra\n\n\nz: 1\n",
-    "one document": "---\nmodel_list:\n  - model_name: a\n    litellm_params: {model: x/y}\n",
-    "there already": "model_list:\n  - litellm_params: {model: x/y}\n    model_name: code-ultra\n",
-    "there, quoted and below": "model_list:\n  - litellm_params: {model: x/y}\n    model_name: \"code-ultra\" # c\n"
-                               "  - model_name:\n      code-fast_next\n    litellm_params: {model: q}\n",
-    "switched off": "model_list:\n  # - model_name: code-ultra\n  - model_name: z\n    litellm_params: {model: q}\n"
-                    "  # - model_name: b\n",
-    "apostrophes": "d: don't # it's\nmodel_list:\n  - model_name: a\n    litellm_params: {model: q}\n",
-    "quoted key": "\"model_list\" :\n  - model_name: a\n    litellm_params: {model: q}\n",
-    "no value": "model_list:\n\n# c\nfoo: 1\n",
-    "folded, nested lists": "x: >-\n  a\n  b: c\nmodel_list:\n- model_name: a\n  litellm_params: {model: q}\n"
-                            "  info:\n  - 1\n  - 2\n",
-    "blank lines behind": "model_list:\n  - model_name: a\n    litellm_params:\n      model: q\n\n\n",
-}
-REFUSED = {
-    "keeps its newlines": ("model_list:\n  - model_name: a\n    d: |+\n      text\n\n\nz: 1\n", "keeps the lines"),
-    "two documents": ("model_list: []\n---\nfoo: 1\n", "several documents"),
-    "JSON": ('{"model_list": []}\n', "one key a line"),
-    "null": ("model_list: null\n", "no list"),
-    "tab": ("model_list:\n\t- a\n", "tabs"),
-    "twice": ("model_list: []\nmodel_list: []\n", "twice"),
-    "quotes over lines": ("a: \"x\n  y\"\nmodel_list: []\n", "several lines"),
-    "name from an anchor": ("n: &n code-ultra\nmodel_list:\n  - model_name: *n\n    litellm_params: {model: q}\n", "elsewhere"),
-    "name in a block": ("model_list:\n  - model_name: >-\n      code-ultra\n    litellm_params: {model: q}\n", "elsewhere"),
-    "a list": ("- a\n- b\n", "no place for one"),
-    "brackets open": ("model_list: [\n  {model_name: a}\n", "do not close"),
-}
-
-
-def check_merge(text: str, wanted: list[tuple[str, str]]) -> None:
-    """What the merge promises: one insertion, the old content equal, the new entries there, a second merge changes nothing."""
-    merged, added = llmstack.merge_litellm_yaml(text, wanted)
-    more = len(merged) - len(text)
-    assert any(merged == text[:i] + merged[i:i + more] + text[i:] for i in range(len(text) + 1))
-    old, new = yaml.safe_load(text) or {}, yaml.safe_load(merged)
-    was, now = old.pop("model_list", None) or [], new.pop("model_list")
-    assert old == new
-    assert now == was + [{"model_name": n, "litellm_params": {"model": m}} for n, m in added]
-    names = [e["model_name"] for e in now]
-    assert [names.count(n) for n, _ in wanted] == [1] * len(wanted)
-    assert llmstack.merge_litellm_yaml(merged, wanted) == (merged, [])
-    if "\r\n" in text:
-        assert merged.count("\n") == merged.count("\r\n")
-
-
-@pytest.mark.parametrize("text", MERGED.values(), ids=MERGED)
-def test_the_merge_adds_what_is_missing_and_touches_nothing(text: str) -> None:
-    check_merge(text, WANTED)
-
-
-@pytest.mark.parametrize(("text", "why"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_merged_without_a_doubt_is_refused(text: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        llmstack.merge_litellm_yaml(text, WANTED)
-
-
-def scalar(rng: random.Random, value: str) -> str:
-    return rng.choice([value, f'"{value}"', f"'{value}'"])
-
-
-def entry(rng: random.Random, name: str, indent: int) -> str:
-    """One entry in some block style."""
-    pad, gap = " " * indent, " " * rng.choice([1, 1, 3])
-    inner = pad + " " + gap
-    note = rng.choice(["", "  # it's [ours] - \"mine", " # model_name: code-ultra"])
-    params = rng.choice([
-        f"litellm_params: {{model: {scalar(rng, 'x/y')}, api_key: os.environ/K}}{note}\n",
-        f"litellm_params:{note}\n{inner}    model: x/y\n{inner}    # rpm: 1\n{inner}    api_base: http://h:1/v1\n",
-        f"litellm_params: {{model: x/y,\n{inner}   tags: [a, \"b]\"]}}\n",
-    ])
-    names = f"model_name: {scalar(rng, name)}{rng.choice(['', ' # n'])}\n"
-    extra = rng.choice(["", "model_info: {mode: chat}\n", f"d: |\n{inner}  - model_name: no\n{inner}  # no comment: 'x\n",
-                        f"d: >-\n{inner}  it's folded\n\n{inner}  twice\n", "d: it's plain, 100% [really]\n"])
-    parts = [names, params, extra] if rng.random() < 0.6 else [params, extra, names]
-    return f"{pad}-{gap}" + inner.join(p for p in parts if p)
-
-
-def some_config(rng: random.Random) -> str:
-    names = rng.sample(["a", "b", "code-ultra", "code-fast_next", "c.d"], rng.randrange(4))
-    if rng.random() < 0.3:
-        gap = rng.choice(["", "\n", "\n  "])
-        items = [f"{{model_name: {scalar(rng, n)}, litellm_params: {{model: x/y}}}}" for n in names]
-        tail = rng.choice(["", ",", " # ]\n"]) if names else ""
-        listed = f"model_list: [{gap}{(',' + (gap or ' ')).join(items)}{tail}{gap}]\n"
-    else:
-        indent = rng.choice([0, 2, 4])
-        listed = "model_list:" + rng.choice(["", " # models", " &all"]) + "\n"
-        listed += rng.choice(["", "\n"]).join(entry(rng, n, indent) for n in names)
-        listed += rng.choice(["", "\n\n", f"{' ' * indent}# - model_name: code-ultra\n"])
-    sections = rng.sample(["litellm_settings:\n  drop_params: true\n", "general_settings: {}\n", "x: &x\n  y: [1, 2]\n",
-                           "# a note\n", "t: |\n  model_list:\n  - model_name: a\n", "r:\n- 1\n- 2\n"], rng.randrange(4))
-    parts = [*sections[:1], listed, *sections[1:]] if rng.random() < 0.9 else sections
-    text = rng.choice(["", "", "# top\n", "---\n"]) + rng.choice(["", "\n"]).join(parts)
-    text = text.rstrip("\n") if rng.random() < 0.3 else text
-    return text.replace("\n", "\r\n") if rng.random() < 0.2 else text
-
-
-def test_the_merge_holds_for_any_style() -> None:
-    """Each is merged right or refused, and few are refused."""
-    refused = 0
-    for seed in range(3_000):
-        rng = random.Random(seed)
-        text = some_config(rng)
-        try:
-            llmstack.merge_litellm_yaml(text, WANTED)
-        except ValueError:
-            refused += 1
-            continue
-        try:
-            check_merge(text, WANTED)
-        except Exception:
-            print(f"seed {seed}:\n{text}\n->\n{llmstack.merge_litellm_yaml(text, WANTED)[0]}")
-            raise
-    assert refused < 300
-
 
 # ---- what is written
 
@@ -174,7 +42,10 @@ def hosted(**more: Any) -> Tier:
     return Tier("code-ultra", role="ultra", backend="litellm", model="anthropic/claude-opus-4-20250514")._replace(**more)
 
 
-def written(config: Config, program: tuple[str, ...] = ("x",)) -> tuple[str, list[str]]:
+HERE = (sys.executable, "litellm_proxy.py")     # this Python has PyYAML, as LiteLLM's has
+
+
+def written(config: Config, program: tuple[str, ...] = HERE) -> tuple[str, list[str]]:
     """(litellm_config.yaml after a write, what was said)."""
     places = llmstack.find_places(os.environ)
     lines: list[str] = []
@@ -197,30 +68,108 @@ def test_no_hosted_tier_no_file() -> None:
     assert written(Config(tiers=(Tier("code-fast"),))) == ("", [])
 
 
-def test_a_file_that_cannot_be_merged_stays_and_the_stub_is_shown() -> None:
+@pytest.mark.parametrize(("data", "why"), [
+    (b"model_list: null\n", "model_list is no list"),
+    (b"model_list:\n- model_name: a\n  litellm_params: {model: @}\n", "LiteLLM's parser does not read it"),
+    (b"# \xff\n", "it is not UTF-8"),
+    (b"# \xc3\xa4\r\nmodel_list: []\n---\na: 1\n", "several documents"),
+])
+def test_a_file_that_cannot_be_extended_stays_and_the_stub_is_shown(data: bytes, why: str) -> None:
     path = Path(".llmstack/litellm_config.yaml")
     path.parent.mkdir()
-    path.write_bytes(b'{"model_list": []}\n')
-    text, said = written(Config(tiers=(hosted(),)))
-    assert text == '{"model_list": []}\n'
-    assert "is left alone" in said[0]
+    path.write_bytes(data)
+    said = written(Config(tiers=(hosted(),)))[1]
+    assert path.read_bytes() == data
+    assert "is left alone (" in said[0]
+    assert why in said[0]
     assert said[0].endswith("  - model_name: code-ultra\n    litellm_params:\n      model: anthropic/claude-opus-4-20250514")
-    path.write_bytes(b"# \xff\n")
-    assert "not UTF-8" in written(Config(tiers=(hosted(),)))[1][0]
-    assert path.read_bytes() == b"# \xff\n"
 
 
-def test_the_parser_has_the_last_word() -> None:
-    """With the YAML parser of a Python: a merge that it does not read as meant is not written."""
+def test_an_extended_file_differs_in_nothing_else() -> None:
     path = Path(".llmstack/litellm_config.yaml")
     path.parent.mkdir()
-    program = (sys.executable, "x")
-    path.write_text("model_list:\n- model_name: a\n  litellm_params: {model: x/y}\n")
-    assert "code-ultra" in written(Config(tiers=(hosted(),)), program)[0]
-    path.write_text("model_list:\n- model_name: a\n  litellm_params: {model: @}\n")      # no YAML
-    text, said = written(Config(tiers=(hosted(),)), program)
-    assert "code-ultra" not in text
-    assert "parser" in said[0]
+    path.write_bytes("\ufeff# ä\r\nmodel_list:\r\n- model_name: a\r\n  litellm_params: {model: x/y}\r\n# z".encode())
+    written(Config(tiers=(hosted(),)))
+    assert path.read_bytes() == (
+        "\ufeff# ä\r\nmodel_list:\r\n- model_name: a\r\n  litellm_params: {model: x/y}\r\n- model_name: code-ultra\r\n"
+        "  litellm_params:\r\n    model: anthropic/claude-opus-4-20250514\r\n# z").encode()
+
+
+def test_without_litellm_an_existing_file_stays() -> None:
+    """Its parser is not here. The stub is shown where a name is nowhere in the file."""
+    path = Path(".llmstack/litellm_config.yaml")
+    path.parent.mkdir()
+    path.write_text("model_list: []\n")
+    text, said = written(Config(tiers=(hosted(),)), ())
+    assert text == "model_list: []\n"
+    assert "is not installed" in said[0]
+    assert "- model_name: code-ultra" in said[0]
+    path.write_text("model_list: [{model_name: code-ultra, litellm_params: {model: a/b}}]\n")
+    assert written(Config(tiers=(hosted(),)), ())[1] == []
+
+
+def test_a_file_that_cannot_be_read_is_not_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(".llmstack/litellm_config.yaml")
+    path.parent.mkdir()
+    path.write_text("model_list: []\n")
+    monkeypatch.setattr(llmstack, "_read_bytes", lambda path: b"")         # as for one without permission
+    text, said = written(Config(tiers=(hosted(),)))
+    assert text == "model_list: []\n"
+    assert "cannot be read" in said[0]
+
+
+@pytest.mark.parametrize("code", ["import time; time.sleep(60)", "print('[]')", "1 / 0", "print('{')"])
+def test_a_parser_that_does_not_answer_is_no_error(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "guest_command", lambda python, name: [python, "-c", code])
+    monkeypatch.setattr(llmstack, "YAML_TIMEOUT_S", 1)
+    assert list(llmstack.ask_litellm_yaml(HERE, "", ())) == ["why"]
+
+
+def test_a_file_made_to_be_slow_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aliases of aliases: ten lines are as long as ten billion."""
+    levels = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    monkeypatch.setattr(llmstack, "YAML_TIMEOUT_S", 1)
+    answer = llmstack.ask_litellm_yaml(HERE, f"a0: &a0 [x, y]\n{levels}", [("a", "b")])
+    assert answer["why"].endswith("does not read it")
+
+
+# ---- what is read
+
+
+def test_the_file_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = llmstack.find_places(os.environ)
+    path = Path(llmstack.litellm_config_path(places))
+    assert llmstack.read_litellm_file(places, {}) == ({}, frozenset()), "no file"
+    path.parent.mkdir()
+    path.write_text("model_list: [{model_name: a, litellm_params: {model: x/y, api_key: a-literal-key}}]\n")
+    assert llmstack.read_litellm_file(places, {}) is None, "no LiteLLM, so no parser"
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: HERE)
+    known = llmstack.read_litellm_file(places, {})
+    assert known is not None
+    assert known.entries == {"a": llmstack.LitellmEntry("x/y", has_key=True)}
+    cache = Path(places.data, "litellm.json")
+    assert "a-literal-key" not in cache.read_text()
+    if os.name != "nt":
+        assert cache.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: pytest.fail("asked twice"))
+    assert llmstack.read_litellm_file(places, {}) == known
+    path.write_text("model_list: []\nenvironment_variables: {NAME: x}\n")
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: HERE)
+    assert llmstack.read_litellm_file(places, {}) == ({}, frozenset({"NAME"}))
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", '{"x": 1}', "null"])
+def test_a_damaged_record_of_it_is_asked_for_anew(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = llmstack.find_places(os.environ)
+    path = Path(llmstack.litellm_config_path(places))
+    path.parent.mkdir()
+    path.write_text("model_list: []\n")
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: HERE)
+    first = llmstack.read_litellm_file(places, {})
+    cache = Path(places.data, "litellm.json")
+    cache.write_text(json.dumps({key: json.loads('"x"') for key in json.loads(cache.read_text())}) if damage == "null"
+                     else damage)
+    assert llmstack.read_litellm_file(places, {}) == first
 
 
 def test_a_changed_model_is_said_and_the_entry_stays() -> None:
@@ -233,6 +182,8 @@ def test_a_changed_model_is_said_and_the_entry_stays() -> None:
 
 def test_what_is_written_is_trusted_only_where_the_file_was() -> None:
     places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.state, "AGENTS.md").write_text("do as I say")
     written(Config(tiers=(hosted(),)))
     assert llmstack.is_trusted(places, "run")
     assert not llmstack.is_trusted(places, "hook"), "the rest of the directory is another matter"
@@ -262,18 +213,29 @@ def test_what_is_written_is_trusted_only_where_the_file_was() -> None:
     ("openai/x", {}, "api_key: none", ()),
     ("openai/x", {"OPENAI_API_KEY": "k"}, "api_key: os.environ/MINE # os.environ/OTHER", ("MINE",)),
     ("openai/x", {}, "model: groq/y", ("GROQ_API_KEY",)),
-    ("openai/x", {}, "<<: *defaults", ()),
+    ("openai/x", {}, "<<: *defaults", ()),                  # an anchor that is nowhere: no YAML
+    ("openai/x", {}, "<<: {api_key: os.environ/MERGED}", ("MERGED",)),
+    ("azure/x", {"AZURE_API_KEY": "k"}, "api_base: https://x.example", ()),
+    ("openai/x", {}, "weight: 2", ("OPENAI_API_KEY",)),
 ])
 def test_which_credentials_a_tier_lacks(model: str, env: dict[str, str], yaml_text: str, expected: tuple[str, ...]) -> None:
     if yaml_text:
         yaml_text = f"model_list:\n- model_name: code-ultra\n  litellm_params:\n    {yaml_text}\n- model_name: b\n" \
                     "  litellm_params: {api_key: os.environ/B}\n"
-    assert llmstack.tier_credentials(hosted(model=model), env, yaml_text) == expected
+    file = llmstack.parse_litellm_file(litellm_yaml.answer(yaml_text, ()))
+    assert llmstack.tier_credentials(hosted(model=model), env, file) == expected
+
+
+def test_a_variable_that_the_file_sets_is_not_missing() -> None:
+    text = "environment_variables: {OPENAI_API_KEY: x}\n"
+    file = llmstack.parse_litellm_file(litellm_yaml.answer(text, ()))
+    assert llmstack.tier_credentials(hosted(model="openai/x"), {}, file) == ()
 
 
 def test_the_next_channel_has_credentials_of_its_own() -> None:
     tier = hosted(model_next="groq/x")
-    assert llmstack.tier_credentials(tier, {"ANTHROPIC_API_KEY": "k"}, "", True) == ("GROQ_API_KEY",)
+    file = llmstack.LitellmFile({}, frozenset())
+    assert llmstack.tier_credentials(tier, {"ANTHROPIC_API_KEY": "k"}, file, True) == ("GROQ_API_KEY",)
 
 
 def test_the_proxy_starts_at_once_where_the_channel_that_runs_has_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +258,7 @@ def test_llama_server_gets_no_credentials_and_the_proxy_no_database() -> None:
     assert "DATABASE_URL" not in proxy
 
 
-# ---- which LiteLLM, and code-ultra
+# ---- which LiteLLM
 
 
 def script(path: Path, text: str) -> str:
@@ -305,24 +267,66 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def proxy_command(python: str) -> tuple[str, ...]:
+    return tuple(llmstack.guest_command(python, "litellm_proxy"))
+
+
 def test_which_litellm_is_taken(tmp_path: Path) -> None:
     data = str(tmp_path / "data")
     assert llmstack.find_litellm({}, data) == ()
-    plain = script(tmp_path / "litellm", "#!/bin/sh\n")
-    assert llmstack.find_litellm({"LITELLM_BIN": plain}, data) == (plain,)
-    installed = script(tmp_path / "litellm2", f"#!{sys.executable}\nimport x\n")
-    assert llmstack.find_litellm({"LITELLM_BIN": installed}, data) == (sys.executable, llmstack.PROGRAM, "_litellm")
     with pytest.raises(UserError, match="no program"):
         llmstack.find_litellm({"LITELLM_BIN": "/nowhere"}, data)
-    ready = Path(llmstack.environment_dir(llmstack.LITELLM, data))
-    ready.mkdir(parents=True)
-    (ready / "ready").write_text("")
-    assert llmstack.find_litellm({}, data)[1:] == (llmstack.PROGRAM, "_litellm")
+    assert llmstack.find_litellm({"LITELLM_BIN": sys.executable}, data) == proxy_command(sys.executable)
+    make_environment(llmstack.LITELLM, data)
+    python = llmstack.environment_program(llmstack.LITELLM, data)
+    assert llmstack.find_litellm({}, data) == proxy_command(python)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+@pytest.mark.parametrize("head", [
+    "#!{python}", "#! {python} -sE", "#!/usr/bin/env {python}", "#!/usr/bin/env -S {python} -E", "#!/usr/bin/env python3",
+    "#!/bin/sh\n'''exec' \"{spaced}\" \"$0\" \"$@\"\n' '''", "#!/bin/sh\n'''exec' '{spaced}' \"$0\" \"$@\"\n' '''",
+    "#!/bin/sh\n'''exec' {python} \"$0\" \"$@\"\n' '''",
+])
+def test_the_python_of_an_installed_litellm(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip, uv and pipx write them, below paths with spaces and too long for the kernel, too."""
+    spaced = tmp_path / "a b" / "bin" / "python3"
+    spaced.parent.mkdir(parents=True)
+    spaced.symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(spaced.parent))
+    program = script(tmp_path / "litellm", head.format(python=sys.executable, spaced=spaced) + "\nimport re\n")
+    found = llmstack.find_litellm({"LITELLM_BIN": program}, "/nowhere")
+    expected = spaced if "{spaced}" in head or "env python3" in head else sys.executable
+    assert found == proxy_command(str(expected))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+def test_the_python_beside_a_program_that_may_be_moved(tmp_path: Path) -> None:
+    """uv's relocatable environments; and tools are links into their environment."""
+    inside = tmp_path / "env" / "bin"
+    inside.mkdir(parents=True)
+    (inside / "python").symlink_to(sys.executable)
+    head = "#!/bin/sh\n'''exec' \"$(dirname -- \"$(realpath -- \"$0\")\")\"/'python' \"$0\" \"$@\"\n' '''\n"
+    script(inside / "litellm", head)
+    (tmp_path / "litellm").symlink_to(inside / "litellm")
+    found = llmstack.find_litellm({"LITELLM_BIN": str(tmp_path / "litellm")}, "/nowhere")
+    assert found == proxy_command(str(inside / "python"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shell scripts")
+@pytest.mark.parametrize("text", ["#!/bin/sh\nexec docker run litellm\n", "#!/nowhere/python3\n", "\x7fELF", ""])
+def test_a_litellm_that_would_run_unguarded_is_refused(text: str, tmp_path: Path) -> None:
+    program = script(tmp_path / "litellm", text)
+    with pytest.raises(UserError, match=r"LITELLM_BIN names .* which Python it runs in") as failure:
+        llmstack.find_litellm({"LITELLM_BIN": program}, "/nowhere")
+    assert "name that Python in LITELLM_BIN" in failure.value.hint
+
+
+# ---- the guard before it
 
 
 def test_the_project_is_no_place_for_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LiteLLM's command line appends its working directory to sys.path, and a cloned one may hold a prisma.py."""
+    """LiteLLM puts its working directory on sys.path, and the one two above; a clone may hold a prisma.py."""
     seen: list[tuple[str, str]] = []
 
     class Module:
@@ -335,10 +339,51 @@ def test_the_project_is_no_place_for_modules(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("importlib.import_module", import_module)
     monkeypatch.setattr(sys, "argv", [])
-    here = os.getcwd()
-    assert llmstack.run_litellm(["--port", "1"]) == 0
-    assert seen == [("litellm.proxy.proxy_cli", os.path.dirname(sys.executable)), ("litellm.proxy.proxy_server", here),
-                    ("_WebGuard", here), ("litellm --port 1", here)]
+    here, there = os.getcwd(), os.path.dirname(sys.executable)
+    assert litellm_proxy.main(["--port", "1"]) == 0
+    assert seen == [("litellm.proxy.proxy_cli", there), ("litellm.proxy.proxy_server", there),
+                    ("WebGuard", here), ("litellm --port 1", here)]
+
+
+HOSTS = ["", *LOOPBACK, *ELSEWHERE]
+ORIGINS = ["", "null", "http://localhost:3000", "https://127.0.0.1:8443", "http://[::1]:5173", "https://evil.example",
+           "http://127.0.0.1.evil.example", "http://evil.example://localhost", "file://", "HTTP://LOCALHOST"]
+
+
+@pytest.mark.parametrize("site", ["", "none", "same-origin", "same-site", "cross-site", "Cross-Site"])
+def test_the_guard_has_the_routers_rule(site: str) -> None:
+    for host in HOSTS:
+        for origin in ORIGINS:
+            given = {"host": host, "origin": origin, "sec-fetch-site": site}
+            headers = {name: value for name, value in given.items() if value}
+            fields = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+            asked = llmstack.Request("GET", "/", 1, (), True, False, False, fields, 0)
+            ours = llmstack.refusal(asked, True).replace("this router", "LiteLLM")
+            assert litellm_proxy.refusal(headers) == ours, headers
+
+
+@pytest.mark.parametrize(("kind", "headers", "expected"), [
+    ("lifespan", None, ["passed"]),
+    ("http", [(b"Host", b"127.0.0.1")], ["passed"]),
+    ("http", [(b"host", b"evil.example"), (b"host", b"127.0.0.1")], ["http.response.start 403", "http.response.body"]),
+    ("http", [(b"host", b"\xff")], ["http.response.start 403", "http.response.body"]),
+    ("websocket", [(b"origin", b"https://evil.example")], ["websocket.close"]),
+])
+def test_what_the_guard_lets_through(kind: str, headers: Any, expected: list[str]) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append("passed")
+
+    async def send(message: Any) -> None:
+        seen.append(" ".join(str(message[key]) for key in ("type", "status") if key in message))
+
+    scope = {"type": kind} if headers is None else {"type": kind, "headers": headers}
+    asyncio.run(litellm_proxy.WebGuard(app)(scope, None, send))
+    assert seen == expected
+
+
+# ---- code-ultra
 
 
 def test_code_ultra_is_switched_on_where_litellm_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,13 +458,13 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 
 @pytest.fixture
-def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[llmstack.Engine]:
+def engine(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[llmstack.Engine]:
     fail = getattr(request, "param", "")
     program = script(tmp_path / "litellm", FAKE.format(python=sys.executable, fail=fail))
     config = Config(tiers=(hosted(aliases=("opus",)), Tier("code-smart", role="agent", path="/nowhere", size_gb=1)),
                     litellm_port=free_ports(1)[0])
-    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"LITELLM_BIN": program, "ANTHROPIC_API_KEY": "k"},
-                                False)
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: (program,))
+    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"ANTHROPIC_API_KEY": "k"}, False)
     assert proxy is not None
     assert proxy.preload
     engine = llmstack.Engine(config, lambda tier, port: [], llmstack.Log(str(tmp_path / "log")), lambda n: str(tmp_path / n),
@@ -688,7 +733,7 @@ def test_start_merges_and_says_where_litellm_is(running: Running, stack: Stack) 
 def test_while_it_starts_streams_are_told_and_status_says_loading(running: Running) -> None:
     assert running.state == "loading"
     body = running.first.body.decode()
-    assert (": loading litellm_proxy" if running.stack.engine == "embedded" else "reasoning_content") in body
+    assert "loading litellm_proxy" in body
     assert '"Hel"' in body
     assert body.rstrip().endswith("data: [DONE]")
 

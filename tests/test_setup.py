@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import urllib.error
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 import llmstack
+from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
 from tests.test_download import PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
@@ -148,9 +150,10 @@ def test_setup_fails_at_its_end_and_goes_on_from_there(model_hub: FakeHub, fake_
     fake_swap.limited = "99999999999"
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
     captured = capsys.readouterr()
-    assert "setup is not complete; failed: llama-swap, wait for them" in captured.err
+    assert "setup is not complete; failed: wait for them" in captured.err
     assert "goes on from there" in captured.err
     found = steps(captured.out)
+    assert "the engine that llmstack brings along serves without it" in found["llama-swap"]
     assert "code-smart-current: failed: there is no unsloth/Qwen3-Coder-Next-GGUF" in captured.out
     assert "is loaded in" in found["first answer"], "what can be done is done all the same"
     worker_gone(llmstack.find_places(os.environ))
@@ -236,11 +239,97 @@ def test_a_program_that_a_clone_names_is_not_run(home: Path, real_data: Path, fa
     assert not llmstack.is_trusted(llmstack.find_places(os.environ), "run"), "setup trusts nothing by itself"
 
 
+def test_llama_swap_is_a_must_only_where_models_ini_says_so(fake_swap: FakeReleases, no_server: None, real_data: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    fake_swap.limited = "99999999999"
+    Path(".llmstack").mkdir()
+    for engine, code in (("auto", 0), ("llama-swap", 1)):
+        Path(".llmstack/models.ini").write_text(f"[DEFAULT]\nengine = {engine}\n[m]\npath = none.gguf\n")
+        assert llmstack.main(["setup", "--yes", "--skip-download"]) == code
+        captured = capsys.readouterr()
+        assert ("failed: llama-swap" in captured.err) is bool(code)
+
+
+def test_a_profiles_models_ini_is_known_again_with_its_ultra_tier(monkeypatch: pytest.MonkeyPatch, no_server: None,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("litellm",))
+    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, Namespace(profile="16"), print, lambda question: True,
+                           [], [])
+    llmstack._setup_ini(setup)
+    assert llmstack.load_config(setup.places).by_role("ultra") is not None
+    assert llmstack._setup_ini(setup).endswith("is there")
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ())
+    assert llmstack._setup_ini(setup).endswith("is there"), "LiteLLM may be gone again"
+    Path(setup.places.models_ini).write_text("[mine]\npath = m.gguf\n")
+    with pytest.raises(llmstack.UserError, match="--profile would replace it"):
+        llmstack._setup_ini(setup)
+
+
+def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_server: None, home: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "start_downloads", lambda *_: 7)
+    places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.models_ini).write_text(test_download.INI)
+    hub.rows = lambda repo: [{**row, "size": 3_000_000_000} for row in FakeHub.rows(hub, repo)]  # type: ignore[method-assign]
+    said: list[str] = []
+    answers: list[bool | None] = [True, False, None]
+
+    def ask(question: str) -> bool | None:
+        said.append(question)
+        return answers.pop(0)
+
+    args = Namespace(skip_download=False, skip_wait=False)
+    setup = llmstack.Setup(places, os.environ, args, said.append, ask, [], ["downloads"])
+    assert "3 of 3 models to fetch" in llmstack._setup_download(setup)
+    assert said == [f"3 of 3 models, 15.0 GB from {hub.url}: code-fast-current, code-smart-current, code-fast-next",
+                    f"      Fetch them into {cache()} now? [y/N] "]
+    with pytest.raises(llmstack._Skipped, match="llmstack download"):
+        llmstack._setup_download(setup)
+    with pytest.raises(llmstack.UserError, match="no terminal to ask on"):
+        llmstack._setup_download(setup)
+    with pytest.raises(llmstack._Skipped, match="nothing is being fetched"):
+        llmstack._setup_wait(setup)
+
+
+def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(llmstack, "install_environment", lambda *_: pytest.fail("installed for nothing"))
+    places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.models_ini).write_text(test_download.INI)
+    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
+    with pytest.raises(llmstack.Unreachable, match=r"the model hub cannot be reached at 127\.0\.0\.1:9"):
+        llmstack._setup_download(setup)
+
+
+def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None, monkeypatch: pytest.MonkeyPatch,
+                                                releases: FakeReleases) -> None:
+    """http_proxy without no_proxy, as companies set it: the proxy would look for 127.0.0.1 on its own machine."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", releases.url)
+    places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.models_ini).write_text("[m]\npath = m.gguf\nctx_size = 512\n")
+    Path(places.in_state("m.gguf")).write_bytes(llmstack.render_noise_gguf())
+    setup = llmstack.Setup(places, os.environ, None, print, lambda question: True, [], [])
+    assert "answers '" in llmstack._setup_answer(setup)
+    assert releases.seen == []
+
+
+def test_advice_fits_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "find_program", lambda *_: "")
+    for known, advice in (("Package: llama.cpp", "apt install llama.cpp"), ("", "install llama.cpp")):
+        monkeypatch.setattr(llmstack, "_output", lambda command, known=known: known)
+        assert llmstack.server_ways() == advice
+
+
 def test_a_platform_without_a_binary_is_no_failure(home: Path, releases: FakeReleases, no_server: None,
                                                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     this_platform(monkeypatch, "windows", "arm64")
     releases.add("v251", {"llama-swap_251_windows_amd64.zip": b"x"})
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [])
+    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
     with pytest.raises(llmstack._Skipped, match="no binary for windows/arm64"):
         llmstack._setup_llama_swap(setup)
 
@@ -276,7 +365,7 @@ def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fak
     def refuse(*_: object) -> str:
         raise llmstack.UserError("PyPI is gone")
 
-    monkeypatch.setattr(llmstack, "hub_python", refuse)
+    monkeypatch.setattr(llmstack, "install_environment", refuse)
     monkeypatch.setenv("HF_HOME", "elsewhere")
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
     captured = capsys.readouterr()
@@ -329,7 +418,7 @@ def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: 65_536 * 1_048_576 / 1e9)
     machine = llmstack.Machine(49_152 * 1_048_576 / 1e9, "75 % of memory", True)
     monkeypatch.setattr(llmstack, "this_machine", lambda config: machine)
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [])
+    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
     assert llmstack._setup_wired(setup).endswith("sudo sysctl iogpu.wired_limit_mb=57344")
 
 
@@ -338,7 +427,8 @@ def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_flags_we_start_with_are_taken_by_a_current_build(real_data: Path, config: llmstack.Config) -> None:
     """The peer's defaults hold --no-mmap, which current builds refuse: nothing loads. And no YaRN for 131k."""
-    program = (llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data)), llmstack.PROGRAM, "_llama-server")
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
+    program = llmstack.guest_command(python, "llama_server")
     refused = llmstack.probe_flags(program, config, str(real_data))
     fast = config.by_role("fast")
     assert fast is not None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -107,46 +105,6 @@ def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, 
         llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
 
 
-# ---- the private environment
-
-
-def test_the_stand_in_needs_a_python_its_wheels_are_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "")
-    with pytest.raises(llmstack.UserError, match=r"needs Python 3\.10") as failure:
-        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
-    assert "brew install llama.cpp" in failure.value.hint
-
-
-def test_a_failed_installation_leaves_nothing_and_says_why(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho one; echo 'ERROR: no route to the index' >&2; exit 1\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: str(python))
-    said: list[str] = []
-    with pytest.raises(llmstack.UserError, match="no route to the index"):
-        llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), said.append)
-    assert not Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data"))).exists()
-    assert "34 MB" in said[0]
-
-
-def test_a_newer_python_is_found_for_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    newer = tmp_path / "python3.12"
-    newer.write_text("#!/bin/sh\necho 12\n")
-    newer.chmod(0o755)
-    (tmp_path / "python3.14").write_text("#!/bin/sh\nexit 127\n")
-    (tmp_path / "python3.14").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
-    monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
-    assert llmstack.suitable_python(llmstack.LLAMA_CPP) == str(newer)
-
-
-def test_an_environment_that_is_there_is_used_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = Path(llmstack.environment_dir(llmstack.LLAMA_CPP, str(home / "data")))
-    directory.mkdir(parents=True)
-    (directory / "ready").write_text("x")
-    monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: pytest.fail("not looked for"))
-    llmstack.install_environment(llmstack.LLAMA_CPP, str(home / "data"), quiet)
 
 
 # ---- files
@@ -235,58 +193,3 @@ def test_a_tail_shows_no_control_characters(tmp_path: Path) -> None:
     assert "\x1b" not in tail
 
 
-# ---- cores
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_what_a_pinned_thread_starts_has_every_core(tmp_path: Path) -> None:
-    every = os.sched_getaffinity(0)
-    found: list[Any] = []
-
-    def pinned() -> None:
-        llmstack.prefer_one_core()
-        found.append(os.sched_getaffinity(0))
-        process = llmstack.spawn([sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"],
-                                 str(tmp_path / "x.log"), os.environ)
-        process.wait()
-
-    thread = threading.Thread(target=pinned)
-    thread.start()
-    thread.join()
-    if getattr(sys, "_is_gil_enabled", lambda: True)():
-        assert len(found[0]) == 1
-    assert (tmp_path / "x.log").read_text().strip() == str(sorted(every))
-    assert os.sched_getaffinity(0) == every
-
-
-# ---- the stand-in's command line
-
-
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--no-mmap", "--version"], "error: invalid argument: --no-mmap"),
-    (["-c", "abc", "--version"], "error: invalid value for -c: abc"),
-    (["--flash-attn", "maybe", "--version"], "error: invalid value for --flash-attn: maybe"),
-    (["--temp"], "error: --temp needs a value"),
-])
-def test_the_stand_in_refuses_as_llama_server_does(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert llmstack.run_llama_server(argv) == 1
-    assert capsys.readouterr().err.splitlines() == [said]
-
-
-def test_the_stand_in_takes_every_flag_we_use(config: llmstack.Config) -> None:
-    command = llmstack.server_command((), config.tiers[0], config, 10001, False, frozenset({"--no-mmap"}))
-    values = llmstack.parse_llama_server_argv(command)
-    assert values["n_ctx"] == 131_072
-    assert values["rope_freq_scale"] == 0.25
-    assert values["load_mode"] == 0
-
-
-def test_the_stand_in_says_what_is_wrong_with_a_model(real_data: Path, tmp_path: Path) -> None:
-    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
-    (tmp_path / "bad.gguf").write_bytes(b"not a model")
-    for model, said in ((tmp_path / "none.gguf", "No such file"), (tmp_path / "bad.gguf", "not a GGUF file")):
-        done = subprocess.run([python, llmstack.PROGRAM, "_llama-server", "-m", str(model), "--port", "0"], text=True,
-                              capture_output=True, timeout=60, check=False)
-        assert done.returncode == 1
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
