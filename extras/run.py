@@ -21,6 +21,7 @@ import time
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 CHAT_PATH = "/v1/chat/completions"
+SILENCE_S = 600                                 # the router speaks every few seconds while it waits
 MAX_FILE_BYTES = 4 << 20                        # of /file: more than any context holds
 CHAT_COMMANDS = """\
 /tier [NAME]  whom to ask from now on; auto decides anew for each message
@@ -154,7 +155,8 @@ class Session:
             if response is not None:
                 response.close()
                 self._show("\n")
-        tier = response.getheader("X-LLMStack-Model") or self.tier
+        # A stream that had to wait began before its tier was known to answer.
+        tier = response.getheader("X-LLMStack-Model") or usage.get("model") or self.tier
         writing_s = usage.get("writing_s") or time.monotonic() - began_s
         return Answer("".join(texts), tier, response.getheader("X-LLMStack-Reason") or "",
                       usage.get("prompt", 0), usage.get("cached", 0), usage.get("output", 0),
@@ -172,6 +174,7 @@ class Session:
         connection = http.client.HTTPConnection(upstream.host, upstream.port)
         try:
             connection.sock = upstream.connect()
+            connection.sock.settimeout(SILENCE_S)
             data = json.dumps(body).encode("utf-8", "replace")
             connection.request("POST", upstream.prefix + CHAT_PATH, data, headers)
             response = connection.getresponse()
@@ -257,7 +260,7 @@ def delta_of(event: Dict[str, Any]) -> Tuple[str, str]:
 
 
 def counts_of(event: Dict[str, Any]) -> Dict[str, Any]:
-    """Tokens and time that an event tells: usage of all servers, timings of llama.cpp."""
+    """Tokens, time and model that an event tells: usage of all, timings of llama.cpp."""
     usage, timings = dict_of(event, "usage"), dict_of(event, "timings")
     ms = timings.get("predicted_ms")
     found = {"prompt": usage.get("prompt_tokens"), "output": usage.get("completion_tokens"),
@@ -265,7 +268,11 @@ def counts_of(event: Dict[str, Any]) -> Dict[str, Any]:
              "writing_s": ms / 1000 if isinstance(ms, (int, float)) else None}
     if timings:
         found["cached"] = timings.get("cache_n")
-    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+    counts: Dict[str, Any] = {k: n for k, n in found.items() if isinstance(n, (int, float))}
+    model = event.get("model")
+    if isinstance(model, str) and model != "llmstack":      # which speaks while a model loads
+        counts["model"] = model
+    return counts
 
 
 # ---- the chat
@@ -330,7 +337,8 @@ def obey(session: Session, line: str, attached: List[str]) -> None:
     if name == "/tier":
         take_tier(session, rest)
     elif name == "/why":
-        llmstack.say(session.last_reason or "there is no answer yet, or its tier was named")
+        llmstack.say(session.last_reason or "the router has not said: there was no answer yet, its"
+                     " tier was named, or it had to wait")
     elif name == "/file":
         attached.append(read_file(rest, llmstack))
         llmstack.say("It goes in front of your next message.")

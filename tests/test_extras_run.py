@@ -61,8 +61,10 @@ class Router:
             connection.send(answer(INI))
             return
         self.asked.append(asked)
-        connection.send(self.answers.pop(0) if self.answers else HELLO)
-        if self.answers and self.answers[0] == b"hold":
+        sent = self.answers.pop(0) if self.answers else HELLO
+        held = self.answers[:1] == [b"hold"]
+        connection.send(sent)
+        if held:
             connection.ended()
 
     @property
