@@ -12022,7 +12022,7 @@ ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_lla
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run"),
-    ("Decisions", "why"),
+    ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
     ("Projects", "install trust activate"),
     ("Keep it", "serve version help"),
