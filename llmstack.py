@@ -11429,7 +11429,7 @@ def _add_activate(commands: Any) -> None:
     parser = commands.add_parser("activate", help="a hook that wires a shell to the project it is in",
                                  description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
                                  " turns it on. In the shell's start-up file: eval \"$(llmstack activate zsh)\".")
-    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, fish, powershell or zsh")
+    parser.add_argument("shell", choices=SHELLS, help="whose hook")
     parser.set_defaults(run=_cmd_activate)
 
 
@@ -12021,11 +12021,11 @@ ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_lla
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run"),
+    ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
     ("Projects", "install trust activate"),
-    ("Keep it", "serve version help"),
+    ("Keep it", "serve completion version help"),
 )
 
 
