@@ -12024,7 +12024,7 @@ COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install trust activate"),
+    ("Projects", "install trust activate config"),
     ("Keep it", "service serve completion version help"),
 )
 
