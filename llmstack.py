@@ -12025,7 +12025,7 @@ COMMAND_GROUPS = (
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
     ("Projects", "install trust activate config"),
-    ("Keep it", "service serve completion version help"),
+    ("Keep it", "service serve completion self version help"),
 )
 
 
