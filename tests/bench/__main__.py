@@ -67,11 +67,11 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from tests.bench_stub import HOST, LAST_CHUNK, LIVE, LIVE_EVENTS, STREAM_EVENTS, content_length
+from tests.bench.stub import HOST, LAST_CHUNK, LIVE, LIVE_EVENTS, STREAM_EVENTS, content_length
 
 # ---- constants
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 10  # longest wait for a byte, a boot or a short command before the subject has failed
 POLL_S = 0.001  # how often a booting child is looked at; also the error of the boot measure
 STOP_S = 5  # from SIGTERM to SIGKILL
@@ -757,7 +757,7 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     command = router_command(options)
     versions, missing, pyz = {}, {}, None
     try:
-        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench_stub.py")])
+        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench" / "stub.py")])
         serve = ["serve", "--upstream", f"http://{HOST}:{direct.port}", "--host", HOST, "--port", "0"]
         subjects = [direct, start(children, LLMSTACK, [*command, *serve], has_boot=True)]
         rewrites = {each.name: check_relay(each.port) for each in subjects}

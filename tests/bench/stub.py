@@ -1,6 +1,6 @@
 """The upstream of the benchmark, a program of its own: costs next to nothing, for its answers are made beforehand.
 
-    python3 tests/bench_stub.py     prints its address, serves until its standard input ends
+    python3 tests/bench/stub.py     prints its address, serves until its standard input ends
 
 A plain answer, or one of two streams: BURST_CHUNKS sent at once, each on its own, or LIVE_CHUNKS, one every
 LIVE_INTERVAL_S, where the last prompt begins with LIVE. Bodies are parsed, as real servers do.
