@@ -1,12 +1,14 @@
 """Benchmark: llmstack beside the bare upstream, nginx and the peer package, in one run.
 
     python3 -m tests.bench [--rounds N] [--peer PYTHON] [--pyz FILE] [--json] [--quick] [--check]
+    python3 -m tests.bench --swap LLAMA_SWAP [the same options]
 
     client (this process) ──> subject ──> stub upstream (its own process)
                               direct      the client talks to the stub itself
                               nginx       one worker, keep-alive, unbuffered: relays, and reads no JSON
                               llmstack    `serve --upstream STUB --host 127.0.0.1 --port 0`
                               peer        opencode-llmstack, where --peer names a Python that has it
+    With --swap: direct, and whole chains that start a fake llama-server themselves, see tests/bench/chain.py.
 
 How it measures
     Machines are noisy, so nothing is compared across runs or across minutes. Each round takes every measure over every
@@ -32,6 +34,7 @@ Measures
     16 streams            events/s; 500 events each, the stub sends each event on its own
     64 live streams       200 events/s each for a second: events/s delivered, time to the first event
     400 kB prompt         p50 of the latency
+    memory after a round  resident; "highest" is the most it ever was
     boot                  from spawning a server to its first 200 on /models.ini or /v1/models
     idle memory           resident, right after that answer
     llmstack.pyz version  beside `python -c pass`
@@ -52,7 +55,6 @@ import platform
 import re
 import shlex
 import shutil
-import socket
 import statistics
 import sys
 import time
@@ -60,8 +62,18 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from tests.bench.chain import SWAP, free_port, start_chain, start_swap, write_server
 from tests.bench.client import BURST, check_relay, connect, exchange, keep_asking
-from tests.bench.processes import Child, Children, Launch, SubjectError, children_of_run, output_of
+from tests.bench.processes import (
+    Child,
+    Children,
+    Launch,
+    Subject,
+    SubjectError,
+    children_of_run,
+    output_of,
+    start,
+)
 from tests.bench.stub import HOST, LIVE, LIVE_EVENTS, STREAM_EVENTS
 
 # ---- constants
@@ -74,7 +86,7 @@ LIVE_STREAMS = 64
 BIG_PROMPT = "word and " * 44_444  # 400 kB
 
 DIRECT, NGINX, LLMSTACK, PEER = "direct", "nginx", "llmstack", "peer"
-RIVALS = (NGINX, PEER)
+RIVALS = (NGINX, PEER, SWAP)
 PYZ = "llmstack.pyz"
 
 
@@ -108,6 +120,8 @@ MEASURES = (  # the rows of the table: key, label, unit, digits
     ("live_first_ms", "64 live, first event, median", "ms", 1),
     ("live_first_max_ms", "64 live, first event, slowest", "ms", 1),
     ("big_ms", "400 kB prompt, p50", "ms", 2),
+    ("busy_mb", "memory after a round", "MB", 1),
+    ("most_mb", "  highest", "MB", 1),
     ("boot_ms", "boot to first answer", "ms", 0),
     ("idle_mb", "idle memory", "MB", 1),
     ("version_ms", "llmstack.pyz version", "ms", 1),
@@ -137,6 +151,13 @@ GOALS = (
     Goal("boot to first answer", "boot_ms", None, True, 200.0, "ms"),
     Goal("idle memory", "idle_mb", None, True, 25.0, "MB"),
     Goal("llmstack.pyz version", "version_ratio", PYZ, True, 2.0, "x python -c pass"),
+)
+SWAP_GOALS = (
+    Goal("added latency, one at a time", "added_ms", SWAP, True, 0.4, "x llama-swap"),
+    Goal("16 at a time, requests/s", "requests", SWAP, False, 2.0, "x llama-swap"),
+    Goal("16 streams, events/s", "events", SWAP, False, 1.5, "x llama-swap"),
+    Goal("64 live streams, first event", "live_first_ms", SWAP, True, 1.0, "x llama-swap"),
+    Goal("memory after a round", "busy_mb", SWAP, True, 0.25, "x llama-swap"),
 )
 PASS, MISS, UNKNOWN = "PASS", "MISS", "NOT MEASURED"
 
@@ -218,9 +239,13 @@ def measure_live(port: int, _effort: Effort) -> dict[str, float]:
             "live_first_max_ms": max(first_ms)}
 
 
-# ---- the subjects
+def measure_memory(child: Child) -> dict[str, float]:
+    """What the subject holds once a round's work is behind it, and the most it ever held."""
+    now, most = child.memory_bytes()
+    return {"busy_mb": now / 1e6, "most_mb": most / 1e6} if most else {}
 
-URL_ON_FIRST_LINE = r"\A[^\n]*?https?://[^\s/:]+:(\d+)[^\n]*\n"
+
+# ---- the subjects
 
 NGINX_CONFIG = """\
 daemon off; worker_processes 1; {user}
@@ -257,25 +282,6 @@ main()
 """
 
 
-class Subject(NamedTuple):
-    """Something the client can be pointed at."""
-
-    name: str
-    port: int
-    child: Child
-    has_boot: bool = False  # whether its boot and memory are measured
-
-
-def start(children: Children, name: str, command: Sequence[str], announces_on: str = "stdout",
-          announcement: str = URL_ON_FIRST_LINE, env: Optional[dict[str, str]] = None, has_boot: bool = False) -> Subject:
-    """Start a server that says on which port it listens."""
-    child = children.start(Launch(name, command, env or {}, announces_on, announcement))
-    port = child.wait_for_port()
-    if has_boot:
-        child.wait_for_answer(port)
-    return Subject(name, port, child, has_boot)
-
-
 def find_nginx() -> str:
     """Return the path of nginx; raise SubjectError if there is none."""
     found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
@@ -290,9 +296,7 @@ def start_nginx(children: Children, nginx: str, upstream: int) -> Subject:
     # As root, nginx would run its worker as nobody, to whom the directory of the run is closed.
     user = f"user {getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name};" if os.geteuid() == 0 else ""
     for attempts_left in (2, 1, 0):
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            port = free.getsockname()[1]
+        port = free_port()
         (directory / "nginx.conf").write_text(
             NGINX_CONFIG.format(directory=directory, host=HOST, port=port, upstream=upstream, user=user))
         command = [nginx, "-p", str(directory), "-c", str(directory / "nginx.conf")]
@@ -379,6 +383,7 @@ class Field(NamedTuple):
     versions: dict[str, str]
     missing: dict[str, str]
     rewrites: dict[str, str]  # subject -> the model the stub was asked for, where the client said "auto"
+    goals: Sequence[Goal] = GOALS
 
 
 def gather_field(children: Children, options: argparse.Namespace) -> Field:
@@ -409,6 +414,23 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     except SubjectError as error:
         missing[PYZ] = str(error)
     return Field(subjects, pyz, versions, missing, rewrites)
+
+
+def gather_chains(children: Children, options: argparse.Namespace) -> Field:
+    """Start the chains of --swap."""
+    try:
+        version = output_of([options.swap, "-version"])
+        server = write_server(children.directory)
+        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench" / "stub.py")])
+        subjects = [
+            direct,
+            start_swap(children, options.swap, server),
+            start_chain(children, LLMSTACK, router_command(options), server),
+        ]
+        rewrites = {each.name: check_relay(each.port) for each in subjects}
+    except SubjectError as error:
+        raise SetupError(str(error)) from None
+    return Field(subjects, None, {SWAP: version}, {}, rewrites, SWAP_GOALS)
 
 
 class _Latency:
@@ -463,6 +485,8 @@ def _run_round(children: Children, field: Field, effort: Effort, results: Result
     for each in sound:
         results.attempt(each.name, "measure_event_cpu", measure_event_cpu, each.child, each.port, effort)
     _take_latencies(results, sound, "big_ms", BIG_PROMPT, effort.big_s)
+    for each in sound:
+        results.attempt(each.name, "measure_memory", measure_memory, each.child)
     for each in order:
         if each.has_boot:
             results.attempt(each.name, "measure_boot", measure_boot, children, each.child.launch)
@@ -489,7 +513,7 @@ def run_rounds(children: Children, field: Field, rounds: int, effort: Effort) ->
 def judge(goal: Goal, results: Results, missing: Container[str]) -> Outcome:
     """Return how llmstack did against *goal*; rounds that llmstack failed are not left out, but a miss."""
     ours = results.samples(goal.measure, LLMSTACK)
-    values = results.ratios(goal.measure, LLMSTACK, goal.needs) if goal.needs in RIVALS else ours  # type: ignore[arg-type]
+    values = results.ratios(goal.measure, LLMSTACK, goal.needs) if goal.needs in RIVALS else ours
     if goal.needs in missing or (ours and not values):
         return Outcome(goal, UNKNOWN)
     if not values:
@@ -528,7 +552,8 @@ def _cpu_model() -> str:
 
 def render_text(machine: dict[str, Any], field: Field, results: Results, outcomes: Sequence[Outcome]) -> str:
     """Return the report for people."""
-    rivals = [f"{name}: {'NOT MEASURED' if name in field.missing else field.versions[name]}" for name in RIVALS]
+    rivals = [f"{name}: {field.versions.get(name, 'NOT MEASURED')}" for name in RIVALS
+              if name in field.versions or name in field.missing]
     lines = [
         "machine: {usable_cores} of {cores} cores, {cpu}; {system}; load {load_before}".format(**machine),
         f"python:  {machine['python']}; rivals: {'; '.join(rivals)}",
@@ -540,6 +565,8 @@ def render_text(machine: dict[str, Any], field: Field, results: Results, outcome
     lines += ["", f"medians, rounds: {len(results.rounds)}", " " * 44 + "".join(f"{name:>12}" for name in names)]
     for key, label, unit, digits in MEASURES:
         medians = [results.median(key, name) for name in names]
+        if not any(medians):
+            continue
         cells = ["-" if value is None else f"{value:,.{digits}f}" for value in medians]
         lines.append(f"{label:32}{unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
     lines += ["", "goals (llmstack; the extremes of the rounds in brackets)"]
@@ -571,6 +598,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that can import opencode-llmstack")
     parser.add_argument("--pyz", metavar="FILE", help="serve from this .pyz instead of llmstack.py")
     parser.add_argument("--router", metavar="CMD", help="serve with this command instead of llmstack.py")
+    parser.add_argument("--swap", metavar="PATH", help="measure whole chains, beside this llama-swap")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="shorter measures, fewer rounds: a smoke test")
     parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
@@ -580,13 +608,14 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--rounds: at least 1")
     try:
         with children_of_run() as children:
-            field = gather_field(children, options)
+            gather = gather_chains if options.swap else gather_field
+            field = gather(children, options)
             machine = describe_machine(field)
             results = run_rounds(children, field, rounds, QUICK if options.quick else FULL)
     except SetupError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
-    outcomes = [judge(goal, results, field.missing) for goal in GOALS]
+    outcomes = [judge(goal, results, field.missing) for goal in field.goals]
     print((render_json if options.json else render_text)(machine, field, results, outcomes))
     return 1 if options.check and any(outcome.verdict == MISS for outcome in outcomes) else 0
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from tests.bench.stub import HOST
 
@@ -130,13 +130,28 @@ class Child:
 
     def processor_s(self) -> float:
         """The processor time that the process and what it started have used; 0.0 where /proc does not tell."""
-        ticks = 0
+        ticks = sum(int(fields[11]) + int(fields[12]) for fields in self._group().values())
+        return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """The resident memory of the process and what it started: now, and at its highest; zeros without /proc."""
+        now, most = 0, 0
+        for directory in self._group():
+            with contextlib.suppress(OSError):
+                status = (directory / "status").read_text()
+                now += 1024 * sum(map(int, re.findall(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)))
+                most += 1024 * sum(map(int, re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)))
+        return now, most
+
+    def _group(self) -> dict[Path, list[str]]:
+        """The processes of the group that the child leads, by their directories in /proc, with the fields of their stat."""
+        found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 fields = stat.read_text().rpartition(")")[2].split()
-                if int(fields[2]) == self.process.pid:      # its group, which it leads
-                    ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+                if int(fields[2]) == self.process.pid:
+                    found[stat.parent] = fields
+        return found
 
     def last_words(self) -> str:
         """The last line of standard error, for a failure's message."""
@@ -211,3 +226,25 @@ def children_of_run() -> Iterator[Children]:
         yield children
     finally:
         children.close()
+
+
+URL_ON_FIRST_LINE = r"\A[^\n]*?https?://[^\s/:]+:(\d+)[^\n]*\n"
+
+
+class Subject(NamedTuple):
+    """Something the client can be pointed at."""
+
+    name: str
+    port: int
+    child: Child
+    has_boot: bool = False  # whether its boot and memory are measured
+
+
+def start(children: Children, name: str, command: Sequence[str], announces_on: str = "stdout",
+          announcement: str = URL_ON_FIRST_LINE, env: Optional[dict[str, str]] = None, has_boot: bool = False) -> Subject:
+    """Start a server that says on which port it listens."""
+    child = children.start(Launch(name, command, env or {}, announces_on, announcement))
+    port = child.wait_for_port()
+    if has_boot:
+        child.wait_for_answer(port)
+    return Subject(name, port, child, has_boot)
