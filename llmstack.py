@@ -8665,12 +8665,13 @@ class SwapApp(UpstreamApp):
             return False
 
     def every_second(self) -> None:
-        """Start llama-swap again where it has died: its models have died with it."""
+        """Start llama-swap again where it has died; its models may have outlived it."""
         self.log.flush()
         due = time.monotonic() - self._started_s > self.RESTART_S
         if self._process.poll() is not None and due and not self._closing:
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
                            f" again, see {self._output}")
+            stop_stack_members(self._env.get(STACK_VARIABLE, ""))   # its models hold its ports
             self._spawn()
 
     def close(self) -> None:
