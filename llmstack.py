@@ -3587,16 +3587,38 @@ def data_dir(env: Mapping[str, str]) -> str:
     return os.path.join(os.path.abspath(root), "llmstack")
 
 
+_PROJECT_FILES = ("models.ini", "default-channel", "opencode.json")
+
+
+def find_project(directory: str) -> str:
+    """The nearest directory at or above that one with a .llmstack/ of ours, as git finds its own.
+
+    Where there is none, the directory itself.
+    """
+    above = directory
+    while True:
+        state = os.path.join(above, ".llmstack")
+        if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
+            return above
+        if os.path.dirname(above) == above:
+            return directory
+        above = os.path.dirname(above)
+
+
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
-    """Where this invocation works: $LLMSTACK_WORK_DIR, else here; the demo has its own place."""
+    """Where this invocation works: $LLMSTACK_WORK_DIR, else the project around us.
+
+    The demo has its own place.
+    """
     data = data_dir(env)
-    try:
-        work = os.path.abspath(env.get("LLMSTACK_WORK_DIR") or os.getcwd())
-    except FileNotFoundError:
-        if not demo:
+    work = os.path.join(data, "demo")
+    if not demo and env.get("LLMSTACK_WORK_DIR"):
+        work = os.path.abspath(env["LLMSTACK_WORK_DIR"])
+    elif not demo:
+        try:
+            work = find_project(os.getcwd())
+        except FileNotFoundError:
             raise UserError("the current directory is gone", "cd into another") from None
-    if demo:
-        work = os.path.join(data, "demo")
     state = os.path.join(work, ".llmstack")
     models_ini = os.path.join(state, "models.ini")
     if env.get("LLMSTACK_MODELS_INI") and not demo:
@@ -11201,7 +11223,17 @@ def _warn_of_missing(config: Config) -> None:
             warn(f"[{tier.name}] there is no {tier.path}")
 
 
+def _keep_terms(args: Any, places: Places) -> None:
+    """What runs keeps its address and channel where the command line names no other."""
+    record = read_stack(places)
+    if record is not None and owned_process(record, places.work):
+        args.host, args.port = args.host or record.host, args.port or record.port
+        args.pinned = record.channel
+
+
 def _plan(args: Any, places: Places, config: Config) -> Plan:
+    """What is to be brought up. Errors: UserError."""
+    _keep_terms(args, places)
     host = args.host or config.host
     port = config.router_port if args.port is None else args.port or free_port(host)
     check_exposure(host, config, os.environ)
@@ -11263,40 +11295,36 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _keep_terms(args: Any, places: Places) -> None:
-    """What runs keeps its address and channel where the command line names no other."""
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
-        args.host, args.port = args.host or record.host, args.port or record.port
-        args.pinned = record.channel
-
-
 def _cmd_start(args: Any) -> int:
-    places = _places(args)
+    return _bring_up(args, again=False)
+
+
+def _bring_up(args: Any, again: bool) -> int:
+    """`start`, and `restart` with `again`: everything is checked before anything is written or stopped."""
+    places, profile = _places(args), getattr(args, "profile", "")
     if not args.demo:
         offer_trust(places, say, _ask)
-    if pinned_url(places):
-        return _start_external(args, places)
-    if args.demo:
-        _prepare_demo(args, places)
-    else:
+        if pinned_url(places):
+            return _start_external(args, places)
         check_run_trust(places)
         check_pin(places)
-    prepare_project(places, say, args.profile)
-    config = load_config(places, warn)
-    _keep_terms(args, places)
-    _prepare_hosted(places, config)
-    plan = _plan(args, places, config)
-    started = start_stack(plan, say)
-    if not args.demo:
-        rewire_project(places, config, plan.host, plan.port, os.environ, say)
+        check_state(places)
+    else:
+        _prepare_demo(args, places)
+    plan = _plan(args, places, planned_config(places, warn, profile))
+    check_plan(plan)
+    if not os.path.exists(places.models_ini):
+        prepare_project(places, say, profile)
+        plan = plan._replace(config=load_config(places))
+    _prepare_hosted(places, plan.config)
+    started = start_stack(plan, say, again)
+    if args.demo:
+        return _show_demo(places, base_url(plan.host, plan.port))
+    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
     if not started:
         say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
-    elif not args.demo:
+    elif not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
-    if args.demo:
-        _say_demo(base_url(plan.host, plan.port))
-        return 0
     return _enter_shell(args, places, Marker(plan.channel))
 
 
@@ -11353,6 +11381,17 @@ def _check_demo_ports(args: Any, places: Places) -> None:
         "router_port": (args.host or config.host, args.port or config.router_port),
         "engine_port": ("127.0.0.1", config.engine_port),
     })
+
+
+def _show_demo(places: Places, url: str) -> int:
+    """What follows the demo's start: on a terminal a chat, else what to type."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty() and "run" in extra_names()):
+        _say_demo(url)
+        return 0
+    say("")
+    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
+    os.environ["LLMSTACK_WORK_DIR"] = places.work
+    return run_extra("run", [])
 
 
 def _say_demo(url: str) -> None:
@@ -11413,26 +11452,7 @@ def _add_restart(commands: Any) -> None:
 
 
 def _cmd_restart(args: Any) -> int:
-    places = _places(args)
-    if not args.demo:
-        offer_trust(places, say, _ask)
-    if pinned_url(places):
-        return _start_external(args, places)
-    if args.demo:
-        _prepare_demo(args, places)
-    else:
-        check_run_trust(places)
-        check_pin(places)
-    prepare_project(places, say)
-    config = load_config(places, warn)          # before anything is stopped: a broken file must not end a running stack
-    _keep_terms(args, places)
-    _prepare_hosted(places, config)
-    plan = _plan(args, places, config)
-    start_stack(plan, say, again=True)
-    if not args.demo:
-        rewire_project(places, config, plan.host, plan.port, os.environ, say)
-        return _enter_shell(args, places, Marker(plan.channel))
-    return 0
+    return _bring_up(args, again=True)
 
 
 def _add_status(commands: Any) -> None:
