@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -20,6 +20,9 @@ from tests.fake_hub import FakeHub
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 BUNDLED = (ROOT / "models.ini").read_text(encoding="utf-8")
+
+
+ON_GPU = llmstack.LoadOptions(gpu_layers=999)
 
 
 def parse(data: bytes) -> llmstack.GgufHeader:
@@ -71,11 +74,30 @@ def reported(data: Path, path: Path, *flags: str) -> llmstack.Memory:
     return llmstack.Memory(*(round(n * 1024 * 1024) for n in found))
 
 
+def without_cache(memory: llmstack.Memory) -> llmstack.Memory:
+    """Without what is taken only once there are prompts."""
+    return memory._replace(cache=0)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3next"])
+def test_slots_with_caches_of_their_own(arch: str, slots: int, real_data: Path, tmp_path: Path) -> None:
+    path = gguf_models.write(tmp_path / "m.gguf", *gguf_models.model(arch, **MODELS[arch]))
+    load = llmstack.LoadOptions(slots=slots)
+    guess = without_cache(llmstack.estimate_memory(llmstack.local_header(str(path)), 16_000, load))
+    real = reported(real_data, path, "-c", "16000", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0", "-np", str(slots))
+    print(f"{arch} -np {slots}: {guess} / {real}: {guess.total / real.total - 1:+.2%}")
+    assert guess.kv == pytest.approx(real.kv, abs=20_000)
+    assert guess.recurrent == pytest.approx(real.recurrent, abs=20_000)
+    assert guess.total == pytest.approx(real.total, rel=0.05)
+
+
 @pytest.mark.parametrize(("arch", "flash"), [(a, True) for a in MODELS] + [(a, False) for a in ("llama", "gemma3", "qwen3next")])
 def test_the_estimate_is_what_llama_cpp_reports(arch: str, flash: bool, real_data: Path, tmp_path: Path) -> None:
     path = gguf_models.write(tmp_path / "m.gguf", *gguf_models.model(arch, **MODELS[arch]))
     kind = "q8_0" if flash else "f16"
-    guess = llmstack.estimate_memory(llmstack.local_header(str(path)), 16_000, kind, kind, flash)
+    load = llmstack.LoadOptions(kind, kind, flash)
+    guess = without_cache(llmstack.estimate_memory(llmstack.local_header(str(path)), 16_000, load))
     real = reported(real_data, path, "-c", "16000", "-fa", "on" if flash else "off", "-ctk", kind, "-ctv", kind)
     print(f"{arch} {'fa' if flash else 'no fa'}: {guess} / {real}: {guess.total / real.total - 1:+.2%}")
     assert guess.weights == pytest.approx(real.weights, rel=0.001)
@@ -85,7 +107,8 @@ def test_the_estimate_is_what_llama_cpp_reports(arch: str, flash: bool, real_dat
     assert guess.total == pytest.approx(real.total, rel=0.05)
 
 
-@pytest.mark.parametrize("file", ["Qwen2.5-Coder-3B-Instruct-Q5", "Qwen3-Coder-30B", "gpt-oss-20b", "gemma-3-12b"])
+@pytest.mark.parametrize("file", [
+    "Qwen2.5-Coder-3B-Instruct-Q5_K_M", "Qwen3-Coder-30B-A3B-Instruct-Q6_K", "gpt-oss-20b-mxfp4", "gemma-3-12b-it-q4_k_m"])
 def test_the_dimensions_the_readme_reckons_with_give_what_a_file_of_them_gives(file: str) -> None:
     header = gguf_models.KNOWN[file]
     k = header.keys
@@ -94,37 +117,38 @@ def test_the_dimensions_the_readme_reckons_with_give_what_a_file_of_them_gives(f
         kv=k["attention.head_count_kv"], head=k["attention.key_length"], ff=k["feed_forward_length"], vocab=header.vocab,
         tied=header.tied, experts=4 if "expert_used_count" in k else 0, used=k.get("expert_used_count", 0),
         expert_ff=k.get("expert_feed_forward_length", 0), window=k.get("attention.sliding_window", 0)))[0])
-    mine, theirs = (llmstack.estimate_memory(h, 65_536, offload=True) for h in (header, made))
+    mine, theirs = (llmstack.estimate_memory(h, 65_536, ON_GPU) for h in (header, made))
     assert mine.kv == theirs.kv
     assert mine.compute == pytest.approx(theirs.compute, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "gb"), [
     ("Qwen3-Coder-Next-Q4_K_M", 0.856),         # 12 of 48 layers, 2 heads of 256, K and V, q8_0: 13,056 bytes a token
-    ("Qwen3-32B-Q4", 9.127),                    # 64 layers, 8 heads of 128
-    ("gpt-oss-20b", 0.869),                     # 12 layers at full length, 12 at 128 * 4 + 512 tokens
+    ("Qwen3-32B-Q4_K_M", 9.127),                    # 64 layers, 8 heads of 128
+    ("gpt-oss-20b-mxfp4", 0.869),                     # 12 layers at full length, 12 at 128 * 4 + 512 tokens
 ])
 def test_kv_cache_of_known_models_at_64k(name: str, gb: float) -> None:
     assert llmstack.estimate_memory(gguf_models.KNOWN[name], 65_536).kv / 1e9 == pytest.approx(gb, abs=0.001)
 
 
 def test_a_second_output_matrix_where_the_embedding_serves_as_one_on_a_gpu() -> None:
-    header = gguf_models.KNOWN["Qwen3-4B"]
-    on_cpu, on_gpu = (llmstack.estimate_memory(header, 4096, offload=o) for o in (False, True))
+    header = gguf_models.KNOWN["Qwen3-4B-Instruct-2507-Q4_K_M"]
+    on_cpu, on_gpu = (llmstack.estimate_memory(header, 4096, load) for load in (llmstack.LoadOptions(), ON_GPU))
     assert on_gpu.weights - on_cpu.weights == header.embd_bytes
     assert on_gpu.compute > on_cpu.compute
 
 
 def test_the_largest_context_that_fits() -> None:
-    header = gguf_models.KNOWN["Qwen3-32B-Q4"]
+    header = gguf_models.KNOWN["Qwen3-32B-Q4_K_M"]
 
-    def estimate(ctx: int) -> llmstack.Memory:
-        return llmstack.estimate_memory(header, ctx)
+    def within(limit: float) -> Callable[[int], bool]:
+        return lambda ctx: llmstack.estimate_memory(header, ctx).total <= limit
 
-    ctx = llmstack.largest_context(24e9, 131_072, estimate)
-    assert estimate(ctx).total <= 24e9 < estimate(ctx + 256).total
-    assert llmstack.largest_context(10e9, 131_072, estimate) == 0
-    assert llmstack.largest_context(1e12, 131_072, estimate) == 131_072
+    ctx = llmstack.largest_context(131_072, within(24e9))
+    assert within(24e9)(ctx)
+    assert not within(24e9)(ctx + 256)
+    assert llmstack.largest_context(131_072, within(10e9)) == 0
+    assert llmstack.largest_context(131_072, within(1e12)) == 131_072
 
 
 # ---- Headers
@@ -541,7 +565,8 @@ def tiers_of(name: str) -> tuple[llmstack.Config, list[llmstack.TierFit]]:
     for tier in config.tiers:
         header = gguf_models.header_of(tier.hf_file)
         need = llmstack.footprint_gb(tier.size_gb)
-        found.append(llmstack.fit_tier(tier, config, budget, True, header, "hub", "") if header else
+        metal = llmstack.Machine(budget, "a Mac", True)
+        found.append(llmstack.fit_tier(tier, config, metal, header, "hub", "") if header else
                      llmstack.TierFit(tier.name, "size_gb", "", need, need <= budget, tier.ctx_size))
     return config, found
 
@@ -551,6 +576,7 @@ def test_every_tier_of_a_profile_fits_its_machine(name: str) -> None:
     config, found = tiers_of(name)
     assert [f.name for f in found if not f.fits] == []
     assert [f.name for f in found if f.memory is None] == (["plan"] if name == "64" else [])
+    print({f.name: round(f.need_gb, 3) for f in found})
     for tier, fit in zip(config.tiers, found):          # nothing is stretched beyond what the model was trained for
         assert tier.ctx_size <= fit.largest_ctx or fit.memory is None
         header = gguf_models.header_of(tier.hf_file)
