@@ -1668,9 +1668,11 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
            budget_gb: float) -> List[Tuple[str, Tuple[str, ...]]]:
     """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
 
-    A tier of unknown need comes in nowhere. No result lies within another, or within a base.
+    Where a need is not known nothing grows. No result lies within another, or within a base.
     """
     found: List[Set[str]] = [set(base) for base in bases]
+    given = len(found)
+    bases = [base for base in bases if all(need_gb.get(n, 0.0) > 0 for n in base)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
         bases = bases[:1]
     for base in bases:
@@ -1683,7 +1685,7 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
                     taken += need_gb[name]
             if not any(members <= other for other in found):
                 found.append(members)
-    grown = found[len(bases):]
+    grown = found[given:]
     kept = [m for m in grown if not any(m < other for other in grown)]
     return [("more", tuple(n for n in names if n in members)) for members in kept]
 

@@ -413,8 +413,9 @@ def test_fit_fails_where_a_tier_cannot_fit(hub: FakeHub, project: Any, capsys: p
     assert (fast["fits"], smart["fits"], smart["largest_ctx"], found["sets"][0]["fits"]) == (True, False, 0, False)
     assert llmstack.main(["fit"]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"code-smart .* 65,536 +0  does not fit \(its header on the hub\)", out)
-    assert "code-fast + code-smart  does not fit: never loaded together" in out
+    assert re.search(r"code-smart .* 65,536 +0  does not fit\n(  .*\n)*.*by its header on the hub", out)
+    assert "code-fast + code-smart\n          does not fit: they take turns" in out
+    assert max(map(len, out.splitlines())) <= 60
     assert llmstack.main(["fit", "code-fast"]) == 0
     assert "code-smart" not in capsys.readouterr().out
 
@@ -452,14 +453,30 @@ def test_fit_of_an_unknown_tier_is_a_usage_error(project: Any, capsys: pytest.Ca
     assert "there is no tier nobody" in capsys.readouterr().err
 
 
-def test_a_broken_file_is_named_and_its_size_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_nothing_can_load_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path(".llmstack").mkdir()
     (tmp_path / "bad.gguf").write_bytes(b"nothing" * 1_000_000)
     Path(".llmstack/models.ini").write_text(f"[DEFAULT]\nmemory_gb = 4\n[t]\nrole = fast\npath = {tmp_path / 'bad.gguf'}\n")
-    assert llmstack.main(["fit"]) == 0
+    assert llmstack.main(["fit"]) == 1
     out = capsys.readouterr().out
     assert "bad.gguf is not a GGUF file" in out
+    assert "its file is broken" in out
     assert "~0.0" in out
+
+
+def test_a_file_that_was_cut_does_not_fit_and_is_damaged(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    project(4)
+    with (tmp_path / "small.gguf").open("r+b") as file:
+        file.truncate((tmp_path / "small.gguf").stat().st_size - 1)
+    code, found = fit_json(capsys, "code-fast")
+    assert code == 1
+    assert (found["tiers"][0]["source"], found["tiers"][0]["fits"]) == ("broken", False)
+    llmstack.main(["check", "--json", "--offline"])
+    row = next(t for t in json.loads(capsys.readouterr().out)["tiers"] if t["tier"] == "code-fast")
+    assert row["current"]["local"] == "damaged"
+    assert "is not whole" in row["current"]["problem"]
 
 
 # ---- What the engines make of it
@@ -520,13 +537,44 @@ def test_a_raised_wired_limit_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("listed", "gb"), [
-    ("24564\n", 24.68), ("24576\r\n24576\r\n", 49.39), ("[N/A]\n", 0), ("", 0)])
+    ("GPU-1, 24564, 0, 0\n", 25.76), ("GPU-1, 24576, 0, 0\r\nGPU-2, 24576, 0, 0\r\n", 51.54),
+    ("GPU-1, 81559, 480, 0\n", 85.02),         # an H100: CUDA saw 81,079 MiB
+    ("GPU-1, 81559, 480, 1024\n", 83.94),      # and 1 GiB is somebody else's
+    ("GPU-1, 24564, [N/A], 100\n", 25.65), ("", 0)])
 def test_nvidia_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: str, gb: float) -> None:
     monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
     found = machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed})
     assert found.budget_gb == pytest.approx(gb or 24.0, abs=0.01)
-    assert found.gpu is bool(gb)
+    assert found.gpu is found.cuda is bool(gb)
+    assert found.host_gb == (24.0 if gb else 0)
     assert machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed}, n_gpu_layers="0").budget_gb == 24.0
+
+
+def test_an_nvidia_gpu_that_shares_the_machines_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
+    found = machine(monkeypatch, 128.0, outputs={"nvidia-smi": "GPU-1, [N/A], [N/A], [N/A]\n"})
+    assert found[:1] + found[2:] == (96.0, True, True, 0.0)
+
+
+TWO = "GPU-aa, 10000, 0, 0\nGPU-bb, 20000, 0, 0\n"
+
+
+@pytest.mark.parametrize(("visible", "mib"), [
+    ("0", 10_000), ("1", 20_000), ("1,0", 30_000), ("GPU-b", 20_000), (" 1 , 0 ", 30_000),
+    ("", 0), ("-1", 0), ("7", 0), ("0,7,1", 10_000), ("GPU-", 0), ("0,0", 10_000)])
+def test_only_the_cards_that_a_server_sees_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str, mib: int) -> None:
+    monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = machine(monkeypatch, 32.0, outputs={"nvidia-smi": TWO})
+    assert found.budget_gb == pytest.approx(mib * 1.048576e-3 or 24.0)
+    assert found.gpu is bool(mib)
+
+
+def test_vulkan_numbers_what_cuda_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"CUDA_VISIBLE_DEVICES": "1", "GGML_VK_VISIBLE_DEVICES": "0"}
+    assert llmstack.visible_cards(["a", "b"], llmstack.NVIDIA_VISIBLE, both) == [1]
+    assert llmstack.visible_cards(["", ""], llmstack.AMD_VISIBLE, {"HIP_VISIBLE_DEVICES": "1"}) == [1]
+    assert llmstack.visible_cards(["", ""], llmstack.AMD_VISIBLE, {"ROCR_VISIBLE_DEVICES": ""}) == []
 
 
 @pytest.mark.parametrize(("vram", "gb"), [
@@ -658,7 +706,7 @@ def test_a_profile_that_cannot_fit_is_no_silent_choice(monkeypatch: pytest.Monke
     machine(monkeypatch, 17.18)
     text, why = llmstack.seed_text("64")
     assert text.decode() == BUNDLED
-    assert "it needs 50 GB, so not every tier can load" in why
+    assert "it needs 50.5 GB, so not every tier can load" in why
     machine(monkeypatch, 4.0)
     assert "Profile 8" in llmstack.seed_text()[1]
     assert "not every tier can load" in llmstack.seed_text()[1]
