@@ -254,6 +254,8 @@ class Tier(NamedTuple):
     sampler: Tuple[Tuple[str, float], ...] = ()
     rope_scale: float = 0.0                     # YaRN factor, 0: none
     rope_orig_ctx: int = 0
+    cache_ram_mib: int = -1                     # of prompts in the host's memory; -1: as the server has it
+    ctx_checkpoints: int = -1                   # a slot, likewise
     description: str = ""
     aliases: Tuple[str, ...] = ()
     ttl: int = 1200                             # 0: never unloaded for idleness
@@ -1449,6 +1451,14 @@ def _check_ports(reader: _Reader, config: Config) -> None:
             reader.wrong(at, f"{other} and {key} are both {port}")
 
 
+def _check_cache(reader: _Reader, config: Config) -> None:
+    """llama-server refuses a quantised V without flash attention: no model would load."""
+    if config.flash_attn == "off" and config.cache_type_v not in ("f32", "f16", "bf16"):
+        at = reader.line_of("DEFAULT", "flash_attn")
+        reader.wrong(at, f"flash_attn = off and cache_type_v = {config.cache_type_v} go not together:"
+                         " set cache_type_v = f16, or flash_attn = on")
+
+
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
@@ -1471,6 +1481,7 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
     config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
     _check_ports(reader, config)
+    _check_cache(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
@@ -1572,6 +1583,10 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
     if tier.rope_scale:
         flags += [("--rope-scaling", "yarn"), ("--rope-scale", _number(tier.rope_scale)),
                   ("--yarn-orig-ctx", str(tier.rope_orig_ctx))]
+    if tier.cache_ram_mib >= 0:
+        flags.append(("--cache-ram", str(tier.cache_ram_mib)))
+    if tier.ctx_checkpoints >= 0:
+        flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
     names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "rep_pen": "--repeat-penalty"}
     flags += [(names[key], _number(value)) for key, value in tier.sampler]
     return flags
@@ -1618,7 +1633,8 @@ def local_tiers(config: Config) -> List[Tier]:
 def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None, budget_gb: float = 0.0) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
 
-    With `need_gb` of every tier, what does not fit the budget together is left out; a tier left in no set runs alone.
+    With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
+    beside it comes in: the sets above are for 64 GB. A tier left in no set runs alone.
     """
     local = local_tiers(config)
     fast = [t.name for t in local if t.role == "fast"]
@@ -1631,8 +1647,47 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
         groups = [g for g in groups if sum(need_gb.get(t, 0.0) for t in g[1]) <= budget_gb]
         together = {t for _, tiers in groups for t in tiers}
         groups += [(t.role or t.name, (t.name,)) for t in local if t.name not in together]
-    names = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}_" if len(groups) > 26 else f"{chr(97 + i)}_" for i in range(len(groups))]
-    return [ResidencySet(names[i] + re.sub(r"\W", "_", label), tiers) for i, (label, tiers) in enumerate(groups) if tiers]
+        groups += _grown([tiers for _, tiers in groups], [t.name for t in local], need_gb, budget_gb)
+    groups = [group for group in groups if group[1]]
+    return [ResidencySet(_set_prefix(i, len(groups)) + re.sub(r"\W", "_", label), tiers)
+            for i, (label, tiers) in enumerate(groups)]
+
+
+def _set_prefix(number: int, count: int) -> str:
+    """Letters that sort as numbers do."""
+    letters = chr(97 + number % 26)
+    if count > 26:
+        letters = chr(97 + number // 26) + letters
+    return letters + "_"
+
+
+MOST_GROWN = 24                                 # tiers
+
+
+def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, float],
+           budget_gb: float) -> List[Tuple[str, Tuple[str, ...]]]:
+    """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
+
+    Where a need is not known nothing grows. No result lies within another, or within a base.
+    """
+    found: List[Set[str]] = [set(base) for base in bases]
+    given = len(found)
+    bases = [base for base in bases if all(need_gb.get(n, 0.0) > 0 for n in base)]
+    if len(names) > MOST_GROWN:                 # it takes the cube of their number
+        bases = bases[:1]
+    for base in bases:
+        others = [n for n in names if n not in base and need_gb.get(n, 0.0) > 0]
+        for first in others:
+            members, taken = set(base), sum(need_gb.get(n, 0.0) for n in base)
+            for name in [first, *others]:
+                if name not in members and taken + need_gb[name] <= budget_gb:
+                    members.add(name)
+                    taken += need_gb[name]
+            if not any(members <= other for other in found):
+                found.append(members)
+    grown = found[given:]
+    kept = [m for m in grown if not any(m < other for other in grown)]
+    return [("more", tuple(n for n in names if n in members)) for members in kept]
 
 
 def evict_cost(size_gb: float) -> int:
@@ -1903,6 +1958,13 @@ MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
 SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
 SERVER_UBATCH = 512                             # tokens
+MIB = 1 << 20
+# What a process takes of an NVIDIA card beside its model: 591 MiB at its start, and at its first
+# prompt up to 120 more (measured on an H100, driver 580).
+CUDA_CONTEXT_BYTES = 711 * MIB
+LEAST_CACHE_MIB = 64                            # of prompts: with none, several slots read slower
+MOST_CACHE_MIB = 8192                           # llama-server's own default
+MOST_CHECKPOINTS = 32                           # a slot, likewise
 
 # GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
 _GGML_SIZES: Dict[int, Tuple[int, int]] = {
@@ -1910,6 +1972,7 @@ _GGML_SIZES: Dict[int, Tuple[int, int]] = {
     12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
     21: (256, 110), 22: (256, 82), 23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
     39: (32, 17), 40: (64, 36)}
+_FLOATS = ("f32", "f16", "bf16")
 _CACHE_SIZES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7}
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -1921,6 +1984,10 @@ _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where 
 
 class GgufError(ValueError):
     """A header that cannot be read or reckoned with; the message completes "the file ..."."""
+
+
+class BrokenGgufError(GgufError):
+    """A file that no llama.cpp can load, whichever its version."""
 
 
 def _quantity(value: object, default: int = 0) -> int:
@@ -1945,16 +2012,57 @@ class GgufHeader(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes."""
+    """Bytes that one llama-server takes."""
 
     weights: int
     kv: int
     recurrent: int
     compute: int
+    context: int = 0                            # CUDA's own, once a process
+    cache: int = 0                              # the least of prompts and checkpoints it keeps
+    host: int = 0                               # of all the above, what is not on the card
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return sum(self) - self.host
+
+    @property
+    def card(self) -> int:
+        return self.total - self.host
+
+
+class Machine(NamedTuple):
+    """The memory models may take together here; why that much; whether a GPU has their layers."""
+
+    budget_gb: float
+    source: str
+    gpu: bool
+    cuda: bool = False
+    host_gb: float = 0.0                        # for what a card leaves to the host; 0: it is one memory
+
+
+class LoadOptions(NamedTuple):
+    """How llama-server is to load a model, as far as memory depends on it."""
+
+    cache_type_k: str = "q8_0"
+    cache_type_v: str = "q8_0"
+    flash_attn: bool = True
+    gpu_layers: int = 0
+    cuda: bool = False
+    slots: int = 0                              # as --parallel says; 0: four that share one cache
+
+    @property
+    def sequences(self) -> int:
+        return self.slots or SERVER_SLOTS
+
+
+def load_options(config: Config, machine: Machine) -> LoadOptions:
+    layers = config.n_gpu_layers
+    count = int(layers) if layers.isdigit() else 999            # auto, all, -1
+    if not machine.gpu:
+        count = 0
+    return LoadOptions(config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
+                       count, machine.cuda and count > 0)
 
 
 class _GgufReader:
@@ -1970,7 +2078,7 @@ class _GgufReader:
                 raise GgufError("has a header beyond any reason")
             self._block, self._start = self._read(self.at, max(count, 1 << 18)), self.at
             if len(self._block) < count:
-                raise GgufError("ends within its header")
+                raise BrokenGgufError("ends within its header")
         return self.at - self._start
 
     def take(self, count: int) -> bytes:
@@ -2031,7 +2139,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     """
     reader = _GgufReader(read)
     if reader.take(4) != b"GGUF":
-        raise GgufError("is not a GGUF file")
+        raise BrokenGgufError("is not a GGUF file")
     version, = reader.numbers("I")
     if not version & 0xFFFF:
         raise GgufError("is written for big-endian machines")
@@ -2164,43 +2272,127 @@ class _Layers:
         return (max(conv, 1) - 1) * (inner + 2 * group * state) + state * inner
 
 
-def estimate_memory(header: GgufHeader, ctx_size: int, cache_type_k: str = "q8_0", cache_type_v: str = "q8_0",
-                    flash_attn: bool = True, offload: bool = False, slots: int = SERVER_SLOTS) -> Memory:
-    """Return what llama-server takes for a model, in bytes; `offload`: its layers go to a GPU. Errors: GgufError.
+class _CacheLayer(NamedTuple):
+    """What one layer keeps of each token."""
 
-    Counted is everything, on either side of a discrete card: the budget is then met with a little to spare.
+    cells: int
+    k: int                                      # values
+    v: int
+    slides: bool
+
+
+def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]:
+    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp.
+
+    Each slot with a cache of its own gets its part of the context, rounded up to 256.
     """
-    layers = _Layers(header)
-    (slides, window), recurs, cells = layers.slides(), layers.recurs(), _pad(ctx_size)
-    tokens = min(SERVER_UBATCH, cells)
-    window = _pad(min(cells, window * slots + tokens))
+    caches = load.slots or 1
+    cells = _pad(-(-ctx_size // caches))
+    _, window = layers.slides()
+    sharing = SERVER_SLOTS if not load.slots else 1
+    tokens = min(SERVER_UBATCH, cells * caches)
+    sliding = _pad(min(cells, window * sharing + tokens))
+    return cells * caches, sliding * caches
+
+
+def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
+    (slides, _), recurs = layers.slides(), layers.recurs()
+    cells, sliding = _cells(layers, ctx_size, load)
     kept = layers.count - layers.number("attention.shared_kv_layers")      # the later ones use the others' cache
-    kept = min(kept, 20) if layers.arch == "gemma3n" else kept
-    shapes, masked = [], set()                  # (cells, values of K, values of V); (which cache, cells)
+    if layers.arch == "gemma3n":
+        kept = min(kept, 20)
+    found = []
     for i in range(kept):
-        if layers.kv_heads[i] and (not recurs[i] or layers.arch == "falcon-h1"):
-            suffix, heads = "_swa" if slides[i] else "", layers.kv_heads[i]
-            masked.add((suffix, window if slides[i] else cells))
-            shapes.append((window if slides[i] else cells, layers.number("attention.key_length" + suffix, layers.key) * heads,
-                           layers.number("attention.value_length" + suffix, layers.value) * heads))
+        heads = layers.kv_heads[i]
+        if heads and (not recurs[i] or layers.arch == "falcon-h1"):
+            suffix = "_swa" if slides[i] else ""
+            k = layers.number("attention.key_length" + suffix, layers.key) * heads
+            v = layers.number("attention.value_length" + suffix, layers.value) * heads
+            found.append(_CacheLayer(sliding if slides[i] else cells, k, v, slides[i]))
+    return found
 
-    def row(values: int, cache_type: str) -> int:
-        block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
-        return values // block * size
 
-    widest_v = max((v for _, _, v in shapes), default=0)        # what V is padded to where it is kept transposed
-    index = row(layers.number("attention.indexer.key_length"), cache_type_k)
-    kv = sum(n * (row(k, cache_type_k) + index + (0 if layers.latent else row(v if flash_attn else widest_v, cache_type_v)))
-             for n, k, v in shapes)
+def _row_bytes(values: int, cache_type: str) -> int:
+    block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
+    return values // block * size
+
+
+def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
+    """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
+    found = _row_bytes(layer.k, load.cache_type_k)
+    found += _row_bytes(layers.number("attention.indexer.key_length"), load.cache_type_k)
+    if layers.latent:
+        return found
+    return found + _row_bytes(layer.v if load.flash_attn else widest_v, load.cache_type_v)
+
+
+_PLAIN_LOAD = LoadOptions()
+
+
+def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
+    """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
+    layers = _Layers(header)
+    offload, slots = load.gpu_layers > 0, load.sequences
+    caches = _cache_layers(layers, ctx_size, load)
+    widest_v = max((c.v for c in caches), default=0)
+    kv = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches)
     # A mask for each of the two caches; the GPU gets its copy.
-    masks = sum(n for _, n in masked) * tokens * (2 if flash_attn else 4) * (2 if offload else 1)
-    peak = _layer_floats(header, layers, 0 if flash_attn or not shapes else cells) * tokens * 4
-    weights = header.tensor_bytes + (header.embd_bytes if header.tied and offload else 0)
-    recurrent = sum(recurs) * layers.state_floats() * 4 * slots
-    memory = Memory(weights, kv, recurrent, masks + peak + header.vocab * slots * 4)
+    tokens = min(SERVER_UBATCH, _cells(layers, ctx_size, load)[0])
+    masked = {(c.slides, c.cells // (load.slots or 1)) for c in caches}
+    mask = sum(cells for _, cells in masked) * tokens * (2 if load.flash_attn else 4)
+    scores = 0
+    if not load.flash_attn and caches:
+        scores = max(c.cells for c in caches) // (load.slots or 1)
+    peak = _layer_floats(header, layers, scores) * tokens * 4
+    if load.cuda and load.flash_attn:
+        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
+    outputs = header.vocab * slots * 4
+    compute = mask + peak + outputs
+    weights, host = header.tensor_bytes, 0
+    if offload:
+        compute += mask
+        host = header.embd_bytes + mask + outputs
+        if header.tied:
+            weights += header.embd_bytes
+    recurrent = sum(layers.recurs()) * layers.state_floats() * 4 * slots
+    left = max(0, layers.count + 1 - load.gpu_layers)           # layers that stay, of them and the output
+    if offload and left:
+        host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
+    context = CUDA_CONTEXT_BYTES if load.cuda else 0
+    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
+    if offload:
+        host += cache
+    memory = Memory(weights, kv, recurrent, compute, context, cache, host)
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
     return memory
+
+
+def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadOptions,
+                     tokens: int) -> int:
+    """What CUDA's flash attention takes: one layer's quantised K and V again, as f16.
+
+    Beside them lie the queries and their like, as measured with two models of 30 and 80 billion.
+    """
+    k_too = load.cache_type_k not in _FLOATS
+    v_too = load.cache_type_v not in _FLOATS and not layers.latent
+    copies = [2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches]
+    beside = 5 * (max(layers.heads) * layers.key + layers.embd) * tokens * 4
+    most = max(copies, default=0)
+    return most + beside if most else 0
+
+
+def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
+    """One checkpoint of one slot: what a conversation cannot be taken back to without one.
+
+    That is a recurrent state and the sliding windows; models without either make none.
+    """
+    layers = _Layers(header)
+    one = load._replace(slots=1)
+    sliding = [c for c in _cache_layers(layers, ctx_size, one) if c.slides]
+    widest_v = max((c.v for c in sliding), default=0)
+    windows = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in sliding)
+    return windows + sum(layers.recurs()) * layers.state_floats() * 4
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -2216,12 +2408,15 @@ def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
     return max(peaks)
 
 
-def largest_context(budget_bytes: float, limit: int, estimate: Callable[[int], Memory]) -> int:
+def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
     low, high = 0, limit // 256
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if estimate(middle * 256).total <= budget_bytes else (low, middle - 1)
+        if fits(middle * 256):
+            low = middle
+        else:
+            high = middle - 1
     return low * 256
 
 
@@ -2229,32 +2424,169 @@ class TierFit(NamedTuple):
     """What one tier needs. `need_gb` counts; `memory` says of what, where a header was at hand."""
 
     name: str
-    source: str                                 # local | hub | size_gb | unknown | hosted
+    source: str                                 # local | hub | dimensions | size_gb | broken | unknown | hosted
     where: str
-    need_gb: float
+    need_gb: float                              # of the budget
     fits: bool
     ctx_size: int
     largest_ctx: int = 0                        # that fits alone; 0: none, or not known
     memory: Optional[Memory] = None
     note: str = ""
+    host_gb: float = 0.0                        # of the host's memory, beside a card of its own
+    checkpoint_mb: float = 0.0                  # one of each slot's, 0: it makes none, or not known
+    cache_mib: int = 0                          # what prompts may take, checkpoints too
+    trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
 
 
-def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header: GgufHeader, source: str, where: str) -> TierFit:
+def trained_context(trained: int, tier: Tier) -> int:
+    """Tokens that a tier's model can read: as trained, stretched by YaRN; 0: not known."""
+    return min(int(trained * max(tier.rope_scale, 1)), 1 << 24)
+
+
+def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str, where: str) -> TierFit:
     """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
-    def estimate(ctx: int) -> Memory:
-        return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                               offload and config.n_gpu_layers != "0")
+    load = load_options(config, machine)
 
-    memory, trained = estimate(tier.ctx_size), _quantity(header.keys.get("context_length"))
-    limit = min(trained * max(tier.rope_scale, 1), 1 << 24)
-    return TierFit(tier.name, source, where, memory.total / 1e9, memory.total <= budget_gb * 1e9, tier.ctx_size,
-                   largest_context(budget_gb * 1e9, max(int(limit), tier.ctx_size), estimate), memory)
+    def needs(memory: Memory) -> Tuple[float, float]:
+        if machine.host_gb:
+            return memory.card / 1e9, memory.host / 1e9
+        return memory.total / 1e9, 0.0
+
+    def fits(ctx: int) -> bool:
+        need_gb, host_gb = needs(estimate_memory(header, ctx, load))
+        return need_gb <= machine.budget_gb and host_gb <= machine.host_gb
+
+    memory = estimate_memory(header, tier.ctx_size, load)
+    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
+    need_gb, host_gb = needs(memory)
+    return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+                   largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
+                   checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+                   memory.cache // MIB, trained)
 
 
-def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, ...], float]]:
-    """Every set of the matrix, whether or not it fits, with what it needs in GB."""
+def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
+    """The header that a known model's file has, as its published dimensions tell.
+
+    `models`: share/models.json. The token embedding counts as Q6_K, what llama-quantize gives it
+    where it is the output, too.
+    """
+    names = [name for name in models if file.startswith(name)]
+    if not names:
+        return None
+    row = models[max(names, key=len)]
+    keys = row["keys"]
+    size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
+    embd_bytes = row["vocab"] * keys["embedding_length"] * 210 // 256
+    query = keys["attention.head_count"] * keys["attention.key_length"]
+    widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
+    return GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
+                      row["tied"], widest)
+
+
+def fit_sets(config: Config, fits: Iterable[TierFit], budget_gb: float = 0.0) -> List[Tuple[Tuple[str, ...], float]]:
+    """Every set of the matrix, whether or not it fits, with what it needs in GB.
+
+    With a budget, the sets that grow within it follow.
+    """
     need = {f.name: f.need_gb for f in fits}
-    return [(s.tiers, sum(need[t] for t in s.tiers)) for s in residency_sets(config) if need.keys() >= set(s.tiers)]
+    sets = [s.tiers for s in residency_sets(config)]
+    known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
+    grown = [s.tiers for s in residency_sets(known, need, budget_gb)] if budget_gb else []
+    sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
+    return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
+
+
+def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Config:
+    """`config` with room for prompts and checkpoints in every local tier whose need is known.
+
+    Each gets an equal part of what the fullest set it may be loaded in leaves: of the budget where
+    that is all the memory there is, of the host's beside a card of its own.
+    """
+    by_name = {f.name: f for f in fits if f.source != "hosted"}
+    need = {name: f.need_gb for name, f in by_name.items()}
+    limit_gb, taken = machine.budget_gb, need
+    if machine.host_gb:
+        limit_gb, taken = machine.host_gb, {name: f.host_gb for name, f in by_name.items()}
+    sets = residency_sets(config, need, machine.budget_gb)
+    tiers = []
+    for tier in config.tiers:
+        fit = by_name.get(tier.name)
+        if fit is not None and fit.need_gb:
+            parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(s.tiers)
+                     for s in sets if tier.name in s.tiers]
+            tier = _with_cache(tier, fit, min(parts, default=0.0))
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
+
+
+def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
+    """`part_gb` is free beyond the least, which the tier's need has in it."""
+    free_mb = max(0.0, part_gb * 1000)
+    checkpoints = -1
+    if fit.checkpoint_mb:
+        of_all_slots_mb = fit.checkpoint_mb * SERVER_SLOTS
+        checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
+        free_mb -= (checkpoints - 1) * of_all_slots_mb
+    elif fit.memory is not None:
+        checkpoints = 0                         # it makes none
+    mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
+    return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
+
+
+def cache_mib(tier: Tier, fit: TierFit) -> int:
+    """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
+    checkpoints = max(0, tier.ctx_checkpoints) * SERVER_SLOTS * fit.checkpoint_mb * 1e6 / MIB
+    return max(0, tier.cache_ram_mib) + round(checkpoints)
+
+
+def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
+    """`config` with no tier above the context its model was trained for, YaRN's stretch in it.
+
+    `trained`: tier -> tokens of its file's header; a tier that it lacks stays as it is.
+    """
+    tiers = []
+    for tier in config.tiers:
+        most = trained_context(trained.get(tier.name, 0), tier)
+        if most:
+            tier = tier._replace(ctx_size=min(tier.ctx_size, most))
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
+
+
+class MemoryState(NamedTuple):
+    """How the machine is off for memory at one moment."""
+
+    stalled_pct: float = 0.0                    # of the last 10 s that some program waited for memory
+    available_gb: float = -1.0                  # without swapping; negative: not known
+    total_gb: float = 0.0
+    swapped_bytes: int = 0                      # written out since boot
+    critical: bool = False                      # the system says so itself
+    card_free_gb: float = -1.0                  # of all cards together; negative: there is none
+
+
+STALLED_PCT = 10.0
+SWAPPED_BYTES = 64 * MIB                        # between two looks
+
+
+def memory_pressure(now: MemoryState, before: MemoryState) -> str:
+    """Why nothing more should be loaded, in words; "" where memory is not short.
+
+    Reading a large file makes Linux swap a little and programs wait, with plenty available.
+    """
+    swapped = now.swapped_bytes - before.swapped_bytes
+    plenty = now.available_gb > now.total_gb * 0.1
+    if now.critical:
+        return "the system says that memory is critically short"
+    if swapped > SWAPPED_BYTES and not plenty:
+        return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
+    if now.stalled_pct >= STALLED_PCT and not plenty:
+        return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
+    if 0 <= now.available_gb < min(1.0, now.total_gb * 0.03):
+        return f"only {now.available_gb:.1f} GB of memory are available"
+    if 0 <= now.card_free_gb < 0.1:
+        return f"only {now.card_free_gb * 1000:.0f} MB are free on the card"
+    return ""
 
 
 # ===================================================================================================
@@ -2266,7 +2598,7 @@ def fit_sets(config: Config, fits: Iterable[TierFit]) -> List[Tuple[Tuple[str, .
 # Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
 # size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
 # to it.
-PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.0, "128": 96.0}
+PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.5, "128": 96.0}
 BUNDLED_PROFILE = "64"
 
 
@@ -3807,6 +4139,13 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
     return config._replace(tiers=tuple(tiers))
 
 
+def ini_line(places: Places, section: str, key: str) -> str:
+    """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
+    data, source = _models_ini_bytes(places)
+    reader = _Reader(decode_models_ini(data, source), source)
+    return f"{source}:{reader.line_of(section, key) or reader.line_of(section)}"
+
+
 def _output(command: Sequence[str]) -> str:
     """What a small system program prints, "" when it is missing or fails.
 
@@ -3839,29 +4178,64 @@ def total_memory_gb() -> float:
     return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
 
 
-class Machine(NamedTuple):
-    """The memory models may take together here; why that much; whether a GPU has their layers."""
-
-    budget_gb: float
-    source: str
-    gpu: bool
-
-
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
+# Which cards a process may see, by number or by the beginning of a UUID; of more than one
+# variable, each numbers what the one before it has left.
+NVIDIA_VISIBLE = ("CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
+AMD_VISIBLE = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 
-def _nvidia_cards_gb() -> List[float]:
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    lines = [line.strip() for line in _output(query).split("\n")]
-    return [int(mib) * 1_048_576 / 1e9 for mib in lines if mib.isdigit()]
+
+def visible_cards(uuids: Sequence[str], variables: Sequence[str],
+                  env: Mapping[str, str]) -> List[int]:
+    """The cards that programs started with `env` may use, as places in `uuids`.
+
+    As CUDA reads it: the first name of no card ends the list, so that nothing and -1 mean none.
+    """
+    seen = list(range(len(uuids)))
+    for variable in variables:
+        if variable not in env:
+            continue
+        chosen: List[int] = []
+        for name in env[variable].split(","):
+            name = name.strip()
+            found = [i for i in seen if name and uuids[i].startswith(name)]
+            if name.isdigit():
+                found = seen[int(name):int(name) + 1]
+            if len(found) != 1 or found[0] in chosen:
+                break
+            chosen += found
+        seen = chosen
+    return seen
+
+
+class Card(NamedTuple):
+    """A graphics card of its own memory; GB."""
+
+    uuid: str
+    total_gb: float                             # without the driver's reserve; 0: the machine's own memory
+    used_gb: float
+
+
+def nvidia_cards() -> List[Card]:
+    """What nvidia-smi tells of each card, in its order."""
+    fields = "uuid,memory.total,memory.reserved,memory.used"
+    query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    cards = []
+    for line in _output(["nvidia-smi", *query]).splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) == 4:
+            total, reserved, used = (int(w) * MIB / 1e9 if w.isdigit() else 0.0 for w in words[1:])
+            cards.append(Card(words[0], max(0.0, total - reserved), used))
+    return cards
 
 
 def _amd_memory_gb(which: str) -> List[float]:
     """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
     try:
-        cards = [name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name)]
+        cards = sorted(name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name))
     except OSError:
         return []
     files = (os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards)
@@ -3869,22 +4243,42 @@ def _amd_memory_gb(which: str) -> List[float]:
     return [int(size) / 1e9 for size in sizes if size.isdigit()]
 
 
-def cards_gb() -> Tuple[float, str]:
-    """Memory of discrete cards, over which llama.cpp splits a model, GB; (0.0, "") without any.
+def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
+    """The budget on NVIDIA cards, None where a program sees none."""
+    cards = nvidia_cards()
+    cards = [cards[i] for i in visible_cards([c.uuid for c in cards], NVIDIA_VISIBLE, env)]
+    if not cards:
+        return None
+    size_gb = sum(card.total_gb for card in cards)
+    if not size_gb:
+        share_gb = total_gb * 0.75
+        return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
+    held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
+    source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card{'s' if len(cards) > 1 else ''}"
+    if held_gb >= 0.05:
+        source += f", less {held_gb:.1f} that others hold"
+    return Machine(max(0.1, size_gb - held_gb), source, True, True, total_gb * 0.75)
+
+
+def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
+    """The budget on AMD cards, None where a program sees none.
 
     An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
     driver lets it (GTT).
     """
-    sizes, kind = _nvidia_cards_gb(), "NVIDIA"
-    if not sizes:
-        own = _amd_memory_gb("vram")
-        sizes, kind = [size for size in own if size > OWN_MEMORY_GB], "AMD"
-        shared = sum(own) + sum(_amd_memory_gb("gtt"))
-        if not sizes and shared:
-            usable = min(shared, total_memory_gb() * 0.75)
-            return usable, f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
-    return usable, f"{sum(sizes):.1f} GB on {kind} cards, less 1 GiB each"
+    own = _amd_memory_gb("vram")
+    seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
+    sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
+    if sizes:
+        usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+        source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
+        return Machine(usable, source, True, host_gb=total_gb * 0.75)
+    shared = sum(own) + sum(_amd_memory_gb("gtt"))
+    if not seen or not shared:
+        return None
+    usable = min(shared, total_gb * 0.75)
+    source = f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    return Machine(usable, source, True)
 
 
 def _mac_gpu(total_gb: float) -> Machine:
@@ -3901,16 +4295,19 @@ def _mac_gpu(total_gb: float) -> Machine:
     return Machine(total_gb * share, source, True)
 
 
-def this_machine(config: Config) -> Machine:
-    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
+def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory.
+
+    `ours_gb`: what servers of ours hold of cards now.
+    """
     total = total_memory_gb()
-    found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+    found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total)
     elif config.n_gpu_layers != "0":
-        cards, what = cards_gb()
-        if cards:
-            found = Machine(cards, what, True)
+        found = _nvidia_machine(total, os.environ, ours_gb) or _amd_machine(total, os.environ)
+    if found is None:
+        found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
     if not found.budget_gb:                     # it cannot be told
@@ -3918,9 +4315,26 @@ def this_machine(config: Config) -> Machine:
     return found
 
 
-def memory_budget_gb(config: Config) -> float:
-    """What may be loaded at once, GB."""
-    return this_machine(config).budget_gb
+def read_memory_state(cards: bool) -> MemoryState:
+    """What the system tells of its memory now; `cards`: ask NVIDIA's driver, too."""
+    free_gb = -1.0
+    if cards:
+        found = nvidia_cards()
+        found = [found[i] for i in visible_cards([c.uuid for c in found], NVIDIA_VISIBLE, os.environ)]
+        if any(card.total_gb for card in found):
+            free_gb = sum(card.total_gb - card.used_gb for card in found)
+    if IS_MAC:
+        level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
+        out = re.search(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        swapped = int(out.group(1)) * 16_384 if out else 0
+        return MemoryState(swapped_bytes=swapped, critical=level == "4", card_free_gb=free_gb)
+    kib = dict(re.findall(r"(\w+): +([0-9]+) kB", read_text("/proc/meminfo")))
+    pages = re.search(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"), re.MULTILINE)
+    stalled = re.search(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory"))
+    available = int(kib["MemAvailable"]) * 1024 / 1e9 if "MemAvailable" in kib else -1.0
+    return MemoryState(float(stalled.group(1)) if stalled else 0.0, available,
+                       int(kib.get("MemTotal", 0)) * 1024 / 1e9,
+                       int(pages.group(1)) * 4096 if pages else 0, False, free_gb)
 
 
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
@@ -6624,6 +7038,10 @@ class Behind(App):
 
     address = ""                                # for messages
 
+    def memory(self) -> Dict[str, Any]:
+        """The budget, and what is short, as `status` and `fit` show it; {} where it has none."""
+        return {}
+
     def lease(self, name: str) -> Lease:
         """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
         raise NotImplementedError
@@ -7130,6 +7548,8 @@ class RouterApp(App):
             self._models(client, request, drop)
         elif request.method == "GET" and path == "/llmstack/state":
             client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
+        elif request.method == "GET" and path == "/llmstack/memory":
+            client.reply(200, json.dumps(self.behind.memory(), ensure_ascii=False).encode())
         elif request.method == "GET" and path == "/llmstack/requests":
             rows = {"requests": self.requests()}
             client.reply(200, json.dumps(rows, ensure_ascii=False).encode())
@@ -7458,6 +7878,9 @@ def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     return ours if os.access(ours, os.X_OK) else find_program("llama-swap" + EXE)
 
 
+_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
+
+
 def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[str]:
     """Which of the flags we would use the installed llama-server refuses; asked once per binary.
 
@@ -7476,7 +7899,7 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     cache_path = os.path.join(data, "flags.json")
     cache = _read_json(cache_path)
     known = cache.get(stamp, {})
-    values = {name: " ".join(flag) for name, flag in groups.items() if name not in ("--alias", "-c")}
+    values = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
     if isinstance(known, dict) and known.get("asked") == values:
         return frozenset(known["refused"])
 
@@ -7655,21 +8078,23 @@ def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
     return f"; it has {visible(', '.join(near))}"
 
 
+def _part_header(path: str) -> GgufHeader:
+    """The header of one file of a GGUF. Errors: GgufError, OSError."""
+    with open(path, "rb") as file:
+        def read(offset: int, count: int) -> bytes:
+            file.seek(offset)
+            return file.read(count)
+
+        header = parse_gguf_header(read)
+    if file_size(path) < header.end:
+        raise BrokenGgufError(f"is not whole: {file_size(path):,} of {header.end:,} bytes")
+    return header
+
+
 def local_header(path: str) -> GgufHeader:
     """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
-    def one(name: str) -> GgufHeader:
-        with open(name, "rb") as file:
-            def read(offset: int, count: int) -> bytes:
-                file.seek(offset)
-                return file.read(count)
-
-            header = parse_gguf_header(read)
-        if file_size(name) < header.end:
-            raise GgufError(f"is not whole: {file_size(name):,} of {header.end:,} bytes")
-        return header
-
-    first = one(path)
-    return merge_headers(first, map(one, split_parts(path)[1:]))
+    first = _part_header(path)
+    return merge_headers(first, map(_part_header, split_parts(path)[1:]))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
@@ -7695,6 +8120,17 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
         raise Unreachable(f"the model hub broke off: {exc}", "try again later") from None
 
 
+def file_damage(path: str) -> str:
+    """Why no llama.cpp can load one part of a GGUF, as "is not whole: ...", or ""."""
+    try:
+        _part_header(path)
+    except BrokenGgufError as exc:
+        return str(exc)
+    except (GgufError, OSError):
+        pass
+    return ""
+
+
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
     token = hub_token(env)
@@ -7715,32 +8151,112 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
-def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool, hub: bool = False) -> List[TierFit]:
-    """What each tier takes here, by the header of its file on this disk; with `hub`, else on the hub; else by size_gb."""
+def known_models() -> Dict[str, Any]:
+    """The dimensions of the profiles' models; none where the program was copied without them."""
+    try:
+        return parse_json_object(read_resource("share/models.json").decode("utf-8"))
+    except UserError:
+        return {}
+
+
+def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights, path: str,
+                  url: str) -> TierFit:
+    """What a tier takes by the best that is known: its file, the hub's, its dimensions, its size.
+
+    Errors: Unreachable.
+    """
+    where, note = path or url, ""
+    try:
+        if path:
+            return fit_tier(tier, config, machine, local_header(path), "local", path)
+        if url:
+            header = hub_header(weights, os.environ)
+            return fit_tier(tier, config, machine, header, "hub", url)
+    except GgufError as exc:
+        note = f"{os.path.basename(where)} {exc}"
+        if path and isinstance(exc, BrokenGgufError):
+            need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
+            return TierFit(tier.name, "broken", path, need_gb, False, tier.ctx_size, note=note)
+    except Unreachable:
+        raise
+    except OSError as exc:
+        note = str(exc)
+    known = known_header(weights.file, weights.size_gb, known_models())
+    if known and not path:
+        return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
+    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
+    fits = need_gb <= machine.budget_gb
+    source = "size_gb" if need_gb else "unknown"
+    return TierFit(tier.name, source, where, need_gb, fits, tier.ctx_size, note=note)
+
+
+def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool,
+                  hub: bool = False) -> List[TierFit]:
+    """What each tier takes here: see _measure_tier; the hub is asked only with `hub`."""
     fits = []
     for tier in config.tiers:
         if tier.backend != "gguf":
             fits.append(TierFit(tier.name, "hosted", "", 0.0, True, tier.ctx_size))
             continue
         weights = weights_for(tier, use_next)
-        path = cached_model(weights, env)
-        where = path or (hub_url(weights.repo, weights.file, env) if hub and weights.repo else "")
-        note = ""
+        path, note = cached_model(weights, env), ""
+        url = hub_url(weights.repo, weights.file, env) if hub and weights.repo and not path else ""
         try:
-            if where:
-                header = local_header(path) if path else hub_header(weights, env)
-                fits.append(fit_tier(tier, config, machine.budget_gb, machine.gpu, header, "local" if path else "hub", where))
-                continue
-        except GgufError as exc:
-            note = f"{os.path.basename(where)} {exc}"
+            fit = _measure_tier(tier, config, machine, weights, path, url)
         except Unreachable as exc:              # no further tier is asked for
             note, hub = str(exc), False
-        except OSError as exc:
-            note = str(exc)
-        need = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-        fits.append(TierFit(tier.name, "size_gb" if need else "unknown", where, need, need <= machine.budget_gb, tier.ctx_size,
-                            note=note))
-    return fits
+            fit = _measure_tier(tier, config, machine, weights, path, "")
+        fits.append(fit._replace(note=fit.note or note))
+    caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
+    return [f._replace(cache_mib=cache_mib(caches[f.name], f)) for f in fits]
+
+
+def trained_contexts(config: Config, env: Mapping[str, str], data: str, use_next: bool) -> Dict[str, int]:
+    """Tier -> tokens its model was trained for, of those whose file is on this disk.
+
+    Each file's header is read once: contexts.json of the data directory holds what it says.
+    """
+    record_path = os.path.join(data, "contexts.json")
+    record = _read_json(record_path)
+    found: Dict[str, int] = {}
+    read: Dict[str, Any] = {}
+    for tier in local_tiers(config):
+        path = cached_model(weights_for(tier, use_next), env)
+        if not path:
+            continue
+        status = os.stat(path)
+        stamp = f"{status.st_size}:{status.st_mtime_ns}"
+        known = record.get(path)
+        if not (isinstance(known, list) and known[:1] == [stamp] and len(known) == 2):
+            known = read[path] = [stamp, _trained_for(path)]
+        found[tier.name] = _quantity(known[1])
+    if read:
+        kept = {k: v for k, v in list(record.items())[-60:] if k not in read}
+        try:
+            write_atomic(record_path, json.dumps({**kept, **read}, indent=1))
+        except UserError:                       # it is read again, then
+            pass
+    return found
+
+
+def _trained_for(path: str) -> int:
+    try:
+        return _quantity(local_header(path).keys.get("context_length"))
+    except (GgufError, OSError):                # another command says what is wrong with it
+        return 0
+
+
+def true_config(config: Config, places: Places, use_next: bool,
+                warn: Optional[Callable[[str], None]] = None) -> Config:
+    """`config` with the contexts that its models really have; what that takes away is warned of."""
+    trained = trained_contexts(config, os.environ, places.data, use_next)
+    true = with_true_contexts(config, trained)
+    for before, after in zip(config.tiers, true.tiers):
+        if warn and before != after:
+            at = ini_line(places, before.name, "ctx_size")
+            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
+                 f" trained for; {after.ctx_size:,} counts")
+    return true
 
 
 # ===================================================================================================
@@ -8123,6 +8639,7 @@ class Engine:
         self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
+        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -8252,7 +8769,12 @@ class Engine:
         names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
         victims = choose_evictions(model.name, names, self._sets, self._costs)
         staying = [n for n in names if n not in victims]
-        while sum(self.models[n].gb for n in staying) + model.gb > self._budget_gb:
+        limit_gb = self._budget_gb
+        if self.pressure:                       # no more than is held now
+            limit_gb = sum(m.gb for m in running)
+        if model.gb > limit_gb:
+            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB, and {self.pressure}")
+        while sum(self.models[n].gb for n in staying) + model.gb > limit_gb:
             victims.append(staying.pop(0))      # idle ones first, the longest unused of these
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
@@ -8453,6 +8975,20 @@ class Engine:
                     model.turn_to("stopping")
                     self._stop_soon(model)
 
+    def ease(self, pressure: str) -> None:
+        """Take note of why memory is short; then the model that was idle longest goes."""
+        with self._changed:
+            if bool(pressure) != bool(self.pressure):
+                self._log.warning(f"memory: {pressure or 'no longer short'}")
+            self.pressure = pressure
+            idle = [m for m in self.models.values()
+                    if m.state == "ready" and not m.in_flight and not m.proxy]
+            if pressure and idle:
+                model = min(idle, key=lambda m: m.last_used)
+                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+                model.turn_to("stopping")
+                self._stop_soon(model)
+
     def rotate_logs(self) -> None:
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
@@ -8497,17 +9033,53 @@ class Engine:
 _PLAIN = "text/plain; charset=utf-8"
 
 
+class MemoryWatch:
+    """Looks every few seconds whether the machine is short of memory."""
+
+    INTERVAL_S = 5.0
+    CALM_LOOKS = 3                              # in a row, before a shortage counts as over
+
+    def __init__(self, machine: Machine, read: Callable[[bool], MemoryState] = read_memory_state,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.machine = machine
+        self._read, self._clock = read, clock
+        self._before = read(machine.cuda)
+        self._next_s = clock() + self.INTERVAL_S
+        self._pressure, self._calm = "", 0
+
+    def due(self) -> bool:
+        return self._clock() >= self._next_s
+
+    def look(self) -> str:
+        """What is short, as memory_pressure says it."""
+        self._next_s = self._clock() + self.INTERVAL_S
+        now = self._read(self.machine.cuda)
+        found = memory_pressure(now, self._before)
+        self._before = now
+        self._calm = 0 if found else self._calm + 1
+        if found or self._calm >= self.CALM_LOOKS:
+            self._pressure = found
+        return self._pressure
+
+
 class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
 
-    def __init__(self, engine: Engine, log: Log) -> None:
+    def __init__(self, engine: Engine, log: Log, watch: Optional[MemoryWatch] = None) -> None:
         self.engine, self.log = engine, log
+        self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
+
+    def memory(self) -> Dict[str, Any]:
+        machine = self._watch.machine._asdict() if self._watch else {}
+        return {**machine, "pressure": self.engine.pressure}
 
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
+        if self._watch and self._watch.due():
+            self.engine.ease(self._watch.look())
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
@@ -8838,6 +9410,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     refused = probe_flags(program, config, places.data) if program else frozenset()
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
+    config = with_caches(config, fits, machine)
     text = render_llama_swap_yaml(
         config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
@@ -9238,6 +9811,36 @@ def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: T
     rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
 
 
+def running_channel(places: Places) -> str:
+    """The channel of the project's daemon, "" where there is none."""
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
+        return ""
+    return record.channel
+
+
+def running_memory(places: Places) -> Dict[str, Any]:
+    """What the project's daemon tells of memory, {} where there is none."""
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
+        return {}
+    return asked_json(router_upstream(record), "/llmstack/memory", key_header(os.environ))
+
+
+def running_machine(places: Places, config: Config) -> Optional[Machine]:
+    """The budget that the project's daemon goes by, None where there is none.
+
+    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
+    """
+    told = running_memory(places)
+    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
+    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
+    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
+                   told.get("cuda") is True, float(host_gb or 0))
+
+
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
     record = read_stack(places)
@@ -9272,6 +9875,7 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
+    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     return rows
 
 
@@ -10726,9 +11330,9 @@ def local_state(weights: Weights, env: Mapping[str, str],
         return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
     for path, blob, digest in zip(paths, blobs, sums or blobs):
         expected = digest if len(digest) == 64 else blob
-        with open(path, "rb") as opened:
-            if opened.read(4) != b"GGUF":
-                return "damaged", "it is no GGUF file"
+        damage = file_damage(path)
+        if damage:
+            return "damaged", f"it {damage}"
         cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
         if cheap and _sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
@@ -10846,8 +11450,13 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
 def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, str]) -> Dict[str, Any]:
     if weights.path:
         size = file_size(weights.path)
-        return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": "intact" if size else "missing",
-                "problem": "" if size else f"there is no {weights.path}", "quant": weights.quant}
+        local, problem = "intact", ""
+        if not size:
+            local, problem = "missing", f"there is no {weights.path}"
+        elif file_damage(weights.path):
+            local, problem = "damaged", f"{weights.path} {file_damage(weights.path)}"
+        return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": local,
+                "problem": problem, "quant": weights.quant}
     state, why = local_state(weights, env, hub)
     return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
             "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
@@ -11469,6 +12078,7 @@ def _cmd_status(args: Any) -> int:
     external = bool(pinned_url(places))
     try:
         config = Config() if external else planned_config(places)
+        config = true_config(config, places, running_channel(places) == "next")
     except UserError as exc:                    # what runs is of interest all the more
         broken, config = exc, Config()
     rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
@@ -11500,6 +12110,8 @@ def _cmd_status(args: Any) -> int:
         say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
     for difference in rows.get("differences", ()):
         say(f"Note: {difference}")
+    if rows.get("memory_pressure"):
+        say(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded, and none takes more")
     if rows.get("local_only"):
         say("local_only: no request leaves this machine")
     for row in rows["downloads"]:
@@ -11671,7 +12283,9 @@ def _cmd_install(args: Any) -> int:
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _prepare_hosted(places, config, _ask)
-    marker = Marker("next" if _wants_next(args, places, config) else "current")
+    use_next = _wants_next(args, places, config)
+    config = true_config(config, places, use_next, warn)
+    marker = Marker("next" if use_next else "current")
     host, port = router_address(places, config)
     text = project_opencode_json(places, config, base_url(host, port), os.environ)
     if args.print:
@@ -11722,6 +12336,8 @@ def _cmd_why(args: Any) -> int:
     places = _places(args)
     url = trusted_url(places)
     config = fetch_remote(url, os.environ).config if url else planned_config(places, warn)
+    if not url:
+        config = true_config(config, places, running_channel(places) == "next", warn)
     path = inference_path(args.path)
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on", "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
@@ -11782,35 +12398,71 @@ def _cmd_fit(args: Any) -> int:
     if unknown:
         raise UserError(f"there is no tier {unknown}", "one of " + ", ".join(t.name for t in config.tiers), 2)
     wanted = tuple(t for t in config.tiers if not args.tiers or {t.name, *t.aliases} & set(args.tiers))
-    machine = this_machine(config)
-    fits = measure_tiers(config._replace(tiers=wanted), machine, os.environ, _wants_next(args, places, config), True)
-    sets = [(tiers, need, need <= machine.budget_gb) for tiers, need in fit_sets(config, fits)]
+    use_next = _wants_next(args, places, config)
+    config = true_config(config, places, use_next, warn)
+    machine = running_machine(places, config) or this_machine(config)
+    chosen = [t.name for t in wanted]
+    fits = [f for f in measure_tiers(config, machine, os.environ, use_next, True) if f.name in chosen]
+    sets = [(tiers, need, need <= machine.budget_gb)
+            for tiers, need in fit_sets(config, fits, machine.budget_gb)]
     if args.json:
         rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
-        say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source, "tiers": rows,
-                        "sets": [dict(zip(("tiers", "need_gb", "fits"), s)) for s in sets]}, indent=2, ensure_ascii=False))
+        say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source,
+                        "host_gb": machine.host_gb, "tiers": rows,
+                        "sets": [dict(zip(("tiers", "need_gb", "fits"), s)) for s in sets]},
+                       indent=2, ensure_ascii=False))
     else:
         _say_fits(machine, fits, sets)
     return 0 if all(f.fits for f in fits) else 1
 
 
+FIT_COLUMNS = 60
+_FIT_SOURCES = {"local": "by its file", "hub": "by its header on the hub", "broken": "its file is broken",
+                "dimensions": "by its published dimensions", "size_gb": "by size_gb x 1.1",
+                "unknown": "its size is not known", "hosted": "hosted"}
+
+
+def _say_wrapped(text: str, indent: str) -> None:
+    import textwrap
+    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
+                              break_long_words=False, break_on_hyphens=False):
+        say(line)
+
+
 def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
+    """At most FIT_COLUMNS wide, where no name is long."""
+    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
     width = max([len(f.name) for f in fits] + [4])
-    say(f"Budget  {machine.budget_gb:.1f} GB: {machine.source}\n")
-    rows: List[Tuple[str, ...]] = [("tier", "weights", "KV", "compute", "total GB", "ctx_size", "largest", "", "")]
+    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
     for fit in fits:
-        m = fit.memory
-        sizes = [f"{n / 1e9:.2f}" for n in (m.weights, m.kv + m.recurrent, m.compute, m.total)] if m else ["", "", "", ""]
-        sizes[3] = sizes[3] or f"~{fit.need_gb:.1f}"
-        origin = {"local": "its file", "hub": "its header on the hub", "size_gb": "size_gb x 1.1"}.get(fit.source, fit.source)
-        verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-        largest = f"{fit.largest_ctx:,}" if m else "?"
-        rows.append((fit.name, *sizes, f"{fit.ctx_size:,}", largest, f"  {verdict} ({origin})", fit.note))
-    for name, *cells, verdict, note in rows:
-        say(f"  {name:<{width}}" + "".join(f"{c:>10}" for c in cells) + verdict + (f"\n  {'':<{width}}  {note}" if note else ""))
-    say("\nTogether, in GB:" if sets else "")
+        _say_fit(fit, width)
+    if sets:
+        say("\nTogether, in GB:")
     for tiers, need, ok in sets:
-        say(f"  {need:>6.2f}  {' + '.join(tiers)}" + ("" if ok else "  " + paint("does not fit: never loaded together", "33")))
+        say(f"  {need:>6.2f}  {' + '.join(tiers)}")
+        if not ok:
+            say(f"          {paint('does not fit: they take turns', '33')}")
+
+
+def _say_fit(fit: TierFit, width: int) -> None:
+    total, largest = f"~{fit.need_gb:.1f}", "?"
+    memory = fit.memory
+    if memory is not None:
+        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
+    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
+    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
+    parts = []
+    if memory is not None:
+        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
+        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
+    if fit.host_gb:
+        parts.append(f"{fit.host_gb:.2f} of these on the host")
+    if fit.cache_mib:
+        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
+    parts.append(_FIT_SOURCES[fit.source])
+    _say_wrapped(", ".join(parts), "  ")
+    if fit.note:
+        _say_wrapped(fit.note, "  ")
 
 
 def _add_serve(commands: Any) -> None:
@@ -11855,10 +12507,14 @@ def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream],
                for t in config.tiers if t.backend != "openai" and t.name not in known}
         return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
+    def reload() -> Config:
+        config = load_config(places, log.warning)
+        return true_config(config, places, use_next, log.warning) if local else config
+
     record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
     return RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
                      models_ini=places.models_ini, bundled=bundled,
-                     reload=lambda: load_config(places, log.warning), use_next=use_next,
+                     reload=reload, use_next=use_next,
                      unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
 
@@ -11919,9 +12575,9 @@ def _add_daemon(commands: Any) -> None:
 def _cmd_daemon(args: Any) -> int:
     """The process behind `start`: the router, and the engine with all its children."""
     places = _places(args)
-    config = load_config(places)
     level = os.environ.get("LOG_LEVEL", "info")
     log, engine_log = Log(places.log("router.log"), level), Log(places.log("engine.log"), level)
+    config = true_config(load_config(places), places, args.next, engine_log.warning)
     demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
     more_files()
     make = _swap_app if args.engine == "llama-swap" else _embedded_app
@@ -11947,6 +12603,7 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, os.environ, use_next)
+    config = with_caches(config, fits, machine)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
@@ -11960,7 +12617,7 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
                     fits=fits, proxy=plan_proxy(places, config, os.environ, use_next))
-    return EngineApp(engine, log)
+    return EngineApp(engine, log, MemoryWatch(machine))
 
 
 def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
