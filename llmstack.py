@@ -8333,8 +8333,11 @@ class Bay:
 
     def wants(self, body_bytes: int) -> bool:
         """Whether a request of that size may be one to keep."""
+        if body_bytes > MAX_TALK_BYTES:
+            return False
+        known = self._parking.speed(self._identity, "read")
         worth = self._parking.worth(self._identity, body_bytes // 2)
-        return body_bytes <= MAX_TALK_BYTES and (worth or bool(self._restored))
+        return worth or not known or bool(self._restored)
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
