@@ -9779,6 +9779,11 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     if any(t.backend == "litellm" for t in config.tiers):
         proxy = (states or {}).get(PROXY, ("", None))
         _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
+    notes = parking_notes(places.data)
+    if record is not None and record.kind == "llama-swap" and config.park_gb:
+        notes = {t.name: "off: under llama-swap" for t in local_tiers(config)}
+    for row in rows["tiers"]:
+        row["parking"] = notes.get(row["name"], "")
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     return rows
@@ -11868,6 +11873,7 @@ def _add_stop(commands: Any) -> None:
     parser = commands.add_parser("stop", help="stop this project's daemons", description="Stop this project's daemons"
                                  " and the model servers they started, and nothing else.")
     parser.add_argument("--demo", action="store_true", help="stop the demo's")
+    parser.add_argument("--forget", action="store_true", help="and delete every parked conversation")
     parser.set_defaults(run=_cmd_stop)
 
 
@@ -11887,7 +11893,10 @@ def _other_stack(places: Places) -> str:
 
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
-    if stop_stack(places, say):
+    stopped = stop_stack(places, say)
+    if args.forget:
+        _say_forgotten(places)
+    if stopped:
         say("Stopped.")
         return 0
     if pinned_url(places):
@@ -11899,6 +11908,26 @@ def _cmd_stop(args: Any) -> int:
         raise UserError("nothing of this project is running; the daemons belong to another", where)
     other = _other_stack(places)
     say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
+    return 0
+
+
+def _add_forget(commands: Any) -> None:
+    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
+        "Delete what the models' slots held when they stopped, of all projects on this machine."
+        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
+    parser.set_defaults(run=_cmd_forget)
+
+
+def _say_forgotten(places: Places) -> None:
+    freed = forget_parked(places.data)
+    say(f"Forgot {freed / 1e9:.1f} GB of parked conversations." if freed else "Nothing is parked.")
+
+
+def _cmd_forget(args: Any) -> int:
+    places = _places(args)
+    _say_forgotten(places)
+    if stack_is_alive(places):
+        say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
     return 0
 
 
@@ -11976,6 +12005,8 @@ def _cmd_status(args: Any) -> int:
         state += f" ({tier['reason']})" if tier["reason"] else ""
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
         say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
+        if tier.get("parking"):
+            say(f"  {'':<{width}}  parking {tier['parking']}")
     for difference in rows.get("differences", ()):
         say(f"Note: {difference}")
     if rows.get("local_only"):
@@ -12632,7 +12663,7 @@ def _add_help(commands: Any) -> None:
     commands.add_parser("help", help="print this text").set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
+ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_forget, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
                 _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
