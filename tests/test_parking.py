@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -13,7 +14,7 @@ import pytest
 
 import llmstack
 from tests.noise_model import render_noise_gguf
-from tests.test_engine import FIRST_PORT, Stage
+from tests.test_engine import FIRST_PORT, Stage, wait_for
 
 IDENTITY = "a" * 24
 CONFIG = llmstack.Config(park_gb=1.0)
@@ -363,6 +364,38 @@ def test_forget_deletes_it_all(rig: Rig) -> None:
     assert llmstack.forget_parked(str(rig.data / "nowhere")) == 0
 
 
+def test_forget_says_what_it_freed(rig: Rig, capsys: pytest.CaptureFixture[str],
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMSTACK_DATA_DIR", str(rig.data))
+    park(rig)
+    assert llmstack.main(["stop", "--forget"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Forgot 0.0 GB of parked conversations.", "Nothing is running."]
+    assert rig.files() == []
+    assert llmstack.main(["forget"]) == 0
+    assert capsys.readouterr().out == "Nothing is parked.\n"
+
+
+def test_status_says_what_is_not_parked(rig: Rig, capsys: pytest.CaptureFixture[str],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMSTACK_DATA_DIR", str(rig.data))
+    rig.parking.turn_off(IDENTITY, "code-smart", "0 of 500 restored tokens were used")
+    assert llmstack.main(["status"]) == 1
+    assert "parking off: 0 of 500 restored tokens were used" in capsys.readouterr().out
+    assert llmstack.main(["status", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["tiers"]
+    assert {row["name"]: row["parking"] for row in rows if row["parking"]} == {
+        "code-smart": "off: 0 of 500 restored tokens were used"}
+
+
+def test_parking_can_be_off(tmp_path: Path) -> None:
+    log = llmstack.Log(str(tmp_path / "log"))
+    assert llmstack.open_parking(str(tmp_path), CONFIG._replace(park_gb=0), log) is None
+    assert not (tmp_path / "parked").exists()
+    (tmp_path / "parked").write_text("a file in its place")
+    assert llmstack.open_parking(str(tmp_path), CONFIG, log) is None
+
+
 # ---- llama.cpp itself
 
 
@@ -433,6 +466,24 @@ def test_a_real_conversation_survives_a_swap(real: RealStage) -> None:
         assert prompt > before
         assert cached >= before - 1
     assert llmstack.parking_notes(str(Path(real.parking.directory).parent)) == {}
+
+
+def test_a_real_conversation_is_parked_while_it_is_in_use(real: RealStage) -> None:
+    said = conversation("a")
+    tokens, _ = real.turn("code-smart", said)
+    real.wait_idle("code-smart")
+    bay = real.engine.models["code-smart"].bay
+    assert bay is not None
+    real.engine.unload_idle()
+    assert not list(Path(real.parking.directory).glob("*.kv"))
+    bay._saved_at = -1e9                        # ten minutes ago
+    real.engine.models["code-smart"].tier = real.engine.models["code-smart"].tier._replace(ttl=0)
+    real.engine.unload_idle()
+    wait_for(lambda: list(Path(real.parking.directory).glob("*.kv")), "a parked file")
+    real.parked(tokens)
+    os.kill(real.engine.models["code-smart"].process.pid, signal.SIGKILL)
+    real.wait_dead("code-smart")
+    assert real.turn("code-smart", said)[1] >= tokens - 1
 
 
 def test_a_real_server_that_dies_of_a_file_is_started_again_without_it(real: RealStage) -> None:
