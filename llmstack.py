@@ -6368,8 +6368,11 @@ def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
 class Lease:
     """A request's place at a backend. This one is ready at once."""
 
+    bay: Optional[Bay] = None                   # where the model's conversations are parked
+
     def __init__(self, upstream: Optional[Upstream] = None) -> None:
         self.upstream = upstream
+        self._target, self._body = "", b""
 
     def ready(self) -> bool:
         """True once `upstream` can be asked; until then, what can be done for it is begun.
@@ -6387,10 +6390,14 @@ class Lease:
         return ""
 
     def asks(self, target: str, body: Sequence[bytes]) -> None:
-        """What is about to be asked of it."""
+        """What is about to be asked, kept while its answer streams where it may be parked."""
+        if self.bay is not None and self.bay.wants(sum(map(len, body))):
+            self._target, self._body = target, b"".join(body)
 
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
+        if self.bay is not None and outcome.state == "done":
+            self.bay.note(self._target, self._body, tokens_said(outcome.said))
 
     def end(self) -> None:
         """Give the place back; once, whatever has happened."""
@@ -8077,6 +8084,10 @@ def parked_dir(data: str) -> str:
     return os.path.join(data, "parked")
 
 
+def parking_flags(data: str) -> List[str]:
+    return ["--slot-save-path", parked_dir(data)]
+
+
 def file_edges(path: str) -> str:
     """Tells files apart by their size, beginning and end. Errors: OSError."""
     import hashlib
@@ -8298,6 +8309,10 @@ class Bay:
         self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
         self._saved_at = time.monotonic()
+
+    def fresh(self) -> bool:
+        """Whether no slot has been used yet. Errors: OSError, ValueError."""
+        return not any(tokens or busy for _, tokens, busy in self._slots())
 
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
@@ -8542,14 +8557,13 @@ class Ticket(Lease):
         self.blocked_by: Set[str] = set()       # models that must become idle first
         self._engine = engine
         self._entered = False
-        self._target, self._body = "", b""      # where its answer may be one to park
 
     def ready(self) -> bool:
         if not self._engine.try_enter(self):
             return False
         self._entered = True
         self._engine.dequeue(self)
-        self.upstream = self.model.upstream
+        self.upstream, self.bay = self.model.upstream, self.model.bay
         return True
 
     def wait(self, seconds: float) -> None:
@@ -8557,16 +8571,6 @@ class Ticket(Lease):
 
     def stage(self) -> str:
         return "" if self._entered else self._engine.stage(self)
-
-    def asks(self, target: str, body: Sequence[bytes]) -> None:
-        bay = self.model.bay
-        if bay is not None and bay.wants(sum(map(len, body))):
-            self._target, self._body = target, b"".join(body)
-
-    def answered(self, outcome: Outcome) -> None:
-        bay = self.model.bay
-        if bay is not None and outcome.state == "done":
-            bay.note(self._target, self._body, tokens_said(outcome.said))
 
     def end(self) -> None:
         if self._entered:
@@ -9133,12 +9137,85 @@ class EngineApp(Behind):
 # ===================================================================================================
 
 
+class SwapBays:
+    """The parking of llama-swap's models, with the embedded engine's files.
+
+    llama-swap passes requests on as soon as a server is healthy, and says nothing before. So the
+    first request since a load waits while llama-swap is asked for the model's /health, which loads
+    it, and what is parked is restored. Before it stops a model, its cmdStop (share/guests/park.py)
+    asks for /llmstack/park/MODEL here.
+    """
+
+    def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
+                 log: Log) -> None:
+        self._parking, self._identify, self._log = parking, identify, log
+        self._tiers = {tier.name: tier for tier in tiers}
+        self._bays: Dict[str, Tuple[threading.Event, List[Bay]]] = {}
+        self._lock = threading.Lock()
+
+    def settle(self, name: str, swap: Upstream) -> Tuple[threading.Event, List[Bay]]:
+        """(set once a model is restored or cannot be, its bay then); that is begun where needed."""
+        with self._lock:
+            known = self._bays.get(name)
+            if known is None:
+                known = self._bays[name] = (threading.Event(), [])
+                threading.Thread(target=self._restore, args=(name, swap, *known),
+                                 name=f"restore {name}", daemon=True).start()
+            return known
+
+    def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
+        try:
+            tier = self._tiers[name]
+            swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
+            port = swap_ports(swap).get(name, 0)
+            if port:
+                server = Upstream("127.0.0.1", port)
+                server.key = swap.key
+                bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
+                if bay.fresh():
+                    bay.restore()
+                found.append(bay)
+        except (OSError, ValueError, UserError) as exc:
+            self._log.warning(f"{name}: nothing is restored: {exc}")
+        finally:
+            if not found:                       # the request that waits goes on, the next tries again
+                self.forget(name)
+            done.set()
+
+    def park(self, name: str) -> None:
+        """Save a model that is about to be stopped."""
+        known = self.forget(name)
+        for bay in known[1] if known else ():
+            bay.save(ending=True)
+
+    def forget(self, name: str) -> Optional[Tuple[threading.Event, List[Bay]]]:
+        with self._lock:
+            return self._bays.pop(name, None)
+
+    def forget_all(self) -> None:
+        with self._lock:
+            self._bays.clear()
+
+
 class SwapLease(Lease):
     """A request's place at llama-swap, which loads what it is asked for."""
 
-    def __init__(self, upstream: Upstream, model: str) -> None:
+    def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
         super().__init__(upstream)
         self._model = model
+        self._settling = bays.settle(model, upstream) if bays else None
+
+    def ready(self) -> bool:
+        if self._settling is None:
+            return True
+        done, found = self._settling
+        if done.is_set() and found:
+            self.bay = found[0]
+        return done.is_set()
+
+    def wait(self, seconds: float) -> None:
+        if self._settling is not None:
+            self._settling[0].wait(seconds)
 
     def stage(self) -> str:
         assert self.upstream is not None
@@ -9158,7 +9235,7 @@ class SwapApp(UpstreamApp):
     RESTART_S = 5                               # between two starts of one that keeps dying
 
     def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
-                 log: Log, output: str) -> None:
+                 log: Log, output: str, bays: Optional[SwapBays] = None) -> None:
         port = free_run(PRIVATE_PORT, 1)
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
@@ -9166,6 +9243,8 @@ class SwapApp(UpstreamApp):
         self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
         self._models.update((name, t.name) for t in local_tiers(config)
                             for name in (t.name, *t.aliases))
+        self._local = {t.name for t in local_tiers(config)}
+        self._bays = bays
         self._command, self._env, self._output = command(port), env, output
         self._process: Any = None
         self._started_s = 0.0
@@ -9204,15 +9283,46 @@ class SwapApp(UpstreamApp):
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
                            f" again, see {self._output}")
             stop_stack_members(self._env.get(STACK_VARIABLE, ""))   # its models hold its ports
+            if self._bays:
+                self._bays.forget_all()
             self._spawn()
 
     def close(self) -> None:
         self._closing = True
-        stop_process(self._process.pid, self._mark, STOP_GRACE_S, self._process.poll)
+        grace_s = STOP_GRACE_S + (PARK_S if self._bays else 0)
+        stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
     def lease(self, name: str) -> Lease:
-        return SwapLease(self.upstream, self._models.get(name, name))
+        model = self._models.get(name, name)
+        return SwapLease(self.upstream, model, self._bays if model in self._local else None)
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        park = "/llmstack/park/"
+        if self._bays and request.method == "POST" and request.target.startswith(park):
+            self._bays.park(request.target[len(park):])
+            client.reply(200, b"OK", _PLAIN)
+            return
+        super().pass_on(client, request, body, drop, remedy)
+
+
+def with_stop_hook(text: str, words: Sequence[str]) -> str:
+    """llama-swap's configuration with a command before each llama-server is stopped."""
+    line = '    proxy: "http://127.0.0.1:${PORT}"\n'
+    command = " ".join(map(windows_quote if IS_WINDOWS else posix_quote, words))
+    return text.replace(line, f"{line}    cmdStop: {_yaml_quoted(command + ' ${MODEL_ID} ${PID}')}\n")
+
+
+def swap_ports(upstream: Upstream) -> Dict[str, int]:
+    """Model -> the port of its server, of those that are ready."""
+    rows = asked_json(upstream, "/running").get("running")
+    ports = {}
+    for row in rows if isinstance(rows, list) else ():
+        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy"))) if isinstance(row, dict) else None
+        if found and row.get("state") == "ready":
+            ports[str(row.get("model"))] = int(found.group(1))
+    return ports
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -9348,10 +9458,16 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     refused = probe_flags(program, config, places.data) if program else frozenset()
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
+    parks = config.park_gb and "--slot-save-path" not in refused
+    if parks and program:
+        program = (*program, *parking_flags(places.data))
     text = render_llama_swap_yaml(
         config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
         {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+    if parks:
+        hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
+        text = with_stop_hook(text, hook)
     write_atomic(path, text, 0o600)
 
 
@@ -9781,8 +9897,6 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         proxy = (states or {}).get(PROXY, ("", None))
         _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
     notes = parking_notes(places.data)
-    if record is not None and record.kind == "llama-swap" and config.park_gb:
-        notes = {t.name: "off: under llama-swap" for t in local_tiers(config)}
     for row in rows["tiers"]:
         row["parking"] = notes.get(row["name"], "")
     rows["local_only"] = config.local_only
@@ -12499,7 +12613,7 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
                 refused.append(probe_flags(program, config, places.data))
         words = server_command(program, tier, config, port, use_next, refused[0])
         if parking is not None and "--slot-save-path" not in refused[0]:
-            words += ["--slot-save-path", parking.directory]
+            words += parking_flags(places.data)
         return words
 
     parking = open_parking(places.data, config, log)
@@ -12517,13 +12631,23 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     env = litellm_env(env) if proxy else env
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
+    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, use_next, proxy, path)
     program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"))
+    parking, bays = open_parking(data, config, log), None
+    refused = probe_flags(server, config, data) if server else frozenset()
+    if parking is not None and server and "--slot-save-path" not in refused:
+        def identify(tier: Tier) -> str:
+            words = server_command(server, tier, config, 0, use_next, refused)
+            weights = cached_model(weights_for(tier, use_next), env)
+            return parking_identity([*words, *parking_flags(data)], weights, env)
+
+        bays = SwapBays(parking, local_tiers(config), identify, log)
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
 def _add_setup(commands: Any) -> None:
@@ -12699,8 +12823,8 @@ def _add_help(commands: Any) -> None:
     parser.set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_forget, _add_restart,
-                _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
+ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_forget,
+                _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
                 _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.

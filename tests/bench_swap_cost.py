@@ -37,8 +37,8 @@ import llmstack
 
 ROOT = Path(llmstack.__file__).parent
 PARKED, OFF, SWAP, ROUTER = "ours", "ours, park_gb = 0", "llama-swap", "llama.cpp's router mode"
-WORDS = ("river stone window paper letter winter garden market silver candle island bridge engine"
-         " forest signal mirror copper harbour ladder meadow").split()
+WORDS = ["river", "stone", "window", "paper", "letter", "winter", "garden", "market", "silver",
+         "candle", "island", "bridge", "engine", "forest", "signal", "mirror", "copper", "harbour"]
 
 
 class Turn(NamedTuple):
@@ -261,10 +261,10 @@ def main(argv: Sequence[str]) -> int:
     names = list(rounds)
     for number in range(asked.rounds):
         for name in names[number % len(names):] + names[:number % len(names)]:
-            with tempfile.TemporaryDirectory(prefix="swap-cost-") as directory:
-                with stacks(asked)[name](Path(directory)) as port:
-                    ask(port, "two", [{"role": "user", "content": "Hello"}])
-                    done = one_round(port, asked.tokens, f"{number} {names.index(name)}")
+            with tempfile.TemporaryDirectory(prefix="swap-cost-") as directory, \
+                    stacks(asked)[name](Path(directory)) as port:
+                ask(port, "two", [{"role": "user", "content": "Hello"}])
+                done = one_round(port, asked.tokens, f"{number} {names.index(name)}")
             rounds[name].append(done)
             print(f"round {number + 1}, {name}: {done.cold.prompt:,} tokens read in {done.cold.first_s:.2f} s,"
                   f" swap {done.swap.first_s:.2f} s, back in {done.back.first_s:.2f} s,"

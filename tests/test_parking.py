@@ -15,6 +15,7 @@ import pytest
 import llmstack
 from tests.noise_model import render_noise_gguf
 from tests.test_engine import FIRST_PORT, Stage, wait_for
+from tests.test_stack import Project, ask, engines, only_llama_swap
 
 IDENTITY = "a" * 24
 CONFIG = llmstack.Config(park_gb=1.0)
@@ -50,7 +51,7 @@ class Slots:
             return answer(200, rows)
         if path.startswith("/v1/"):
             words = json.loads(body)
-            assert words["max_tokens"] == 1 and words["stream"] is False
+            assert (words["max_tokens"], words["stream"]) == (1, False)
             tokens = self.host_cache[words["messages"][-1]["content"].encode()]
             self.held = {**dict.fromkeys(self.held, 0), 3: tokens}
             return answer(200, {})
@@ -516,3 +517,32 @@ def test_a_full_disk_loses_a_real_conversation_and_nothing_else(
     assert not list(Path(real.parking.directory).glob("*.kv"))
     assert "not parked" in real.log()
     real.turn("code-smart", said)
+
+
+@pytest.mark.parametrize("engine", engines())
+def test_a_conversation_survives_a_swap_and_a_restart(
+        engine: str, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files serve both engines."""
+    monkeypatch.setattr(llmstack, "find_program", only_llama_swap(llmstack.find_program))
+    weights = tmp_path / "noise.gguf"
+    weights.write_bytes(render_noise_gguf())
+    tier = f"path = {weights}\nctx_size = 4k\nsize_gb = 0.1\n"
+    project = Project(f"park_after_s = 0\n[one]\nrole = agent\n{tier}[two]\nrole = plan\n{tier}", engine)
+    said = conversation("a", 120)
+
+    def turn(model: str, messages: List[Dict[str, str]]) -> Tuple[int, int]:
+        told = json.loads(ask(project.router_port, model=model, max_tokens=8, messages=messages)[1])
+        messages += [told["choices"][0]["message"], {"role": "user", "content": "more"}]
+        return told["timings"]["prompt_n"] + told["timings"]["cache_n"], told["timings"]["cache_n"]
+
+    try:
+        assert llmstack.main(["start"]) == 0
+        before, cached = turn("one", said)
+        assert cached == 0
+        turn("two", conversation("b"))
+        now, cached = turn("one", said)
+        assert cached >= before - 1, project.log("engine")
+        assert llmstack.main(["restart", "--detach"]) == 0
+        assert turn("one", said)[1] >= now - 1, project.log("engine")
+    finally:
+        llmstack.main(["stop"])
