@@ -43,6 +43,7 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
     LITELLM              which one, its environment, its configuration read by its own parser
+    PARKING              what a model's slots hold, saved before it stops and restored after its load
     ENGINE               llama-server processes within the memory there is, and their application on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
@@ -161,7 +162,7 @@ MAX_BREAKER_S = 300                # ...or as long as its Retry-After says, up t
 
 LOAD_TIMEOUT_S = 600               # llama-swap's healthCheckTimeout; 45 GB from a slow disk fit in it
 STOP_GRACE_S = 5                   # llama-server often hangs on TERM with a request in flight
-PARK_GRACE_S = 3                   # for the daemon, to end its own children before it ends
+PARK_GRACE_S = 20                  # for the daemon, to park conversations and end its own children
 START_TIMEOUT_S = 90               # until a daemon answers; llama-swap is up within a second
 WAITING_EVERY_S = 2.0              # between the first messages of a stream that waits
 FAILED_LOAD_S = 15                 # a load that failed is not tried again at once
@@ -310,6 +311,9 @@ class Config(NamedTuple):
     llama_server_bin: str = ""
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
     decision_log: bool = True                   # logs/decisions.jsonl
+    park_gb: float = 20.0                       # of parked conversations on the disk, 0: none
+    park_after_s: int = 3                       # a conversation is parked that takes longer to read
+    park_every_min: int = 10                    # ...and while in use, 0: only before a stop
     loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
 
     @property
@@ -978,6 +982,9 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "llama_server_bin": Option("text"),
     "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
     "decision_log": Option("bool", harmless=_ANY_VALUE),
+    "park_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "park_after_s": Option("int", 0, 86_400, harmless=_ANY_VALUE),
+    "park_every_min": Option("int", 0, 100_000, harmless=_ANY_VALUE),
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
@@ -5954,8 +5961,8 @@ class Upstream:
         self.close_idle(0.0)
 
     def get(self, path: str, timeout_s: float = 5.0, method: str = "GET",
-            headers: bytes = b"",
-            limit_bytes: int = MAX_BODY_BYTES) -> Tuple[Response, bytes]:
+            headers: bytes = b"", limit_bytes: int = MAX_BODY_BYTES,
+            body: bytes = b"") -> Tuple[Response, bytes]:
         """A small request of our own: (head, body), whole within `timeout_s` of the connection.
 
         Errors: OSError, ValueError.
@@ -5965,13 +5972,13 @@ class Upstream:
         lines = [
             f"{method} {self.prefix}{path} HTTP/1.1".encode("latin-1"),
             b"Host: " + self.authority,
-            headers + b"Content-Length: 0",
+            headers + b"Content-Length: %d" % len(body),
             b"Connection: close",
         ]
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
-            sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+            sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + body)
             return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
@@ -6797,8 +6804,11 @@ def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
 class Lease:
     """A request's place at a backend. This one is ready at once."""
 
+    bay: Optional[Bay] = None                   # where the model's conversations are parked
+
     def __init__(self, upstream: Optional[Upstream] = None) -> None:
         self.upstream = upstream
+        self._target, self._body = "", b""
 
     def ready(self) -> bool:
         """True once `upstream` can be asked; until then, what can be done for it is begun.
@@ -6814,6 +6824,16 @@ class Lease:
     def stage(self) -> str:
         """What is waited for, in words ("loading code-smart"), "" for nothing worth saying."""
         return ""
+
+    def asks(self, target: str, body: Sequence[bytes]) -> None:
+        """What is about to be asked, kept while its answer streams where it may be parked."""
+        if self.bay is not None and self.bay.wants(sum(map(len, body))):
+            self._target, self._body = target, b"".join(body)
+
+    def answered(self, outcome: Outcome) -> None:
+        """How that ended."""
+        if self.bay is not None and outcome.state == "done":
+            self.bay.note(self._target, self._body, tokens_said(outcome.said))
 
     def end(self) -> None:
         """Give the place back; once, whatever has happened."""
@@ -7003,7 +7023,10 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
         terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
-        return relay(client, request, upstream, target, body, terms)
+        lease.asks(target, body)
+        outcome = relay(client, request, upstream, target, body, terms)
+        lease.answered(outcome)
+        return outcome
     except LoadError as exc:
         return Outcome("failed", 500, str(exc))
     finally:
@@ -7890,6 +7913,8 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     import subprocess
 
     groups = {flag[0]: flag for flag in [*common_flags(config), *(f for t in local_tiers(config) for f in tier_flags(t))]}
+    if config.park_gb:
+        groups["--slot-save-path"] = ("--slot-save-path", data)
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
     try:
         stamp = _stamp(program)
@@ -8543,6 +8568,486 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 
 
 # ===================================================================================================
+# PARKING
+# ===================================================================================================
+# What the slots of a model hold is saved before its server stops and restored after its next load,
+# so that no conversation is read twice. <data>/parked/ has IDENTITY-N.kv, written by llama-server,
+# IDENTITY-N.json beside each, and IDENTITY.off for a model that ignores what is restored.
+#
+# A save catches slots alone, and all but one are empty (b11549 and b11669, four slots): as a task
+# begins, every idle slot goes to the host's prompt cache. After conversations of 1,414, 414 and 414
+# tokens the slots held 0, 0 and 414. Asking for a prompt again brings it back, 1,410 of its 1,411
+# tokens in 2 to 10 ms; so the last requests of long conversations are kept, and asked again for one
+# token before the end. --no-cache-idle-slots would leave them in their slots, but then a prompt too
+# long for what is left of the context purges others without a copy.
+# After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
+# until its slot is saved anew. A cut file ends the server of b11549, so the ends are looked at here.
+
+PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
+PARK_S = 15                                     # for all that one model parks
+PULL_S = 5                                      # for one conversation of the host's cache
+SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
+LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed
+MAX_TALKS = 8                                   # a loaded model's conversations, and...
+MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
+_EDGE_BYTES = 64 * 1024
+
+
+class Talk(NamedTuple):
+    """A conversation that a loaded model has answered, as it was asked last."""
+
+    target: str
+    body: bytes
+    turns: int                                  # messages, or characters of a plain prompt
+    begins: str                                 # what beginning() says of all these
+    prompt: int                                 # tokens
+    tokens: int                                 # of prompt and answer
+
+
+NO_TALK = Talk("", b"", 0, "", 0, 0)
+
+
+class Parked(NamedTuple):
+    """A saved slot, as the .json beside its .kv tells it."""
+
+    slot: int
+    tokens: int
+    edges: str                                  # of the .kv, see file_edges
+    turns: int                                  # of the conversation in it, see Talk
+    begins: str
+    prompt: int
+
+
+def parked_dir(data: str) -> str:
+    return os.path.join(data, "parked")
+
+
+def parking_flags(data: str) -> List[str]:
+    return ["--slot-save-path", parked_dir(data)]
+
+
+def file_edges(path: str) -> str:
+    """Tells files apart by their size, beginning and end. Errors: OSError."""
+    import hashlib
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(file.read(_EDGE_BYTES))
+        file.seek(max(size - _EDGE_BYTES, 0))
+        digest.update(file.read())
+    return f"{size}-{digest.hexdigest()[:16]}"
+
+
+def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
+    """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
+    import hashlib
+    at = command.index("--port")
+    program = command[:command.index("--host")]
+    settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
+    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns),
+             *command[:at], *command[at + 2:], *settings]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
+
+
+def talk_turns(values: Mapping[str, Any]) -> Any:
+    """What a request's prompt grows by: a list of messages, or text."""
+    for key in ("messages", "input", "prompt"):
+        if isinstance(values.get(key), (list, str)):
+            return values[key]
+    return ""
+
+
+def beginning(values: Mapping[str, Any], turns: int) -> str:
+    """A hash of the first `turns` of a request; "" where it has fewer."""
+    import hashlib
+    said = talk_turns(values)
+    if not turns or len(said) < turns:
+        return ""
+    above = [values.get("system"), values.get("instructions"), values.get("tools")]
+    text = json.dumps([above, said[:turns]])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def parking_notes(data: str) -> Dict[str, str]:
+    """Model -> why nothing of it is parked."""
+    notes = {}
+    for name in _names_in(parked_dir(data)):
+        if name.endswith(".off"):
+            said = _read_json(os.path.join(parked_dir(data), name))
+            notes[str(said.get("model"))] = f"off: {visible(str(said.get('why')))}"
+    return notes
+
+
+def forget_parked(data: str) -> int:
+    """Delete every parked conversation; returns the bytes. Errors: UserError."""
+    freed = 0
+    for name in _names_in(parked_dir(data)):
+        path = os.path.join(parked_dir(data), name)
+        freed += file_size(path)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            raise UserError(f"cannot delete {path}: {exc.strerror}", path_hint(exc)) from None
+    return freed
+
+
+def _names_in(directory: str) -> List[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
+class Parking:
+    """The directory of what is parked, its limits, and the speeds that say what is worth it."""
+
+    def __init__(self, data: str, config: Config) -> None:
+        self.directory = parked_dir(data)
+        self.every_s = config.park_every_min * 60
+        self._most_bytes, self._after_s = config.park_gb * 1e9, config.park_after_s
+        self._speeds_path = os.path.join(data, "speeds.json")
+        self._speeds = _read_json(self._speeds_path)
+        self._lock = threading.Lock()
+        make_private_dir(self.directory)
+        for name in _names_in(self.directory):  # half a save, of a daemon that was killed
+            if name.endswith(".tmp"):
+                _remove(self.path(name))
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    # ---- speeds, by identity
+
+    def speed(self, identity: str, what: str, otherwise: float = 0.0) -> float:
+        """What has been seen: tokens "read" or "saved" a second, or "bytes" a token."""
+        row = self._speeds.get(identity)
+        found = row.get(what) if isinstance(row, dict) else None
+        return float(found) if isinstance(found, (int, float)) and found > 0 else otherwise
+
+    def note_speed(self, identity: str, model: str, what: str, value: float) -> None:
+        """Learn a speed; one answer moves it by a third."""
+        known = self.speed(identity, what, value)
+        with self._lock:
+            row = {**(self._speeds.pop(identity, None) or {}), "model": model}
+            self._speeds[identity] = {**row, what: round(known + (value - known) / 3, 2)}
+            for stale in list(self._speeds)[:-64]:
+                del self._speeds[stale]
+
+    def keep_speeds(self) -> None:
+        with self._lock:
+            text = json.dumps(self._speeds, indent=1)
+        write_atomic(self._speeds_path, text)
+
+    def worth(self, identity: str, tokens: int) -> bool:
+        """Whether reading so much again would take longer than park_after_s."""
+        per_s = self.speed(identity, "read")
+        return per_s > 0 and tokens / per_s > self._after_s
+
+    # ---- files
+
+    def off(self, identity: str) -> bool:
+        return os.path.exists(self.path(identity + ".off"))
+
+    def turn_off(self, identity: str, model: str, why: str) -> None:
+        write_atomic(self.path(identity + ".off"), json.dumps({"model": model, "why": why}))
+        for parked in self.saved(identity):
+            self.drop(identity, parked.slot)
+
+    def try_again(self, identity: str, model: str) -> None:
+        """What was said of another build of llama.cpp, or other weights, holds no longer."""
+        for name in _names_in(self.directory):
+            path = self.path(name)
+            other = name.endswith(".off") and name != identity + ".off"
+            if other and _read_json(path).get("model") == model:
+                _remove(path)
+
+    def saved(self, identity: str) -> List[Parked]:
+        """What is there of a model, the longest first."""
+        found = []
+        for name in _names_in(self.directory):
+            if name.startswith(identity + "-") and name.endswith(".json"):
+                row = _read_json(self.path(name))
+                try:
+                    found.append(Parked(**row))
+                except TypeError:               # of another version
+                    _remove(self.path(name))
+        return sorted(found, key=lambda parked: -parked.tokens)
+
+    def intact(self, identity: str, parked: Parked) -> bool:
+        try:
+            return file_edges(self.path(f"{identity}-{parked.slot}.kv")) == parked.edges
+        except OSError:
+            return False
+
+    def keep(self, identity: str, parked: Parked, temporary: str) -> None:
+        """Take a file that has been written whole. Errors: OSError, UserError."""
+        stem = self.path(f"{identity}-{parked.slot}")
+        os.chmod(temporary, 0o600)
+        write_atomic(stem + ".json", json.dumps(parked._asdict()))
+        replace_file(temporary, stem + ".kv")
+        self.make_room()
+
+    def drop(self, identity: str, slot: int) -> None:
+        for end in (".kv", ".json"):
+            _remove(self.path(f"{identity}-{slot}{end}"))
+
+    def used(self, identity: str, slot: int) -> None:
+        os.utime(self.path(f"{identity}-{slot}.kv"))
+
+    def make_room(self, more_bytes: float = 0.0) -> bool:
+        """Drop the longest unused until the rest fits; False where `more_bytes` never will."""
+        import shutil
+        with self._lock:
+            files = []
+            for name in _names_in(self.directory):
+                if name.endswith(".kv"):
+                    status = os.stat(self.path(name))
+                    files.append((status.st_mtime_ns, name, status.st_size))
+            total = sum(size for _, _, size in files)
+            for _, name, size in sorted(files):
+                free = shutil.disk_usage(self.directory).free
+                fits = total + more_bytes <= self._most_bytes
+                if fits and free - more_bytes >= PARKED_LEAST_FREE_BYTES:
+                    return True
+                self.drop(*_stem_parts(name))
+                total -= size
+            free = shutil.disk_usage(self.directory).free
+        return more_bytes <= self._most_bytes and free - more_bytes >= PARKED_LEAST_FREE_BYTES
+
+
+def _stem_parts(name: str) -> Tuple[str, int]:
+    """IDENTITY-N.kv -> (IDENTITY, N)."""
+    identity, _, number = name.rpartition(".")[0].rpartition("-")
+    return identity, int(number) if number.isdigit() else -1
+
+
+def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
+    """The parking of a data directory; None where it is off or cannot be."""
+    if not config.park_gb:
+        return None
+    try:
+        return Parking(data, config)
+    except OSError as exc:
+        log.warning(f"no conversation is parked: {exc}")
+        return None
+
+
+class Bay:
+    """The parking of one loaded model: restores its slots, watches its answers, saves its slots."""
+
+    def __init__(self, parking: Parking, tier: Tier, identity: str, upstream: Upstream,
+                 log: Log) -> None:
+        self._parking, self._log = parking, log
+        self._name, self._context = tier.name, tier.ctx_size
+        self._identity, self._upstream = identity, upstream
+        self._talks: List[Talk] = []
+        self._restored: List[Parked] = []       # until the first answer has proved it
+        self._lock = threading.Lock()           # of the two above
+        self._saving = threading.Lock()
+        self._saved_at = time.monotonic()
+
+    def fresh(self) -> bool:
+        """Whether no slot has been used yet. Errors: OSError, ValueError."""
+        return not any(tokens or busy for _, tokens, busy in self._slots())
+
+    def restore(self) -> bool:
+        """Fill a fresh server's slots; False where it went silent over a file, now gone."""
+        parking, identity = self._parking, self._identity
+        parking.try_again(identity, self._name)
+        left, began = self._context, time.monotonic()
+        for parked in parking.saved(identity):
+            if not parking.intact(identity, parked):
+                parking.drop(identity, parked.slot)
+                continue
+            if parked.tokens > left:
+                continue
+            status, name = 0, f"{identity}-{parked.slot}.kv"
+            try:
+                status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
+            except (OSError, ValueError):
+                pass
+            if status != 200:
+                self._log.warning(f"{self._name}: a parked conversation is dropped, its restore"
+                                  f" is answered {status or 'not at all'}")
+                parking.drop(identity, parked.slot)
+            if not status:
+                return False
+            if status == 200:
+                parking.used(identity, parked.slot)
+                self._restored.append(parked)
+                left -= parked.tokens
+        if self._restored:
+            tokens = sum(parked.tokens for parked in self._restored)
+            self._log.info(f"{self._name}: restored {tokens:,} tokens of {len(self._restored)}"
+                           f" conversations in {time.monotonic() - began:.2f} s")
+        return True
+
+    def wants(self, body_bytes: int) -> bool:
+        """Whether a request of that size may be one to keep."""
+        if body_bytes > MAX_TALK_BYTES:
+            return False
+        known = self._parking.speed(self._identity, "read")
+        worth = self._parking.worth(self._identity, body_bytes // 2)
+        return worth or not known or bool(self._restored)
+
+    def note(self, target: str, body: bytes, counts: Counts) -> None:
+        """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
+        parking, identity = self._parking, self._identity
+        if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
+            parking.note_speed(identity, self._name, "read", counts.read_per_s)
+        if not body:
+            return
+        values = parse_json_object(body)
+        with self._lock:
+            restored, self._restored = self._restored, []
+        for parked in restored:
+            ignored = counts.cached < parked.prompt // 10
+            if ignored and beginning(values, parked.turns) == parked.begins != "":
+                why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
+                       " by this build of llama.cpp")
+                self._log.warning(f"{self._name}: nothing is parked any more: {why}")
+                parking.turn_off(identity, self._name, why)
+        turns = len(talk_turns(values))
+        if turns and parking.worth(identity, counts.prompt):
+            talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
+                        counts.prompt + counts.output)
+            with self._lock:
+                others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
+                self._talks = [*others, talk][-MAX_TALKS:]
+
+    def due(self, last_used: float) -> bool:
+        """Whether an idle model has been in use for so long that it is saved meanwhile."""
+        every_s = self._parking.every_s
+        due = 0 < every_s < time.monotonic() - self._saved_at and last_used > self._saved_at
+        if due:
+            self._saved_at = time.monotonic()
+        return due
+
+    def save(self, ending: bool) -> None:
+        """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
+
+        Not `ending`: only what takes under a second, for requests may be coming.
+        """
+        with self._saving:
+            try:
+                if not self._parking.off(self._identity):
+                    self._save_all(ending)
+                self._parking.keep_speeds()
+            except (OSError, ValueError, UserError) as exc:
+                self._log.warning(f"{self._name}: not parked: {exc}")
+
+    def _save_all(self, ending: bool) -> None:
+        began, held, numbers = time.monotonic(), self._slots(), []
+        end = began + (PARK_S if ending else 1)
+        per_s = self._parking.speed(self._identity, "saved", SAVED_PER_S)
+        with self._lock:
+            talks = sorted(self._talks, key=lambda talk: -talk.prompt)
+        for slot, tokens, busy in held:
+            quick = ending or tokens / per_s < 1
+            if not busy and quick and self._parking.worth(self._identity, tokens):
+                talk = next((t for t in talks if t.prompt <= tokens <= t.tokens), NO_TALK)
+                if self._save_slot(slot, slot, tokens, talk, end):
+                    numbers.append(slot)
+        if ending and not any(busy for _, _, busy in held):
+            for talk in talks:
+                free = [slot for slot, _, _ in held if slot not in numbers]
+                if free and not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held):
+                    slot = self._pull(talk, end)
+                    if slot >= 0:
+                        number = slot if slot in free else min(free)
+                        if self._save_slot(slot, number, talk.prompt, talk, end):
+                            numbers.append(number)
+        if numbers:
+            self._log.info(f"{self._name}: parked {len(numbers)} conversations"
+                           f" in {time.monotonic() - began:.2f} s")
+
+    def _slots(self) -> List[Tuple[int, int, bool]]:
+        """(slot, tokens in it, whether it is at work), the longest first.
+
+        Errors: OSError, ValueError.
+        """
+        rows = json.loads(self._upstream.get("/slots", 2.0)[1])
+        if not isinstance(rows, list):
+            raise ValueError("llama-server tells nothing of its slots")
+        found = []
+        for row in rows:
+            if isinstance(row, dict) and isinstance(row.get("id"), int):
+                tokens = row.get("n_prompt_tokens")
+                count = tokens if isinstance(tokens, int) else 0
+                found.append((row["id"], count, row.get("is_processing") is True))
+        return sorted(found, key=lambda row: -row[1])
+
+    def _ask_slot(self, slot: int, action: str, name: str,
+                  timeout_s: float) -> Tuple[int, Dict[str, Any]]:
+        """(status, answer) of a save or a restore. Errors: OSError, ValueError."""
+        path, body = f"/slots/{slot}?action={action}", json.dumps({"filename": name}).encode()
+        response, said = self._upstream.get(path, timeout_s, "POST", body=body)
+        return response.status, parse_json_object(said)
+
+    def _save_slot(self, slot: int, number: int, tokens: int, talk: Talk, end: float) -> bool:
+        """Save a slot under a number; False where it does not come out whole.
+
+        It may take as long as reading it again would, no longer.
+        """
+        parking, identity = self._parking, self._identity
+        name = f"{identity}-{number}.tmp"
+        temporary = parking.path(name)
+        began = time.monotonic()
+        again_s = tokens / parking.speed(identity, "read", 1.0)
+        timeout_s = max(min(again_s, end - began), 0.1)
+        try:
+            if not parking.make_room(tokens * parking.speed(identity, "bytes")):
+                return False
+            status, said = self._ask_slot(slot, "save", name, timeout_s)
+            size, saved = file_size(temporary), said.get("n_saved")
+            whole = status == 200 and size == said.get("n_written")
+            if not whole or not isinstance(saved, int) or saved < 1:
+                raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
+            took_s = time.monotonic() - began
+            parking.note_speed(identity, self._name, "bytes", size / saved)
+            parking.note_speed(identity, self._name, "saved", saved / took_s)
+            self._drop_older(number, talk)
+            edges = file_edges(temporary)
+            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt)
+            parking.keep(identity, parked, temporary)
+            return True
+        except (OSError, ValueError, UserError) as exc:
+            self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
+            return False
+        finally:
+            _remove(temporary)
+
+    def _drop_older(self, number: int, talk: Talk) -> None:
+        """An older state of the same conversation, in another slot's file, would take its room."""
+        values = parse_json_object(talk.body)
+        for parked in self._parking.saved(self._identity):
+            same = beginning(values, parked.turns) == parked.begins != ""
+            if same and parked.slot != number:
+                self._parking.drop(self._identity, parked.slot)
+
+    def _pull(self, talk: Talk, end: float) -> int:
+        """Bring a conversation from the host's prompt cache into a slot; -1 where it is not there."""
+        values = parse_json_object(talk.body)
+        for name in ("max_completion_tokens", "n_predict", "stream_options"):
+            values.pop(name, None)
+        values["max_output_tokens" if "/responses" in talk.target else "max_tokens"] = 1
+        values["stream"] = False
+        body = json.dumps(values).encode()
+        timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
+        kind = b"Content-Type: application/json\r\n"
+        try:
+            self._upstream.get(talk.target, timeout_s, "POST", kind, body=body)
+        except (OSError, ValueError):           # it was not there, and is being read
+            return -1
+        for slot, tokens, busy in self._slots():
+            if not busy and talk.prompt <= tokens <= talk.prompt + 1:
+                return slot
+        return -1
+
+
+# ===================================================================================================
 # ENGINE
 # ===================================================================================================
 
@@ -8566,6 +9071,7 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
+        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
 
     @property
     def name(self) -> str:
@@ -8595,7 +9101,7 @@ class Ticket(Lease):
             return False
         self._entered = True
         self._engine.dequeue(self)
-        self.upstream = self.model.upstream
+        self.upstream, self.bay = self.model.upstream, self.model.bay
         return True
 
     def wait(self, seconds: float) -> None:
@@ -8622,7 +9128,9 @@ class Engine:
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
                  log_path: Callable[[str], str], env: Mapping[str, str], budget_gb: float,
                  use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
-                 fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None) -> None:
+                 fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None,
+                 parking: Optional[Parking] = None) -> None:
+        self._parking = parking
         self._command, self._log, self._log_path = command, log, log_path
         self._env, self._local_env = dict(env), without_credentials(env)
         self._budget_gb, self._first_port = budget_gb, first_port
@@ -8795,6 +9303,8 @@ class Engine:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
             self._start(model)
+            while not self._restore(model):
+                self._start(model)
             with self._changed:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
@@ -8901,6 +9411,27 @@ class Engine:
             time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
         return None
 
+    def _restore(self, model: Model) -> bool:
+        """Restore what is parked of a model; False where its server has died of that.
+
+        Each time a file is gone, so another server dies of another file or not at all.
+        """
+        if self._parking is None or "--slot-save-path" not in model.command:
+            return True
+        assert model.upstream is not None
+        weights = cached_model(weights_for(model.tier, self.use_next), self._local_env)
+        try:
+            identity = parking_identity(model.command, weights, self._local_env)
+        except OSError as exc:
+            self._log.warning(f"{model.name}: nothing is parked, its file is not found: {exc}")
+            return True
+        bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
+        if not bay.restore() and not self._healthy(model.process, model.upstream, "/health"):
+            stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+            return False
+        model.bay = bay
+        return True
+
     def _check_wanted(self, model: Model) -> None:
         if self._closing or model.cancelled:
             raise _Cancelled
@@ -8928,6 +9459,8 @@ class Engine:
         """
         process, started = model.process, model.started
         if process is not None:
+            if model.bay is not None and process.poll() is None:
+                model.bay.save(ending=True)
             while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
                 self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
                 if self._closing:
@@ -8939,7 +9472,7 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream = None, 0, None
+        model.process, model.port, model.upstream, model.bay = None, 0, None, None
         model.cancelled = model.listening = False
         model.turn_to("stopped")
         self._changed.notify_all()
@@ -8974,6 +9507,9 @@ class Engine:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
                     model.turn_to("stopping")
                     self._stop_soon(model)
+                elif model.bay is not None and model.bay.due(model.last_used):
+                    threading.Thread(target=model.bay.save, args=(False,),
+                                     name=f"park {model.name}", daemon=True).start()
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
@@ -9195,12 +9731,85 @@ class EngineApp(Behind):
 # ===================================================================================================
 
 
+class SwapBays:
+    """The parking of llama-swap's models, with the embedded engine's files.
+
+    llama-swap passes requests on as soon as a server is healthy, and says nothing before. So the
+    first request since a load waits while llama-swap is asked for the model's /health, which loads
+    it, and what is parked is restored. Before it stops a model, its cmdStop (share/guests/park.py)
+    asks for /llmstack/park/MODEL here.
+    """
+
+    def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
+                 log: Log) -> None:
+        self._parking, self._identify, self._log = parking, identify, log
+        self._tiers = {tier.name: tier for tier in tiers}
+        self._bays: Dict[str, Tuple[threading.Event, List[Bay]]] = {}
+        self._lock = threading.Lock()
+
+    def settle(self, name: str, swap: Upstream) -> Tuple[threading.Event, List[Bay]]:
+        """(set once a model is restored or cannot be, its bay then); that is begun where needed."""
+        with self._lock:
+            known = self._bays.get(name)
+            if known is None:
+                known = self._bays[name] = (threading.Event(), [])
+                threading.Thread(target=self._restore, args=(name, swap, *known),
+                                 name=f"restore {name}", daemon=True).start()
+            return known
+
+    def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
+        try:
+            tier = self._tiers[name]
+            swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
+            port = swap_ports(swap).get(name, 0)
+            if port:
+                server = Upstream("127.0.0.1", port)
+                server.key = swap.key
+                bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
+                if bay.fresh():
+                    bay.restore()
+                found.append(bay)
+        except (OSError, ValueError, UserError) as exc:
+            self._log.warning(f"{name}: nothing is restored: {exc}")
+        finally:
+            if not found:                       # the request that waits goes on, the next tries again
+                self.forget(name)
+            done.set()
+
+    def park(self, name: str) -> None:
+        """Save a model that is about to be stopped."""
+        known = self.forget(name)
+        for bay in known[1] if known else ():
+            bay.save(ending=True)
+
+    def forget(self, name: str) -> Optional[Tuple[threading.Event, List[Bay]]]:
+        with self._lock:
+            return self._bays.pop(name, None)
+
+    def forget_all(self) -> None:
+        with self._lock:
+            self._bays.clear()
+
+
 class SwapLease(Lease):
     """A request's place at llama-swap, which loads what it is asked for."""
 
-    def __init__(self, upstream: Upstream, model: str) -> None:
+    def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
         super().__init__(upstream)
         self._model = model
+        self._settling = bays.settle(model, upstream) if bays else None
+
+    def ready(self) -> bool:
+        if self._settling is None:
+            return True
+        done, found = self._settling
+        if done.is_set() and found:
+            self.bay = found[0]
+        return done.is_set()
+
+    def wait(self, seconds: float) -> None:
+        if self._settling is not None:
+            self._settling[0].wait(seconds)
 
     def stage(self) -> str:
         assert self.upstream is not None
@@ -9220,7 +9829,7 @@ class SwapApp(UpstreamApp):
     RESTART_S = 5                               # between two starts of one that keeps dying
 
     def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
-                 log: Log, output: str) -> None:
+                 log: Log, output: str, bays: Optional[SwapBays] = None) -> None:
         port = free_run(PRIVATE_PORT, 1)
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
@@ -9228,6 +9837,8 @@ class SwapApp(UpstreamApp):
         self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
         self._models.update((name, t.name) for t in local_tiers(config)
                             for name in (t.name, *t.aliases))
+        self._local = {t.name for t in local_tiers(config)}
+        self._bays = bays
         self._command, self._env, self._output = command(port), env, output
         self._process: Any = None
         self._started_s = 0.0
@@ -9266,15 +9877,46 @@ class SwapApp(UpstreamApp):
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
                            f" again, see {self._output}")
             stop_stack_members(self._env.get(STACK_VARIABLE, ""))   # its models hold its ports
+            if self._bays:
+                self._bays.forget_all()
             self._spawn()
 
     def close(self) -> None:
         self._closing = True
-        stop_process(self._process.pid, self._mark, STOP_GRACE_S, self._process.poll)
+        grace_s = STOP_GRACE_S + (PARK_S if self._bays else 0)
+        stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
     def lease(self, name: str) -> Lease:
-        return SwapLease(self.upstream, self._models.get(name, name))
+        model = self._models.get(name, name)
+        return SwapLease(self.upstream, model, self._bays if model in self._local else None)
+
+    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
+                remedy: str = "") -> None:
+        park = "/llmstack/park/"
+        if self._bays and request.method == "POST" and request.target.startswith(park):
+            self._bays.park(request.target[len(park):])
+            client.reply(200, b"OK", _PLAIN)
+            return
+        super().pass_on(client, request, body, drop, remedy)
+
+
+def with_stop_hook(text: str, words: Sequence[str]) -> str:
+    """llama-swap's configuration with a command before each llama-server is stopped."""
+    line = '    proxy: "http://127.0.0.1:${PORT}"\n'
+    command = " ".join(map(windows_quote if IS_WINDOWS else posix_quote, words))
+    return text.replace(line, f"{line}    cmdStop: {_yaml_quoted(command + ' ${MODEL_ID} ${PID}')}\n")
+
+
+def swap_ports(upstream: Upstream) -> Dict[str, int]:
+    """Model -> the port of its server, of those that are ready."""
+    rows = asked_json(upstream, "/running").get("running")
+    ports = {}
+    for row in rows if isinstance(rows, list) else ():
+        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy"))) if isinstance(row, dict) else None
+        if found and row.get("state") == "ready":
+            ports[str(row.get("model"))] = int(found.group(1))
+    return ports
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -9411,10 +10053,16 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
+    parks = config.park_gb and "--slot-save-path" not in refused
+    if parks and program:
+        program = (*program, *parking_flags(places.data))
     text = render_llama_swap_yaml(
         config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
         {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+    if parks:
+        hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
+        text = with_stop_hook(text, hook)
     write_atomic(path, text, 0o600)
 
 
@@ -9873,6 +10521,9 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     if any(t.backend == "litellm" for t in config.tiers):
         proxy = (states or {}).get(PROXY, ("", None))
         _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
+    notes = parking_notes(places.data)
+    for row in rows["tiers"]:
+        row["parking"] = notes.get(row["name"], "")
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
@@ -12018,6 +12669,7 @@ def _add_stop(commands: Any) -> None:
     parser = commands.add_parser("stop", help="stop this project's daemons", description="Stop this project's daemons"
                                  " and the model servers they started, and nothing else.")
     parser.add_argument("--demo", action="store_true", help="stop the demo's")
+    parser.add_argument("--forget", action="store_true", help="and delete every parked conversation")
     parser.set_defaults(run=_cmd_stop)
 
 
@@ -12037,7 +12689,10 @@ def _other_stack(places: Places) -> str:
 
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
-    if stop_stack(places, say):
+    stopped = stop_stack(places, say)
+    if args.forget:
+        _say_forgotten(places)
+    if stopped:
         say("Stopped.")
         return 0
     if pinned_url(places):
@@ -12049,6 +12704,26 @@ def _cmd_stop(args: Any) -> int:
         raise UserError("nothing of this project is running; the daemons belong to another", where)
     other = _other_stack(places)
     say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
+    return 0
+
+
+def _add_forget(commands: Any) -> None:
+    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
+        "Delete what the models' slots held when they stopped, of all projects on this machine."
+        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
+    parser.set_defaults(run=_cmd_forget)
+
+
+def _say_forgotten(places: Places) -> None:
+    freed = forget_parked(places.data)
+    say(f"Forgot {freed / 1e9:.1f} GB of parked conversations." if freed else "Nothing is parked.")
+
+
+def _cmd_forget(args: Any) -> int:
+    places = _places(args)
+    _say_forgotten(places)
+    if stack_is_alive(places):
+        say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
     return 0
 
 
@@ -12108,6 +12783,8 @@ def _cmd_status(args: Any) -> int:
         state += f" ({tier['reason']})" if tier["reason"] else ""
         say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
         say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
+        if tier.get("parking"):
+            say(f"  {'':<{width}}  parking {tier['parking']}")
     for difference in rows.get("differences", ()):
         say(f"Note: {difference}")
     if rows.get("memory_pressure"):
@@ -12611,12 +13288,16 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
         with probing:                           # once, at the first load: the daemon is up before that
             if not refused:
                 refused.append(probe_flags(program, config, places.data))
-        return server_command(program, tier, config, port, use_next, refused[0])
+        words = server_command(program, tier, config, port, use_next, refused[0])
+        if parking is not None and "--slot-save-path" not in refused[0]:
+            words += parking_flags(places.data)
+        return words
 
+    parking = open_parking(places.data, config, log)
     env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next))
+                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
@@ -12627,13 +13308,23 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     env = litellm_env(env) if proxy else env
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
+    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, use_next, proxy, path)
     program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"))
+    parking, bays = open_parking(data, config, log), None
+    refused = probe_flags(server, config, data) if server else frozenset()
+    if parking is not None and server and "--slot-save-path" not in refused:
+        def identify(tier: Tier) -> str:
+            words = server_command(server, tier, config, 0, use_next, refused)
+            weights = cached_model(weights_for(tier, use_next), env)
+            return parking_identity([*words, *parking_flags(data)], weights, env)
+
+        bays = SwapBays(parking, local_tiers(config), identify, log)
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
 def _add_setup(commands: Any) -> None:
@@ -12809,8 +13500,8 @@ def _add_help(commands: Any) -> None:
     parser.set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
-                _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
+ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_forget,
+                _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
                 _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
