@@ -39,6 +39,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
     BACKENDS             what can answer a tier, and how a request waits for it
     RECORD               logs/decisions.jsonl, a line a request
+    EVENTS               what those who look on are told: the page, its stream, /metrics
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
@@ -2590,7 +2591,7 @@ _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
 MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
 REASONS = {
-    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    200: "OK", 204: "No Content", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
     404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
@@ -3132,6 +3133,26 @@ def waiting_event(words: str) -> bytes:
     event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
              "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
     return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
+
+
+# What llama.cpp prints when a load fails -> what that means, as seen with b11549.
+_LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, words in (
+    (r"not within the file bounds|corrupted or incomplete|failed to read", "the file is cut short"),
+    (r"invalid magic|failed to read magic", "the file is no GGUF"),
+    (r"unknown model architecture: *'?([\w.-]*)", "this llama-server does not know its architecture"),
+    (r"out of memory|failed to allocate|unable to allocate|cudaMalloc", "memory ran out"),
+    (r"there is no |No such file|failed to open", "the file is not there"),
+    (r"error: invalid argument|error while handling argument", "llama-server refuses a flag"),
+    (r"not loaded within", "it took too long"),
+))
+
+
+def load_failure_words(text: str) -> str:
+    """Why a load has failed, in a few words."""
+    for pattern, words in _LOAD_FAILURES:
+        if pattern.search(text):
+            return words
+    return text.partition("\n")[0].rstrip(":")
 
 
 # ===================================================================================================
@@ -6147,6 +6168,7 @@ class App:
     """What a server does with its requests."""
 
     log: Log
+    server: Optional[Server] = None             # that asks it
 
     def answer(self, client: Client, request: Request) -> None:
         raise NotImplementedError
@@ -6224,6 +6246,7 @@ class Server:
             self._socket.close()
             raise
         self.server_port: int = self._socket.getsockname()[1]
+        app.server = self
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
@@ -6240,6 +6263,9 @@ class Server:
         if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
             self._used, self._returned = False, time.monotonic()
             return_memory()
+
+    def connections(self) -> int:
+        return len(self._clients)
 
     def shutdown(self) -> None:
         """Make serve_forever() return; for other threads."""
@@ -6499,6 +6525,7 @@ class Waiting:
         self._visible = mode == "visible" and path == "/v1/chat/completions"
         self._began_s = time.monotonic()
         self._next_s = self.GRACE_S             # of the next message, after the beginning
+        self.ready_s = 0.0                      # how long it took until its model was ready
 
     @property
     def waited_s(self) -> float:
@@ -6536,6 +6563,7 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             if client.gone():
                 raise ClientGone
             waiting.tell(lease.stage)
+        waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
@@ -6574,6 +6602,7 @@ class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
     address = ""                                # for messages
+    page_url = ""                               # of the router's page
 
     def lease(self, name: str) -> Lease:
         """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
@@ -6587,6 +6616,10 @@ class Behind(App):
                 remedy: str = "") -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
+
+    def watched(self) -> Dict[str, Any]:
+        """What it runs, for who looks on: `models`, a row a name, and `budget` in bytes."""
+        return {}
 
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
@@ -6719,6 +6752,8 @@ def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
         "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
         "cached": counts.cached, "output": counts.output, "ended": outcome.state,
         "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+    if counts.written_per_s:
+        row["per_s"] = round(counts.written_per_s, 1)
     if decision is not None:
         row["reason"] = decision.reason
         row["passed_over"] = {n: why for n, why in decision.refused.items()
@@ -6726,6 +6761,263 @@ def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
     if outcome.cost:
         row["cost"] = outcome.cost
     return row
+
+
+# ===================================================================================================
+# EVENTS
+# ===================================================================================================
+# What those who look on are told: the page, `status --watch` and Prometheus. A request pays for one
+# row and a few sums; everything else is asked of its source only while somebody looks. No text of a
+# prompt or of an answer comes here.
+
+MAX_LISTENERS = 16                              # each holds a thread
+DECISIONS_KEPT = 100
+POINTS_KEPT = 1_000                             # of the plots, which show the last hour
+SECONDS_BUCKETS = (0.1, 0.5, 2.0, 10.0, 60.0)
+
+
+class Metric(NamedTuple):
+    """A family of /metrics."""
+
+    kind: str                                   # counter | gauge | histogram
+    labels: Tuple[str, ...]
+    help: str
+
+
+METRICS = {
+    "llmstack_requests_total": Metric(
+        "counter", ("tier", "rung", "outcome"), "Inference requests that have ended."),
+    "llmstack_fallbacks_total": Metric(
+        "counter", (), "Times that auto went on to another tier after a failure."),
+    "llmstack_tokens_total": Metric(
+        "counter", ("tier", "kind"), "Tokens as the servers count them; cached are of the prompt."),
+    "llmstack_cost_dollars_total": Metric(
+        "counter", ("tier",), "What LiteLLM says that hosted answers have cost."),
+    "llmstack_wait_seconds": Metric(
+        "histogram", (), "From a request's arrival until its model was ready."),
+    "llmstack_first_byte_seconds": Metric(
+        "histogram", (), "From the sending of a request to its model until the first byte."),
+    "llmstack_loads_total": Metric("counter", ("tier",), "Models loaded."),
+    "llmstack_evictions_total": Metric(
+        "counter", ("tier",), "Models unloaded to make room for another."),
+    "llmstack_memory_bytes": Metric(
+        "gauge", ("kind",), "What models may take, and what those that run are counted with."),
+    "llmstack_tier_loaded": Metric("gauge", ("tier",), "1 where the model is ready."),
+    "llmstack_requests_in_flight": Metric("gauge", (), "Inference requests under way."),
+    "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
+}
+IN_MEMORY = ("loaded", "loading", "unloading")  # states of a model whose memory counts
+Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its labels) -> value
+
+
+class Counters:
+    """The sums behind /metrics."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sums: Samples = {}
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":      # a bucket that is absent is no zero to Prometheus
+                for limit in (*SECONDS_BUCKETS, float("inf")):
+                    self.add(f"{name}_bucket", _le(limit), by=0)
+                self.add(f"{name}_sum", by=0)
+                self.add(f"{name}_count", by=0)
+            elif not metric.labels and metric.kind == "counter":
+                self.add(name, by=0)
+
+    def add(self, name: str, *labels: str, by: float = 1) -> None:
+        with self._lock:
+            key = (name, labels)
+            self._sums[key] = self._sums.get(key, 0) + by
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Count a value of a histogram."""
+        for limit in (*SECONDS_BUCKETS, float("inf")):
+            if seconds <= limit:
+                self.add(f"{name}_bucket", _le(limit))
+        self.add(f"{name}_sum", by=seconds)
+        self.add(f"{name}_count")
+
+    def count_request(self, row: Mapping[str, Any]) -> None:
+        """Count what a row of the decision record says."""
+        tier = str(row["tier"])
+        self.add("llmstack_requests_total", tier, str(row["rung"]), str(row["ended"]))
+        self.add("llmstack_fallbacks_total", by=len(row.get("fallbacks", ())))
+        for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
+            self.add("llmstack_tokens_total", tier, kind, by=row[key])
+        if row.get("cost"):
+            self.add("llmstack_cost_dollars_total", tier, by=row["cost"])
+        self.observe("llmstack_wait_seconds", row["wait_s"])
+        if row["first_byte_s"]:
+            self.observe("llmstack_first_byte_seconds", row["first_byte_s"])
+
+    def render(self, gauges: Samples) -> str:
+        """Prometheus' text format 0.0.4."""
+        with self._lock:
+            samples = {**self._sums, **gauges}
+        lines = []
+        for name, metric in METRICS.items():
+            lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
+            for (sample, labels), value in samples.items():
+                if sample == name:
+                    lines.append(_sample_line(sample, metric.labels, labels, value))
+                elif metric.kind == "histogram" and sample.startswith(name + "_"):
+                    lines.append(_sample_line(sample, ("le",), labels, value))
+        return "\n".join(lines) + "\n"
+
+
+def _le(limit: float) -> str:
+    return "+Inf" if limit == float("inf") else f"{limit:g}"
+
+
+def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
+    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, values))
+    return f"{name}{{{pairs}}} {value:.12g}" if values else f"{name} {value:.12g}"
+
+
+class Events:
+    """What has happened lately, who listens to it, and where else a snapshot comes from."""
+
+    EVERY_S = 0.4                               # between two messages to a listener
+    HEARTBEAT_S = 15.0
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.sources: List[Callable[[], Dict[str, Any]]] = []   # of the parts of a snapshot
+        self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
+        self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
+        self._lock = threading.Lock()
+        self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
+        self._number = 0                        # of the last decision
+        self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
+        self._points: Any = collections.deque(maxlen=POINTS_KEPT)
+        self._listeners = 0
+        self._asking = threading.Lock()
+        self._state: Dict[str, Any] = {}
+        self._asked_s = -1e9
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep the row of a request that has ended."""
+        self.counters.count_request(row)
+        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
+        with self._lock:
+            self._number += 1
+            self._rows.append({"number": self._number, "time": now, **row})
+            if row["first_byte_s"]:
+                first_s = round(row["wait_s"] + row["first_byte_s"], 3)
+                self._points.append((now, row["tier"], first_s, per_s))
+            if per_s:
+                self.rates[row["tier"]] = per_s
+
+    def state(self) -> Dict[str, Any]:
+        """What all sources tell, made once for all who ask within a moment."""
+        with self._asking:
+            if time.monotonic() - self._asked_s > self.EVERY_S / 2:
+                self._state = {}
+                for tell in self.sources:
+                    self._state.update(tell())
+                self._asked_s = time.monotonic()
+            return self._state
+
+    def snapshot(self, after: int = 0) -> Dict[str, Any]:
+        """Everything, of the decisions those behind number `after`."""
+        since = time.time() - 3600
+        rows = self._rows_after(after)
+        with self._lock:
+            points = [point for point in self._points if point[0] > since]
+        return {**self.state(), "now": round(time.time(), 1), "start": self._start,
+                "points": points, "decisions": rows}
+
+    def _rows_after(self, number: int) -> List[Dict[str, Any]]:
+        with self._lock:
+            return [row for row in self._rows if row["number"] > number]
+
+    def listen(self, client: Client, request: Request) -> None:
+        """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
+        with self._lock:
+            if self._listeners >= MAX_LISTENERS:
+                raise HttpError(503, f"{MAX_LISTENERS} listen already", "server_error")
+            self._listeners += 1
+        try:
+            self._tell(client, request.header(b"last-event-id"))
+        finally:
+            with self._lock:
+                self._listeners -= 1
+
+    def _tell(self, client: Client, last_id: str) -> None:
+        """First everything, then what changes. Errors: ClientGone."""
+        start, _, number = last_id.partition("-")
+        known = start == self._start and re.match("[0-9]{1,15}\\Z", number)
+        after = int(number) if known else 0
+        client.open_stream()
+        told = self.snapshot(after)
+        after = self._send(client, "snapshot", told, after)
+        sent_s = time.monotonic()
+        while not client.gone():
+            time.sleep(self.EVERY_S)
+            state = self.state()
+            change = {key: value for key, value in state.items() if value != told.get(key)}
+            rows = self._rows_after(after)
+            if rows:
+                change["decisions"] = rows
+            told = state
+            if change:
+                after = self._send(client, "change", change, after)
+                sent_s = time.monotonic()
+            elif time.monotonic() - sent_s > self.HEARTBEAT_S:
+                client.send_event(b":\n\n")
+                sent_s = time.monotonic()
+        raise ClientGone
+
+    def _send(self, client: Client, kind: str, value: Mapping[str, Any], after: int) -> int:
+        """Send an event; the number of the last decision that the client then has."""
+        rows = value.get("decisions")
+        after = rows[-1]["number"] if rows else after
+        data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        client.send_event(f"id: {self._start}-{after}\nevent: {kind}\ndata: {data}\n\n".encode())
+        return after
+
+
+class Page(NamedTuple):
+    """share/page/index.html as it is served."""
+
+    html: bytes
+    headers: bytes                              # lines, each with its CRLF
+
+
+def read_page() -> Optional[Page]:
+    """The page with the policy that lets run its own script and nothing else.
+
+    None where the program has been copied without it.
+    """
+    import base64
+    import hashlib
+    try:
+        text = read_shared_text("page/index.html")
+    except UserError:
+        return None
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; connect-src 'self'"
+    policy += "; img-src data:; require-trusted-types-for 'script'"
+    for source, element in (("script-src", "script"), ("style-src", "style")):
+        inside = text.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        policy += f"; {source} 'sha256-{digest}'"
+    text = text.replace("CONTENT_SECURITY_POLICY", policy)
+    lines = (f"Content-Security-Policy: {policy}; frame-ancestors 'none'",
+             "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
+             "Cache-Control: no-cache", "Vary: Accept")
+    return Page(text.encode(), "".join(f"{line}\r\n" for line in lines).encode())
+
+
+def may_change(request: Request) -> bool:
+    """Whether a request that changes something comes from a program, or from our own page.
+
+    A form of another page can set no header of its own, and names its origin.
+    """
+    origin = request.header(b"origin")
+    if origin:
+        return origin.partition("://")[2] == request.header(b"host")
+    return b"x-llmstack" in request.fields
 
 
 # ===================================================================================================
@@ -6851,6 +7143,11 @@ class Ongoing:
         self.number, self._client, self.asked = number, client, asked
         self.tier = ""
         self.lease: Optional[Lease] = None
+        self.wait_s = 0.0                       # until its models were ready, of all tiers tried
+
+    def stop(self) -> None:
+        """End it, as if its client had left."""
+        self._client.give_way()
 
     def row(self) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
@@ -6941,6 +7238,9 @@ class Ladder:
                                outcome.retry_after_s, route.hosted)
 
 
+_ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
@@ -6963,7 +7263,12 @@ class RouterApp(App):
         self._record = record
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
+        self._page = read_page()
         self._snapshot = self._adopt(config, {})
+        self._started_with, self._started = config.tiers, time.time()
+        self._read_last = self._ini_digest()
+        self.events = Events()
+        self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
@@ -6981,11 +7286,13 @@ class RouterApp(App):
         """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
         if self._reload is None:
             return "this router reads no models.ini again"
+        digest = self._ini_digest()             # before it is read: what changes later is new
         try:
             self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
+        self._read_last = digest
         tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
         self.log.info(f"models.ini read again: {tiers}")
         return ""
@@ -7043,12 +7350,15 @@ class RouterApp(App):
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
+        path, mark, query = request.target.partition("?")
+        if path == "/" and request.method in ("GET", "HEAD"):
+            self._front(client, request)        # without the key: the page asks for it
+            return
         drop: FrozenSet[bytes] = frozenset()
         if self._key:
             drop = self._check_key(request)
         if not self._loopback:                  # judged here; what is behind would refuse it
             drop = drop | {b"origin"}
-        path, mark, query = request.target.partition("?")
         inference = ""
         if request.method == "POST" and b"content-encoding" not in request.fields:
             inference = inference_path(path)
@@ -7061,7 +7371,17 @@ class RouterApp(App):
                           drop: FrozenSet[bytes]) -> bool:
         """Answer what the router knows itself; False for any other path."""
         read = request.method in ("GET", "HEAD")
-        if read and path == "/models.ini":
+        if path == "/llmstack/events" and request.method == "GET":
+            self.events.listen(client, request)
+        elif request.target == "/metrics" and read:     # with a query it is a model's own
+            text = self.events.counters.render(self._gauges())
+            client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif read and path == "/llmstack/snapshot":
+            text = json.dumps(self.events.snapshot(), ensure_ascii=False)
+            client.reply(200, text.encode())
+        elif request.method == "POST" and _ACTION.match(path):
+            self._act(client, request, path, drop)
+        elif read and path == "/models.ini":
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
             self._models(client, request, drop)
@@ -7078,6 +7398,40 @@ class RouterApp(App):
         else:
             return False
         return True
+
+    def _front(self, client: Client, request: Request) -> None:
+        """The page for a browser; for others where the API is."""
+        page = self._page
+        if page is not None and b"text/html" in request.fields.get(b"accept", b"").lower():
+            client.reply(200, page.html, "text/html; charset=utf-8", page.headers)
+            return
+        text = json.dumps({"name": "llmstack", "api": "/v1", "models": "/v1/models"})
+        client.reply(200, text.encode(), extra=b"Vary: Accept\r\n")
+
+    def _act(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
+        """Load or unload a tier, or end a request. Errors: HttpError, ClientGone."""
+        if not may_change(request):
+            raise HttpError(403, "what changes something wants an X-LLMStack header, or this"
+                                 " router's own Origin", "forbidden")
+        client.read_body(request)
+        verb, name = path.split("/")[2:4]
+        if verb == "requests":
+            ongoing = self._ongoing.get(int(name))
+            if ongoing is None:
+                raise HttpError(404, f"no request {name} is under way", "not_found")
+            ongoing.stop()
+            client.reply(200, b'{"ok": true}')
+            return
+        tier = self.config.by_name(name)
+        if tier is None:
+            raise HttpError(404, f"there is no tier {name!r}", "not_found")
+        if tier.backend != "gguf":
+            raise HttpError(400, f"{tier.name} is hosted: there is nothing to {verb}")
+        if verb == "unload":
+            wanted = request._replace(target=f"/api/models/unload/{tier.name}")
+        else:                                   # a request that wants nothing of the model but it
+            wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
+        self.behind.pass_on(client, wanted, b"", drop, self._remedy)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -7173,6 +7527,62 @@ class RouterApp(App):
                 found[route.tier.name] = (state, why)
         return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
 
+    # ---- for those who look on
+
+    def _ini_digest(self) -> str:
+        return _digest(_read_bytes(self._models_ini))
+
+    def _about(self) -> Dict[str, Any]:
+        """The daemon itself, and whether its models.ini has changed since it read it."""
+        changed = self._ini_digest() != self._read_last or self.config.tiers != self._started_with
+        return {"version": VERSION, "started": round(self._started), "changed": changed,
+                "local_only": self.config.local_only}
+
+    def look(self) -> Dict[str, Any]:
+        """The router's parts of a snapshot."""
+        watched = self.behind.watched()
+        models = watched.get("models", {})
+        taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
+        return {"about": self._about(), "tiers": self._tier_rows(models),
+                "memory": {"budget": watched.get("budget", 0), "resident": taken},
+                "requests": self._under_way()}
+
+    def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+        told, rows = self.state(), []
+        for tier in self.config.tiers:
+            mark = told.get(tier.name, {"state": "unknown", "reason": ""})
+            row = {"name": tier.name, "role": tier.role, "backend": tier.backend,
+                   "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
+                   **mark, **models.get(tier.name, {})}
+            row["reason"] = row["reason"] or mark["reason"]
+            rows.append(row)
+        return rows
+
+    def _under_way(self) -> List[Dict[str, Any]]:
+        """The requests, with their beginning instead of their age: a row that stays is no news."""
+        rows = []
+        for ongoing in list(self._ongoing.values()):
+            row = ongoing.row()
+            del row["since_s"]
+            row["began"] = round(ongoing.asked.began_s + self.events.epoch)
+            rows.append(row)
+        return rows
+
+    def _gauges(self) -> Samples:
+        state = self.events.state()
+        samples: Samples = {
+            ("llmstack_requests_in_flight", ()): len(self._ongoing),
+            ("llmstack_connections", ()): self.server.connections() if self.server else 0}
+        for kind, value in state["memory"].items():
+            samples["llmstack_memory_bytes", (kind,)] = value
+        for row in state["tiers"]:
+            if row["backend"] == "gguf":
+                tier = (row["name"],)
+                samples["llmstack_tier_loaded", tier] = row["state"] == "loaded"
+                samples["llmstack_loads_total", tier] = row.get("loads", 0)
+                samples["llmstack_evictions_total", tier] = row.get("evictions", 0)
+        return samples
+
     # ---- inference
 
     def _infer(self, client: Client, request: Request, path: str, target: str,
@@ -7195,6 +7605,10 @@ class RouterApp(App):
         self._ongoing[ongoing.number] = ongoing
         try:
             self._answer_asked(client, asked, ongoing)
+        except ClientGone:
+            if ongoing.tier:
+                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
+            raise
         finally:
             del self._ongoing[ongoing.number]
 
@@ -7222,21 +7636,26 @@ class RouterApp(App):
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if self._record is not None and asked.path in STREAM_ENDS:
+        if ongoing is not None and asked.path in STREAM_ENDS:
             try:
                 facts = read_facts(asked.path, asked.values)
             except RecursionError:
                 return
-            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+            self._note(ongoing, record_row(facts, asked.path, name, None, outcome), ())
 
-    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
-        """Keep a request in the decision record."""
-        if self._record is None:
-            return
-        row["total_s"] = round(time.monotonic() - asked.began_s, 3)
+    def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+        """Keep a request in the decision record, and for those who look on."""
+        asked = ongoing.asked
+        total_s = time.monotonic() - asked.began_s
+        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3))
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
-        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+        writing_s = total_s - row["wait_s"] - row["first_byte_s"]
+        if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
+            row["per_s"] = round(row["output"] / writing_s, 1)
+        self.events.add(row)
+        if self._record is not None:
+            self._record.add(row, conversation_key(asked.request.fields, asked.values))
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -7278,7 +7697,8 @@ class RouterApp(App):
         self._finish(client, outcome, f"auto -> {name}", route, headers)
         if outcome.state == "done":
             learn(tokens_said(outcome.said).prompt, name)
-        self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
+        row = record_row(facts, asked.path, name, decision, outcome)
+        self._note(ongoing, row, ladder.fallbacks)
 
     def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
              ongoing: Ongoing) -> Outcome:
@@ -7313,7 +7733,11 @@ class RouterApp(App):
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
         waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
-        return ask_lease(client, request, lease, target, pieces, terms, waiting)
+        try:
+            return ask_lease(client, request, lease, target, pieces, terms, waiting)
+        finally:
+            if ongoing is not None:
+                ongoing.wait_s += waiting.ready_s
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
@@ -7972,6 +8396,7 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
+        self.loads = self.evictions = 0
 
     @property
     def name(self) -> str:
@@ -7979,6 +8404,11 @@ class Model:
 
     def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
+
+
+# What the states of a model are called where people read them.
+STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded",
+               "stopping": "unloading"}
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -8041,10 +8471,12 @@ class Engine:
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
-        weights_gb = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._parts = {f.name: f.memory for f in fits if f.memory}
+        weights_gb = {name: memory.weights / 1e9 for name, memory in self._parts.items()}
         self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
+        self._epoch = time.time() - time.monotonic()
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -8194,11 +8626,13 @@ class Engine:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
+                victim.evictions += 1
             self._start(model)
             with self._changed:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
                 model.turn_to("ready")
+                model.loads += 1
                 model.last_used = time.monotonic()
                 self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
         except _Cancelled:
@@ -8410,6 +8844,31 @@ class Engine:
                      "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
                     for m in self.models.values() if m.state != "stopped"]
 
+    def watched(self) -> Dict[str, Any]:
+        """The models and the budget, as Behind.watched() tells them."""
+        with self._changed:
+            rows = {name: self._watched_row(model) for name, model in self.models.items()}
+            stopped = [m for m in self.models.values() if m.state == "stopped"]
+        for model in stopped:                   # looks at the disk, so not under the lock
+            row = rows[model.name]
+            if row["state"] == "not loaded" and not self._is_here(model):
+                row.update(state="not here", reason=f"llmstack download {model.name}")
+        return {"models": rows, "budget": round(self._budget_gb * 1e9)}
+
+    def _watched_row(self, model: Model) -> Dict[str, Any]:
+        state, reason, since = STATE_WORDS[model.state], "", model.since
+        if model.state == "stopped" and model.failed_at > model.last_used:
+            state, since = "failed to load", model.failed_at
+            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
+               "evictions": model.evictions, "since": round(since + self._epoch)}
+        if not model.proxy:
+            row["bytes"] = round(model.gb * 1e9)
+        memory = self._parts.get(model.name)
+        if memory is not None:
+            row["parts"] = memory._asdict()
+        return row
+
 
 _PLAIN = "text/plain; charset=utf-8"
 
@@ -8429,6 +8888,9 @@ class EngineApp(Behind):
             self._last_rotation = time.monotonic()
             self.log.rotate()
             self.engine.rotate_logs()
+
+    def watched(self) -> Dict[str, Any]:
+        return self.engine.watched()
 
     def start(self) -> None:
         self.engine.preload()
@@ -8470,6 +8932,8 @@ class EngineApp(Behind):
         unload_one = "/api/models/unload/"
         if not post and path == "/health":
             client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+        elif not post and path == "/ui" and self.page_url:
+            client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
             listing = {"object": "list", "data": self._listing()}
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
@@ -8615,6 +9079,14 @@ class SwapApp(UpstreamApp):
 
     def lease(self, name: str) -> Lease:
         return SwapLease(self.upstream, self._models.get(name, name))
+
+    def watched(self) -> Dict[str, Any]:
+        running = running_states(self.upstream)
+        if running is None:
+            return {}
+        names = set(self._models.values())
+        return {"models": {name: {"state": STATE_WORDS.get(running.get(name, "stopped"), "loading")}
+                           for name in names}}
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -11737,11 +12209,14 @@ def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream],
         return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
     record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
-    return RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
+    app = RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
                      models_ini=places.models_ini, bundled=bundled,
                      reload=lambda: load_config(places, log.warning), use_next=use_next,
                      unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
+    if local:
+        app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    return app
 
 
 def _listen(host: str, port: int, app: App) -> Any:
@@ -11811,6 +12286,7 @@ def _cmd_daemon(args: Any) -> int:
     try:
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
         server = _listen(args.host, args.port, app)
+        behind.page_url = base_url(args.host, server.server_port) + "/"
         behind.start()
         threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
         log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
