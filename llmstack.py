@@ -347,7 +347,7 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
-    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    texts: Sequence[str] = ()                   # all that was counted, for class_tokens
     classes: int = 0                            # what that says of them, 0: not asked yet
     ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
@@ -649,7 +649,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+                 tally.pictures, turns, asked, trigger, tally.texts)
 
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
@@ -4085,16 +4085,33 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
+
+
+def _glibc(call: str, *numbers: int) -> None:
+    """Call a function of glibc's malloc; nothing happens where there is another libc."""
+    try:
+        import ctypes
+        getattr(ctypes.CDLL(None), call)(*numbers)
+    except (ImportError, AttributeError, OSError, TypeError):
+        pass
+
+
+def hold_little_memory() -> None:
+    """Prepare a daemon for return_memory(), before it starts threads.
+
+    Of arenas other than the first, malloc never returns the top; large bodies need no arena.
+    """
+    _glibc("mallopt", _M_ARENA_MAX, 1)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 65_536)
+
+
 def return_memory() -> None:
-    """Give back the pages that malloc holds free, where it can be asked to (glibc).
+    """Give back the pages that malloc holds free.
 
     Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
-        pass
+    _glibc("malloc_trim", 0)
 
 
 def more_files() -> None:
@@ -5661,6 +5678,7 @@ class Terms(NamedTuple):
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
+    began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
 
 
 AS_IT_COMES = Terms()
@@ -5996,7 +6014,7 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Relay:
     """One request on its way upstream, and the answer on its way back."""
 
-    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+    def __init__(self, client: Client, request: Request, pieces: List[bytes], terms: Terms) -> None:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
@@ -6127,6 +6145,9 @@ class _Relay:
             except (OSError, UpstreamBroken, _NoAnswer) as exc:
                 return Outcome("unreachable", 0, _why_unreachable(exc))
             first_s = time.monotonic() - self.began_s
+            self._pieces.clear()                # a prompt is not held while its answer streams
+            if self._terms.began is not None:
+                self._terms.began()
             receiver.waiting, receiver.silent_until_s = None, 0.0
             self.pass_on(answer, receiver, payload)
             if answer.reusable and self._sent_whole:
@@ -6141,15 +6162,20 @@ class _Relay:
                 sock.close()
 
 
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
           terms: Terms = AS_IT_COMES) -> Outcome:
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
+    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
-    return _Relay(client, request, [head, *body], terms).run(upstream)
+    body.insert(0, head)
+    try:
+        return _Relay(client, request, body, terms).run(upstream)
+    finally:
+        del body[:1]
 
 
 def _cost(response: Response) -> float:
@@ -6250,6 +6276,7 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        hold_little_memory()
         due = time.monotonic() + every_s
         while not self._stopping.is_set():
             self._accept(due - time.monotonic())
@@ -6554,7 +6581,7 @@ class Waiting:
             client.send_event(f": {words}\n".encode())
 
 
-def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: List[bytes],
               terms: Terms, waiting: Waiting) -> Outcome:
     """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
     try:
@@ -6624,6 +6651,9 @@ class Behind(App):
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
 
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while; called once a second."""
+
     def close(self) -> None:
         """End what was started for it."""
 
@@ -6647,6 +6677,9 @@ class UpstreamApp(Behind):
     def __init__(self, upstream: Upstream, log: Log) -> None:
         self.upstream, self.log = upstream, log
         self.address = upstream.url
+
+    def close_idle(self) -> None:
+        self.upstream.close_idle()
 
     def lease(self, name: str) -> Lease:
         return Lease(self.upstream)
@@ -7120,20 +7153,26 @@ def _as_json(request: Request) -> Request:
     return request._replace(headers=(*others, ours))
 
 
-class Asked(NamedTuple):
-    """An inference request, read."""
+class Asked:
+    """An inference request, read. Its body goes once an answer has begun."""
 
-    request: Request
-    path: str                                   # canonical
-    target: str                                 # that with the query
-    body: bytes
-    values: Mapping[str, Any]                   # of the body
-    drop: FrozenSet[bytes]
-    began_s: float
+    def __init__(self, request: Request, path: str, target: str, body: bytes,
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+        self.request = request
+        self.path = path                        # canonical
+        self.target = target                    # that with the query
+        self.body = body
+        self.values = values                    # of the body
+        self.drop = drop                        # headers that stay here
+        self.began_s = time.monotonic()
+        self.model = values.get("model")
+        self.stream = values.get("stream") is True
+        self.conversation = conversation_key(request.fields, values)
 
-    @property
-    def stream(self) -> bool:
-        return self.values.get("stream") is True
+    def release(self) -> None:
+        """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
+        self.body = b""
+        self.values = {}
 
 
 class Ongoing:
@@ -7156,7 +7195,7 @@ class Ongoing:
         if not stage:
             stage = "writing" if self._client.answering else "reading the prompt"
         seconds = round(time.monotonic() - asked.began_s, 1)
-        return {"id": self.number, "model": str(asked.values.get("model") or "auto"),
+        return {"id": self.number, "model": str(asked.model or "auto"),
                 "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
                 "since_s": seconds}
 
@@ -7335,6 +7374,8 @@ class RouterApp(App):
             self.reload()
         for host in self._snapshot.hosts.values():
             host.look_again()
+            host.close_idle()
+        self.behind.close_idle()
         self.log.flush()
         if self._record is not None:
             self._record.flush()
@@ -7441,10 +7482,7 @@ class RouterApp(App):
         name = values.get("model") if isinstance(values, dict) else None
         route = self._snapshot.routes.get(str(name))
         if route is not None and route.hosted:
-            began_s = time.monotonic()
-            target = path + request.target[len(path):]
-            asked = Asked(request, path, target, body, values, drop, began_s)
-            self._ask_named(client, asked, route)
+            self._ask_named(client, Asked(request, path, request.target, body, values, drop), route)
             return
         self.behind.pass_on(client, request, body, drop, self._remedy)
 
@@ -7587,7 +7625,22 @@ class RouterApp(App):
 
     def _infer(self, client: Client, request: Request, path: str, target: str,
                drop: FrozenSet[bytes]) -> None:
-        began_s = time.monotonic()
+        asked = self._read_asked(client, request, path, target, drop)
+        ongoing = Ongoing(next(self._number), client, asked)
+        self._ongoing[ongoing.number] = ongoing
+        try:
+            self._answer_asked(client, asked, ongoing)
+        except ClientGone:
+            if ongoing.tier:
+                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
+            raise
+        finally:
+            del self._ongoing[ongoing.number]
+
+    @staticmethod
+    def _read_asked(client: Client, request: Request, path: str, target: str,
+                    drop: FrozenSet[bytes]) -> Asked:
+        """Read an inference request. Errors: HttpError, ClientGone."""
         body = client.read_body(request)
         client.protocol = path
         try:
@@ -7600,22 +7653,11 @@ class RouterApp(App):
             request = _as_json(request)         # curl -d says it is a form
         if values.get("stream") is True:
             request = uncompressed(request)
-        asked = Asked(request, path, target, body, values, drop, began_s)
-        ongoing = Ongoing(next(self._number), client, asked)
-        self._ongoing[ongoing.number] = ongoing
-        try:
-            self._answer_asked(client, asked, ongoing)
-        except ClientGone:
-            if ongoing.tier:
-                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
-            raise
-        finally:
-            del self._ongoing[ongoing.number]
+        return Asked(request, path, target, body, values, drop)
 
     def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
-        name = asked.values.get("model")
-        route = self._snapshot.routes.get(str(name))
-        if is_auto(name):
+        route = self._snapshot.routes.get(str(asked.model))
+        if is_auto(asked.model):
             self._ask_ladder(client, asked, ongoing)
         elif route is not None:
             self._ask_named(client, asked, route, ongoing)
@@ -7631,17 +7673,20 @@ class RouterApp(App):
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
+        facts: List[Facts] = []
+        if ongoing is not None and asked.path in STREAM_ENDS:
+            try:
+                facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
+            except RecursionError:
+                pass
         outcome = self._ask(client, asked, route, ongoing)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if ongoing is not None and asked.path in STREAM_ENDS:
-            try:
-                facts = read_facts(asked.path, asked.values)
-            except RecursionError:
-                return
-            self._note(ongoing, record_row(facts, asked.path, name, None, outcome), ())
+        for counted in facts:
+            assert ongoing is not None
+            self._note(ongoing, record_row(counted, asked.path, name, None, outcome), ())
 
     def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
@@ -7655,7 +7700,7 @@ class RouterApp(App):
             row["per_s"] = round(row["output"] / writing_s, 1)
         self.events.add(row)
         if self._record is not None:
-            self._record.add(row, conversation_key(asked.request.fields, asked.values))
+            self._record.add(row, asked.conversation)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -7665,23 +7710,30 @@ class RouterApp(App):
             facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        key = conversation_key(asked.request.fields, asked.values)
+        key, texts = asked.conversation, facts.texts
         if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
-            facts = facts._replace(classes=class_tokens(facts.texts),
+            facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
+        facts = facts._replace(texts=())
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, now.barred)
+        estimate = facts.classes
 
         def learn(truth: int, tier: str = "") -> None:
-            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, estimate, truth, tier)
+            worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
         reason = decision.reason
 
         def headers() -> bytes:
+            """Made while the model is at work, as is what the answer's counts are compared with."""
+            nonlocal estimate, texts
+            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+                estimate = class_tokens(texts)
+            texts = ()
             return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
         while True:
@@ -7731,7 +7783,8 @@ class RouterApp(App):
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release)
         waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
@@ -7766,6 +7819,9 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], re
     """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
     reason = reason or decision.reason
     lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
+    facts = decision.facts
+    if facts.classes:                           # the bounds did not decide: which number did
+        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
@@ -8317,7 +8373,8 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         return False
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+        fate = "left alone" if os.path.exists(path) else "not written"
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
     for difference in litellm_differences(config, parse_litellm_file(answer)):
@@ -8834,6 +8891,11 @@ class Engine:
             self._changed.notify_all()
         self.unload(self.models.values())
 
+    def upstreams(self) -> List[Upstream]:
+        """Of the models that are loaded or loading."""
+        with self._changed:
+            return [m.upstream for m in self.models.values() if m.upstream is not None]
+
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         with self._changed:
@@ -8894,6 +8956,10 @@ class EngineApp(Behind):
 
     def start(self) -> None:
         self.engine.preload()
+
+    def close_idle(self) -> None:
+        for upstream in self.engine.upstreams():
+            upstream.close_idle()
 
     def close(self) -> None:
         self.engine.close()
