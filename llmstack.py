@@ -52,6 +52,7 @@ Map of the file, bottom-up; each section is built from those above it:
     DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
+    STATUS               what runs, as people read it, and as it changes
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
 Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (yours), opencode.json, AGENTS.md,
@@ -9722,6 +9723,9 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
+    rows["now"] = None                          # as /llmstack/snapshot tells it
+    if record is not None and router_up:
+        rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
     return rows
 
 
@@ -10066,6 +10070,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         row = _tier_row(tier, False, state, told.get(tier.name, {}))
         shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
         rows["tiers"].append({**row, **shown})
+    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot", key_header(env))
     return rows
 
 
@@ -11570,6 +11575,228 @@ SETUP_STEPS: Tuple[Tuple[str, str, Callable[[Setup], str]], ...] = (
 
 
 # ===================================================================================================
+# STATUS
+# ===================================================================================================
+# `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
+# another process's word.
+
+WATCH_SILENCE_S = 40                            # the stream says something every 15 s
+Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
+STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
+                 "failed to load": "31", "failing": "31", "no credential": "31"}
+
+
+def text_in(row: Any, key: str) -> str:
+    value = row.get(key) if isinstance(row, dict) else None
+    return visible(value) if isinstance(value, str) else ""
+
+
+def number_in(row: Any, key: str) -> float:
+    value = row.get(key) if isinstance(row, dict) else None
+    sane = isinstance(value, (int, float)) and 0 <= value < 1e15
+    return float(value) if sane else 0.0        # type: ignore[arg-type]
+
+
+def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
+    value = row.get(key)
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def context_words(tokens: float) -> str:
+    """128k for 131,072 tokens, 200k for 200,000."""
+    tokens = int(tokens)
+    if tokens % 1024 == 0:
+        return f"{tokens // 1024}k"
+    return f"{tokens / 1000:.0f}k" if tokens >= 1000 else str(tokens)
+
+
+def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
+    """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
+    mine = [r for r in dicts_in(now, "requests") if text_in(r, "tier") == name]
+    working = [r for r in mine if text_in(r, "stage") in ("writing", "reading the prompt")]
+    words = []
+    if working:
+        words.append(f"{len(working)} answering")
+    since = [number_in(r, "began") for r in mine if r not in working]
+    if since:
+        words.append(f"{len(since)} waiting, {span_words(max(now_s - min(since), 0))}")
+    return words
+
+
+class TierLine(NamedTuple):
+    """A tier's row, a word or two a column; `note` may be a sentence."""
+
+    name: str
+    role: str
+    context: str
+    state: str
+    memory: str
+    speed: str
+    note: str
+
+
+def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
+    """A tier of a snapshot, or of stack_status where there is none."""
+    name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
+    since_s, size, rate = number_in(row, "since"), number_in(row, "bytes"), number_in(row, "per_s")
+    ago = span_words(max(now_s - since_s, 0))
+    if state == "failed to load" and since_s:
+        note = f"{ago} ago: {note}"
+    words = _occupation(name, now, now_s)
+    if state == "loading" and since_s:
+        state += f" {ago}"
+    if note:
+        words.append(note)
+    return TierLine(name, text_in(row, "role") or "-", context_words(number_in(row, "ctx_size")), state,
+                    f"{size / 1e9:.1f} GB" if size else "", f"{rate:.0f} tok/s" if rate else "",
+                    ", ".join(words))
+
+
+# What a narrow terminal does without, the first first, and what must fit beside it: a short note.
+_LEFT_OUT = (("role", 22), ("speed", 0), ("context", 0), ("memory", 0))
+_RIGHT = ("context", "memory", "speed")
+
+
+def _state_colour(state: str) -> str:
+    return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
+
+
+def _wrapped(text: str, width: int, indent: str) -> List[str]:
+    """A text in lines; a path stays whole."""
+    import textwrap
+    return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def render_tiers(lines: Sequence[TierLine], width: int, colour: Colour) -> List[str]:
+    """The table of tiers; a note that does not fit goes below its row."""
+    columns = [c for c in TierLine._fields if c != "note" and any(getattr(t, c) for t in lines)]
+    wide = {c: max(len(getattr(t, c)) for t in lines) for c in columns}
+    for name, beside in _LEFT_OUT:
+        if name in columns and sum(wide[c] + 2 for c in columns) + beside > width:
+            columns.remove(name)
+    shown = []
+    for line in lines:
+        cells = []
+        for column in columns:
+            text = getattr(line, column)
+            padding = " " * (wide[column] - len(text))
+            if column == "state":
+                text = colour(text, _state_colour(text))
+            cells.append(padding + text if column in _RIGHT else text + padding)
+        room = width - sum(wide[c] + 2 for c in columns)
+        if line.note and len(line.note) <= room:
+            cells.append(line.note)
+            shown.append("  ".join(cells))
+            continue
+        shown.append("  ".join(cells).rstrip())
+        shown += _wrapped("    " + line.note, width, "    ")
+    return shown
+
+
+def _last_words(row: Mapping[str, Any], now_s: float) -> str:
+    """`last  auto → code-fast, 35,000 tokens (31,200 cached), 2.1 s, 4 s ago`"""
+    named = text_in(row, "rung") == "explicit"
+    words = [("" if named else "auto \u2192 ") + text_in(row, "tier")]
+    tokens, cached = number_in(row, "truth") or number_in(row, "tokens"), number_in(row, "cached")
+    words.append(f"{tokens:,.0f} tokens" + (f" ({cached:,.0f} cached)" if cached else ""))
+    if text_in(row, "ended") != "done":
+        words.append(text_in(row, "ended"))
+    words.append(f"{number_in(row, 'total_s'):.1f} s")
+    words.append(f"{span_words(max(now_s - number_in(row, 'time'), 0))} ago")
+    return "last  " + ", ".join(words)
+
+
+def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
+                    colour: Colour) -> List[str]:
+    """What runs, in lines of at most `width` columns where words allow it."""
+    about, memory = now.get("about"), now.get("memory")
+    head = [colour("up", "32") + f"  {url}/v1"]
+    budget = number_in(memory, "budget")
+    if budget:
+        taken = number_in(memory, "resident")
+        head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    if isinstance(about, dict) and about.get("channel") == "next":
+        head.append("next channel")
+    if isinstance(about, dict) and about.get("changed") is True:
+        head.append("models.ini changed since the start: llmstack restart")
+    if isinstance(about, dict) and about.get("local_only") is True:
+        head.append("local_only: no request leaves this machine")
+    room = width + len(head[0]) - len(f"up  {url}/v1")      # colours take none
+    lines = ["    ".join(head)]
+    if len(lines[0]) > room:
+        lines = [head[0]]
+        for words in head[1:]:
+            lines += _wrapped(words, width, "  ")
+    tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
+    lines += render_tiers(tiers, width, colour)
+    for row in dicts_in(now, "downloads"):
+        if text_in(row, "state") != "done":
+            what = f"Download {text_in(row, 'tier')}-{text_in(row, 'label')}: {text_in(row, 'state')}, "
+            done = progress_words(int(number_in(row, "bytes")), int(number_in(row, "total_bytes")), 0)
+            lines += _wrapped(what + (text_in(row, "error") or done), width, "  ")
+    decisions = dicts_in(now, "decisions")
+    if decisions:
+        lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
+    return lines
+
+
+def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]]:
+    """The snapshot of a router anew with each change, and each second without one.
+
+    Errors: OSError, ValueError where the stream ends or is none.
+    """
+    sock = upstream.connect()
+    try:
+        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
+                 b"Host: " + upstream.authority, headers + b"Accept: text/event-stream"]
+        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+        sock.settimeout(WATCH_SILENCE_S)
+        head = b""
+        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
+            head += _received(sock)
+        end = head_end(head, 0)
+        response = parse_response_head(head[:end], "GET")
+        if response.status != 200 or response.framing != "chunked":
+            raise ValueError(f"it answers {response.status}")
+        yield from _snapshots(sock, head[end + 4:])
+    finally:
+        sock.close()
+
+
+def _received(sock: socket.socket) -> bytes:
+    data = sock.recv(RECV_BYTES)
+    if not data:
+        raise OSError("the stream has ended")
+    return data
+
+
+def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
+    now: Dict[str, Any] = {}
+    framing, text = ChunkFraming(), b""
+    heard_s = time.monotonic()
+    sock.settimeout(1.0)
+    while True:
+        payload: List[bytes] = []
+        framing.feed(data, payload)
+        blocks = (text + b"".join(payload)).split(b"\n\n")
+        text = blocks.pop()
+        if len(text) > MAX_ANSWER_BYTES or framing.done:
+            raise ValueError("its stream is none of events")
+        for block in blocks:
+            now.update(parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))
+        if now:
+            yield now
+        try:
+            data = _received(sock)
+            heard_s = time.monotonic()
+        except _LAPSED:
+            data = b""
+            if time.monotonic() - heard_s > WATCH_SILENCE_S:
+                raise OSError("the stream says nothing any more") from None
+
+
+# ===================================================================================================
 # COMMANDS
 # ===================================================================================================
 
@@ -11878,61 +12105,155 @@ def _add_status(commands: Any) -> None:
     parser = commands.add_parser("status", help="what runs, and in what state", description="Show the daemons and the"
                                  " tiers, probed now. Exit code 0 when the stack is up, 1 when it is not.")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
     parser.add_argument("--demo", action="store_true", help="the demo's")
     parser.set_defaults(run=_cmd_status)
 
 
 def _cmd_status(args: Any) -> int:
     places = _places(args)
+    if args.watch:
+        return _watch(places)
     broken: Optional[UserError] = None
-    external = bool(pinned_url(places))
+    config = Config()
     try:
-        config = Config() if external else planned_config(places)
+        if not pinned_url(places):
+            config = planned_config(places)
     except UserError as exc:                    # what runs is of interest all the more
-        broken, config = exc, Config()
-    rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
-    rows["downloads"] = [] if external else download_rows(places)
+        broken = exc
+    rows = _status_rows(places, config)
     if args.json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
-        if broken:
-            raise broken
-        return 0 if rows["running"] else 1
-    say(f"Project  {rows['project']}" + (f" ({rows['channel']})" if rows["channel"] else ""))
-    for name in ("router",) if external else ("router", "engine"):
-        row = rows[name]
-        if external and not row["answers"]:
-            say(f"Router   {paint('not reached', '31')}, {rows['problem']}")
-            return 1
-        if row is None:
-            say(f"{name.capitalize():<8} {paint('not running', '33')}")
-            continue
-        health = paint("up", "32") if row["answers"] else paint("alive, but does not answer" if row["alive"] else "died", "31")
-        kind = "" if name == "router" else f", {row['kind']}"
-        say(f"{name.capitalize():<8} {health}, {row['url']}" + (f", pid {row['pid']}{kind}" if row["pid"] else ""))
-    say("")
-    width = max([len(t["name"]) for t in rows["tiers"]] + [4])
-    for tier in rows["tiers"]:
-        state = paint(tier["state"], "32" if tier["state"] in ("ready", "loaded", "available") else "2")
-        state += f" for {span_words(tier['since_s'])}" if tier["since_s"] is not None else ""
-        state += f" ({tier['reason']})" if tier["reason"] else ""
-        say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
-        say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
-    for difference in rows.get("differences", ()):
-        say(f"Note: {difference}")
-    if rows.get("local_only"):
-        say("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            say(f"Download {row['tier']}-{row['label']}: {paint(row['state'], '33')}, "
-                + (row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)))
-    if not rows["running"]:
-        say("")
-        owner = rows["other_owner"]
-        up = "llmstack start --demo" if args.demo else "llmstack start"
-        say(f"The daemons of this machine belong to {owner}." if owner else f"Bring it up with `{up}`.")
+    else:
+        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
+            say(line)
     if broken:
         raise broken
     return 0 if rows["running"] else 1
+
+
+def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
+    if pinned_url(places):
+        return {**external_status(places, os.environ), "downloads": []}
+    rows = stack_status(places, config, os.environ)
+    return {**rows, "downloads": download_rows(places)}
+
+
+def _columns() -> int:
+    """Of the terminal; of a file or a pipe as many as it takes."""
+    import shutil
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+
+
+def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
+    width, now = _columns(), rows.get("now") or {}
+    if not (rows["running"] and dicts_in(now, "tiers")):
+        return _status_of_parts(rows, config, width, demo)
+    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
+                            time.time(), paint)
+    return lines + [f"Note: {difference}" for difference in rows.get("differences", ())]
+
+
+def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
+    """What there is to say of a stack that is down, ailing or older than this program."""
+    channel = f" ({rows['channel']})" if rows["channel"] else ""
+    lines = [f"Project  {rows['project']}{channel}"]
+    for name in ("router", "engine"):
+        lines += _part_line(name, rows)
+    if rows.get("problem"):
+        return lines
+    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
+    if tiers:
+        lines += ["", *render_tiers(tiers, width, paint)]
+    lines += [f"Note: {difference}" for difference in rows.get("differences", ())]
+    if rows.get("local_only"):
+        lines.append("local_only: no request leaves this machine")
+    for row in rows["downloads"]:
+        if row["state"] != "done":
+            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
+            state = paint(row["state"], "33")
+            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
+    if not rows["running"]:
+        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
+        if rows["other_owner"]:
+            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
+    return lines
+
+
+def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
+    """The line of the router or the engine; none for the engine of another machine."""
+    row, title = rows[name], f"{name.capitalize():<8}"
+    if rows.get("problem"):
+        problem = f"{title} {paint('not reached', '31')}, {rows['problem']}"
+        return [problem] if name == "router" else []
+    if row is None:
+        if rows["channel"] == "external":
+            return []
+        return [f"{title} {paint('not running', '33')}"]
+    health = paint("died", "31")
+    if row["answers"]:
+        health = paint("up", "32")
+    elif row["alive"]:
+        health = paint("alive, but does not answer", "31")
+    kind = "" if name == "router" else f", {row['kind']}"
+    pid = f", pid {row['pid']}{kind}" if row["pid"] else ""
+    return [f"{title} {health}, {row['url']}{pid}"]
+
+
+def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
+    """A tier's row with its state in the words of a snapshot."""
+    tier = config.by_name(row["name"])
+    state = {"starting": "loading", "ready": "loaded", "stopped": "not loaded"}.get(
+        row["state"], row["state"])
+    if state == "unknown":
+        state = "not running"
+    row = {**row, "state": state}
+    if tier is not None and tier.backend == "gguf" and not rows["running"]:
+        weights = weights_for(tier, rows["channel"] == "next")
+        if not cached_model(weights, os.environ):
+            row.update(state="not here", reason=f"llmstack download {tier.name}")
+    return row
+
+
+def _watched_router(places: Places) -> Tuple[Upstream, str]:
+    """The router to watch, and its URL for people. Errors: UserError where none is up."""
+    url = trusted_url(places)
+    if url:
+        return fetch_remote(url, os.environ).upstream, url
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
+        raise UserError("the stack of this project is not running", "run `llmstack start`")
+    return router_upstream(record), base_url(record.host, record.port)
+
+
+def _watch(places: Places) -> int:
+    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
+    upstream, url = _watched_router(places)
+    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    try:
+        while True:
+            try:
+                for now in follow_events(upstream, key_header(os.environ)):
+                    _draw(render_snapshot(now, url, _columns(), time.time(), paint),
+                          in_place)
+            except (OSError, ValueError) as exc:
+                _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"],
+                      in_place)
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _draw(lines: Sequence[str], in_place: bool) -> None:
+    """Lines over those drawn before; one below the other where that cannot be."""
+    if not in_place:
+        for line in lines:
+            say(line)
+        return
+    import shutil
+    most = max(shutil.get_terminal_size().lines - 1, 1)
+    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
+    _print(f"\x1b[H{shown}\x1b[J")
 
 
 def _add_reload(commands: Any) -> None:
