@@ -6882,7 +6882,7 @@ class Counters:
         if row.get("cost"):
             self.add("llmstack_cost_dollars_total", tier, by=row["cost"])
         self.observe("llmstack_wait_seconds", row["wait_s"])
-        if row["first_byte_s"]:
+        if row["ended"] in ("done", "broken"):
             self.observe("llmstack_first_byte_seconds", row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
@@ -6937,7 +6937,7 @@ class Events:
         with self._lock:
             self._number += 1
             self._rows.append({"number": self._number, "time": now, **row})
-            if row["first_byte_s"]:
+            if row["ended"] in ("done", "broken"):
                 first_s = round(row["wait_s"] + row["first_byte_s"], 3)
                 self._points.append((now, row["tier"], first_s, per_s))
             if per_s:
