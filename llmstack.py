@@ -39,6 +39,7 @@ Map of the file, bottom-up; each section is built from those above it:
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
     BACKENDS             what can answer a tier, and how a request waits for it
     RECORD               logs/decisions.jsonl, a line a request
+    EVENTS               what those who look on are told: the page, its stream, /metrics
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
@@ -52,6 +53,7 @@ Map of the file, bottom-up; each section is built from those above it:
     DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
     SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
+    STATUS               what runs, as people read it, and as it changes
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
 Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (yours), opencode.json, AGENTS.md,
@@ -2929,7 +2931,7 @@ _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
 MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
 REASONS = {
-    200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+    200: "OK", 204: "No Content", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
     404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
@@ -3471,6 +3473,26 @@ def waiting_event(words: str) -> bytes:
     event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
              "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
     return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
+
+
+# What llama.cpp prints when a load fails -> what that means, as seen with b11549.
+_LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, words in (
+    (r"not within the file bounds|corrupted or incomplete|failed to read", "the file is cut short"),
+    (r"invalid magic|failed to read magic", "the file is no GGUF"),
+    (r"unknown model architecture: *'?([\w.-]*)", "this llama-server does not know its architecture"),
+    (r"out of memory|failed to allocate|unable to allocate|cudaMalloc", "memory ran out"),
+    (r"there is no |No such file|failed to open", "the file is not there"),
+    (r"error: invalid argument|error while handling argument", "llama-server refuses a flag"),
+    (r"not loaded within", "it took too long"),
+))
+
+
+def load_failure_words(text: str) -> str:
+    """Why a load has failed, in a few words."""
+    for pattern, words in _LOAD_FAILURES:
+        if pattern.search(text):
+            return words
+    return text.partition("\n")[0].rstrip(":")
 
 
 # ===================================================================================================
@@ -6616,6 +6638,7 @@ class App:
     """What a server does with its requests."""
 
     log: Log
+    server: Optional[Server] = None             # that asks it
 
     def answer(self, client: Client, request: Request) -> None:
         raise NotImplementedError
@@ -6693,6 +6716,7 @@ class Server:
             self._socket.close()
             raise
         self.server_port: int = self._socket.getsockname()[1]
+        app.server = self
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
@@ -6710,6 +6734,9 @@ class Server:
         if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
             self._used, self._returned = False, time.monotonic()
             return_memory()
+
+    def connections(self) -> int:
+        return len(self._clients)
 
     def shutdown(self) -> None:
         """Make serve_forever() return; for other threads."""
@@ -6982,6 +7009,7 @@ class Waiting:
         self._visible = mode == "visible" and path == "/v1/chat/completions"
         self._began_s = time.monotonic()
         self._next_s = self.GRACE_S             # of the next message, after the beginning
+        self.ready_s = 0.0                      # how long it took until its model was ready
 
     @property
     def waited_s(self) -> float:
@@ -7019,6 +7047,7 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             if client.gone():
                 raise ClientGone
             waiting.tell(lease.stage)
+        waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
@@ -7060,6 +7089,7 @@ class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
     address = ""                                # for messages
+    page_url = ""                               # of the router's page
 
     def memory(self) -> Dict[str, Any]:
         """The budget, and what is short, as `status` and `fit` show it; {} where it has none."""
@@ -7077,6 +7107,10 @@ class Behind(App):
                 remedy: str = "") -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
+
+    def watched(self) -> Dict[str, Any]:
+        """What it runs, for who looks on: `models`, a row a name, and `budget` in bytes."""
+        return {}
 
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
@@ -7215,6 +7249,8 @@ def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
         "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
         "cached": counts.cached, "output": counts.output, "ended": outcome.state,
         "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+    if counts.written_per_s:
+        row["per_s"] = round(counts.written_per_s, 1)
     if decision is not None:
         row["reason"] = decision.reason
         row["passed_over"] = {n: why for n, why in decision.refused.items()
@@ -7222,6 +7258,263 @@ def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
     if outcome.cost:
         row["cost"] = outcome.cost
     return row
+
+
+# ===================================================================================================
+# EVENTS
+# ===================================================================================================
+# What those who look on are told: the page, `status --watch` and Prometheus. A request pays for one
+# row and a few sums; everything else is asked of its source only while somebody looks. No text of a
+# prompt or of an answer comes here.
+
+MAX_LISTENERS = 16                              # each holds a thread
+DECISIONS_KEPT = 100
+POINTS_KEPT = 1_000                             # of the plots, which show the last hour
+SECONDS_BUCKETS = (0.1, 0.5, 2.0, 10.0, 60.0)
+
+
+class Metric(NamedTuple):
+    """A family of /metrics."""
+
+    kind: str                                   # counter | gauge | histogram
+    labels: Tuple[str, ...]
+    help: str
+
+
+METRICS = {
+    "llmstack_requests_total": Metric(
+        "counter", ("tier", "rung", "outcome"), "Inference requests that have ended."),
+    "llmstack_fallbacks_total": Metric(
+        "counter", (), "Times that auto went on to another tier after a failure."),
+    "llmstack_tokens_total": Metric(
+        "counter", ("tier", "kind"), "Tokens as the servers count them; cached are of the prompt."),
+    "llmstack_cost_dollars_total": Metric(
+        "counter", ("tier",), "What LiteLLM says that hosted answers have cost."),
+    "llmstack_wait_seconds": Metric(
+        "histogram", (), "From a request's arrival until its model was ready."),
+    "llmstack_first_byte_seconds": Metric(
+        "histogram", (), "From the sending of a request to its model until the first byte."),
+    "llmstack_loads_total": Metric("counter", ("tier",), "Models loaded."),
+    "llmstack_evictions_total": Metric(
+        "counter", ("tier",), "Models unloaded to make room for another."),
+    "llmstack_memory_bytes": Metric(
+        "gauge", ("kind",), "What models may take, and what those that run are counted with."),
+    "llmstack_tier_loaded": Metric("gauge", ("tier",), "1 where the model is ready."),
+    "llmstack_requests_in_flight": Metric("gauge", (), "Inference requests under way."),
+    "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
+}
+IN_MEMORY = ("loaded", "loading", "unloading")  # states of a model whose memory counts
+Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its labels) -> value
+
+
+class Counters:
+    """The sums behind /metrics."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sums: Samples = {}
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":      # a bucket that is absent is no zero to Prometheus
+                for limit in (*SECONDS_BUCKETS, float("inf")):
+                    self.add(f"{name}_bucket", _le(limit), by=0)
+                self.add(f"{name}_sum", by=0)
+                self.add(f"{name}_count", by=0)
+            elif not metric.labels and metric.kind == "counter":
+                self.add(name, by=0)
+
+    def add(self, name: str, *labels: str, by: float = 1) -> None:
+        with self._lock:
+            key = (name, labels)
+            self._sums[key] = self._sums.get(key, 0) + by
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Count a value of a histogram."""
+        for limit in (*SECONDS_BUCKETS, float("inf")):
+            if seconds <= limit:
+                self.add(f"{name}_bucket", _le(limit))
+        self.add(f"{name}_sum", by=seconds)
+        self.add(f"{name}_count")
+
+    def count_request(self, row: Mapping[str, Any]) -> None:
+        """Count what a row of the decision record says."""
+        tier = str(row["tier"])
+        self.add("llmstack_requests_total", tier, str(row["rung"]), str(row["ended"]))
+        self.add("llmstack_fallbacks_total", by=len(row.get("fallbacks", ())))
+        for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
+            self.add("llmstack_tokens_total", tier, kind, by=row[key])
+        if row.get("cost"):
+            self.add("llmstack_cost_dollars_total", tier, by=row["cost"])
+        self.observe("llmstack_wait_seconds", row["wait_s"])
+        if row["ended"] in ("done", "broken"):
+            self.observe("llmstack_first_byte_seconds", row["first_byte_s"])
+
+    def render(self, gauges: Samples) -> str:
+        """Prometheus' text format 0.0.4."""
+        with self._lock:
+            samples = {**self._sums, **gauges}
+        lines = []
+        for name, metric in METRICS.items():
+            lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
+            for (sample, labels), value in samples.items():
+                if sample == name:
+                    lines.append(_sample_line(sample, metric.labels, labels, value))
+                elif metric.kind == "histogram" and sample.startswith(name + "_"):
+                    lines.append(_sample_line(sample, ("le",), labels, value))
+        return "\n".join(lines) + "\n"
+
+
+def _le(limit: float) -> str:
+    return "+Inf" if limit == float("inf") else f"{limit:g}"
+
+
+def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
+    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, values))
+    return f"{name}{{{pairs}}} {value:.12g}" if values else f"{name} {value:.12g}"
+
+
+class Events:
+    """What has happened lately, who listens to it, and where else a snapshot comes from."""
+
+    EVERY_S = 0.4                               # between two messages to a listener
+    HEARTBEAT_S = 15.0
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.sources: List[Callable[[], Dict[str, Any]]] = []   # of the parts of a snapshot
+        self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
+        self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
+        self._lock = threading.Lock()
+        self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
+        self._number = 0                        # of the last decision
+        self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
+        self._points: Any = collections.deque(maxlen=POINTS_KEPT)
+        self._listeners = 0
+        self._asking = threading.Lock()
+        self._state: Dict[str, Any] = {}
+        self._asked_s = -1e9
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep the row of a request that has ended."""
+        self.counters.count_request(row)
+        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
+        with self._lock:
+            self._number += 1
+            self._rows.append({"number": self._number, "time": now, **row})
+            if row["ended"] in ("done", "broken"):
+                first_s = round(row["wait_s"] + row["first_byte_s"], 3)
+                self._points.append((now, row["tier"], first_s, per_s))
+            if per_s:
+                self.rates[row["tier"]] = per_s
+
+    def state(self) -> Dict[str, Any]:
+        """What all sources tell, made once for all who ask within a moment."""
+        with self._asking:
+            if time.monotonic() - self._asked_s > self.EVERY_S / 2:
+                self._state = {}
+                for tell in self.sources:
+                    self._state.update(tell())
+                self._asked_s = time.monotonic()
+            return self._state
+
+    def snapshot(self, after: int = 0) -> Dict[str, Any]:
+        """Everything, of the decisions those behind number `after`."""
+        since = time.time() - 3600
+        rows = self._rows_after(after)
+        with self._lock:
+            points = [point for point in self._points if point[0] > since]
+        return {**self.state(), "now": round(time.time(), 1), "start": self._start,
+                "points": points, "decisions": rows}
+
+    def _rows_after(self, number: int) -> List[Dict[str, Any]]:
+        with self._lock:
+            return [row for row in self._rows if row["number"] > number]
+
+    def listen(self, client: Client, request: Request) -> None:
+        """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
+        with self._lock:
+            if self._listeners >= MAX_LISTENERS:
+                raise HttpError(503, f"{MAX_LISTENERS} listen already", "server_error")
+            self._listeners += 1
+        try:
+            self._tell(client, request.header(b"last-event-id"))
+        finally:
+            with self._lock:
+                self._listeners -= 1
+
+    def _tell(self, client: Client, last_id: str) -> None:
+        """First everything, then what changes. Errors: ClientGone."""
+        start, _, number = last_id.partition("-")
+        known = start == self._start and re.match("[0-9]{1,15}\\Z", number)
+        after = int(number) if known else 0
+        client.open_stream()
+        told = self.snapshot(after)
+        after = self._send(client, "snapshot", told, after)
+        sent_s = time.monotonic()
+        while not client.gone():
+            time.sleep(self.EVERY_S)
+            state = self.state()
+            change = {key: value for key, value in state.items() if value != told.get(key)}
+            rows = self._rows_after(after)
+            if rows:
+                change["decisions"] = rows
+            told = state
+            if change:
+                after = self._send(client, "change", change, after)
+                sent_s = time.monotonic()
+            elif time.monotonic() - sent_s > self.HEARTBEAT_S:
+                client.send_event(b":\n\n")
+                sent_s = time.monotonic()
+        raise ClientGone
+
+    def _send(self, client: Client, kind: str, value: Mapping[str, Any], after: int) -> int:
+        """Send an event; the number of the last decision that the client then has."""
+        rows = value.get("decisions")
+        after = rows[-1]["number"] if rows else after
+        data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        client.send_event(f"id: {self._start}-{after}\nevent: {kind}\ndata: {data}\n\n".encode())
+        return after
+
+
+class Page(NamedTuple):
+    """share/page/index.html as it is served."""
+
+    html: bytes
+    headers: bytes                              # lines, each with its CRLF
+
+
+def read_page() -> Optional[Page]:
+    """The page with the policy that lets run its own script and nothing else.
+
+    None where the program has been copied without it.
+    """
+    import base64
+    import hashlib
+    try:
+        text = read_shared_text("page/index.html")
+    except UserError:
+        return None
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; connect-src 'self'"
+    policy += "; img-src data:; require-trusted-types-for 'script'"
+    for source, element in (("script-src", "script"), ("style-src", "style")):
+        inside = text.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        policy += f"; {source} 'sha256-{digest}'"
+    text = text.replace("CONTENT_SECURITY_POLICY", policy)
+    lines = (f"Content-Security-Policy: {policy}; frame-ancestors 'none'",
+             "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
+             "Cache-Control: no-cache", "Vary: Accept")
+    return Page(text.encode(), "".join(f"{line}\r\n" for line in lines).encode())
+
+
+def may_change(request: Request) -> bool:
+    """Whether a request that changes something comes from a program, or from our own page.
+
+    A form of another page can set no header of its own, and names its origin.
+    """
+    origin = request.header(b"origin")
+    if origin:
+        return origin.partition("://")[2] == request.header(b"host")
+    return b"x-llmstack" in request.fields
 
 
 # ===================================================================================================
@@ -7353,6 +7646,11 @@ class Ongoing:
         self.number, self._client, self.asked = number, client, asked
         self.tier = ""
         self.lease: Optional[Lease] = None
+        self.wait_s = 0.0                       # until its models were ready, of all tiers tried
+
+    def stop(self) -> None:
+        """End it, as if its client had left."""
+        self._client.give_way()
 
     def row(self) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
@@ -7443,6 +7741,9 @@ class Ladder:
                                outcome.retry_after_s, route.hosted)
 
 
+_ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
@@ -7465,7 +7766,12 @@ class RouterApp(App):
         self._record = record
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
+        self._page = read_page()
         self._snapshot = self._adopt(config, {})
+        self._started_with, self._started = config.tiers, time.time()
+        self._read_last = self._ini_digest()
+        self.events = Events()
+        self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
@@ -7483,11 +7789,13 @@ class RouterApp(App):
         """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
         if self._reload is None:
             return "this router reads no models.ini again"
+        digest = self._ini_digest()             # before it is read: what changes later is new
         try:
             self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
+        self._read_last = digest
         tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
         self.log.info(f"models.ini read again: {tiers}")
         return ""
@@ -7547,12 +7855,15 @@ class RouterApp(App):
         wrong = refusal(request, self._loopback)
         if wrong:
             raise HttpError(403, wrong, "forbidden")
+        path, mark, query = request.target.partition("?")
+        if path == "/" and request.method in ("GET", "HEAD"):
+            self._front(client, request)        # without the key: the page asks for it
+            return
         drop: FrozenSet[bytes] = frozenset()
         if self._key:
             drop = self._check_key(request)
         if not self._loopback:                  # judged here; what is behind would refuse it
             drop = drop | {b"origin"}
-        path, mark, query = request.target.partition("?")
         inference = ""
         if request.method == "POST" and b"content-encoding" not in request.fields:
             inference = inference_path(path)
@@ -7565,7 +7876,17 @@ class RouterApp(App):
                           drop: FrozenSet[bytes]) -> bool:
         """Answer what the router knows itself; False for any other path."""
         read = request.method in ("GET", "HEAD")
-        if read and path == "/models.ini":
+        if path == "/llmstack/events" and request.method == "GET":
+            self.events.listen(client, request)
+        elif request.target == "/metrics" and read:     # with a query it is a model's own
+            text = self.events.counters.render(self._gauges())
+            client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif read and path == "/llmstack/snapshot":
+            text = json.dumps(self.events.snapshot(), ensure_ascii=False)
+            client.reply(200, text.encode())
+        elif request.method == "POST" and _ACTION.match(path):
+            self._act(client, request, path, drop)
+        elif read and path == "/models.ini":
             self._models_ini_text(client)
         elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
             self._models(client, request, drop)
@@ -7584,6 +7905,40 @@ class RouterApp(App):
         else:
             return False
         return True
+
+    def _front(self, client: Client, request: Request) -> None:
+        """The page for a browser; for others where the API is."""
+        page = self._page
+        if page is not None and b"text/html" in request.fields.get(b"accept", b"").lower():
+            client.reply(200, page.html, "text/html; charset=utf-8", page.headers)
+            return
+        text = json.dumps({"name": "llmstack", "api": "/v1", "models": "/v1/models"})
+        client.reply(200, text.encode(), extra=b"Vary: Accept\r\n")
+
+    def _act(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
+        """Load or unload a tier, or end a request. Errors: HttpError, ClientGone."""
+        if not may_change(request):
+            raise HttpError(403, "what changes something wants an X-LLMStack header, or this"
+                                 " router's own Origin", "forbidden")
+        client.read_body(request)
+        verb, name = path.split("/")[2:4]
+        if verb == "requests":
+            ongoing = self._ongoing.get(int(name))
+            if ongoing is None:
+                raise HttpError(404, f"no request {name} is under way", "not_found")
+            ongoing.stop()
+            client.reply(200, b'{"ok": true}')
+            return
+        tier = self.config.by_name(name)
+        if tier is None:
+            raise HttpError(404, f"there is no tier {name!r}", "not_found")
+        if tier.backend != "gguf":
+            raise HttpError(400, f"{tier.name} is hosted: there is nothing to {verb}")
+        if verb == "unload":
+            wanted = request._replace(target=f"/api/models/unload/{tier.name}")
+        else:                                   # a request that wants nothing of the model but it
+            wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
+        self.behind.pass_on(client, wanted, b"", drop, self._remedy)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -7676,6 +8031,62 @@ class RouterApp(App):
                 found[route.tier.name] = (state, why)
         return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
 
+    # ---- for those who look on
+
+    def _ini_digest(self) -> str:
+        return _digest(_read_bytes(self._models_ini))
+
+    def _about(self) -> Dict[str, Any]:
+        """The daemon itself, and whether its models.ini has changed since it read it."""
+        changed = self._ini_digest() != self._read_last or self.config.tiers != self._started_with
+        return {"version": VERSION, "started": round(self._started), "changed": changed,
+                "local_only": self.config.local_only}
+
+    def look(self) -> Dict[str, Any]:
+        """The router's parts of a snapshot."""
+        watched = self.behind.watched()
+        models = watched.get("models", {})
+        taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
+        return {"about": self._about(), "tiers": self._tier_rows(models),
+                "memory": {"budget": watched.get("budget", 0), "resident": taken},
+                "requests": self._under_way()}
+
+    def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+        told, rows = self.state(), []
+        for tier in self.config.tiers:
+            mark = told.get(tier.name, {"state": "unknown", "reason": ""})
+            row = {"name": tier.name, "role": tier.role, "backend": tier.backend,
+                   "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
+                   **mark, **models.get(tier.name, {})}
+            row["reason"] = row["reason"] or mark["reason"]
+            rows.append(row)
+        return rows
+
+    def _under_way(self) -> List[Dict[str, Any]]:
+        """The requests, with their beginning instead of their age: a row that stays is no news."""
+        rows = []
+        for ongoing in list(self._ongoing.values()):
+            row = ongoing.row()
+            del row["since_s"]
+            row["began"] = round(ongoing.asked.began_s + self.events.epoch)
+            rows.append(row)
+        return rows
+
+    def _gauges(self) -> Samples:
+        state = self.events.state()
+        samples: Samples = {
+            ("llmstack_requests_in_flight", ()): len(self._ongoing),
+            ("llmstack_connections", ()): self.server.connections() if self.server else 0}
+        for kind, value in state["memory"].items():
+            samples["llmstack_memory_bytes", (kind,)] = value
+        for row in state["tiers"]:
+            if row["backend"] == "gguf":
+                tier = (row["name"],)
+                samples["llmstack_tier_loaded", tier] = row["state"] == "loaded"
+                samples["llmstack_loads_total", tier] = row.get("loads", 0)
+                samples["llmstack_evictions_total", tier] = row.get("evictions", 0)
+        return samples
+
     # ---- inference
 
     def _infer(self, client: Client, request: Request, path: str, target: str,
@@ -7685,6 +8096,10 @@ class RouterApp(App):
         self._ongoing[ongoing.number] = ongoing
         try:
             self._answer_asked(client, asked, ongoing)
+        except ClientGone:
+            if ongoing.tier:
+                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
+            raise
         finally:
             del self._ongoing[ongoing.number]
 
@@ -7725,7 +8140,7 @@ class RouterApp(App):
         if route.refused[0]:
             raise HttpError(*route.refused)
         facts: List[Facts] = []
-        if self._record is not None and asked.path in STREAM_ENDS:
+        if ongoing is not None and asked.path in STREAM_ENDS:
             try:
                 facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
             except RecursionError:
@@ -7736,16 +8151,22 @@ class RouterApp(App):
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
         for counted in facts:
-            self._note(asked, record_row(counted, asked.path, name, None, outcome), ())
+            assert ongoing is not None
+            self._note(ongoing, record_row(counted, asked.path, name, None, outcome), ())
 
-    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
-        """Keep a request in the decision record."""
-        if self._record is None:
-            return
-        row["total_s"] = round(time.monotonic() - asked.began_s, 3)
+    def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+        """Keep a request in the decision record, and for those who look on."""
+        asked = ongoing.asked
+        total_s = time.monotonic() - asked.began_s
+        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3))
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
-        self._record.add(row, asked.conversation)
+        writing_s = total_s - row["wait_s"] - row["first_byte_s"]
+        if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
+            row["per_s"] = round(row["output"] / writing_s, 1)
+        self.events.add(row)
+        if self._record is not None:
+            self._record.add(row, asked.conversation)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -7794,7 +8215,8 @@ class RouterApp(App):
         self._finish(client, outcome, f"auto -> {name}", route, headers)
         if outcome.state == "done":
             learn(tokens_said(outcome.said).prompt, name)
-        self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
+        row = record_row(facts, asked.path, name, decision, outcome)
+        self._note(ongoing, row, ladder.fallbacks)
 
     def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
              ongoing: Ongoing) -> Outcome:
@@ -7830,7 +8252,11 @@ class RouterApp(App):
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
                       asked.release)
         waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
-        return ask_lease(client, request, lease, target, pieces, terms, waiting)
+        try:
+            return ask_lease(client, request, lease, target, pieces, terms, waiting)
+        finally:
+            if ongoing is not None:
+                ongoing.wait_s += waiting.ready_s
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
@@ -9072,6 +9498,7 @@ class Model:
         self.failure = ""
         self.failed_at = -1e9
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
+        self.loads = self.evictions = 0
 
     @property
     def name(self) -> str:
@@ -9079,6 +9506,11 @@ class Model:
 
     def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
+
+
+# What the states of a model are called where people read them.
+STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded",
+               "stopping": "unloading"}
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -9143,11 +9575,13 @@ class Engine:
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
-        weights_gb = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+        self._parts = {f.name: f.memory for f in fits if f.memory}
+        weights_gb = {name: memory.weights / 1e9 for name, memory in self._parts.items()}
         self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
         self.pressure = ""                      # why no more memory is taken than now, "" for no reason
+        self._epoch = time.time() - time.monotonic()
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -9302,6 +9736,7 @@ class Engine:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
+                victim.evictions += 1
             self._start(model)
             while not self._restore(model):
                 self._start(model)
@@ -9309,6 +9744,7 @@ class Engine:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
                 model.turn_to("ready")
+                model.loads += 1
                 model.last_used = time.monotonic()
                 self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
         except _Cancelled:
@@ -9565,6 +10001,31 @@ class Engine:
                      "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
                     for m in self.models.values() if m.state != "stopped"]
 
+    def watched(self) -> Dict[str, Any]:
+        """The models and the budget, as Behind.watched() tells them."""
+        with self._changed:
+            rows = {name: self._watched_row(model) for name, model in self.models.items()}
+            stopped = [m for m in self.models.values() if m.state == "stopped"]
+        for model in stopped:                   # looks at the disk, so not under the lock
+            row = rows[model.name]
+            if row["state"] == "not loaded" and not self._is_here(model):
+                row.update(state="not here", reason=f"llmstack download {model.name}")
+        return {"models": rows, "budget": round(self._budget_gb * 1e9)}
+
+    def _watched_row(self, model: Model) -> Dict[str, Any]:
+        state, reason, since = STATE_WORDS[model.state], "", model.since
+        if model.state == "stopped" and model.failed_at > model.last_used:
+            state, since = "failed to load", model.failed_at
+            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
+               "evictions": model.evictions, "since": round(since + self._epoch)}
+        if not model.proxy:
+            row["bytes"] = round(model.gb * 1e9)
+        memory = self._parts.get(model.name)
+        if memory is not None:
+            row["parts"] = memory._asdict()
+        return row
+
 
 _PLAIN = "text/plain; charset=utf-8"
 
@@ -9621,6 +10082,9 @@ class EngineApp(Behind):
             self.log.rotate()
             self.engine.rotate_logs()
 
+    def watched(self) -> Dict[str, Any]:
+        return self.engine.watched()
+
     def start(self) -> None:
         self.engine.preload()
 
@@ -9665,6 +10129,8 @@ class EngineApp(Behind):
         unload_one = "/api/models/unload/"
         if not post and path == "/health":
             client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+        elif not post and path == "/ui" and self.page_url:
+            client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
             listing = {"object": "list", "data": self._listing()}
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
@@ -9900,6 +10366,14 @@ class SwapApp(UpstreamApp):
             return
         super().pass_on(client, request, body, drop, remedy)
 
+    def watched(self) -> Dict[str, Any]:
+        running = running_states(self.upstream)
+        if running is None:
+            return {}
+        names = set(self._models.values())
+        return {"models": {name: {"state": STATE_WORDS.get(running.get(name, "stopped"), "loading")}
+                           for name in names}}
+
 
 def with_stop_hook(text: str, words: Sequence[str]) -> str:
     """llama-swap's configuration with a command before each llama-server is stopped."""
@@ -9917,6 +10391,7 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
         if found and row.get("state") == "ready":
             ports[str(row.get("model"))] = int(found.group(1))
     return ports
+
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -10527,6 +11002,9 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
     rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
+    rows["now"] = None                          # as /llmstack/snapshot tells it
+    if record is not None and router_up:
+        rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
     return rows
 
 
@@ -10871,6 +11349,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         row = _tier_row(tier, False, state, told.get(tier.name, {}))
         shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
         rows["tiers"].append({**row, **shown})
+    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot", key_header(env))
     return rows
 
 
@@ -12380,6 +12859,228 @@ SETUP_STEPS: Tuple[Tuple[str, str, Callable[[Setup], str]], ...] = (
 
 
 # ===================================================================================================
+# STATUS
+# ===================================================================================================
+# `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
+# another process's word.
+
+WATCH_SILENCE_S = 40                            # the stream says something every 15 s
+Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
+STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
+                 "failed to load": "31", "failing": "31", "no credential": "31"}
+
+
+def text_in(row: Any, key: str) -> str:
+    value = row.get(key) if isinstance(row, dict) else None
+    return visible(value) if isinstance(value, str) else ""
+
+
+def number_in(row: Any, key: str) -> float:
+    value = row.get(key) if isinstance(row, dict) else None
+    sane = isinstance(value, (int, float)) and 0 <= value < 1e15
+    return float(value) if sane else 0.0        # type: ignore[arg-type]
+
+
+def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
+    value = row.get(key)
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def context_words(tokens: float) -> str:
+    """128k for 131,072 tokens, 200k for 200,000."""
+    tokens = int(tokens)
+    if tokens % 1024 == 0:
+        return f"{tokens // 1024}k"
+    return f"{tokens / 1000:.0f}k" if tokens >= 1000 else str(tokens)
+
+
+def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
+    """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
+    mine = [r for r in dicts_in(now, "requests") if text_in(r, "tier") == name]
+    working = [r for r in mine if text_in(r, "stage") in ("writing", "reading the prompt")]
+    words = []
+    if working:
+        words.append(f"{len(working)} answering")
+    since = [number_in(r, "began") for r in mine if r not in working]
+    if since:
+        words.append(f"{len(since)} waiting, {span_words(max(now_s - min(since), 0))}")
+    return words
+
+
+class TierLine(NamedTuple):
+    """A tier's row, a word or two a column; `note` may be a sentence."""
+
+    name: str
+    role: str
+    context: str
+    state: str
+    memory: str
+    speed: str
+    note: str
+
+
+def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
+    """A tier of a snapshot, or of stack_status where there is none."""
+    name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
+    since_s, size, rate = number_in(row, "since"), number_in(row, "bytes"), number_in(row, "per_s")
+    ago = span_words(max(now_s - since_s, 0))
+    if state == "failed to load" and since_s:
+        note = f"{ago} ago: {note}"
+    words = _occupation(name, now, now_s)
+    if state == "loading" and since_s:
+        state += f" {ago}"
+    if note:
+        words.append(note)
+    return TierLine(name, text_in(row, "role") or "-", context_words(number_in(row, "ctx_size")), state,
+                    f"{size / 1e9:.1f} GB" if size else "", f"{rate:.0f} tok/s" if rate else "",
+                    ", ".join(words))
+
+
+# What a narrow terminal does without, the first first, and what must fit beside it: a short note.
+_LEFT_OUT = (("role", 22), ("speed", 0), ("context", 0), ("memory", 0))
+_RIGHT = ("context", "memory", "speed")
+
+
+def _state_colour(state: str) -> str:
+    return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
+
+
+def _wrapped(text: str, width: int, indent: str) -> List[str]:
+    """A text in lines; a path stays whole."""
+    import textwrap
+    return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def render_tiers(lines: Sequence[TierLine], width: int, colour: Colour) -> List[str]:
+    """The table of tiers; a note that does not fit goes below its row."""
+    columns = [c for c in TierLine._fields if c != "note" and any(getattr(t, c) for t in lines)]
+    wide = {c: max(len(getattr(t, c)) for t in lines) for c in columns}
+    for name, beside in _LEFT_OUT:
+        if name in columns and sum(wide[c] + 2 for c in columns) + beside > width:
+            columns.remove(name)
+    shown = []
+    for line in lines:
+        cells = []
+        for column in columns:
+            text = getattr(line, column)
+            padding = " " * (wide[column] - len(text))
+            if column == "state":
+                text = colour(text, _state_colour(text))
+            cells.append(padding + text if column in _RIGHT else text + padding)
+        room = width - sum(wide[c] + 2 for c in columns)
+        if line.note and len(line.note) <= room:
+            cells.append(line.note)
+            shown.append("  ".join(cells))
+            continue
+        shown.append("  ".join(cells).rstrip())
+        shown += _wrapped("    " + line.note, width, "    ")
+    return shown
+
+
+def _last_words(row: Mapping[str, Any], now_s: float) -> str:
+    """`last  auto → code-fast, 35,000 tokens (31,200 cached), 2.1 s, 4 s ago`"""
+    named = text_in(row, "rung") == "explicit"
+    words = [("" if named else "auto \u2192 ") + text_in(row, "tier")]
+    tokens, cached = number_in(row, "truth") or number_in(row, "tokens"), number_in(row, "cached")
+    words.append(f"{tokens:,.0f} tokens" + (f" ({cached:,.0f} cached)" if cached else ""))
+    if text_in(row, "ended") != "done":
+        words.append(text_in(row, "ended"))
+    words.append(f"{number_in(row, 'total_s'):.1f} s")
+    words.append(f"{span_words(max(now_s - number_in(row, 'time'), 0))} ago")
+    return "last  " + ", ".join(words)
+
+
+def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
+                    colour: Colour) -> List[str]:
+    """What runs, in lines of at most `width` columns where words allow it."""
+    about, memory = now.get("about"), now.get("memory")
+    head = [colour("up", "32") + f"  {url}/v1"]
+    budget = number_in(memory, "budget")
+    if budget:
+        taken = number_in(memory, "resident")
+        head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    if isinstance(about, dict) and about.get("channel") == "next":
+        head.append("next channel")
+    if isinstance(about, dict) and about.get("changed") is True:
+        head.append("models.ini changed since the start: llmstack restart")
+    if isinstance(about, dict) and about.get("local_only") is True:
+        head.append("local_only: no request leaves this machine")
+    room = width + len(head[0]) - len(f"up  {url}/v1")      # colours take none
+    lines = ["    ".join(head)]
+    if len(lines[0]) > room:
+        lines = [head[0]]
+        for words in head[1:]:
+            lines += _wrapped(words, width, "  ")
+    tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
+    lines += render_tiers(tiers, width, colour)
+    for row in dicts_in(now, "downloads"):
+        if text_in(row, "state") != "done":
+            what = f"Download {text_in(row, 'tier')}-{text_in(row, 'label')}: {text_in(row, 'state')}, "
+            done = progress_words(int(number_in(row, "bytes")), int(number_in(row, "total_bytes")), 0)
+            lines += _wrapped(what + (text_in(row, "error") or done), width, "  ")
+    decisions = dicts_in(now, "decisions")
+    if decisions:
+        lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
+    return lines
+
+
+def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]]:
+    """The snapshot of a router anew with each change, and each second without one.
+
+    Errors: OSError, ValueError where the stream ends or is none.
+    """
+    sock = upstream.connect()
+    try:
+        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
+                 b"Host: " + upstream.authority, headers + b"Accept: text/event-stream"]
+        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+        sock.settimeout(WATCH_SILENCE_S)
+        head = b""
+        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
+            head += _received(sock)
+        end = head_end(head, 0)
+        response = parse_response_head(head[:end], "GET")
+        if response.status != 200 or response.framing != "chunked":
+            raise ValueError(f"it answers {response.status}")
+        yield from _snapshots(sock, head[end + 4:])
+    finally:
+        sock.close()
+
+
+def _received(sock: socket.socket) -> bytes:
+    data = sock.recv(RECV_BYTES)
+    if not data:
+        raise OSError("the stream has ended")
+    return data
+
+
+def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
+    now: Dict[str, Any] = {}
+    framing, text = ChunkFraming(), b""
+    heard_s = time.monotonic()
+    sock.settimeout(1.0)
+    while True:
+        payload: List[bytes] = []
+        framing.feed(data, payload)
+        blocks = (text + b"".join(payload)).split(b"\n\n")
+        text = blocks.pop()
+        if len(text) > MAX_ANSWER_BYTES or framing.done:
+            raise ValueError("its stream is none of events")
+        for block in blocks:
+            now.update(parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))
+        if now:
+            yield now
+        try:
+            data = _received(sock)
+            heard_s = time.monotonic()
+        except _LAPSED:
+            data = b""
+            if time.monotonic() - heard_s > WATCH_SILENCE_S:
+                raise OSError("the stream says nothing any more") from None
+
+
+# ===================================================================================================
 # COMMANDS
 # ===================================================================================================
 
@@ -12743,66 +13444,168 @@ def _add_status(commands: Any) -> None:
     parser = commands.add_parser("status", help="what runs, and in what state", description="Show the daemons and the"
                                  " tiers, probed now. Exit code 0 when the stack is up, 1 when it is not.")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
     parser.add_argument("--demo", action="store_true", help="the demo's")
     parser.set_defaults(run=_cmd_status)
 
 
 def _cmd_status(args: Any) -> int:
     places = _places(args)
+    if args.watch:
+        return _watch(places)
     broken: Optional[UserError] = None
-    external = bool(pinned_url(places))
+    config = Config()
     try:
-        config = Config() if external else planned_config(places)
-        config = true_config(config, places, running_channel(places) == "next")
+        if not pinned_url(places):
+            config = planned_config(places)
+            config = true_config(config, places, running_channel(places) == "next")
     except UserError as exc:                    # what runs is of interest all the more
-        broken, config = exc, Config()
-    rows = external_status(places, os.environ) if external else stack_status(places, config, os.environ)
-    rows["downloads"] = [] if external else download_rows(places)
+        broken = exc
+    rows = _status_rows(places, config)
     if args.json:
         say(json.dumps(rows, indent=2, ensure_ascii=False))
-        if broken:
-            raise broken
-        return 0 if rows["running"] else 1
-    say(f"Project  {rows['project']}" + (f" ({rows['channel']})" if rows["channel"] else ""))
-    for name in ("router",) if external else ("router", "engine"):
-        row = rows[name]
-        if external and not row["answers"]:
-            say(f"Router   {paint('not reached', '31')}, {rows['problem']}")
-            return 1
-        if row is None:
-            say(f"{name.capitalize():<8} {paint('not running', '33')}")
-            continue
-        health = paint("up", "32") if row["answers"] else paint("alive, but does not answer" if row["alive"] else "died", "31")
-        kind = "" if name == "router" else f", {row['kind']}"
-        say(f"{name.capitalize():<8} {health}, {row['url']}" + (f", pid {row['pid']}{kind}" if row["pid"] else ""))
-    say("")
-    width = max([len(t["name"]) for t in rows["tiers"]] + [4])
-    for tier in rows["tiers"]:
-        state = paint(tier["state"], "32" if tier["state"] in ("ready", "loaded", "available") else "2")
-        state += f" for {span_words(tier['since_s'])}" if tier["since_s"] is not None else ""
-        state += f" ({tier['reason']})" if tier["reason"] else ""
-        say(f"  {tier['name']:<{width}}  {tier['role'] or '-':<15}  {tier['ctx_size']:>9,} tokens  {tier['backend']:<7}  {state}")
-        say(f"  {'':<{width}}  {tier['model']}" + (" (next)" if tier["channel"] == "next" else ""))
-        if tier.get("parking"):
-            say(f"  {'':<{width}}  parking {tier['parking']}")
-    for difference in rows.get("differences", ()):
-        say(f"Note: {difference}")
-    if rows.get("memory_pressure"):
-        say(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded, and none takes more")
-    if rows.get("local_only"):
-        say("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            say(f"Download {row['tier']}-{row['label']}: {paint(row['state'], '33')}, "
-                + (row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)))
-    if not rows["running"]:
-        say("")
-        owner = rows["other_owner"]
-        up = "llmstack start --demo" if args.demo else "llmstack start"
-        say(f"The daemons of this machine belong to {owner}." if owner else f"Bring it up with `{up}`.")
+    else:
+        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
+            say(line)
     if broken:
         raise broken
     return 0 if rows["running"] else 1
+
+
+def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
+    if pinned_url(places):
+        return {**external_status(places, os.environ), "downloads": []}
+    rows = stack_status(places, config, os.environ)
+    return {**rows, "downloads": download_rows(places)}
+
+
+def _columns() -> int:
+    """Of the terminal; of a file or a pipe as many as it takes."""
+    import shutil
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+
+
+def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
+    width, now = _columns(), rows.get("now") or {}
+    if not (rows["running"] and dicts_in(now, "tiers")):
+        return _status_of_parts(rows, config, width, demo)
+    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
+                            time.time(), paint)
+    return lines + _status_notes(rows)
+
+
+def _status_notes(rows: Mapping[str, Any]) -> List[str]:
+    """What is to be said beside the tiers."""
+    lines = [f"Note: {difference}" for difference in rows.get("differences", ())]
+    for tier in rows["tiers"]:
+        if tier.get("parking"):
+            lines.append(f"{tier['name']}: parking {tier['parking']}")
+    if rows.get("memory_pressure"):
+        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+                     " and none takes more")
+    return lines
+
+
+def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
+    """What there is to say of a stack that is down, ailing or older than this program."""
+    channel = f" ({rows['channel']})" if rows["channel"] else ""
+    lines = [f"Project  {rows['project']}{channel}"]
+    for name in ("router", "engine"):
+        lines += _part_line(name, rows)
+    if rows.get("problem"):
+        return lines
+    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
+    if tiers:
+        lines += ["", *render_tiers(tiers, width, paint)]
+    lines += _status_notes(rows)
+    if rows.get("local_only"):
+        lines.append("local_only: no request leaves this machine")
+    for row in rows["downloads"]:
+        if row["state"] != "done":
+            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
+            state = paint(row["state"], "33")
+            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
+    if not rows["running"]:
+        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
+        if rows["other_owner"]:
+            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
+    return lines
+
+
+def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
+    """The line of the router or the engine; none for the engine of another machine."""
+    row, title = rows[name], f"{name.capitalize():<8}"
+    if rows.get("problem"):
+        problem = f"{title} {paint('not reached', '31')}, {rows['problem']}"
+        return [problem] if name == "router" else []
+    if row is None:
+        if rows["channel"] == "external":
+            return []
+        return [f"{title} {paint('not running', '33')}"]
+    health = paint("died", "31")
+    if row["answers"]:
+        health = paint("up", "32")
+    elif row["alive"]:
+        health = paint("alive, but does not answer", "31")
+    kind = "" if name == "router" else f", {row['kind']}"
+    pid = f", pid {row['pid']}{kind}" if row["pid"] else ""
+    return [f"{title} {health}, {row['url']}{pid}"]
+
+
+def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
+    """A tier's row with its state in the words of a snapshot."""
+    tier = config.by_name(row["name"])
+    state = {"starting": "loading", "ready": "loaded", "stopped": "not loaded"}.get(
+        row["state"], row["state"])
+    if state == "unknown":
+        state = "not running"
+    row = {**row, "state": state}
+    if tier is not None and tier.backend == "gguf" and not rows["running"]:
+        weights = weights_for(tier, rows["channel"] == "next")
+        if not cached_model(weights, os.environ):
+            row.update(state="not here", reason=f"llmstack download {tier.name}")
+    return row
+
+
+def _watched_router(places: Places) -> Tuple[Upstream, str]:
+    """The router to watch, and its URL for people. Errors: UserError where none is up."""
+    url = trusted_url(places)
+    if url:
+        return fetch_remote(url, os.environ).upstream, url
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
+        raise UserError("the stack of this project is not running", "run `llmstack start`")
+    return router_upstream(record), base_url(record.host, record.port)
+
+
+def _watch(places: Places) -> int:
+    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
+    upstream, url = _watched_router(places)
+    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    try:
+        while True:
+            try:
+                for now in follow_events(upstream, key_header(os.environ)):
+                    _draw(render_snapshot(now, url, _columns(), time.time(), paint),
+                          in_place)
+            except (OSError, ValueError) as exc:
+                _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"],
+                      in_place)
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _draw(lines: Sequence[str], in_place: bool) -> None:
+    """Lines over those drawn before; one below the other where that cannot be."""
+    if not in_place:
+        for line in lines:
+            say(line)
+        return
+    import shutil
+    most = max(shutil.get_terminal_size().lines - 1, 1)
+    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
+    write_out(f"\x1b[H{shown}\x1b[J")
 
 
 def _add_reload(commands: Any) -> None:
@@ -13189,11 +13992,14 @@ def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream],
         return true_config(config, places, use_next, log.warning) if local else config
 
     record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
-    return RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
+    app = RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
                      models_ini=places.models_ini, bundled=bundled,
                      reload=reload, use_next=use_next,
                      unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
                      foreign_logs=(places.log("llama-swap.log"),) if local else ())
+    if local:
+        app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    return app
 
 
 def _listen(host: str, port: int, app: App) -> Any:
@@ -13263,6 +14069,7 @@ def _cmd_daemon(args: Any) -> int:
     try:
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
         server = _listen(args.host, args.port, app)
+        behind.page_url = base_url(args.host, server.server_port) + "/"
         behind.start()
         threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
         log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
