@@ -180,6 +180,13 @@ ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "plan": ("planner", "chat"),
     "plan-uncensored": ("uncensored", "nofilter", "plan-nofilter", "heretic"),
 }
+# What clients ask for where nobody has told them a name, and what answers that: a tier, a role or
+# auto. The first pattern that matches counts. They stand for an [ALIASES] that is not there.
+DEFAULT_ALIASES: Tuple[Tuple[str, str], ...] = (
+    ("claude-haiku-*", "fast"), ("gpt-*-mini", "fast"), ("gpt-*-nano", "fast"),
+    ("claude-*", "auto"), ("gpt-*", "auto"), ("o[0-9]*", "auto"), ("gemini-*", "auto"),
+    ("default", "auto"),
+)
 ROLE_TTL_S = {"fast": 0, "agent": 1800, "plan": 1200, "plan-uncensored": 1200}
 RESERVED_NAMES = frozenset({"auto", "litellm_proxy", "router", "engine", "llama-swap"})     # the last three name logs
 
@@ -309,6 +316,10 @@ class Config(NamedTuple):
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
     decision_log: bool = True                   # logs/decisions.jsonl
     loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
+    aliases: Tuple[Tuple[str, str], ...] = DEFAULT_ALIASES  # pattern -> tier, role or auto
+    unknown_model: str = "error"                # what other names get: error | auto
+    allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
+    allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
 
     @property
     def smallest_context(self) -> int:
@@ -482,7 +493,53 @@ def is_auto(model: object) -> bool:
     """True for `auto` in any case, with or without a provider's prefix, and for empty, null or absent."""
     if model is None or model == "auto":
         return True
-    return isinstance(model, str) and model.strip().rsplit("/", 1)[-1].lower() in ("", "auto")
+    return isinstance(model, str) and _spellings(model)[-1] in ("", "auto")
+
+
+def _spellings(model: str) -> Tuple[str, str]:
+    """A name in lower case without `:latest`, and the same without a provider's prefix."""
+    name = model.strip().lower()
+    if name.endswith(":latest"):
+        name = name[:-len(":latest")]
+    return name, name.rsplit("/", 1)[-1]
+
+
+def tier_named(config: Config, model: str) -> str:
+    """The name of the tier that has this name in any spelling, "" where none has."""
+    tier = config.by_name(model)
+    if tier is not None:
+        return tier.name
+    spellings = _spellings(model)
+    for tier in config.tiers:
+        if any(name.lower() in spellings for name in (tier.name, *tier.aliases)):
+            return tier.name
+    return ""
+
+
+def resolve_name(config: Config, model: object) -> str:
+    """The name of the tier that a request's model means, `auto`, or "" where it means none.
+
+    A tier's own names come first, then the patterns of [ALIASES], and at last unknown_model.
+    """
+    if is_auto(model):
+        return "auto"
+    if not isinstance(model, str):
+        return ""
+    named = tier_named(config, model)
+    if named:
+        return named
+    spellings = _spellings(model)
+    from fnmatch import fnmatchcase
+    for pattern, target in config.aliases:
+        if any(fnmatchcase(name, pattern) for name in spellings):
+            return _alias_target(config, target)
+    return "auto" if config.unknown_model == "auto" else ""
+
+
+def _alias_target(config: Config, target: str) -> str:
+    """The tier that a tier's name or a role stands for; `auto` where no tier has the role."""
+    tier = config.by_name(target) or config.by_role(target)
+    return tier.name if tier else "auto"
 
 
 class _Tally:
@@ -979,6 +1036,9 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
+    "allowed_origins": Option("origins"),
+    "allowed_hosts": Option("hosts"),
+    "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
 }
 TIER_OPTIONS: Dict[str, Option] = {
     "tier": Option("text", harmless=_ANY_VALUE),
@@ -1017,6 +1077,13 @@ SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-serv
     "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+_ALIAS = re.compile(r"[A-Za-z0-9*?\[][A-Za-z0-9._/:@*?\[\]-]{0,126}\Z")     # org/model:tag, claude-*
+_WILDCARD = re.compile(r"[*?\[]")
+_HOST_NAMES = r"(?:\*\.)?[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*(?::[0-9]{1,5})?\Z"
+_HOST_PATTERN = re.compile(_HOST_NAMES)
+# Every page there is (https://*) is no pattern; every page of an editor's own scheme is one.
+_ORIGIN_PATTERN = re.compile(
+    rf"(?:https?://)?{_HOST_NAMES}|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[A-Za-z0-9._-]+)\Z")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x00-\x1f]+)*\Z")
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
@@ -1152,11 +1219,23 @@ def parse_value(option: Option, text: str) -> Any:
         raise ValueError(f"{text!r} is not of the form owner/name")
     if kind == "hub_file" and not _HUB_PATH.match(text):
         raise ValueError(f"{text!r} is not the name of a file in a repository")
-    if kind == "names":
+    if kind in ("origins", "hosts", "names"):
         names = tuple(n for n in (part.strip() for part in text.split(",")) if n)
+    if kind == "origins":
         for name in names:
-            if not _NAME.match(name):
-                raise ValueError(f"{name!r} is not a name (letters, digits, dot, dash, underscore)")
+            if not _ORIGIN_PATTERN.match(name):
+                raise ValueError(f"{name!r} is no origin, such as https://app.example.com,"
+                                 " *.example.com or vscode-webview://*")
+        return tuple(name.lower() for name in names)
+    if kind == "hosts":
+        for name in names:
+            if not _HOST_PATTERN.match(name):
+                raise ValueError(f"{name!r} is no host name, such as box.lan or *.example.com")
+        return tuple(name.lower() for name in names)
+    if kind == "names":
+        for name in names:
+            if not _ALIAS.match(name):
+                raise ValueError(f"{name!r} is not a name, such as coder, org/model:tag or gpt-*")
         return names
     if kind == "sampler":
         return _parse_sampler(text)
@@ -1172,6 +1251,7 @@ def parse_value(option: Option, text: str) -> Any:
 
 _SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
 _KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
+_ALIAS_VALUE = re.compile(r"([^=]+)=(.*)\Z", re.DOTALL)    # a pattern may hold a colon
 _LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
          " take it out (and revoke it)")
 
@@ -1225,7 +1305,8 @@ class _Scan:
             self._read_key(number, text, indent)
 
     def _read_key(self, number: int, text: str, indent: int) -> None:
-        match = _KEY_VALUE.match(text)
+        pattern = _ALIAS_VALUE if self._section == "ALIASES" else _KEY_VALUE
+        match = pattern.match(text)
         key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
         odd = _odd_space(text, key, value)
         if odd:
@@ -1277,6 +1358,9 @@ def holds_secret(text: str) -> bool:
     return any(_secret_problem(line.key, line.value) for line in scan.lines)
 
 
+_MAY_BE_EMPTY = ("triggers", "text", "names", "sampler", "origins", "hosts")
+
+
 class _Reader:
     """Collects the values and the problems of one models.ini."""
 
@@ -1324,7 +1408,7 @@ class _Reader:
             if option is None:
                 self.warn(line, f"unknown key {key} in [{name}]", key, options)
                 continue
-            if not text and option.kind not in ("triggers", "text", "names", "sampler"):
+            if not text and option.kind not in _MAY_BE_EMPTY:
                 continue
             try:
                 values[option.field or key] = parse_value(option, text)
@@ -1410,7 +1494,9 @@ def _own_aliases(
     """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
     at, aliases = reader.line_of(tier.name, "aliases"), []
     for alias in tier.aliases:
-        if alias.lower() in RESERVED_NAMES:
+        if _WILDCARD.search(alias):
+            continue                            # _read_aliases takes these
+        if alias.lower() in RESERVED_NAMES or is_auto(alias):
             reader.wrong(at, f"alias {alias} is a reserved name")
         elif alias not in names:
             names[alias] = tier.name
@@ -1418,6 +1504,28 @@ def _own_aliases(
         elif names[alias] != tier.name and not implicit:
             reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
     return tuple(aliases)
+
+
+def _read_aliases(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
+    """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
+    own = [(alias.lower(), tier.name) for tier in tiers for alias in tier.aliases
+           if _WILDCARD.search(alias)]
+    if "ALIASES" not in reader.sections:
+        return (*own, *DEFAULT_ALIASES)
+    known = [name for tier in tiers for name in (tier.name, *tier.aliases)]
+    known += [*KNOWN_ROLES, "auto"]
+    for pattern, target in reader.own("ALIASES").items():
+        at = reader.line_of("ALIASES", pattern)
+        secret = _secret_problem(pattern, target)
+        if secret:
+            reader.wrong(at, secret)
+        elif not _ALIAS.match(pattern):
+            reader.wrong(at, f"{pattern} is no name and no pattern of names, such as gpt-*")
+        elif target not in known:
+            near = _did_you_mean(target, known)
+            reader.wrong(at, f"{target or 'nothing'} is no tier, no role and not auto{near}")
+        own.append((pattern, target))
+    return tuple(own)
 
 
 # A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
@@ -1464,12 +1572,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     if high > mid:
         at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
         reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
-    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
+    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING", "ALIASES")]
     if len(sections) > MAX_INI_SECTIONS:
         line = reader.line_of(sections[MAX_INI_SECTIONS])
         raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
+    values.update(tiers=_check_names(reader, tiers), aliases=_read_aliases(reader, tiers))
+    config = Config(routing=routing, **values)
     _check_ports(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
@@ -1494,6 +1603,8 @@ def _effects(prefix: str, record: Any, default: Any,
             continue
         value = getattr(record, field)
         text = "yes" if value is True else str(value)
+        if isinstance(value, tuple):
+            text = ", ".join(map(str, value))
         if not option.harmless.match(text):
             found.setdefault(field, (prefix + key, text))
     return list(found.values())
@@ -6601,6 +6712,7 @@ class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
     address = ""                                # for messages
+    has_others = False                          # it may serve models that models.ini does not name
 
     def lease(self, name: str) -> Lease:
         """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
@@ -6640,6 +6752,8 @@ class Behind(App):
 
 class UpstreamApp(Behind):
     """One upstream for everything: `serve --upstream`, or llama-swap."""
+
+    has_others = True
 
     def __init__(self, upstream: Upstream, log: Log) -> None:
         self.upstream, self.log = upstream, log
@@ -6839,6 +6953,8 @@ class Snapshot(NamedTuple):
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
 
 
+# What asking for a list of models, and looking into it, may raise.
+_NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
@@ -6881,6 +6997,15 @@ class Asked:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
         self.body = b""
         self.values = {}
+
+
+def unknown_model(config: Config, model: object) -> HttpError:
+    """The 404 for a name that no model has: what was probably meant, and what there is."""
+    names = ["auto", *(tier.name for tier in config.offered)]
+    known = [*names, *(alias for tier in config.offered for alias in tier.aliases)]
+    near = _did_you_mean(str(model), known)
+    return HttpError(404, f"there is no model {str(model)[:200]!r}{near or '.'} The models here are"
+                          f" {', '.join(names)}", "not_found")
 
 
 class Ongoing:
@@ -7168,7 +7293,7 @@ class RouterApp(App):
         try:
             listing = self.behind.models(request, drop)
             entries = [e for e in listing["data"] if isinstance(e, dict)]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except _NO_LISTING:
             listing = {"object": "list"}
             entries = [tier_entry(t, self._use_next) for t in self.config.tiers]
         listing["data"] = [auto_entry(self.config), *self._described(entries)]
@@ -7242,13 +7367,35 @@ class RouterApp(App):
         return Asked(request, path, target, body, values, drop)
 
     def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
-        route = self._snapshot.routes.get(str(asked.model))
-        if is_auto(asked.model):
+        name = self._resolve(asked.request, asked.model, asked.drop)
+        if name == "auto":
             self._ask_ladder(client, asked, ongoing)
-        elif route is not None:
-            self._ask_named(client, asked, route, ongoing)
+        elif name:
+            self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
         else:
+            self._check_served(asked.model)
             self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+
+    def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes]) -> str:
+        """As resolve_name; "" also for a name that only a pattern takes, and an upstream has."""
+        config = self.config
+        name = resolve_name(config, model)
+        if not (name and self.behind.has_others and isinstance(model, str)):
+            return name
+        if is_auto(model) or tier_named(config, model):
+            return name
+        try:
+            entries = self.behind.models(request, drop)["data"]
+            theirs = [entry["id"] for entry in entries]
+        except _NO_LISTING:
+            return name
+        return "" if model in theirs else name
+
+    def _check_served(self, model: object) -> None:
+        """Errors: HttpError 404, for a name that nothing behind us may know either."""
+        direct = all(tier.backend == "openai" for tier in self.config.tiers)
+        if direct or not self.behind.has_others:
+            raise unknown_model(self.config, model)
 
     def requests(self) -> List[Dict[str, Any]]:
         """What is under way, the oldest first."""
@@ -7294,7 +7441,7 @@ class RouterApp(App):
         if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
-        facts = facts._replace(texts=())
+        facts = facts._replace(texts=(), auto=True)         # by whatever name
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
@@ -7351,7 +7498,9 @@ class RouterApp(App):
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
-        name = route.model if judge is None else route.model or route.tier.name
+        name = route.model
+        if judge is not None or asked.model not in self._snapshot.routes:
+            name = name or route.tier.name
         pieces = route_body(asked.body, asked.values, route, asked.path, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
         if ongoing is not None:
@@ -8623,6 +8772,7 @@ class SwapApp(UpstreamApp):
     everything else on, its UI, event streams and WebSockets included.
     """
 
+    has_others = False
     RESTART_S = 5                               # between two starts of one that keeps dying
 
     def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
