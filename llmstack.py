@@ -473,16 +473,21 @@ def parse_json(text: str) -> Any:
     return _DECODER.decode(text)                # and its words for what is wrong
 
 
+def unquoted(path: str) -> str:
+    """A path without percent-encoding."""
+    if "%" not in path:
+        return path
+    from urllib.parse import unquote
+    return unquote(path)
+
+
 def inference_path(target: str) -> str:
     """Return the canonical inference path for a request target, or "" when it is not one.
 
     However a client joins a base URL and a path: /v1 once, twice or not at all, slashes doubled or
     at the end, letters percent-encoded.
     """
-    path = target.split("?", 1)[0]
-    if "%" in path:
-        from urllib.parse import unquote
-        path = unquote(path)
+    path = unquoted(target.split("?", 1)[0])
     words = [word for word in path.split("/") if word]
     while words and words[0] == "v1":
         words.pop(0)
@@ -1979,11 +1984,33 @@ def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str, n
 
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
-    contexts = [t.ctx_size for t in config.ladder]
+    ladder = config.ladder
+    context = max((t.ctx_size for t in ladder), default=0)
+    output = max((t.max_output_tokens or t.ctx_size for t in ladder), default=0)
+    able = [word for tier in ladder for word in capabilities(tier)]
+    meta = {"ctx_size": context, "ladder": [t.name for t in ladder]}
     return {"id": "auto", "object": "model", "created": 0, "owned_by": "llmstack",
             "description": "the best tier for the length of the conversation",
-            "meta": {"llmstack": {"ctx_size": max(contexts) if contexts else 0,
-                                  "ladder": [t.name for t in config.ladder]}}}
+            **_limits(context, output), "capabilities": list(dict.fromkeys(able)),
+            "meta": {"n_ctx": context, "llmstack": meta}}
+
+
+def capabilities(tier: Tier) -> List[str]:
+    """What a tier can do, in the words that llama.cpp and Ollama use."""
+    words = ["completion"]
+    if tier.tool_call:
+        words.append("tools")
+    if tier.takes_pictures:
+        words.append("vision")
+    if tier.reasoning:
+        words += ["reasoning", "thinking"]
+    return words
+
+
+def _limits(context: int, output: int) -> Dict[str, int]:
+    """A model's context and longest answer, in tokens, under every key that a client reads."""
+    keys = ("context_length", "context_window", "max_model_len", "max_input_tokens")
+    return {**dict.fromkeys(keys, context), "max_output_tokens": min(output, context)}
 
 
 def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
@@ -1997,7 +2024,56 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
     else:
         meta.update(model=hosted_model(tier, use_next))
     return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack", "channel": channel,
-            "description": tier.description, "aliases": list(tier.aliases), "meta": {"llmstack": meta}}
+            "description": tier.description, "aliases": list(tier.aliases),
+            **_limits(tier.ctx_size, tier.max_output_tokens or tier.ctx_size),
+            "capabilities": capabilities(tier),
+            "meta": {"n_ctx": tier.ctx_size, "llmstack": meta}}
+
+
+def list_models(config: Config, use_next: bool,
+                theirs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The entries of /v1/models: auto, each tier once, then what else is behind the router.
+
+    `theirs` is the list of what is behind; a tier that is not in it is left out, but for hosts that
+    the router asks itself. What local_only forbids is left out as well.
+    """
+    said = {str(entry.get("id")): entry for entry in reversed(theirs)}
+    listed = [auto_entry(config)]
+    for tier in config.offered:
+        names = (tier.name, *tier.aliases)
+        own, found = tier_entry(tier, use_next), [said[name] for name in names if name in said]
+        if found:
+            listed.append(_merged_entry(own, found[0]))
+        elif tier.backend == "openai":
+            listed.append(own)
+    known = {"auto", *(name for t in config.tiers for name in (t.name, *t.aliases))}
+    for entry in theirs:
+        # LiteLLM's proxy and its _next entries stand in llama-swap's list.
+        if str(entry.get("id")) not in known and "litellm_proxy" not in json.dumps(entry):
+            listed.append(entry)
+    return listed
+
+
+def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
+    """A tier's entry with what the server behind the router says of it."""
+    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
+    ours = {key: own[key] for key in ("id", "channel", "aliases")}
+    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
+
+
+def anthropic_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """An entry of /v1/models in the shape of Anthropic's API."""
+    name = str(entry.get("id"))
+    return {"type": "model", "id": name, "display_name": str(entry.get("description") or name),
+            "created_at": "1970-01-01T00:00:00Z",
+            "max_input_tokens": entry.get("max_input_tokens", 0),
+            "max_tokens": entry.get("max_output_tokens", 0)}
+
+
+def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+    """The whole list in the shape of Anthropic's API, as one page."""
+    data = [anthropic_model(entry) for entry in entries]
+    return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
 
 
 # ===================================================================================================
@@ -6953,6 +7029,7 @@ class Snapshot(NamedTuple):
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
 
 
+_MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
 # What asking for a list of models, and looking into it, may raise.
 _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
@@ -7227,10 +7304,11 @@ class RouterApp(App):
                           drop: FrozenSet[bytes]) -> bool:
         """Answer what the router knows itself; False for any other path."""
         read = request.method in ("GET", "HEAD")
+        models = _MODELS_PATH.match(path) if read else None
         if read and path == "/models.ini":
             self._models_ini_text(client)
-        elif request.method == "GET" and path.rstrip("/") in ("/v1/models", "/models"):
-            self._models(client, request, drop)
+        elif models is not None:
+            self._models(client, request, unquoted(models.group(1) or ""), drop)
         elif request.method == "GET" and path == "/llmstack/state":
             client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
         elif request.method == "GET" and path == "/llmstack/requests":
@@ -7288,34 +7366,35 @@ class RouterApp(App):
                                  " `llmstack reload` names the line", "not_found")
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
-    def _models(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
-        """The list of what is behind us with `auto` in front; else what models.ini knows."""
+    def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
+        """The list of what is behind us with `auto` in front, or its entry of one name.
+
+        Where nothing behind us answers, what models.ini knows. Errors: HttpError 404.
+        """
+        config = self.config
         try:
             listing = self.behind.models(request, drop)
-            entries = [e for e in listing["data"] if isinstance(e, dict)]
+            theirs = [e for e in listing["data"] if isinstance(e, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            entries = [tier_entry(t, self._use_next) for t in self.config.tiers]
-        listing["data"] = [auto_entry(self.config), *self._described(entries)]
-        client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+            theirs = [tier_entry(t, self._use_next) for t in config.tiers]
+        entries = list_models(config, self._use_next, theirs)
+        anthropic = b"anthropic-version" in request.fields
+        answer = {**listing, "data": entries}
+        if name:
+            answer = self._one_model(entries, name)
+            answer = anthropic_model(answer) if anthropic else answer
+        elif anthropic:
+            answer = anthropic_models(entries)
+        client.reply(200, json.dumps(answer, ensure_ascii=False).encode())
 
-    def _described(self, entries: List[Dict[str, Any]]) -> Iterable[Dict[str, Any]]:
-        """The entries of what is behind and of the hosts; none that local_only forbids."""
-        ours = {name: (t, tier_entry(t, self._use_next))
-                for t in self.config.tiers for name in (t.name, *t.aliases)}
-        listed = [e.get("id") for e in entries]
-        entries += [{**e, "id": name} for name, (t, e) in ours.items()
-                    if t.backend == "openai" and name not in listed]
-        for entry in entries:
-            tier, own = ours.get(str(entry.get("id")), (Tier(""), {}))
-            if own:
-                meta = entry["meta"] if isinstance(entry.get("meta"), dict) else {}
-                entry.update(channel=own["channel"], meta={**meta, **own["meta"]})
-            # The proxy itself and its _next entries stand in llama-swap's list.
-            hidden = not own and PROXY in json.dumps(entry)
-            forbidden = self.config.local_only and tier.remote
-            if entry.get("id") != "auto" and not hidden and not forbidden:
-                yield entry
+    def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
+        """The entry of what a name means, under that name. Errors: HttpError 404."""
+        by_id = {str(entry.get("id")): entry for entry in entries}
+        entry = by_id.get(name) or by_id.get(resolve_name(self.config, name))
+        if entry is None:
+            raise unknown_model(self.config, name)
+        return {**entry, "id": name}
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""

@@ -151,3 +151,68 @@ def test_an_unknown_name_is_a_404_that_says_what_there_is(
     assert (got.status, got.json["type"], got.json["error"]["type"]) == (
         404, "error", "not_found_error")
     assert rig.upstream.requests == []
+
+
+# ---- the list of models, and one of them
+
+
+def listing(*entries: dict[str, Any]) -> bytes:
+    return answer(json.dumps({"object": "list", "data": entries}).encode())
+
+
+ENGINE_S = listing({"id": "code-fast", "status": {"value": "loaded"}}, {"id": "fast"},
+                   {"id": "code-smart", "meta": {"llamaswap": {"x": 1}}}, {"id": "coder"},
+                   {"id": "theirs"})
+
+
+def test_each_model_is_listed_once_with_its_aliases_inside(start: Start) -> None:  # noqa: F811
+    rig = start(always(ENGINE_S))
+    entries = rig.ask(request("GET", "/v1/models")).json["data"]
+    assert [e["id"] for e in entries] == ["auto", "code-fast", "code-smart", "theirs"]
+    assert entries[1]["aliases"] == ["fast"]
+    assert entries[1]["status"] == {"value": "loaded"}
+    assert entries[2]["meta"]["llamaswap"] == {"x": 1}
+
+
+def test_every_client_finds_the_context_in_the_key_it_reads(start: Start) -> None:  # noqa: F811
+    rig = start(always(ENGINE_S))
+    auto, fast, smart = rig.ask(request("GET", "/v1/models")).json["data"][:3]
+    for key in ("context_length", "context_window", "max_model_len", "max_input_tokens",
+                "max_output_tokens"):
+        assert (auto[key], fast[key], smart[key]) == (131_072, 131_072, 65_536), key
+    assert (auto["meta"]["n_ctx"], smart["meta"]["n_ctx"]) == (131_072, 65_536)
+    assert smart["capabilities"] == ["completion", "tools"]
+    assert auto["capabilities"] == ["completion", "tools", "vision"]
+    thinking = llmstack.tier_entry(Tier("a", reasoning=True, tool_call=False), False)
+    assert thinking["capabilities"] == ["completion", "reasoning", "thinking"]
+
+
+@pytest.mark.parametrize(("name", "context"), [
+    ("auto", 131_072), ("code-smart", 65_536), ("coder", 65_536), ("openai/CODE-SMART", 65_536),
+    ("gpt-4o", 131_072), ("org%2Fcode-fast", 131_072),
+])
+def test_one_model_under_any_of_its_names(start: Start, name: str,  # noqa: F811
+                                          context: int) -> None:
+    rig = start(always(ENGINE_S))
+    entry = rig.ask(request("GET", "/v1/models/" + name)).json
+    assert (entry["id"], entry["context_length"]) == (name.replace("%2F", "/"), context)
+    assert rig.ask(request("GET", "/models/" + name)).json == entry
+
+
+def test_one_model_that_is_not_there(start: Start) -> None:  # noqa: F811
+    rig = start(always(ENGINE_S))
+    assert rig.ask(request("GET", "/v1/models/theirs")).json == {"id": "theirs"}
+    got = rig.ask(request("GET", "/v1/models/llama3.2"))
+    assert got.status == 404
+    assert "The models here are auto, code-fast, code-smart" in got.json["error"]["message"]
+
+
+def test_anthropic_s_clients_get_their_own_shape(start: Start) -> None:  # noqa: F811
+    rig = start(always(ENGINE_S))
+    version = "Anthropic-Version: 2023-06-01"
+    page = rig.ask(request("GET", "/v1/models?limit=1000", version)).json
+    assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "auto", "theirs")
+    assert page["data"][2] == {
+        "type": "model", "id": "code-smart", "display_name": "code-smart",
+        "created_at": "1970-01-01T00:00:00Z", "max_input_tokens": 65_536, "max_tokens": 65_536}
+    assert rig.ask(request("GET", "/v1/models/coder", version)).json["id"] == "coder"
