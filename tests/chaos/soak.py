@@ -202,7 +202,7 @@ def run_soak(rig: Rig, clients: int, seconds: float, source: random.Random,
     tell(f"idle for {AFTER_S} s")
     time.sleep(AFTER_S)
     after = take_sample(pid)
-    most = Sample(*(max(column) for column in zip(*samples)))   # type: ignore[arg-type]
+    most = Sample(*(max(column) for column in zip(*samples)))
     faults += _judge(idle, most, after)
     rig.bystander.check()
     rig.command("stop")
