@@ -273,6 +273,14 @@ class Rig:
             raise Fault(f"`status --json` says no JSON: {said.text[:500]}") from None
         return dict(value)
 
+    def check_logs(self) -> None:
+        """No log of ours has a traceback. Errors: Fault, with it; the log begins anew then."""
+        for path in (self.state / "logs").glob("*.log"):
+            text = path.read_text(errors="replace")
+            if "Traceback" in text:
+                path.unlink()
+                raise Fault(f"{path.name}: {text[text.index('Traceback'):][:3000]}")
+
     def check_down(self) -> None:
         """Nothing of ours is left: no process, no listener, no record. Errors: Fault."""
         with contextlib.suppress(Fault):
