@@ -37,7 +37,8 @@ class Ledger:
         self.switches = self.read_anew = self.overflows = 0
         self.tokens: Dict[str, int] = {}        # tier -> of prompts and answers
         self._contexts = contexts
-        self._last: Dict[str, Tuple[str, int]] = {}     # conversation -> tier, tokens it holds of it
+        # Conversation -> the tier that answered last, and the tokens it holds of it.
+        self._last: Dict[str, Tuple[str, int]] = {}
 
     def add(self, conversation: str, tier: str, prompt: int, output: int) -> None:
         held = 0
@@ -198,7 +199,8 @@ def read_file(name: str, replay: Replay, llmstack: Any) -> None:
 
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("replay", __doc__)
-    parser.add_argument("files", metavar="FILE", nargs="*", help="of the record; - is standard input")
+    parser.add_argument("files", metavar="FILE", nargs="*",
+                        help="of the record; - is standard input")
     parser.add_argument("--models-ini", metavar="OTHER", help="the ladder to run")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(list(argv))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 MAX_BYTES = 20 << 20
 PATIENCE_S = 60
@@ -134,7 +134,7 @@ def read_source(source: str, llmstack: Any) -> bytes:
             with open(source, "rb") as file:
                 return file.read(MAX_BYTES + 1)
         import urllib.request
-        with urllib.request.urlopen(source, timeout=PATIENCE_S) as answer:  # noqa: S310  # see above
+        with urllib.request.urlopen(source, timeout=PATIENCE_S) as answer:  # noqa: S310
             refuse_unprotected(answer.geturl(), llmstack)       # where redirects have led
             return bytes(answer.read(MAX_BYTES + 1))
     except (OSError, ValueError) as exc:
@@ -195,14 +195,11 @@ def try_it(data: bytes, target: str, llmstack: Any) -> Tuple[str, bool]:
         return version, file.read() == data
 
 
-ACTIONS: List[str] = ["install", "update"]
-
-
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("self", __doc__)
     parser.usage = ("llmstack self install [--dir DIR] [--link]\n"
                     "       llmstack self update FILE|URL [--check] [--sha256 HEX]")
-    parser.add_argument("action", choices=ACTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("action", choices=["install", "update"], help=argparse.SUPPRESS)
     parser.add_argument("source", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("--dir", metavar="DIR", default="", help="where to (~/.local/bin)")
     parser.add_argument("--link", action="store_true",

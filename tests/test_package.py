@@ -15,12 +15,12 @@ import llmstack
 from tests.conftest import ROOT
 
 BUILD = "import setuptools; setuptools.setup()"
-OWN = {"build_zipapp.py"}                       # stands beside llmstack.py, and goes along
+OWN = {"build_zipapp.py"}  # stands beside llmstack.py, and goes along
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip install .` would put into site-packages, by setuptools alone: pip needs a network."""
+    """What `pip install .` puts into site-packages, by setuptools alone: pip needs a network."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("there is no setuptools")
     tree = tmp_path_factory.mktemp("tree")
@@ -29,8 +29,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, tree / name)
     (tree / "tests").mkdir()
     (tree / "tests" / "__init__.py").write_text("")
-    done = subprocess.run([sys.executable, "-c", BUILD, "-q", "build", "--build-lib", "lib"], cwd=tree,
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, "-q", "build", "--build-lib", "lib"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return tree / "lib"
 
@@ -38,14 +44,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     code = f"import sys; sys.path.insert(0, {str(installed)!r}); sys.argv[0] = 'llmstack'\n"
     code += "from llmstack.llmstack import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True,
-                          timeout=60, stdin=subprocess.DEVNULL, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def test_it_installs_what_the_zipapp_bundles(installed: Path) -> None:
-    assert [path.name for path in installed.iterdir()] == ["llmstack"], "nothing else in site-packages"
-    names = {path.relative_to(installed / "llmstack").as_posix()
-             for path in installed.rglob("*") if path.is_file()}
+    assert [path.name for path in installed.iterdir()] == ["llmstack"], (
+        "nothing else in site-packages"
+    )
+    names = {
+        path.relative_to(installed / "llmstack").as_posix()
+        for path in installed.rglob("*")
+        if path.is_file()
+    }
     assert names == {*build_zipapp.bundled_files(), *OWN}
 
 
