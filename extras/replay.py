@@ -56,6 +56,11 @@ class Ledger:
         self.tokens[tier] = self.tokens.get(tier, 0) + prompt + output
 
 
+def sums(ledger: Ledger, cost: float) -> Dict[str, Any]:
+    return {"switches": ledger.switches, "read_anew_tokens": ledger.read_anew,
+            "overflows": ledger.overflows, "cost": round(cost, 6)}
+
+
 class Replay:
     """The record as it was, and as another ladder would have had it."""
 
@@ -134,9 +139,12 @@ class Replay:
                 "replayed": {**sums(self.replayed, cost), "cost_unknown": unknown}}
 
 
-def sums(ledger: Ledger, cost: float) -> Dict[str, Any]:
-    return {"switches": ledger.switches, "read_anew_tokens": ledger.read_anew,
-            "overflows": ledger.overflows, "cost": round(cost, 6)}
+def show_table(rows: Sequence[Sequence[str]], llmstack: Any) -> None:
+    """Rows of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for first, *rest in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
+        llmstack.say("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
 def show(replay: Replay, llmstack: Any) -> None:
@@ -164,14 +172,6 @@ def show(replay: Replay, llmstack: Any) -> None:
         llmstack.say(f"{replay.named:,} more asked for a tier by its name.")
     if replay.unread:
         llmstack.warn(f"{replay.unread:,} lines are no requests and were passed over")
-
-
-def show_table(rows: Sequence[Sequence[str]], llmstack: Any) -> None:
-    """Rows of text, the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for first, *rest in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
-        llmstack.say("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
 def record_files(path: str, llmstack: Any) -> List[str]:
