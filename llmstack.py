@@ -14683,7 +14683,8 @@ def extra_summary(name: str) -> str:
         found = re.search('"""(.*)', read_resource(extra_file(name)).decode("utf-8"))
     except UserError:
         return ""
-    return found.group(1).rstrip('".') if found else ""
+    line = found.group(1).rstrip('".') if found else ""
+    return line[:1].lower() + line[1:]
 
 
 def render_help(summaries: Mapping[str, str]) -> str:
