@@ -14566,16 +14566,14 @@ COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install trust activate config"),
+    ("Projects", "install trust forget activate config"),
     ("Keep it", "service serve completion self version help"),
 )
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
     """'strat', did you mean start?"""
-    import difflib
-    near = difflib.get_close_matches(word, known, 1, 0.7)
-    return f"{word!r}, did you mean {near[0]}?" if near else repr(word)
+    return repr(word) + _did_you_mean(word, known)
 
 
 def render_examples(prog: str) -> str:
@@ -14617,7 +14615,6 @@ def extra_parser(name: str, doc: str) -> Any:
 def make_parser() -> Any:
     """The command line; `commands` are its subparsers. Errors of usage exit with 2, in one line and a hint."""
     parser = new_parser("llmstack", "A multi-tier local LLM stack behind one OpenAI-compatible address.")
-    parser.add_argument("-V", "--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
     for add in ADD_COMMANDS:
         add(commands)
@@ -14645,10 +14642,15 @@ def extra_names() -> List[str]:
     return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
 
 
+def command_groups() -> List[Tuple[str, List[str]]]:
+    """COMMAND_GROUPS, and the extras that it does not know."""
+    groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
+    listed = [name for _, names in groups for name in names]
+    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
+
+
 def command_names() -> List[str]:
-    """Every command of `help`, and the extras it does not know."""
-    listed = " ".join(names for _, names in COMMAND_GROUPS).split()
-    return listed + [name for name in extra_names() if name not in listed]
+    return [name for _, names in command_groups() for name in names]
 
 
 def load_extra(name: str) -> Any:
@@ -14691,12 +14693,11 @@ def render_help(summaries: Mapping[str, str]) -> str:
     """All commands in groups, with a line each."""
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
-    listed = " ".join(names for _, names in COMMAND_GROUPS)
-    others = [name for name in extra_names() if name not in listed.split()]
-    for heading, names in (*COMMAND_GROUPS, ("More", " ".join(others))):
-        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names.split()]
-        lines += ["", heading] if rows else []
-        lines += [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+    for heading, names in command_groups():
+        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names]
+        shown = [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+        if shown:
+            lines += ["", heading, *shown]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -14712,23 +14713,22 @@ def _say_help(parser: Any, topic: str) -> int:
     return 0
 
 
+OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
-    name = argv[0] if argv else "help"
-    if name == "_hook" and len(argv) == 3:
-        return _cmd_hook(argv[1], argv[2])
+    name, *words = argv or ("help",)
+    name = OPTION_COMMANDS.get(name, name)
+    if name == "_hook" and len(words) == 2:
+        return _cmd_hook(*words)
     if not name.startswith("_"):
         leave_stale_project(os.environ)
     parser = make_parser()
-    if name in ("-h", "--help"):
-        return _say_help(parser, "")
     command = parser.commands.get(name)
-    if command is None and not name.startswith("-"):
-        return run_extra(name, argv[1:])
     if command is None:
-        parser.parse_args(list(argv))
-        return _cmd_version(None)
-    args = command.parse_args(list(argv[1:]))
+        return run_extra(name, words)
+    args = command.parse_args(words)
     if args.run is None:
         return _say_help(parser, args.topic)
     return int(args.run(args))
