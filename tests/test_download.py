@@ -251,6 +251,20 @@ def test_a_damaged_part_of_an_earlier_try_is_begun_again(hub: FakeHub, places: l
     assert "beginning again" in log(places, "code-fast-current")
 
 
+def test_one_file_without_a_queue_is_held_to_the_hash_on_the_redirect(hub: FakeHub, real_data: Path) -> None:
+    """The hash stands on the hub's 302; where that leads says one of its own, of the bytes that it sends."""
+    job = llmstack.Job("demo", "current", "owner/fast-GGUF", ("fast-Q4.gguf",))
+    said: list[str] = []
+    hub.damaged = True
+    with pytest.raises(llmstack.UserError, match="arrived damaged"):
+        llmstack.fetch_job(job, str(real_data), os.environ, said.append, lambda **_: None)
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == b""
+    hub.damaged = False
+    assert llmstack.fetch_job(job, str(real_data), os.environ, said.append, lambda **_: None) == len(BIG)
+    assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
+    assert said[-1] == "fast-Q4.gguf: whole, SHA-256 verified"
+
+
 def test_a_busy_hub_is_waited_for_as_it_asks(hub: FakeHub, places: llmstack.Places, real_data: Path) -> None:
     hub.refuse = [(429, {"Retry-After": "2"}), (503, {})]
     began = time.monotonic()

@@ -47,8 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
 REPORTER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import llmstack, xllamacpp
-params = llmstack._common_params(xllamacpp, llmstack.parse_llama_server_argv(sys.argv[2:]))
+import llama_server, xllamacpp
+params = llama_server.common_params(xllamacpp, llama_server.parse_command_line(sys.argv[2:]))
 params.verbosity, params.fit_params = 5, False
 server = xllamacpp.Server(params)
 import time
@@ -60,7 +60,8 @@ os._exit(0)
 def reported(data: Path, path: Path, *flags: str) -> llmstack.Memory:
     """What the real llama.cpp says it has allocated."""
     python = llmstack.environment_program(llmstack.LLAMA_CPP, str(data))
-    command = [python, "-c", REPORTER, str(ROOT), "-m", str(path), "--port", "0", "--load-mode", "mmap", "--no-warmup", *flags]
+    command = [python, "-c", REPORTER, str(ROOT / "share" / "guests"), "-m", str(path), "--port", "0",
+               "--load-mode", "mmap", "--no-warmup", *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
                           check=False)
     text = done.stdout.decode("utf-8", "replace")

@@ -794,7 +794,10 @@ def test_a_key_that_would_travel_unencrypted_is_warned_of() -> None:
 
 
 def test_a_hosts_lines_need_trust() -> None:
-    assert llmstack._RUN_KEYS.findall(OWN.format("http://x") + "api_key_env = A\n") == ["base_url = http://x", "api_key_env = A"]
+    config, _ = parse_models_ini(OWN.format("http://127.0.0.1:1") + "api_key_env = A\n")
+    found = llmstack.config_effects(config)
+    assert [key.rpartition(" ")[2] for key, _ in found] == ["base_url", "api_key_env"]
+    assert [value for _, value in found] == ["http://127.0.0.1:1", "A"]
 
 
 # ---- why, status, and the whole of it

@@ -703,7 +703,7 @@ def test_a_router_that_never_answers(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(llmstack, "MAX_MODELS_INI_BYTES", 100_000)
+    monkeypatch.setattr(llmstack, "MAX_INI_BYTES", 100_000)
     with ScriptedUpstream(once(b"HTTP/1.1 200 OK\r\n\r\n" + b"#" * 150_000)) as router:
         assert install_external(f"http://127.0.0.1:{router.port}") == 1
     refused(capsys, "more than 100,000 bytes", "correct the URL")
@@ -949,6 +949,7 @@ def test_two_hosts(hosts: tuple[str, str], second: Path, real_data: Path, noise:
     (STATE / "models.ini").write_text("[DEFAULT]\nengine = embedded\n" + two_tiers(noise))
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key-of-the-test")
     try:
+        run(*desk, "trust")
         run(*desk, "start", "--host", "0.0.0.0")
         with monkeypatch.context() as laptop:
             laptop.chdir(second)

@@ -170,6 +170,26 @@ def test_a_damaged_record_of_it_is_asked_for_anew(damage: str, monkeypatch: pyte
     cache.write_text(json.dumps({key: json.loads('"x"') for key in json.loads(cache.read_text())}) if damage == "null"
                      else damage)
     assert llmstack.read_litellm_file(places, {}) == first
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: pytest.fail("not mended"))
+    assert llmstack.read_litellm_file(places, {}) == first
+
+
+def test_the_last_eight_versions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = llmstack.find_places(os.environ)
+    path = Path(llmstack.litellm_config_path(places))
+    path.parent.mkdir()
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: HERE)
+    asked: list[str] = []
+
+    def answer(program: Any, text: str, wanted: Any) -> dict[str, Any]:
+        asked.append(text)
+        return {"entries": {}, "environment": []}
+
+    monkeypatch.setattr(llmstack, "ask_litellm_yaml", answer)
+    for number in (*range(10), 9, 2, 1):
+        path.write_text(f"# {number}\n")
+        llmstack.read_litellm_file(places, {})
+    assert asked == [f"# {n}\n" for n in (*range(10), 1)]
 
 
 def test_a_changed_model_is_said_and_the_entry_stays() -> None:
@@ -182,6 +202,8 @@ def test_a_changed_model_is_said_and_the_entry_stays() -> None:
 
 def test_what_is_written_is_trusted_only_where_the_file_was() -> None:
     places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.state, "AGENTS.md").write_text("do as I say")
     written(Config(tiers=(hosted(),)))
     assert llmstack.is_trusted(places, "run")
     assert not llmstack.is_trusted(places, "hook"), "the rest of the directory is another matter"

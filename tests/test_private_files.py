@@ -113,6 +113,6 @@ def test_a_pipe_in_the_place_of_a_log_is_one_line(tmp_path: Path) -> None:
 def test_a_models_ini_beyond_its_size_is_refused() -> None:
     path = Path(".llmstack") / "models.ini"
     path.parent.mkdir()
-    path.write_text("#" * (llmstack.MAX_MODELS_INI_BYTES + 1))
+    path.write_text("#" * (llmstack.MAX_INI_BYTES + 1))
     with pytest.raises(llmstack.UserError, match="larger than 1,048,576 bytes"):
         llmstack.load_config(llmstack.find_places(os.environ))

@@ -91,7 +91,7 @@ def test_stop_in_a_copy_stops_nothing(start: Start, tmp_path: Path, monkeypatch:
     shutil.copytree(original, copy)
     monkeypatch.chdir(copy)
     assert llmstack.main(["stop"]) == 0
-    assert "Nothing is running" in capsys.readouterr().out
+    assert "Stopped" not in capsys.readouterr().out
     assert child.poll() is None
 
 
@@ -282,6 +282,18 @@ def test_a_port_of_ours_is_told_by_its_project(start: Start, tmp_path: Path) -> 
     child = start(LISTEN, mark=llmstack.new_mark(str(tmp_path)))
     port = int(line_of(child))
     assert llmstack.port_holder(port) == f"the llmstack of {tmp_path} (pid {child.pid})"
+
+
+def test_stop_tells_whose_stack_has_the_ports(monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "port_is_free", lambda host, port: port != 10101)
+    monkeypatch.setattr(llmstack, "port_holder", lambda port: "another user's llmstack (pid 12)")
+    assert llmstack.main(["stop"]) == 0
+    assert capsys.readouterr().out == ("Nothing of this project is running:"
+                                       " port 10101 is taken by another user's llmstack (pid 12).\n")
+    monkeypatch.setattr(llmstack, "port_holder", lambda port: "nginx (pid 12)")
+    assert llmstack.main(["stop"]) == 0
+    assert capsys.readouterr().out == "Nothing is running.\n"
 
 
 def another_user() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,30 +54,39 @@ def test_a_change_of_what_the_hook_hands_on_ends_its_trust(name: str, places: ll
     assert not llmstack.is_trusted(places, "hook")
 
 
-@pytest.mark.parametrize("line", ["llama_server_bin = /tmp/evil", "base_url: http://evil", "  API_KEY_ENV=AWS_SECRET_ACCESS_KEY",
-                                  "allow_unauthenticated = yes"])
-def test_a_models_ini_that_runs_or_sends_something_needs_trust(line: str, places: llmstack.Places) -> None:
+HOST = "[a]\nmodel = m\nbase_url = http://127.0.0.1:1\n"
+
+
+@pytest.mark.parametrize(("text", "other"), [
+    ("[DEFAULT]\nllama_server_bin = /tmp/evil\n", "[DEFAULT]\nllama_server_bin = /tmp/evil2\n"),
+    ("[a]\nmodel = m\nbase_url: http://evil\n", "[a]\nmodel = m\nbase_url: http://evil:80\n"),
+    (HOST.replace("model", "  API_KEY_ENV=AWS_SECRET_ACCESS_KEY\nmodel"), HOST + "api_key_env = AWS_ACCESS_KEY_ID\n"),
+    ("[DEFAULT]\nallow_unauthenticated = yes\n", "[DEFAULT]\nrouter_host = 0.0.0.0\n"),
+])
+def test_a_models_ini_that_runs_or_sends_something_needs_trust(text: str, other: str, places: llmstack.Places) -> None:
     ini = Path(places.models_ini)
-    ini.write_text("[DEFAULT]\nengine = auto\nallow_unauthenticated = no\n")
+    ini.write_text("[DEFAULT]\nengine = auto\nallow_unauthenticated = no\nrouter_host = localhost\n")
     assert llmstack.is_trusted(places, "run")
-    ini.write_text(f"[DEFAULT]\nengine = auto\n{line}\n")
+    ini.write_text(text)
     assert not llmstack.is_trusted(places, "run")
     llmstack.trust_project(places)
     assert llmstack.is_trusted(places, "run")
-    ini.write_text(f"[DEFAULT]\nengine = embedded\n{line}\n")
-    assert llmstack.is_trusted(places, "run"), "only those lines count"
-    ini.write_text(f"[DEFAULT]\n{line} ; x\n")
+    ini.write_text(f"; a comment\n{text}[ROUTING]\nmulti_turn = 3 ; and another\n")
+    assert llmstack.is_trusted(places, "run"), "only what reaches out of the project counts"
+    ini.write_text(other)
     assert not llmstack.is_trusted(places, "run")
 
 
 def test_a_copy_of_a_trusted_project_is_not_trusted(places: llmstack.Places, tmp_path: Path) -> None:
+    Path(places.state, "opencode.json").write_text("{}")
     llmstack.trust_project(places)
     other = tmp_path / "clone" / ".llmstack"
-    other.mkdir(parents=True)
+    shutil.copytree(places.state, other)
     assert not llmstack.is_trusted(places._replace(state=str(other)), "hook")
 
 
 def test_a_broken_record_trusts_nothing(places: llmstack.Places) -> None:
+    Path(places.state, "opencode.json").write_text("{}")
     llmstack.trust_project(places)
     Path(llmstack.trust_file(places.data)).write_text("[1")
     assert not llmstack.is_trusted(places, "hook")

@@ -196,8 +196,8 @@ def test_memory_is_returned_once_clients_have_come(start: Start, monkeypatch: py
     monkeypatch.setattr(llmstack, "return_memory", returned.set)
     rig = start()
     wait(returned)
-    rig.client()
     returned.clear()
+    rig.client().close()
     wait(returned)
 
 

@@ -687,6 +687,8 @@ def test_a_shell_that_is_not_there_is_one_line(stack: Path, open_shell: Open) ->
 def test_what_is_not_trusted_opens_no_shell(stack: Path, open_shell: Open) -> None:
     make_project(stack, trusted=False)
     terminal = open_shell("bash", hook=False, argv=started(), cwd=stack)
+    terminal.wait("Trust this? [y/N] ")
+    terminal.send("n")
     assert terminal.finish() == 0
     assert "is not trusted here" in terminal.fresh
 
@@ -806,8 +808,8 @@ def test_what_changes_while_trust_shows_it_is_not_trusted(monkeypatch: pytest.Mo
     project = make_project(Path.cwd(), "current\n", trusted=False)
     facts = llmstack.trust_facts
 
-    def swapped(places: llmstack.Places) -> Any:
-        shown = facts(places)
+    def swapped(places: llmstack.Places, effects: Any) -> Any:
+        shown = facts(places, effects)
         (project / ".llmstack" / "AGENTS.md").write_text("do as I say")
         return shown
 

@@ -17,6 +17,7 @@ import pytest
 
 import llmstack
 from tests.conftest import ROOT
+from tests.noise_model import render_noise_gguf
 
 sys.path.insert(0, str(ROOT / "share" / "guests"))
 
@@ -93,7 +94,7 @@ def program(real_data: Path) -> list[str]:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     path = tmp_path / "model.gguf"
-    path.write_bytes(llmstack.render_noise_gguf())
+    path.write_bytes(render_noise_gguf())
     return path
 
 

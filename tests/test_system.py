@@ -1,111 +1,14 @@
-"""What stands between the program and the machine: files, logs, downloads, private environments, cores."""
+"""What stands between the program and the machine: files, logs, cores."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Iterator
 
 import pytest
 
 import llmstack
-
-CONTENT = bytes(range(256)) * 4000
-
-
-class Hub(ThreadingHTTPServer):
-    """A model hub that serves one file, as it is told to."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.digest = hashlib.sha256(CONTENT).hexdigest()
-        self.cut_at: int | None = None
-        self.ranges: list[str | None] = []
-        self.agents: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/owner/repo/resolve/main/model.gguf"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.server.ranges.append(asked)
-        if "model.gguf" not in self.path:
-            self.send_error(404)
-            return
-        start = int(asked.split("=")[1].rstrip("-")) if asked else 0
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.send_header("X-Linked-Etag", f'"{self.server.digest}"')
-        self.end_headers()
-        self.wfile.write(CONTENT[start:self.server.cut_at])
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-# ---- downloads
-
-
-def test_a_file_arrives_whole(hub: Hub, tmp_path: Path) -> None:
-    llmstack.download_file(hub.url, str(tmp_path / "x" / "model.gguf"), quiet)
-    assert (tmp_path / "x" / "model.gguf").read_bytes() == CONTENT
-    assert not (tmp_path / "x" / "model.gguf.part").exists()
-
-
-def test_a_download_that_was_cut_off_is_resumed(hub: Hub, tmp_path: Path) -> None:
-    hub.cut_at = 300_000
-    path = tmp_path / "model.gguf"
-    with pytest.raises(OSError, match=r"resume|IncompleteRead"):
-        llmstack.download_file(hub.url, str(path), quiet)
-    assert not path.exists()
-    assert (tmp_path / "model.gguf.part").stat().st_size == 300_000
-    hub.cut_at = None
-    llmstack.download_file(hub.url, str(path), quiet)
-    assert path.read_bytes() == CONTENT
-    assert hub.ranges == [None, "bytes=300000-"]
-
-
-def test_a_damaged_download_is_thrown_away(hub: Hub, tmp_path: Path) -> None:
-    hub.digest = "0" * 64
-    with pytest.raises(OSError, match="SHA-256"):
-        llmstack.download_file(hub.url, str(tmp_path / "model.gguf"), quiet)
-    assert list(tmp_path.glob("model*")) == []
-
-
-@pytest.mark.parametrize(("url", "said"), [
-    ("http://127.0.0.1:9/x", "refused"), ("{hub}/none", "answered 404"), ("nonsense", "unknown url"),
-])
-def test_what_cannot_be_fetched_is_said_in_words(hub: Hub, url: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=said):
-        llmstack.download_file(url.replace("{hub}", hub.url.rsplit("/", 1)[0]), str(tmp_path / "model.gguf"), quiet)
-
-
-
 
 # ---- files
 

@@ -22,7 +22,7 @@ import re
 import sys
 from typing import Any, Dict, List, Sequence, Tuple
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 KEY = "model_list"
 OWN_KEY = re.compile(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name")
@@ -123,17 +123,6 @@ def put_lines(text: str, at: int, lines: Sequence[str]) -> str:
     return before + added + newline + behind
 
 
-def put_in_brackets(text: str, listed: yaml.SequenceNode, wanted: Wanted) -> str:
-    """Put entries before the closing bracket, as JSON: that is good in a file that is JSON, too."""
-    at = listed.end_mark.index - 1
-    added = ", ".join(json.dumps(stub(*one), ensure_ascii=False) for one in wanted)
-    last = last_token_end(text, listed, at)
-    behind = re.sub(r"#.*", "", text[last:at])
-    if listed.value and "," not in behind and text[last - 1] != ",":
-        added = ", " + added
-    return text[:at] + added + text[at:]
-
-
 def last_token_end(text: str, listed: yaml.SequenceNode, end: int) -> int:
     """The offset behind the list's last token before `end`.
 
@@ -143,6 +132,17 @@ def last_token_end(text: str, listed: yaml.SequenceNode, end: int) -> int:
     start = listed.start_mark.index
     ends = [x.end_mark.index for x in yaml.scan(text) if start <= x.start_mark.index < end]
     return int(max(ends))
+
+
+def put_in_brackets(text: str, listed: yaml.SequenceNode, wanted: Wanted) -> str:
+    """Put entries before the closing bracket, as JSON: that is good in a file that is JSON, too."""
+    at = listed.end_mark.index - 1
+    added = ", ".join(json.dumps(stub(*one), ensure_ascii=False) for one in wanted)
+    last = last_token_end(text, listed, at)
+    behind = re.sub(r"#.*", "", text[last:at])
+    if listed.value and "," not in behind and text[last - 1] != ",":
+        added = ", " + added
+    return text[:at] + added + text[at:]
 
 
 def put_below(text: str, listed: yaml.SequenceNode, wanted: Wanted) -> str:
