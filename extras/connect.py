@@ -68,7 +68,12 @@ def find_router(llmstack: Any, url: str = "") -> Tuple[str, Any]:
             pass
     llmstack.check_run_trust(places)
     config = llmstack.planned_config(places, llmstack.warn)
-    return llmstack.base_url(*llmstack.router_address(places, config)), config
+    host, port = llmstack.router_address(places, config)
+    address = llmstack.base_url(host, port)
+    if not llmstack.is_loopback(llmstack.connectable(host)):
+        raise llmstack.UserError(f"this project's router is at {address}, beyond this machine",
+                                 f"where that is what you want, say so: --url {address}")
+    return address, config
 
 
 def _limits(limit: Mapping[str, int]) -> Dict[str, int]:
@@ -418,11 +423,13 @@ def _top_lines(text: str) -> List[str]:
 def _check_top_level(text: str, lines: Sequence[str]) -> None:
     """Errors: ValueError unless `lines` can stand behind `text`, a plain YAML mapping or list."""
     is_list = lines[0].startswith("-")
-    plain = re.compile(r"-(?:\s|$)|---$" if is_list else r"[\w.-]+\s*:(?:\s|$)|---$")
+    plain = re.compile(r"-(?:\s|$)|---$" if is_list else r"[\w.-]+\s*:(?:\s|$)|-(?:\s|--$|$)")
     names = {line.split(":")[0].strip() for line in lines if re.match(r"[\w.-]+:", line)}
     for number, line in enumerate(_top_lines(text)):
         if not plain.match(line) or (number and line.startswith("---")):
             raise ValueError(f"its line `{line.strip()[:40]}` is not plain enough to be sure")
+        if not is_list and not number and re.match(r"-(?:\s|$)", line):
+            raise ValueError("it is a list")
         if not is_list and line.split(":")[0].strip() in names:
             raise ValueError(f"it sets {line.split(':')[0].strip()} itself")
 
