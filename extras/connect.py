@@ -47,6 +47,11 @@ class Facts(NamedTuple):
     models: Tuple[Dict[str, Any], ...]          # the same, for each model; auto first
     wants_key: bool
 
+    def of_models(self) -> Iterator[Facts]:
+        """The facts of each model: <context> is its own there."""
+        for model in self.models:
+            yield self._replace(values={**self.values, **model})
+
 
 def find_router(llmstack: Any, url: str = "") -> Tuple[str, Any]:
     """(URL without /v1, Config) of the router that clients shall ask.
@@ -78,17 +83,23 @@ def find_router(llmstack: Any, url: str = "") -> Tuple[str, Any]:
 
 def _limits(limit: Mapping[str, int]) -> Dict[str, int]:
     """What the prompt, the answer and both may have, in tokens."""
-    context, output = limit["context"], limit["output"]
+    context = limit["context"]
+    output = limit["output"]
     return {"context": context, "output": output, "input": context - output}
 
 
 def find_facts(llmstack: Any, url: str, config: Any) -> Facts:
     """What clients are told of the router at `url`. Its limits are those that opencode gets."""
     told = json.loads(llmstack.render_opencode_json(config, url, ""))
-    models = tuple(
-        {"model": name, "title": entry["name"], "tools": entry["tool_call"],
-         "reasoning": entry.get("reasoning", False), **_limits(entry["limit"])}
-        for name, entry in told["provider"][llmstack.PROVIDER]["models"].items())
+    models: List[Dict[str, Any]] = []
+    for name, entry in told["provider"][llmstack.PROVIDER]["models"].items():
+        models.append({
+            "model": name,
+            "title": entry["name"],
+            "tools": entry["tool_call"],
+            "reasoning": entry.get("reasoning", False),
+            **_limits(entry["limit"]),
+        })
     silence_s = llmstack.LOAD_TIMEOUT_S + 300   # a cold load, then a long prompt
     values = {
         "url": url,
@@ -97,9 +108,9 @@ def find_facts(llmstack: Any, url: str, config: Any) -> Facts:
         "silence_s": silence_s,
         "silence_ms": silence_s * 1000,
         "no_key": NO_KEY,
-        **_limits(told["provider"][llmstack.PROVIDER]["models"][models[0]["model"]]["limit"]),
+        **{name: models[0][name] for name in ("context", "output", "input")},
     }
-    return Facts(values, models, bool(llmstack.api_key(os.environ)))
+    return Facts(values, tuple(models), bool(llmstack.api_key(os.environ)))
 
 
 def load_client(llmstack: Any, name: str) -> Dict[str, Any]:
@@ -125,32 +136,39 @@ def fill(text: str, values: Mapping[str, Any]) -> Any:
     return re.sub(r"<([a-z_]+)>", lambda m: str(values.get(m.group(1), m.group())), text)
 
 
+def _repeated(text: str, facts: Facts) -> Iterator[Facts]:
+    """The facts of each model, where `text` names one; else those there are."""
+    if "<model>" not in text or "model" in facts.values:
+        yield facts
+        return
+    yield from facts.of_models()
+
+
 def expand(value: Any, facts: Facts) -> Any:
     """A JSON value of share/clients as it is for this router."""
     if isinstance(value, str):
         return fill(value, facts.values)
     if isinstance(value, dict):
-        members: Dict[str, Any] = {}
-        for key, member in value.items():
-            meant, name = _is_meant(key, facts)
-            for each in _repeated(name, name, facts) if meant else ():
-                members[fill(name, each.values)] = expand(member, each)
-        if "env" in members:                    # variables are text, and clients insist on it
-            members["env"] = {name: str(text) for name, text in members["env"].items()}
-        return members
+        return _expand_members(value, facts)
     if isinstance(value, list):
-        return [expand(item, each) for item in value
-                for each in _repeated(item, json.dumps(item), facts)]
+        items: List[Any] = []
+        for item in value:
+            items += [expand(item, each) for each in _repeated(json.dumps(item), facts)]
+        return items
     return value
 
 
-def _repeated(item: Any, text: str, facts: Facts) -> Iterator[Facts]:
-    """The facts of each model, where `text` names one; else those there are."""
-    if "<model>" not in text or "model" in facts.values:
-        yield facts
-        return
-    for model in facts.models:
-        yield facts._replace(values={**facts.values, **model})
+def _expand_members(value: Mapping[str, Any], facts: Facts) -> Dict[str, Any]:
+    members: Dict[str, Any] = {}
+    for key, member in value.items():
+        meant, name = _is_meant(key, facts)
+        if not meant:
+            continue
+        for each in _repeated(name, facts):
+            members[fill(name, each.values)] = expand(member, each)
+    if "env" in members:                        # variables are text, and clients insist on it
+        members["env"] = {name: str(text) for name, text in members["env"].items()}
+    return members
 
 
 def expand_lines(lines: Sequence[Any], facts: Facts) -> List[str]:
@@ -158,8 +176,7 @@ def expand_lines(lines: Sequence[Any], facts: Facts) -> List[str]:
     found: List[str] = []
     for line in lines:
         if isinstance(line, list):
-            for model in facts.models:
-                each = facts._replace(values={**facts.values, **model})
+            for each in facts.of_models():
                 found += expand_lines(line, each)
             continue
         meant, text = _is_meant(line, facts)
@@ -211,11 +228,13 @@ class _Reader:
         opening = self.next()
         if opening not in ("{", "["):
             return self.scalar()
-        start, closing = self.at, {"{": "}", "[": "]"}[opening]
+        start = self.at
+        closing = {"{": "}", "[": "]"}[opening]
         self.at += 1
         members: List[Tuple[str, int, Node]] = []
         while self.next() != closing:
-            begin, name = self.at, ""
+            begin = self.at
+            name = ""
             if opening == "{":
                 key = self.scalar()
                 name = str(json.loads(self.text[key.start:key.end]))
@@ -224,7 +243,7 @@ class _Reader:
             if self.next() != closing:
                 self.expect(",")
         self.at += 1
-        kind = "object" if opening == "{" else "array"
+        kind = {"{": "object", "[": "array"}[opening]
         return Node(kind, start, self.at, tuple(members))
 
     def expect(self, character: str) -> None:
@@ -282,14 +301,18 @@ def _insert(text: str, node: Node, name: str, value: Any) -> str:
     if name:
         rendered = f"{json.dumps(name, ensure_ascii=False)}: {rendered}"
     added = newline + inner + rendered.replace("\n", newline + inner)
-    added += "," if node.members else newline + outer
+    if node.members:
+        added += ","
+    else:
+        added += newline + outer
     return text[:node.start + 1] + added + text[node.start + 1:]
 
 
 def _remove(text: str, node: Node, index: int) -> str:
     """`text` without a member: from behind what stands before it up to and with its comma."""
     _, begin, value = node.members[index]
-    start, end = len(text[:begin].rstrip()), value.end
+    start = len(text[:begin].rstrip())
+    end = value.end
     comma = re.compile(r"\s*,").match(text, end)
     if comma:
         end = comma.end()
@@ -306,7 +329,7 @@ class Put(NamedTuple):
     path: Tuple[str, ...]
     value: Any
     old: Optional[str]                          # the text that stood there instead
-    kind: str                                   # value | item (of the array) | made (an object or array)
+    kind: str                                   # value | item of the array | made: a container
 
 
 def _leaves(value: Any, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str, ...], Any]]:
@@ -318,29 +341,32 @@ def _leaves(value: Any, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str,
         yield path, value
 
 
-def put_json(text: str, wanted: Dict[str, Any]) -> Tuple[str, List[Put]]:
-    """(`text` with all of `wanted` in it, what was put in). Errors: ValueError.
+def _make(text: str, path: Tuple[str, ...], empty: Any) -> Tuple[str, List[Put]]:
+    """Put an empty object or array where there is nothing."""
+    root = read_json(text)
+    inside = find_node(root, path[:-1])
+    if inside is None or find_node(root, path) is not None:
+        return text, []
+    return _insert(text, inside, path[-1], empty), [Put(path, empty, None, "made")]
 
-    A value that stands in a wanted one's place is replaced and kept, an array only added to.
-    """
-    puts: List[Put] = []
-    for path, value in reversed(list(_leaves(wanted))):     # each goes in first: so they keep their order
-        for depth in range(1, len(path) + isinstance(value, list)):
-            root = read_json(text)
-            inside = find_node(root, path[:depth - 1])
-            if find_node(root, path[:depth]) is None and inside is not None:
-                empty: Any = [] if depth == len(path) else {}
-                puts.append(Put(path[:depth], empty, None, "made"))
-                text = _insert(text, inside, path[depth - 1], empty)
-        text, added = _put_leaf(text, path, value)
-        puts += added
+
+def _put_items(text: str, path: Tuple[str, ...], items: List[Any]) -> Tuple[str, List[Put]]:
+    puts = []
+    for item in reversed(items):
+        there = find_node(read_json(text), path)
+        if there is None or there.kind != "array":
+            raise ValueError(f"{'.'.join(path)} is no list")
+        if item not in node_value(text, there):
+            text = _insert(text, there, "", item)
+            puts.append(Put(path, item, None, "item"))
     return text, puts
 
 
 def _put_leaf(text: str, path: Tuple[str, ...], value: Any) -> Tuple[str, List[Put]]:
     """Put one value in, whose objects are there. Errors: ValueError."""
     root = read_json(text)
-    inside, there = find_node(root, path[:-1]), find_node(root, path)
+    inside = find_node(root, path[:-1])
+    there = find_node(root, path)
     if inside is None or inside.kind != "object":
         raise ValueError(f"{'.'.join(path[:-1])} is no object")
     if isinstance(value, list):
@@ -356,63 +382,69 @@ def _put_leaf(text: str, path: Tuple[str, ...], value: Any) -> Tuple[str, List[P
     return text, [Put(path, value, old, "value")]
 
 
-def _put_items(text: str, path: Tuple[str, ...], items: List[Any]) -> Tuple[str, List[Put]]:
-    puts = []
-    for item in reversed(items):
-        there = find_node(read_json(text), path)
-        if there is None or there.kind != "array":
-            raise ValueError(f"{'.'.join(path)} is no list")
-        if item not in node_value(text, there):
-            text = _insert(text, there, "", item)
-            puts.append(Put(path, item, None, "item"))
+def put_json(text: str, wanted: Dict[str, Any]) -> Tuple[str, List[Put]]:
+    """(`text` with all of `wanted` in it, what was put in). Errors: ValueError.
+
+    A value that stands in a wanted one's place is replaced and kept, an array only added to.
+    """
+    puts: List[Put] = []
+    # Each goes in before what is there, so the last goes in first.
+    for path, value in reversed(list(_leaves(wanted))):
+        for depth in range(1, len(path)):
+            text, made = _make(text, path[:depth], {})
+            puts += made
+        if isinstance(value, list):
+            text, made = _make(text, path, [])
+            puts += made
+        text, added = _put_leaf(text, path, value)
+        puts += added
     return text, puts
+
+
+def _take_out(text: str, put: Put) -> Optional[str]:
+    """`text` without one thing that was put in, None where it has been changed since."""
+    root = read_json(text)
+    inside = find_node(root, put.path[:-1])
+    there = find_node(root, put.path)
+    if inside is None or there is None:         # its user has taken it out
+        return text
+    if put.kind == "item":
+        values = [node_value(text, value) for _, _, value in there.members]
+        if put.value not in values:
+            return None
+        return _remove(text, there, values.index(put.value))
+    if node_value(text, there) != put.value:
+        return None
+    if put.old is not None:
+        return text[:there.start] + put.old + text[there.end:]
+    names = [name for name, _, _ in inside.members]
+    return _remove(text, inside, names.index(put.path[-1]))
 
 
 def take_out_json(text: str, puts: Sequence[Put]) -> Tuple[str, List[str]]:
     """(`text` without what was put in, what stays because it was changed). Errors: ValueError."""
     changed: List[str] = []
-    for put in sorted(reversed(puts), key=lambda p: p.kind == "made"):
-        root = read_json(text)
-        inside, there = find_node(root, put.path[:-1]), find_node(root, put.path)
-        if inside is None or there is None:     # its user has taken it out
-            continue
-        if put.kind == "item":
-            values = [node_value(text, value) for _, _, value in there.members]
-            if put.value in values:
-                text = _remove(text, there, values.index(put.value))
-            else:
-                changed.append(".".join(put.path))
-        elif node_value(text, there) != put.value:
-            changed += [] if put.kind == "made" else [".".join(put.path)]
-        elif put.old is not None:
-            text = text[:there.start] + put.old + text[there.end:]
-        else:
-            names = [name for name, _, _ in inside.members]
-            text = _remove(text, inside, names.index(put.path[-1]))
+    made = [put for put in reversed(puts) if put.kind == "made"]
+    for put in [put for put in puts if put.kind != "made"] + made:
+        without = _take_out(text, put)
+        if without is not None:
+            text = without
+        elif put.kind != "made":                # an object may have got other members
+            changed.append(".".join(put.path))
     return text, list(dict.fromkeys(changed))
 
 
 # ---- YAML and TOML: lines between two marks, where the file is plain enough to be sure
 
-def put_lines(text: str, lines: Sequence[str], spec: Mapping[str, Any]) -> Tuple[str, str]:
-    """(`text` with the lines between marks, what was put in). Errors: ValueError.
+def _block(lines: Sequence[str], newline: str) -> str:
+    return newline.join([FIRST_LINE, *lines, LAST_LINE, ""])
 
-    `spec`: "whole" for a file that is all ours, "under" names the list that the lines are items of,
-    "head" what a new file begins with.
-    """
-    under = spec.get("under", "")
-    if not text.strip():
-        new = [*spec.get("head", ()), *([under + ":"] if under else ()), *lines]
-        block = "\n".join([FIRST_LINE, *new, LAST_LINE, ""])
-        return block, block
-    if spec.get("whole"):
-        raise ValueError("there is one already that is not ours")
-    newline = "\r\n" if "\r\n" in text else "\n"
-    if under:
-        return _put_under(text, lines, under, newline)
-    _check_top_level(text, lines)
-    block = newline.join([FIRST_LINE, *lines, LAST_LINE, ""])
-    return text + ("" if text.endswith("\n") else newline) + block, block
+
+def _behind(text: str, block: str, newline: str) -> str:
+    """`text` with the block at its end."""
+    if not text.endswith("\n"):
+        text += newline
+    return text + block
 
 
 def _top_lines(text: str) -> List[str]:
@@ -422,34 +454,63 @@ def _top_lines(text: str) -> List[str]:
 
 def _check_top_level(text: str, lines: Sequence[str]) -> None:
     """Errors: ValueError unless `lines` can stand behind `text`, a plain YAML mapping or list."""
+    theirs = _top_lines(text)
+    if theirs[:1] == ["---"]:
+        del theirs[0]
+    names = {line.split(":")[0] for line in lines}
     is_list = lines[0].startswith("-")
-    plain = re.compile(r"-(?:\s|$)|---$" if is_list else r"[\w.-]+\s*:(?:\s|$)|-(?:\s|--$|$)")
-    names = {line.split(":")[0].strip() for line in lines if re.match(r"[\w.-]+:", line)}
-    for number, line in enumerate(_top_lines(text)):
-        if not plain.match(line) or (number and line.startswith("---")):
+    if theirs and is_list != bool(re.match(r"-\s", theirs[0])):
+        raise ValueError("it is a list, or should be one")
+    for line in theirs:
+        name = re.match(r"([\w.-]+)\s*:(?:\s|$)", line)
+        is_item = re.match(r"-(?:\s|$)", line)
+        if not is_item and (is_list or not name):
             raise ValueError(f"its line `{line.strip()[:40]}` is not plain enough to be sure")
-        if not is_list and not number and re.match(r"-(?:\s|$)", line):
-            raise ValueError("it is a list")
-        if not is_list and line.split(":")[0].strip() in names:
-            raise ValueError(f"it sets {line.split(':')[0].strip()} itself")
+        if name and name.group(1) in names:
+            raise ValueError(f"it sets {name.group(1)} itself")
 
 
 def _put_under(text: str, lines: Sequence[str], under: str, newline: str) -> Tuple[str, str]:
     """The lines as first items of the list called `under`. Errors: ValueError."""
     _check_top_level(text, ["a: b"])
-    place = re.search(rf"^{under}:[ ]*(#.*)?\r?\n", text, re.MULTILINE)
-    if place is None and not re.search(rf"^{under}\s*:", text, re.MULTILINE):
-        block = newline.join([FIRST_LINE, under + ":", *lines, LAST_LINE, ""])
-        return text + ("" if text.endswith("\n") else newline) + block, block
-    first = re.compile(r"(?:[ ]*(?:#.*)?\r?\n)*([ ]*)- ").match(text, place.end()) if place else None
-    if place is None or first is None:
+    if not re.search(rf"^{under}\s*:", text, re.MULTILINE):
+        block = _block([under + ":", *lines], newline)
+        return _behind(text, block, newline), block
+    gap = r"[ ]*(?:#.*)?\r?\n"
+    first = re.search(rf"^{under}:{gap}(?=(?:{gap})*([ ]*)- )", text, re.MULTILINE)
+    if first is None:
         raise ValueError(f"its list {under} is not plain enough to be sure")
-    indent = first.group(1)
     own = len(lines[0]) - len(lines[0].lstrip())
-    moved = [indent + line[own:] for line in (lines[0][:own] + FIRST_LINE, *lines,
-                                              lines[0][:own] + LAST_LINE)]
-    block = newline.join([*moved, ""])
-    return text[:place.end()] + block + text[place.end():], block
+    block = _block([first.group(1) + line[own:] for line in lines], newline)
+    return text[:first.end()] + block + text[first.end():], block
+
+
+def whole_lines(lines: Sequence[str], spec: Mapping[str, Any]) -> List[str]:
+    """All lines of a file that has no others."""
+    whole = list(spec.get("head", ()))
+    if "under" in spec:
+        whole.append(spec["under"] + ":")
+    return [*whole, *lines]
+
+
+def put_lines(text: str, lines: Sequence[str], spec: Mapping[str, Any]) -> Tuple[str, str]:
+    """(`text` with the lines between marks, what was put in). Errors: ValueError.
+
+    `spec`: "whole" for a file that is all ours, "under" names the list that the lines are items of,
+    "head" what a new file begins with.
+    """
+    under = spec.get("under", "")
+    if not text.strip():
+        block = _block(whole_lines(lines, spec), "\n")
+        return block, block
+    if spec.get("whole"):
+        raise ValueError("there is one already that is not ours")
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if under:
+        return _put_under(text, lines, under, newline)
+    _check_top_level(text, lines)
+    block = _block(lines, newline)
+    return _behind(text, block, newline), block
 
 
 # ---- files of a client
@@ -471,7 +532,8 @@ def client_path(spec: Mapping[str, Any], system: str) -> str:
         variable = re.match(r"\$(\w+)", place)
         if variable and not os.environ.get(variable.group(1)):
             continue
-        return os.path.realpath(os.path.expanduser(os.path.expandvars(place)))
+        path = os.path.expanduser(os.path.expandvars(place))
+        return str(os.path.realpath(path))
     raise KeyError("path")                      # each list ends with a place that has no variable
 
 
@@ -480,6 +542,10 @@ def system_name(llmstack: Any) -> str:
     if llmstack.IS_WINDOWS:
         return "windows"
     return "mac" if llmstack.IS_MAC else "unix"
+
+
+def _puts_of(entry: Mapping[str, Any]) -> List[Put]:
+    return [Put(tuple(path), value, old, kind) for path, value, old, kind in entry["puts"]]
 
 
 def load_record(llmstack: Any) -> Dict[str, Any]:
@@ -503,10 +569,6 @@ def save_record(llmstack: Any, record: Mapping[str, Any]) -> None:
     llmstack.write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
-def _puts_of(entry: Mapping[str, Any]) -> List[Put]:
-    return [Put(tuple(path), value, old, kind) for path, value, old, kind in entry["puts"]]
-
-
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -525,6 +587,15 @@ def read_file(llmstack: Any, path: str) -> Optional[bytes]:
                                  llmstack.path_hint(exc)) from None
     except UnicodeDecodeError:
         raise llmstack.UserError(f"{path} is not UTF-8", "see --print for what to put in") from None
+
+
+def _without_block(text: str, block: str) -> Tuple[bytes, List[str]]:
+    if block in text:
+        return text.replace(block, "", 1).encode("utf-8"), []
+    changed = []
+    if FIRST_LINE in text:
+        changed.append("what is between the marks of llmstack")
+    return text.encode("utf-8"), changed
 
 
 def without_ours(llmstack: Any, path: str, entry: Mapping[str, Any]
@@ -552,13 +623,6 @@ def without_ours(llmstack: Any, path: str, entry: Mapping[str, Any]
     return text.encode("utf-8"), changed
 
 
-def _without_block(text: str, block: str) -> Tuple[bytes, List[str]]:
-    if block in text:
-        return text.replace(block, "", 1).encode("utf-8"), []
-    marks = FIRST_LINE in text
-    return text.encode("utf-8"), ["the lines between the marks of llmstack"] if marks else []
-
-
 def _free_backup(path: str) -> str:
     name = path + ".before-llmstack"
     number = 1
@@ -568,6 +632,13 @@ def _free_backup(path: str) -> str:
     return name
 
 
+def render_put(spec: Mapping[str, Any], facts: Facts) -> str:
+    """What is put into a file, for people."""
+    if spec["format"] == "json":
+        return json.dumps(expand(spec["put"], facts), indent=2, ensure_ascii=False)
+    return "\n".join(whole_lines(expand_lines(spec["put"], facts), spec))
+
+
 def plan_edit(llmstack: Any, spec: Mapping[str, Any], facts: Facts, entry: Any) -> Edit:
     """What to do to one file of a client. Errors: UserError, with the text to put in by hand."""
     path = client_path(spec, system_name(llmstack))
@@ -575,8 +646,9 @@ def plan_edit(llmstack: Any, spec: Mapping[str, Any], facts: Facts, entry: Any) 
     backup = ""
     if entry:
         before, _ = without_ours(llmstack, path, entry)
-        kept = read_file(llmstack, entry["backup"]) if entry["backup"] else None
-        backup = entry["backup"] if kept is not None and kept == before else ""
+        backup = entry["backup"]
+        if backup and read_file(llmstack, backup) != before:
+            backup = ""
     if before is not None and not backup:
         backup = _free_backup(path)
     text = (before or b"").decode("utf-8")
@@ -584,7 +656,9 @@ def plan_edit(llmstack: Any, spec: Mapping[str, Any], facts: Facts, entry: Any) 
     block = ""
     try:
         if spec["format"] == "json":
-            text, puts = put_json(text if text.strip() else "{}\n", expand(spec["put"], facts))
+            if not text.strip():
+                text = "{}\n"
+            text, puts = put_json(text, expand(spec["put"], facts))
         else:
             text, block = put_lines(text, expand_lines(spec["put"], facts), spec)
     except ValueError as exc:
@@ -592,14 +666,6 @@ def plan_edit(llmstack: Any, spec: Mapping[str, Any], facts: Facts, entry: Any) 
             f"{path} is left as it is: {exc}",
             f"put this in yourself:\n{render_put(spec, facts)}") from None
     return Edit(path, before, text.encode("utf-8"), backup, tuple(puts), block)
-
-
-def render_put(spec: Mapping[str, Any], facts: Facts) -> str:
-    """What is put into a file, for people."""
-    if spec["format"] == "json":
-        return json.dumps(expand(spec["put"], facts), indent=2, ensure_ascii=False)
-    lines = [*spec.get("head", ()), *([spec["under"] + ":"] if "under" in spec else ())]
-    return "\n".join(lines + expand_lines(spec["put"], facts))
 
 
 def _mode_of(path: str) -> int:
@@ -621,23 +687,6 @@ def write_edit(llmstack: Any, edit: Edit) -> Dict[str, Any]:
 
 # ---- the command
 
-def connect(llmstack: Any, name: str, url: str, show: bool) -> int:
-    """Write what a client reads, or only show it. Errors: UserError."""
-    client = load_client(llmstack, name)
-    if "command" in client:
-        return int(llmstack.run_command([*client["command"], *(["--print"] if show else [])]))
-    facts = find_facts(llmstack, *find_router(llmstack, url))
-    system = system_name(llmstack)
-    if show:
-        for spec in client.get("files", ()):
-            llmstack.say(f"into {client_path(spec, system)}:\n{render_put(spec, facts)}\n")
-    else:
-        _write_files(llmstack, name, client, facts)
-    for line in expand_lines(client.get("say", ()), facts):
-        llmstack.say(line)
-    return 0
-
-
 def _write_files(llmstack: Any, name: str, client: Mapping[str, Any], facts: Facts) -> None:
     """All files of a client or, where one of them cannot be, none. Errors: UserError."""
     record = load_record(llmstack)
@@ -651,10 +700,50 @@ def _write_files(llmstack: Any, name: str, client: Mapping[str, Any], facts: Fac
             entries[edit.path] = known[edit.path]
             continue
         entries[edit.path] = write_edit(llmstack, edit)
-        kept = f"; as it was: {edit.backup}" if edit.before is not None else ""
-        llmstack.say(f"Written: {edit.path}{kept}")
+        llmstack.say(f"Written: {edit.path}")
+        if edit.before is not None:
+            llmstack.say(f"As it was: {edit.backup}")
     if entries:
         save_record(llmstack, {**record, name: {**known, **entries}})
+
+
+def connect(llmstack: Any, name: str, url: str, show: bool) -> int:
+    """Write what a client reads, or only show it. Errors: UserError."""
+    client = load_client(llmstack, name)
+    if "command" in client:
+        command = list(client["command"])
+        if show:
+            command.append("--print")
+        return int(llmstack.run_command(command))
+    facts = find_facts(llmstack, *find_router(llmstack, url))
+    system = system_name(llmstack)
+    if show:
+        for spec in client.get("files", ()):
+            llmstack.say(f"into {client_path(spec, system)}:\n{render_put(spec, facts)}\n")
+    else:
+        _write_files(llmstack, name, client, facts)
+    for line in expand_lines(client.get("say", ()), facts):
+        llmstack.say(line)
+    return 0
+
+
+def _put_back(llmstack: Any, path: str, entry: Mapping[str, Any], data: Optional[bytes]) -> None:
+    """Write a file without us, and drop a backup that is the same. Errors: UserError."""
+    is_bare = data is None or data.strip() in (b"", b"{}")
+    if is_bare and not entry["backup"]:
+        if os.path.exists(path):
+            os.unlink(path)
+            llmstack.say(f"Removed: {path}, which was not there before")
+        return
+    if data is None:                            # its user has removed it
+        return
+    llmstack.write_atomic(path, data, _mode_of(path))
+    llmstack.say(f"Taken out of {path}")
+    kept = entry["backup"]
+    if kept and read_file(llmstack, kept) == data:
+        os.unlink(kept)
+    elif kept:
+        llmstack.say(f"The backup stays, for it differs: {kept}")
 
 
 def undo(llmstack: Any, name: str) -> int:
@@ -679,24 +768,6 @@ def undo(llmstack: Any, name: str) -> int:
     return 1 if stays else 0
 
 
-def _put_back(llmstack: Any, path: str, entry: Mapping[str, Any], data: Optional[bytes]) -> None:
-    """Write a file without us, and drop a backup that is the same. Errors: UserError."""
-    is_bare = data is None or data.strip() in (b"", b"{}")
-    if is_bare and not entry["backup"]:
-        if os.path.exists(path):
-            os.unlink(path)
-            llmstack.say(f"Removed: {path}, which was not there before")
-        return
-    if data is None:                            # its user has removed it
-        return
-    llmstack.write_atomic(path, data, _mode_of(path))
-    kept = entry["backup"]
-    if kept and read_file(llmstack, kept) == data:
-        os.unlink(kept)
-        kept = ""
-    llmstack.say(f"As it was: {path}" + (f"; the backup stays: {kept}" if kept else ""))
-
-
 def state_of(llmstack: Any, name: str, record: Mapping[str, Any]) -> str:
     """connected | changed | "": whether a client's files hold what was put in."""
     if name not in record:
@@ -710,19 +781,27 @@ def state_of(llmstack: Any, name: str, record: Mapping[str, Any]) -> str:
     return "connected"
 
 
+def is_here(llmstack: Any, client: Mapping[str, Any]) -> bool:
+    """Whether a client is on this machine, by its program or by what it left in the home."""
+    program = client.get("program", "")
+    if program and llmstack.find_program(program):
+        return True
+    return any(os.path.exists(os.path.expanduser(sign)) for sign in client.get("signs", ()))
+
+
 def list_clients(llmstack: Any) -> int:
     """The clients: whether they are on this machine, whether they are connected."""
     record = load_record(llmstack)
     for name in CLIENTS:
         client = load_client(llmstack, name)
-        signs = [os.path.expanduser(sign) for sign in client.get("signs", ())]
-        program = client.get("program", "")
-        found = program and llmstack.find_program(program) or any(map(os.path.exists, signs))
-        here = "found" if found else ""
+        here = ""
+        if is_here(llmstack, client):
+            here = "found"
         state = state_of(llmstack, name, record)
         llmstack.say(f"{name:<11} {client['title']:<19} {here:<6} {state}".rstrip())
     llmstack.say()
-    llmstack.say("`llmstack connect CLIENT` connects one, `llmstack run-with CLIENT` only starts it.")
+    llmstack.say("`llmstack connect CLIENT` connects one;"
+                 " `llmstack run-with CLIENT` only starts it.")
     return 0
 
 

@@ -54,6 +54,6 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     parser.add_argument("words", metavar="ARGS", nargs="...", help="its own arguments")
     args = parser.parse_args(list(argv))
     command, env = client_command(llmstack, args.client, args.words)
-    if llmstack.IS_WINDOWS:                     # exec there does not keep the terminal
-        return subprocess.call(command, env=env)
-    os.execve(command[0], command, env)
+    if not llmstack.IS_WINDOWS:                 # exec there does not keep the terminal
+        os.execve(command[0], command, env)  # noqa: S606  # a list, no shell
+    return subprocess.call(command, env=env)

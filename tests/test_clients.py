@@ -76,12 +76,17 @@ TRIALS = {
     "llm": Trial("llm/bin/llm", ("-m", "llmstack/auto", "--functions", "def hello(text: str): "
                  "open('hello.txt', 'w').write(text); return 'ok'"),
                  Tool("hello", {"text": "from the stack"})),
+    "opencode": Trial(
+        os.environ.get("LLMSTACK_TEST_OPENCODE") or "opencode/none", ("run",),
+        Tool("write", {"filePath": "{here}/hello.txt", "content": "from the stack"}),
+        env=(("OPENCODE_DISABLE_MODELS_FETCH", "1"), ("OPENCODE_DISABLE_AUTOUPDATE", "1"))),
     "pi": Trial(
         "pi/node_modules/.bin/pi", ("--offline", "-p"),
         Tool("write", {"path": "{here}/hello.txt", "content": "from the stack"}),
         env=(("PI_TELEMETRY", "0"), ("PI_OFFLINE", "1"))),
 }
-BY_ENVIRONMENT = ("claude", "codex", "qwen", "aider")
+BY_ENVIRONMENT = ("claude", "codex", "qwen", "aider", "opencode")
+BY_FILE = tuple(name for name in TRIALS if name != "opencode")  # which tests/test_opencode.py does
 
 
 def needs(name: str) -> Trial:
@@ -189,8 +194,8 @@ def script(name: str, stack: Stack) -> None:
         stack.provider.text = f"all done\n\n{FILE}\n```\nfrom the stack\n```\n"
 
 
-WAYS = [pytest.param(name, way, id=f"{name}-{'run-with' if way else 'connect'}")
-        for name in TRIALS for way in (False, True) if not way or name in BY_ENVIRONMENT]
+WAYS = [*(pytest.param(name, False, id=name + "-connect") for name in BY_FILE),
+        *(pytest.param(name, True, id=name + "-run-with") for name in BY_ENVIRONMENT)]
 
 
 @pytest.mark.parametrize(("name", "by_environment"), WAYS)

@@ -46,7 +46,7 @@ def refused(*words: str) -> tuple[str, str]:
 def snapshot(home: Path) -> dict[str, bytes]:
     """Every file of the home directory but our record."""
     return {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*")
-            if path.is_file() and path.name != connect.RECORD}
+            if path.is_file() and path.name not in (connect.RECORD, "trust.lock")}
 
 
 def keep(text: str, before: str) -> bool:
