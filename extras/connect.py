@@ -742,7 +742,7 @@ def _put_back(llmstack: Any, path: str, entry: Mapping[str, Any], data: Optional
     kept = entry["backup"]
     if kept and read_file(llmstack, kept) == data:
         os.unlink(kept)
-    elif kept:
+    elif kept and os.path.exists(kept):
         llmstack.say(f"The backup stays, for it differs: {kept}")
 
 
@@ -773,8 +773,12 @@ def state_of(llmstack: Any, name: str, record: Mapping[str, Any]) -> str:
     if name not in record:
         return ""
     for path, entry in record[name].items():
-        data = read_file(llmstack, path)
-        if data is None or without_ours(llmstack, path, entry)[1]:
+        try:
+            data = read_file(llmstack, path)
+            changed = without_ours(llmstack, path, entry)[1]
+        except llmstack.UserError:              # it is no longer what its client can read, either
+            return "changed"
+        if data is None or changed:
             return "changed"
         if entry["block"] and entry["block"] not in data.decode("utf-8"):
             return "changed"

@@ -175,6 +175,10 @@ def test_what_the_user_has_changed_of_ours_stays(home: Path,
     path.write_text(path.read_text().replace('"ANTHROPIC_MODEL": "auto"', '"ANTHROPIC_MODEL": "big"'))
     assert run() == 0
     assert "changed" in capsys.readouterr().out
+    path.write_text(path.read_text() + "{")
+    assert run() == 0
+    assert "changed" in capsys.readouterr().out
+    path.write_text(path.read_text()[:-1])
     assert run("claude", "--undo") == 1
     assert json.loads(path.read_text()) == {"env": {"ANTHROPIC_MODEL": "big"}}
     assert "env.ANTHROPIC_MODEL stays" in capsys.readouterr().err
