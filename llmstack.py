@@ -8665,12 +8665,13 @@ class SwapApp(UpstreamApp):
             return False
 
     def every_second(self) -> None:
-        """Start llama-swap again where it has died: its models have died with it."""
+        """Start llama-swap again where it has died; its models may have outlived it."""
         self.log.flush()
         due = time.monotonic() - self._started_s > self.RESTART_S
         if self._process.poll() is not None and due and not self._closing:
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
                            f" again, see {self._output}")
+            stop_stack_members(self._env.get(STACK_VARIABLE, ""))   # its models hold its ports
             self._spawn()
 
     def close(self) -> None:
@@ -11118,7 +11119,7 @@ def paint(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if may_paint() else text
 
 
-def _print(text: str) -> None:
+def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
         sys.stdout.write(text)
@@ -11128,14 +11129,32 @@ def _print(text: str) -> None:
         raise _OutputFailed(what) from None
 
 
+def called_as() -> str:
+    """What runs this program where its user is: llmstack, else what was typed."""
+    shell = os.environ.get("LLMSTACK_ACTIVE") or hook_of(os.environ)[0]
+    typed = sys.argv[0]
+    if shell or find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
+        return "llmstack"
+    python = getattr(sys, "orig_argv", ["python3"])[0]      # since Python 3.10
+    return f"{os.path.basename(python)} {posix_quote(typed)}"
+
+
+def as_called(text: str) -> str:
+    """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
+    if "`llmstack " not in text or text.startswith("{"):
+        return text
+    return text.replace("`llmstack ", f"`{called_as()} ")
+
+
 def say(line: str = "") -> None:
     """A line on standard output, whatever text from elsewhere it holds."""
-    _print((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
+    line = as_called(line)
+    write_out((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
 
 
 def _tell(line: str) -> None:
     """A line on standard error, whatever text from elsewhere it holds."""
-    sys.stderr.write(visible_lines(line) + "\n")
+    sys.stderr.write(visible_lines(as_called(line)) + "\n")
 
 
 def warn(line: str) -> None:
@@ -11144,6 +11163,21 @@ def warn(line: str) -> None:
 
 def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
+
+
+def running_router(places: Places) -> Tuple[Upstream, Config]:
+    """The router that `status` shows, its key with it, and its tiers. Errors: UserError where none is up."""
+    url = trusted_url(places)
+    if url:
+        remote = fetch_remote(url, os.environ)
+        remote.upstream.key = api_key(os.environ)
+        return remote.upstream, remote.config
+    record = read_stack(places)
+    if record is None or not owned_process(record, places.work):
+        raise UserError("the stack of this project is not running", "run `llmstack start`")
+    upstream = router_upstream(record)
+    upstream.key = api_key(os.environ) or api_key(_environment_of(record, {}))
+    return upstream, load_config(places)
 
 
 def _wants_next(args: Any, places: Places, config: Config) -> bool:
@@ -11505,14 +11539,14 @@ def _say_raw(text: str) -> None:
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    _print(text.rstrip("\n") + "\n")
+    write_out(text.rstrip("\n") + "\n")
 
 
 def _add_activate(commands: Any) -> None:
     parser = commands.add_parser("activate", help="a hook that wires a shell to the project it is in",
                                  description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
                                  " turns it on. In the shell's start-up file: eval \"$(llmstack activate zsh)\".")
-    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, fish, powershell or zsh")
+    parser.add_argument("shell", choices=SHELLS, help="whose hook")
     parser.set_defaults(run=_cmd_activate)
 
 
@@ -11568,7 +11602,7 @@ def _ask(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
     if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         return None
-    _print(visible_lines(question))
+    write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -12093,48 +12127,184 @@ def _cmd_version(args: Any) -> int:
 
 
 def _add_help(commands: Any) -> None:
-    commands.add_parser("help", help="print this text").set_defaults(run=None)
+    parser = commands.add_parser("help", help="list the commands, or explain one")
+    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="", help="the one to explain")
+    parser.set_defaults(run=None)
 
 
 ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_restart,
                 _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
                 _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
 
+# In the order of `help`. What this file does not define is an extra: extras/NAME.py.
+COMMAND_GROUPS = (
+    ("Every day", "start stop restart status reload run ps logs"),
+    ("Decisions", "why replay"),
+    ("Models", "setup download check fit install-llama-swap install-litellm"),
+    ("Projects", "install trust activate config"),
+    ("Keep it", "service serve completion self version help"),
+)
 
-def make_parser() -> Any:
-    """The command line. Errors of usage exit with 2, in one line and a hint."""
+
+def unknown_word(word: str, known: Iterable[str]) -> str:
+    """'strat', did you mean start?"""
+    import difflib
+    near = difflib.get_close_matches(word, known, 1, 0.7)
+    return f"{word!r}, did you mean {near[0]}?" if near else repr(word)
+
+
+def render_examples(prog: str) -> str:
+    """The lines of share/examples.txt that run this command, as the end of its help."""
+    try:
+        lines = read_shared_text("examples.txt").splitlines()
+    except UserError:
+        return ""
+    mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
+    return "\nexamples:\n" + "".join(mine) if mine else ""
+
+
+def new_parser(prog: str, description: str, **options: Any) -> Any:
+    """A parser with this program's manners."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            raise UserError(re.sub(r", '?_[a-z-]+'?", "", message), f"see `{self.prog} --help`", 2)
+            unknown = re.match("unrecognized arguments: ([^ =]*)", message)
+            if unknown:
+                what = unknown_word(unknown.group(1), self._option_string_actions)
+                message = f"{self.prog} has no {what}"
+            raise UserError(message, f"see `{self.prog} --help`", 2)
 
-    parser = Parser(prog="llmstack", description="A multi-tier local LLM stack behind one OpenAI-compatible address.",
-                    epilog="Settings stand in .llmstack/models.ini. Exit codes: 0 done, 1 failed, 2 usage or configuration,"
-                    " 130 interrupted.")
+        def format_help(self) -> str:
+            return super().format_help() + render_examples(self.prog)
+
+    return Parser(prog=prog, description=description, **options)
+
+
+def extra_parser(name: str, doc: str) -> Any:
+    """The parser of an extra, whose help is its docstring as it stands."""
+    import argparse
+    text, heading, examples = doc.rstrip().partition("examples:\n")
+    return new_parser("llmstack " + name, text, epilog=heading + examples,
+                      formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def make_parser() -> Any:
+    """The command line; `commands` are its subparsers. Errors of usage exit with 2, in one line and a hint."""
+    parser = new_parser("llmstack", "A multi-tier local LLM stack behind one OpenAI-compatible address.")
     parser.add_argument("-V", "--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for add in ADD_COMMANDS:
         add(commands)
-    hidden = [a for a in commands._choices_actions if a.dest.startswith("_")]
-    for action in hidden:
-        commands._choices_actions.remove(action)
+    parser.commands = commands.choices
+    parser.summaries = {a.dest: a.help for a in commands._choices_actions}
     return parser
+
+
+def extra_file(name: str) -> str:
+    return f"extras/{name.replace('-', '_')}.py"
+
+
+def extra_names() -> List[str]:
+    """The commands in extras/, which lies beside this file or in its archive."""
+    files: List[str] = []
+    try:
+        if getattr(_LOADER, "archive", None):
+            import zipfile
+            with zipfile.ZipFile(PROGRAM) as archive:
+                files = [n[7:] for n in archive.namelist() if n.startswith("extras/")]
+        else:
+            files = os.listdir(os.path.join(os.path.dirname(__file__), "extras"))
+    except OSError:                             # a copy without them
+        pass
+    return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
+
+
+def command_names() -> List[str]:
+    """Every command of `help`, and the extras it does not know."""
+    listed = " ".join(names for _, names in COMMAND_GROUPS).split()
+    return listed + [name for name in extra_names() if name not in listed]
+
+
+def load_extra(name: str) -> Any:
+    """The module of a command in extras/. Errors: UserError where there is none."""
+    source = None
+    if re.match(r"[a-z-]+\Z", name):
+        try:
+            source = read_resource(extra_file(name))
+        except UserError:
+            pass
+    if source is None and name in command_names():
+        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
+                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2)
+    if source is None:
+        raise UserError(f"there is no command {unknown_word(name, command_names())}",
+                        "`llmstack help` lists the commands", 2)
+    module: Any = type(sys)("llmstack_" + name.replace("-", "_"))
+    module.__file__ = os.path.join(os.path.dirname(__file__), extra_file(name))
+    code = compile(source, module.__file__, "exec", dont_inherit=True)
+    exec(code, module.__dict__)  # noqa: S102
+    return module
+
+
+def run_extra(name: str, argv: Sequence[str]) -> int:
+    """Run a command of extras/. Errors: UserError."""
+    return int(load_extra(name).main(argv, sys.modules[__name__]))
+
+
+def extra_summary(name: str) -> str:
+    """The first line of an extra's docstring, "" where the extra is not here."""
+    try:
+        found = re.search('"""(.*)', read_resource(extra_file(name)).decode("utf-8"))
+    except UserError:
+        return ""
+    return found.group(1).rstrip('".') if found else ""
+
+
+def render_help(summaries: Mapping[str, str]) -> str:
+    """All commands in groups, with a line each."""
+    lines = ["usage: llmstack COMMAND ...", "",
+             "A multi-tier local LLM stack behind one OpenAI-compatible address."]
+    listed = " ".join(names for _, names in COMMAND_GROUPS)
+    others = [name for name in extra_names() if name not in listed.split()]
+    for heading, names in (*COMMAND_GROUPS, ("More", " ".join(others))):
+        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names.split()]
+        lines += ["", heading] if rows else []
+        lines += [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+    lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
+              "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
+    return "\n".join(lines)
+
+
+def _say_help(parser: Any, topic: str) -> int:
+    if not topic:
+        say(render_help(parser.summaries))
+    elif topic in parser.commands:
+        say(parser.commands[topic].format_help().rstrip("\n"))
+    else:
+        return run_extra(topic, ["--help"])
+    return 0
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
-    if argv[:1] == ["_hook"] and len(argv) == 3:
+    name = argv[0] if argv else "help"
+    if name == "_hook" and len(argv) == 3:
         return _cmd_hook(argv[1], argv[2])
-    if not "".join(argv[:1]).startswith("_"):
+    if not name.startswith("_"):
         leave_stale_project(os.environ)
     parser = make_parser()
-    args = parser.parse_args(list(argv))
-    if args.version:
-        return _cmd_version(args)
-    if getattr(args, "run", None) is None:
-        parser.print_help()
-        return 0
+    if name in ("-h", "--help"):
+        return _say_help(parser, "")
+    command = parser.commands.get(name)
+    if command is None and not name.startswith("-"):
+        return run_extra(name, argv[1:])
+    if command is None:
+        parser.parse_args(list(argv))
+        return _cmd_version(None)
+    args = command.parse_args(list(argv[1:]))
+    if args.run is None:
+        return _say_help(parser, args.topic)
     return int(args.run(args))
 
 
