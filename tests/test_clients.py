@@ -10,21 +10,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional
 
 import pytest
 
 import llmstack
 from tests.conftest import ROOT
-from tests.extras_harness import give
 from tests.provider import Provider, Tool
 
-give(llmstack)
+PROGRAM = str(ROOT / "llmstack.py")
 CLIENTS = Path(os.environ.get("LLMSTACK_TEST_CLIENTS", "/nowhere"))
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY")
 KEY = "a-key-of-the-test"
 OUTSIDE = "http://127.0.0.1:9"                  # nothing listens there: no client gets out
-LADDER = "".join(
+LADDER = "[ROUTING]\nmid_fidelity_ceiling = 20000\n" + "".join(
     f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\nmax_output_tokens = 4000\n"
     for name, role, context in (("code-smart", "agent", "64k"), ("code-fast", "fast", "128k")))
 
@@ -112,7 +111,7 @@ def stack(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.param:
         monkeypatch.setenv("LLMSTACK_API_KEY", request.param)
     provider = Provider()
-    command = [sys.executable, str(ROOT / "llmstack.py"), "serve", "--port", "0"]
+    command = [sys.executable, PROGRAM, "serve", "--port", "0"]
     router = subprocess.Popen([*command, "--upstream", provider.url], cwd=desk, text=True,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL)
@@ -146,7 +145,7 @@ def ask(name: str, stack: Stack, prompt: str, by_environment: bool) -> str:
     env = environment(name, stack)
     command = [str(CLIENTS / trial.program), *trial.connected, *trial.words, prompt, *trial.after]
     if by_environment:
-        command = [sys.executable, "-c", RUN_WITH, name, *trial.words, prompt, *trial.after]
+        command = [sys.executable, PROGRAM, "run-with", name, *trial.words, prompt, *trial.after]
     done = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
@@ -158,16 +157,6 @@ def ask(name: str, stack: Stack, prompt: str, by_environment: bool) -> str:
         raise AssertionError(f"still running: {said[-2000:]}") from None
 
 
-RUN_WITH = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import llmstack
-from tests.extras_harness import give
-give(llmstack)
-llmstack.load_extra("run-with").main(sys.argv[1:], llmstack)
-"""
-
-
 def set_up(name: str, stack: Stack) -> dict[Path, bytes]:
     """Connect a client beside what its user has; the user's files."""
     home = Path(os.environ["HOME"])
@@ -176,8 +165,7 @@ def set_up(name: str, stack: Stack) -> dict[Path, bytes]:
         (home / path).parent.mkdir(parents=True, exist_ok=True)
         (home / path).write_text(text)
         files[home / path] = text.encode()
-    extra: Any = llmstack.load_extra("connect")                 # type: ignore[attr-defined]
-    assert extra.main([name, "--url", stack.url], llmstack) == 0
+    assert llmstack.main(["connect", name, "--url", stack.url]) == 0
     if name == "llm" and os.environ.get("LLMSTACK_API_KEY"):    # what connect says
         keys = home / ".config" / "io.datasette.llm" / "keys.json"
         keys.write_text(f'{{"llmstack": "{KEY}"}}')
@@ -212,8 +200,7 @@ def test_prompt_tool_call_tool_run_answer(name: str, by_environment: bool, stack
     assert set(agent) == {"code-smart"}
     assert not any(KEY in str(a.headers) for a in provider.asked), "the key stays with the router"
     if not by_environment:
-        extra: Any = llmstack.load_extra("connect")             # type: ignore[attr-defined]
-        assert extra.main([name, "--undo"], llmstack) == 0
+        assert llmstack.main(["connect", name, "--undo"]) == 0
         for path, data in files.items():
             now = path.read_bytes()
             assert TRIALS[name].rewrites or now == data, f"{path} is not as it was"

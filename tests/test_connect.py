@@ -13,11 +13,8 @@ import pytest
 
 import llmstack
 from tests.conftest import ROOT
-from tests.extras_harness import give
 
-give(llmstack)
-stack: Any = llmstack
-connect = stack.load_extra("connect")
+connect: Any = llmstack.load_extra("connect")
 KEY = "a-key-of-the-test"
 WRITTEN = ("claude", "codex", "aider", "continue", "zed", "qwen", "crush", "pi", "goose", "llm")
 INI = "".join(f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\n"
@@ -235,7 +232,7 @@ def test_files_that_are_none(home: Path) -> None:
     path.rmdir()
     path.write_bytes(b'{"a": "\xff"}')
     assert "not UTF-8" in refused("claude")[0]
-    record = Path(stack.find_places(os.environ).data) / connect.RECORD
+    record = Path(llmstack.find_places(os.environ).data) / connect.RECORD
     record.parent.mkdir(parents=True, exist_ok=True)
     for text in ("{", "[]", '{"claude": 3}', '{"claude": {"x": {}}}'):
         record.write_text(text)
@@ -383,7 +380,7 @@ def test_run_with_gives_it_all_and_writes_nothing(name: str, key: str, program: 
         monkeypatch.setenv("LLMSTACK_API_KEY", key)
     before = snapshot(home), snapshot(Path.cwd())
     program(name)
-    command, env = stack.load_extra("run-with").client_command(llmstack, name, ["--help"])
+    command, env = llmstack.load_extra("run-with").client_command(llmstack, name, ["--help"])
     added = {name: text for name, text in env.items() if os.environ.get(name) != text}
     assert Path(command[0]).name == name
     assert command[-1] == "--help"
@@ -401,5 +398,5 @@ def test_run_with_says_what_to_do_instead(name: str, says: str,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "find_program", lambda *_: "")
     with pytest.raises(llmstack.UserError) as caught:
-        stack.load_extra("run-with").client_command(llmstack, name, [])
+        llmstack.load_extra("run-with").client_command(llmstack, name, [])
     assert says in caught.value.hint
