@@ -35,7 +35,6 @@ class Trial(NamedTuple):
     words: tuple[str, ...]                      # what stands before the prompt
     tool: Optional[Tool]                        # its own that writes FILE
     connected: tuple[str, ...] = ()             # words only where `connect` has set it up
-    after: tuple[str, ...] = ()                 # what stands behind the prompt
     env: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[str, str], ...] = ()     # of the user, in the home directory
     rewrites: bool = False                      # it writes its own file anew, once it has read it
@@ -72,9 +71,9 @@ TRIALS = {
         ("--no-git", "--yes-always", "--no-check-update", "--analytics-disable", "--no-pretty",
          "--no-show-release-notes", "--edit-format", "whole", FILE, "--message"),
         None, env=(("AIDER_ANALYTICS", "false"),)),
-    "llm": Trial("llm/bin/llm", ("-m", "llmstack/auto", "--functions", "def hello(text: str): "
+    "llm": Trial("llm/bin/llm", ("--functions", "def hello(text: str): "
                  "open('hello.txt', 'w').write(text); return 'ok'"),
-                 Tool("hello", {"text": "from the stack"})),
+                 Tool("hello", {"text": "from the stack"}), connected=("-m", "llmstack/auto")),
     "opencode": Trial(
         os.environ.get("LLMSTACK_TEST_OPENCODE") or "opencode/none", ("run",),
         Tool("write", {"filePath": "{here}/hello.txt", "content": "from the stack"}),
@@ -84,7 +83,7 @@ TRIALS = {
         Tool("write", {"path": "{here}/hello.txt", "content": "from the stack"}),
         env=(("PI_TELEMETRY", "0"), ("PI_OFFLINE", "1"))),
 }
-BY_ENVIRONMENT = ("claude", "codex", "qwen", "aider", "opencode")
+BY_ENVIRONMENT = ("claude", "codex", "qwen", "aider", "llm", "opencode")
 BY_FILE = tuple(name for name in TRIALS if name != "opencode")  # which tests/test_opencode.py does
 
 
@@ -143,9 +142,9 @@ def ask(name: str, stack: Stack, prompt: str, by_environment: bool) -> str:
     """What the client prints, on both of its streams."""
     trial = TRIALS[name]
     env = environment(name, stack)
-    command = [str(CLIENTS / trial.program), *trial.connected, *trial.words, prompt, *trial.after]
+    command = [str(CLIENTS / trial.program), *trial.connected, *trial.words, prompt]
     if by_environment:
-        command = [sys.executable, PROGRAM, "run-with", name, *trial.words, prompt, *trial.after]
+        command = [sys.executable, PROGRAM, "run-with", name, *trial.words, prompt]
     done = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
@@ -230,3 +229,21 @@ def test_an_error_of_the_provider_is_read_by_the_user(name: str, by_environment:
     stack.provider.error = "this model is on strike"
     output = ask(name, stack, "say something", by_environment)
     assert "this model is on strike" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("by_environment", [False, True], ids=["connect", "run-with"])
+def test_aiders_commit_messages_are_the_fast_tiers(by_environment: bool, stack: Stack,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = needs("aider")
+    subprocess.run(["git", "init", "-q"], check=True)
+    for name in ("user.name", "user.email"):
+        subprocess.run(["git", "config", name, "a@b"], check=True)
+    if not by_environment:
+        set_up("aider", stack)
+    script("aider", stack)
+    words = tuple(word for word in trial.words if word != "--no-git")
+    monkeypatch.setitem(TRIALS, "aider", trial._replace(words=words))
+    ask("aider", stack, "write hello.txt", by_environment)
+    models = [asked.body["model"] for asked in stack.provider.asked]
+    assert models[0] == "code-smart"
+    assert set(models[1:]) == {"code-fast"}

@@ -373,7 +373,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("key", ["", KEY])
-@pytest.mark.parametrize("name", ["claude", "codex", "opencode", "aider", "qwen", "goose", "open-webui"])
+@pytest.mark.parametrize("name", [
+    "claude", "codex", "opencode", "aider", "qwen", "goose", "open-webui"])
 def test_run_with_gives_it_all_and_writes_nothing(name: str, key: str, program: Any, home: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     if key:
