@@ -7587,6 +7587,7 @@ class RouterApp(App):
                 "requests": self._under_way()}
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
         told, rows = self.state(), []
         for tier in self.config.tiers:
             mark = told.get(tier.name, {"state": "unknown", "reason": ""})
@@ -7594,6 +7595,10 @@ class RouterApp(App):
                    "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
                    **mark, **models.get(tier.name, {})}
             row["reason"] = row["reason"] or mark["reason"]
+            if tier.backend == "litellm" and row["state"] == "available":
+                row["state"] = models.get(PROXY, row)["state"]
+            if row["state"] == "not served" and row["reason"].startswith("missing "):
+                row["state"] = "no credential"
             rows.append(row)
         return rows
 
@@ -11603,6 +11608,11 @@ def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
+def size_words(size: float) -> str:
+    """5.6 GB, or 3.1 MB where that says more."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
     tokens = int(tokens)
@@ -11649,7 +11659,7 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
     if note:
         words.append(note)
     return TierLine(name, text_in(row, "role") or "-", context_words(number_in(row, "ctx_size")), state,
-                    f"{size / 1e9:.1f} GB" if size else "", f"{rate:.0f} tok/s" if rate else "",
+                    size_words(size) if size else "", f"{rate:.0f} tok/s" if rate else "",
                     ", ".join(words))
 
 
