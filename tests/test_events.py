@@ -290,8 +290,8 @@ def opened(rig: Rig, asked: bytes) -> Message:
 def test_a_terminal_follows_the_same_stream(start: Start) -> None:
     rig = start(always(answer(SAID)))
     upstream = llmstack.Upstream("127.0.0.1", rig.port)
-    with contextlib.closing(llmstack.follow_events(upstream, b"")) as snapshots:
-        assert [t["name"] for t in next(snapshots)["tiers"]][0] == "code-fast"
+    with contextlib.closing(llmstack.follow_events(upstream)) as snapshots:
+        assert next(t["name"] for t in next(snapshots)["tiers"]) == "code-fast"
         rig.ask(chat("plan"))
         now = next(s for s in snapshots if s["decisions"])
         lines = llmstack.render_snapshot(now, "http://x", 100, now["now"], lambda text, code: text)
@@ -311,4 +311,4 @@ def test_a_stream_that_is_none_ends_in_words(start: Start, reply: bytes) -> None
     rig = start(script)
     upstream = llmstack.Upstream("127.0.0.1", rig.upstream.port)
     with pytest.raises((OSError, ValueError)):
-        list(llmstack.follow_events(upstream, b""))
+        list(llmstack.follow_events(upstream))
