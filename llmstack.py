@@ -2932,7 +2932,8 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
 REASONS = {
     200: "OK", 204: "No Content", 307: "Temporary Redirect",
-    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }
@@ -10367,6 +10368,14 @@ class SwapApp(UpstreamApp):
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
+    def watched(self) -> Dict[str, Any]:
+        running = running_states(self.upstream)
+        if running is None:
+            return {}
+        words = {name: STATE_WORDS.get(state, "loading") for name, state in running.items()}
+        return {"models": {name: {"state": words.get(name, "not loaded")}
+                           for name in set(self._models.values())}}
+
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
         return SwapLease(self.upstream, model, self._bays if model in self._local else None)
@@ -10397,14 +10406,6 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
         if found and row.get("state") == "ready":
             ports[str(row.get("model"))] = int(found.group(1))
     return ports
-
-    def watched(self) -> Dict[str, Any]:
-        running = running_states(self.upstream)
-        if running is None:
-            return {}
-        names = set(self._models.values())
-        return {"models": {name: {"state": STATE_WORDS.get(running.get(name, "stopped"), "loading")}
-                           for name in names}}
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
