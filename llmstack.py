@@ -7404,7 +7404,9 @@ class Events:
             self._number += 1
             self._rows.append({"number": self._number, "time": now, **row})
             if row["ended"] in ("done", "broken"):
-                first_s = round(row["wait_s"] + row["first_byte_s"], 3)
+                first_s = 0.0                   # an answer in one piece does not tell
+                if row["stream"]:
+                    first_s = round(row["wait_s"] + row["first_byte_s"], 4)
                 self._points.append((now, row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
@@ -8168,7 +8170,7 @@ class RouterApp(App):
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3))
+        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -12905,6 +12907,10 @@ def size_words(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
 
 
+def rate_words(per_s: float) -> str:
+    return f"{per_s:.0f} tok/s" if per_s >= 10 else f"{per_s:.1f} tok/s"
+
+
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
     tokens = int(tokens)
@@ -12952,7 +12958,7 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         words.append(note)
     return TierLine(name, text_in(row, "role") or "-",
                     context_words(number_in(row, "ctx_size")), state,
-                    size_words(size) if size else "", f"{rate:.0f} tok/s" if rate else "",
+                    size_words(size) if size else "", rate_words(rate) if rate else "",
                     ", ".join(words))
 
 
