@@ -3119,8 +3119,9 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 _WHOLE_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")   # of a chunk that is not the last
 MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
 REASONS = {
-    200: "OK", 204: "No Content", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    200: "OK", 204: "No Content", 307: "Temporary Redirect",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }
@@ -3687,7 +3688,7 @@ def waiting_event(words: str) -> bytes:
 _LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, words in (
     (r"not within the file bounds|corrupted or incomplete|failed to read", "the file is cut short"),
     (r"invalid magic|failed to read magic", "the file is no GGUF"),
-    (r"unknown model architecture: *'?([\w.-]*)", "this llama-server does not know its architecture"),
+    (r"unknown model architecture", "this llama-server does not know its architecture"),
     (r"out of memory|failed to allocate|unable to allocate|cudaMalloc", "memory ran out"),
     (r"there is no |No such file|failed to open", "the file is not there"),
     (r"error: invalid argument|error while handling argument", "llama-server refuses a flag"),
@@ -7318,7 +7319,8 @@ class Behind(App):
         raise NotImplementedError
 
     def watched(self) -> Dict[str, Any]:
-        """What it runs, for who looks on: `models`, a row a name, and `budget` in bytes."""
+        """What it runs, for who looks on: `models`, a row a name; `budget` and `parked` in bytes;
+        `pressure`, why no more memory is taken now."""
         return {}
 
     def start(self) -> None:
@@ -7510,6 +7512,7 @@ METRICS = {
         "counter", ("tier",), "Models unloaded to make room for another."),
     "llmstack_memory_bytes": Metric(
         "gauge", ("kind",), "What models may take, and what those that run are counted with."),
+    "llmstack_parked_bytes": Metric("gauge", (), "Parked conversations on the disk."),
     "llmstack_tier_loaded": Metric("gauge", ("tier",), "1 where the model is ready."),
     "llmstack_requests_in_flight": Metric("gauge", (), "Inference requests under way."),
     "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
@@ -7612,7 +7615,9 @@ class Events:
             self._number += 1
             self._rows.append({"number": self._number, "time": now, **row})
             if row["ended"] in ("done", "broken"):
-                first_s = round(row["wait_s"] + row["first_byte_s"], 3)
+                first_s = 0.0                   # an answer in one piece does not tell
+                if row["stream"]:
+                    first_s = round(row["wait_s"] + row["first_byte_s"], 4)
                 self._points.append((now, row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
@@ -8272,11 +8277,13 @@ class RouterApp(App):
         watched = self.behind.watched()
         models = watched.get("models", {})
         taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
-        return {"about": self._about(), "tiers": self._tier_rows(models),
-                "memory": {"budget": watched.get("budget", 0), "resident": taken},
+        memory = {"budget": watched.get("budget", 0), "resident": taken,
+                  "parked": watched.get("parked", 0), "pressure": watched.get("pressure", "")}
+        return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
                 "requests": self._under_way()}
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
         told, rows = self.state(), []
         for tier in self.config.tiers:
             mark = told.get(tier.name, {"state": "unknown", "reason": ""})
@@ -8284,6 +8291,10 @@ class RouterApp(App):
                    "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
                    **mark, **models.get(tier.name, {})}
             row["reason"] = row["reason"] or mark["reason"]
+            if tier.backend == "litellm" and row["state"] == "available":
+                row["state"] = models.get(PROXY, row)["state"]
+            if row["state"] == "not served" and row["reason"].startswith("missing "):
+                row["state"] = "no credential"
             rows.append(row)
         return rows
 
@@ -8302,8 +8313,9 @@ class RouterApp(App):
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
             ("llmstack_connections", ()): self.server.connections() if self.server else 0}
-        for kind, value in state["memory"].items():
-            samples["llmstack_memory_bytes", (kind,)] = value
+        for kind in ("budget", "resident"):
+            samples["llmstack_memory_bytes", (kind,)] = state["memory"][kind]
+        samples["llmstack_parked_bytes", ()] = state["memory"]["parked"]
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -8405,7 +8417,7 @@ class RouterApp(App):
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3))
+        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -9746,8 +9758,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.loads = self.evictions = 0
+        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
 
     @property
     def name(self) -> str:
@@ -9829,8 +9841,8 @@ class Engine:
         self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
-        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
         self._epoch = time.time() - time.monotonic()
+        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -10259,7 +10271,12 @@ class Engine:
             row = rows[model.name]
             if row["state"] == "not loaded" and not self._is_here(model):
                 row.update(state="not here", reason=f"llmstack download {model.name}")
-        return {"models": rows, "budget": round(self._budget_gb * 1e9)}
+        kept = 0
+        if self._parking is not None:
+            where = self._parking.directory
+            kept = sum(file_size(os.path.join(where, name)) for name in _names_in(where))
+        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": kept,
+                "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
         state, reason, since = STATE_WORDS[model.state], "", model.since
@@ -10603,6 +10620,14 @@ class SwapApp(UpstreamApp):
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
+    def watched(self) -> Dict[str, Any]:
+        running = running_states(self.upstream)
+        if running is None:
+            return {}
+        words = {name: STATE_WORDS.get(state, "loading") for name, state in running.items()}
+        return {"models": {name: {"state": words.get(name, "not loaded")}
+                           for name in set(self._models.values())}}
+
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
         return SwapLease(self.upstream, model, self._bays if model in self._local else None)
@@ -10615,14 +10640,6 @@ class SwapApp(UpstreamApp):
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop, remedy)
-
-    def watched(self) -> Dict[str, Any]:
-        running = running_states(self.upstream)
-        if running is None:
-            return {}
-        names = set(self._models.values())
-        return {"models": {name: {"state": STATE_WORDS.get(running.get(name, "stopped"), "loading")}
-                           for name in names}}
 
 
 def with_stop_hook(text: str, words: Sequence[str]) -> str:
@@ -10641,7 +10658,6 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
         if found and row.get("state") == "ready":
             ports[str(row.get("model"))] = int(found.group(1))
     return ports
-
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -11251,10 +11267,10 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         row["parking"] = notes.get(row["name"], "")
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
-    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     rows["now"] = None                          # as /llmstack/snapshot tells it
     if record is not None and router_up:
         rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
+    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     return rows
 
 
@@ -13136,6 +13152,15 @@ def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
+def size_words(size: float) -> str:
+    """5.6 GB, or 3.1 MB where that says more."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+def rate_words(per_s: float) -> str:
+    return f"{per_s:.0f} tok/s" if per_s >= 10 else f"{per_s:.1f} tok/s"
+
+
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
     tokens = int(tokens)
@@ -13181,8 +13206,9 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         state += f" {ago}"
     if note:
         words.append(note)
-    return TierLine(name, text_in(row, "role") or "-", context_words(number_in(row, "ctx_size")), state,
-                    f"{size / 1e9:.1f} GB" if size else "", f"{rate:.0f} tok/s" if rate else "",
+    return TierLine(name, text_in(row, "role") or "-",
+                    context_words(number_in(row, "ctx_size")), state,
+                    size_words(size) if size else "", rate_words(rate) if rate else "",
                     ", ".join(words))
 
 
@@ -13250,8 +13276,8 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if budget:
         taken = number_in(memory, "resident")
         head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
-    if isinstance(about, dict) and about.get("channel") == "next":
-        head.append("next channel")
+    if text_in(memory, "pressure"):
+        head.append(f"{text_in(memory, 'pressure')}: idle models are unloaded")
     if isinstance(about, dict) and about.get("changed") is True:
         head.append("models.ini changed since the start: llmstack restart")
     if isinstance(about, dict) and about.get("local_only") is True:
@@ -13266,16 +13292,18 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     lines += render_tiers(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
         if text_in(row, "state") != "done":
-            what = f"Download {text_in(row, 'tier')}-{text_in(row, 'label')}: {text_in(row, 'state')}, "
-            done = progress_words(int(number_in(row, "bytes")), int(number_in(row, "total_bytes")), 0)
-            lines += _wrapped(what + (text_in(row, "error") or done), width, "  ")
+            name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
+            have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
+            how = text_in(row, "error") or progress_words(have, size, 0)
+            what = f"Download {name}: {text_in(row, 'state')}, {how}"
+            lines += _wrapped(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
         lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
     return lines
 
 
-def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]]:
+def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
     """The snapshot of a router anew with each change, and each second without one.
 
     Errors: OSError, ValueError where the stream ends or is none.
@@ -13283,7 +13311,9 @@ def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]
     sock = upstream.connect()
     try:
         lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, headers + b"Accept: text/event-stream"]
+                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
+        if upstream.key:
+            lines.append(b"Authorization: Bearer " + upstream.key.encode())
         sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
         sock.settimeout(WATCH_SILENCE_S)
         head = b""
@@ -13741,19 +13771,15 @@ def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
         return _status_of_parts(rows, config, width, demo)
     lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
                             time.time(), paint)
+    if rows["channel"] == "next":
+        lines.insert(1, "next channel")
     return lines + _status_notes(rows)
 
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
-    """What is to be said beside the tiers."""
-    lines = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    for tier in rows["tiers"]:
-        if tier.get("parking"):
-            lines.append(f"{tier['name']}: parking {tier['parking']}")
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
-                     " and none takes more")
-    return lines
+    notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
+    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
+    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
 
 
 def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
@@ -13768,6 +13794,9 @@ def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str
     if tiers:
         lines += ["", *render_tiers(tiers, width, paint)]
     lines += _status_notes(rows)
+    if rows.get("memory_pressure"):
+        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+                     " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
     for row in rows["downloads"]:
@@ -13817,25 +13846,15 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Di
     return row
 
 
-def _watched_router(places: Places) -> Tuple[Upstream, str]:
-    """The router to watch, and its URL for people. Errors: UserError where none is up."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).upstream, url
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        raise UserError("the stack of this project is not running", "run `llmstack start`")
-    return router_upstream(record), base_url(record.host, record.port)
-
-
 def _watch(places: Places) -> int:
     """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, url = _watched_router(places)
+    upstream, _ = running_router(places)
+    url = upstream.url
     in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     try:
         while True:
             try:
-                for now in follow_events(upstream, key_header(os.environ)):
+                for now in follow_events(upstream):
                     _draw(render_snapshot(now, url, _columns(), time.time(), paint),
                           in_place)
             except (OSError, ValueError) as exc:
