@@ -2764,6 +2764,10 @@ HOP_BY_HOP = frozenset({
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 })
 _NO_LENGTH = HOP_BY_HOP | {b"content-length"}
+# Which page may read an answer is ours to say: llama-server lets every one.
+_OF_PAGES = frozenset({
+    b"access-control-allow-origin", b"access-control-allow-credentials",
+    b"access-control-expose-headers"})
 # Who may ask, and where a request ends, is judged by the first of these; a second could say
 # otherwise to whoever reads the last.
 _SINGLE = (b"host", b"content-length", b"transfer-encoding", b"origin", b"sec-fetch-site")
@@ -2988,7 +2992,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
     if status == 101:
         text += lines
     else:
-        text += end_to_end(headers, _NO_LENGTH)
+        text += end_to_end(headers, _NO_LENGTH | _OF_PAGES)
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
         if framing == "length" or (framing == "none" and length >= 0):
             text.append(b"Content-Length: %d" % length)
@@ -3136,10 +3140,24 @@ def error_event(message: str, kind: str = "upstream_error", protocol: str = "") 
     if protocol.startswith("/v1/messages"):
         return b"event: error\ndata: " + body + b"\n\n"
     if protocol == "/v1/responses":
-        value = {"type": "error", "code": "server_error", "message": message, "param": None,
-                 "sequence_number": 0}
-        return b"event: error\ndata: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+        return _failed_response(message, kind)
     return b"data: " + body + b"\n\n"
+
+
+def _failed_response(message: str, kind: str) -> bytes:
+    """What ends a stream of /v1/responses.
+
+    OpenAI's libraries raise upon an `error` that has one inside; Codex reads response.failed. That
+    comes behind it: the libraries' newest would find that its id is none they know.
+    """
+    error = {"code": "server_error", "message": message}
+    failed = {"type": "response.failed", "sequence_number": 1, "response": {
+        "id": "", "object": "response", "status": "failed", "output": [], "error": error}}
+    said = {"type": "error", "sequence_number": 0, "param": None, **error,
+            "error": {**error, "type": kind, "param": None}}
+    return b"".join(
+        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+        for event in (said, failed))
 
 
 # ---- who may ask
@@ -3153,19 +3171,51 @@ def is_loopback(host: str) -> bool:
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
 
 
-def refusal(request: Request, loopback: bool) -> str:
+# What containers call the machine they run on; nobody can have a name of that domain.
+CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
+
+
+def host_matches(host: str, pattern: str) -> bool:
+    """Whether a lower-case host is that of a pattern, exact or with `*.` in front."""
+    if pattern.startswith("*."):
+        return host.endswith(pattern[1:])
+    return host == pattern
+
+
+def origin_matches(origin: str, pattern: str) -> bool:
+    """Whether a page's origin is that of a pattern of allowed_origins.
+
+    A pattern without a scheme is a host's, on any port, by http or https.
+    """
+    scheme, _, place = origin.lower().partition("://")
+    wanted, found, where = pattern.rpartition("://")
+    if not found:
+        bare = place.rpartition(":")[0] or place
+        return scheme in ("http", "https") and host_matches(bare, where)
+    return scheme == wanted and (where == "*" or host_matches(place, where))
+
+
+def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
+            hosts: Sequence[str] = ()) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
     A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by
-    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
+    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects). `origins` and
+    `hosts` are patterns of those that may ask all the same.
     """
     host, origin = request.header(b"host"), request.header(b"origin")
     if loopback and host and not is_loopback(host):
-        return f"Host {host!r} is not this machine; use 127.0.0.1"
+        name = host.lower().partition(":")[0]
+        if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
+            return (f"Host {host!r} is not this machine; use 127.0.0.1,"
+                    " or name it in allowed_hosts of models.ini")
     if origin:
         place = origin.split("://", 1)[-1]
+        if any(origin_matches(origin, pattern) for pattern in origins):
+            return ""
         if not is_loopback(place) and (loopback or place != host):
-            return f"Origin {origin!r} may not use this router"
+            return (f"Origin {origin!r} may not use this router;"
+                    " allowed_origins in models.ini names pages that may")
         return ""
     if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
         return "cross-site requests may not use this router"
@@ -5377,7 +5427,7 @@ class Client:
         self.asking_since = time.monotonic()    # a request is to come whole, 0.0: none is under way
         self.method = ""
         self.minor = 1
-        self.origin = b""
+        self.origin = b""                       # of the page that asks
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_patience(sock, max(int(min(5.0, head_timeout_s / 3) * 1000), 1))
 
@@ -5549,13 +5599,18 @@ class Client:
             b"Content-Type: " + content_type.encode(),
             b"Content-Length: %d" % len(body),
         ]
-        if self.origin and status != 403:       # a page of this machine, as refusal() lets it pass
-            lines.append(b"Access-Control-Allow-Origin: " + self.origin)
         if not self.keep_alive:
             lines.append(b"Connection: close")
-        head = b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
+        head = b"\r\n".join(lines) + b"\r\n" + self.for_page() + extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
+
+    def for_page(self) -> bytes:
+        """Header lines with which a browser lets the page that asked read the answer."""
+        if not self.origin:                     # none, or one that refusal() did not let pass
+            return b""
+        return (b"Access-Control-Allow-Origin: " + self.origin + b"\r\nVary: Origin\r\n"
+                b"Access-Control-Expose-Headers: *\r\n")
 
     def reply_error(self, status: int, message: str, kind: str = "invalid_request_error",
                     extra: bytes = b"") -> None:
@@ -5578,7 +5633,7 @@ class Client:
         if not self.keep_alive:
             lines.append(b"Connection: close")
         self.answering = self.opened = True
-        self.send(b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n")
+        self.send(b"\r\n".join(lines) + b"\r\n" + self.for_page() + extra + b"\r\n")
 
     def send_event(self, event: bytes) -> None:
         """An event or comment of a stream that open_stream began."""
@@ -6174,7 +6229,7 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
     close = b"Connection: close\r\n"
     if client.keep_alive or response.status == 101:
         close = b""
-    return b"".join((response.text, framing, close, extra, b"\r\n"))
+    return b"".join((response.text, framing, close, client.for_page(), extra, b"\r\n"))
 
 
 class _Relay:
@@ -6784,6 +6839,24 @@ def said_error(text: str) -> str:
     return text.strip()[:400]
 
 
+def check_caller(client: Client, request: Request, loopback: bool, origins: Sequence[str] = (),
+                 hosts: Sequence[str] = ()) -> None:
+    """Errors: HttpError 403 for what a web page has no business to ask; see refusal()."""
+    wrong = refusal(request, loopback, origins, hosts)
+    if wrong:
+        client.origin = b""
+        raise HttpError(403, wrong, "forbidden")
+
+
+def reply_preflight(client: Client, request: Request) -> None:
+    """Tell a page that may ask that it may, whatever it is going to ask."""
+    wanted = request.fields.get(b"access-control-request-headers", b"*")
+    client.reply(200, b"", extra=(
+        b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
+        b"Access-Control-Allow-Headers: " + wanted + b"\r\n"
+        b"Access-Control-Allow-Private-Network: true\r\nAccess-Control-Max-Age: 600\r\n"))
+
+
 class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
@@ -6813,14 +6886,9 @@ class Behind(App):
         """End what was started for it."""
 
     def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, True)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
+        check_caller(client, request, True)
         if request.method == "OPTIONS":         # a page of this machine asks whether it may
-            wanted = request.fields.get(b"access-control-request-headers", b"*")
-            extra = (b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
-                     b"Access-Control-Allow-Headers: " + wanted + b"\r\n")
-            client.reply(200, b"", extra=extra)
+            reply_preflight(client, request)
             return
         body = client.read_body(request)
         self.pass_on(client, request, body, frozenset())
@@ -7207,6 +7275,8 @@ class RouterApp(App):
         self._snapshot = self._adopt(config, {})
         self._last_rotation = time.monotonic()
         self._reload_asked = False
+        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
+        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
 
     @property
     def config(self) -> Config:
@@ -7283,15 +7353,17 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, self._loopback)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
-        drop: FrozenSet[bytes] = frozenset()
-        if self._key:
-            drop = self._check_key(request)
-        if not self._loopback:                  # judged here; what is behind would refuse it
-            drop = drop | {b"origin"}
         path, mark, query = request.target.partition("?")
+        client.protocol = inference_path(path)
+        config = self.config
+        check_caller(client, request, self._loopback, config.allowed_origins,
+                     (*config.allowed_hosts, *self._own_names))
+        if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
+            reply_preflight(client, request)    # without a key, which a browser does not send there
+            return
+        drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
+        if self._key:
+            drop = drop | self._check_key(request)
         inference = ""
         if request.method == "POST" and b"content-encoding" not in request.fields:
             inference = inference_path(path)
@@ -7432,7 +7504,6 @@ class RouterApp(App):
                     drop: FrozenSet[bytes]) -> Asked:
         """Read an inference request. Errors: HttpError, ClientGone."""
         body = client.read_body(request)
-        client.protocol = path
         try:
             values = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
