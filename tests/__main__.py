@@ -130,7 +130,7 @@ def main() -> int:
     if sys.argv[1:] == ["--lint"]:
         for command in (["ruff", "check", "."], ["mypy"],
                         ["vermin", "-q", "--no-tips", "-t=3.9-", "--violations", "llmstack.py", "build_zipapp.py",
-                         "share", "tests"]):
+                         "share", "extras", "tests"]):
             say("tests: " + " ".join(command))
             code = subprocess.call([os.path.join(os.path.dirname(python), command[0]), *command[1:]])
             if code:

@@ -60,7 +60,8 @@ def config_of(*tiers: Tier) -> Config:
 
 
 SHARED = {"--host": "127.0.0.1", "--port": "10007", "-ngl": "999", "-fa": "on", "--jinja": "", "--cache-type-k": "q8_0",
-          "--cache-type-v": "q8_0", "--threads": "-1", "--no-warmup": "", "--no-mmap": ""}
+          "--cache-type-v": "q8_0", "--threads": "-1", "--no-warmup": "", "--no-mmap": "",
+          "--cors-origins": "localhost"}
 HERETIC = "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
 OWN = {
     "code-fast": {
@@ -99,6 +100,7 @@ def test_settings_of_default_reach_the_command_line() -> None:
     flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
                      "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6", "--no-warmup": "", "--no-mmap": "",
+                     "--cors-origins": "localhost",
                      "--alias": "a", "-c": "32768"}
 
 
@@ -416,7 +418,8 @@ def words_of(loaded: dict[str, Any], name: str, port: int) -> list[str]:
 def test_yaml_top_level(config: Config) -> None:
     loaded = render_and_load(config)
     expected = {
-        "healthCheckTimeout": 600, "startPort": 10001, "sendLoadingState": True, "includeAliasesInList": True,
+        "healthCheckTimeout": 600, "startPort": 10001, "sendLoadingState": False,
+        "apiKeys": ["${env.LLAMA_API_KEY}"], "includeAliasesInList": True,
         "captureBuffer": 0, "globalTTL": 0, "hooks": {"on_startup": {"preload": ["code-fast"]}}}
     assert {key: loaded[key] for key in expected} == expected
     assert set(loaded) - set(expected) == {"logLevel", "logToStdout", "macros", "models", "matrix"}
@@ -562,9 +565,13 @@ def test_odd_names_survive_the_yaml(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["uses ${HOME}", "${env.OPENAI_API_KEY}", "${PID}", "a ${x} b ${y}"])
 def test_a_description_never_becomes_a_macro(text: str) -> None:
-    """llama-swap puts macros in everywhere: an unknown one stops it, and ${env.X} would show a secret to every client."""
+    """llama-swap puts macros in everywhere: an unknown one stops it, and ${env.X} would show a secret to every client.
+
+    The one that is there is the key of this start, which nobody but the daemon has.
+    """
     rendered = render(config_of(local("a")._replace(description=text, quant=text, tier=text)))
-    assert set(re.findall(r"\$\{[^}]*\}", rendered)) == {"${PORT}", "${llama_server}", "${server_defaults}"}
+    assert set(re.findall(r"\$\{[^}]*\}", rendered)) == {
+        "${PORT}", "${llama_server}", "${server_defaults}", "${env.LLAMA_API_KEY}"}
 
 
 @pytest.mark.parametrize("path", [
@@ -633,6 +640,9 @@ def free_ports(count: int) -> int:
         return first
 
 
+SWAP_KEY = "a-key-of-this-test"
+
+
 class Swap:
     """A running llama-swap."""
 
@@ -642,7 +652,8 @@ class Swap:
     def ask(self, method: str, path: str, body: object = None) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+            connection.request(method, path, None if body is None else json.dumps(body),
+                               {"Content-Type": "application/json", "Authorization": "Bearer " + SWAP_KEY})
             answer = connection.getresponse()
             data = answer.read()
             assert answer.status == 200, f"{method} {path}: {answer.status} {data!r}\n{self._log.read_text()}"
@@ -689,7 +700,8 @@ def swap(config: Config, tmp_path: Path) -> Iterator[Swap]:
     path.write_text(text.replace("startPort: 10001\n", f"startPort: {first + 1}\n"), encoding="utf-8")
     with log.open("wb") as output:
         process = subprocess.Popen([binary, "-config", str(path), "-listen", f"127.0.0.1:{first}"], stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, "LLAMA_API_KEY": SWAP_KEY})
     try:
         yield Swap(first, process, log)
     finally:

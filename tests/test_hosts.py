@@ -347,8 +347,9 @@ def test_the_channel_that_is_run(argv: list[str], env: str, pinned: str, queued:
         Path(".llmstack/default-channel").write_text(pinned)
     monkeypatch.setenv("LLMSTACK_USE_NEXT", env)
     plans: list[llmstack.Plan] = []
+    monkeypatch.setattr(llmstack, "check_plan", lambda plan: None)
     monkeypatch.setattr(llmstack, "stop_stack", lambda *_: False)
-    monkeypatch.setattr(llmstack, "start_stack", lambda plan, _, **__: bool(plans.append(plan)))
+    monkeypatch.setattr(llmstack, "start_stack", lambda plan, *_: bool(plans.append(plan)))
     assert llmstack.main([*argv, "--detach"]) == 0
     assert [p.channel for p in plans] == [channel]
 

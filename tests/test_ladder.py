@@ -108,9 +108,10 @@ SPECIFICATION = [
     Row(32_001, 10, "", "floor", "code-smart", "floor", "code-smart"),
     Row(60_000, 400, "", "floor", "code-smart", "floor", "code-smart"),
     Row(100_000, 1, "", "long", "code-fast", "long", "code-fast"),
-    Row(0, 1, "[ultra]", "trigger", "code-ultra", "high", "code-smart"),
-    Row(20_000, 1, "opus:", "trigger", "code-ultra", "mid", "code-smart"),
-    Row(20_000, 12, "[opus]", "trigger", "code-ultra", "mid", "code-smart"),
+    Row(0, 1, "[ultra]", "trigger", "code-ultra", "trigger", "code-smart"),
+    Row(20_000, 1, "opus:", "trigger", "code-ultra", "trigger", "code-smart"),
+    Row(20_000, 12, "[opus]", "trigger", "code-ultra", "trigger", "code-smart"),
+    Row(40_000, 1, "[ultra]", "trigger", "code-smart", "trigger", "code-smart"),
     Row(0, 1, "infill", "fim", "code-fast", "fim", "code-fast"),
     Row(12_001, 1, "infill", "fim", "code-fast", "fim", "code-fast"),
     Row(32_001, 10, "infill", "fim", "code-fast", "fim", "code-fast"),
@@ -425,7 +426,7 @@ def test_these_ask_for_the_top_tier(row: tuple[str, dict[str, Any], str]) -> Non
     got = read_facts(CHAT, body, TRIGGERS)
     assert got.trigger == trigger
     assert decide(got, WITH_ULTRA).rung == "trigger"
-    assert decide(got, NO_ULTRA).rung == "high"
+    assert decide(got, NO_ULTRA).tier == "code-smart", "without it, the agent's at any length"
 
 
 @pytest.mark.parametrize("row", DOES_NOT_ASK, ids=first)
@@ -524,10 +525,9 @@ def needs(f: Facts, tier: Tier) -> int:
 
 def role_wanted(f: Facts, config: Config) -> str:
     """The specification's table once more."""
-    has_ultra = any(t.role == "ultra" for t in config.tiers)
     if f.fim:
         return "fast"
-    if (f.trigger and has_ultra) or f.chars // 4 <= config.routing.high_fidelity_ceiling:
+    if f.trigger or f.chars // 4 <= config.routing.high_fidelity_ceiling:
         return "ultra"
     if f.chars // 4 <= config.routing.mid_fidelity_ceiling or f.turns >= config.routing.multi_turn:
         return "agent"
@@ -561,6 +561,9 @@ def test_auto_never_picks_a_tier_that_cannot_hold_the_request_while_another_can(
         config, asked = any_config(rng), any_facts(rng)
         down = {t.name: "down" for t in config.tiers if rng.random() < 0.2}
         barred = {t.name: "barred" for t in config.tiers if rng.random() < 0.1}
+        ladder = [t for t in config.tiers if t.role in llmstack.LADDER_ROLES]
+        if asked.pictures and any(t.takes_pictures for t in ladder):
+            barred.update((t.name, "blind") for t in ladder if not t.takes_pictures)
         by_role = {t.role: t for t in config.tiers}
         order = [by_role[role] for role in SEARCHED[role_wanted(asked, config)].split() if role in by_role]
         holding = [t for t in order if needs(asked, t) <= t.ctx_size]
@@ -705,7 +708,7 @@ def test_inference_paths_go_with_and_without_v1_slash_and_query(path: str) -> No
 
 @pytest.mark.parametrize("path", [
     "/", "", "/v1", "/v1/", "/v1/models", "/models.ini", "/v1/embeddings", "/v1/chat", "/chat/completions/x", "/health",
-    "/v1/v1/chat/completions", "/upstream/code-fast/v1/chat/completions", "/x?/v1/completions", "/v1/completionsx",
+    "/upstream/code-fast/v1/chat/completions", "/x?/v1/completions", "/v1/completionsx",
 ])
 def test_other_paths_are_none_of_inference(path: str) -> None:
     assert inference_path(path) == ""

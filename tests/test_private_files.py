@@ -114,5 +114,5 @@ def test_a_models_ini_beyond_its_size_is_refused() -> None:
     path = Path(".llmstack") / "models.ini"
     path.parent.mkdir()
     path.write_text("#" * (llmstack.MAX_INI_BYTES + 1))
-    with pytest.raises(llmstack.UserError, match="larger than 1,048,576 bytes"):
+    with pytest.raises(llmstack.UserError, match="larger than 262,144 bytes"):
         llmstack.load_config(llmstack.find_places(os.environ))

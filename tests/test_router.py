@@ -237,7 +237,7 @@ def test_answers_without_a_body(start: Start, status: str) -> None:
         assert (got.header("etag"), got.header("transfer-encoding")) == ("x", "")
 
 
-@pytest.mark.parametrize("target", ["/", "/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
+@pytest.mark.parametrize("target", ["/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
                                     "//x", "/a;b=c?%00", "/caf\xe9"])
 def test_targets_pass_byte_for_byte(start: Start, target: str) -> None:
     rig = start(always(OK))

@@ -312,7 +312,7 @@ def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
     Path(places.models_ini).write_text("[m]\npath = m.gguf\nctx_size = 512\n")
-    Path(places.in_state("m.gguf")).write_bytes(llmstack.render_noise_gguf())
+    Path(places.in_state("m.gguf")).write_bytes(render_noise_gguf())
     setup = llmstack.Setup(places, os.environ, None, print, lambda question: True, [], [])
     assert "answers '" in llmstack._setup_answer(setup)
     assert releases.seen == []

@@ -106,7 +106,7 @@ def test_it_runs_alone_in_an_empty_directory(pyz: Path, python: str, tmp_path: P
     assert why.stdout.startswith("code-smart: "), why.stderr
     status = run(python, "./llmstack.pyz", "status", cwd=directory)
     assert status.returncode == 1, status.stderr
-    assert "llmstack start" in status.stdout
+    assert "llmstack.pyz start`" in status.stdout
 
 
 @pytest.mark.parametrize("python", OLD or [pytest.param("", marks=pytest.mark.skip(reason="no old Python here"))])

@@ -22,7 +22,7 @@ import re
 import sys
 from typing import Any, Dict, List, Sequence, Tuple
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 KEY = "model_list"
 OWN_KEY = re.compile(r"api_key|aws_|vertex_credentials|azure_ad|litellm_credential_name")

@@ -99,3 +99,9 @@ end
 if status is-interactive
   string match -q -- "$SHLVL:fish:*" "$LLMSTACK_HOOK"; or set -gx LLMSTACK_HOOK "$SHLVL:fish:"
 end
+
+if not type -q llmstack
+  function llmstack
+    "$_llmstack_python" "$_llmstack_program" $argv
+  end
+end

@@ -68,3 +68,7 @@ if (-not (Test-Path variable:global:_llmstack_prompt)) {
     "$($global:_llmstack_prefix)$text"
   }
 }
+
+if (-not (Get-Command llmstack -ErrorAction Ignore)) {
+  function global:llmstack { & $global:_llmstack_python $global:_llmstack_program @args }
+}

@@ -81,3 +81,7 @@ _llmstack_look() {
     eval "$one"
   fi
 }
+
+if ! command -v llmstack > /dev/null 2>&1; then
+  llmstack() { "$_llmstack_python" "$_llmstack_program" "$@"; }
+fi

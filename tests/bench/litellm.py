@@ -1,6 +1,6 @@
 """What router and engine add to a stream through LiteLLM: its proxy asked alone and through the stack, in turn.
 
-    LLMSTACK_TEST_DATA=~/.cache/llmstack-tests/data python3 -m tests.bench_litellm [ROUNDS]
+    LLMSTACK_TEST_DATA=~/.cache/llmstack-tests/data python3 -m tests.bench.litellm [ROUNDS]
 
 Both ask the real proxy, and behind it the benchmark's stub. A stream has 500 events, which LiteLLM parses and writes anew;
 that costs it so much more than us that the two are told apart by medians over many streams only.
@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.bench_stub import HOST, STREAM_EVENTS
+from tests.bench.stub import HOST, STREAM_EVENTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LOAD_S = 120
 
 
@@ -77,7 +77,7 @@ def main(rounds: int) -> int:
         raise SystemExit("LLMSTACK_TEST_DATA names no directory; `python3 -m tests` makes it")
     ports = free_ports(3)
     with tempfile.TemporaryDirectory() as name, subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "bench_stub.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stub:
+            [sys.executable, str(ROOT / "tests" / "bench" / "stub.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stub:
         assert stub.stdout is not None
         url = stub.stdout.readline().decode().split()[-1].rstrip("/")
         env = prepare(Path(name), url, ports)

@@ -1,6 +1,7 @@
 """The upstream of the benchmark, a program of its own: costs next to nothing, for its answers are made beforehand.
 
-    python3 tests/bench_stub.py     prints its address, serves until its standard input ends
+    python3 tests/bench/stub.py                 prints its address, serves until its standard input ends
+    python3 tests/bench/stub.py --port N ...    the same as a llama-server, until its parent is gone
 
 A plain answer, or one of two streams: BURST_CHUNKS sent at once, each on its own, or LIVE_CHUNKS, one every
 LIVE_INTERVAL_S, where the last prompt begins with LIVE. Bodies are parsed, as real servers do.
@@ -13,10 +14,12 @@ import contextlib
 import heapq
 import itertools
 import json
+import os
 import selectors
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Optional
 
 HOST = "127.0.0.1"
@@ -138,21 +141,23 @@ class _Connection:
 class Stub:
     """An upstream that costs next to nothing: one selectors loop, answers made beforehand."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.selector = selectors.DefaultSelector()
-        self._listener = socket.create_server((HOST, 0), backlog=1024)
+        self._parent = os.getppid() if port else 0      # whose end is ours, too; 0: standard input's is
+        self._listener = socket.create_server((HOST, port), backlog=1024)
         self._listener.setblocking(False)
         self._due: list[tuple[float, int, _Connection, int]] = []  # heap: when, tie-break, whose, event
         self._serial = itertools.count()
         self._completions: dict[str, bytes] = {}
 
     def run(self) -> None:
-        """Print the address, then serve until standard input ends, as it does when the parent dies."""
+        """Print the address, then serve until the parent dies, which standard input's end shows, too."""
         self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self.selector.register(sys.stdin, selectors.EVENT_READ, None)
+        if not self._parent:
+            self.selector.register(sys.stdin, selectors.EVENT_READ, None)
         print(f"http://{HOST}:{self._listener.getsockname()[1]}", flush=True)
-        while True:
-            timeout_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+        while self._parent in (0, os.getppid()):
+            timeout_s = max(0.0, self._due[0][0] - time.monotonic()) if self._due else 1.0
             for key, mask in self.selector.select(timeout_s):
                 if key.data is None:
                     return
@@ -192,5 +197,13 @@ class Stub:
                 heapq.heappush(self._due, (due_s + LIVE_INTERVAL_S, serial, connection, index + 1))
 
 
+def main(words: Sequence[str]) -> None:
+    """Serve as the command line says; a llama-server is also asked which flags it takes."""
+    if "--version" in words:
+        return
+    port = int(words[words.index("--port") + 1]) if "--port" in words else 0
+    Stub(port).run()
+
+
 if __name__ == "__main__":
-    Stub().run()
+    main(sys.argv[1:])

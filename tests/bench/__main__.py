@@ -1,12 +1,14 @@
 """Benchmark: llmstack beside the bare upstream, nginx and the peer package, in one run.
 
     python3 -m tests.bench [--rounds N] [--peer PYTHON] [--pyz FILE] [--json] [--quick] [--check]
+    python3 -m tests.bench --swap LLAMA_SWAP [the same options]
 
     client (this process) ──> subject ──> stub upstream (its own process)
                               direct      the client talks to the stub itself
                               nginx       one worker, keep-alive, unbuffered: relays, and reads no JSON
                               llmstack    `serve --upstream STUB --host 127.0.0.1 --port 0`
                               peer        opencode-llmstack, where --peer names a Python that has it
+    With --swap: direct, and whole chains that start a fake llama-server themselves, see tests/bench/chain.py.
 
 How it measures
     Machines are noisy, so nothing is compared across runs or across minutes. Each round takes every measure over every
@@ -32,6 +34,7 @@ Measures
     16 streams            events/s; 500 events each, the stub sends each event on its own
     64 live streams       200 events/s each for a second: events/s delivered, time to the first event
     400 kB prompt         p50 of the latency
+    memory after a round  resident; "highest" is the most it ever was
     boot                  from spawning a server to its first 200 on /models.ini or /v1/models
     idle memory           resident, right after that answer
     llmstack.pyz version  beside `python -c pass`
@@ -46,53 +49,45 @@ import argparse
 import contextlib
 import getpass
 import grp
-import http.client
-import itertools
 import json
 import os
 import platform
 import re
-import selectors
 import shlex
 import shutil
-import signal
-import socket
 import statistics
-import struct
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from tests.bench_stub import HOST, LAST_CHUNK, LIVE, LIVE_EVENTS, STREAM_EVENTS, content_length
+from tests.bench.chain import SWAP, free_port, start_chain, start_swap, write_server
+from tests.bench.client import BURST, check_relay, connect, exchange, keep_asking
+from tests.bench.processes import (
+    Child,
+    Children,
+    Launch,
+    Subject,
+    SubjectError,
+    children_of_run,
+    output_of,
+    start,
+)
+from tests.bench.stub import HOST, LIVE, LIVE_EVENTS, STREAM_EVENTS
 
 # ---- constants
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PATIENCE_S = 10  # longest wait for a byte, a boot or a short command before the subject has failed
-POLL_S = 0.001  # how often a booting child is looked at; also the error of the boot measure
-STOP_S = 5  # from SIGTERM to SIGKILL
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
-RECEIVE_BYTES = 1 << 18
 SLICES = 10  # of a latency measure, in turn with the other subjects'
 STREAMS = 16
 LIVE_STREAMS = 64
 BIG_PROMPT = "word and " * 44_444  # 400 kB
-BURST = "hello"  # a prompt for the stub's other stream
-# A relay may cut the stream into other chunks, and a chunk header may then fall inside a "data:". The exact
-# comparison is the one made before the clock starts; under the clock a stream may look this much short.
-COUNT_TOLERANCE = 0.98
 
 DIRECT, NGINX, LLMSTACK, PEER = "direct", "nginx", "llmstack", "peer"
-RIVALS = (NGINX, PEER)
+RIVALS = (NGINX, PEER, SWAP)
 PYZ = "llmstack.pyz"
-
-
-class SubjectError(Exception):
-    """A subject failed to start, to answer, or to relay what it was given."""
 
 
 class SetupError(Exception):
@@ -125,6 +120,8 @@ MEASURES = (  # the rows of the table: key, label, unit, digits
     ("live_first_ms", "64 live, first event, median", "ms", 1),
     ("live_first_max_ms", "64 live, first event, slowest", "ms", 1),
     ("big_ms", "400 kB prompt, p50", "ms", 2),
+    ("busy_mb", "memory after a round", "MB", 1),
+    ("most_mb", "  highest", "MB", 1),
     ("boot_ms", "boot to first answer", "ms", 0),
     ("idle_mb", "idle memory", "MB", 1),
     ("version_ms", "llmstack.pyz version", "ms", 1),
@@ -154,6 +151,13 @@ GOALS = (
     Goal("boot to first answer", "boot_ms", None, True, 200.0, "ms"),
     Goal("idle memory", "idle_mb", None, True, 25.0, "MB"),
     Goal("llmstack.pyz version", "version_ratio", PYZ, True, 2.0, "x python -c pass"),
+)
+SWAP_GOALS = (
+    Goal("added latency, one at a time", "added_ms", SWAP, True, 0.4, "x llama-swap"),
+    Goal("16 at a time, requests/s", "requests", SWAP, False, 2.0, "x llama-swap"),
+    Goal("16 streams, events/s", "events", SWAP, False, 1.5, "x llama-swap"),
+    Goal("64 live streams, first event", "live_first_ms", SWAP, True, 1.0, "x llama-swap"),
+    Goal("memory after a round", "busy_mb", SWAP, True, 0.25, "x llama-swap"),
 )
 PASS, MISS, UNKNOWN = "PASS", "MISS", "NOT MEASURED"
 
@@ -204,394 +208,44 @@ class Results:
         return [pair[subject] / pair[rival] for pair in pairs if pair[rival] > 0]
 
 
-# ---- the client
-
-_SERIAL = itertools.count()
-
-
-def _connect(port: int) -> socket.socket:
-    """A blocking connection on which no read or write waits longer than PATIENCE_S.
-
-    The kernel's timeout, not settimeout(): that one costs a poll() before every read and write.
-    """
-    sock = socket.create_connection((HOST, port))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", PATIENCE_S, 0))
-    return sock
-
-
-def _request(port: int, prompt: str, stream: bool = False) -> bytes:
-    """A chat request in wire form, its prompt like no other and of another length than the last."""
-    number = next(_SERIAL)
-    message = {"role": "user", "content": f"{prompt}{' again' * (number % 8)} {number}"}
-    body = json.dumps({"model": "auto", "messages": [message], "stream": stream}).encode()
-    return (b"POST /v1/chat/completions HTTP/1.1\r\nHost: %s:%d\r\nAccept: */*\r\nUser-Agent: bench\r\n"
-            b"Authorization: Bearer none\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (HOST.encode(), port, len(body), body))
-
-
-def _receive(sock: socket.socket) -> bytes:
-    """The next bytes; raise SubjectError when the subject closes or stays silent."""
-    try:
-        data = sock.recv(RECEIVE_BYTES)
-    except BlockingIOError:
-        raise SubjectError(f"silent for {PATIENCE_S} s") from None
-    except OSError as error:
-        raise SubjectError(f"broke the connection: {error}") from None
-    if not data:
-        raise SubjectError("closed the connection in the middle of an answer")
-    return data
-
-
-def _body_start(answer: bytes) -> int:
-    """Where the body of *answer* starts, 0 if its head is not complete; any status but 200 raises."""
-    head_end = answer.find(b"\r\n\r\n")
-    if head_end < 0:
-        return 0
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise SubjectError(f"answered {answer[:300].decode('latin-1')!r}")
-    return head_end + 4
-
-
-class _PlainReader:
-    """Collects one plain answer, with a length or in chunks."""
-
-    def __init__(self) -> None:
-        self._answer = b""
-
-    def feed(self, data: bytes) -> bool:
-        """Take the next bytes of the answer; return whether it has ended."""
-        self._answer += data
-        start = _body_start(self._answer)
-        length = content_length(self._answer[:start])
-        if length is None:
-            return bool(start) and self._answer.endswith(b"\r\n" + LAST_CHUNK)
-        return len(self._answer) >= start + length
-
-
-class _StreamReader:
-    """Follows one streamed answer just closely enough to count its events and see its end."""
-
-    def __init__(self, expected: int) -> None:
-        self._expected, self.events = expected, 0
-        self._started_s, self.first_event_s = time.perf_counter(), 0.0
-        self._head: Optional[bytes] = b""  # None once the body has begun
-        self._tail = b""
-
-    def feed(self, data: bytes) -> bool:
-        """Take the next bytes; return whether the answer has ended. Raise SubjectError if it ended without its events."""
-        if self._head is not None:
-            self._head += data
-            start = _body_start(self._head)
-            if not start:
-                return False
-            data, self._head = self._head[start:], None
-        self.events += data.count(b"data:")
-        if not self.first_event_s and self.events:
-            self.first_event_s = time.perf_counter() - self._started_s
-        self._tail = (self._tail + data[-7:])[-7:]
-        if self._tail != b"\r\n" + LAST_CHUNK:
-            return False
-        if not self._expected * COUNT_TOLERANCE <= self.events <= self._expected:
-            raise SubjectError(f"relayed {self.events} of {self._expected} events")
-        return True
-
-
-def _exchange(sock: socket.socket, prompt: str, port: int) -> float:
-    """Send one plain request and read its whole answer; return how long that took, in seconds."""
-    start_s = time.perf_counter()
-    sock.sendall(_request(port, prompt))
-    reader = _PlainReader()
-    while not reader.feed(_receive(sock)):
-        pass
-    return time.perf_counter() - start_s
-
-
-def _keep_asking(port: int, count: int, prompt: str, events: int, seconds: float) -> tuple[list[Any], float]:
-    """Ask over *count* connections, again on each when its answer is whole, until *seconds* are over; all run to their end.
-
-    *events* is what a stream has, 0 asks for plain answers. Return the readers of the answers, and the seconds it took.
-    """
-    done: list[Any] = []
-    readers: dict[socket.socket, Any] = {}
-
-    def ask(sock: socket.socket) -> None:
-        readers[sock] = _StreamReader(events) if events else _PlainReader()
-        sock.sendall(_request(port, prompt, stream=bool(events)))
-
-    with contextlib.ExitStack() as stack:
-        selector = stack.enter_context(selectors.DefaultSelector())
-        socks = [stack.enter_context(_connect(port)) for _ in range(count)]
-        start_s = time.perf_counter()
-        for sock in socks:
-            selector.register(sock, selectors.EVENT_READ)
-            ask(sock)
-        while readers:
-            ready = selector.select(PATIENCE_S)
-            if not ready:
-                raise SubjectError(f"silent for {PATIENCE_S} s")
-            for key, _ in ready:
-                sock = key.fileobj  # type: ignore[assignment]
-                if readers[sock].feed(_receive(sock)):
-                    done.append(readers.pop(sock))
-                    if time.perf_counter() < start_s + seconds:
-                        ask(sock)
-        return done, time.perf_counter() - start_s
+# ---- the measures
 
 
 def measure_requests(port: int, effort: Effort) -> dict[str, float]:
     """Small requests, 16 at a time."""
-    done, taken_s = _keep_asking(port, STREAMS, BURST, 0, effort.requests_s)
+    done, taken_s = keep_asking(port, STREAMS, BURST, 0, effort.requests_s)
     return {"requests": len(done) / taken_s}
 
 
 def measure_streams(port: int, effort: Effort) -> dict[str, float]:
     """16 streams of 500 events, sent as fast as they are taken."""
-    done, taken_s = _keep_asking(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
+    done, taken_s = keep_asking(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
     return {"events": STREAM_EVENTS * len(done) / taken_s}
 
 
 def measure_event_cpu(child: Child, port: int, effort: Effort) -> dict[str, float]:
     """The same, by what an event costs the subject: the stub sends no faster than it can, whoever stands between."""
     before_s = child.processor_s()
-    done, _ = _keep_asking(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
+    done, _ = keep_asking(port, STREAMS, BURST, STREAM_EVENTS, effort.streams_s)
     used_s = child.processor_s() - before_s
     return {"event_cpu_us": used_s * 1e6 / (STREAM_EVENTS * len(done))} if used_s else {}
 
 
 def measure_live(port: int, _effort: Effort) -> dict[str, float]:
     """64 streams that start together and have an event every 5 ms each."""
-    done, taken_s = _keep_asking(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
+    done, taken_s = keep_asking(port, LIVE_STREAMS, LIVE, LIVE_EVENTS, 0.0)
     first_ms = [each.first_event_s * 1e3 for each in done]
     return {"live_events": LIVE_EVENTS * len(done) / taken_s, "live_first_ms": statistics.median(first_ms),
             "live_first_max_ms": max(first_ms)}
 
 
-def _read_answer(port: int, stream: bool) -> bytes:
-    """The body of one chat answer, read by http.client: exact, and off the clock."""
-    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=PATIENCE_S)) as connection:
-        body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": BURST}], "stream": stream})
-        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = response.read()
-    if response.status != 200:
-        raise SubjectError(f"answered {response.status} {answer[:200].decode('latin-1')!r}")
-    return answer
-
-
-def check_relay(port: int) -> str:
-    """Return the model the stub was asked for; raise SubjectError unless both answers arrive whole.
-
-    A relay may write the JSON anew and may add to it (the peer names the tier in the message), so the
-    answers are compared by what a client uses: the text, and the number and order of the events.
-    """
-    try:
-        answer = json.loads(_read_answer(port, stream=False))
-        text, model = answer["choices"][0]["message"]["content"], str(answer["model"])
-        events = _read_answer(port, stream=True).split(b"\n\n")
-        words = [json.loads(event[6:])["choices"][0]["delta"]["content"] for event in events[:-2]]
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise SubjectError(f"gave no valid answer: {error!r}") from None
-    if text != "hello there" or events[-2:] != [b"data: [DONE]", b""]:
-        raise SubjectError("altered the answer")
-    if words != [""] + [" word"] * (STREAM_EVENTS - 2):
-        raise SubjectError(f"altered the stream: {len(words)} events before [DONE], not {STREAM_EVENTS - 1}")
-    return model
-
-
-# ---- processes
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _leave(number: int, _frame: object) -> None:
-    for each in SIGNALS:  # a second Ctrl-C must not cut the clearing up short
-        signal.signal(each, signal.SIG_IGN)
-    raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def _held_signals() -> Iterator[None]:
-    """Keep signals waiting: an interrupt between a fork and the line that files the child would leave it behind."""
-    waiting: list[int] = []
-    before = [signal.signal(each, lambda number, _frame: waiting.append(number)) for each in SIGNALS]
-    try:
-        yield
-    finally:
-        for each, handler in zip(SIGNALS, before):
-            signal.signal(each, handler)
-    if waiting:
-        _leave(waiting[0], None)
-
-
-def _child_env(home: Path) -> dict[str, str]:
-    """The environment of every child: nothing of the user's settings, no proxy for local requests."""
-    private = ("PYTHON", "LLMSTACK_", "XDG_", "OPENCODE_")
-    kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(private) and not name.lower().endswith("_proxy")}
-    return {**kept, "HOME": str(home), "TMPDIR": str(home)}
-
-
-def _get_status(port: int, path: str) -> int:
-    """The status of a GET, 0 if there was no answer."""
-    try:
-        with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=PATIENCE_S)) as connection:
-            connection.request("GET", path)
-            return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return 0
-
-
-def _output_of(command: Sequence[str], **options: Any) -> str:
-    """Run a short *command* to its end and return its output; raise SubjectError if it fails."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE_S, check=False,
-                              **options)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SubjectError(str(error)) from None
-    output = str(done.stdout.decode(errors="replace")).strip()
-    if done.returncode:
-        last_line = output.splitlines()[-1] if output else "no output"
-        raise SubjectError(f"{command[0]} ended with {done.returncode}: {last_line}")
-    return output
-
-
-class Launch(NamedTuple):
-    """How to start a server and where it says on which port it listens."""
-
-    name: str
-    command: Sequence[str]
-    env: dict[str, str]
-    announces_on: str  # "stdout" or "stderr"
-    announcement: str  # pattern; its first group is the port
-
-
-class Child:
-    """A server this run started, its output in files (a full pipe would stop it)."""
-
-    def __init__(self, launch: Launch, number: int, directory: Path, env: dict[str, str]) -> None:
-        self.launch = launch
-        self._outputs = {name: directory / f"{number}-{launch.name}.{name}" for name in ("stdout", "stderr")}
-        self.started_s = time.perf_counter()
-        with self._outputs["stdout"].open("wb") as out, self._outputs["stderr"].open("wb") as err:
-            self.process = subprocess.Popen(
-                launch.command, stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=directory, env={**env, **launch.env},
-                start_new_session=True)  # out of reach of the terminal's Ctrl-C; a group to end as one
-
-    def wait_for_port(self) -> int:
-        """Return the port the server announces."""
-        while True:
-            text = self._outputs[self.launch.announces_on].read_text(errors="replace")
-            found = re.search(self.launch.announcement, text)
-            if found:
-                return int(found.group(1))
-            self._wait("announced no port")
-
-    def wait_for_answer(self, port: int) -> None:
-        """Return when the server has answered a GET with 200."""
-        for path in itertools.cycle(("/models.ini", "/v1/models")):
-            if _get_status(port, path) == 200:
-                return
-            self._wait("answered no GET with 200")
-
-    def resident_bytes(self) -> int:
-        """The resident memory of the process."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        if status.exists():
-            found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-            return int(found.group(1)) * 1024 if found else 0
-        return int(_output_of(["ps", "-o", "rss=", "-p", str(self.process.pid)])) * 1024
-
-    def processor_s(self) -> float:
-        """The processor time that the process and what it started have used; 0.0 where /proc does not tell."""
-        ticks = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = stat.read_text().rpartition(")")[2].split()
-                if int(fields[2]) == self.process.pid:      # its group, which it leads
-                    ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
-
-    def last_words(self) -> str:
-        """The last line of standard error, for a failure's message."""
-        lines = self._outputs["stderr"].read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "nothing on stderr"
-
-    def stop(self) -> None:
-        """End the process and whatever it started, and reap it."""
-        self._signal_group(signal.SIGTERM)
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._signal_group(signal.SIGKILL)
-            self.process.wait()
-        if self.process.stdin:
-            self.process.stdin.close()
-
-    def _signal_group(self, number: signal.Signals) -> None:
-        if self.process.returncode is None:  # not reaped, so the number still is this child's
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
-
-    def _wait(self, failure: str) -> None:
-        """Sleep a moment of a boot; raise SubjectError when the child is dead or has had its time."""
-        status = self.process.poll()
-        if status is not None:
-            raise SubjectError(f"ended with status {status} at start: {self.last_words()}")
-        if time.perf_counter() - self.started_s > PATIENCE_S:
-            raise SubjectError(f"{failure} within {PATIENCE_S} s: {self.last_words()}")
-        time.sleep(POLL_S)
-
-
-class Children:
-    """The directory and the servers of a run."""
-
-    def __init__(self) -> None:
-        self._running: list[Child] = []
-        self._numbers = itertools.count()
-        self.directory = Path(tempfile.mkdtemp(prefix="llmstack-bench-"))
-        self.env = _child_env(self.directory)
-
-    def start(self, launch: Launch) -> Child:
-        """Start a server; it ends with the run at the latest."""
-        try:
-            with _held_signals():
-                child = Child(launch, next(self._numbers), self.directory, self.env)
-                self._running.append(child)
-        except OSError as error:
-            raise SubjectError(f"cannot be started: {error}") from None
-        return child
-
-    def stop(self, child: Child) -> None:
-        """End a server before the run ends."""
-        child.stop()
-        self._running.remove(child)
-
-    def close(self) -> None:
-        """End every server and remove the directory."""
-        with _held_signals():
-            for child in reversed(self._running):
-                child.stop()
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def children_of_run() -> Iterator[Children]:
-    """Yield the children of a run; however the block is left, none of them stays behind."""
-    for each in SIGNALS:
-        signal.signal(each, _leave)
-    children = Children()
-    try:
-        yield children
-    finally:
-        children.close()
+def measure_memory(child: Child) -> dict[str, float]:
+    """What the subject holds once a round's work is behind it, and the most it ever held."""
+    now, most = child.memory_bytes()
+    return {"busy_mb": now / 1e6, "most_mb": most / 1e6} if most else {}
 
 
 # ---- the subjects
-
-URL_ON_FIRST_LINE = r"\A[^\n]*?https?://[^\s/:]+:(\d+)[^\n]*\n"
 
 NGINX_CONFIG = """\
 daemon off; worker_processes 1; {user}
@@ -628,25 +282,6 @@ main()
 """
 
 
-class Subject(NamedTuple):
-    """Something the client can be pointed at."""
-
-    name: str
-    port: int
-    child: Child
-    has_boot: bool = False  # whether its boot and memory are measured
-
-
-def start(children: Children, name: str, command: Sequence[str], announces_on: str = "stdout",
-          announcement: str = URL_ON_FIRST_LINE, env: Optional[dict[str, str]] = None, has_boot: bool = False) -> Subject:
-    """Start a server that says on which port it listens."""
-    child = children.start(Launch(name, command, env or {}, announces_on, announcement))
-    port = child.wait_for_port()
-    if has_boot:
-        child.wait_for_answer(port)
-    return Subject(name, port, child, has_boot)
-
-
 def find_nginx() -> str:
     """Return the path of nginx; raise SubjectError if there is none."""
     found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
@@ -661,9 +296,7 @@ def start_nginx(children: Children, nginx: str, upstream: int) -> Subject:
     # As root, nginx would run its worker as nobody, to whom the directory of the run is closed.
     user = f"user {getpass.getuser()} {grp.getgrgid(os.getegid()).gr_name};" if os.geteuid() == 0 else ""
     for attempts_left in (2, 1, 0):
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            port = free.getsockname()[1]
+        port = free_port()
         (directory / "nginx.conf").write_text(
             NGINX_CONFIG.format(directory=directory, host=HOST, port=port, upstream=upstream, user=user))
         command = [nginx, "-p", str(directory), "-c", str(directory / "nginx.conf")]
@@ -682,7 +315,7 @@ def start_peer(children: Children, python: Optional[str], upstream: int) -> tupl
     """Start the peer's router as its own `start` does, with its bundled models.ini; return its version, too."""
     if not python:
         raise SubjectError("no --peer PYTHON given")
-    output = _output_of([python, "-c", PEER_FACTS], cwd=children.directory, env=children.env)
+    output = output_of([python, "-c", PEER_FACTS], cwd=children.directory, env=children.env)
     version, python_version, models_ini = json.loads(output)
     command = [python, "-c", PEER_LAUNCH, str(upstream), "--host", HOST, "--port", "0"]
     subject = start(children, PEER, command, "stderr", r"running on http://[^\s/:]+:(\d+)",
@@ -708,7 +341,7 @@ def find_pyz(children: Children, given: Optional[str]) -> Path:
         raise SubjectError("no --pyz FILE given and no build_zipapp.py to build one with")
     copy = children.directory / "build"
     shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.pyz"))
-    _output_of([sys.executable, "build_zipapp.py"], cwd=copy, env=children.env)
+    output_of([sys.executable, "build_zipapp.py"], cwd=copy, env=children.env)
     built = sorted(copy.rglob("*.pyz"))
     if not built:
         raise SubjectError("build_zipapp.py left no .pyz")
@@ -736,7 +369,7 @@ def measure_version(children: Children, pyz: Path, effort: Effort) -> dict[str, 
     for _ in range(effort.versions):
         for name, command in commands.items():
             start_s = time.perf_counter()
-            _output_of(command, cwd=children.directory, env=children.env)
+            output_of(command, cwd=children.directory, env=children.env)
             taken_s[name].append(time.perf_counter() - start_s)
     medians = {name: statistics.median(values) for name, values in taken_s.items()}
     return {"version_ms": medians["pyz"] * 1e3, "version_ratio": medians["pyz"] / medians["bare"]}
@@ -750,6 +383,7 @@ class Field(NamedTuple):
     versions: dict[str, str]
     missing: dict[str, str]
     rewrites: dict[str, str]  # subject -> the model the stub was asked for, where the client said "auto"
+    goals: Sequence[Goal] = GOALS
 
 
 def gather_field(children: Children, options: argparse.Namespace) -> Field:
@@ -757,7 +391,7 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     command = router_command(options)
     versions, missing, pyz = {}, {}, None
     try:
-        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench_stub.py")])
+        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench" / "stub.py")])
         serve = ["serve", "--upstream", f"http://{HOST}:{direct.port}", "--host", HOST, "--port", "0"]
         subjects = [direct, start(children, LLMSTACK, [*command, *serve], has_boot=True)]
         rewrites = {each.name: check_relay(each.port) for each in subjects}
@@ -765,7 +399,7 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
         raise SetupError(f"cannot start the stub and {shlex.join(command)!r}: {error}") from None
     try:
         nginx = find_nginx()
-        versions[NGINX] = _output_of([nginx, "-v"]).rpartition("/")[2]
+        versions[NGINX] = output_of([nginx, "-v"]).rpartition("/")[2]
         subjects.insert(1, start_nginx(children, nginx, direct.port))
     except SubjectError as error:
         missing[NGINX] = str(error)
@@ -782,19 +416,36 @@ def gather_field(children: Children, options: argparse.Namespace) -> Field:
     return Field(subjects, pyz, versions, missing, rewrites)
 
 
+def gather_chains(children: Children, options: argparse.Namespace) -> Field:
+    """Start the chains of --swap."""
+    try:
+        version = output_of([options.swap, "-version"])
+        server = write_server(children.directory)
+        direct = start(children, DIRECT, [sys.executable, str(REPOSITORY / "tests" / "bench" / "stub.py")])
+        subjects = [
+            direct,
+            start_swap(children, options.swap, server),
+            start_chain(children, LLMSTACK, router_command(options), server),
+        ]
+        rewrites = {each.name: check_relay(each.port) for each in subjects}
+    except SubjectError as error:
+        raise SetupError(str(error)) from None
+    return Field(subjects, None, {SWAP: version}, {}, rewrites, SWAP_GOALS)
+
+
 class _Latency:
     """Requests sent one after the other over one connection to one subject."""
 
     def __init__(self, subject: Subject, prompt: str) -> None:
         self.subject, self._prompt = subject, prompt
-        self._sock = _connect(subject.port)
+        self._sock = connect(subject.port)
         self.taken_s: list[float] = []
 
     def ask(self, seconds: float) -> dict[str, float]:
         """Go on for so long; the first answers are the warm-up's."""
         end_s = time.perf_counter() + seconds
         while time.perf_counter() < end_s:
-            self.taken_s.append(_exchange(self._sock, self._prompt, self.subject.port))
+            self.taken_s.append(exchange(self._sock, self._prompt, self.subject.port))
         return {}
 
     def close(self) -> None:
@@ -834,6 +485,8 @@ def _run_round(children: Children, field: Field, effort: Effort, results: Result
     for each in sound:
         results.attempt(each.name, "measure_event_cpu", measure_event_cpu, each.child, each.port, effort)
     _take_latencies(results, sound, "big_ms", BIG_PROMPT, effort.big_s)
+    for each in sound:
+        results.attempt(each.name, "measure_memory", measure_memory, each.child)
     for each in order:
         if each.has_boot:
             results.attempt(each.name, "measure_boot", measure_boot, children, each.child.launch)
@@ -860,7 +513,7 @@ def run_rounds(children: Children, field: Field, rounds: int, effort: Effort) ->
 def judge(goal: Goal, results: Results, missing: Container[str]) -> Outcome:
     """Return how llmstack did against *goal*; rounds that llmstack failed are not left out, but a miss."""
     ours = results.samples(goal.measure, LLMSTACK)
-    values = results.ratios(goal.measure, LLMSTACK, goal.needs) if goal.needs in RIVALS else ours  # type: ignore[arg-type]
+    values = results.ratios(goal.measure, LLMSTACK, goal.needs) if goal.needs in RIVALS else ours
     if goal.needs in missing or (ours and not values):
         return Outcome(goal, UNKNOWN)
     if not values:
@@ -893,13 +546,14 @@ def _cpu_model() -> str:
         if found:
             return found.group(1)
     with contextlib.suppress(SubjectError):
-        return _output_of(["sysctl", "-n", "machdep.cpu.brand_string"])
+        return output_of(["sysctl", "-n", "machdep.cpu.brand_string"])
     return platform.processor() or "unknown CPU"
 
 
 def render_text(machine: dict[str, Any], field: Field, results: Results, outcomes: Sequence[Outcome]) -> str:
     """Return the report for people."""
-    rivals = [f"{name}: {'NOT MEASURED' if name in field.missing else field.versions[name]}" for name in RIVALS]
+    rivals = [f"{name}: {field.versions.get(name, 'NOT MEASURED')}" for name in RIVALS
+              if name in field.versions or name in field.missing]
     lines = [
         "machine: {usable_cores} of {cores} cores, {cpu}; {system}; load {load_before}".format(**machine),
         f"python:  {machine['python']}; rivals: {'; '.join(rivals)}",
@@ -911,6 +565,8 @@ def render_text(machine: dict[str, Any], field: Field, results: Results, outcome
     lines += ["", f"medians, rounds: {len(results.rounds)}", " " * 44 + "".join(f"{name:>12}" for name in names)]
     for key, label, unit, digits in MEASURES:
         medians = [results.median(key, name) for name in names]
+        if not any(medians):
+            continue
         cells = ["-" if value is None else f"{value:,.{digits}f}" for value in medians]
         lines.append(f"{label:32}{unit:>12}" + "".join(f"{cell:>12}" for cell in cells))
     lines += ["", "goals (llmstack; the extremes of the rounds in brackets)"]
@@ -942,6 +598,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that can import opencode-llmstack")
     parser.add_argument("--pyz", metavar="FILE", help="serve from this .pyz instead of llmstack.py")
     parser.add_argument("--router", metavar="CMD", help="serve with this command instead of llmstack.py")
+    parser.add_argument("--swap", metavar="PATH", help="measure whole chains, beside this llama-swap")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="shorter measures, fewer rounds: a smoke test")
     parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
@@ -951,13 +608,14 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--rounds: at least 1")
     try:
         with children_of_run() as children:
-            field = gather_field(children, options)
+            gather = gather_chains if options.swap else gather_field
+            field = gather(children, options)
             machine = describe_machine(field)
             results = run_rounds(children, field, rounds, QUICK if options.quick else FULL)
     except SetupError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
-    outcomes = [judge(goal, results, field.missing) for goal in GOALS]
+    outcomes = [judge(goal, results, field.missing) for goal in field.goals]
     print((render_json if options.json else render_text)(machine, field, results, outcomes))
     return 1 if options.check and any(outcome.verdict == MISS for outcome in outcomes) else 0
 

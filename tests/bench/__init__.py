@@ -1,0 +1,1 @@
+"""The benchmark: `python3 -m tests.bench`."""

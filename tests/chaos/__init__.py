@@ -1,0 +1,1 @@
+"""What must hold on a bad day: `python3 -m tests.chaos`."""

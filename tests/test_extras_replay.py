@@ -1,0 +1,192 @@
+"""extras/replay.py: the same requests on another ladder, from nothing but the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+import llmstack
+
+LADDER = """\
+[code-fast]
+role = fast
+path = /fast.gguf
+ctx_size = 128k
+[code-smart]
+role = agent
+path = /smart.gguf
+ctx_size = 64k
+"""
+HOSTED = (
+    LADDER
+    + """\
+[code-ultra]
+role = ultra
+model = provider/large
+ctx_size = 200k
+"""
+)
+
+
+def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
+    """A line of the record, as record_row makes it."""
+    facts = llmstack.Facts(True, "auto", False, tokens * 4, 0, 0, 0, 1, 0, "", ())
+    decision = llmstack.decide(facts, llmstack.parse_models_ini(LADDER)[0])
+    said = json.dumps({"usage": {"prompt_tokens": tokens, "completion_tokens": 100}}).encode()
+    outcome = llmstack.Outcome("done", 200)._replace(said=said)
+    made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, decision, outcome)
+    return {"time": 1.5, "conversation": conversation, **made, "total_s": 1.0, **more}
+
+
+def write(*rows: Any, name: str = ".llmstack/logs/decisions.jsonl") -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        line if isinstance(line, str) else json.dumps(line, separators=(",", ":")) for line in rows
+    ]
+    Path(name).write_text("".join(line + "\n" for line in lines))
+
+
+@pytest.fixture(autouse=True)
+def ladder() -> None:
+    Path(".llmstack").mkdir()
+    Path(".llmstack/models.ini").write_text(LADDER)
+
+
+def replay(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert llmstack.main(["replay", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_same_ladder_decides_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    write(row(1_000), row(40_000), row(50_000), row(1_000, "d"))
+    found = replay(capsys)
+    assert found["requests"] == 4
+    assert found["rungs"] == {"high": {"code-smart": 2}, "long": {"code-fast": 2}}
+    same = {
+        "switches": 1,
+        "read_anew_tokens": 1_000 + 40_000 + 9_900 + 1_000,
+        "overflows": 0,
+        "cost": 0,
+    }
+    assert found["recorded"] == same
+    assert found["replayed"] == {**same, "cost_unknown": []}
+
+
+def test_another_ladder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.ini").write_text(HOSTED + "[ROUTING]\nmid_fidelity_ceiling = 60000\n")
+    write(row(1_000), row(40_000), row(50_000))
+    found = replay(capsys, "--models-ini", "other.ini")
+    assert found["rungs"] == {"high": {"code-ultra": 1}, "mid": {"code-smart": 2}}
+    assert found["replayed"]["switches"] == 1
+    assert found["replayed"]["cost_unknown"] == ["code-ultra"]
+
+
+def test_what_a_token_cost_is_what_it_would_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.ini").write_text(HOSTED)
+    write(
+        row(900, tier="code-ultra", rung="explicit", cost=0.5),
+        row(900, tier="code-ultra", cost=0.5),
+        row(1_900),
+    )
+    found = replay(capsys, "--models-ini", "other.ini")
+    assert found["named"] == 1
+    assert found["recorded"]["cost"] == 0.5, "of what went to auto"
+    assert found["replayed"]["cost"] == pytest.approx(3_000 * (0.5 + 0.5) / 2_000)
+
+
+def test_a_prompt_larger_than_its_tier_overflows(capsys: pytest.CaptureFixture[str]) -> None:
+    write(row(60_000, tier="code-smart", truth=70_000))
+    found = replay(capsys)
+    assert found["recorded"]["overflows"] == 1
+    assert found["replayed"]["overflows"] == 0, (
+        "the ladder knows 60,000 and room to answer: code-fast"
+    )
+
+
+@pytest.mark.parametrize("key", ["trigger", "fim", "pictures", "turns"])
+def test_what_decides_beside_the_count(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.ini").write_text(HOSTED)
+    value: Any = {"trigger": "[ultra]", "fim": True, "pictures": 1, "turns": 12}[key]
+    write(row(40_000, **{key: value}))
+    rung, tier = {
+        "trigger": ("trigger", "code-ultra"),
+        "fim": ("fim", "code-fast"),
+        "pictures": ("long", "code-ultra"),
+        "turns": ("floor", "code-smart"),
+    }[key]
+    assert replay(capsys, "--models-ini", "other.ini")["rungs"] == {rung: {tier: 1}}
+
+
+def test_older_parts_come_first_and_files_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    write(row(1_000))
+    write(row(40_000), name=".llmstack/logs/decisions.jsonl.1")
+    assert replay(capsys)["recorded"]["switches"] == 1
+    assert replay(capsys, ".llmstack/logs/decisions.jsonl.1")["requests"] == 1
+
+
+HOSTILE = [
+    "",
+    "no JSON",
+    "[]",
+    "7",
+    "null",
+    '{"tier":"code-fast"}',
+    "[" * 100_000,
+    '{"rung":1,"reason":2}',
+]
+
+
+def test_lines_that_are_no_requests_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [row(1, tier=value) for value in ([], {})] + [row(1, conversation=[])]
+    wrong += [
+        {**row(1), key: value}
+        for key in ("tokens", "estimate", "turns", "output")
+        for value in ("x", [], None)
+    ]
+    write(row(1_000), *HOSTILE, *wrong, '{"time":1,')
+    assert llmstack.main(["replay"]) == 0
+    out, err = capsys.readouterr()
+    assert "high         1           1" in out
+    assert f"{len(HOSTILE) + len(wrong) + 1} lines are no requests" in err
+
+
+def test_two_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    write(row(1_000), row(40_000), row(2, rung="explicit"))
+    assert llmstack.main(["replay"]) == 0
+    assert (
+        capsys.readouterr().out
+        == """\
+rung  requests  code-smart  code-fast
+high         1           1          0
+long         1           0          1
+
+           as recorded  replayed
+switches             1         1
+read anew       41,000    41,000
+overflows            0         0
+1 more asked for a tier by its name.
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "record"),
+    [
+        ([], "there is no ", None),
+        (["none.jsonl"], "cannot read none.jsonl: No such file or directory", None),
+        (["--models-ini", "none.ini"], "there is no none.ini", "{}"),
+        ([], "the record holds no request to auto", "{}"),
+    ],
+)
+def test_errors(
+    words: list[str], said: str, record: Optional[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if record is not None:
+        write(record)
+    assert llmstack.main(["replay", *words]) in (1, 2)
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("llmstack: error: " + said)
+    assert len(err) == 2
