@@ -3125,7 +3125,7 @@ MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extens
 REASONS = {
     200: "OK", 204: "No Content", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
     404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
+    413: "Content Too Large", 415: "Unsupported Media Type", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }
 
@@ -3277,9 +3277,10 @@ def parse_request_head(head: bytes) -> Request:
     if expect not in (b"", b"100-continue"):
         raise HttpError(417, "only Expect: 100-continue is known")
     words = _connection_words(headers)
+    stays = minor == 1 or b"keep-alive" in words
     return Request(
         method, target, minor, tuple(headers),
-        keep_alive=minor == 1 and b"close" not in words,
+        keep_alive=stays and b"close" not in words,
         upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
         expects=minor == 1 and expect != b"",
         fields=fields, length=length,
@@ -3473,6 +3474,70 @@ class ChunkFraming:
 def chunk(data: bytes) -> bytes:
     """Frame `data` as one chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# ---- bodies
+
+
+def _unpacker(coding: str) -> Any:
+    """What undoes a Content-Encoding, with the methods of zlib's. Errors: HttpError 415."""
+    import zlib
+    if coding in ("gzip", "x-gzip"):
+        return zlib.decompressobj(31)
+    if coding == "deflate":
+        return zlib.decompressobj(15)
+    if coding == "zstd":
+        try:
+            from importlib import import_module
+            return import_module("compression.zstd").ZstdDecompressor()
+        except ImportError:                     # before Python 3.14
+            pass
+    raise HttpError(415, f"a body with Content-Encoding {coding!r} is not read here; gzip, deflate"
+                         " and identity are")
+
+
+def decoded_body(coding: str, body: bytes) -> bytes:
+    """A body without its Content-Encoding. Errors: HttpError 400, 413, 415.
+
+    It never grows beyond MAX_BODY_BYTES, however much is packed into it.
+    """
+    for name in reversed(coding.lower().split(",")[:2]):
+        name = name.strip()
+        if name in ("", "identity"):
+            continue
+        unpacker = _unpacker(name)
+        try:
+            body = unpacker.decompress(body, MAX_BODY_BYTES + 1)
+        except Exception as exc:                # zlib's and zstd's errors have no class in common
+            raise HttpError(400, f"the body is not {name}: {exc}") from None
+        if len(body) > MAX_BODY_BYTES:
+            raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+        if not unpacker.eof or unpacker.unused_data:
+            raise HttpError(400, f"the body is not one whole {name} stream")
+    return body
+
+
+_BOUNDARY = re.compile(r'multipart/form-data\s*;.*?boundary="?([^";,\s]{1,200})', re.IGNORECASE)
+_MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*;[ \t]*name="?model"?[ \t]*(?:;|\r|\Z)',
+                         re.IGNORECASE)
+
+
+def form_model(content_type: str, body: bytes) -> Tuple[int, int]:
+    """Where the model's name stands in a form's body, (0, 0) where it does not."""
+    boundary = _BOUNDARY.match(content_type)
+    if boundary is None:
+        return 0, 0
+    mark = b"--" + boundary.group(1).encode("latin-1")
+    part = body.find(mark)
+    while part >= 0:
+        following = body.find(b"\r\n" + mark, part)
+        head_end = body.find(b"\r\n\r\n", part)
+        if following < 0 or head_end < 0:
+            break
+        if head_end < following and _MODEL_PART.search(body[part:head_end]):
+            return head_end + 4, following
+        part = following + 2
+    return 0, 0
 
 
 # ---- our own errors
@@ -6077,7 +6142,7 @@ class Client:
     def reply(self, status: int, body: bytes, content_type: str = "application/json",
               extra: bytes = b"") -> None:
         """Answer ourselves. Closes when a body was left unread: its bytes are no request."""
-        if self.unread or self.minor == 0:
+        if self.unread:
             self.keep_alive = False
         lines = [
             b"HTTP/1.1 %d %b" % (status, REASONS.get(status, "Error").encode()),
@@ -6085,11 +6150,16 @@ class Client:
             b"Content-Type: " + content_type.encode(),
             b"Content-Length: %d" % len(body),
         ]
-        if not self.keep_alive:
-            lines.append(b"Connection: close")
-        head = b"\r\n".join(lines) + b"\r\n" + self.for_page() + extra + b"\r\n"
+        head = b"\r\n".join(lines) + b"\r\n" + self.connection_line() + self.for_page()
+        head += extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
+
+    def connection_line(self) -> bytes:
+        """The header line that says whether the connection stays, where its version does not."""
+        if not self.keep_alive:
+            return b"Connection: close\r\n"
+        return b"" if self.minor else b"Connection: keep-alive\r\n"
 
     def for_page(self) -> bytes:
         """Header lines with which a browser lets the page that asked read the answer."""
@@ -6619,8 +6689,8 @@ class _Answer:
             self._body = _ToTheClose()
         length_known = response.framing in ("length", "none") and not client.opened
         self.chunked = client.minor == 1 and not length_known
-        if client.minor == 0:
-            client.keep_alive = False
+        if client.minor == 0 and not length_known:
+            client.keep_alive = False           # its end tells that of the answer
 
     @property
     def ended(self) -> bool:
@@ -6712,9 +6782,7 @@ def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
     framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"Connection: close\r\n"
-    if client.keep_alive or response.status == 101:
-        close = b""
+    close = b"" if response.status == 101 else client.connection_line()
     return b"".join((response.text, framing, close, client.for_page(), extra, b"\r\n"))
 
 
@@ -7385,6 +7453,10 @@ class Behind(App):
         """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
         raise NotImplementedError
 
+    def target(self, name: str, target: str) -> str:
+        """Where a tier's own path is asked for, beside those for inference: at its upstream."""
+        return target
+
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
@@ -7892,6 +7964,31 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     return uncompressed(request._replace(headers=(*kept, *route.headers))), target
 
 
+def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
+    """A request and its body, without a coding and the mark that some editors put before JSON.
+
+    Errors: HttpError 400, 408, 413, 415; ClientGone.
+    """
+    body = client.read_body(request)
+    coding = request.header(b"content-encoding")
+    if b"content-encoding" in request.fields:
+        body = decoded_body(coding, body)
+        others = tuple(h for h in request.headers if h[0] != b"content-encoding")
+        request = request._replace(headers=others)
+    if body.startswith(b"\xef\xbb\xbf{"):
+        body = body[3:]
+    return request, body
+
+
+def _asked_in(target: str) -> str:
+    """The model that a target's query names, "" for none."""
+    query = target.partition("?")[2]
+    if "model=" not in query:
+        return ""
+    from urllib.parse import parse_qs
+    return parse_qs(query).get("model", [""])[0]
+
+
 def _as_json(request: Request) -> Request:
     """The request with a Content-Type that says what it is."""
     others = tuple(h for h in request.headers if h[0] != b"content-type")
@@ -7903,17 +8000,28 @@ class Asked:
     """An inference request, read. Its body goes once an answer has begun."""
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
-                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+                 values: Dict[str, Any], drop: FrozenSet[bytes],
+                 place: Optional[Tuple[int, int]] = None) -> None:
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
         self.body = body
         self.values = values                    # of the body
         self.drop = drop                        # headers that stay here
+        self._place = place                     # of the model's name, None: it is JSON's to find
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
         self.conversation = conversation_key(request.fields, values)
+
+    def body_for(self, route: Route, name: str) -> List[bytes]:
+        """The body as the tier of a route gets it, `name` for its model where that is one."""
+        if self._place is None:
+            return route_body(self.body, self.values, route, self.path, name)
+        start, end = self._place
+        if not name or not end:
+            return [self.body]
+        return [self.body[:start], name.encode(), self.body[end:]]
 
     def release(self) -> None:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
@@ -8160,8 +8268,8 @@ class RouterApp(App):
         if self._key:
             drop = drop | self._check_key(request)
         inference = ""
-        if request.method == "POST" and b"content-encoding" not in request.fields:
-            inference = inference_path(path)
+        if request.method == "POST":
+            inference = client.protocol
         if inference:
             self._infer(client, request, inference, inference + mark + query, drop)
         elif not self._answer_ourselves(client, request, path, drop):
@@ -8238,15 +8346,28 @@ class RouterApp(App):
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
-        """Everything else is for the tier that the body names, or for what is behind us."""
-        body = client.read_body(request)
+        """Everything else is for the tier that it names, or for what is behind us."""
+        request, body = read_decoded(client, request)
         values = _json_of(request, body)
-        name = values.get("model") if isinstance(values, dict) else None
-        route = self._snapshot.routes.get(str(name))
-        if route is not None and route.hosted:
-            self._ask_named(client, Asked(request, path, request.target, body, values, drop), route)
+        place: Optional[Tuple[int, int]] = None
+        if isinstance(values, dict):
+            name = values.get("model")
+        else:
+            place = form_model(request.header(b"content-type"), body)
+            name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
+            values = {"model": name or _asked_in(request.target)}
+            name = values["model"]
+        tier = ""
+        if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
+            tier = self._resolve(request, name, drop)
+        route = self._snapshot.routes.get(tier)
+        if route is None:
+            self.behind.pass_on(client, request, body, drop, self._remedy)
             return
-        self.behind.pass_on(client, request, body, drop, self._remedy)
+        target = request.target
+        if route.host is None:
+            target = self.behind.target(route.tier.name, target)
+        self._ask_named(client, Asked(request, path, target, body, values, drop, place), route)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -8404,7 +8525,7 @@ class RouterApp(App):
     def _read_asked(client: Client, request: Request, path: str, target: str,
                     drop: FrozenSet[bytes]) -> Asked:
         """Read an inference request. Errors: HttpError, ClientGone."""
-        body = client.read_body(request)
+        request, body = read_decoded(client, request)
         try:
             values = parse_json(str(body, "utf-8"))
         except (ValueError, RecursionError) as exc:
@@ -8559,7 +8680,7 @@ class RouterApp(App):
         name = route.model
         if judge is not None or asked.model not in self._snapshot.routes:
             name = name or route.tier.name
-        pieces = route_body(asked.body, asked.values, route, asked.path, name)
+        pieces = asked.body_for(route, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
         if ongoing is not None:
             ongoing.tier, ongoing.lease = route.tier.name, lease
@@ -10673,6 +10794,10 @@ class SwapApp(UpstreamApp):
         grace_s = STOP_GRACE_S + (PARK_S if self._bays else 0)
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
+
+    def target(self, name: str, target: str) -> str:
+        """llama-swap finds a model by the body of its own paths alone."""
+        return target if target.startswith("/v1/") else f"/upstream/{name}{target}"
 
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
