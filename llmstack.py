@@ -14135,8 +14135,8 @@ def _bring_up(args: Any, again: bool) -> int:
         _prepare_demo(args, places)
     plan = _plan(args, places, planned_config(places, warn, profile))
     check_plan(plan)
-    if not os.path.exists(places.models_ini):
-        prepare_project(places, say, profile)
+    if profile or not os.path.exists(places.models_ini):
+        prepare_project(places, say, profile)   # which says that a profile replaces nothing
         plan = plan._replace(config=load_config(places))
     _prepare_hosted(places, plan.config)
     started = start_stack(plan, say, again)
