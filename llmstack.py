@@ -8047,7 +8047,7 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 
 PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
-PULL_S = 5                                      # for one conversation of the host's cache
+PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
@@ -8085,6 +8085,8 @@ def parked_dir(data: str) -> str:
 
 
 def parking_flags(data: str) -> List[str]:
+    """llama-server's; it does not start where the directory is missing. Errors: OSError."""
+    make_private_dir(parked_dir(data))
     return ["--slot-save-path", parked_dir(data)]
 
 
@@ -8192,7 +8194,8 @@ class Parking:
         """Learn a speed; one answer moves it by a third."""
         known = self.speed(identity, what, value)
         with self._lock:
-            row = {**(self._speeds.pop(identity, None) or {}), "model": model}
+            row = self._speeds.pop(identity, None)
+            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._speeds[identity] = {**row, what: round(known + (value - known) / 3, 2)}
             for stale in list(self._speeds)[:-64]:
                 del self._speeds[stale]
@@ -8232,8 +8235,10 @@ class Parking:
             if name.startswith(identity + "-") and name.endswith(".json"):
                 row = _read_json(self.path(name))
                 try:
-                    found.append(Parked(**row))
-                except TypeError:               # of another version
+                    found.append(Parked(
+                        int(row["slot"]), int(row["tokens"]), str(row["edges"]),
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
         return sorted(found, key=lambda parked: -parked.tokens)
 
@@ -8370,7 +8375,10 @@ class Bay:
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
-                parking.turn_off(identity, self._name, why)
+                try:
+                    parking.turn_off(identity, self._name, why)
+                except UserError as exc:
+                    self._log.warning(str(exc))
         turns = len(talk_turns(values))
         if turns and parking.worth(identity, counts.prompt):
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
@@ -8412,18 +8420,31 @@ class Bay:
                 talk = next((t for t in talks if t.prompt <= tokens <= t.tokens), NO_TALK)
                 if self._save_slot(slot, slot, tokens, talk, end):
                     numbers.append(slot)
+        saved = len(numbers)
         if ending and not any(busy for _, _, busy in held):
-            for talk in talks:
-                free = [slot for slot, _, _ in held if slot not in numbers]
-                if free and not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held):
-                    slot = self._pull(talk, end)
-                    if slot >= 0:
-                        number = slot if slot in free else min(free)
-                        if self._save_slot(slot, number, talk.prompt, talk, end):
-                            numbers.append(number)
-        if numbers:
-            self._log.info(f"{self._name}: parked {len(numbers)} conversations"
+            free = [slot for slot, _, _ in held if slot not in numbers]
+            waiting = [talk for talk in talks
+                       if not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held)]
+            saved += self._save_cached(waiting, free, end)
+        if saved:
+            self._log.info(f"{self._name}: parked {saved} conversations"
                            f" in {time.monotonic() - began:.2f} s")
+
+    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
+        """Save what the host's cache has, under the numbers that are free; returns how many.
+
+        Where one is there no more, the others are older, and looking for them costs seconds.
+        """
+        saved = 0
+        for talk in talks:
+            slot = self._pull(talk, end) if free else -1
+            if slot < 0:
+                break
+            number = slot if slot in free else min(free)
+            if self._save_slot(slot, number, talk.prompt, talk, end):
+                free.remove(number)
+                saved += 1
+        return saved
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.
@@ -9166,6 +9187,7 @@ class SwapBays:
     def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
         try:
             tier = self._tiers[name]
+            make_private_dir(self._parking.directory)   # its servers do not start without
             swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
             port = swap_ports(swap).get(name, 0)
             if port:
