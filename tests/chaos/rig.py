@@ -21,7 +21,6 @@ from tests.chaos import model_server
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROGRAM = str(ROOT / "llmstack.py")
 COMMAND_S = 60                      # longest that a command of ours may take
 
 MODELS_INI = """\
@@ -171,6 +170,7 @@ class Rig:
         self.env = {**kept, "HOME": str(self.directory), "LLMSTACK_DATA_DIR": str(self.data),
                     "LLMSTACK_WORK_DIR": str(self.project), "NO_COLOR": "1",
                     "PYTHONDONTWRITEBYTECODE": "1"}
+        self.program = self._copy_program()
         self.swap = swap
         if swap:
             programs = self.directory / "programs"
@@ -185,6 +185,15 @@ class Rig:
         self.model.touch()
         self.router_port, self.engine_port = free_port(), free_port()
         self.bystander = Bystander(self.project)
+
+    def _copy_program(self) -> str:
+        """A copy of what is here now: a run is long, and its user edits meanwhile."""
+        copy = self.directory / "program"
+        copy.mkdir()
+        for name in ("llmstack.py", "models.ini"):
+            shutil.copy(ROOT / name, copy)
+        shutil.copytree(ROOT / "share", copy / "share")
+        return str(copy / "llmstack.py")
 
     def close(self) -> None:
         """End whatever is left, and the home with it."""
@@ -205,7 +214,7 @@ class Rig:
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
         """Begin a command."""
-        return subprocess.Popen([sys.executable, PROGRAM, *words], env=self.env, cwd=self.project,
+        return subprocess.Popen([sys.executable, self.program, *words], env=self.env, cwd=self.project,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True)
 
@@ -263,6 +272,14 @@ class Rig:
         except ValueError:
             raise Fault(f"`status --json` says no JSON: {said.text[:500]}") from None
         return dict(value)
+
+    def check_logs(self) -> None:
+        """No log of ours has a traceback. Errors: Fault, with it; the log begins anew then."""
+        for path in (self.state / "logs").glob("*.log"):
+            text = path.read_text(errors="replace")
+            if "Traceback" in text:
+                path.unlink()
+                raise Fault(f"{path.name}: {text[text.index('Traceback'):][:3000]}")
 
     def check_down(self) -> None:
         """Nothing of ours is left: no process, no listener, no record. Errors: Fault."""
