@@ -9266,6 +9266,7 @@ LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model'
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
+_NOT_IN_KV = ("--port", "--cache-ram", "--threads")     # whose values do not change what is saved
 
 
 class Talk(NamedTuple):
@@ -9277,6 +9278,10 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+
+    def is_in(self, slot_tokens: int) -> bool:
+        """Whether a slot with so many tokens holds it: all but the last, which was never read."""
+        return slot_tokens in (self.tokens - 1, self.tokens)
 
 
 NO_TALK = Talk("", b"", 0, "", 0, 0)
@@ -9298,8 +9303,11 @@ def parked_dir(data: str) -> str:
 
 
 def parking_flags(data: str) -> List[str]:
-    """llama-server's; it does not start where the directory is missing. Errors: OSError."""
-    make_private_dir(parked_dir(data))
+    """llama-server's; none where the directory cannot be made, for it does not start without."""
+    try:
+        make_private_dir(parked_dir(data))
+    except OSError:
+        return []
     return ["--slot-save-path", parked_dir(data)]
 
 
@@ -9318,11 +9326,11 @@ def file_edges(path: str) -> str:
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     import hashlib
-    at = command.index("--port")
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns),
-             *command[:at], *command[at + 2:], *settings]
+    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    facts += [word for flag, word in zip(["", *command], command)
+              if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
@@ -9524,6 +9532,7 @@ class Bay:
         self._identity, self._upstream = identity, upstream
         self._talks: List[Talk] = []
         self._restored: List[Parked] = []       # until the first answer has proved it
+        self._asked = 0                         # requests
         self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
         self._saved_at = time.monotonic()
@@ -9565,7 +9574,9 @@ class Bay:
         return True
 
     def wants(self, body_bytes: int) -> bool:
-        """Whether a request of that size may be one to keep."""
+        """Whether a request of that size, about to be asked, may be one to keep."""
+        with self._lock:
+            self._asked += 1
         if body_bytes > MAX_TALK_BYTES:
             return False
         known = self._parking.speed(self._identity, "read")
@@ -9577,11 +9588,13 @@ class Bay:
         parking, identity = self._parking, self._identity
         if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
             parking.note_speed(identity, self._name, "read", counts.read_per_s)
+        with self._lock:
+            restored, self._restored = self._restored, []
+            if self._asked > 1:                 # the other one may have taken its place
+                restored = []
         if not body:
             return
         values = parse_json_object(body)
-        with self._lock:
-            restored, self._restored = self._restored, []
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
             if ignored and beginning(values, parked.turns) == parked.begins != "":
@@ -9626,19 +9639,18 @@ class Bay:
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speed(self._identity, "saved", SAVED_PER_S)
         with self._lock:
-            talks = sorted(self._talks, key=lambda talk: -talk.prompt)
+            talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
+            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talks = [other for other in talks if other is not talk]
             quick = ending or tokens / per_s < 1
             if not busy and quick and self._parking.worth(self._identity, tokens):
-                talk = next((t for t in talks if t.prompt <= tokens <= t.tokens), NO_TALK)
                 if self._save_slot(slot, slot, tokens, talk, end):
                     numbers.append(slot)
         saved = len(numbers)
         if ending and not any(busy for _, _, busy in held):
             free = [slot for slot, _, _ in held if slot not in numbers]
-            waiting = [talk for talk in talks
-                       if not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held)]
-            saved += self._save_cached(waiting, free, end)
+            saved += self._save_cached(talks, free, end)
         if saved:
             self._log.info(f"{self._name}: parked {saved} conversations"
                            f" in {time.monotonic() - began:.2f} s")
@@ -9649,7 +9661,7 @@ class Bay:
         Where one is there no more, the others are older, and looking for them costs seconds.
         """
         saved = 0
-        for talk in talks:
+        for talk in sorted(talks, key=lambda talk: -talk.prompt):
             slot = self._pull(talk, end) if free else -1
             if slot < 0:
                 break
@@ -9738,7 +9750,7 @@ class Bay:
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():
-            if not busy and talk.prompt <= tokens <= talk.prompt + 1:
+            if not busy and talk._replace(tokens=talk.prompt + 1).is_in(tokens):
                 return slot
         return -1
 
