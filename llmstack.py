@@ -9643,10 +9643,11 @@ class Bay:
         for slot, tokens, busy in held:
             talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
             talks = [other for other in talks if other is not talk]
+            if busy or not self._parking.worth(self._identity, tokens):
+                continue
             quick = ending or tokens / per_s < 1
-            if not busy and quick and self._parking.worth(self._identity, tokens):
-                if self._save_slot(slot, slot, tokens, talk, end):
-                    numbers.append(slot)
+            if quick and self._save_slot(slot, slot, tokens, talk, end):
+                numbers.append(slot)
         saved = len(numbers)
         if ending and not any(busy for _, _, busy in held):
             free = [slot for slot, _, _ in held if slot not in numbers]
