@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -203,12 +206,26 @@ def test_while_in_use_the_hosts_cache_is_left_alone(rig: Rig) -> None:
 
 def test_it_is_due_when_it_was_used_for_so_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     bay = rig.load()
+    rig.slots.held[0] = 400
     now = time.monotonic()
-    assert not bay.due(now + 1)
-    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
-    assert not bay.due(now - 1)                 # not used since
-    assert bay.due(now + 1)
-    assert not bay.due(now + 2)                 # once
+    saves: List[bool] = []
+    monkeypatch.setattr(bay, "save", saves.append)
+
+    def wait_due(after_s: float) -> int:
+        monkeypatch.setattr(time, "monotonic", lambda: now + after_s)
+        bay.save_when_due()
+        for thread in threading.enumerate():
+            if thread.name == "park m":
+                thread.join()
+        return len(saves)
+
+    assert wait_due(601) == 0                   # not used since it was loaded
+    bay.note("", b"", counts(10))
+    assert wait_due(602) == 1
+    assert wait_due(1_300) == 1                 # not used since
+    bay.note("", b"", counts(10))
+    assert wait_due(1_301) == 2
+    assert saves == [False, False]
 
 
 def test_an_older_state_of_a_conversation_goes(rig: Rig) -> None:
@@ -419,6 +436,21 @@ def test_parking_can_be_off(tmp_path: Path) -> None:
     assert not (tmp_path / "parked").exists()
     (tmp_path / "parked").write_text("a file in its place")
     assert llmstack.open_parking(str(tmp_path), CONFIG, log) is None
+
+
+def test_llama_swaps_hook_ends_the_server_whatever_the_daemon_does(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
+                              start_new_session=True)
+    guest = llmstack.guest_command(sys.executable, "park")
+    assert subprocess.call([*guest, "1", "m", str(server.pid)]) == 0        # nobody is there
+    assert server.wait(20) == -signal.SIGTERM
+
+
+def test_the_hook_stands_with_every_llama_server(config: llmstack.Config) -> None:
+    text = llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), llmstack.posix_quote)
+    hooked = llmstack.with_stop_hook(text, ["python3", "a b.py", "10102"])
+    assert hooked.count("""cmdStop: "python3 'a b.py' 10102 ${MODEL_ID} ${PID}"\n""") == len(
+        llmstack.local_tiers(config))
 
 
 # ---- llama.cpp itself
