@@ -9486,7 +9486,7 @@ class Parking:
         os.utime(self.path(f"{identity}-{slot}.kv"))
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
-        """Drop the longest unused until the rest fits; False where `more_bytes` never will."""
+        """Drop the longest unused until the rest fits; False, and none, where it never will."""
         import shutil
         with self._lock:
             files = []
@@ -9495,15 +9495,15 @@ class Parking:
                     status = os.stat(self.path(name))
                     files.append((status.st_mtime_ns, name, status.st_size))
             total = sum(size for _, _, size in files)
-            for _, name, size in sorted(files):
-                free = shutil.disk_usage(self.directory).free
-                fits = total + more_bytes <= self._most_bytes
-                if fits and free - more_bytes >= PARKED_LEAST_FREE_BYTES:
-                    return True
-                self.drop(*_stem_parts(name))
-                total -= size
             free = shutil.disk_usage(self.directory).free
-        return more_bytes <= self._most_bytes and free - more_bytes >= PARKED_LEAST_FREE_BYTES
+            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            if more_bytes > room:
+                return False
+            for _, name, size in sorted(files):
+                if total + more_bytes > room:
+                    self.drop(*_stem_parts(name))
+                    total -= size
+        return True
 
 
 def _stem_parts(name: str) -> Tuple[str, int]:

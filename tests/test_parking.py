@@ -320,6 +320,15 @@ def test_the_longest_unused_goes_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert rig.files() == [f"{IDENTITY}-{n}.kv" for n in (0, 2, 3)]
 
 
+def test_what_never_fits_pushes_nothing_out(rig: Rig) -> None:
+    park(rig)
+    bay = rig.load()
+    rig.slots.held[0] = 200_000_000             # at ten bytes each, twice park_gb
+    bay.save(ending=True)
+    assert rig.slots.actions("save") == []
+    assert rig.files() == [f"{IDENTITY}-2.kv"]
+
+
 def test_the_last_of_a_disk_is_not_ours(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "PARKED_LEAST_FREE_BYTES", 10 ** 18)
     bay = rig.load()
