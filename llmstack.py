@@ -9842,19 +9842,21 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # begins, every idle slot goes to the host's prompt cache. After conversations of 1,414, 414 and 414
 # tokens the slots held 0, 0 and 414. Asking for a prompt again brings it back, 1,410 of its 1,411
 # tokens in 2 to 10 ms; so the last requests of long conversations are kept, and asked again for one
-# token before the end. --no-cache-idle-slots would leave them in their slots, but then a prompt too
-# long for what is left of the context purges others without a copy.
+# token before the end. --no-cache-idle-slots would leave them in their slots, but what the context
+# has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
+# in a context of 8,192, three were read again, and by default none.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so the ends are looked at here.
 
 PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
-PULL_S = 5                                      # for one conversation of the host's cache
+PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
+_NOT_IN_KV = ("--port", "--cache-ram", "--threads")     # whose values do not change what is saved
 
 
 class Talk(NamedTuple):
@@ -9866,6 +9868,10 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+
+    def is_in(self, slot_tokens: int) -> bool:
+        """Whether a slot with so many tokens holds it: all but the last, which was never read."""
+        return slot_tokens in (self.tokens - 1, self.tokens)
 
 
 NO_TALK = Talk("", b"", 0, "", 0, 0)
@@ -9887,6 +9893,11 @@ def parked_dir(data: str) -> str:
 
 
 def parking_flags(data: str) -> List[str]:
+    """llama-server's; none where the directory cannot be made, for it does not start without."""
+    try:
+        make_private_dir(parked_dir(data))
+    except OSError:
+        return []
     return ["--slot-save-path", parked_dir(data)]
 
 
@@ -9905,11 +9916,11 @@ def file_edges(path: str) -> str:
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     import hashlib
-    at = command.index("--port")
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns),
-             *command[:at], *command[at + 2:], *settings]
+    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    facts += [word for flag, word in zip(["", *command], command)
+              if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
@@ -9994,7 +10005,8 @@ class Parking:
         """Learn a speed; one answer moves it by a third."""
         known = self.speed(identity, what, value)
         with self._lock:
-            row = {**(self._speeds.pop(identity, None) or {}), "model": model}
+            row = self._speeds.pop(identity, None)
+            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._speeds[identity] = {**row, what: round(known + (value - known) / 3, 2)}
             for stale in list(self._speeds)[:-64]:
                 del self._speeds[stale]
@@ -10034,8 +10046,10 @@ class Parking:
             if name.startswith(identity + "-") and name.endswith(".json"):
                 row = _read_json(self.path(name))
                 try:
-                    found.append(Parked(**row))
-                except TypeError:               # of another version
+                    found.append(Parked(
+                        int(row["slot"]), int(row["tokens"]), str(row["edges"]),
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
         return sorted(found, key=lambda parked: -parked.tokens)
 
@@ -10061,7 +10075,7 @@ class Parking:
         os.utime(self.path(f"{identity}-{slot}.kv"))
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
-        """Drop the longest unused until the rest fits; False where `more_bytes` never will."""
+        """Drop the longest unused until the rest fits; False, and none, where it never will."""
         import shutil
         with self._lock:
             files = []
@@ -10070,15 +10084,15 @@ class Parking:
                     status = os.stat(self.path(name))
                     files.append((status.st_mtime_ns, name, status.st_size))
             total = sum(size for _, _, size in files)
-            for _, name, size in sorted(files):
-                free = shutil.disk_usage(self.directory).free
-                fits = total + more_bytes <= self._most_bytes
-                if fits and free - more_bytes >= PARKED_LEAST_FREE_BYTES:
-                    return True
-                self.drop(*_stem_parts(name))
-                total -= size
             free = shutil.disk_usage(self.directory).free
-        return more_bytes <= self._most_bytes and free - more_bytes >= PARKED_LEAST_FREE_BYTES
+            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            if more_bytes > room:
+                return False
+            for _, name, size in sorted(files):
+                if total + more_bytes > room:
+                    self.drop(*_stem_parts(name))
+                    total -= size
+        return True
 
 
 def _stem_parts(name: str) -> Tuple[str, int]:
@@ -10108,9 +10122,10 @@ class Bay:
         self._identity, self._upstream = identity, upstream
         self._talks: List[Talk] = []
         self._restored: List[Parked] = []       # until the first answer has proved it
+        self._asked = 0                         # requests
         self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
-        self._saved_at = time.monotonic()
+        self._saved_at = self._answered_at = time.monotonic()
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
@@ -10149,7 +10164,9 @@ class Bay:
         return True
 
     def wants(self, body_bytes: int) -> bool:
-        """Whether a request of that size may be one to keep."""
+        """Whether a request of that size, about to be asked, may be one to keep."""
+        with self._lock:
+            self._asked += 1
         if body_bytes > MAX_TALK_BYTES:
             return False
         known = self._parking.speed(self._identity, "read")
@@ -10159,20 +10176,26 @@ class Bay:
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         parking, identity = self._parking, self._identity
+        self._answered_at = time.monotonic()
         if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
             parking.note_speed(identity, self._name, "read", counts.read_per_s)
+        with self._lock:
+            restored, self._restored = self._restored, []
+            if self._asked > 1:                 # the other one may have taken its place
+                restored = []
         if not body:
             return
         values = parse_json_object(body)
-        with self._lock:
-            restored, self._restored = self._restored, []
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
             if ignored and beginning(values, parked.turns) == parked.begins != "":
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
-                parking.turn_off(identity, self._name, why)
+                try:
+                    parking.turn_off(identity, self._name, why)
+                except UserError as exc:
+                    self._log.warning(str(exc))
         turns = len(talk_turns(values))
         if turns and parking.worth(identity, counts.prompt):
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
@@ -10181,13 +10204,13 @@ class Bay:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
 
-    def due(self, last_used: float) -> bool:
-        """Whether an idle model has been in use for so long that it is saved meanwhile."""
-        every_s = self._parking.every_s
-        due = 0 < every_s < time.monotonic() - self._saved_at and last_used > self._saved_at
-        if due:
-            self._saved_at = time.monotonic()
-        return due
+    def save_when_due(self) -> None:
+        """Save in a thread what has been in use for so long; for idle models, every second."""
+        now, every_s = time.monotonic(), self._parking.every_s
+        if 0 < every_s < now - self._saved_at and self._answered_at > self._saved_at:
+            self._saved_at = now
+            threading.Thread(target=self.save, args=(False,), name=f"park {self._name}",
+                             daemon=True).start()
 
     def save(self, ending: bool) -> None:
         """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
@@ -10207,25 +10230,38 @@ class Bay:
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speed(self._identity, "saved", SAVED_PER_S)
         with self._lock:
-            talks = sorted(self._talks, key=lambda talk: -talk.prompt)
+            talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
+            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talks = [other for other in talks if other is not talk]
+            if busy or not self._parking.worth(self._identity, tokens):
+                continue
             quick = ending or tokens / per_s < 1
-            if not busy and quick and self._parking.worth(self._identity, tokens):
-                talk = next((t for t in talks if t.prompt <= tokens <= t.tokens), NO_TALK)
-                if self._save_slot(slot, slot, tokens, talk, end):
-                    numbers.append(slot)
+            if quick and self._save_slot(slot, slot, tokens, talk, end):
+                numbers.append(slot)
+        saved = len(numbers)
         if ending and not any(busy for _, _, busy in held):
-            for talk in talks:
-                free = [slot for slot, _, _ in held if slot not in numbers]
-                if free and not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held):
-                    slot = self._pull(talk, end)
-                    if slot >= 0:
-                        number = slot if slot in free else min(free)
-                        if self._save_slot(slot, number, talk.prompt, talk, end):
-                            numbers.append(number)
-        if numbers:
-            self._log.info(f"{self._name}: parked {len(numbers)} conversations"
+            free = [slot for slot, _, _ in held if slot not in numbers]
+            saved += self._save_cached(talks, free, end)
+        if saved:
+            self._log.info(f"{self._name}: parked {saved} conversations"
                            f" in {time.monotonic() - began:.2f} s")
+
+    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
+        """Save what the host's cache has, under the numbers that are free; returns how many.
+
+        Where one is there no more, the others are older, and looking for them costs seconds.
+        """
+        saved = 0
+        for talk in sorted(talks, key=lambda talk: -talk.prompt):
+            slot = self._pull(talk, end) if free else -1
+            if slot < 0:
+                break
+            number = slot if slot in free else min(free)
+            if self._save_slot(slot, number, talk.prompt, talk, end):
+                free.remove(number)
+                saved += 1
+        return saved
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.
@@ -10306,7 +10342,7 @@ class Bay:
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():
-            if not busy and talk.prompt <= tokens <= talk.prompt + 1:
+            if not busy and talk._replace(tokens=talk.prompt + 1).is_in(tokens):
                 return slot
         return -1
 
@@ -10781,9 +10817,8 @@ class Engine:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
                     model.turn_to("stopping")
                     self._stop_soon(model)
-                elif model.bay is not None and model.bay.due(model.last_used):
-                    threading.Thread(target=model.bay.save, args=(False,),
-                                     name=f"park {model.name}", daemon=True).start()
+                elif model.bay is not None:
+                    model.bay.save_when_due()
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
@@ -11069,6 +11104,7 @@ class SwapBays:
     def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
         try:
             tier = self._tiers[name]
+            make_private_dir(self._parking.directory)   # its servers do not start without
             swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
             port = swap_ports(swap).get(name, 0)
             if port:
@@ -11098,6 +11134,12 @@ class SwapBays:
     def forget_all(self) -> None:
         with self._lock:
             self._bays.clear()
+
+    def save_when_due(self) -> None:
+        with self._lock:
+            found = [bay for _, bays in self._bays.values() for bay in bays]
+        for bay in found:
+            bay.save_when_due()
 
 
 class SwapLease(Lease):
@@ -11182,6 +11224,8 @@ class SwapApp(UpstreamApp):
     def every_second(self) -> None:
         """Start llama-swap again where it has died; its models may have outlived it."""
         self.log.flush()
+        if self._bays:
+            self._bays.save_when_due()
         due = time.monotonic() - self._started_s > self.RESTART_S
         if self._process.poll() is not None and due and not self._closing:
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
