@@ -848,7 +848,7 @@ def test_a_missing_credential_is_named_and_never_shown(stack: Stack) -> None:
 
 def test_models_lists_hosted_tiers(stack: Stack) -> None:
     entries = {e["id"]: e for e in stack.ask("/v1/models").json["data"]}
-    assert {"auto", "code-ultra", "opus", "claude", "code-smart"} <= set(entries)
+    assert {"auto", "code-ultra", "claude", "code-smart"} <= set(entries)
     assert not {"litellm_proxy", "code-ultra_next"} & set(entries)
     meta = entries["code-ultra"]["meta"]["llmstack"]
     assert (entries["code-ultra"]["channel"], meta["model"], meta["ctx_size"]) == ("current", "openai/gpt-scripted", 24000)

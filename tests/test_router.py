@@ -237,7 +237,7 @@ def test_answers_without_a_body(start: Start, status: str) -> None:
         assert (got.header("etag"), got.header("transfer-encoding")) == ("x", "")
 
 
-@pytest.mark.parametrize("target", ["/", "/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
+@pytest.mark.parametrize("target", ["/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
                                     "//x", "/a;b=c?%00", "/caf\xe9"])
 def test_targets_pass_byte_for_byte(start: Start, target: str) -> None:
     rig = start(always(OK))
@@ -1205,7 +1205,7 @@ def test_spellings_of_auto(start: Start, model: Optional[str]) -> None:
     assert rig.upstream.requests[0].json["model"] == "code-ultra"
 
 
-@pytest.mark.parametrize("model", ["code-fast", "coder", "autopilot", "auto/x", "gpt-4o", 5, ["auto"]])
+@pytest.mark.parametrize("model", ["code-fast", "coder", "autopilot", "auto/x", "llama3.2", 5, ["auto"]])
 def test_a_model_asked_for_by_name_passes_untouched(start: Start, model: object) -> None:
     rig = start(always(OK))
     body = json.dumps({"messages": HELLO, "model": model}).encode() + b"\n"

@@ -171,7 +171,7 @@ def test_a_key_whose_row_says_nothing_of_it_needs_trust(places: llmstack.Places,
 
 def test_every_field_that_the_file_sets_has_a_row() -> None:
     rows = {option.field or key for key, option in llmstack.DEFAULT_OPTIONS.items()}
-    assert set(Config._fields) - {"tiers", "routing"} == rows
+    assert set(Config._fields) - {"tiers", "routing", "aliases"} == rows
     of_tiers = set(llmstack.TIER_OPTIONS) - {"rope_scaling"} | {"rope_scale", "rope_orig_ctx", "name"}
     assert set(Tier._fields) == of_tiers
     assert set(llmstack.Routing._fields) == set(llmstack.ROUTING_OPTIONS)
