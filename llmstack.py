@@ -15210,8 +15210,8 @@ COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install trust forget activate config"),
-    ("Keep it", "service serve completion self version help"),
+    ("Projects", "install connect run-with trust activate config"),
+    ("Keep it", "service serve forget completion self version help"),
 )
 
 
