@@ -3150,8 +3150,9 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 _WHOLE_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")   # of a chunk that is not the last
 MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
 REASONS = {
-    200: "OK", 204: "No Content", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+    200: "OK", 204: "No Content", 307: "Temporary Redirect",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout",
     413: "Content Too Large", 415: "Unsupported Media Type", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }
@@ -3831,7 +3832,7 @@ def waiting_event(words: str) -> bytes:
 _LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, words in (
     (r"not within the file bounds|corrupted or incomplete|failed to read", "the file is cut short"),
     (r"invalid magic|failed to read magic", "the file is no GGUF"),
-    (r"unknown model architecture: *'?([\w.-]*)", "this llama-server does not know its architecture"),
+    (r"unknown model architecture", "this llama-server does not know its architecture"),
     (r"out of memory|failed to allocate|unable to allocate|cudaMalloc", "memory ran out"),
     (r"there is no |No such file|failed to open", "the file is not there"),
     (r"error: invalid argument|error while handling argument", "llama-server refuses a flag"),
@@ -7522,7 +7523,8 @@ class Behind(App):
         raise NotImplementedError
 
     def watched(self) -> Dict[str, Any]:
-        """What it runs, for who looks on: `models`, a row a name, and `budget` in bytes."""
+        """What it runs, for who looks on: `models`, a row a name; `budget` and `parked` in bytes;
+        `pressure`, why no more memory is taken now."""
         return {}
 
     def start(self) -> None:
@@ -7709,6 +7711,7 @@ METRICS = {
         "counter", ("tier",), "Models unloaded to make room for another."),
     "llmstack_memory_bytes": Metric(
         "gauge", ("kind",), "What models may take, and what those that run are counted with."),
+    "llmstack_parked_bytes": Metric("gauge", (), "Parked conversations on the disk."),
     "llmstack_tier_loaded": Metric("gauge", ("tier",), "1 where the model is ready."),
     "llmstack_requests_in_flight": Metric("gauge", (), "Inference requests under way."),
     "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
@@ -7811,7 +7814,9 @@ class Events:
             self._number += 1
             self._rows.append({"number": self._number, "time": now, **row})
             if row["ended"] in ("done", "broken"):
-                first_s = round(row["wait_s"] + row["first_byte_s"], 3)
+                first_s = 0.0                   # an answer in one piece does not tell
+                if row["stream"]:
+                    first_s = round(row["wait_s"] + row["first_byte_s"], 4)
                 self._points.append((now, row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
@@ -8809,11 +8814,13 @@ class RouterApp(App):
         watched = self.behind.watched()
         models = watched.get("models", {})
         taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
-        return {"about": self._about(), "tiers": self._tier_rows(models),
-                "memory": {"budget": watched.get("budget", 0), "resident": taken},
+        memory = {"budget": watched.get("budget", 0), "resident": taken,
+                  "parked": watched.get("parked", 0), "pressure": watched.get("pressure", "")}
+        return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
                 "requests": self._under_way()}
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
         told, rows = self.state(), []
         for tier in self.config.tiers:
             mark = told.get(tier.name, {"state": "unknown", "reason": ""})
@@ -8821,6 +8828,10 @@ class RouterApp(App):
                    "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
                    **mark, **models.get(tier.name, {})}
             row["reason"] = row["reason"] or mark["reason"]
+            if tier.backend == "litellm" and row["state"] == "available":
+                row["state"] = models.get(PROXY, row)["state"]
+            if row["state"] == "not served" and row["reason"].startswith("missing "):
+                row["state"] = "no credential"
             rows.append(row)
         return rows
 
@@ -8839,8 +8850,9 @@ class RouterApp(App):
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
             ("llmstack_connections", ()): self.server.connections() if self.server else 0}
-        for kind, value in state["memory"].items():
-            samples["llmstack_memory_bytes", (kind,)] = value
+        for kind in ("budget", "resident"):
+            samples["llmstack_memory_bytes", (kind,)] = state["memory"][kind]
+        samples["llmstack_parked_bytes", ()] = state["memory"]["parked"]
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -8981,7 +8993,7 @@ class RouterApp(App):
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3))
+        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -9830,19 +9842,21 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # begins, every idle slot goes to the host's prompt cache. After conversations of 1,414, 414 and 414
 # tokens the slots held 0, 0 and 414. Asking for a prompt again brings it back, 1,410 of its 1,411
 # tokens in 2 to 10 ms; so the last requests of long conversations are kept, and asked again for one
-# token before the end. --no-cache-idle-slots would leave them in their slots, but then a prompt too
-# long for what is left of the context purges others without a copy.
+# token before the end. --no-cache-idle-slots would leave them in their slots, but what the context
+# has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
+# in a context of 8,192, three were read again, and by default none.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so the ends are looked at here.
 
 PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
-PULL_S = 5                                      # for one conversation of the host's cache
+PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
+_NOT_IN_KV = ("--port", "--cache-ram", "--threads")     # whose values do not change what is saved
 
 
 class Talk(NamedTuple):
@@ -9854,6 +9868,10 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+
+    def is_in(self, slot_tokens: int) -> bool:
+        """Whether a slot with so many tokens holds it: all but the last, which was never read."""
+        return slot_tokens in (self.tokens - 1, self.tokens)
 
 
 NO_TALK = Talk("", b"", 0, "", 0, 0)
@@ -9875,6 +9893,11 @@ def parked_dir(data: str) -> str:
 
 
 def parking_flags(data: str) -> List[str]:
+    """llama-server's; none where the directory cannot be made, for it does not start without."""
+    try:
+        make_private_dir(parked_dir(data))
+    except OSError:
+        return []
     return ["--slot-save-path", parked_dir(data)]
 
 
@@ -9893,11 +9916,11 @@ def file_edges(path: str) -> str:
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     import hashlib
-    at = command.index("--port")
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns),
-             *command[:at], *command[at + 2:], *settings]
+    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    facts += [word for flag, word in zip(["", *command], command)
+              if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
@@ -9982,7 +10005,8 @@ class Parking:
         """Learn a speed; one answer moves it by a third."""
         known = self.speed(identity, what, value)
         with self._lock:
-            row = {**(self._speeds.pop(identity, None) or {}), "model": model}
+            row = self._speeds.pop(identity, None)
+            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._speeds[identity] = {**row, what: round(known + (value - known) / 3, 2)}
             for stale in list(self._speeds)[:-64]:
                 del self._speeds[stale]
@@ -10022,8 +10046,10 @@ class Parking:
             if name.startswith(identity + "-") and name.endswith(".json"):
                 row = _read_json(self.path(name))
                 try:
-                    found.append(Parked(**row))
-                except TypeError:               # of another version
+                    found.append(Parked(
+                        int(row["slot"]), int(row["tokens"]), str(row["edges"]),
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
         return sorted(found, key=lambda parked: -parked.tokens)
 
@@ -10049,7 +10075,7 @@ class Parking:
         os.utime(self.path(f"{identity}-{slot}.kv"))
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
-        """Drop the longest unused until the rest fits; False where `more_bytes` never will."""
+        """Drop the longest unused until the rest fits; False, and none, where it never will."""
         import shutil
         with self._lock:
             files = []
@@ -10058,15 +10084,15 @@ class Parking:
                     status = os.stat(self.path(name))
                     files.append((status.st_mtime_ns, name, status.st_size))
             total = sum(size for _, _, size in files)
-            for _, name, size in sorted(files):
-                free = shutil.disk_usage(self.directory).free
-                fits = total + more_bytes <= self._most_bytes
-                if fits and free - more_bytes >= PARKED_LEAST_FREE_BYTES:
-                    return True
-                self.drop(*_stem_parts(name))
-                total -= size
             free = shutil.disk_usage(self.directory).free
-        return more_bytes <= self._most_bytes and free - more_bytes >= PARKED_LEAST_FREE_BYTES
+            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            if more_bytes > room:
+                return False
+            for _, name, size in sorted(files):
+                if total + more_bytes > room:
+                    self.drop(*_stem_parts(name))
+                    total -= size
+        return True
 
 
 def _stem_parts(name: str) -> Tuple[str, int]:
@@ -10096,9 +10122,10 @@ class Bay:
         self._identity, self._upstream = identity, upstream
         self._talks: List[Talk] = []
         self._restored: List[Parked] = []       # until the first answer has proved it
+        self._asked = 0                         # requests
         self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
-        self._saved_at = time.monotonic()
+        self._saved_at = self._answered_at = time.monotonic()
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
@@ -10137,7 +10164,9 @@ class Bay:
         return True
 
     def wants(self, body_bytes: int) -> bool:
-        """Whether a request of that size may be one to keep."""
+        """Whether a request of that size, about to be asked, may be one to keep."""
+        with self._lock:
+            self._asked += 1
         if body_bytes > MAX_TALK_BYTES:
             return False
         known = self._parking.speed(self._identity, "read")
@@ -10147,20 +10176,26 @@ class Bay:
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         parking, identity = self._parking, self._identity
+        self._answered_at = time.monotonic()
         if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
             parking.note_speed(identity, self._name, "read", counts.read_per_s)
+        with self._lock:
+            restored, self._restored = self._restored, []
+            if self._asked > 1:                 # the other one may have taken its place
+                restored = []
         if not body:
             return
         values = parse_json_object(body)
-        with self._lock:
-            restored, self._restored = self._restored, []
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
             if ignored and beginning(values, parked.turns) == parked.begins != "":
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
-                parking.turn_off(identity, self._name, why)
+                try:
+                    parking.turn_off(identity, self._name, why)
+                except UserError as exc:
+                    self._log.warning(str(exc))
         turns = len(talk_turns(values))
         if turns and parking.worth(identity, counts.prompt):
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
@@ -10169,13 +10204,13 @@ class Bay:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
 
-    def due(self, last_used: float) -> bool:
-        """Whether an idle model has been in use for so long that it is saved meanwhile."""
-        every_s = self._parking.every_s
-        due = 0 < every_s < time.monotonic() - self._saved_at and last_used > self._saved_at
-        if due:
-            self._saved_at = time.monotonic()
-        return due
+    def save_when_due(self) -> None:
+        """Save in a thread what has been in use for so long; for idle models, every second."""
+        now, every_s = time.monotonic(), self._parking.every_s
+        if 0 < every_s < now - self._saved_at and self._answered_at > self._saved_at:
+            self._saved_at = now
+            threading.Thread(target=self.save, args=(False,), name=f"park {self._name}",
+                             daemon=True).start()
 
     def save(self, ending: bool) -> None:
         """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
@@ -10195,25 +10230,38 @@ class Bay:
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speed(self._identity, "saved", SAVED_PER_S)
         with self._lock:
-            talks = sorted(self._talks, key=lambda talk: -talk.prompt)
+            talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
+            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talks = [other for other in talks if other is not talk]
+            if busy or not self._parking.worth(self._identity, tokens):
+                continue
             quick = ending or tokens / per_s < 1
-            if not busy and quick and self._parking.worth(self._identity, tokens):
-                talk = next((t for t in talks if t.prompt <= tokens <= t.tokens), NO_TALK)
-                if self._save_slot(slot, slot, tokens, talk, end):
-                    numbers.append(slot)
+            if quick and self._save_slot(slot, slot, tokens, talk, end):
+                numbers.append(slot)
+        saved = len(numbers)
         if ending and not any(busy for _, _, busy in held):
-            for talk in talks:
-                free = [slot for slot, _, _ in held if slot not in numbers]
-                if free and not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held):
-                    slot = self._pull(talk, end)
-                    if slot >= 0:
-                        number = slot if slot in free else min(free)
-                        if self._save_slot(slot, number, talk.prompt, talk, end):
-                            numbers.append(number)
-        if numbers:
-            self._log.info(f"{self._name}: parked {len(numbers)} conversations"
+            free = [slot for slot, _, _ in held if slot not in numbers]
+            saved += self._save_cached(talks, free, end)
+        if saved:
+            self._log.info(f"{self._name}: parked {saved} conversations"
                            f" in {time.monotonic() - began:.2f} s")
+
+    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
+        """Save what the host's cache has, under the numbers that are free; returns how many.
+
+        Where one is there no more, the others are older, and looking for them costs seconds.
+        """
+        saved = 0
+        for talk in sorted(talks, key=lambda talk: -talk.prompt):
+            slot = self._pull(talk, end) if free else -1
+            if slot < 0:
+                break
+            number = slot if slot in free else min(free)
+            if self._save_slot(slot, number, talk.prompt, talk, end):
+                free.remove(number)
+                saved += 1
+        return saved
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.
@@ -10294,7 +10342,7 @@ class Bay:
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():
-            if not busy and talk.prompt <= tokens <= talk.prompt + 1:
+            if not busy and talk._replace(tokens=talk.prompt + 1).is_in(tokens):
                 return slot
         return -1
 
@@ -10323,8 +10371,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.loads = self.evictions = 0
+        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
 
     @property
     def name(self) -> str:
@@ -10406,8 +10454,8 @@ class Engine:
         self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
-        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
         self._epoch = time.time() - time.monotonic()
+        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -10769,9 +10817,8 @@ class Engine:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
                     model.turn_to("stopping")
                     self._stop_soon(model)
-                elif model.bay is not None and model.bay.due(model.last_used):
-                    threading.Thread(target=model.bay.save, args=(False,),
-                                     name=f"park {model.name}", daemon=True).start()
+                elif model.bay is not None:
+                    model.bay.save_when_due()
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
@@ -10836,7 +10883,12 @@ class Engine:
             row = rows[model.name]
             if row["state"] == "not loaded" and not self._is_here(model):
                 row.update(state="not here", reason=f"llmstack download {model.name}")
-        return {"models": rows, "budget": round(self._budget_gb * 1e9)}
+        kept = 0
+        if self._parking is not None:
+            where = self._parking.directory
+            kept = sum(file_size(os.path.join(where, name)) for name in _names_in(where))
+        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": kept,
+                "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
         state, reason, since = STATE_WORDS[model.state], "", model.since
@@ -11052,6 +11104,7 @@ class SwapBays:
     def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
         try:
             tier = self._tiers[name]
+            make_private_dir(self._parking.directory)   # its servers do not start without
             swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
             port = swap_ports(swap).get(name, 0)
             if port:
@@ -11081,6 +11134,12 @@ class SwapBays:
     def forget_all(self) -> None:
         with self._lock:
             self._bays.clear()
+
+    def save_when_due(self) -> None:
+        with self._lock:
+            found = [bay for _, bays in self._bays.values() for bay in bays]
+        for bay in found:
+            bay.save_when_due()
 
 
 class SwapLease(Lease):
@@ -11165,6 +11224,8 @@ class SwapApp(UpstreamApp):
     def every_second(self) -> None:
         """Start llama-swap again where it has died; its models may have outlived it."""
         self.log.flush()
+        if self._bays:
+            self._bays.save_when_due()
         due = time.monotonic() - self._started_s > self.RESTART_S
         if self._process.poll() is not None and due and not self._closing:
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
@@ -11179,6 +11240,14 @@ class SwapApp(UpstreamApp):
         grace_s = STOP_GRACE_S + (PARK_S if self._bays else 0)
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
+
+    def watched(self) -> Dict[str, Any]:
+        running = running_states(self.upstream)
+        if running is None:
+            return {}
+        words = {name: STATE_WORDS.get(state, "loading") for name, state in running.items()}
+        return {"models": {name: {"state": words.get(name, "not loaded")}
+                           for name in set(self._models.values())}}
 
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""
@@ -11197,14 +11266,6 @@ class SwapApp(UpstreamApp):
             return
         super().pass_on(client, request, body, drop, remedy)
 
-    def watched(self) -> Dict[str, Any]:
-        running = running_states(self.upstream)
-        if running is None:
-            return {}
-        names = set(self._models.values())
-        return {"models": {name: {"state": STATE_WORDS.get(running.get(name, "stopped"), "loading")}
-                           for name in names}}
-
 
 def with_stop_hook(text: str, words: Sequence[str]) -> str:
     """llama-swap's configuration with a command before each llama-server is stopped."""
@@ -11222,7 +11283,6 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
         if found and row.get("state") == "ready":
             ports[str(row.get("model"))] = int(found.group(1))
     return ports
-
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -11832,10 +11892,10 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         row["parking"] = notes.get(row["name"], "")
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
-    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     rows["now"] = None                          # as /llmstack/snapshot tells it
     if record is not None and router_up:
         rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
+    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     return rows
 
 
@@ -13717,6 +13777,15 @@ def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
+def size_words(size: float) -> str:
+    """5.6 GB, or 3.1 MB where that says more."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+def rate_words(per_s: float) -> str:
+    return f"{per_s:.0f} tok/s" if per_s >= 10 else f"{per_s:.1f} tok/s"
+
+
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
     tokens = int(tokens)
@@ -13762,8 +13831,9 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         state += f" {ago}"
     if note:
         words.append(note)
-    return TierLine(name, text_in(row, "role") or "-", context_words(number_in(row, "ctx_size")), state,
-                    f"{size / 1e9:.1f} GB" if size else "", f"{rate:.0f} tok/s" if rate else "",
+    return TierLine(name, text_in(row, "role") or "-",
+                    context_words(number_in(row, "ctx_size")), state,
+                    size_words(size) if size else "", rate_words(rate) if rate else "",
                     ", ".join(words))
 
 
@@ -13831,8 +13901,8 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if budget:
         taken = number_in(memory, "resident")
         head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
-    if isinstance(about, dict) and about.get("channel") == "next":
-        head.append("next channel")
+    if text_in(memory, "pressure"):
+        head.append(f"{text_in(memory, 'pressure')}: idle models are unloaded")
     if isinstance(about, dict) and about.get("changed") is True:
         head.append("models.ini changed since the start: llmstack restart")
     if isinstance(about, dict) and about.get("local_only") is True:
@@ -13847,16 +13917,18 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     lines += render_tiers(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
         if text_in(row, "state") != "done":
-            what = f"Download {text_in(row, 'tier')}-{text_in(row, 'label')}: {text_in(row, 'state')}, "
-            done = progress_words(int(number_in(row, "bytes")), int(number_in(row, "total_bytes")), 0)
-            lines += _wrapped(what + (text_in(row, "error") or done), width, "  ")
+            name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
+            have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
+            how = text_in(row, "error") or progress_words(have, size, 0)
+            what = f"Download {name}: {text_in(row, 'state')}, {how}"
+            lines += _wrapped(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
         lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
     return lines
 
 
-def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]]:
+def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
     """The snapshot of a router anew with each change, and each second without one.
 
     Errors: OSError, ValueError where the stream ends or is none.
@@ -13864,7 +13936,9 @@ def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]
     sock = upstream.connect()
     try:
         lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, headers + b"Accept: text/event-stream"]
+                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
+        if upstream.key:
+            lines.append(b"Authorization: Bearer " + upstream.key.encode())
         sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
         sock.settimeout(WATCH_SILENCE_S)
         head = b""
@@ -14105,8 +14179,8 @@ def _bring_up(args: Any, again: bool) -> int:
         _prepare_demo(args, places)
     plan = _plan(args, places, planned_config(places, warn, profile))
     check_plan(plan)
-    if not os.path.exists(places.models_ini):
-        prepare_project(places, say, profile)
+    if profile or not os.path.exists(places.models_ini):
+        prepare_project(places, say, profile)   # which says that a profile replaces nothing
         plan = plan._replace(config=load_config(places))
     _prepare_hosted(places, plan.config)
     started = start_stack(plan, say, again)
@@ -14322,19 +14396,15 @@ def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
         return _status_of_parts(rows, config, width, demo)
     lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
                             time.time(), paint)
+    if rows["channel"] == "next":
+        lines.insert(1, "next channel")
     return lines + _status_notes(rows)
 
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
-    """What is to be said beside the tiers."""
-    lines = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    for tier in rows["tiers"]:
-        if tier.get("parking"):
-            lines.append(f"{tier['name']}: parking {tier['parking']}")
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
-                     " and none takes more")
-    return lines
+    notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
+    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
+    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
 
 
 def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
@@ -14349,6 +14419,9 @@ def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str
     if tiers:
         lines += ["", *render_tiers(tiers, width, paint)]
     lines += _status_notes(rows)
+    if rows.get("memory_pressure"):
+        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+                     " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
     for row in rows["downloads"]:
@@ -14398,25 +14471,15 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Di
     return row
 
 
-def _watched_router(places: Places) -> Tuple[Upstream, str]:
-    """The router to watch, and its URL for people. Errors: UserError where none is up."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).upstream, url
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        raise UserError("the stack of this project is not running", "run `llmstack start`")
-    return router_upstream(record), base_url(record.host, record.port)
-
-
 def _watch(places: Places) -> int:
     """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, url = _watched_router(places)
+    upstream, _ = running_router(places)
+    url = upstream.url
     in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     try:
         while True:
             try:
-                for now in follow_events(upstream, key_header(os.environ)):
+                for now in follow_events(upstream):
                     _draw(render_snapshot(now, url, _columns(), time.time(), paint),
                           in_place)
             except (OSError, ValueError) as exc:
@@ -15147,16 +15210,14 @@ COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install trust activate config"),
+    ("Projects", "install trust forget activate config"),
     ("Keep it", "service serve completion self version help"),
 )
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
     """'strat', did you mean start?"""
-    import difflib
-    near = difflib.get_close_matches(word, known, 1, 0.7)
-    return f"{word!r}, did you mean {near[0]}?" if near else repr(word)
+    return repr(word) + _did_you_mean(word, known)
 
 
 def render_examples(prog: str) -> str:
@@ -15198,7 +15259,6 @@ def extra_parser(name: str, doc: str) -> Any:
 def make_parser() -> Any:
     """The command line; `commands` are its subparsers. Errors of usage exit with 2, in one line and a hint."""
     parser = new_parser("llmstack", "A multi-tier local LLM stack behind one OpenAI-compatible address.")
-    parser.add_argument("-V", "--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
     for add in ADD_COMMANDS:
         add(commands)
@@ -15226,10 +15286,15 @@ def extra_names() -> List[str]:
     return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
 
 
+def command_groups() -> List[Tuple[str, List[str]]]:
+    """COMMAND_GROUPS, and the extras that it does not know."""
+    groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
+    listed = [name for _, names in groups for name in names]
+    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
+
+
 def command_names() -> List[str]:
-    """Every command of `help`, and the extras it does not know."""
-    listed = " ".join(names for _, names in COMMAND_GROUPS).split()
-    return listed + [name for name in extra_names() if name not in listed]
+    return [name for _, names in command_groups() for name in names]
 
 
 def load_extra(name: str) -> Any:
@@ -15272,12 +15337,11 @@ def render_help(summaries: Mapping[str, str]) -> str:
     """All commands in groups, with a line each."""
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
-    listed = " ".join(names for _, names in COMMAND_GROUPS)
-    others = [name for name in extra_names() if name not in listed.split()]
-    for heading, names in (*COMMAND_GROUPS, ("More", " ".join(others))):
-        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names.split()]
-        lines += ["", heading] if rows else []
-        lines += [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+    for heading, names in command_groups():
+        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names]
+        shown = [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+        if shown:
+            lines += ["", heading, *shown]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -15293,23 +15357,22 @@ def _say_help(parser: Any, topic: str) -> int:
     return 0
 
 
+OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
-    name = argv[0] if argv else "help"
-    if name == "_hook" and len(argv) == 3:
-        return _cmd_hook(argv[1], argv[2])
+    name, *words = argv or ("help",)
+    name = OPTION_COMMANDS.get(name, name)
+    if name == "_hook" and len(words) == 2:
+        return _cmd_hook(*words)
     if not name.startswith("_"):
         leave_stale_project(os.environ)
     parser = make_parser()
-    if name in ("-h", "--help"):
-        return _say_help(parser, "")
     command = parser.commands.get(name)
-    if command is None and not name.startswith("-"):
-        return run_extra(name, argv[1:])
     if command is None:
-        parser.parse_args(list(argv))
-        return _cmd_version(None)
-    args = command.parse_args(list(argv[1:]))
+        return run_extra(name, words)
+    args = command.parse_args(words)
     if args.run is None:
         return _say_help(parser, args.topic)
     return int(args.run(args))
