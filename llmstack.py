@@ -7991,7 +7991,7 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
             continue
         content = _with_pictures(message.get("content"), message.get("images"))
         new = {"role": message.get("role"), "content": content}
-        calls = []
+        calls: List[Dict[str, Any]] = []
         for call in _list_of(message.get("tool_calls")):
             function = dict_of(dict_of(call).get("function"))
             number = f"call_{len(made)}_{len(calls)}"
@@ -8000,7 +8000,7 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
                 "name": function.get("name"), "arguments": arguments}})
         if calls:
             new["tool_calls"] = calls
-            open_calls = [call["id"] for call in calls]
+            open_calls = [str(call["id"]) for call in calls]
         if message.get("role") == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
@@ -8090,7 +8090,7 @@ class OllamaAnswer(Translation):
             return _json_line({"error": said_error(self._held.decode("utf-8", "replace"))})
         if whole:
             return self._whole()
-        *lines, rest = self._held.split(b"\n")
+        *lines, rest = bytes(self._held).split(b"\n")
         self._held = bytearray(rest)
         out = b"".join(self._event(line[5:]) for line in lines if line.startswith(b"data:"))
         if last and not self._failed:
