@@ -380,6 +380,7 @@ def test_the_guard_has_the_routers_rule(site: str) -> None:
             fields = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
             asked = llmstack.Request("GET", "/", 1, (), True, False, False, fields, 0)
             ours = llmstack.refusal(asked, True).replace("this router", "LiteLLM")
+            ours = re.split(r", or name it|; allowed_origins", ours)[0]     # our keys are not LiteLLM's
             assert litellm_proxy.refusal(headers) == ours, headers
 
 
