@@ -7721,63 +7721,67 @@ Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its l
 
 
 class Counters:
-    """The sums behind /metrics."""
+    """The sums behind /metrics. A request pays some microseconds for them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums: Samples = {}
-        for name, metric in METRICS.items():
-            if metric.kind == "histogram":      # a bucket that is absent is no zero to Prometheus
-                for limit in (*SECONDS_BUCKETS, float("inf")):
-                    self.add(f"{name}_bucket", _le(limit), by=0)
-                self.add(f"{name}_sum", by=0)
-                self.add(f"{name}_count", by=0)
-            elif not metric.labels and metric.kind == "counter":
-                self.add(name, by=0)
+        self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
+        names = [name for name, metric in METRICS.items() if metric.kind == "histogram"]
+        self._seconds = dict.fromkeys(names, 0.0)
+        self._buckets = {name: [0] * (len(SECONDS_BUCKETS) + 1) for name in names}
 
     def add(self, name: str, *labels: str, by: float = 1) -> None:
         with self._lock:
-            key = (name, labels)
-            self._sums[key] = self._sums.get(key, 0) + by
+            self._add(name, labels, by)
 
-    def observe(self, name: str, seconds: float) -> None:
-        """Count a value of a histogram."""
-        for limit in (*SECONDS_BUCKETS, float("inf")):
-            if seconds <= limit:
-                self.add(f"{name}_bucket", _le(limit))
-        self.add(f"{name}_sum", by=seconds)
-        self.add(f"{name}_count")
+    def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
+        key = (name, labels)
+        self._sums[key] = self._sums.get(key, 0) + by
+
+    def _observe(self, name: str, seconds: float) -> None:
+        over = sum(seconds > limit for limit in SECONDS_BUCKETS)
+        self._buckets[name][over] += 1
+        self._seconds[name] += seconds
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
-        tier = str(row["tier"])
-        self.add("llmstack_requests_total", tier, str(row["rung"]), str(row["ended"]))
-        self.add("llmstack_fallbacks_total", by=len(row.get("fallbacks", ())))
-        for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
-            self.add("llmstack_tokens_total", tier, kind, by=row[key])
-        if row.get("cost"):
-            self.add("llmstack_cost_dollars_total", tier, by=row["cost"])
-        self.observe("llmstack_wait_seconds", row["wait_s"])
-        if row["ended"] in ("done", "broken"):
-            self.observe("llmstack_first_byte_seconds", row["first_byte_s"])
+        tier = row["tier"]
+        with self._lock:
+            self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
+            self._add("llmstack_fallbacks_total", (), len(row.get("fallbacks", ())))
+            for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
+                if row[key]:
+                    self._add("llmstack_tokens_total", (tier, kind), row[key])
+            if row.get("cost"):
+                self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
+            self._observe("llmstack_wait_seconds", row["wait_s"])
+            if row["ended"] in ("done", "broken"):
+                self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
         """Prometheus' text format 0.0.4."""
         with self._lock:
             samples = {**self._sums, **gauges}
+            buckets = {name: list(counts) for name, counts in self._buckets.items()}
+            seconds = dict(self._seconds)
         lines = []
         for name, metric in METRICS.items():
             lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
-            for (sample, labels), value in samples.items():
-                if sample == name:
-                    lines.append(_sample_line(sample, metric.labels, labels, value))
-                elif metric.kind == "histogram" and sample.startswith(name + "_"):
-                    lines.append(_sample_line(sample, ("le",), labels, value))
+            lines += [_sample_line(name, metric.labels, labels, value)
+                      for (sample, labels), value in samples.items() if sample == name]
+            if metric.kind == "histogram":
+                lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
 
 
-def _le(limit: float) -> str:
-    return "+Inf" if limit == float("inf") else f"{limit:g}"
+def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
+    """Each bucket counts all that is at most its limit."""
+    limits = [*(f"{limit:g}" for limit in SECONDS_BUCKETS), "+Inf"]
+    sums = list(itertools.accumulate(counts))
+    lines = [_sample_line(f"{name}_bucket", ("le",), (limit,), below)
+             for limit, below in zip(limits, sums)]
+    return [*lines, _sample_line(f"{name}_sum", (), (), seconds),
+            _sample_line(f"{name}_count", (), (), sums[-1])]
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
