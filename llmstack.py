@@ -133,6 +133,7 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+TINY_TOKENS = 500                  # of a prompt that may go past a tier that is busy
 WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
@@ -329,6 +330,7 @@ class Config(NamedTuple):
     unknown_model: str = "error"                # what other names get: error | auto
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
+    patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
 
     @property
     def smallest_context(self) -> int:
@@ -1073,6 +1075,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
+    "patience_s": Option("int", 0, 3_600, harmless=_ANY_VALUE),
     "allowed_origins": Option("origins"),
     "allowed_hosts": Option("hosts"),
     "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
@@ -6500,6 +6503,7 @@ class Terms(NamedTuple):
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
     began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
     translation: Optional[Translation] = None           # the shape in which the client gets it
+    patience_s: float = 0.0                             # longest wait in all for the first byte, 0: any
 
 
 AS_IT_COMES = Terms()
@@ -7437,7 +7441,12 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             lease.wait(PATIENCE_MS / 1000)
             if client.gone():
                 raise ClientGone
+            if 0 < terms.patience_s < waiting.waited_s:
+                return Outcome("unreachable", 0, "busy")
             waiting.tell(lease.stage)
+        if terms.patience_s:
+            left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
+            terms = terms._replace(first_byte_s=left_s)
         waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
         if upstream is None:
@@ -8355,6 +8364,7 @@ class Asked:
         self.values = values                    # of the body
         self.drop = drop                        # headers that stay here
         self.translation: Optional[Translation] = None
+        self.patience_s = 0.0                   # how long its first tier may keep it waiting
         self._place = place                     # of the model's name, None: it is JSON's to find
         self.began_s = time.monotonic()
         self.model = values.get("model")
@@ -8428,6 +8438,10 @@ class Ladder:
     @property
     def route(self) -> Route:
         return self._snapshot.routes[self.tier.name]
+
+    def prefer(self, tiers: Sequence[Tier]) -> None:
+        """Ask these before the others, once the first has had its chance."""
+        self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
@@ -9027,6 +9041,10 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        if config.patience_s and facts.full_tokens <= TINY_TOKENS:
+            idle = self._idle_beside(decision.chain)
+            ladder.prefer(idle)
+            asked.patience_s = config.patience_s if idle else 0.0
         reason = decision.reason
 
         def headers() -> bytes:
@@ -9042,6 +9060,7 @@ class RouterApp(App):
             outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
+            asked.patience_s = 0.0
         name = ladder.tier.name
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
@@ -9052,6 +9071,15 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         row = record_row(facts, asked.path, name, decision, outcome)
         self._note(ongoing, row, ladder.fallbacks)
+
+    def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
+        """The loaded tiers with nothing to do, where a chain's first is not one of them."""
+        rows = dict_of(self.behind.watched().get("models"))
+        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        idle = [tier for tier in chain if tier.name not in busy
+                and dict_of(rows.get(tier.name)).get("state") == "loaded"]
+        own = chain[0]
+        return [] if own in idle or own.backend != "gguf" else idle
 
     def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
              ongoing: Ongoing) -> Outcome:
@@ -9087,7 +9115,7 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation)
+                      asked.release, asked.translation, asked.patience_s)
         told = asked.stream and asked.translation is None
         waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
         try:
