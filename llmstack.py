@@ -3148,7 +3148,8 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     config = config._replace(tiers=config.offered or config.tiers)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
-    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
+    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config))
+                  for t in config.tiers if t.role not in PATH_ROLES.values())
 
     def model(role: str) -> Dict[str, str]:
         """The tier of a role, or nothing, and then opencode takes its default model."""
@@ -8263,9 +8264,11 @@ class OllamaAnswer(Translation):
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama lists a model."""
     own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
+    import hashlib
     name = str(entry.get("id"))
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()    # ollama cuts it short
     return {"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z",
-            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": "",
+            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": digest,
             "capabilities": entry.get("capabilities") or ["completion"],
             "details": {"parent_model": "", "format": "gguf", "family": "llmstack",
                         "families": ["llmstack"], "parameter_size": "",
@@ -8425,8 +8428,7 @@ class Asked:
     """An inference request, read. Its body goes once an answer has begun."""
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
-                 values: Dict[str, Any], drop: FrozenSet[bytes],
-                 place: Optional[Tuple[int, int]] = None) -> None:
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
@@ -8435,7 +8437,7 @@ class Asked:
         self.drop = drop                        # headers that stay here
         self.translation: Optional[Translation] = None
         self.patience_s = 0.0                   # how long its first tier may keep it waiting
-        self._place = place                     # of the model's name, None: it is JSON's to find
+        self.place: Optional[Tuple[int, int]] = None    # of the model's name; None: find it in JSON
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
@@ -8443,9 +8445,9 @@ class Asked:
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
-        if self._place is None:
+        if self.place is None:
             return route_body(self.body, self.values, route, self.path, name)
-        start, end = self._place
+        start, end = self.place
         if not name or not end:
             return [self.body]
         return [self.body[:start], name.encode(), self.body[end:]]
@@ -8787,8 +8789,8 @@ class RouterApp(App):
         else:
             place = form_model(request.header(b"content-type"), body)
             name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
-            values = {"model": name or _asked_in(request.target)}
-            name = values["model"]
+            name = name or _asked_in(request.target)
+            values = {"model": name}
         tier = ""
         if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
             tier = self._resolve(request, name, drop)
@@ -8799,7 +8801,9 @@ class RouterApp(App):
         target = request.target
         if route.host is None:
             target = self.behind.target(route.tier.name, target)
-        self._ask_named(client, Asked(request, path, target, body, values, drop, place), route)
+        asked = Asked(request, path, target, body, values, drop)
+        asked.place = place
+        self._ask_named(client, asked, route)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
