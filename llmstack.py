@@ -11117,19 +11117,17 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            if not found:                       # the request that waits goes on, the next tries again
-                self.forget(name)
+            with self._lock:                    # the request that waits goes on, the next tries again
+                if not found and self._bays.get(name, (None,))[0] is done:
+                    del self._bays[name]
             done.set()
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
-        known = self.forget(name)
-        for bay in known[1] if known else ():
-            bay.save(ending=True)
-
-    def forget(self, name: str) -> Optional[Tuple[threading.Event, List[Bay]]]:
         with self._lock:
-            return self._bays.pop(name, None)
+            _, found = self._bays.pop(name, (None, []))
+        for bay in found:
+            bay.save(ending=True)
 
     def forget_all(self) -> None:
         with self._lock:
