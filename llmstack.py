@@ -2786,8 +2786,6 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
         of_all_slots_mb = fit.checkpoint_mb * SERVER_SLOTS
         checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
         free_mb -= (checkpoints - 1) * of_all_slots_mb
-    elif fit.memory is not None:
-        checkpoints = 0                         # it makes none
     mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
     return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
 
@@ -11351,10 +11349,12 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
                           local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`.
 
-    LiteLLM's gateway stands in it where that is local.
+    Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
     key, mcp_url = api_key(env), ""
     if local:
+        marker = read_marker(places)
+        config = true_config(config, places, marker is not None and marker.channel == "next")
         if not key:                             # the router may be of another terminal
             key = api_key(_environment_of(read_stack(places), {}))
         if any(tier.backend == "litellm" for tier in config.offered):
