@@ -40,6 +40,7 @@ Map of the file, bottom-up; each section is built from those above it:
     BACKENDS             what can answer a tier, and how a request waits for it
     RECORD               logs/decisions.jsonl, a line a request
     EVENTS               what those who look on are told: the page, its stream, /metrics
+    OLLAMA               its API, turned into OpenAI's and back
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
     FIT                  the hub and its cache; a model's header from either; what each tier takes here
@@ -60,7 +61,8 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, speeds.json, parked/ (conversations), lock, llama-cpp/, hub/ and litellm/ (private
+environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -132,6 +134,7 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+TINY_TOKENS = 500                  # of a prompt that may go past a tier that is busy
 WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
@@ -176,7 +179,7 @@ LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheel
 LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
 
 LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
-KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored")
+KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", "embed", "rerank")
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "fast": ("fast", "small", "autocomplete"),
     "agent": ("agent", "smart", "code", "coder"),
@@ -328,6 +331,7 @@ class Config(NamedTuple):
     unknown_model: str = "error"                # what other names get: error | auto
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
+    patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
 
     @property
     def smallest_context(self) -> int:
@@ -408,7 +412,12 @@ INFERENCE_PATHS = {
     "/messages/count_tokens": "/v1/messages/count_tokens",
     "/completion": "/completion",
     "/infill": "/infill",
+    "/embeddings": "/v1/embeddings",
+    "/rerank": "/v1/rerank",
+    "/reranking": "/v1/rerank",
 }
+# The role that answers such a path, whatever is asked for by a name that is no tier's.
+PATH_ROLES = {"/v1/embeddings": "embed", "/v1/rerank": "rerank"}
 # What the last bytes of a whole event stream hold, one of these; where none does, the model's server died and
 # somebody between it and us ended its stream cleanly (llama-swap does).
 STREAM_ENDS = {
@@ -547,6 +556,21 @@ def resolve_name(config: Config, model: object) -> str:
         if any(fnmatchcase(name, pattern) for name in spellings):
             return _alias_target(config, target)
     return "auto" if config.unknown_model == "auto" else ""
+
+
+def resolve_on_path(config: Config, path: str, model: object) -> str:
+    """As resolve_name, on a canonical path: some have a role of their own.
+
+    There, `auto` and the names that providers have for such models (text-embedding-3-small,
+    rerank-v3.5) are the tier of that role, "" where there is none.
+    """
+    role = PATH_ROLES.get(path, "")
+    name = resolve_name(config, model)
+    if not role or (name and name != "auto"):
+        return name
+    tier = config.by_role(role)
+    meant = name == "auto" or (isinstance(model, str) and role in model.lower())
+    return tier.name if tier and meant else ""
 
 
 def _alias_target(config: Config, target: str) -> str:
@@ -1052,6 +1076,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
+    "patience_s": Option("int", 0, 3_600, harmless=_ANY_VALUE),
     "allowed_origins": Option("origins"),
     "allowed_hosts": Option("hosts"),
     "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
@@ -1714,6 +1739,10 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
     names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "rep_pen": "--repeat-penalty"}
     flags += [(names[key], _number(value)) for key, value in tier.sampler]
+    if tier.role == "embed":                    # a text is read in one batch, or refused
+        flags += [("--embedding",), ("--ubatch-size", str(min(tier.ctx_size, 2048)))]
+    elif tier.role == "rerank":
+        flags += [("--reranking",), ("--ubatch-size", str(min(tier.ctx_size, 2048)))]
     return flags
 
 
@@ -2063,6 +2092,8 @@ def auto_entry(config: Config) -> Dict[str, Any]:
 
 def capabilities(tier: Tier) -> List[str]:
     """What a tier can do, in the words that llama.cpp and Ollama use."""
+    if tier.role in ("embed", "rerank"):
+        return ["embedding" if tier.role == "embed" else "rerank"]
     words = ["completion"]
     if tier.tool_call:
         words.append("tools")
@@ -3116,7 +3147,8 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     config = config._replace(tiers=config.offered or config.tiers)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
-    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
+    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config))
+                  for t in config.tiers if t.role not in PATH_ROLES.values())
 
     def model(role: str) -> Dict[str, str]:
         """The tier of a role, or nothing, and then opencode takes its default model."""
@@ -3165,6 +3197,10 @@ HOP_BY_HOP = frozenset({
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 })
 _NO_LENGTH = HOP_BY_HOP | {b"content-length"}
+# Which page may read an answer is ours to say: llama-server lets every one.
+_OF_PAGES = frozenset({
+    b"access-control-allow-origin", b"access-control-allow-credentials",
+    b"access-control-expose-headers"})
 # Who may ask, and where a request ends, is judged by the first of these; a second could say
 # otherwise to whoever reads the last.
 _SINGLE = (b"host", b"content-length", b"transfer-encoding", b"origin", b"sec-fetch-site")
@@ -3179,9 +3215,10 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7
 _WHOLE_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")   # of a chunk that is not the last
 MAX_FRAMING_LINE_BYTES = 1024                   # a chunk's size with its extensions, or a trailer
 REASONS = {
-    200: "OK", 204: "No Content", 307: "Temporary Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
-    404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
-    413: "Content Too Large", 417: "Expectation Failed", 429: "Too Many Requests",
+    200: "OK", 204: "No Content", 307: "Temporary Redirect",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout",
+    413: "Content Too Large", 415: "Unsupported Media Type", 417: "Expectation Failed", 429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }
 
@@ -3333,9 +3370,10 @@ def parse_request_head(head: bytes) -> Request:
     if expect not in (b"", b"100-continue"):
         raise HttpError(417, "only Expect: 100-continue is known")
     words = _connection_words(headers)
+    stays = minor == 1 or b"keep-alive" in words
     return Request(
         method, target, minor, tuple(headers),
-        keep_alive=minor == 1 and b"close" not in words,
+        keep_alive=stays and b"close" not in words,
         upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
         expects=minor == 1 and expect != b"",
         fields=fields, length=length,
@@ -3390,7 +3428,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
     if status == 101:
         text += lines
     else:
-        text += end_to_end(headers, _NO_LENGTH)
+        text += end_to_end(headers, _NO_LENGTH | _OF_PAGES)
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
         if framing == "length" or (framing == "none" and length >= 0):
             text.append(b"Content-Length: %d" % length)
@@ -3531,12 +3569,78 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+# ---- bodies
+
+
+def _unpacker(coding: str) -> Any:
+    """What undoes a Content-Encoding, with the methods of zlib's. Errors: HttpError 415."""
+    import zlib
+    if coding in ("gzip", "x-gzip"):
+        return zlib.decompressobj(31)
+    if coding == "deflate":
+        return zlib.decompressobj(15)
+    if coding == "zstd":
+        try:
+            from importlib import import_module
+            return import_module("compression.zstd").ZstdDecompressor()
+        except ImportError:                     # before Python 3.14
+            pass
+    raise HttpError(415, f"a body with Content-Encoding {coding!r} is not read here; gzip, deflate"
+                         " and identity are")
+
+
+def decoded_body(coding: str, body: bytes) -> bytes:
+    """A body without its Content-Encoding. Errors: HttpError 400, 413, 415.
+
+    It never grows beyond MAX_BODY_BYTES, however much is packed into it.
+    """
+    for name in reversed(coding.lower().split(",")[:2]):
+        name = name.strip()
+        if name in ("", "identity"):
+            continue
+        unpacker = _unpacker(name)
+        try:
+            body = unpacker.decompress(body, MAX_BODY_BYTES + 1)
+        except Exception as exc:                # zlib's and zstd's errors have no class in common
+            raise HttpError(400, f"the body is not {name}: {exc}") from None
+        if len(body) > MAX_BODY_BYTES:
+            raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
+        if not unpacker.eof or unpacker.unused_data:
+            raise HttpError(400, f"the body is not one whole {name} stream")
+    return body
+
+
+_BOUNDARY = re.compile(r'multipart/form-data\s*;.*?boundary="?([^";,\s]{1,200})', re.IGNORECASE)
+_MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*;[ \t]*name="?model"?[ \t]*(?:;|\r|\Z)',
+                         re.IGNORECASE)
+
+
+def form_model(content_type: str, body: bytes) -> Tuple[int, int]:
+    """Where the model's name stands in a form's body, (0, 0) where it does not."""
+    boundary = _BOUNDARY.match(content_type)
+    if boundary is None:
+        return 0, 0
+    mark = b"--" + boundary.group(1).encode("latin-1")
+    part = body.find(mark)
+    while part >= 0:
+        following = body.find(b"\r\n" + mark, part)
+        head_end = body.find(b"\r\n\r\n", part)
+        if following < 0 or head_end < 0:
+            break
+        if head_end < following and _MODEL_PART.search(body[part:head_end]):
+            return head_end + 4, following
+        part = following + 2
+    return 0, 0
+
+
 # ---- our own errors
 
 
 def error_json(message: str, kind: str, code: Union[int, str, None] = None,
                protocol: str = "") -> bytes:
-    """An error body in the shape of the path asked: OpenAI's, or Anthropic's for /v1/messages."""
+    """An error body in the shape of the path asked: OpenAI's, Anthropic's or Ollama's."""
+    if protocol.startswith("/api/"):
+        return json.dumps({"error": message}, ensure_ascii=False).encode()
     value: Dict[str, Any] = {
         "error": {"message": message, "type": kind, "param": None, "code": code}}
     if protocol.startswith("/v1/messages"):
@@ -3558,10 +3662,24 @@ def error_event(message: str, kind: str = "upstream_error", protocol: str = "") 
     if protocol.startswith("/v1/messages"):
         return b"event: error\ndata: " + body + b"\n\n"
     if protocol == "/v1/responses":
-        value = {"type": "error", "code": "server_error", "message": message, "param": None,
-                 "sequence_number": 0}
-        return b"event: error\ndata: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+        return _failed_response(message, kind)
     return b"data: " + body + b"\n\n"
+
+
+def _failed_response(message: str, kind: str) -> bytes:
+    """What ends a stream of /v1/responses.
+
+    OpenAI's libraries raise upon an `error` that has one inside; Codex reads response.failed. That
+    comes behind it: the libraries' newest would find that its id is none they know.
+    """
+    error = {"code": "server_error", "message": message}
+    failed = {"type": "response.failed", "sequence_number": 1, "response": {
+        "id": "", "object": "response", "status": "failed", "output": [], "error": error}}
+    said = {"type": "error", "sequence_number": 0, "param": None, **error,
+            "error": {**error, "type": kind, "param": None}}
+    return b"".join(
+        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+        for event in (said, failed))
 
 
 # ---- who may ask
@@ -3575,19 +3693,51 @@ def is_loopback(host: str) -> bool:
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
 
 
-def refusal(request: Request, loopback: bool) -> str:
+# What containers call the machine they run on; nobody can have a name of that domain.
+CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
+
+
+def host_matches(host: str, pattern: str) -> bool:
+    """Whether a lower-case host is that of a pattern, exact or with `*.` in front."""
+    if pattern.startswith("*."):
+        return host.endswith(pattern[1:])
+    return host == pattern
+
+
+def origin_matches(origin: str, pattern: str) -> bool:
+    """Whether a page's origin is that of a pattern of allowed_origins.
+
+    A pattern without a scheme is a host's, on any port, by http or https.
+    """
+    scheme, _, place = origin.lower().partition("://")
+    wanted, found, where = pattern.rpartition("://")
+    if not found:
+        bare = place.rpartition(":")[0] or place
+        return scheme in ("http", "https") and host_matches(bare, where)
+    return scheme == wanted and (where == "*" or host_matches(place, where))
+
+
+def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
+            hosts: Sequence[str] = ()) -> str:
     """Why a request may come from a web page that has no business here, or "".
 
     A page that resolved its own name to 127.0.0.1 gives itself away by Host, a cross-site one by
-    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects).
+    Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects). `origins` and
+    `hosts` are patterns of those that may ask all the same.
     """
     host, origin = request.header(b"host"), request.header(b"origin")
     if loopback and host and not is_loopback(host):
-        return f"Host {host!r} is not this machine; use 127.0.0.1"
+        name = host.lower().partition(":")[0]
+        if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
+            return (f"Host {host!r} is not this machine; use 127.0.0.1,"
+                    " or name it in allowed_hosts of models.ini")
     if origin:
         place = origin.split("://", 1)[-1]
+        if any(origin_matches(origin, pattern) for pattern in origins):
+            return ""
         if not is_loopback(place) and (loopback or place != host):
-            return f"Origin {origin!r} may not use this router"
+            return (f"Origin {origin!r} may not use this router;"
+                    " allowed_origins in models.ini names pages that may")
         return ""
     if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
         return "cross-site requests may not use this router"
@@ -3747,7 +3897,7 @@ def waiting_event(words: str) -> bytes:
 _LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, words in (
     (r"not within the file bounds|corrupted or incomplete|failed to read", "the file is cut short"),
     (r"invalid magic|failed to read magic", "the file is no GGUF"),
-    (r"unknown model architecture: *'?([\w.-]*)", "this llama-server does not know its architecture"),
+    (r"unknown model architecture", "this llama-server does not know its architecture"),
     (r"out of memory|failed to allocate|unable to allocate|cudaMalloc", "memory ran out"),
     (r"there is no |No such file|failed to open", "the file is not there"),
     (r"error: invalid argument|error while handling argument", "llama-server refuses a flag"),
@@ -5927,7 +6077,7 @@ class Client:
         self.asking_since = time.monotonic()    # a request is to come whole, 0.0: none is under way
         self.method = ""
         self.minor = 1
-        self.origin = b""
+        self.origin = b""                       # of the page that asks
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_patience(sock, max(int(min(5.0, head_timeout_s / 3) * 1000), 1))
 
@@ -6091,7 +6241,7 @@ class Client:
     def reply(self, status: int, body: bytes, content_type: str = "application/json",
               extra: bytes = b"") -> None:
         """Answer ourselves. Closes when a body was left unread: its bytes are no request."""
-        if self.unread or self.minor == 0:
+        if self.unread:
             self.keep_alive = False
         lines = [
             b"HTTP/1.1 %d %b" % (status, REASONS.get(status, "Error").encode()),
@@ -6099,13 +6249,23 @@ class Client:
             b"Content-Type: " + content_type.encode(),
             b"Content-Length: %d" % len(body),
         ]
-        if self.origin and status != 403:       # a page of this machine, as refusal() lets it pass
-            lines.append(b"Access-Control-Allow-Origin: " + self.origin)
-        if not self.keep_alive:
-            lines.append(b"Connection: close")
-        head = b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
+        head = b"\r\n".join(lines) + b"\r\n" + self.connection_line() + self.for_page()
+        head += extra + b"\r\n"
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
+
+    def connection_line(self) -> bytes:
+        """The header line that says whether the connection stays, where its version does not."""
+        if not self.keep_alive:
+            return b"Connection: close\r\n"
+        return b"" if self.minor else b"Connection: keep-alive\r\n"
+
+    def for_page(self) -> bytes:
+        """Header lines with which a browser lets the page that asked read the answer."""
+        if not self.origin:                     # none, or one that refusal() did not let pass
+            return b""
+        return (b"Access-Control-Allow-Origin: " + self.origin + b"\r\nVary: Origin\r\n"
+                b"Access-Control-Expose-Headers: *\r\n")
 
     def reply_error(self, status: int, message: str, kind: str = "invalid_request_error",
                     extra: bytes = b"") -> None:
@@ -6128,7 +6288,7 @@ class Client:
         if not self.keep_alive:
             lines.append(b"Connection: close")
         self.answering = self.opened = True
-        self.send(b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n")
+        self.send(b"\r\n".join(lines) + b"\r\n" + self.for_page() + extra + b"\r\n")
 
     def send_event(self, event: bytes) -> None:
         """An event or comment of a stream that open_stream began."""
@@ -6385,6 +6545,19 @@ class Outcome(NamedTuple):
     cost: float = 0.0                           # of a hosted answer, in dollars, where LiteLLM says it
 
 
+class Translation:
+    """Puts one answer into the shape of another protocol, as it passes."""
+
+    content_type = b""
+
+    def begin(self, status: int) -> None:
+        """An answer with this status is going to pass."""
+
+    def feed(self, payload: bytes, last: bool = False) -> bytes:
+        """What the client gets for the next bytes, or for the `last`."""
+        return payload
+
+
 class Terms(NamedTuple):
     """What a relay heeds besides the request: the defaults pass everything on as it comes."""
 
@@ -6395,6 +6568,8 @@ class Terms(NamedTuple):
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
     began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
+    translation: Optional[Translation] = None           # the shape in which the client gets it
+    patience_s: float = 0.0                             # longest wait in all for the first byte, 0: any
 
 
 AS_IT_COMES = Terms()
@@ -6607,6 +6782,15 @@ class _ToTheClose:
         return data
 
 
+def _retyped(response: Response, content_type: bytes) -> Response:
+    """The head of an answer whose body is going to be another."""
+    of_body = (b"content-type:", b"content-length:")
+    lines = [line for line in response.text.split(b"\r\n")
+             if line and not line.lower().startswith(of_body)]
+    lines.append(b"Content-Type: " + content_type + b"\r\n")
+    return response._replace(text=b"\r\n".join(lines))
+
+
 class _Answer:
     """The body of one answer on its way from an upstream to a client.
 
@@ -6614,10 +6798,11 @@ class _Answer:
     can be added to a stream of events, and its last bytes can be read.
     """
 
-    __slots__ = ("_body", "_ends", "chunked", "first", "response", "tail")
+    __slots__ = ("_body", "_ends", "_translation", "chunked", "first", "response", "tail")
 
-    def __init__(self, client: Client, response: Response, ends: Sequence[bytes] = ()) -> None:
-        self.response, self._ends = response, ends
+    def __init__(self, client: Client, response: Response, ends: Sequence[bytes] = (),
+                 translation: Optional[Translation] = None) -> None:
+        self.response, self._ends, self._translation = response, ends, translation
         self.first = self.tail = b""
         self._body: Union[_Sized, _Chunked, _ToTheClose] = _Sized(response.length)
         if response.framing == "none":
@@ -6627,9 +6812,13 @@ class _Answer:
         elif response.framing == "close":
             self._body = _ToTheClose()
         length_known = response.framing in ("length", "none") and not client.opened
+        if translation is not None:
+            length_known = False
+            translation.begin(response.status)
+            self.response = _retyped(response, translation.content_type)
         self.chunked = client.minor == 1 and not length_known
-        if client.minor == 0:
-            client.keep_alive = False
+        if client.minor == 0 and not length_known:
+            client.keep_alive = False           # its end tells that of the answer
 
     @property
     def ended(self) -> bool:
@@ -6651,6 +6840,8 @@ class _Answer:
 
     def frame(self, payload: bytes, last: bool = False) -> bytes:
         """Payload as the client gets it; `last`: with the clean end behind it."""
+        if self._translation is not None:
+            payload = self._translation.feed(payload, last)
         if not self.chunked:
             return payload
         framed = chunk(payload) if payload else b""
@@ -6721,10 +6912,8 @@ def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
     framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"Connection: close\r\n"
-    if client.keep_alive or response.status == 101:
-        close = b""
-    return b"".join((response.text, framing, close, extra, b"\r\n"))
+    close = b"" if response.status == 101 else client.connection_line()
+    return b"".join((response.text, framing, close, client.for_page(), extra, b"\r\n"))
 
 
 class _Relay:
@@ -6854,7 +7043,7 @@ class _Relay:
                     raise UpstreamBroken("it switched protocols unasked")
                 if response.status == 101:
                     return self._switch(sock, response, data)
-                answer = _Answer(client, response, self._terms.ends)
+                answer = _Answer(client, response, self._terms.ends, self._terms.translation)
                 rejected, payload = self.judged(answer, receiver, data)
                 if rejected is not None:
                     return rejected
@@ -7318,7 +7507,12 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             lease.wait(PATIENCE_MS / 1000)
             if client.gone():
                 raise ClientGone
+            if 0 < terms.patience_s < waiting.waited_s:
+                return Outcome("unreachable", 0, "busy")
             waiting.tell(lease.stage)
+        if terms.patience_s:
+            left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
+            terms = terms._replace(first_byte_s=left_s)
         waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
         if upstream is None:
@@ -7357,6 +7551,24 @@ def said_error(text: str) -> str:
     return text.strip()[:400]
 
 
+def check_caller(client: Client, request: Request, loopback: bool, origins: Sequence[str] = (),
+                 hosts: Sequence[str] = ()) -> None:
+    """Errors: HttpError 403 for what a web page has no business to ask; see refusal()."""
+    wrong = refusal(request, loopback, origins, hosts)
+    if wrong:
+        client.origin = b""
+        raise HttpError(403, wrong, "forbidden")
+
+
+def reply_preflight(client: Client, request: Request) -> None:
+    """Tell a page that may ask that it may, whatever it is going to ask."""
+    wanted = request.fields.get(b"access-control-request-headers", b"*")
+    client.reply(200, b"", extra=(
+        b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
+        b"Access-Control-Allow-Headers: " + wanted + b"\r\n"
+        b"Access-Control-Allow-Private-Network: true\r\nAccess-Control-Max-Age: 600\r\n"))
+
+
 class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
@@ -7376,13 +7588,18 @@ class Behind(App):
         """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
         raise NotImplementedError
 
+    def target(self, name: str, target: str) -> str:
+        """Where a tier's own path is asked for, beside those for inference: at its upstream."""
+        return target
+
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
 
     def watched(self) -> Dict[str, Any]:
-        """What it runs, for who looks on: `models`, a row a name, and `budget` in bytes."""
+        """What it runs, for who looks on: `models`, a row a name; `budget` and `parked` in bytes;
+        `pressure`, why no more memory is taken now."""
         return {}
 
     def start(self) -> None:
@@ -7395,14 +7612,9 @@ class Behind(App):
         """End what was started for it."""
 
     def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, True)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
+        check_caller(client, request, True)
         if request.method == "OPTIONS":         # a page of this machine asks whether it may
-            wanted = request.fields.get(b"access-control-request-headers", b"*")
-            extra = (b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
-                     b"Access-Control-Allow-Headers: " + wanted + b"\r\n")
-            client.reply(200, b"", extra=extra)
+            reply_preflight(client, request)
             return
         body = client.read_body(request)
         self.pass_on(client, request, body, frozenset())
@@ -7574,6 +7786,7 @@ METRICS = {
         "counter", ("tier",), "Models unloaded to make room for another."),
     "llmstack_memory_bytes": Metric(
         "gauge", ("kind",), "What models may take, and what those that run are counted with."),
+    "llmstack_parked_bytes": Metric("gauge", (), "Parked conversations on the disk."),
     "llmstack_tier_loaded": Metric("gauge", ("tier",), "1 where the model is ready."),
     "llmstack_requests_in_flight": Metric("gauge", (), "Inference requests under way."),
     "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
@@ -7583,63 +7796,67 @@ Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its l
 
 
 class Counters:
-    """The sums behind /metrics."""
+    """The sums behind /metrics. A request pays some microseconds for them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums: Samples = {}
-        for name, metric in METRICS.items():
-            if metric.kind == "histogram":      # a bucket that is absent is no zero to Prometheus
-                for limit in (*SECONDS_BUCKETS, float("inf")):
-                    self.add(f"{name}_bucket", _le(limit), by=0)
-                self.add(f"{name}_sum", by=0)
-                self.add(f"{name}_count", by=0)
-            elif not metric.labels and metric.kind == "counter":
-                self.add(name, by=0)
+        self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
+        names = [name for name, metric in METRICS.items() if metric.kind == "histogram"]
+        self._seconds = dict.fromkeys(names, 0.0)
+        self._buckets = {name: [0] * (len(SECONDS_BUCKETS) + 1) for name in names}
 
     def add(self, name: str, *labels: str, by: float = 1) -> None:
         with self._lock:
-            key = (name, labels)
-            self._sums[key] = self._sums.get(key, 0) + by
+            self._add(name, labels, by)
 
-    def observe(self, name: str, seconds: float) -> None:
-        """Count a value of a histogram."""
-        for limit in (*SECONDS_BUCKETS, float("inf")):
-            if seconds <= limit:
-                self.add(f"{name}_bucket", _le(limit))
-        self.add(f"{name}_sum", by=seconds)
-        self.add(f"{name}_count")
+    def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
+        key = (name, labels)
+        self._sums[key] = self._sums.get(key, 0) + by
+
+    def _observe(self, name: str, seconds: float) -> None:
+        over = sum(seconds > limit for limit in SECONDS_BUCKETS)
+        self._buckets[name][over] += 1
+        self._seconds[name] += seconds
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
-        tier = str(row["tier"])
-        self.add("llmstack_requests_total", tier, str(row["rung"]), str(row["ended"]))
-        self.add("llmstack_fallbacks_total", by=len(row.get("fallbacks", ())))
-        for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
-            self.add("llmstack_tokens_total", tier, kind, by=row[key])
-        if row.get("cost"):
-            self.add("llmstack_cost_dollars_total", tier, by=row["cost"])
-        self.observe("llmstack_wait_seconds", row["wait_s"])
-        if row["ended"] in ("done", "broken"):
-            self.observe("llmstack_first_byte_seconds", row["first_byte_s"])
+        tier = row["tier"]
+        with self._lock:
+            self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
+            self._add("llmstack_fallbacks_total", (), len(row.get("fallbacks", ())))
+            for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
+                if row[key]:
+                    self._add("llmstack_tokens_total", (tier, kind), row[key])
+            if row.get("cost"):
+                self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
+            self._observe("llmstack_wait_seconds", row["wait_s"])
+            if row["ended"] in ("done", "broken"):
+                self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
         """Prometheus' text format 0.0.4."""
         with self._lock:
             samples = {**self._sums, **gauges}
+            buckets = {name: list(counts) for name, counts in self._buckets.items()}
+            seconds = dict(self._seconds)
         lines = []
         for name, metric in METRICS.items():
             lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
-            for (sample, labels), value in samples.items():
-                if sample == name:
-                    lines.append(_sample_line(sample, metric.labels, labels, value))
-                elif metric.kind == "histogram" and sample.startswith(name + "_"):
-                    lines.append(_sample_line(sample, ("le",), labels, value))
+            lines += [_sample_line(name, metric.labels, labels, value)
+                      for (sample, labels), value in samples.items() if sample == name]
+            if metric.kind == "histogram":
+                lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
 
 
-def _le(limit: float) -> str:
-    return "+Inf" if limit == float("inf") else f"{limit:g}"
+def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
+    """Each bucket counts all that is at most its limit."""
+    limits = [*(f"{limit:g}" for limit in SECONDS_BUCKETS), "+Inf"]
+    sums = list(itertools.accumulate(counts))
+    lines = [_sample_line(f"{name}_bucket", ("le",), (limit,), below)
+             for limit, below in zip(limits, sums)]
+    return [*lines, _sample_line(f"{name}_sum", (), (), seconds),
+            _sample_line(f"{name}_count", (), (), sums[-1])]
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
@@ -7676,7 +7893,9 @@ class Events:
             self._number += 1
             self._rows.append({"number": self._number, "time": now, **row})
             if row["ended"] in ("done", "broken"):
-                first_s = round(row["wait_s"] + row["first_byte_s"], 3)
+                first_s = 0.0                   # an answer in one piece does not tell
+                if row["stream"]:
+                    first_s = round(row["wait_s"] + row["first_byte_s"], 4)
                 self._points.append((now, row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
@@ -7793,6 +8012,279 @@ def may_change(request: Request) -> bool:
 
 
 # ===================================================================================================
+# OLLAMA
+# ===================================================================================================
+# The API of Ollama for clients that speak no other: its requests become those of OpenAI's API, and
+# the answers are turned back on their way, line by line. Shapes: docs/api.md of ollama 0.13.
+
+OLLAMA_VERSION = "0.13.5"                       # what clients that look for a feature find
+_OLLAMA_PATHS = frozenset({
+    "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull", "/api/chat",
+    "/api/generate", "/api/embed", "/api/embeddings"})
+_OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
+                   "presence_penalty", "frequency_penalty")
+_OLLAMA_ASKS = {"/api/chat": "/v1/chat/completions", "/api/generate": "/v1/chat/completions",
+                "/api/embed": "/v1/embeddings", "/api/embeddings": "/v1/embeddings"}
+
+
+def ollama_path(path: str) -> str:
+    """The path of Ollama's API that this is, "" for none."""
+    path = path.rstrip("/")
+    return path if path in _OLLAMA_PATHS else ""
+
+
+def _list_of(value: object) -> List[Any]:
+    return value if isinstance(value, list) else []
+
+
+def dict_of(value: object) -> Dict[str, Any]:
+    """A value that should be an object; {} for any other."""
+    return value if isinstance(value, dict) else {}
+
+
+def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
+    choices = _list_of(value.get("choices"))
+    return dict_of(choices[0]) if choices else {}
+
+
+def _picture_part(data: object) -> Dict[str, Any]:
+    """A picture, in base64, as a part of a message."""
+    kinds = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
+    text = str(data)
+    kind = next((kind for begins, kind in kinds.items() if text.startswith(begins)), "png")
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
+
+
+def _with_pictures(text: object, images: object) -> object:
+    """A message's content: the text alone, or parts with pictures behind it."""
+    pictures = [_picture_part(image) for image in _list_of(images)]
+    return [{"type": "text", "text": text or ""}, *pictures] if pictures else text
+
+
+def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
+    """Ollama's messages as OpenAI's. Calls get the numbers that their results then name in turn."""
+    made: List[Dict[str, Any]] = []
+    open_calls: List[str] = []
+    for message in messages:
+        if not isinstance(message, dict):
+            continue
+        content = _with_pictures(message.get("content"), message.get("images"))
+        new = {"role": message.get("role"), "content": content}
+        calls: List[Dict[str, Any]] = []
+        for call in _list_of(message.get("tool_calls")):
+            function = dict_of(dict_of(call).get("function"))
+            number = f"call_{len(made)}_{len(calls)}"
+            arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+            calls.append({"id": number, "type": "function", "function": {
+                "name": function.get("name"), "arguments": arguments}})
+        if calls:
+            new["tool_calls"] = calls
+            open_calls = [str(call["id"]) for call in calls]
+        if message.get("role") == "tool" and open_calls:
+            new["tool_call_id"] = open_calls.pop(0)
+        if message.get("thinking"):
+            new["reasoning_content"] = message["thinking"]
+        made.append(new)
+    return made
+
+
+def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
+    """The body of chat/completions that asks what one of /api/chat or /api/generate asks."""
+    messages = _list_of(values.get("messages"))
+    if generate:
+        prompt = {"role": "user", "content": values.get("prompt"), "images": values.get("images")}
+        messages = [prompt]
+        if values.get("system"):
+            messages.insert(0, {"role": "system", "content": values["system"]})
+    stream = wants_stream("/api/chat", values)
+    body: Dict[str, Any] = {"model": values.get("model"), "messages": _openai_messages(messages),
+                            "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    if values.get("tools"):
+        body["tools"] = values["tools"]
+    options = dict_of(values.get("options"))
+    body.update((key, options[key]) for key in _OLLAMA_OPTIONS if key in options)
+    most = options.get("num_predict")
+    if isinstance(most, int) and most > 0:
+        body["max_tokens"] = most
+    if isinstance(values.get("format"), dict):
+        body["response_format"] = {"type": "json_schema", "json_schema": {
+            "name": "answer", "schema": values["format"]}}
+    elif values.get("format") == "json":
+        body["response_format"] = {"type": "json_object"}
+    think = values.get("think")
+    if isinstance(think, str):
+        body["reasoning_effort"] = think
+    elif isinstance(think, bool):
+        body["chat_template_kwargs"] = {"enable_thinking": think}
+    return body
+
+
+def openai_embeddings(values: Mapping[str, Any]) -> Dict[str, Any]:
+    """The body of embeddings that asks what one of /api/embed or /api/embeddings asks."""
+    return {"model": values.get("model"), "input": values.get("input", values.get("prompt"))}
+
+
+def wants_stream(path: str, values: Mapping[str, Any]) -> bool:
+    """Whether an answer of Ollama's API is a stream: it is, unless it says otherwise."""
+    return path in ("/api/chat", "/api/generate") and values.get("stream") is not False
+
+
+def _created_at() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _json_line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+class OllamaAnswer(Translation):
+    """An answer of OpenAI's API on its way to a client of Ollama's."""
+
+    def __init__(self, path: str, model: str, stream: bool) -> None:
+        self._path, self._model, self._stream = path, model, stream
+        self.content_type = b"application/x-ndjson" if stream else b"application/json"
+        self._status = 200
+        self._held = bytearray()                # a line that is not whole, or the whole body
+        self._calls: Dict[int, Dict[str, str]] = {}
+        self._reason = "stop"
+        self._failed = False
+        self._began = time.monotonic()
+        self._said = bytearray()                # where the tokens are counted
+
+    def begin(self, status: int) -> None:
+        self._status = status
+
+    def nothing(self) -> bytes:
+        """The answer to a request without words."""
+        return _json_line({**self._row(""), "done": True, "done_reason": "load"})
+
+    def feed(self, payload: bytes, last: bool = False) -> bytes:
+        self._held += payload
+        whole = self._status >= 400 or not self._stream
+        if whole and not last:
+            return b""
+        if self._status >= 400:
+            return _json_line({"error": said_error(self._held.decode("utf-8", "replace"))})
+        if whole:
+            return self._whole()
+        *lines, rest = bytes(self._held).split(b"\n")
+        self._held = bytearray(rest)
+        out = b"".join(self._event(line[5:]) for line in lines if line.startswith(b"data:"))
+        if last and not self._failed:
+            if self._calls:
+                out += self._line("", "", self._made_calls())
+            out += _json_line(self._end({}))
+        return out
+
+    def _event(self, data: bytes) -> bytes:
+        """What one event of the stream becomes."""
+        value = parse_json_object(data)
+        if value.get("error"):
+            self._failed = True
+            error = value["error"]
+            words = error.get("message") if isinstance(error, dict) else error
+            return _json_line({"error": str(words)})
+        if value.get("usage") or value.get("timings"):
+            self._said = bytearray(data)
+        choice = _first_choice(value)
+        self._reason = choice.get("finish_reason") or self._reason
+        delta = dict_of(choice.get("delta"))
+        for call in _list_of(delta.get("tool_calls")):
+            self._add_call(call)
+        content, thinking = delta.get("content"), delta.get("reasoning_content")
+        return self._line(content or "", thinking or "") if content or thinking else b""
+
+    def _add_call(self, call: object, index: int = 0) -> None:
+        """A tool call, or the next piece of one."""
+        call = dict_of(call)
+        function = dict_of(call.get("function"))
+        number = call.get("index", index)
+        number = number if isinstance(number, int) else index
+        known = self._calls.setdefault(number, {"name": "", "arguments": ""})
+        for key in known:
+            known[key] += str(function.get(key) or "")
+
+    def _made_calls(self) -> List[Dict[str, Any]]:
+        return [{"function": {"name": call["name"],
+                              "arguments": parse_json_object(call["arguments"].encode())}}
+                for _, call in sorted(self._calls.items())]
+
+    def _row(self, content: str, thinking: str = "",
+             calls: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
+        row: Dict[str, Any] = {"model": self._model, "created_at": _created_at()}
+        more: Dict[str, Any] = {"thinking": thinking} if thinking else {}
+        if calls:
+            more["tool_calls"] = list(calls)
+        if self._path == "/api/generate":
+            return {**row, "response": content, **more}
+        return {**row, "message": {"role": "assistant", "content": content, **more}}
+
+    def _line(self, content: str, thinking: str, calls: Sequence[Dict[str, Any]] = ()) -> bytes:
+        return _json_line({**self._row(content, thinking, calls), "done": False})
+
+    def _end(self, row: Mapping[str, Any]) -> Dict[str, Any]:
+        """The last line of a stream, or all of an answer that is none. Durations in ns."""
+        counts = tokens_said(bytes(self._said))
+        took = int((time.monotonic() - self._began) * 1e9)
+        read = counts.prompt - counts.cached
+        return {
+            **(row or self._row("")), "done": True,
+            "done_reason": "length" if self._reason == "length" else "stop",
+            "total_duration": took, "load_duration": 0, "prompt_eval_count": counts.prompt,
+            "prompt_eval_duration": int(read / (counts.read_per_s or 1e9) * 1e9),
+            "eval_count": counts.output,
+            "eval_duration": int(counts.output / (counts.written_per_s or 1e9) * 1e9)}
+
+    def _whole(self) -> bytes:
+        """An answer that is no stream."""
+        self._said = self._held
+        value = parse_json_object(bytes(self._held))
+        if self._path in ("/api/embed", "/api/embeddings"):
+            return self._vectors(value)
+        choice = _first_choice(value)
+        message = dict_of(choice.get("message"))
+        self._reason = choice.get("finish_reason") or "stop"
+        for index, call in enumerate(_list_of(message.get("tool_calls"))):
+            self._add_call(call, index)
+        row = self._row(message.get("content") or "", message.get("reasoning_content") or "",
+                        self._made_calls())
+        return _json_line(self._end(row))
+
+    def _vectors(self, value: Mapping[str, Any]) -> bytes:
+        vectors = [dict_of(item).get("embedding") for item in _list_of(value.get("data"))]
+        if self._path == "/api/embeddings":
+            return _json_line({"embedding": vectors[0] if vectors else []})
+        return _json_line({"model": self._model, "embeddings": vectors,
+                           "prompt_eval_count": tokens_said(bytes(self._said)).prompt})
+
+
+def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """An entry of /v1/models as Ollama lists a model."""
+    own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
+    import hashlib
+    name = str(entry.get("id"))
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()    # ollama cuts it short
+    return {"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z",
+            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": digest,
+            "capabilities": entry.get("capabilities") or ["completion"],
+            "details": {"parent_model": "", "format": "gguf", "family": "llmstack",
+                        "families": ["llmstack"], "parameter_size": "",
+                        "quantization_level": str(own.get("quant") or "")}}
+
+
+def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
+    """An entry of /v1/models as Ollama describes a model."""
+    context = entry.get("context_length") or 0
+    model = ollama_model(entry)
+    info = {"general.architecture": "llmstack", "llmstack.context_length": context}
+    return {"modelfile": "", "parameters": f"num_ctx {context}", "template": "", "license": "",
+            "details": model["details"], "model_info": info,
+            "modified_at": model["modified_at"], "capabilities": model["capabilities"]}
+
+
+# ===================================================================================================
 # ROUTER
 # ===================================================================================================
 
@@ -7888,6 +8380,42 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     return uncompressed(request._replace(headers=(*kept, *route.headers))), target
 
 
+def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
+    """A request and its body, without a coding and the mark that some editors put before JSON.
+
+    Errors: HttpError 400, 408, 413, 415; ClientGone.
+    """
+    body = client.read_body(request)
+    coding = request.header(b"content-encoding")
+    if b"content-encoding" in request.fields:
+        body = decoded_body(coding, body)
+        others = tuple(h for h in request.headers if h[0] != b"content-encoding")
+        request = request._replace(headers=others)
+    if body.startswith(b"\xef\xbb\xbf{"):
+        body = body[3:]
+    return request, body
+
+
+def read_object(body: bytes) -> Dict[str, Any]:
+    """The JSON object in a request's body. Errors: HttpError 400."""
+    try:
+        values = parse_json(str(body, "utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise HttpError(400, f"the body is not JSON: {exc}") from None
+    if not isinstance(values, dict):
+        raise HttpError(400, "the body is not a JSON object")
+    return values
+
+
+def _asked_in(target: str) -> str:
+    """The model that a target's query names, "" for none."""
+    query = target.partition("?")[2]
+    if "model=" not in query:
+        return ""
+    from urllib.parse import parse_qs
+    return parse_qs(query).get("model", [""])[0]
+
+
 def _as_json(request: Request) -> Request:
     """The request with a Content-Type that says what it is."""
     others = tuple(h for h in request.headers if h[0] != b"content-type")
@@ -7906,10 +8434,22 @@ class Asked:
         self.body = body
         self.values = values                    # of the body
         self.drop = drop                        # headers that stay here
+        self.translation: Optional[Translation] = None
+        self.patience_s = 0.0                   # how long its first tier may keep it waiting
+        self.place: Optional[Tuple[int, int]] = None    # of the model's name; None: find it in JSON
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
         self.conversation = conversation_key(request.fields, values)
+
+    def body_for(self, route: Route, name: str) -> List[bytes]:
+        """The body as the tier of a route gets it, `name` for its model where that is one."""
+        if self.place is None:
+            return route_body(self.body, self.values, route, self.path, name)
+        start, end = self.place
+        if not name or not end:
+            return [self.body]
+        return [self.body[:start], name.encode(), self.body[end:]]
 
     def release(self) -> None:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
@@ -7969,6 +8509,10 @@ class Ladder:
     @property
     def route(self) -> Route:
         return self._snapshot.routes[self.tier.name]
+
+    def prefer(self, tiers: Sequence[Tier]) -> None:
+        """Ask these before the others, once the first has had its chance."""
+        self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
@@ -8061,6 +8605,8 @@ class RouterApp(App):
         self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
+        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
+        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
 
     @property
     def config(self) -> Config:
@@ -8139,23 +8685,26 @@ class RouterApp(App):
     # ---- who may ask, and what
 
     def answer(self, client: Client, request: Request) -> None:
-        wrong = refusal(request, self._loopback)
-        if wrong:
-            raise HttpError(403, wrong, "forbidden")
         path, mark, query = request.target.partition("?")
+        inference = inference_path(path) if request.method == "POST" else ""
+        client.protocol = inference or ollama_path(path)
+        config = self.config
+        check_caller(client, request, self._loopback, config.allowed_origins,
+                     (*config.allowed_hosts, *self._own_names))
+        if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
+            reply_preflight(client, request)    # without a key, which a browser does not send there
+            return
         if path == "/" and request.method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        drop: FrozenSet[bytes] = frozenset()
+        drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
         if self._key:
-            drop = self._check_key(request)
-        if not self._loopback:                  # judged here; what is behind would refuse it
-            drop = drop | {b"origin"}
-        inference = ""
-        if request.method == "POST" and b"content-encoding" not in request.fields:
-            inference = inference_path(path)
+            drop = drop | self._check_key(request)
         if inference:
-            self._infer(client, request, inference, inference + mark + query, drop)
+            target = inference + mark + query
+            self._infer(client, self._read_asked(client, request, inference, target, drop))
+        elif client.protocol:
+            self._answer_ollama(client, request, client.protocol, drop)
         elif not self._answer_ourselves(client, request, path, drop):
             self._pass_through(client, request, path, drop)
 
@@ -8230,15 +8779,30 @@ class RouterApp(App):
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
-        """Everything else is for the tier that the body names, or for what is behind us."""
-        body = client.read_body(request)
+        """Everything else is for the tier that it names, or for what is behind us."""
+        request, body = read_decoded(client, request)
         values = _json_of(request, body)
-        name = values.get("model") if isinstance(values, dict) else None
-        route = self._snapshot.routes.get(str(name))
-        if route is not None and route.hosted:
-            self._ask_named(client, Asked(request, path, request.target, body, values, drop), route)
+        place: Optional[Tuple[int, int]] = None
+        if isinstance(values, dict):
+            name = values.get("model")
+        else:
+            place = form_model(request.header(b"content-type"), body)
+            name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
+            name = name or _asked_in(request.target)
+            values = {"model": name}
+        tier = ""
+        if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
+            tier = self._resolve(request, name, drop)
+        route = self._snapshot.routes.get(tier)
+        if route is None:
+            self.behind.pass_on(client, request, body, drop, self._remedy)
             return
-        self.behind.pass_on(client, request, body, drop, self._remedy)
+        target = request.target
+        if route.host is None:
+            target = self.behind.target(route.tier.name, target)
+        asked = Asked(request, path, target, body, values, drop)
+        asked.place = place
+        self._ask_named(client, asked, route)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -8271,11 +8835,8 @@ class RouterApp(App):
                                  " `llmstack reload` names the line", "not_found")
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
-    def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
-        """The list of what is behind us with `auto` in front, or its entry of one name.
-
-        Where nothing behind us answers, what models.ini knows. Errors: HttpError 404.
-        """
+    def _listing(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+        """The list of what is behind us with `auto` in front; else what models.ini knows."""
         config = self.config
         try:
             listing = self.behind.models(request, drop)
@@ -8283,9 +8844,13 @@ class RouterApp(App):
         except _NO_LISTING:
             listing = {"object": "list"}
             theirs = [tier_entry(t, self._use_next) for t in config.tiers]
-        entries = list_models(config, self._use_next, theirs)
+        return {**listing, "data": list_models(config, self._use_next, theirs)}
+
+    def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
+        """The list of models, or its entry of one name. Errors: HttpError 404."""
+        answer = self._listing(request, drop)
+        entries = answer["data"]
         anthropic = b"anthropic-version" in request.fields
-        answer = {**listing, "data": entries}
         if name:
             answer = self._one_model(entries, name)
             answer = anthropic_model(answer) if anthropic else answer
@@ -8336,11 +8901,13 @@ class RouterApp(App):
         watched = self.behind.watched()
         models = watched.get("models", {})
         taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
-        return {"about": self._about(), "tiers": self._tier_rows(models),
-                "memory": {"budget": watched.get("budget", 0), "resident": taken},
+        memory = {"budget": watched.get("budget", 0), "resident": taken,
+                  "parked": watched.get("parked", 0), "pressure": watched.get("pressure", "")}
+        return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
                 "requests": self._under_way()}
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
         told, rows = self.state(), []
         for tier in self.config.tiers:
             mark = told.get(tier.name, {"state": "unknown", "reason": ""})
@@ -8348,6 +8915,10 @@ class RouterApp(App):
                    "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
                    **mark, **models.get(tier.name, {})}
             row["reason"] = row["reason"] or mark["reason"]
+            if tier.backend == "litellm" and row["state"] == "available":
+                row["state"] = models.get(PROXY, row)["state"]
+            if row["state"] == "not served" and row["reason"].startswith("missing "):
+                row["state"] = "no credential"
             rows.append(row)
         return rows
 
@@ -8366,8 +8937,9 @@ class RouterApp(App):
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
             ("llmstack_connections", ()): self.server.connections() if self.server else 0}
-        for kind, value in state["memory"].items():
-            samples["llmstack_memory_bytes", (kind,)] = value
+        for kind in ("budget", "resident"):
+            samples["llmstack_memory_bytes", (kind,)] = state["memory"][kind]
+        samples["llmstack_parked_bytes", ()] = state["memory"]["parked"]
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -8376,11 +8948,50 @@ class RouterApp(App):
                 samples["llmstack_evictions_total", tier] = row.get("evictions", 0)
         return samples
 
+    # ---- Ollama's API
+
+    def _answer_ollama(self, client: Client, request: Request, path: str,
+                       drop: FrozenSet[bytes]) -> None:
+        """Answer a path of Ollama's API. Errors: HttpError, ClientGone."""
+        request, body = read_decoded(client, request)
+        if path == "/api/version":
+            answer: Dict[str, Any] = {"version": OLLAMA_VERSION}
+        elif path in ("/api/tags", "/api/ps"):
+            entries = self._listing(request, drop)["data"]
+            if path == "/api/ps":
+                entries = [e for e in entries if "'loaded'" in str(e.get("status"))]
+            answer = {"models": [ollama_model(entry) for entry in entries]}
+        else:
+            values = read_object(body)
+            model = values.get("model") or values.get("name")
+            if path in _OLLAMA_ASKS:
+                self._ask_ollama(client, request, path, {**values, "model": model}, drop)
+                return
+            entry = self._one_model(self._listing(request, drop)["data"], str(model))
+            answer = ollama_show(entry) if path == "/api/show" else {"status": "success"}
+        client.reply(200, _json_line(answer))
+
+    def _ask_ollama(self, client: Client, request: Request, path: str, values: Dict[str, Any],
+                    drop: FrozenSet[bytes]) -> None:
+        """Ask a model what a request of Ollama's API asks. Errors: HttpError, ClientGone."""
+        translation = OllamaAnswer(path, str(values["model"] or "auto"), wants_stream(path, values))
+        if path in ("/api/embed", "/api/embeddings"):
+            asks = openai_embeddings(values)
+        elif values.get("prompt") or values.get("messages"):
+            asks = openai_chat(values, path == "/api/generate")
+        else:                                   # `ollama run` asks to load it: its first words do
+            client.reply(200, translation.nothing(), translation.content_type.decode())
+            return
+        target = _OLLAMA_ASKS[path]
+        request = uncompressed(_as_json(request))
+        body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
+        asked = Asked(request, target, target, body, asks, drop)
+        asked.translation = translation
+        self._infer(client, asked)
+
     # ---- inference
 
-    def _infer(self, client: Client, request: Request, path: str, target: str,
-               drop: FrozenSet[bytes]) -> None:
-        asked = self._read_asked(client, request, path, target, drop)
+    def _infer(self, client: Client, asked: Asked) -> None:
         ongoing = Ongoing(next(self._number), client, asked)
         self._ongoing[ongoing.number] = ongoing
         try:
@@ -8396,14 +9007,8 @@ class RouterApp(App):
     def _read_asked(client: Client, request: Request, path: str, target: str,
                     drop: FrozenSet[bytes]) -> Asked:
         """Read an inference request. Errors: HttpError, ClientGone."""
-        body = client.read_body(request)
-        client.protocol = path
-        try:
-            values = parse_json(str(body, "utf-8"))
-        except (ValueError, RecursionError) as exc:
-            raise HttpError(400, f"the body is not JSON: {exc}") from None
-        if not isinstance(values, dict):
-            raise HttpError(400, "the body is not a JSON object")
+        request, body = read_decoded(client, request)
+        values = read_object(body)
         if b"json" not in request.fields.get(b"content-type", b"").lower():
             request = _as_json(request)         # curl -d says it is a form
         if values.get("stream") is True:
@@ -8411,19 +9016,20 @@ class RouterApp(App):
         return Asked(request, path, target, body, values, drop)
 
     def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
-        name = self._resolve(asked.request, asked.model, asked.drop)
+        name = self._resolve(asked.request, asked.model, asked.drop, asked.path)
         if name == "auto":
             self._ask_ladder(client, asked, ongoing)
         elif name:
             self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
         else:
-            self._check_served(asked.model)
+            self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
             self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
 
-    def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes]) -> str:
-        """As resolve_name; "" also for a name that only a pattern takes, and an upstream has."""
+    def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
+                 path: str = "") -> str:
+        """As resolve_on_path; "" also for a name that only a pattern takes, and an upstream has."""
         config = self.config
-        name = resolve_name(config, model)
+        name = resolve_on_path(config, path, model)
         if not (name and self.behind.has_others and isinstance(model, str)):
             return name
         if is_auto(model) or tier_named(config, model):
@@ -8435,11 +9041,16 @@ class RouterApp(App):
             return name
         return "" if model in theirs else name
 
-    def _check_served(self, model: object) -> None:
+    def _check_served(self, model: object, role: str = "") -> None:
         """Errors: HttpError 404, for a name that nothing behind us may know either."""
-        direct = all(tier.backend == "openai" for tier in self.config.tiers)
-        if direct or not self.behind.has_others:
-            raise unknown_model(self.config, model)
+        config = self.config
+        direct = all(tier.backend == "openai" for tier in config.tiers)
+        if not direct and self.behind.has_others:
+            return
+        if role and config.by_role(role) is None:
+            raise HttpError(404, f"no tier does this: give one role = {role} in models.ini, with"
+                                 " a model made for it, then `llmstack restart`", "not_found")
+        raise unknown_model(config, model)
 
     def requests(self) -> List[Dict[str, Any]]:
         """What is under way, the oldest first."""
@@ -8469,7 +9080,7 @@ class RouterApp(App):
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3))
+        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -8503,6 +9114,10 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        if config.patience_s and facts.full_tokens <= TINY_TOKENS:
+            idle = self._idle_beside(decision.chain)
+            ladder.prefer(idle)
+            asked.patience_s = config.patience_s if idle else 0.0
         reason = decision.reason
 
         def headers() -> bytes:
@@ -8518,6 +9133,7 @@ class RouterApp(App):
             outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
+            asked.patience_s = 0.0
         name = ladder.tier.name
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
@@ -8528,6 +9144,15 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         row = record_row(facts, asked.path, name, decision, outcome)
         self._note(ongoing, row, ladder.fallbacks)
+
+    def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
+        """The loaded tiers with nothing to do, where a chain's first is not one of them."""
+        rows = dict_of(self.behind.watched().get("models"))
+        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        idle = [tier for tier in chain if tier.name not in busy
+                and dict_of(rows.get(tier.name)).get("state") == "loaded"]
+        own = chain[0]
+        return [] if own in idle or own.backend != "gguf" else idle
 
     def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
              ongoing: Ongoing) -> Outcome:
@@ -8552,7 +9177,7 @@ class RouterApp(App):
         name = route.model
         if judge is not None or asked.model not in self._snapshot.routes:
             name = name or route.tier.name
-        pieces = route_body(asked.body, asked.values, route, asked.path, name)
+        pieces = asked.body_for(route, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
         if ongoing is not None:
             ongoing.tier, ongoing.lease = route.tier.name, lease
@@ -8563,8 +9188,9 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release)
-        waiting = Waiting(client, asked.path, asked.stream, self.config.loading_state, headers)
+                      asked.release, asked.translation, asked.patience_s)
+        told = asked.stream and asked.translation is None
+        waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
@@ -9317,19 +9943,21 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # begins, every idle slot goes to the host's prompt cache. After conversations of 1,414, 414 and 414
 # tokens the slots held 0, 0 and 414. Asking for a prompt again brings it back, 1,410 of its 1,411
 # tokens in 2 to 10 ms; so the last requests of long conversations are kept, and asked again for one
-# token before the end. --no-cache-idle-slots would leave them in their slots, but then a prompt too
-# long for what is left of the context purges others without a copy.
+# token before the end. --no-cache-idle-slots would leave them in their slots, but what the context
+# has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
+# in a context of 8,192, three were read again, and by default none.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so the ends are looked at here.
 
 PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
-PULL_S = 5                                      # for one conversation of the host's cache
+PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
+_NOT_IN_KV = ("--port", "--cache-ram", "--threads")     # whose values do not change what is saved
 
 
 class Talk(NamedTuple):
@@ -9341,6 +9969,10 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+
+    def is_in(self, slot_tokens: int) -> bool:
+        """Whether a slot with so many tokens holds it: all but the last, which was never read."""
+        return slot_tokens in (self.tokens - 1, self.tokens)
 
 
 NO_TALK = Talk("", b"", 0, "", 0, 0)
@@ -9362,6 +9994,11 @@ def parked_dir(data: str) -> str:
 
 
 def parking_flags(data: str) -> List[str]:
+    """llama-server's; none where the directory cannot be made, for it does not start without."""
+    try:
+        make_private_dir(parked_dir(data))
+    except OSError:
+        return []
     return ["--slot-save-path", parked_dir(data)]
 
 
@@ -9380,11 +10017,11 @@ def file_edges(path: str) -> str:
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     import hashlib
-    at = command.index("--port")
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns),
-             *command[:at], *command[at + 2:], *settings]
+    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    facts += [word for flag, word in zip(["", *command], command)
+              if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
@@ -9469,7 +10106,8 @@ class Parking:
         """Learn a speed; one answer moves it by a third."""
         known = self.speed(identity, what, value)
         with self._lock:
-            row = {**(self._speeds.pop(identity, None) or {}), "model": model}
+            row = self._speeds.pop(identity, None)
+            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._speeds[identity] = {**row, what: round(known + (value - known) / 3, 2)}
             for stale in list(self._speeds)[:-64]:
                 del self._speeds[stale]
@@ -9509,8 +10147,10 @@ class Parking:
             if name.startswith(identity + "-") and name.endswith(".json"):
                 row = _read_json(self.path(name))
                 try:
-                    found.append(Parked(**row))
-                except TypeError:               # of another version
+                    found.append(Parked(
+                        int(row["slot"]), int(row["tokens"]), str(row["edges"]),
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
         return sorted(found, key=lambda parked: -parked.tokens)
 
@@ -9536,7 +10176,7 @@ class Parking:
         os.utime(self.path(f"{identity}-{slot}.kv"))
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
-        """Drop the longest unused until the rest fits; False where `more_bytes` never will."""
+        """Drop the longest unused until the rest fits; False, and none, where it never will."""
         import shutil
         with self._lock:
             files = []
@@ -9545,15 +10185,15 @@ class Parking:
                     status = os.stat(self.path(name))
                     files.append((status.st_mtime_ns, name, status.st_size))
             total = sum(size for _, _, size in files)
-            for _, name, size in sorted(files):
-                free = shutil.disk_usage(self.directory).free
-                fits = total + more_bytes <= self._most_bytes
-                if fits and free - more_bytes >= PARKED_LEAST_FREE_BYTES:
-                    return True
-                self.drop(*_stem_parts(name))
-                total -= size
             free = shutil.disk_usage(self.directory).free
-        return more_bytes <= self._most_bytes and free - more_bytes >= PARKED_LEAST_FREE_BYTES
+            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            if more_bytes > room:
+                return False
+            for _, name, size in sorted(files):
+                if total + more_bytes > room:
+                    self.drop(*_stem_parts(name))
+                    total -= size
+        return True
 
 
 def _stem_parts(name: str) -> Tuple[str, int]:
@@ -9583,9 +10223,10 @@ class Bay:
         self._identity, self._upstream = identity, upstream
         self._talks: List[Talk] = []
         self._restored: List[Parked] = []       # until the first answer has proved it
+        self._asked = 0                         # requests
         self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
-        self._saved_at = time.monotonic()
+        self._saved_at = self._answered_at = time.monotonic()
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
@@ -9624,7 +10265,9 @@ class Bay:
         return True
 
     def wants(self, body_bytes: int) -> bool:
-        """Whether a request of that size may be one to keep."""
+        """Whether a request of that size, about to be asked, may be one to keep."""
+        with self._lock:
+            self._asked += 1
         if body_bytes > MAX_TALK_BYTES:
             return False
         known = self._parking.speed(self._identity, "read")
@@ -9634,20 +10277,26 @@ class Bay:
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         parking, identity = self._parking, self._identity
+        self._answered_at = time.monotonic()
         if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
             parking.note_speed(identity, self._name, "read", counts.read_per_s)
+        with self._lock:
+            restored, self._restored = self._restored, []
+            if self._asked > 1:                 # the other one may have taken its place
+                restored = []
         if not body:
             return
         values = parse_json_object(body)
-        with self._lock:
-            restored, self._restored = self._restored, []
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
             if ignored and beginning(values, parked.turns) == parked.begins != "":
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
-                parking.turn_off(identity, self._name, why)
+                try:
+                    parking.turn_off(identity, self._name, why)
+                except UserError as exc:
+                    self._log.warning(str(exc))
         turns = len(talk_turns(values))
         if turns and parking.worth(identity, counts.prompt):
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
@@ -9656,13 +10305,13 @@ class Bay:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
 
-    def due(self, last_used: float) -> bool:
-        """Whether an idle model has been in use for so long that it is saved meanwhile."""
-        every_s = self._parking.every_s
-        due = 0 < every_s < time.monotonic() - self._saved_at and last_used > self._saved_at
-        if due:
-            self._saved_at = time.monotonic()
-        return due
+    def save_when_due(self) -> None:
+        """Save in a thread what has been in use for so long; for idle models, every second."""
+        now, every_s = time.monotonic(), self._parking.every_s
+        if 0 < every_s < now - self._saved_at and self._answered_at > self._saved_at:
+            self._saved_at = now
+            threading.Thread(target=self.save, args=(False,), name=f"park {self._name}",
+                             daemon=True).start()
 
     def save(self, ending: bool) -> None:
         """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
@@ -9682,25 +10331,38 @@ class Bay:
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speed(self._identity, "saved", SAVED_PER_S)
         with self._lock:
-            talks = sorted(self._talks, key=lambda talk: -talk.prompt)
+            talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
+            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talks = [other for other in talks if other is not talk]
+            if busy or not self._parking.worth(self._identity, tokens):
+                continue
             quick = ending or tokens / per_s < 1
-            if not busy and quick and self._parking.worth(self._identity, tokens):
-                talk = next((t for t in talks if t.prompt <= tokens <= t.tokens), NO_TALK)
-                if self._save_slot(slot, slot, tokens, talk, end):
-                    numbers.append(slot)
+            if quick and self._save_slot(slot, slot, tokens, talk, end):
+                numbers.append(slot)
+        saved = len(numbers)
         if ending and not any(busy for _, _, busy in held):
-            for talk in talks:
-                free = [slot for slot, _, _ in held if slot not in numbers]
-                if free and not any(talk.prompt <= tokens <= talk.tokens for _, tokens, _ in held):
-                    slot = self._pull(talk, end)
-                    if slot >= 0:
-                        number = slot if slot in free else min(free)
-                        if self._save_slot(slot, number, talk.prompt, talk, end):
-                            numbers.append(number)
-        if numbers:
-            self._log.info(f"{self._name}: parked {len(numbers)} conversations"
+            free = [slot for slot, _, _ in held if slot not in numbers]
+            saved += self._save_cached(talks, free, end)
+        if saved:
+            self._log.info(f"{self._name}: parked {saved} conversations"
                            f" in {time.monotonic() - began:.2f} s")
+
+    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
+        """Save what the host's cache has, under the numbers that are free; returns how many.
+
+        Where one is there no more, the others are older, and looking for them costs seconds.
+        """
+        saved = 0
+        for talk in sorted(talks, key=lambda talk: -talk.prompt):
+            slot = self._pull(talk, end) if free else -1
+            if slot < 0:
+                break
+            number = slot if slot in free else min(free)
+            if self._save_slot(slot, number, talk.prompt, talk, end):
+                free.remove(number)
+                saved += 1
+        return saved
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.
@@ -9781,7 +10443,7 @@ class Bay:
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():
-            if not busy and talk.prompt <= tokens <= talk.prompt + 1:
+            if not busy and talk._replace(tokens=talk.prompt + 1).is_in(tokens):
                 return slot
         return -1
 
@@ -9810,8 +10472,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.loads = self.evictions = 0
+        self.bay: Optional[Bay] = None          # while it is ready, where it is parked
 
     @property
     def name(self) -> str:
@@ -9893,8 +10555,8 @@ class Engine:
         self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
-        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
         self._epoch = time.time() - time.monotonic()
+        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -10256,9 +10918,8 @@ class Engine:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
                     model.turn_to("stopping")
                     self._stop_soon(model)
-                elif model.bay is not None and model.bay.due(model.last_used):
-                    threading.Thread(target=model.bay.save, args=(False,),
-                                     name=f"park {model.name}", daemon=True).start()
+                elif model.bay is not None:
+                    model.bay.save_when_due()
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
@@ -10323,7 +10984,12 @@ class Engine:
             row = rows[model.name]
             if row["state"] == "not loaded" and not self._is_here(model):
                 row.update(state="not here", reason=f"llmstack download {model.name}")
-        return {"models": rows, "budget": round(self._budget_gb * 1e9)}
+        kept = 0
+        if self._parking is not None:
+            where = self._parking.directory
+            kept = sum(file_size(os.path.join(where, name)) for name in _names_in(where))
+        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": kept,
+                "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
         state, reason, since = STATE_WORDS[model.state], "", model.since
@@ -10539,6 +11205,7 @@ class SwapBays:
     def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
         try:
             tier = self._tiers[name]
+            make_private_dir(self._parking.directory)   # its servers do not start without
             swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
             port = swap_ports(swap).get(name, 0)
             if port:
@@ -10551,23 +11218,27 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            if not found:                       # the request that waits goes on, the next tries again
-                self.forget(name)
+            with self._lock:                    # the request that waits goes on, the next tries again
+                if not found and self._bays.get(name, (None,))[0] is done:
+                    del self._bays[name]
             done.set()
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
-        known = self.forget(name)
-        for bay in known[1] if known else ():
-            bay.save(ending=True)
-
-    def forget(self, name: str) -> Optional[Tuple[threading.Event, List[Bay]]]:
         with self._lock:
-            return self._bays.pop(name, None)
+            _, found = self._bays.pop(name, (None, []))
+        for bay in found:
+            bay.save(ending=True)
 
     def forget_all(self) -> None:
         with self._lock:
             self._bays.clear()
+
+    def save_when_due(self) -> None:
+        with self._lock:
+            found = [bay for _, bays in self._bays.values() for bay in bays]
+        for bay in found:
+            bay.save_when_due()
 
 
 class SwapLease(Lease):
@@ -10652,6 +11323,8 @@ class SwapApp(UpstreamApp):
     def every_second(self) -> None:
         """Start llama-swap again where it has died; its models may have outlived it."""
         self.log.flush()
+        if self._bays:
+            self._bays.save_when_due()
         due = time.monotonic() - self._started_s > self.RESTART_S
         if self._process.poll() is not None and due and not self._closing:
             self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
@@ -10667,6 +11340,18 @@ class SwapApp(UpstreamApp):
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
+    def watched(self) -> Dict[str, Any]:
+        running = running_states(self.upstream)
+        if running is None:
+            return {}
+        words = {name: STATE_WORDS.get(state, "loading") for name, state in running.items()}
+        return {"models": {name: {"state": words.get(name, "not loaded")}
+                           for name in set(self._models.values())}}
+
+    def target(self, name: str, target: str) -> str:
+        """llama-swap finds a model by the body of its own paths alone."""
+        return target if target.startswith("/v1/") else f"/upstream/{name}{target}"
+
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
         return SwapLease(self.upstream, model, self._bays if model in self._local else None)
@@ -10679,14 +11364,6 @@ class SwapApp(UpstreamApp):
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop, remedy)
-
-    def watched(self) -> Dict[str, Any]:
-        running = running_states(self.upstream)
-        if running is None:
-            return {}
-        names = set(self._models.values())
-        return {"models": {name: {"state": STATE_WORDS.get(running.get(name, "stopped"), "loading")}
-                           for name in names}}
 
 
 def with_stop_hook(text: str, words: Sequence[str]) -> str:
@@ -10705,7 +11382,6 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
         if found and row.get("state") == "ready":
             ports[str(row.get("model"))] = int(found.group(1))
     return ports
-
 
 
 def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
@@ -11315,10 +11991,10 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
         row["parking"] = notes.get(row["name"], "")
     rows["local_only"] = config.local_only
     rows["other_owner"] = other_owner(places) or None
-    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     rows["now"] = None                          # as /llmstack/snapshot tells it
     if record is not None and router_up:
         rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
+    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
     return rows
 
 
@@ -13202,6 +13878,15 @@ def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
+def size_words(size: float) -> str:
+    """5.6 GB, or 3.1 MB where that says more."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+def rate_words(per_s: float) -> str:
+    return f"{per_s:.0f} tok/s" if per_s >= 10 else f"{per_s:.1f} tok/s"
+
+
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
     tokens = int(tokens)
@@ -13247,8 +13932,9 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         state += f" {ago}"
     if note:
         words.append(note)
-    return TierLine(name, text_in(row, "role") or "-", context_words(number_in(row, "ctx_size")), state,
-                    f"{size / 1e9:.1f} GB" if size else "", f"{rate:.0f} tok/s" if rate else "",
+    return TierLine(name, text_in(row, "role") or "-",
+                    context_words(number_in(row, "ctx_size")), state,
+                    size_words(size) if size else "", rate_words(rate) if rate else "",
                     ", ".join(words))
 
 
@@ -13316,8 +14002,8 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if budget:
         taken = number_in(memory, "resident")
         head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
-    if isinstance(about, dict) and about.get("channel") == "next":
-        head.append("next channel")
+    if text_in(memory, "pressure"):
+        head.append(f"{text_in(memory, 'pressure')}: idle models are unloaded")
     if isinstance(about, dict) and about.get("changed") is True:
         head.append("models.ini changed since the start: llmstack restart")
     if isinstance(about, dict) and about.get("local_only") is True:
@@ -13332,16 +14018,18 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     lines += render_tiers(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
         if text_in(row, "state") != "done":
-            what = f"Download {text_in(row, 'tier')}-{text_in(row, 'label')}: {text_in(row, 'state')}, "
-            done = progress_words(int(number_in(row, "bytes")), int(number_in(row, "total_bytes")), 0)
-            lines += _wrapped(what + (text_in(row, "error") or done), width, "  ")
+            name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
+            have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
+            how = text_in(row, "error") or progress_words(have, size, 0)
+            what = f"Download {name}: {text_in(row, 'state')}, {how}"
+            lines += _wrapped(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
         lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
     return lines
 
 
-def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]]:
+def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
     """The snapshot of a router anew with each change, and each second without one.
 
     Errors: OSError, ValueError where the stream ends or is none.
@@ -13349,7 +14037,9 @@ def follow_events(upstream: Upstream, headers: bytes) -> Iterator[Dict[str, Any]
     sock = upstream.connect()
     try:
         lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, headers + b"Accept: text/event-stream"]
+                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
+        if upstream.key:
+            lines.append(b"Authorization: Bearer " + upstream.key.encode())
         sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
         sock.settimeout(WATCH_SILENCE_S)
         head = b""
@@ -13807,19 +14497,15 @@ def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
         return _status_of_parts(rows, config, width, demo)
     lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
                             time.time(), paint)
+    if rows["channel"] == "next":
+        lines.insert(1, "next channel")
     return lines + _status_notes(rows)
 
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
-    """What is to be said beside the tiers."""
-    lines = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    for tier in rows["tiers"]:
-        if tier.get("parking"):
-            lines.append(f"{tier['name']}: parking {tier['parking']}")
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
-                     " and none takes more")
-    return lines
+    notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
+    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
+    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
 
 
 def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
@@ -13834,6 +14520,9 @@ def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str
     if tiers:
         lines += ["", *render_tiers(tiers, width, paint)]
     lines += _status_notes(rows)
+    if rows.get("memory_pressure"):
+        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+                     " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
     for row in rows["downloads"]:
@@ -13883,25 +14572,15 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Di
     return row
 
 
-def _watched_router(places: Places) -> Tuple[Upstream, str]:
-    """The router to watch, and its URL for people. Errors: UserError where none is up."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).upstream, url
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        raise UserError("the stack of this project is not running", "run `llmstack start`")
-    return router_upstream(record), base_url(record.host, record.port)
-
-
 def _watch(places: Places) -> int:
     """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, url = _watched_router(places)
+    upstream, _ = running_router(places)
+    url = upstream.url
     in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     try:
         while True:
             try:
-                for now in follow_events(upstream, key_header(os.environ)):
+                for now in follow_events(upstream):
                     _draw(render_snapshot(now, url, _columns(), time.time(), paint),
                           in_place)
             except (OSError, ValueError) as exc:
@@ -14629,16 +15308,14 @@ COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install trust activate config"),
-    ("Keep it", "service serve completion self version help"),
+    ("Projects", "install connect run-with trust activate config"),
+    ("Keep it", "service serve forget completion self version help"),
 )
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
     """'strat', did you mean start?"""
-    import difflib
-    near = difflib.get_close_matches(word, known, 1, 0.7)
-    return f"{word!r}, did you mean {near[0]}?" if near else repr(word)
+    return repr(word) + _did_you_mean(word, known)
 
 
 def render_examples(prog: str) -> str:
@@ -14680,7 +15357,6 @@ def extra_parser(name: str, doc: str) -> Any:
 def make_parser() -> Any:
     """The command line; `commands` are its subparsers. Errors of usage exit with 2, in one line and a hint."""
     parser = new_parser("llmstack", "A multi-tier local LLM stack behind one OpenAI-compatible address.")
-    parser.add_argument("-V", "--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND")
     for add in ADD_COMMANDS:
         add(commands)
@@ -14708,10 +15384,15 @@ def extra_names() -> List[str]:
     return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
 
 
+def command_groups() -> List[Tuple[str, List[str]]]:
+    """COMMAND_GROUPS, and the extras that it does not know."""
+    groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
+    listed = [name for _, names in groups for name in names]
+    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
+
+
 def command_names() -> List[str]:
-    """Every command of `help`, and the extras it does not know."""
-    listed = " ".join(names for _, names in COMMAND_GROUPS).split()
-    return listed + [name for name in extra_names() if name not in listed]
+    return [name for _, names in command_groups() for name in names]
 
 
 def load_extra(name: str) -> Any:
@@ -14754,12 +15435,11 @@ def render_help(summaries: Mapping[str, str]) -> str:
     """All commands in groups, with a line each."""
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
-    listed = " ".join(names for _, names in COMMAND_GROUPS)
-    others = [name for name in extra_names() if name not in listed.split()]
-    for heading, names in (*COMMAND_GROUPS, ("More", " ".join(others))):
-        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names.split()]
-        lines += ["", heading] if rows else []
-        lines += [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+    for heading, names in command_groups():
+        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names]
+        shown = [f"  {name:<18}  {summary}" for name, summary in rows if summary]
+        if shown:
+            lines += ["", heading, *shown]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -14775,23 +15455,22 @@ def _say_help(parser: Any, topic: str) -> int:
     return 0
 
 
+OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
+
+
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
-    name = argv[0] if argv else "help"
-    if name == "_hook" and len(argv) == 3:
-        return _cmd_hook(argv[1], argv[2])
+    name, *words = argv or ("help",)
+    name = OPTION_COMMANDS.get(name, name)
+    if name == "_hook" and len(words) == 2:
+        return _cmd_hook(*words)
     if not name.startswith("_"):
         leave_stale_project(os.environ)
     parser = make_parser()
-    if name in ("-h", "--help"):
-        return _say_help(parser, "")
     command = parser.commands.get(name)
-    if command is None and not name.startswith("-"):
-        return run_extra(name, argv[1:])
     if command is None:
-        parser.parse_args(list(argv))
-        return _cmd_version(None)
-    args = command.parse_args(list(argv[1:]))
+        return run_extra(name, words)
+    args = command.parse_args(words)
     if args.run is None:
         return _say_help(parser, args.topic)
     return int(args.run(args))

@@ -9,13 +9,14 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llmstack
 from tests.scripted import Message, always, answer, wait
-from tests.test_router import EVENTS, SSE, Client, Rig, Start, chat, request, start  # noqa: F401
+from tests.test_router import CONFIG, EVENTS, SSE, Client, Rig, Start, chat, request, start  # noqa: F401
 
 SECRET = "xyzzy-of-the-prompt"
 SAID = b'{"choices":[],"usage":{"prompt_tokens":1200,"completion_tokens":40},"timings":{"prompt_n":200,' \
@@ -290,8 +291,8 @@ def opened(rig: Rig, asked: bytes) -> Message:
 def test_a_terminal_follows_the_same_stream(start: Start) -> None:
     rig = start(always(answer(SAID)))
     upstream = llmstack.Upstream("127.0.0.1", rig.port)
-    with contextlib.closing(llmstack.follow_events(upstream, b"")) as snapshots:
-        assert next(snapshots)["tiers"][0]["name"] == "code-fast"
+    with contextlib.closing(llmstack.follow_events(upstream)) as snapshots:
+        assert next(t["name"] for t in next(snapshots)["tiers"]) == "code-fast"
         rig.ask(chat("plan"))
         now = next(s for s in snapshots if s["decisions"])
         lines = llmstack.render_snapshot(now, "http://x", 100, now["now"], lambda text, code: text)
@@ -311,4 +312,36 @@ def test_a_stream_that_is_none_ends_in_words(start: Start, reply: bytes) -> None
     rig = start(script)
     upstream = llmstack.Upstream("127.0.0.1", rig.upstream.port)
     with pytest.raises((OSError, ValueError)):
-        list(llmstack.follow_events(upstream, b""))
+        list(llmstack.follow_events(upstream))
+
+
+def test_the_board_asks_for_what_there_is() -> None:
+    board = json.loads((Path(llmstack.__file__).parent / "docs/grafana.json").read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    named = {re.sub("_bucket$", "", name) for expression in asked for name in re.findall("llmstack_[a-z_]+", expression)}
+    assert named <= llmstack.METRICS.keys()
+    assert llmstack.METRICS.keys() - named <= {"llmstack_tier_loaded"}
+    for expression in asked:
+        for name, labels in re.findall(r"(llmstack_[a-z_]+)\{([^}]*)\}", expression):
+            assert set(re.findall(r"(\w+)[=!]", labels)) <= set(llmstack.METRICS[name].labels)
+
+
+def test_an_edited_models_ini_is_seen_until_it_is_read_again(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "models.ini"
+    path.write_text("[a]\n")
+    now = [CONFIG]
+    rig = start(models_ini=str(path), reload=lambda: now[0])
+
+    def changed() -> bool:
+        rig.app.events._asked_s = -1e9
+        about: dict[str, Any] = rig.ask(request("GET", "/llmstack/snapshot")).json["about"]
+        return bool(about["changed"])
+
+    assert not changed()
+    path.write_text("[a]\nrole = fast\n")
+    assert changed()
+    assert rig.app.reload() == ""
+    assert not changed(), "only routing has changed, and that is read"
+    now[0] = CONFIG._replace(tiers=CONFIG.tiers[:2])
+    assert rig.app.reload() == ""
+    assert changed(), "its tiers take a restart"

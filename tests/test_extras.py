@@ -99,7 +99,7 @@ def test_a_copy_without_the_extras_says_where_they_are(name: str, elsewhere: Pat
         (["start", "--prot", "1"], "llmstack start has no '--prot', did you mean --port?"),
         (["start", "--prot=1"], "llmstack start has no '--prot', did you mean --port?"),
         (["stop", "now"], "llmstack stop has no 'now'"),
-        (["--versoin"], "llmstack has no '--versoin', did you mean --version?"),
+        (["--versoin"], "there is no command '--versoin', did you mean version?"),
     ],
 )
 def test_a_slip_is_one_line_and_what_was_meant(

@@ -157,7 +157,7 @@ def test_standard_input(
     [
         (["code-fats", "hi"], "there is no tier 'code-fats', did you mean code-fast?"),
         (["why", "is", "the", "sky", "blue"], "there is no tier 'why'"),
-        (["--tire", "x"], "llmstack run has no '--tire'"),
+        (["--tire", "x"], "llmstack run has no '--tire', did you mean --quiet?"),
         (["-"], "there is nothing on standard input"),
     ],
 )

@@ -216,3 +216,50 @@ def test_anthropic_s_clients_get_their_own_shape(start: Start) -> None:  # noqa:
         "type": "model", "id": "code-smart", "display_name": "code-smart",
         "created_at": "1970-01-01T00:00:00Z", "max_input_tokens": 65_536, "max_tokens": 65_536}
     assert rig.ask(request("GET", "/v1/models/coder", version)).json["id"] == "coder"
+
+
+# ---- embeddings and reranking
+
+
+WITH_ROLES = (*CONFIG.tiers, Tier("nomic", "embed", ctx_size=8192), Tier("jina", "rerank"))
+
+
+@pytest.mark.parametrize(("path", "model", "got"), [
+    ("/v1/embeddings", "auto", "nomic"), ("/v1/embeddings", None, "nomic"),
+    ("/embeddings", "", "nomic"), ("/v1/embeddings", "text-embedding-3-small", "nomic"),
+    ("/v1/embeddings", "openai/text-embedding-ada-002", "nomic"),
+    ("/v1/embeddings", "nomic", "nomic"), ("/v1/embeddings", "code-fast", "code-fast"),
+    ("/v1/rerank", "auto", "jina"), ("/rerank", "rerank-v3.5", "jina"),
+    ("/v1/reranking", "JINA", "jina"),
+])
+def test_embeddings_and_reranking_have_a_role(
+        start: Start, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+        path: str, model: object, got: str) -> None:
+    monkeypatch.setattr(test_router, "CONFIG", CONFIG._replace(tiers=WITH_ROLES))
+    rig = start(always(OK))
+    body = {"model": model, "input": "x"}
+    assert rig.ask(post(body, target=path)).status == 200
+    sent = rig.upstream.requests[-1]
+    assert sent.target == ("/v1/rerank" if "rerank" in path else "/v1/embeddings")
+    assert sent.json == {"model": got, "input": "x"}
+
+
+@pytest.mark.parametrize("role", ["embed", "rerank"])
+def test_without_such_a_tier_the_error_says_how_to_add_it(
+        start: Start, monkeypatch: pytest.MonkeyPatch, role: str) -> None:  # noqa: F811
+    monkeypatch.setattr(llmstack.UpstreamApp, "has_others", False)
+    rig = start(always(OK))
+    path = "/v1/embeddings" if role == "embed" else "/v1/rerank"
+    got = rig.ask(post({"model": "auto", "input": "x"}, target=path))
+    assert got.status == 404
+    assert f"role = {role} in models.ini" in got.json["error"]["message"]
+    assert rig.upstream.requests == []
+
+
+def test_their_servers_get_their_flags() -> None:
+    embed, rerank = (llmstack.tier_flags(tier) for tier in WITH_ROLES[-2:])
+    assert ("--embedding",) in embed
+    assert ("--ubatch-size", "2048") in embed
+    assert ("--reranking",) in rerank
+    assert llmstack.capabilities(WITH_ROLES[-2]) == ["embedding"]
+    assert llmstack.tier_flags(CONFIG.tiers[0]) == [("--alias", "code-fast"), ("-c", "131072")]

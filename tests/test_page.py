@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_a_browser_shows_what_runs(tmp_path: Path, shown: Rig) -> None:
     assert shown.ask(chat("auto")).status == 200
     while not shown.app.events.snapshot()["decisions"]:
         pass
+    shown.app.events._points.append((time.time(), "plan", 0.4, 30.0))
     dom = browse(tmp_path, shown, "--dump-dom")
     body = html.unescape(re.sub(r"<[^>]*>", " ", dom.partition("<main>")[2].partition("<script>")[0]))
     for words in ("code-fast", "loaded", "Unload", "<b>the file is cut short</b>", "llmstack download plan",
@@ -157,6 +159,24 @@ def test_a_browser_is_asked_for_the_key(tmp_path: Path, start: Start) -> None:
     dom = browse(tmp_path, start(key="sesame"), "--dump-dom")
     assert re.search(r'<section id="key" class=""', dom)
     assert re.search(r'<span id="link"[^>]*>wants its key</span>', dom)
+
+
+def test_a_lost_stream_comes_again(tmp_path: Path, shown: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = llmstack.Events._tell, []
+
+    def tell(self: llmstack.Events, client: llmstack.Client, last_id: str) -> None:
+        asked.append(last_id)
+        if len(asked) > 1:
+            real(self, client, last_id)
+        client.open_stream()
+        self._send(client, "snapshot", self.snapshot(), 0)
+        client.send(b"0\r\n\r\n")              # so that it is read before the end
+
+    monkeypatch.setattr(llmstack.Events, "_tell", tell)
+    dom = browse(tmp_path, shown, "--dump-dom")
+    assert asked[0] == ""
+    assert asked[1] == f"{shown.app.events._start}-0"
+    assert re.search(r'<span id="link"[^>]*>live</span>', dom)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -113,7 +116,7 @@ def counts(prompt: int, cached: int = 0, output: int = 5) -> llmstack.Counts:
 def park(rig: Rig, tokens: int = 500, turns: int = 3, slot: int = 2) -> None:
     """A conversation of so many tokens, parked out of one slot."""
     bay = rig.load()
-    rig.slots.held[slot] = tokens
+    rig.slots.held[slot] = tokens + 4           # the last token of five was never read
     bay.note("/v1/chat/completions", asked(turns), counts(tokens))
     bay.save(ending=True)
     assert rig.files() == [f"{IDENTITY}-{slot}.kv"]
@@ -176,34 +179,60 @@ def test_conversations_in_the_hosts_cache_are_saved_too(rig: Rig) -> None:
     for last, tokens in (("first", 800), ("second", 400)):
         bay.note("/v1/chat/completions", asked(3, last), counts(tokens))
         rig.slots.host_cache[last.encode()] = tokens
-    rig.slots.held.update({0: 402, 1: 0})
+    rig.slots.held.update({0: 404, 1: 0})
     bay.save(ending=True)
-    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [800, 402]
+    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [800, 404]
+
+
+def test_of_two_that_are_as_long_the_last_is_in_the_slot(rig: Rig) -> None:
+    bay = rig.load()
+    for last in ("first", "second"):
+        bay.note("/v1/chat/completions", asked(3, last), counts(800))
+        rig.slots.host_cache[last.encode()] = 800
+    rig.slots.held[0] = 804
+    bay.save(ending=True)
+    begins = {p.tokens: p.begins for p in rig.parking.saved(IDENTITY)}
+    assert begins == {804: llmstack.beginning(json.loads(asked(3, "second")), 3),
+                      800: llmstack.beginning(json.loads(asked(3, "first")), 3)}
 
 
 def test_while_in_use_the_hosts_cache_is_left_alone(rig: Rig) -> None:
     bay = rig.load()
     bay.note("/v1/chat/completions", asked(3, "first"), counts(800))
-    rig.slots.held.update({0: 402, 1: 30_000})  # at 20,000 tokens a second, more than one second
+    rig.slots.held.update({0: 404, 1: 30_000})  # at 20,000 tokens a second, more than one second
     bay.save(ending=False)
     assert rig.slots.actions("save") == ["/slots/0?action=save"]
 
 
 def test_it_is_due_when_it_was_used_for_so_long(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     bay = rig.load()
+    rig.slots.held[0] = 400
     now = time.monotonic()
-    assert not bay.due(now + 1)
-    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
-    assert not bay.due(now - 1)                 # not used since
-    assert bay.due(now + 1)
-    assert not bay.due(now + 2)                 # once
+    saves: List[bool] = []
+    monkeypatch.setattr(bay, "save", saves.append)
+
+    def wait_due(after_s: float) -> int:
+        monkeypatch.setattr(time, "monotonic", lambda: now + after_s)
+        bay.save_when_due()
+        for thread in threading.enumerate():
+            if thread.name == "park m":
+                thread.join()
+        return len(saves)
+
+    assert wait_due(601) == 0                   # not used since it was loaded
+    bay.note("", b"", counts(10))
+    assert wait_due(602) == 1
+    assert wait_due(1_300) == 1                 # not used since
+    bay.note("", b"", counts(10))
+    assert wait_due(1_301) == 2
+    assert saves == [False, False]
 
 
 def test_an_older_state_of_a_conversation_goes(rig: Rig) -> None:
     park(rig, 500, turns=3, slot=2)
     bay = rig.load()
     bay.restore()
-    rig.slots.held[1] = 700
+    rig.slots.held[1] = 704
     bay.note("/v1/chat/completions", json.dumps({"messages": [*messages(3), *messages(2)]}).encode(),
              counts(700, 500))
     bay.save(ending=True)
@@ -291,6 +320,15 @@ def test_the_longest_unused_goes_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert rig.files() == [f"{IDENTITY}-{n}.kv" for n in (0, 2, 3)]
 
 
+def test_what_never_fits_pushes_nothing_out(rig: Rig) -> None:
+    park(rig)
+    bay = rig.load()
+    rig.slots.held[0] = 200_000_000             # at ten bytes each, twice park_gb
+    bay.save(ending=True)
+    assert rig.slots.actions("save") == []
+    assert rig.files() == [f"{IDENTITY}-2.kv"]
+
+
 def test_the_last_of_a_disk_is_not_ours(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "PARKED_LEAST_FREE_BYTES", 10 ** 18)
     bay = rig.load()
@@ -335,6 +373,17 @@ def test_nothing_else_is_held_against_a_model(rig: Rig, cached: int, body: bytes
     assert len(rig.files()) == 1
 
 
+def test_what_was_asked_beside_another_request_proves_nothing(rig: Rig) -> None:
+    """The other may have pushed the conversation out of the host's cache."""
+    park(rig, 500)
+    bay = rig.load()
+    bay.restore()
+    assert bay.wants(10)
+    assert bay.wants(10)
+    bay.note("/v1/chat/completions", LONGER, counts(600, 0))
+    assert llmstack.parking_notes(str(rig.data)) == {}
+
+
 # ---- what it is restored under
 
 
@@ -349,6 +398,7 @@ def test_identity_is_of_build_weights_and_flags(tmp_path: Path) -> None:
 
     first = identity("-c", "4096")
     assert identity("-c", "4096", port="2", PATH="/bin") == first
+    assert identity("-c", "4096", "--cache-ram", "512") == first
     others = [identity("-c", "8192"), identity("-c", "4096", LLAMA_ARG_N_PARALLEL="2")]
     program.write_bytes(b"build 22")
     others.append(identity("-c", "4096"))
@@ -397,20 +447,37 @@ def test_parking_can_be_off(tmp_path: Path) -> None:
     assert llmstack.open_parking(str(tmp_path), CONFIG, log) is None
 
 
+def test_llama_swaps_hook_ends_the_server_whatever_the_daemon_does(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
+                              start_new_session=True)
+    guest = llmstack.guest_command(sys.executable, "park")
+    assert subprocess.call([*guest, "1", "m", str(server.pid)]) == 0        # nobody is there
+    assert server.wait(20) == -signal.SIGTERM
+
+
+def test_the_hook_stands_with_every_llama_server(config: llmstack.Config) -> None:
+    text = llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), llmstack.posix_quote)
+    hooked = llmstack.with_stop_hook(text, ["python3", "a b.py", "10102"])
+    assert hooked.count("""cmdStop: "python3 'a b.py' 10102 ${MODEL_ID} ${PID}"\n""") == len(
+        llmstack.local_tiers(config))
+
+
 # ---- llama.cpp itself
 
 
 class RealStage(Stage):
-    """Two tiers that cannot be together, served by a real llama-server."""
+    """Tiers that cannot be together, served by a real llama-server."""
 
     def __init__(self, tmp_path: Path, config: llmstack.Config, program: Tuple[str, ...]) -> None:
         weights = tmp_path / "noise.gguf"
         weights.write_bytes(render_noise_gguf())
         tiers = tuple(t._replace(path=str(weights), ctx_size=8192, rope_scale=0.0) for t in config.tiers
-                      if t.name in ("code-smart", "plan"))
+                      if t.name in ("code-smart", "plan", "code-fast"))
         self.program = program
         config = config._replace(tiers=tiers, threads=1, park_after_s=0)
         super().__init__(tmp_path / "stage", config, 1e9, FIRST_PORT)
+        for model in self.engine.models.values():
+            model.gb = 6e8                      # of 1e9: one at a time
         self.parking = llmstack.Parking(str(tmp_path / "data"), config)
         self.engine._parking = self.parking
 
@@ -467,6 +534,24 @@ def test_a_real_conversation_survives_a_swap(real: RealStage) -> None:
         assert prompt > before
         assert cached >= before - 1
     assert llmstack.parking_notes(str(Path(real.parking.directory).parent)) == {}
+
+
+def test_six_real_conversations_on_three_models_in_turn(real: RealStage) -> None:
+    """LLMSTACK_TEST_PARK_S: go on for so many seconds."""
+    end = time.monotonic() + float(os.environ.get("LLMSTACK_TEST_PARK_S", "0"))
+    models = ("code-smart", "plan", "code-fast")
+    conversations = {(model, tag): conversation(model + tag, 40) for model in models for tag in "ab"}
+    before = dict.fromkeys(conversations, 0)
+    rounds = 0
+    while rounds < 3 or time.monotonic() < end:
+        for (model, tag), said in conversations.items():
+            if before[model, tag] > 6_000:
+                said[:], before[model, tag] = conversation(f"{model}{tag}{rounds}", 40), 0
+            prompt, cached = real.turn(model, said)
+            assert cached >= before[model, tag] - 1, f"{model} {tag} {rounds} {before} {cached}\n{real.log()}"
+            before[model, tag] = prompt
+        rounds += 1
+    print(f"{rounds} rounds, {6 * rounds} answers")
 
 
 def test_a_real_conversation_is_parked_while_it_is_in_use(real: RealStage) -> None:

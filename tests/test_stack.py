@@ -453,7 +453,7 @@ def test_a_chat_through_auto_is_answered_by_real_llama_cpp(engine: str, real_dat
             assert headers["X-LLMStack-Model"] == ("code-fast" if path == "/infill" else "code-smart"), path
             assert json.loads(body), path
         assert llmstack.main(["status"]) == 0
-        assert "ready" in capsys.readouterr().out
+        assert "loaded" in capsys.readouterr().out
     finally:
         llmstack.main(["stop"])
 

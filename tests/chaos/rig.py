@@ -154,7 +154,7 @@ class Bystander:
 class Rig:
     """One project in a home of its own. Everything it starts inherits that HOME."""
 
-    def __init__(self, data: Optional[Path], swap: Optional[str]) -> None:
+    def __init__(self, data: Optional[Path], swap: Optional[str], program: str = "") -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="llmstack-chaos-"))
         self.project = self.directory / "project"
         self.state = self.project / ".llmstack"
@@ -170,7 +170,7 @@ class Rig:
         self.env = {**kept, "HOME": str(self.directory), "LLMSTACK_DATA_DIR": str(self.data),
                     "LLMSTACK_WORK_DIR": str(self.project), "NO_COLOR": "1",
                     "PYTHONDONTWRITEBYTECODE": "1"}
-        self.program = self._copy_program()
+        self.program = program or self._build_program()
         self.swap = swap
         if swap:
             programs = self.directory / "programs"
@@ -186,14 +186,13 @@ class Rig:
         self.router_port, self.engine_port = free_port(), free_port()
         self.bystander = Bystander(self.project)
 
-    def _copy_program(self) -> str:
-        """A copy of what is here now: a run is long, and its user edits meanwhile."""
+    def _build_program(self) -> str:
+        """What users run, of what is here now; a run is long, and we edit meanwhile."""
         copy = self.directory / "program"
-        copy.mkdir()
-        for name in ("llmstack.py", "models.ini"):
-            shutil.copy(ROOT / name, copy)
-        shutil.copytree(ROOT / "share", copy / "share")
-        return str(copy / "llmstack.py")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.pyz"))
+        subprocess.run([sys.executable, "build_zipapp.py"], cwd=copy, env=self.env, check=True,
+                       stdout=subprocess.DEVNULL)
+        return str(copy / "llmstack.pyz")
 
     def close(self) -> None:
         """End whatever is left, and the home with it."""
@@ -202,7 +201,8 @@ class Rig:
             process.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def write_ini(self, engine: str = "embedded", memory_gb: int = SMALL_GB, more: str = "") -> None:
+    def write_ini(self, engine: str = "embedded", memory_gb: int = SMALL_GB,
+                  more: str = "") -> None:
         """Give the project its tiers, and trust them as its user would."""
         text = MODELS_INI.format(engine=engine, router_port=self.router_port, server=self.server,
                                  engine_port=self.engine_port, memory_gb=memory_gb,
@@ -214,9 +214,9 @@ class Rig:
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
         """Begin a command."""
-        return subprocess.Popen([sys.executable, self.program, *words], env=self.env, cwd=self.project,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, self.program, *words], env=self.env,
+                                cwd=self.project, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, process: subprocess.Popen[str], words: Sequence[str]) -> Said:
         """Wait for a command. Errors: Fault, where it hangs or ends in a traceback."""
