@@ -11010,25 +11010,35 @@ _PLAIN = "text/plain; charset=utf-8"
 
 
 class MemoryWatch:
-    """Looks every few seconds whether the machine is short of memory."""
+    """Looks every few seconds whether the machine is short of memory.
+
+    In a thread of its own: nvidia-smi may take a second to answer.
+    """
 
     INTERVAL_S = 5.0
     CALM_LOOKS = 3                              # in a row, before a shortage counts as over
 
-    def __init__(self, machine: Machine, read: Callable[[bool], MemoryState] = read_memory_state,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, machine: Machine,
+                 read: Callable[[bool], MemoryState] = read_memory_state) -> None:
         self.machine = machine
-        self._read, self._clock = read, clock
+        self._read = read
         self._before = read(machine.cuda)
-        self._next_s = clock() + self.INTERVAL_S
         self._pressure, self._calm = "", 0
+        self._stopped = threading.Event()
 
-    def due(self) -> bool:
-        return self._clock() >= self._next_s
+    def start(self, ease: Callable[[str], None]) -> None:
+        """Tell `ease` after each look what is short."""
+        threading.Thread(target=self._run, args=(ease,), name="memory", daemon=True).start()
+
+    def _run(self, ease: Callable[[str], None]) -> None:
+        while not self._stopped.wait(self.INTERVAL_S):
+            ease(self.look())
+
+    def stop(self) -> None:
+        self._stopped.set()
 
     def look(self) -> str:
         """What is short, as memory_pressure says it."""
-        self._next_s = self._clock() + self.INTERVAL_S
         now = self._read(self.machine.cuda)
         found = memory_pressure(now, self._before)
         self._before = now
@@ -11054,8 +11064,6 @@ class EngineApp(Behind):
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
-        if self._watch and self._watch.due():
-            self.engine.ease(self._watch.look())
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
@@ -11066,12 +11074,16 @@ class EngineApp(Behind):
 
     def start(self) -> None:
         self.engine.preload()
+        if self._watch:
+            self._watch.start(self.engine.ease)
 
     def close_idle(self) -> None:
         for upstream in self.engine.upstreams():
             upstream.close_idle()
 
     def close(self) -> None:
+        if self._watch:
+            self._watch.stop()
         self.engine.close()
 
     def lease(self, name: str) -> Lease:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -383,10 +384,22 @@ def test_what_is_free_on_the_card_is_nvidias_number(monkeypatch: pytest.MonkeyPa
 def test_a_shortage_is_over_after_some_calm_looks() -> None:
     states = [CALM, CALM._replace(critical=True), CALM, CALM, CALM]
     left = iter(states)
-    watch = llmstack.MemoryWatch(llmstack.Machine(1.0, "", False), lambda _: next(left), lambda: 0.0)
+    watch = llmstack.MemoryWatch(llmstack.Machine(1.0, "", False), lambda _: next(left))
     said = [bool(watch.look()) for _ in states[1:]]
     assert said == [True, True, True, False]
-    assert not watch.due()
+
+
+def test_the_engine_is_told_from_a_thread(engine: llmstack.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack.MemoryWatch, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(engine, "preload", lambda: None)
+    monkeypatch.setattr(engine, "close", lambda: None)
+    told = threading.Event()
+    monkeypatch.setattr(engine, "ease", lambda pressure: pressure and told.set())
+    watch = llmstack.MemoryWatch(llmstack.Machine(1.0, "", False), lambda _: CALM._replace(critical=True))
+    app = llmstack.EngineApp(engine, llmstack.Log("", "error"), watch)
+    app.start()
+    assert told.wait(20)
+    app.close()
 
 
 class Process:
