@@ -61,7 +61,8 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, speeds.json, parked/ (conversations), lock, llama-cpp/, hub/ and litellm/ (private
+environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -11219,19 +11220,17 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            if not found:                       # the request that waits goes on, the next tries again
-                self.forget(name)
+            with self._lock:                    # the request that waits goes on, the next tries again
+                if not found and self._bays.get(name, (None,))[0] is done:
+                    del self._bays[name]
             done.set()
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
-        known = self.forget(name)
-        for bay in known[1] if known else ():
-            bay.save(ending=True)
-
-    def forget(self, name: str) -> Optional[Tuple[threading.Event, List[Bay]]]:
         with self._lock:
-            return self._bays.pop(name, None)
+            _, found = self._bays.pop(name, (None, []))
+        for bay in found:
+            bay.save(ending=True)
 
     def forget_all(self) -> None:
         with self._lock:
