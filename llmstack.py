@@ -134,6 +134,7 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+TINY_TOKENS = 500                  # of a prompt that may go past a tier that is busy
 WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
@@ -330,6 +331,7 @@ class Config(NamedTuple):
     unknown_model: str = "error"                # what other names get: error | auto
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
+    patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
 
     @property
     def smallest_context(self) -> int:
@@ -1074,6 +1076,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
+    "patience_s": Option("int", 0, 3_600, harmless=_ANY_VALUE),
     "allowed_origins": Option("origins"),
     "allowed_hosts": Option("hosts"),
     "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
@@ -3146,7 +3149,8 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     config = config._replace(tiers=config.offered or config.tiers)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
-    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
+    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config))
+                  for t in config.tiers if t.role not in PATH_ROLES.values())
 
     def model(role: str) -> Dict[str, str]:
         """The tier of a role, or nothing, and then opencode takes its default model."""
@@ -6567,6 +6571,7 @@ class Terms(NamedTuple):
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
     began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
     translation: Optional[Translation] = None           # the shape in which the client gets it
+    patience_s: float = 0.0                             # longest wait in all for the first byte, 0: any
 
 
 AS_IT_COMES = Terms()
@@ -7504,7 +7509,12 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             lease.wait(PATIENCE_MS / 1000)
             if client.gone():
                 raise ClientGone
+            if 0 < terms.patience_s < waiting.waited_s:
+                return Outcome("unreachable", 0, "busy")
             waiting.tell(lease.stage)
+        if terms.patience_s:
+            left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
+            terms = terms._replace(first_byte_s=left_s)
         waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
         if upstream is None:
@@ -8255,9 +8265,11 @@ class OllamaAnswer(Translation):
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama lists a model."""
     own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
+    import hashlib
     name = str(entry.get("id"))
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()    # ollama cuts it short
     return {"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z",
-            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": "",
+            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": digest,
             "capabilities": entry.get("capabilities") or ["completion"],
             "details": {"parent_model": "", "format": "gguf", "family": "llmstack",
                         "families": ["llmstack"], "parameter_size": "",
@@ -8417,8 +8429,7 @@ class Asked:
     """An inference request, read. Its body goes once an answer has begun."""
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
-                 values: Dict[str, Any], drop: FrozenSet[bytes],
-                 place: Optional[Tuple[int, int]] = None) -> None:
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
@@ -8426,7 +8437,8 @@ class Asked:
         self.values = values                    # of the body
         self.drop = drop                        # headers that stay here
         self.translation: Optional[Translation] = None
-        self._place = place                     # of the model's name, None: it is JSON's to find
+        self.patience_s = 0.0                   # how long its first tier may keep it waiting
+        self.place: Optional[Tuple[int, int]] = None    # of the model's name; None: find it in JSON
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
@@ -8434,9 +8446,9 @@ class Asked:
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
-        if self._place is None:
+        if self.place is None:
             return route_body(self.body, self.values, route, self.path, name)
-        start, end = self._place
+        start, end = self.place
         if not name or not end:
             return [self.body]
         return [self.body[:start], name.encode(), self.body[end:]]
@@ -8499,6 +8511,10 @@ class Ladder:
     @property
     def route(self) -> Route:
         return self._snapshot.routes[self.tier.name]
+
+    def prefer(self, tiers: Sequence[Tier]) -> None:
+        """Ask these before the others, once the first has had its chance."""
+        self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
@@ -8774,8 +8790,8 @@ class RouterApp(App):
         else:
             place = form_model(request.header(b"content-type"), body)
             name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
-            values = {"model": name or _asked_in(request.target)}
-            name = values["model"]
+            name = name or _asked_in(request.target)
+            values = {"model": name}
         tier = ""
         if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
             tier = self._resolve(request, name, drop)
@@ -8786,7 +8802,9 @@ class RouterApp(App):
         target = request.target
         if route.host is None:
             target = self.behind.target(route.tier.name, target)
-        self._ask_named(client, Asked(request, path, target, body, values, drop, place), route)
+        asked = Asked(request, path, target, body, values, drop)
+        asked.place = place
+        self._ask_named(client, asked, route)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -9098,6 +9116,10 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        if config.patience_s and facts.full_tokens <= TINY_TOKENS:
+            idle = self._idle_beside(decision.chain)
+            ladder.prefer(idle)
+            asked.patience_s = config.patience_s if idle else 0.0
         reason = decision.reason
 
         def headers() -> bytes:
@@ -9113,6 +9135,7 @@ class RouterApp(App):
             outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
+            asked.patience_s = 0.0
         name = ladder.tier.name
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
@@ -9123,6 +9146,15 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         row = record_row(facts, asked.path, name, decision, outcome)
         self._note(ongoing, row, ladder.fallbacks)
+
+    def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
+        """The loaded tiers with nothing to do, where a chain's first is not one of them."""
+        rows = dict_of(self.behind.watched().get("models"))
+        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        idle = [tier for tier in chain if tier.name not in busy
+                and dict_of(rows.get(tier.name)).get("state") == "loaded"]
+        own = chain[0]
+        return [] if own in idle or own.backend != "gguf" else idle
 
     def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
              ongoing: Ongoing) -> Outcome:
@@ -9158,7 +9190,7 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation)
+                      asked.release, asked.translation, asked.patience_s)
         told = asked.stream and asked.translation is None
         waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
         try:

@@ -4,8 +4,9 @@
                             [--program FILE]
 
 One project in a home of its own, loopback only, on ports of its own; its models are a fake that
-streams known bytes. Linux, for what /proc tells. llama-swap is killed, too, where it is on PATH, and
-the download worker where LLMSTACK_TEST_DATA has huggingface_hub (`python3 -m tests` makes that).
+streams known bytes. Linux, for what /proc tells. llama-swap is killed, too, where it is on PATH,
+and the download worker where LLMSTACK_TEST_DATA has huggingface_hub, which `python3 -m tests`
+brings.
 
 It prints a table, and each fault with the kill or the client that met it. Exit 1 for any fault.
 """

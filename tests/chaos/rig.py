@@ -201,7 +201,8 @@ class Rig:
             process.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def write_ini(self, engine: str = "embedded", memory_gb: int = SMALL_GB, more: str = "") -> None:
+    def write_ini(self, engine: str = "embedded", memory_gb: int = SMALL_GB,
+                  more: str = "") -> None:
         """Give the project its tiers, and trust them as its user would."""
         text = MODELS_INI.format(engine=engine, router_port=self.router_port, server=self.server,
                                  engine_port=self.engine_port, memory_gb=memory_gb,
@@ -213,9 +214,9 @@ class Rig:
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
         """Begin a command."""
-        return subprocess.Popen([sys.executable, self.program, *words], env=self.env, cwd=self.project,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, self.program, *words], env=self.env,
+                                cwd=self.project, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, process: subprocess.Popen[str], words: Sequence[str]) -> Said:
         """Wait for a command. Errors: Fault, where it hangs or ends in a traceback."""
