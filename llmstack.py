@@ -126,7 +126,6 @@ ROUTER_PORT = 10101
 ENGINE_PORT = 10102
 LITELLM_PORT = 10103               # its admin UI is at /ui, its MCP gateway at /mcp
 FIRST_SERVER_PORT = 10001          # llama-server processes count up from here
-PRIVATE_PORT = 10201               # llama-swap's own, behind our listener, from here on
 
 HIGH_FIDELITY_CEILING_TOKENS = 12_000
 MID_FIDELITY_CEILING_TOKENS = 32_000
@@ -11293,7 +11292,7 @@ class SwapApp(UpstreamApp):
 
     def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
                  log: Log, output: str, bays: Optional[SwapBays] = None) -> None:
-        port = free_run(PRIVATE_PORT, 1)
+        port = free_port("127.0.0.1")
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
         self.address = "llama-swap"
