@@ -61,7 +61,8 @@ Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (
 llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
 llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-proven.json, litellm.json, lock, llama-cpp/, hub/ and litellm/ (private environments), demo/. In the home directory:
+proven.json, litellm.json, speeds.json, parked/ (conversations), lock, llama-cpp/, hub/ and litellm/ (private
+environments), demo/. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
 ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
@@ -133,6 +134,7 @@ MULTI_TURN = 10                    # user turns
 CHARS_PER_TOKEN = 4
 PICTURE_TOKENS = 1_000
 DEFAULT_RESERVE_TOKENS = 1_024     # output room when the request names none
+TINY_TOKENS = 500                  # of a prompt that may go past a tier that is busy
 WORTH_LEARNING_TOKENS = 1_000      # of a prompt, before its true count teaches anything
 
 MAX_CONNECTIONS = 512
@@ -329,6 +331,7 @@ class Config(NamedTuple):
     unknown_model: str = "error"                # what other names get: error | auto
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
+    patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
 
     @property
     def smallest_context(self) -> int:
@@ -1073,6 +1076,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
+    "patience_s": Option("int", 0, 3_600, harmless=_ANY_VALUE),
     "allowed_origins": Option("origins"),
     "allowed_hosts": Option("hosts"),
     "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
@@ -1780,7 +1784,8 @@ def local_tiers(config: Config) -> List[Tier]:
     return [t for t in config.tiers if t.backend == "gguf"]
 
 
-def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None, budget_gb: float = 0.0) -> List[ResidencySet]:
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
+                   budget_gb: float = 0.0) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
 
     With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
@@ -1797,7 +1802,8 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
         groups = [g for g in groups if sum(need_gb.get(t, 0.0) for t in g[1]) <= budget_gb]
         together = {t for _, tiers in groups for t in tiers}
         groups += [(t.role or t.name, (t.name,)) for t in local if t.name not in together]
-        groups += _grown([tiers for _, tiers in groups], [t.name for t in local], need_gb, budget_gb)
+        names = [t.name for t in local]
+        groups += _grown([tiers for _, tiers in groups], names, need_gb, budget_gb)
     groups = [group for group in groups if group[1]]
     return [ResidencySet(_set_prefix(i, len(groups)) + re.sub(r"\W", "_", label), tiers)
             for i, (label, tiers) in enumerate(groups)]
@@ -2170,16 +2176,18 @@ def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
 # ===================================================================================================
 # PURE: MEMORY
 # ===================================================================================================
-# What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are llama.cpp's own sums at
-# b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp).
-# The compute buffer is what its allocator makes of the widest layer, fitted to its own report for the real dimensions of
-# 18 models of 9 architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those (tests/test_fit.py).
+# What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are
+# llama.cpp's own sums at b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
+# llama-memory-recurrent.cpp, llama-model.cpp). The compute buffer is what its allocator makes of
+# the widest layer, fitted to its own report for the real dimensions of 18 models of 9
+# architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those
+# (tests/test_fit.py). What CUDA adds was measured on a card (tests/test_memory.py).
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
 MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
-SERVER_SLOTS = 4                                # llama-server's --parallel auto: four slots, one unified cache
+SERVER_SLOTS = 4                                # of --parallel auto; they share one cache
 SERVER_UBATCH = 512                             # tokens
 MIB = 1 << 20
 # What a process takes of an NVIDIA card beside its model: 591 MiB at its start, and at its first
@@ -2191,17 +2199,28 @@ MOST_CHECKPOINTS = 32                           # a slot, likewise
 
 # GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
 _GGML_SIZES: Dict[int, Tuple[int, int]] = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84), 11: (256, 110),
-    12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
-    21: (256, 110), 22: (256, 82), 23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
-    39: (32, 17), 40: (64, 36)}
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66),
+    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
+    23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
+    39: (32, 17), 40: (64, 36),
+}
 _FLOATS = ("f32", "f16", "bf16")
-_CACHE_SIZES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7}
-_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_CACHE_SIZES = {
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6,
+    "q5_1": 7,
+}
+_GGUF_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}
 
-# Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely say it themselves.
-_SWA_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4, "cohere2moe": -4, "olmo2": 4,
-              "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4, "plamo3": 8, "mellum": 4, "laguna": -4}
+# Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely
+# say it themselves.
+_SWA_EVERY = {
+    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4,
+    "cohere2moe": -4, "olmo2": 4, "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4,
+    "plamo3": 8, "mellum": 4, "laguna": -4,
+}
 _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where the file names none
 
 
@@ -2214,7 +2233,7 @@ class BrokenGgufError(GgufError):
 
 
 def _quantity(value: object, default: int = 0) -> int:
-    """A number of a header as a count; `default` for what is none: negative, not a number, endless."""
+    """A number of a header as a count; `default` for what is none, negative or endless."""
     if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
         return int(value)
     return default
@@ -2224,14 +2243,14 @@ class GgufHeader(NamedTuple):
     """What of a GGUF's header decides its memory."""
 
     arch: str
-    keys: Mapping[str, Any]                     # the architecture's, without its name: numbers and short lists of them
+    keys: Mapping[str, Any]                     # the architecture's, without its name
     vocab: int
     tensor_bytes: int
     embd_bytes: int                             # of these, the token embedding
     tied: bool                                  # it serves as the output matrix, too
     widest: int                                 # values a token takes in the widest layer
     parts: int = 1                              # files it is split into
-    end: int = 0                                # where the tensors of this part end: a smaller file is not whole
+    end: int = 0                                # where its tensors end: a smaller file is not whole
 
 
 class Memory(NamedTuple):
@@ -2261,7 +2280,7 @@ class Machine(NamedTuple):
     source: str
     gpu: bool
     cuda: bool = False
-    host_gb: float = 0.0                        # for what a card leaves to the host; 0: it is one memory
+    host_gb: float = 0.0                        # beside a card of its own; 0: it is one memory
 
 
 class LoadOptions(NamedTuple):
@@ -2332,7 +2351,7 @@ class _GgufReader:
             self.at = self._start + offset
 
     def value(self, depth: int = 0) -> Any:
-        """A metadata value; of a list of more than 1,024 numbers or of anything else only a range of its length."""
+        """A metadata value; of a list only its length as a range, but for 1,024 numbers at most."""
         kind, = self.numbers("I")
         if kind in _GGUF_SCALARS:
             return self.numbers(_GGUF_SCALARS[kind])[0]
@@ -2356,9 +2375,10 @@ class _GgufReader:
 
 
 def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
-    """Return the header of a GGUF, or of one part of it; `read(offset, count)` may return more, or less at its end.
+    """Return the header of a GGUF, or of one part of it.
 
-    Errors: GgufError. Source: ggml/docs/gguf.md, versions 2 and 3.
+    `read(offset, count)` may return more, or less at the end. Errors: GgufError.
+    Source: ggml/docs/gguf.md, versions 2 and 3.
     """
     reader = _GgufReader(read)
     if reader.take(4) != b"GGUF":
@@ -2380,16 +2400,24 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         if not meta.get("split.no"):
             raise GgufError("names no architecture")
         arch = "-"
-    keys = {k[len(arch) + 1:]: v for k, v in meta.items() if k.startswith(arch + ".") and isinstance(v, (int, float, list))}
+    keys = {key[len(arch) + 1:]: value for key, value in meta.items()
+            if key.startswith(arch + ".") and isinstance(value, (int, float, list))}
     tokens = meta.get("tokenizer.ggml.tokens")
-    vocab = keys.get("vocab_size", len(tokens) if isinstance(tokens, (list, range)) else 0)
-    numbers = [meta.get("general.alignment"), meta.get("split.count")]
-    alignment, parts = (n if isinstance(n, int) and 0 < n <= 256 else d for n, d in zip(numbers, (32, 1)))
-    header = GgufHeader(arch, keys, _quantity(vocab), 0, 0, True, 0, parts)
-    return _with_tensors(header, reader, tensors, alignment)
+    count = len(tokens) if isinstance(tokens, (list, range)) else 0
+    vocab = _quantity(keys.get("vocab_size", count))
+    parts = _small(meta.get("split.count"), 1)
+    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
+    return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
 
 
-def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int, alignment: int) -> GgufHeader:
+def _small(value: object, default: int) -> int:
+    if isinstance(value, int) and 0 < value <= 256:
+        return value
+    return default
+
+
+def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
+                  alignment: int) -> GgufHeader:
     sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
     for _ in range(count):
@@ -2408,21 +2436,32 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int, alignment
             what = what if what in widths else ""
             widths[what] = max(widths[what], shape[1])
     sizes.sort()
-    ends = [*(offset for offset, _, _ in sizes[1:]), 0]         # a type not known here: as far as the next tensor
-    bytes_of = {name: size if size >= 0 else max(0, end - at) for (at, size, name), end in zip(sizes, ends)}
-    if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows are counted twice
+    starts = [offset for offset, _, _ in sizes]
+    bytes_of: Dict[str, int] = {}
+    for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
+        if size < 0:                            # a type not known here: as far as the next tensor
+            size = max(0, following - at)
+        bytes_of[name] = size
+    if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
+    data = -(-reader.at // alignment) * alignment
+    end = data + max((at + max(size, 0) for at, size, _ in sizes), default=0)
     return header._replace(
-        tensor_bytes=sum(bytes_of.values()), embd_bytes=bytes_of.get("token_embd.weight", 0),
-        tied="output.weight" not in bytes_of, widest=max(widths.values()),
-        end=-(-reader.at // alignment) * alignment + max((at + max(size, 0) for at, size, _ in sizes), default=0))
+        tensor_bytes=sum(bytes_of.values()),
+        embd_bytes=bytes_of.get("token_embd.weight", 0),
+        tied="output.weight" not in bytes_of,
+        widest=max(widths.values()),
+        end=end)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
     parts = [first, *others]
-    return first._replace(tensor_bytes=sum(p.tensor_bytes for p in parts), embd_bytes=sum(p.embd_bytes for p in parts),
-                          tied=all(p.tied for p in parts), widest=max(p.widest for p in parts))
+    return first._replace(
+        tensor_bytes=sum(p.tensor_bytes for p in parts),
+        embd_bytes=sum(p.embd_bytes for p in parts),
+        tied=all(p.tied for p in parts),
+        widest=max(p.widest for p in parts))
 
 
 def _pad(count: int) -> int:
@@ -2434,7 +2473,8 @@ class _Layers:
 
     def __init__(self, header: GgufHeader) -> None:
         self.keys, self.arch = header.keys, header.arch
-        self.count = self.number("block_count") - self.number("nextn_predict_layers")     # without those for drafts
+        self.count = self.number("block_count")
+        self.count -= self.number("nextn_predict_layers")       # those for drafts
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
         self.heads = self.each("attention.head_count", [0])
@@ -2444,7 +2484,8 @@ class _Layers:
         self.key = self.number("attention.key_length", size)
         self.value = self.number("attention.value_length", size)
         # Of latent attention (DeepSeek) only the compressed K is kept.
-        self.latent = bool(self.number("attention.key_length_mla") and self.number("attention.value_length_mla"))
+        self.latent = bool(self.number("attention.key_length_mla")
+                           and self.number("attention.value_length_mla"))
 
     def number(self, key: str, default: int = 0) -> int:
         return _quantity(self.keys.get(key), default)
@@ -2461,37 +2502,44 @@ class _Layers:
         """Which layers keep only a window, and its tokens."""
         pattern = self.keys.get("attention.sliding_window_pattern")
         window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
-        every = _SWA_EVERY.get(self.arch, 0) if self.arch != "exaone4" or self.count == 64 else 0
+        every = _SWA_EVERY.get(self.arch, 0)
+        if self.arch == "exaone4" and self.count != 64:
+            every = 0
         if not window or not (every or isinstance(pattern, list)):
             return [False] * self.count, 0
         if isinstance(pattern, list):
             return [bool(v) for v in self.each("attention.sliding_window_pattern")], window
         period = self.number("attention.sliding_window_pattern", abs(every)) or 1
-        return [i % period != (0 if every < 0 else period - 1) for i in range(self.count)], window
+        full = 0 if every < 0 else period - 1
+        return [i % period != full for i in range(self.count)], window
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
         if isinstance(self.keys.get("attention.recurrent_layers"), list):
             return [bool(v) for v in self.each("attention.recurrent_layers")]
-        every = self.number("full_attention_interval", 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0)
+        usual = 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0
+        every = self.number("full_attention_interval", usual)
         if every:
             return [(i + 1) % every != 0 for i in range(self.count)]
         if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
             return [True] * self.count
-        forward = self.each("feed_forward_length") if self.arch.startswith("nemotron_h") else [0] * self.count
+        forward = [0] * self.count
+        if self.arch.startswith("nemotron_h"):
+            forward = self.each("feed_forward_length")
         return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
 
     def state_floats(self) -> int:
-        """What one layer keeps of one sequence: the last inputs of its convolution, and its state."""
-        wkv, conv, short, size, inner, state, group = map(self.number, (
-            "wkv.head_size", "ssm.conv_kernel", "shortconv.l_cache", "kda.head_dim", "ssm.inner_size", "ssm.state_size",
-            "ssm.group_count"))
+        """What one layer keeps of a sequence: its convolution's last inputs, and its state."""
+        wkv, short = self.number("wkv.head_size"), self.number("shortconv.l_cache")
         if wkv:
             return self.embd * (self.number("token_shift_count", 2) + wkv)
         if short:
             return self.embd * (short - 1)
+        conv, size = self.number("ssm.conv_kernel"), self.number("kda.head_dim")
         if size:
             return (3 * (conv or 4) - 3 + size) * size * max(self.heads)
+        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
+        group = self.number("ssm.group_count")
         return (max(conv, 1) - 1) * (inner + 2 * group * state) + state * inner
 
 
@@ -2521,7 +2569,8 @@ def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
     (slides, _), recurs = layers.slides(), layers.recurs()
     cells, sliding = _cells(layers, ctx_size, load)
-    kept = layers.count - layers.number("attention.shared_kv_layers")      # the later ones use the others' cache
+    kept = layers.count
+    kept -= layers.number("attention.shared_kv_layers")         # the last use the others' cache
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
     found = []
@@ -2578,7 +2627,7 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         if header.tied:
             weights += header.embd_bytes
     recurrent = sum(layers.recurs()) * layers.state_floats() * 4 * slots
-    left = max(0, layers.count + 1 - load.gpu_layers)           # layers that stay, of them and the output
+    left = max(0, layers.count + 1 - load.gpu_layers)           # the output is one more
     if offload and left:
         host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
     context = CUDA_CONTEXT_BYTES if load.cuda else 0
@@ -2619,11 +2668,15 @@ def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLA
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
-    """Values a token takes while the most demanding layer is computed; `scores`: kept by each head, without flash attention."""
+    """Values a token takes while the most demanding layer is computed.
+
+    `scores`: those that each head keeps, without flash attention.
+    """
     experts = max(layers.each("expert_used_count"))
     width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
     embd, heads, key = layers.embd, max(layers.heads), layers.key
-    peaks = [3 * max(header.widest, experts * width) + 5 * embd, experts * (2 * embd + width) + embd]
+    peaks = [3 * max(header.widest, experts * width) + 5 * embd,
+             experts * (2 * embd + width) + embd]
     if scores:
         peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
     elif layers.latent:
@@ -2643,11 +2696,22 @@ def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
     return low * 256
 
 
+FIT_SOURCES = {                                 # what a tier's need is reckoned by
+    "local": "by its file",
+    "hub": "by its header on the hub",
+    "dimensions": "by its published dimensions",
+    "size_gb": "by size_gb x 1.1",
+    "broken": "its file is broken",
+    "unknown": "its size is not known",
+    "hosted": "hosted",
+}
+
+
 class TierFit(NamedTuple):
     """What one tier needs. `need_gb` counts; `memory` says of what, where a header was at hand."""
 
     name: str
-    source: str                                 # local | hub | dimensions | size_gb | broken | unknown | hosted
+    source: str                                 # a key of FIT_SOURCES
     where: str
     need_gb: float                              # of the budget
     fits: bool
@@ -2666,7 +2730,8 @@ def trained_context(trained: int, tier: Tier) -> int:
     return min(int(trained * max(tier.rope_scale, 1)), 1 << 24)
 
 
-def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str, where: str) -> TierFit:
+def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str,
+             where: str) -> TierFit:
     """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
     load = load_options(config, machine)
 
@@ -2707,7 +2772,8 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
                       row["tied"], widest)
 
 
-def fit_sets(config: Config, fits: Iterable[TierFit], budget_gb: float = 0.0) -> List[Tuple[Tuple[str, ...], float]]:
+def fit_sets(config: Config, fits: Iterable[TierFit],
+             budget_gb: float = 0.0) -> List[Tuple[Tuple[str, ...], float]]:
     """Every set of the matrix, whether or not it fits, with what it needs in GB.
 
     With a budget, the sets that grow within it follow.
@@ -2780,7 +2846,7 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
 class MemoryState(NamedTuple):
     """How the machine is off for memory at one moment."""
 
-    stalled_pct: float = 0.0                    # of the last 10 s that some program waited for memory
+    stalled_pct: float = 0.0                    # of the last 10 s some program waited for memory
     available_gb: float = -1.0                  # without swapping; negative: not known
     total_gb: float = 0.0
     swapped_bytes: int = 0                      # written out since boot
@@ -3083,7 +3149,8 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     config = config._replace(tiers=config.offered or config.tiers)
     ladder = config.ladder
     models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
-    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config)) for t in config.tiers)
+    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config))
+                  for t in config.tiers if t.role not in PATH_ROLES.values())
 
     def model(role: str) -> Dict[str, str]:
         """The tier of a role, or nothing, and then opencode takes its default model."""
@@ -4597,7 +4664,7 @@ class Card(NamedTuple):
     """A graphics card of its own memory; GB."""
 
     uuid: str
-    total_gb: float                             # without the driver's reserve; 0: the machine's own memory
+    total_gb: float                             # without the driver's reserve; 0: the machine's
     used_gb: float
 
 
@@ -4614,6 +4681,12 @@ def nvidia_cards() -> List[Card]:
     return cards
 
 
+def _seen_nvidia_cards(env: Mapping[str, str]) -> List[Card]:
+    cards = nvidia_cards()
+    seen = visible_cards([card.uuid for card in cards], NVIDIA_VISIBLE, env)
+    return [cards[place] for place in seen]
+
+
 def _amd_memory_gb(which: str) -> List[float]:
     """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
     try:
@@ -4627,8 +4700,7 @@ def _amd_memory_gb(which: str) -> List[float]:
 
 def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
     """The budget on NVIDIA cards, None where a program sees none."""
-    cards = nvidia_cards()
-    cards = [cards[i] for i in visible_cards([c.uuid for c in cards], NVIDIA_VISIBLE, env)]
+    cards = _seen_nvidia_cards(env)
     if not cards:
         return None
     size_gb = sum(card.total_gb for card in cards)
@@ -4701,8 +4773,7 @@ def read_memory_state(cards: bool) -> MemoryState:
     """What the system tells of its memory now; `cards`: ask NVIDIA's driver, too."""
     free_gb = -1.0
     if cards:
-        found = nvidia_cards()
-        found = [found[i] for i in visible_cards([c.uuid for c in found], NVIDIA_VISIBLE, os.environ)]
+        found = _seen_nvidia_cards(os.environ)
         if any(card.total_gb for card in found):
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
@@ -6500,6 +6571,7 @@ class Terms(NamedTuple):
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
     began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
     translation: Optional[Translation] = None           # the shape in which the client gets it
+    patience_s: float = 0.0                             # longest wait in all for the first byte, 0: any
 
 
 AS_IT_COMES = Terms()
@@ -7437,7 +7509,12 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             lease.wait(PATIENCE_MS / 1000)
             if client.gone():
                 raise ClientGone
+            if 0 < terms.patience_s < waiting.waited_s:
+                return Outcome("unreachable", 0, "busy")
             waiting.tell(lease.stage)
+        if terms.patience_s:
+            left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
+            terms = terms._replace(first_byte_s=left_s)
         waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
         if upstream is None:
@@ -7721,63 +7798,67 @@ Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its l
 
 
 class Counters:
-    """The sums behind /metrics."""
+    """The sums behind /metrics. A request pays some microseconds for them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums: Samples = {}
-        for name, metric in METRICS.items():
-            if metric.kind == "histogram":      # a bucket that is absent is no zero to Prometheus
-                for limit in (*SECONDS_BUCKETS, float("inf")):
-                    self.add(f"{name}_bucket", _le(limit), by=0)
-                self.add(f"{name}_sum", by=0)
-                self.add(f"{name}_count", by=0)
-            elif not metric.labels and metric.kind == "counter":
-                self.add(name, by=0)
+        self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
+        names = [name for name, metric in METRICS.items() if metric.kind == "histogram"]
+        self._seconds = dict.fromkeys(names, 0.0)
+        self._buckets = {name: [0] * (len(SECONDS_BUCKETS) + 1) for name in names}
 
     def add(self, name: str, *labels: str, by: float = 1) -> None:
         with self._lock:
-            key = (name, labels)
-            self._sums[key] = self._sums.get(key, 0) + by
+            self._add(name, labels, by)
 
-    def observe(self, name: str, seconds: float) -> None:
-        """Count a value of a histogram."""
-        for limit in (*SECONDS_BUCKETS, float("inf")):
-            if seconds <= limit:
-                self.add(f"{name}_bucket", _le(limit))
-        self.add(f"{name}_sum", by=seconds)
-        self.add(f"{name}_count")
+    def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
+        key = (name, labels)
+        self._sums[key] = self._sums.get(key, 0) + by
+
+    def _observe(self, name: str, seconds: float) -> None:
+        over = sum(seconds > limit for limit in SECONDS_BUCKETS)
+        self._buckets[name][over] += 1
+        self._seconds[name] += seconds
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
-        tier = str(row["tier"])
-        self.add("llmstack_requests_total", tier, str(row["rung"]), str(row["ended"]))
-        self.add("llmstack_fallbacks_total", by=len(row.get("fallbacks", ())))
-        for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
-            self.add("llmstack_tokens_total", tier, kind, by=row[key])
-        if row.get("cost"):
-            self.add("llmstack_cost_dollars_total", tier, by=row["cost"])
-        self.observe("llmstack_wait_seconds", row["wait_s"])
-        if row["ended"] in ("done", "broken"):
-            self.observe("llmstack_first_byte_seconds", row["first_byte_s"])
+        tier = row["tier"]
+        with self._lock:
+            self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
+            self._add("llmstack_fallbacks_total", (), len(row.get("fallbacks", ())))
+            for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
+                if row[key]:
+                    self._add("llmstack_tokens_total", (tier, kind), row[key])
+            if row.get("cost"):
+                self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
+            self._observe("llmstack_wait_seconds", row["wait_s"])
+            if row["ended"] in ("done", "broken"):
+                self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
         """Prometheus' text format 0.0.4."""
         with self._lock:
             samples = {**self._sums, **gauges}
+            buckets = {name: list(counts) for name, counts in self._buckets.items()}
+            seconds = dict(self._seconds)
         lines = []
         for name, metric in METRICS.items():
             lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
-            for (sample, labels), value in samples.items():
-                if sample == name:
-                    lines.append(_sample_line(sample, metric.labels, labels, value))
-                elif metric.kind == "histogram" and sample.startswith(name + "_"):
-                    lines.append(_sample_line(sample, ("le",), labels, value))
+            lines += [_sample_line(name, metric.labels, labels, value)
+                      for (sample, labels), value in samples.items() if sample == name]
+            if metric.kind == "histogram":
+                lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
 
 
-def _le(limit: float) -> str:
-    return "+Inf" if limit == float("inf") else f"{limit:g}"
+def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
+    """Each bucket counts all that is at most its limit."""
+    limits = [*(f"{limit:g}" for limit in SECONDS_BUCKETS), "+Inf"]
+    sums = list(itertools.accumulate(counts))
+    lines = [_sample_line(f"{name}_bucket", ("le",), (limit,), below)
+             for limit, below in zip(limits, sums)]
+    return [*lines, _sample_line(f"{name}_sum", (), (), seconds),
+            _sample_line(f"{name}_count", (), (), sums[-1])]
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
@@ -7991,7 +8072,7 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
             continue
         content = _with_pictures(message.get("content"), message.get("images"))
         new = {"role": message.get("role"), "content": content}
-        calls = []
+        calls: List[Dict[str, Any]] = []
         for call in _list_of(message.get("tool_calls")):
             function = dict_of(dict_of(call).get("function"))
             number = f"call_{len(made)}_{len(calls)}"
@@ -8000,7 +8081,7 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
                 "name": function.get("name"), "arguments": arguments}})
         if calls:
             new["tool_calls"] = calls
-            open_calls = [call["id"] for call in calls]
+            open_calls = [str(call["id"]) for call in calls]
         if message.get("role") == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
@@ -8090,7 +8171,7 @@ class OllamaAnswer(Translation):
             return _json_line({"error": said_error(self._held.decode("utf-8", "replace"))})
         if whole:
             return self._whole()
-        *lines, rest = self._held.split(b"\n")
+        *lines, rest = bytes(self._held).split(b"\n")
         self._held = bytearray(rest)
         out = b"".join(self._event(line[5:]) for line in lines if line.startswith(b"data:"))
         if last and not self._failed:
@@ -8184,9 +8265,11 @@ class OllamaAnswer(Translation):
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama lists a model."""
     own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
+    import hashlib
     name = str(entry.get("id"))
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()    # ollama cuts it short
     return {"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z",
-            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": "",
+            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": digest,
             "capabilities": entry.get("capabilities") or ["completion"],
             "details": {"parent_model": "", "format": "gguf", "family": "llmstack",
                         "families": ["llmstack"], "parameter_size": "",
@@ -8346,8 +8429,7 @@ class Asked:
     """An inference request, read. Its body goes once an answer has begun."""
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
-                 values: Dict[str, Any], drop: FrozenSet[bytes],
-                 place: Optional[Tuple[int, int]] = None) -> None:
+                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
@@ -8355,7 +8437,8 @@ class Asked:
         self.values = values                    # of the body
         self.drop = drop                        # headers that stay here
         self.translation: Optional[Translation] = None
-        self._place = place                     # of the model's name, None: it is JSON's to find
+        self.patience_s = 0.0                   # how long its first tier may keep it waiting
+        self.place: Optional[Tuple[int, int]] = None    # of the model's name; None: find it in JSON
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
@@ -8363,9 +8446,9 @@ class Asked:
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
-        if self._place is None:
+        if self.place is None:
             return route_body(self.body, self.values, route, self.path, name)
-        start, end = self._place
+        start, end = self.place
         if not name or not end:
             return [self.body]
         return [self.body[:start], name.encode(), self.body[end:]]
@@ -8428,6 +8511,10 @@ class Ladder:
     @property
     def route(self) -> Route:
         return self._snapshot.routes[self.tier.name]
+
+    def prefer(self, tiers: Sequence[Tier]) -> None:
+        """Ask these before the others, once the first has had its chance."""
+        self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
@@ -8703,8 +8790,8 @@ class RouterApp(App):
         else:
             place = form_model(request.header(b"content-type"), body)
             name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
-            values = {"model": name or _asked_in(request.target)}
-            name = values["model"]
+            name = name or _asked_in(request.target)
+            values = {"model": name}
         tier = ""
         if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
             tier = self._resolve(request, name, drop)
@@ -8715,7 +8802,9 @@ class RouterApp(App):
         target = request.target
         if route.host is None:
             target = self.behind.target(route.tier.name, target)
-        self._ask_named(client, Asked(request, path, target, body, values, drop, place), route)
+        asked = Asked(request, path, target, body, values, drop)
+        asked.place = place
+        self._ask_named(client, asked, route)
 
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
@@ -9027,6 +9116,10 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth, tier)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        if config.patience_s and facts.full_tokens <= TINY_TOKENS:
+            idle = self._idle_beside(decision.chain)
+            ladder.prefer(idle)
+            asked.patience_s = config.patience_s if idle else 0.0
         reason = decision.reason
 
         def headers() -> bytes:
@@ -9042,6 +9135,7 @@ class RouterApp(App):
             outcome = self._try(client, ladder, headers, reason, ongoing)
             if not ladder.settle(outcome):
                 break
+            asked.patience_s = 0.0
         name = ladder.tier.name
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
@@ -9052,6 +9146,15 @@ class RouterApp(App):
             learn(tokens_said(outcome.said).prompt, name)
         row = record_row(facts, asked.path, name, decision, outcome)
         self._note(ongoing, row, ladder.fallbacks)
+
+    def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
+        """The loaded tiers with nothing to do, where a chain's first is not one of them."""
+        rows = dict_of(self.behind.watched().get("models"))
+        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        idle = [tier for tier in chain if tier.name not in busy
+                and dict_of(rows.get(tier.name)).get("state") == "loaded"]
+        own = chain[0]
+        return [] if own in idle or own.backend != "gguf" else idle
 
     def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
              ongoing: Ongoing) -> Outcome:
@@ -9087,7 +9190,7 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation)
+                      asked.release, asked.translation, asked.patience_s)
         told = asked.stream and asked.translation is None
         waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
         try:
@@ -11117,19 +11220,17 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            if not found:                       # the request that waits goes on, the next tries again
-                self.forget(name)
+            with self._lock:                    # the request that waits goes on, the next tries again
+                if not found and self._bays.get(name, (None,))[0] is done:
+                    del self._bays[name]
             done.set()
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
-        known = self.forget(name)
-        for bay in known[1] if known else ():
-            bay.save(ending=True)
-
-    def forget(self, name: str) -> Optional[Tuple[threading.Event, List[Bay]]]:
         with self._lock:
-            return self._bays.pop(name, None)
+            _, found = self._bays.pop(name, (None, []))
+        for bay in found:
+            bay.save(ending=True)
 
     def forget_all(self) -> None:
         with self._lock:
@@ -14791,9 +14892,6 @@ def _cmd_fit(args: Any) -> int:
 
 
 FIT_COLUMNS = 60
-_FIT_SOURCES = {"local": "by its file", "hub": "by its header on the hub", "broken": "its file is broken",
-                "dimensions": "by its published dimensions", "size_gb": "by size_gb x 1.1",
-                "unknown": "its size is not known", "hosted": "hosted"}
 
 
 def _say_wrapped(text: str, indent: str) -> None:
@@ -14833,7 +14931,7 @@ def _say_fit(fit: TierFit, width: int) -> None:
         parts.append(f"{fit.host_gb:.2f} of these on the host")
     if fit.cache_mib:
         parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
-    parts.append(_FIT_SOURCES[fit.source])
+    parts.append(FIT_SOURCES[fit.source])
     _say_wrapped(", ".join(parts), "  ")
     if fit.note:
         _say_wrapped(fit.note, "  ")
@@ -15210,8 +15308,8 @@ COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
     ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install trust forget activate config"),
-    ("Keep it", "service serve completion self version help"),
+    ("Projects", "install connect run-with trust activate config"),
+    ("Keep it", "service serve forget completion self version help"),
 )
 
 

@@ -146,7 +146,7 @@ def write_ini(places: Any, data: bytes, llmstack: Any) -> None:
         llmstack.trust_project(places, "run")
     llmstack.say(f"Wrote {path}")
     if llmstack.stack_is_alive(places):
-        llmstack.say("`llmstack reload` takes up what is in [ROUTING], `llmstack restart` all.")
+        llmstack.say("It takes effect with `llmstack restart`; [ROUTING] with `llmstack reload`.")
 
 
 def get_value(places: Any, name: str, llmstack: Any) -> int:

@@ -312,8 +312,7 @@ def chat(session: Session) -> int:
     """Read messages and commands until the user leaves."""
     load_line_editor()
     llmstack = session.llmstack
-    llmstack.say(f"{session.tier}, {session.config.smallest_context:,} tokens or more;"
-                 " /help says what there is, Ctrl-D ends this")
+    llmstack.say(f"A chat with {session.tier}. /help says what there is, Ctrl-D ends it.")
     attached: List[str] = []
     while True:
         try:

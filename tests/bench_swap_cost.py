@@ -151,23 +151,31 @@ def ours(asked: Any, directory: Path, park_gb: int) -> Iterator[int]:
     port, engine_port = free_port(), free_port()
     tier = (f"path = {asked.model}\nctx_size = {context_for(asked.tokens)}\nsize_gb = 0.2\n"
             "tier = {0}\nrole = {0}\n")
-    (project / ".llmstack" / "models.ini").write_text(
-        f"[DEFAULT]\nrouter_port = {port}\nengine_port = {engine_port}\nengine = embedded\n"
-        f"memory_gb = {asked.memory_gb}\npark_gb = {park_gb}\nn_gpu_layers = 0\n"
-        f"llama_server_bin = {asked.server}\n"
-        f"[one]\n{tier.format('agent')}[two]\n{tier.format('plan')}", encoding="utf-8")
+
+    def write_ini(memory_gb: object) -> None:
+        (project / ".llmstack" / "models.ini").write_text(
+            f"[DEFAULT]\nrouter_port = {port}\nengine_port = {engine_port}\nengine = embedded\n"
+            f"memory_gb = {memory_gb}\npark_gb = {park_gb}\nn_gpu_layers = 0\n"
+            f"llama_server_bin = {asked.server}\n"
+            f"[one]\n{tier.format('agent')}[two]\n{tier.format('plan')}", encoding="utf-8")
+
     env = {**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory / "data"),
            "LLMSTACK_WORK_DIR": str(project), "LLMSTACK_DATA_DIR": str(directory / "data")}
     for name in ("LLMSTACK_MODELS_INI", "LLMSTACK_API_KEY"):
         env.pop(name, None)
     program = [sys.executable, str(ROOT / "llmstack.py")]
 
-    def run(*words: str) -> None:
+    def run(*words: str) -> bytes:
         done = subprocess.run([*program, *words], env=env, cwd=project, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
             raise SystemExit(f"{words}: {done.stdout.decode(errors='replace')}")
+        return done.stdout
 
+    write_ini("auto")
+    run("trust")
+    need_gb = json.loads(run("fit", "--json"))["tiers"][0]["need_gb"]
+    write_ini(round(1.5 * need_gb, 3))          # one of the two
     run("trust")
     run("start", "--detach")
     try:
@@ -252,7 +260,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default=smol, metavar="GGUF")
     parser.add_argument("--server", default=shutil.which("llama-server") or "", metavar="PROGRAM")
     parser.add_argument("--swap", default=shutil.which("llama-swap") or "", metavar="PROGRAM")
-    parser.add_argument("--memory-gb", type=float, default=0.6, help="that hold one tier, not two (0.6)")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
     if not asked.server or not os.path.exists(asked.model):
@@ -266,6 +273,8 @@ def main(argv: Sequence[str]) -> int:
                 ask(port, "two", [{"role": "user", "content": "Hello"}])
                 done = one_round(port, asked.tokens, f"{number} {names.index(name)}")
             rounds[name].append(done)
+            if name != PARKED and done.back.cached > done.back.prompt // 4:
+                raise SystemExit(f"{name}: the first tier was not stopped, so nothing is compared")
             print(f"round {number + 1}, {name}: {done.cold.prompt:,} tokens read in {done.cold.first_s:.2f} s,"
                   f" swap {done.swap.first_s:.2f} s, back in {done.back.first_s:.2f} s,"
                   f" {done.back.cached:,} cached", file=sys.stderr, flush=True)

@@ -89,7 +89,7 @@ BY_FILE = tuple(name for name in TRIALS if name != "opencode")  # which tests/te
 
 def needs(name: str) -> Trial:
     trial = TRIALS[name]
-    if not (CLIENTS / trial.program).exists():
+    if not (CLIENTS.is_dir() and (CLIENTS / trial.program).exists()):
         pytest.skip("needs LLMSTACK_TEST_CLIENTS=1, which installs the real clients")
     return trial
 

@@ -478,7 +478,7 @@ WRONG_KIND = {
                 "threads": "four", "cache_type_k": "q9_0", "cache_type_v": "int8", "local_only": "2",
                 "build_model": "smart", "decision_log": "2", "loading_state": "loud",
                 "park_gb": "much", "park_after_s": "3s", "park_every_min": "x",
-                "unknown_model": "guess", "allowed_origins": "https://*", "allowed_hosts": "*"},
+                "unknown_model": "guess", "patience_s": "soon", "allowed_origins": "https://*", "allowed_hosts": "*"},
     "a": {"backend": "ollama", "hf_repo": "a/b/c", "hf_repo_next": "b", "hf_file": "../x", "hf_file_next": "/x",
           "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a\\b", "ttl": "30m",

@@ -16,7 +16,7 @@ import pytest
 
 import llmstack
 from tests.scripted import Message, always, answer, wait
-from tests.test_router import EVENTS, SSE, Client, Rig, Start, chat, request, start  # noqa: F401
+from tests.test_router import CONFIG, EVENTS, SSE, Client, Rig, Start, chat, request, start  # noqa: F401
 
 SECRET = "xyzzy-of-the-prompt"
 SAID = b'{"choices":[],"usage":{"prompt_tokens":1200,"completion_tokens":40},"timings":{"prompt_n":200,' \
@@ -324,3 +324,24 @@ def test_the_board_asks_for_what_there_is() -> None:
     for expression in asked:
         for name, labels in re.findall(r"(llmstack_[a-z_]+)\{([^}]*)\}", expression):
             assert set(re.findall(r"(\w+)[=!]", labels)) <= set(llmstack.METRICS[name].labels)
+
+
+def test_an_edited_models_ini_is_seen_until_it_is_read_again(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "models.ini"
+    path.write_text("[a]\n")
+    now = [CONFIG]
+    rig = start(models_ini=str(path), reload=lambda: now[0])
+
+    def changed() -> bool:
+        rig.app.events._asked_s = -1e9
+        about: dict[str, Any] = rig.ask(request("GET", "/llmstack/snapshot")).json["about"]
+        return bool(about["changed"])
+
+    assert not changed()
+    path.write_text("[a]\nrole = fast\n")
+    assert changed()
+    assert rig.app.reload() == ""
+    assert not changed(), "only routing has changed, and that is read"
+    now[0] = CONFIG._replace(tiers=CONFIG.tiers[:2])
+    assert rig.app.reload() == ""
+    assert changed(), "its tiers take a restart"

@@ -49,6 +49,14 @@ r1  0a1b          auto   code-fast  reading  14 s
     )
 
 
+def test_a_column_that_nothing_fills_is_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = {"id": 3, "stage": "queued behind code-smart"}
+    assert ask(capsys, monkeypatch, rows(bare))[1].splitlines() == [
+        "id  stage", "3   queued behind code-smart"]
+
+
 def test_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(ask(capsys, monkeypatch, rows(ROW), "--json")[1]) == [ROW]
     assert json.loads(

@@ -880,7 +880,7 @@ def test_the_proxy_stays_beside_a_local_model_and_goes_with_the_stack(stack: Sta
     assert {r["model"]: r["state"] for r in rows} == {"code-smart": "ready", "litellm_proxy": "ready"}
     rows = {t["name"]: t for t in stack.status()["tiers"]}
     assert [0 < (rows[name]["since_s"] or 0) < 600 for name in ("claude", "code-smart")] == [True, True], rows
-    assert re.search("code-ultra .* loaded ", stack.run("status").stdout)
+    assert re.search(r"code-ultra .* loaded\b", stack.run("status").stdout)
     pids = llmstack.listeners(stack.litellm)
     assert stack.run("stop").returncode == 0
     end = time.monotonic() + 10
