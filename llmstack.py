@@ -877,6 +877,11 @@ class Decision(NamedTuple):
                 for t in self.config.tiers if t.name != self.tier and self.rung != "explicit"}
 
     @property
+    def passed_over(self) -> Dict[str, str]:
+        """The tiers above the one taken, with the reason for each."""
+        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
+
+    @property
     def nearest(self) -> str:
         """The smallest change that would move the request up the ladder, "" at its top."""
         return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier, self.down)
@@ -7724,12 +7729,11 @@ class Recorder:
                 pass
 
 
-def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
+def record_row(facts: Facts, path: str, tier: str, counts: Counts,
                outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
-    counts = tokens_said(outcome.said)
     row: Dict[str, Any] = {
-        "path": path, "tier": tier, "rung": decision.rung if decision else "explicit",
+        "path": path, "tier": tier, "rung": "explicit",
         "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
         "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
         "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
@@ -7737,10 +7741,6 @@ def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
         "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
     if counts.written_per_s:
         row["per_s"] = round(counts.written_per_s, 1)
-    if decision is not None:
-        row["reason"] = decision.reason
-        row["passed_over"] = {n: why for n, why in decision.refused.items()
-                              if why != BELOW_THE_TIER_TAKEN}
     if outcome.cost:
         row["cost"] = outcome.cost
     return row
@@ -8359,6 +8359,7 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]                 # by name and alias
     hosts: Mapping[str, Host]                   # by base_url
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
+    smallest_context: int                       # of the ladder's tiers, in tokens
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -8645,7 +8646,8 @@ class RouterApp(App):
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
+        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing},
+                        config.smallest_context)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -9073,7 +9075,8 @@ class RouterApp(App):
         self._finish(client, outcome, f"{asked.path} {name}", route)
         for counted in facts:
             assert ongoing is not None
-            self._note(ongoing, record_row(counted, asked.path, name, None, outcome), ())
+            counts = tokens_said(outcome.said)
+            self._note(ongoing, record_row(counted, asked.path, name, counts, outcome), ())
 
     def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
@@ -9098,7 +9101,8 @@ class RouterApp(App):
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
-        if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
+        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if facts.most_tokens + reserve > now.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -9139,9 +9143,11 @@ class RouterApp(App):
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
         self._finish(client, outcome, f"auto -> {name}", route, headers)
+        counts = tokens_said(outcome.said)
         if outcome.state == "done":
-            learn(tokens_said(outcome.said).prompt, name)
-        row = record_row(facts, asked.path, name, decision, outcome)
+            learn(counts.prompt, name)
+        row = record_row(facts, asked.path, name, counts, outcome)
+        row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
         self._note(ongoing, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
@@ -9201,6 +9207,8 @@ class RouterApp(App):
         """Say in the log how a request ended, and to the client when nothing has reached it."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        if outcome.state == "done":
+            return
         lines = extra() if extra else b""
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
