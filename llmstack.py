@@ -14304,12 +14304,12 @@ def _bring_up(args: Any, again: bool) -> int:
         plan = plan._replace(config=load_config(places))
     _prepare_hosted(places, plan.config)
     started = start_stack(plan, say, again)
+    if not started:
+        say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
     if args.demo:
         return _show_demo(places, base_url(plan.host, plan.port))
     rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
-    if not started:
-        say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
-    elif not again:
+    if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     return _enter_shell(args, places, Marker(plan.channel))
 
@@ -15026,7 +15026,7 @@ def _listen(host: str, port: int, app: App) -> Any:
 
 def _run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
-    _on_signals(app.ask_reload)
+    _on_signals(app.ask_reload, server.shutdown)
     try:
         server.serve_forever(1.0)
     finally:
@@ -15045,11 +15045,12 @@ def _ignore_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _on_signals(hangup: Callable[[], None]) -> None:
-    """TERM ends the server loop, HUP does not end anything: a terminal that closes takes no daemon with it."""
+def _on_signals(hangup: Callable[[], None], shutdown: Callable[[], None] = lambda: None) -> None:
+    """TERM ends the server loop, HUP ends nothing: a terminal that closes takes no daemon with it."""
     import signal
 
     def terminate(*_: object) -> None:
+        shutdown()                              # should the exception be raised in a finalizer, and be lost
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)
@@ -15078,6 +15079,7 @@ def _cmd_daemon(args: Any) -> int:
     behind = make(places, config, args.next, engine_log)
     app = _router_app(places, config, behind, log, args.host, args.next, True, f"run `llmstack start{demo}`")
     try:
+        _on_signals(lambda: None)               # from here on there are children to end
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
         server = _listen(args.host, args.port, app)
         behind.page_url = base_url(args.host, server.server_port) + "/"

@@ -197,9 +197,11 @@ def reckon(data: bytes) -> None:
     try:
         found = llmstack.parse_gguf_header(lambda offset, count: data[offset:offset + count])
         for offload in (False, True):
-            memory = llmstack.estimate_memory(found, 4096, flash_attn=offload, offload=offload)
+            load = llmstack.LoadOptions(flash_attn=offload, gpu_layers=99 * offload, cuda=offload)
+            memory = llmstack.estimate_memory(found, 4096, load)
             assert all(0 <= part <= llmstack.MAX_MODEL_BYTES for part in memory)
-        fit = llmstack.fit_tier(tier, llmstack.Config(), 16.0, False, found, "local", "f.gguf")
+        fit = llmstack.fit_tier(tier, llmstack.Config(), llmstack.Machine(16.0, "", False), found,
+                                "local", "f.gguf")
         assert fit.need_gb >= 0
         assert 0 <= fit.largest_ctx <= 1 << 24
     except llmstack.GgufError:
@@ -225,7 +227,7 @@ def test_a_negative_vocabulary_takes_no_memory_away() -> None:
     meta, tensors = gguf_models.model("qwen3", vocab=300)
     data = header({**meta, "qwen3.vocab_size": -2 ** 40}, tensors)
     found = llmstack.parse_gguf_header(lambda offset, count: data[offset:offset + count])
-    assert llmstack.estimate_memory(found, 4096).compute > 0
+    assert llmstack.estimate_memory(found, 4096, llmstack.LoadOptions()).compute > 0
 
 
 def test_a_list_that_says_it_has_no_end_is_refused() -> None:
