@@ -9449,6 +9449,8 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
 
 def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
     """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    import urllib.error
+    from http.client import HTTPException
     from urllib.parse import urlencode
     token, endpoint = hub_token(env), hub_endpoint(env)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -9456,7 +9458,9 @@ def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]]
     try:
         with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
             return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as exc:
+    except urllib.error.HTTPError:
+        raise
+    except (ValueError, RecursionError, HTTPException, OSError) as exc:
         raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
                         "see HF_ENDPOINT") from None
 
@@ -13795,6 +13799,7 @@ def _setup_answer(setup: Setup) -> str:
 def prove_tier(tier: Tier, config: Config, program: Sequence[str],
                setup: Setup) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
+    from http.client import HTTPException
     port = free_run(FIRST_SERVER_PORT + 500, 1)
     refused = probe_flags(program, config, setup.places.data)
     log = setup.places.log(f"{tier.name}.log")
@@ -13814,7 +13819,7 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str],
                       tier.name, body, FIRST_ANSWER_S) as answer:
             choices = json.loads(answer.read(1 << 20))["choices"]
         return seconds, str(choices[0]["text"]).strip()
-    except (OSError, ValueError, LookupError, TypeError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, HTTPException) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
         stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)

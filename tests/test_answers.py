@@ -48,7 +48,9 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_POST = do_GET
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -152,6 +154,27 @@ def test_a_mirror_or_hub_that_answers_nonsense_is_one_line(router: Router, body:
     if body.startswith(b"["):
         with pytest.raises(llmstack.UserError, match="does not answer like a model hub"):
             llmstack.ask_repo("o/r", ["f.gguf"], {"HF_ENDPOINT": router.url})
+
+
+@pytest.mark.parametrize("body", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n[",
+                                  b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n["],
+                         ids=["nothing", "less", "chunk"])
+def test_a_hub_that_breaks_off_is_one_line(body: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            with pytest.raises(llmstack.UserError, match="model hub"):
+                llmstack.hub_api("o/r", {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"})
+        finally:
+            thread.join()
 
 
 @pytest.mark.parametrize("data", ["", "5", "[]", "[[1, 2]]", '"x"', "{", "[" * 200_000, b"\xff", b"{}\0"],
