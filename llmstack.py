@@ -261,10 +261,20 @@ class Tier(NamedTuple):
     reasoning: bool = False                     # ...and thinks aloud
     base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
     api_key_env: str = ""                       # the variable that holds its key
+    server: Tuple[Tuple[str, Any], ...] = ()    # what it says itself of TIER_SERVER_OPTIONS
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """Its own keys of llama-server, without those of [DEFAULT]: see tier_config."""
+        return dict(self.server)
+
+    @property
+    def has_projector(self) -> bool:
+        return "mmproj" in self.settings
 
     @property
     def takes_pictures(self) -> bool:
-        return self.backend != "gguf"
+        return self.backend != "gguf" or self.has_projector
 
     @property
     def has_next(self) -> bool:
@@ -306,9 +316,16 @@ class Config(NamedTuple):
     cache_type_k: str = "q8_0"
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
+    server: Tuple[Tuple[str, Any], ...] = ()    # the keys of SERVER_OPTIONS that have no field here
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
     decision_log: bool = True                   # logs/decisions.jsonl
     loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """Every key of SERVER_OPTIONS that has a value."""
+        fields = {key: getattr(self, key) for key in SERVER_OPTIONS if key in self._fields}
+        return {**fields, **dict(self.server)}
 
     @property
     def smallest_context(self) -> int:
@@ -937,6 +954,11 @@ _NO_VALUE = re.compile(r"(?!)")
 _THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
 _NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
 _PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+_HUB_FILE = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*:(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:,][^\\:,]*"
+_HUB_REFERENCE = re.compile(_HUB_FILE + r"\Z")   # OWNER/NAME:FILE of the hub
+# Files of the hub or of the project, in a list. None leads out of it.
+_FILES_WITHIN = re.compile(
+    rf"(?:(?:{_HUB_FILE}|(?![/\\~])(?!(?:[^,]*[/\\])?\.\.(?:[/\\]|,|\Z))[^,:]+)(?:,|\Z))+\Z")
 
 
 class Option(NamedTuple):
@@ -944,6 +966,7 @@ class Option(NamedTuple):
 
     `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
     matches the values that need no trust; a key whose row does not speak of it needs trust.
+    `flags` are all names of the flag of llama-server that a key stands for; the first is written.
     """
 
     kind: str
@@ -952,12 +975,79 @@ class Option(NamedTuple):
     choices: Tuple[str, ...] = ()
     field: str = ""                             # of the record, where it is not called as the key
     harmless: Pattern[str] = _NO_VALUE
+    flags: str = ""
+    shape: Pattern[str] = _ANY_VALUE            # of kind text: what it has to look like...
+    example: str = ""                           # ...and how it does
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors, "did you mean" and
-# what needs trust come from them.
+# The tables below are all that is known of the file: reading, errors, "did you mean", what needs
+# trust and llama-server's flags come from them.
+
+# What [DEFAULT] says of llama-server for all tiers, and a tier for itself.
+SERVER_OPTIONS: Dict[str, Option] = {
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE, flags="-ngl --gpu-layers --n-gpu-layers"),
+    "flash_attn": Option(
+        "choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE, flags="-fa --flash-attn"),
+    "jinja": Option("bool", harmless=_ANY_VALUE, flags="--jinja --no-jinja"),
+    "cache_type_k": Option(
+        "choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE, flags="--cache-type-k -ctk"),
+    "cache_type_v": Option(
+        "choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE, flags="--cache-type-v -ctv"),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE, flags="--threads -t"),
+    "llama_server_bin": Option("text"),
+    "parallel": Option("int", 1, 256, harmless=_ANY_VALUE, flags="--parallel -np"),
+    "batch": Option("int", 1, 1_000_000, harmless=_ANY_VALUE, flags="--batch-size -b"),
+    "ubatch": Option("int", 1, 1_000_000, harmless=_ANY_VALUE, flags="--ubatch-size -ub"),
+    "n_cpu_moe": Option("int", 0, 10_000, harmless=_ANY_VALUE, flags="--n-cpu-moe -ncmoe"),
+    "override_tensor": Option(
+        "text", harmless=_ANY_VALUE, flags="--override-tensor -ot",
+        shape=re.compile(r"[^\s=,]+=[\w:.-]+(?:,[^\s=,]+=[\w:.-]+)*\Z"), example="exps=CPU"),
+    "split_mode": Option(
+        "choice", choices=("none", "layer", "row", "tensor"), harmless=_ANY_VALUE,
+        flags="--split-mode -sm"),
+    "tensor_split": Option(
+        "text", harmless=_ANY_VALUE, flags="--tensor-split -ts",
+        shape=re.compile(r"[0-9]+(?:\.[0-9]+)?(?:,[0-9]+(?:\.[0-9]+)?)*\Z"), example="3,1"),
+    "main_gpu": Option("int", 0, 1_000, harmless=_ANY_VALUE, flags="--main-gpu -mg"),
+    "device": Option(
+        "text", harmless=_ANY_VALUE, flags="--device -dev",
+        shape=re.compile(r"[\w:.-]+(?:,[\w:.-]+)*\Z"), example="CUDA0,CUDA1"),
+    "reasoning_format": Option(
+        "choice", choices=("none", "deepseek", "deepseek-legacy", "auto"), harmless=_ANY_VALUE,
+        flags="--reasoning-format"),
+    "reasoning_budget": Option(
+        "int", -1, 100_000_000, harmless=_ANY_VALUE, flags="--reasoning-budget"),
+    "cache_reuse": Option("int", 0, 100_000_000, harmless=_ANY_VALUE, flags="--cache-reuse"),
+    "args": Option("args"),
+}
+# What a tier says of its own model.
+MODEL_OPTIONS: Dict[str, Option] = {
+    "mmproj": Option("file", harmless=_FILES_WITHIN, flags="--mmproj -mm"),
+    "chat_template": Option("text", harmless=_ANY_VALUE, flags="--chat-template"),
+    "chat_template_file": Option("file", harmless=_FILES_WITHIN, flags="--chat-template-file"),
+    "chat_template_kwargs": Option("json", harmless=_ANY_VALUE, flags="--chat-template-kwargs"),
+    "draft": Option(
+        "file", harmless=_FILES_WITHIN, flags="-md --model-draft --spec-draft-model"),
+    "speculative": Option(
+        "choice", choices=("auto", "ngram", "mtp", "off"), harmless=_ANY_VALUE,
+        flags="--spec-type"),
+    "lora": Option("files", harmless=_FILES_WITHIN, flags="--lora"),
+    "embedding": Option("bool", harmless=_ANY_VALUE, flags="--embedding --embeddings"),
+    "pooling": Option(
+        "choice", choices=("none", "mean", "cls", "last", "rank"), harmless=_ANY_VALUE,
+        flags="--pooling"),
+    "rope_freq_base": Option("number", 0, 1e12, harmless=_ANY_VALUE, flags="--rope-freq-base"),
+    "rope_freq_scale": Option("number", 0, 1e6, harmless=_ANY_VALUE, flags="--rope-freq-scale"),
+    "yarn_ext_factor": Option("number", -1, 1e3, harmless=_ANY_VALUE, flags="--yarn-ext-factor"),
+    "yarn_attn_factor": Option("number", -1, 1e3, harmless=_ANY_VALUE, flags="--yarn-attn-factor"),
+    "yarn_beta_slow": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-slow"),
+    "yarn_beta_fast": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-fast"),
+}
+TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
+FILE_KEYS = tuple(key for key, row in MODEL_OPTIONS.items() if row.kind in ("file", "files"))
+
 DEFAULT_OPTIONS: Dict[str, Option] = {
     "host": Option("host", harmless=_THIS_MACHINE),
     "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
@@ -967,18 +1057,12 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
     "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
-    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
-    "jinja": Option("bool", harmless=_ANY_VALUE),
-    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
-    "llama_server_bin": Option("text"),
     "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
     "decision_log": Option("bool", harmless=_ANY_VALUE),
     "loading_state": Option(
         "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
     "local_only": Option("bool", harmless=_ANY_VALUE),
+    **SERVER_OPTIONS,
 }
 TIER_OPTIONS: Dict[str, Option] = {
     "tier": Option("text", harmless=_ANY_VALUE),
@@ -1006,6 +1090,7 @@ TIER_OPTIONS: Dict[str, Option] = {
     "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
     "tool_call": Option("bool", harmless=_ANY_VALUE),
     "reasoning": Option("bool", harmless=_ANY_VALUE),
+    **TIER_SERVER_OPTIONS,
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
     "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
@@ -1052,7 +1137,7 @@ _BASE_URL = re.compile(
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
 _NO_OPAQUE = frozenset({
     "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
-    "llama_server_bin"})
+    "llama_server_bin", *FILE_KEYS})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
@@ -1107,6 +1192,84 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+# Flags that args may not hold, and why. What llama-server prints and ends for is no server.
+_OURS = "the engine says it itself"
+_NO_SERVER = "llama-server would print something and end"
+_ARGS_REFUSED: Dict[str, str] = {
+    **dict.fromkeys((
+        "--host", "--port", "--api-key", "--api-key-file", "-a", "--alias", "--slot-save-path",
+        "--api-prefix", "--cors-origins", "--cors-methods", "--cors-headers",
+        "--cors-credentials", "--no-cors-credentials", "--reuse-port", "--ssl-key-file",
+        "--ssl-cert-file", "--no-slots", "--models-dir", "--models-preset", "--offline"), _OURS),
+    **dict.fromkeys((
+        "-h", "--help", "--usage", "--version", "-cl", "--cache-list", "--completion-bash",
+        "--list-devices"), _NO_SERVER),
+    **dict.fromkeys((
+        "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo",
+        "-hff", "--hf-file"), "hf_repo and hf_file, or path, name the model"),
+    **dict.fromkeys(("-c", "--ctx-size"), "ctx_size says it"),
+    **dict.fromkeys(("--rope-scaling", "--rope-scale", "--yarn-orig-ctx"), "rope_scaling says it"),
+    **dict.fromkeys(("--temp", "--temperature", "--top-k", "--top-p", "--min-p",
+                     "--repeat-penalty"), "sampler says it"),
+    **{flag: f"{key} says it" for key, row in TIER_SERVER_OPTIONS.items()
+       for flag in row.flags.split()},
+}
+_FLAG = re.compile(r"--?[A-Za-z]")
+
+
+def group_args(words: Sequence[str]) -> List[Tuple[str, ...]]:
+    """The words of `args`, each flag with its values. llama-server reads --a_b as --a-b."""
+    groups: List[List[str]] = []
+    for word in words:
+        if _FLAG.match(word):
+            name = word.replace("_", "-") if word.startswith("--") else word
+            groups.append([name])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise ValueError(f"{word!r} follows no flag")
+    return [tuple(group) for group in groups]
+
+
+def _parse_args(text: str) -> Tuple[str, ...]:
+    import shlex
+    try:
+        groups = group_args(shlex.split(text))
+    except ValueError as exc:
+        raise ValueError(f"it cannot be split as a shell would: {exc}") from None
+    for flag, *_ in groups:
+        reason = _ARGS_REFUSED.get(flag.partition("=")[0])
+        if reason:
+            raise ValueError(f"{flag} is not for args: {reason}")
+    return tuple(word for group in groups for word in group)
+
+
+def _parse_object(text: str) -> str:
+    try:
+        if isinstance(json.loads(text), dict):
+            return text
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
+
+
+def _parse_file(text: str) -> str:
+    """A path, or a file of the hub as OWNER/NAME:FILE."""
+    if re.match(r"[\w.-]+/[\w.-]+:", text) and not _HUB_REFERENCE.match(text):
+        raise ValueError(f"{text!r} is not of the form OWNER/NAME:FILE")
+    return text
+
+
+def _parse_files(text: str) -> Tuple[str, ...]:
+    pieces = (piece.strip() for piece in text.split(","))
+    return tuple(_parse_file(piece) for piece in pieces if piece)
+
+
+_READERS: Dict[str, Callable[[str], Any]] = {
+    "args": _parse_args, "json": _parse_object, "file": _parse_file, "files": _parse_files,
+}
+
+
 def parse_value(option: Option, text: str) -> Any:
     """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
@@ -1117,6 +1280,14 @@ def parse_value(option: Option, text: str) -> Any:
         if not option.low <= number <= option.high:
             raise ValueError(f"{text} is not from {option.low:,.0f} to {option.high:,.0f}")
         return number
+    if kind == "number":
+        if not re.match(r"-?[0-9]*\.?[0-9]+\Z", text) \
+                or not option.low <= float(text) <= option.high:
+            raise ValueError(f"{text!r} is not a number from {option.low:,.0f} to"
+                             f" {option.high:,.0f}")
+        return float(text)
+    if kind in _READERS:
+        return _READERS[kind](text)
     if kind in ("gb", "gb_or_auto"):
         if kind == "gb_or_auto" and text.lower() == "auto":
             return 0.0
@@ -1167,6 +1338,8 @@ def parse_value(option: Option, text: str) -> Any:
         if text and not found:
             raise ValueError(f"{text!r} names no trigger of the form [word] or word:")
         return found
+    if text and not option.shape.match(text):
+        raise ValueError(f"{text!r} is not of the form {option.example}")
     return text
 
 
@@ -1358,12 +1531,24 @@ def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
     return "openai" if own.get("base_url") else "litellm"
 
 
+def _server_values(values: Dict[str, Any], fields: Sequence[str]) -> Tuple[Tuple[str, Any], ...]:
+    """Take out of `values` the keys of llama-server that the record has no field for."""
+    keys = [key for key in values if key in TIER_SERVER_OPTIONS and key not in fields]
+    own = [(key, values.pop(key)) for key in keys]
+    return tuple((key, value) for key, value in own if value not in ("", ()))
+
+
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
+    values["server"] = _server_values(values, Tier._fields)
     backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
+    if backend != "gguf":
+        for key, _ in values["server"]:
+            at = reader.line_of(name, key)
+            reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
     in_hub = own.get("hf_repo") and own.get("hf_file")
@@ -1459,6 +1644,7 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
+    values["server"] = _server_values(values, Config._fields)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
     high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
     if high > mid:
@@ -1488,12 +1674,19 @@ def _worded(reader: _Reader) -> List[str]:
 def _effects(prefix: str, record: Any, default: Any,
              options: Mapping[str, Option]) -> List[Tuple[str, str]]:
     found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    own = dict(getattr(record, "server", ()))
     for key, option in options.items():
         field = option.field or key
-        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+        value, usual = own.get(field), None
+        if field in record._fields:
+            value, usual = getattr(record, field), getattr(default, field)
+        if option.harmless is _ANY_VALUE or value == usual:
             continue
-        value = getattr(record, field)
         text = "yes" if value is True else str(value)
+        if isinstance(value, tuple) and option.kind == "args":
+            text = " ".join(value)
+        elif isinstance(value, tuple):
+            text = ",".join(map(str, value))
         if not option.harmless.match(text):
             found.setdefault(field, (prefix + key, text))
     return list(found.values())
@@ -1538,6 +1731,32 @@ class Weights(NamedTuple):
     channel: str                                # current | next
 
 
+def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
+    """A tier whose further files (mmproj, draft, lora ...) are what `find` makes of them."""
+    settings = tier.settings
+    for key in FILE_KEYS:
+        value = settings.get(key)
+        if isinstance(value, tuple):
+            settings[key] = tuple(map(find, value))
+        elif value:
+            settings[key] = find(value)
+    return tier._replace(server=tuple(settings.items()))
+
+
+def hub_files(tier: Tier) -> List[Tuple[str, str]]:
+    """(repository, file) of what a tier needs of the hub besides its model."""
+    found: List[Tuple[str, str]] = []
+
+    def note(value: str) -> str:
+        if _HUB_REFERENCE.match(value):
+            repo, _, file = value.partition(":")
+            found.append((repo, file))
+        return value
+
+    with_files(tier, note)
+    return found
+
+
 def weights_for(tier: Tier, use_next: bool) -> Weights:
     """The GGUF `tier` runs: its queued upgrade when `use_next` and it has one."""
     if use_next and tier.backend == "gguf" and tier.has_next:
@@ -1555,26 +1774,68 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
+# What `speculative` asks for -> llama-server's --spec-type. A draft alone is loaded and not used.
+_SPEC_TYPES = {"ngram": "ngram-mod", "mtp": "draft-mtp", "draft": "draft-simple"}
+
+
+def _option_flags(key: str, value: Any) -> List[Tuple[str, ...]]:
+    """What a key of TIER_SERVER_OPTIONS says on the command line."""
+    option = TIER_SERVER_OPTIONS[key]
+    names = option.flags.split()
+    if option.kind == "args":
+        return group_args(value)
+    if not names:
+        return []
+    if option.kind == "bool":
+        said = [name for name in names if name.startswith("--no-") != value]
+        return [(said[0],)] if said else []
+    if option.kind == "files":
+        value = ",".join(value)
+    elif option.kind == "number":
+        value = _number(value)
+    return [(names[0], str(value))]
+
+
+def tier_config(config: Config, tier: Tier) -> Config:
+    """[DEFAULT] as it counts for one tier: what the tier says of SERVER_OPTIONS itself wins."""
+    own = {key: value for key, value in tier.server if key in SERVER_OPTIONS}
+    fields = {key: own.pop(key) for key in list(own) if key in Config._fields}
+    server = {**dict(config.server), **own}
+    return config._replace(server=tuple(server.items()), **fields)
+
+
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets, one group an option."""
-    flags: List[Tuple[str, ...]] = [("-ngl", config.n_gpu_layers), ("-fa", config.flash_attn)]
-    if config.jinja:
-        flags.append(("--jinja",))
-    flags += [("--cache-type-k", config.cache_type_k), ("--cache-type-v", config.cache_type_v),
-              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",),
-              ("--cors-origins", "localhost")]  # by default every web page may read what it says
+    flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
+    flags += [("--no-warmup",), ("--no-mmap",)]
+    flags.append(("--cors-origins", "localhost"))   # by default every web page may read what it says
     return flags
 
 
 def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
-    """Flags of one tier besides its weights: name, context, YaRN, sampler."""
+    """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
     flags: List[Tuple[str, ...]] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
     if tier.rope_scale:
         flags += [("--rope-scaling", "yarn"), ("--rope-scale", _number(tier.rope_scale)),
                   ("--yarn-orig-ctx", str(tier.rope_orig_ctx))]
-    names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "rep_pen": "--repeat-penalty"}
+    names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p",
+             "rep_pen": "--repeat-penalty"}
     flags += [(names[key], _number(value)) for key, value in tier.sampler]
+    settings = tier.settings
+    asked = settings.pop("speculative", "auto")
+    if asked == "auto" and "draft" in settings:
+        asked = "draft"
+    for key in MODEL_OPTIONS:
+        if key in settings:
+            flags += _option_flags(key, settings[key])
+    if asked in _SPEC_TYPES:
+        flags.append(("--spec-type", _SPEC_TYPES[asked]))
     return flags
+
+
+def all_flags(tier: Tier, config: Config) -> List[Tuple[str, ...]]:
+    """Every flag of a tier besides its weights and where it listens."""
+    return [*common_flags(tier_config(config, tier)), *tier_flags(tier)]
 
 
 def weight_flags(weights: Weights) -> List[Tuple[str, ...]]:
@@ -1596,11 +1857,22 @@ def accepted_flags(flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) ->
     return kept
 
 
+def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
+    """What to say of keys of models.ini whose flags a llama-server refuses, so that they count nothing."""
+    said: Dict[str, None] = {}
+    for tier in local_tiers(config):
+        for key, value in {**config.settings, **tier.settings}.items():
+            for flag in _option_flags(key, value):
+                if flag[0] in refused and flag[0] not in FLAG_REPLACEMENTS:
+                    said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+    return list(said)
+
+
 def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
                    refused: FrozenSet[str]) -> List[str]:
     """The whole command line that serves `tier` on 127.0.0.1:`port`."""
     flags = [("--host", "127.0.0.1"), ("--port", str(port)), *weight_flags(weights_for(tier, use_next)),
-             *accepted_flags([*common_flags(config), *tier_flags(tier)], refused)]
+             *accepted_flags(all_flags(tier, config), refused)]
     return [*program, *(word for flag in flags for word in flag)]
 
 
@@ -1678,7 +1950,24 @@ def _yaml_quoted(value: str) -> str:
                   json.dumps(value, ensure_ascii=False))
 
 
-def _yaml_model(tier: Tier, config: Config, use_next: bool, refused: FrozenSet[str], quote: Callable[[str], str]) -> List[str]:
+class Binary(NamedTuple):
+    """A llama-server that is installed, and the flags it refuses."""
+
+    program: Tuple[str, ...]
+    refused: FrozenSet[str] = frozenset()
+
+
+def _yaml_server(tier: Tier, config: Config, own: Optional[Binary], quote: Callable[[str], str]) -> List[str]:
+    """What a model's command begins with: the macros, where it has nothing of its own there."""
+    if own is None:
+        return ["${llama_server}", "${server_defaults}"]
+    flags = [("--host", "127.0.0.1"), *accepted_flags(common_flags(tier_config(config, tier)), own.refused)]
+    lines = [" ".join(map(quote, flag)) for flag in flags]
+    return [" ".join(map(quote, own.program)), "--port ${PORT}", *lines]
+
+
+def _yaml_model(tier: Tier, config: Config, use_next: bool, server: Binary, own: Optional[Binary],
+                quote: Callable[[str], str]) -> List[str]:
     weights = weights_for(tier, use_next)
     current = weights_for(tier, False)
     queued = weights_for(tier, True)
@@ -1690,8 +1979,8 @@ def _yaml_model(tier: Tier, config: Config, use_next: bool, refused: FrozenSet[s
                  "# change it there (see UPGRADING.md), then: llmstack restart"]
         if queued.channel == "next":
             notes.append(f"# Queued: -hff {queued.file}. Try it with: llmstack restart --next")
-    flags = [*weight_flags(weights), *accepted_flags(tier_flags(tier), refused)]
-    command = ["${llama_server}", "${server_defaults}", *notes, *(" ".join(map(quote, flag)) for flag in flags)]
+    flags = [*weight_flags(weights), *accepted_flags(tier_flags(tier), (own or server).refused)]
+    command = [*_yaml_server(tier, config, own, quote), *notes, *(" ".join(map(quote, flag)) for flag in flags)]
     lines = [f"  {_yaml_text(tier.name)}:", f"    name: {_yaml_text(tier.name)}",
              f"    description: {_yaml_text(tier.description)}", "    cmd: |", *(f"      {line}" for line in command),
              '    proxy: "http://127.0.0.1:${PORT}"', f"    ttl: {tier.ttl}",
@@ -1711,7 +2000,11 @@ def posix_quote(word: str) -> str:
 
 
 def windows_quote(word: str) -> str:
-    return f'"{word}"' if " " in word else word
+    if '"' in word:
+        word = re.sub(r'(\\*)"', r'\1\1\\"', word)    # backslashes before a quote are doubled
+    elif " " not in word:
+        return word
+    return f'"{word}"'
 
 
 class ProxyPlan(NamedTuple):
@@ -1734,12 +2027,14 @@ def _yaml_proxy(proxy: ProxyPlan, quote: Callable[[str], str]) -> List[str]:
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
                            quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
                            need_gb: Optional[Mapping[str, float]] = None, weights_gb: Optional[Mapping[str, float]] = None,
-                           budget_gb: float = 0.0, proxy: Optional[ProxyPlan] = None) -> str:
+                           budget_gb: float = 0.0, proxy: Optional[ProxyPlan] = None,
+                           own: Optional[Mapping[str, Binary]] = None) -> str:
     """The configuration of llama-swap v250 and newer for `config`.
 
     `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
     must be free, for llama-swap does not look. With `need_gb` of every tier, sets beyond the budget are left out.
-    The proxy is in every set: a model in none would run alone.
+    The proxy is in every set: a model in none would run alone. `own` has the servers of tiers with
+    settings of their own; `program` and `refused` are those of the others.
     """
     local = local_tiers(config)
     sets = residency_sets(config, need_gb, budget_gb)
@@ -1765,12 +2060,13 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "macros:",
         f"  llama_server: {_yaml_quoted(' '.join(map(quote, program)))}",
         "  server_defaults: >-",
-        *(f"    {' '.join(flag)}" for flag in defaults),
+        *(f"    {' '.join(word if word == '${PORT}' else quote(word) for word in flag)}" for flag in defaults),
         "",
         "models:" if local or proxy else "models: {}",
     ]
     for tier in local:
-        lines += [*_yaml_model(tier, config, use_next, refused, quote), ""]
+        lines += [*_yaml_model(tier, config, use_next, Binary(tuple(program), refused),
+                               (own or {}).get(tier.name), quote), ""]
     if proxy:
         lines += _yaml_proxy(proxy, quote)
         keys[proxy.tier.name] = "l"
@@ -1883,6 +2179,8 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
                             "channel": channel, "backend": tier.backend}
     if tier.backend == "gguf":
         meta.update(size_gb=weights.size_gb, quant=weights.quant)
+        if tier.has_projector:
+            meta["input_modalities"] = ["text", "image"]
     else:
         meta.update(model=hosted_model(tier, use_next))
     return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack", "channel": channel,
@@ -2241,9 +2539,11 @@ class TierFit(NamedTuple):
 
 def fit_tier(tier: Tier, config: Config, budget_gb: float, offload: bool, header: GgufHeader, source: str, where: str) -> TierFit:
     """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
+    config = tier_config(config, tier)
+
     def estimate(ctx: int) -> Memory:
         return estimate_memory(header, ctx, config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                               offload and config.n_gpu_layers != "0")
+                               offload and config.n_gpu_layers != "0", config.settings.get("parallel", SERVER_SLOTS))
 
     memory, trained = estimate(tier.ctx_size), _quantity(header.keys.get("context_length"))
     limit = min(trained * max(tier.rope_scale, 1), 1 << 24)
@@ -2499,9 +2799,11 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
     """One model of opencode's list, which any of `tiers` may answer."""
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name), "limit": dict(zip(("context", "output"), limits)),
-        "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers)}
+        "tool_call": any(t.tool_call and (tier_config(config, t).jinja or t.backend != "gguf") for t in tiers)}
     if all(t.reasoning for t in tiers):
         entry["reasoning"] = True
+    if any(t.has_projector for t in tiers):
+        entry.update(attachment=True, modalities={"input": ["text", "image"], "output": ["text"]})
     if not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
@@ -3410,9 +3712,23 @@ def plan_downloads(config: Config, names: Sequence[str],
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
                 files = split_parts(weights.file)
-                beside = tuple(file for file in wanted[weights.repo] if file not in files)
-                jobs.append(Job(tier.name, label, weights.repo, files, beside))
+                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
     return jobs, list(dict.fromkeys(skipped))
+
+
+def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
+               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
+    """A tier's model with what it needs of the same repository, then what it needs of others."""
+    repos = {repo: list(files)}
+    for other, file in hub_files(tier):
+        repos.setdefault(other, []).extend(split_parts(file))
+    jobs: List[Job] = []
+    for number, (name, names) in enumerate(repos.items()):
+        own = tuple(dict.fromkeys(names))
+        beside = tuple(file for file in wanted[name] if file not in own)
+        suffix = f".more{number}" if number else ""
+        jobs.append(Job(tier.name + suffix, label, name, own, beside))
+    return jobs
 
 
 def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
@@ -3435,6 +3751,8 @@ def _files_by_repo(config: Config) -> Dict[str, List[str]]:
             if weights.repo:
                 parts = dict.fromkeys(split_parts(weights.file))
                 wanted.setdefault(weights.repo, {}).update(parts)
+        for repo, file in hub_files(tier):
+            wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
     return {repo: list(files) for repo, files in wanted.items()}
 
 
@@ -3766,6 +4084,13 @@ def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
 
 
+def _path_from(base: str, path: str) -> str:
+    """A path of models.ini, which lies in `base`; what is on the hub or is to be found stays as it is."""
+    if path == "auto" or _HUB_REFERENCE.match(path):
+        return path
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
     """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
@@ -3779,9 +4104,8 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
     tiers = []
     for tier in config.tiers:
         if tier.path:
-            path = os.path.join(base, os.path.expanduser(tier.path))
-            tier = tier._replace(path=os.path.normpath(path))
-        tiers.append(tier)
+            tier = tier._replace(path=_path_from(base, tier.path))
+        tiers.append(with_files(tier, functools.partial(_path_from, base)))
     return config._replace(tiers=tuple(tiers))
 
 
@@ -7426,6 +7750,12 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
 
 
+def find_servers(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Tuple[str, ...]]:
+    """Local tier -> the command that starts its llama-server. Errors: as find_llama_server."""
+    return {tier.name: find_llama_server(tier_config(config, tier), env, data)
+            for tier in local_tiers(config)}
+
+
 def bin_dir(env: Mapping[str, str], data: str) -> str:
     return _expand(env["LLMSTACK_BIN_DIR"]) if env.get("LLMSTACK_BIN_DIR") else os.path.join(data, "bin")
 
@@ -7444,7 +7774,8 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     """
     import subprocess
 
-    groups = {flag[0]: flag for flag in [*common_flags(config), *(f for t in local_tiers(config) for f in tier_flags(t))]}
+    flags = [*common_flags(config), *(f for t in local_tiers(config) for f in all_flags(t, config))]
+    groups = {flag[0]: flag for flag in flags}
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
     try:
         stamp = _stamp(program)
@@ -7545,6 +7876,51 @@ def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     """The first file of a tier's model where all of it is on this disk, else ""."""
     parts = local_parts(weights, env)
     return parts[0] if all(parts) else ""
+
+
+def _projector_beside(path: str) -> str:
+    """The first mmproj*.gguf in a model's directory, "" for none."""
+    try:
+        names = os.listdir(os.path.dirname(path))
+    except OSError:
+        return ""
+    found = sorted(n for n in names if n.lower().startswith("mmproj") and n.lower().endswith(".gguf"))
+    return os.path.join(os.path.dirname(path), found[0]) if found else ""
+
+
+def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
+    """A tier as its command line needs it: its further files by their paths, `auto` decided.
+
+    A file that is not here is left out, or, where the tier is no use without it, an error.
+    Errors: UserError.
+    """
+    cache, model = hub_cache_dir(env), cached_model(weights_for(tier, use_next), env)
+
+    def find(name: str) -> str:
+        if name == "auto":
+            return _projector_beside(model)
+        if not _HUB_REFERENCE.match(name):
+            return name
+        repo, _, file = name.partition(":")
+        path = local_file(cache, repo, file)
+        if not path:
+            raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
+                            f"llmstack download {tier.name}")
+        return path
+
+    tier = with_files(tier, find)
+    settings = {key: value for key, value in tier.server if value not in ("", ())}
+    if settings.get("speculative") == "auto" and "draft" not in settings:
+        settings["speculative"] = "mtp" if _predicts_tokens(model) else "off"
+    return tier._replace(server=tuple(settings.items()))
+
+
+def _predicts_tokens(path: str) -> bool:
+    """Whether a GGUF has layers for multi-token prediction."""
+    try:
+        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
+    except (GgufError, OSError):
+        return False
 
 
 def hub_endpoint(env: Mapping[str, str]) -> str:
@@ -8814,12 +9190,19 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     env, local = os.environ, local_tiers(config)
     program = find_llama_server(config, env, places.data)
     refused = probe_flags(program, config, places.data) if program else frozenset()
+    own = {}
+    for tier in local:
+        if any(key in SERVER_OPTIONS for key in tier.settings):
+            its = find_llama_server(tier_config(config, tier), env, places.data)
+            own[tier.name] = Binary(its, probe_flags(its, config, places.data) if its else frozenset())
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
+    config = config._replace(tiers=tuple(
+        ready_tier(t, env, use_next) if t.backend == "gguf" else t for t in config.tiers))
     text = render_llama_swap_yaml(
         config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
-        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
     write_atomic(path, text, 0o600)
 
 
@@ -11024,7 +11407,9 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str],
                setup: Setup) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     port = free_run(FIRST_SERVER_PORT + 500, 1)
+    program = find_llama_server(tier_config(config, tier), setup.env, setup.places.data) or program
     refused = probe_flags(program, config, setup.places.data)
+    tier = ready_tier(tier, setup.env, False)
     log = setup.places.log(f"{tier.name}.log")
     env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
            STACK_VARIABLE: new_mark(setup.places.project)}
@@ -11927,14 +12312,18 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, os.environ, use_next)
-    refused: List[FrozenSet[str]] = []
+    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
     probing = threading.Lock()
 
     def command(tier: Tier, port: int) -> List[str]:
+        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
         with probing:                           # once, at the first load: the daemon is up before that
-            if not refused:
-                refused.append(probe_flags(program, config, places.data))
-        return server_command(program, tier, config, port, use_next, refused[0])
+            if server not in refused:
+                refused[server] = probe_flags(server, config, places.data)
+                for words in refused_settings(config, refused[server]):
+                    log.warning(words)
+        tier = ready_tier(tier, os.environ, use_next)
+        return server_command(server, tier, config, port, use_next, refused[server])
 
     env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
