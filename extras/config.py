@@ -72,6 +72,12 @@ def in_effect(config: Any, place: Place) -> str:
     return str(value)
 
 
+def split_key(line: str) -> Tuple[str, str]:
+    """A line up to and with its first = or :, and what follows."""
+    at = min(line.index(char) for char in "=:" if char in line)
+    return line[:at + 1], line[at + 1:]
+
+
 def with_value(text: str, place: Place, value: str, llmstack: Any) -> str:
     """The text with this value of the key: one line changed or added, every other as it was."""
     lines = text.split("\n")
@@ -98,12 +104,6 @@ def with_value(text: str, place: Place, value: str, llmstack: Any) -> str:
         return "\n".join(lines)
     tail = "" if text.endswith("\n") else end + "\n"
     return f"{text}{tail}{end}\n[{place.section}]{end}\n{new}{end}\n"
-
-
-def split_key(line: str) -> Tuple[str, str]:
-    """A line up to and with its first = or :, and what follows."""
-    at = min(line.index(char) for char in "=:" if char in line)
-    return line[:at + 1], line[at + 1:]
 
 
 def values_of(text: str, llmstack: Any) -> List[Tuple[str, str, str]]:
@@ -146,7 +146,7 @@ def write_ini(places: Any, data: bytes, llmstack: Any) -> None:
         llmstack.trust_project(places, "run")
     llmstack.say(f"Wrote {path}")
     if llmstack.stack_is_alive(places):
-        llmstack.say("`llmstack reload` takes up what is in [ROUTING], `llmstack restart` all.")
+        llmstack.say("It takes effect with `llmstack restart`; [ROUTING] with `llmstack reload`.")
 
 
 def get_value(places: Any, name: str, llmstack: Any) -> int:
@@ -187,6 +187,18 @@ def editor(llmstack: Any) -> List[str]:
     return words or ["notepad" if llmstack.IS_WINDOWS else "vi"]
 
 
+def run_editor(command: Sequence[str], path: str, llmstack: Any) -> None:
+    try:
+        code = subprocess.call(list(command))
+    except OSError as exc:
+        os.unlink(path)
+        raise llmstack.UserError(f"cannot run {command[0]}: {exc.strerror}",
+                                 "name your editor in VISUAL or EDITOR") from None
+    if code:
+        raise llmstack.UserError(f"{command[0]} has failed, with exit code {code}",
+                                 f"models.ini is as it was, your edit in {path}")
+
+
 def edit(places: Any, llmstack: Any) -> int:
     """Edit a copy until it holds. Errors: UserError; the copy stays where it does not."""
     old = read_ini(places, llmstack)
@@ -215,18 +227,6 @@ def edit(places: Any, llmstack: Any) -> int:
         write_ini(places, new, llmstack)
     os.unlink(path)
     return 0
-
-
-def run_editor(command: Sequence[str], path: str, llmstack: Any) -> None:
-    try:
-        code = subprocess.call(list(command))
-    except OSError as exc:
-        os.unlink(path)
-        raise llmstack.UserError(f"cannot run {command[0]}: {exc.strerror}",
-                                 "name your editor in VISUAL or EDITOR") from None
-    if code:
-        raise llmstack.UserError(f"{command[0]} has failed, with exit code {code}",
-                                 f"models.ini is as it was, your edit in {path}")
 
 
 def main(argv: Sequence[str], llmstack: Any) -> int:

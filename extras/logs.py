@@ -28,7 +28,7 @@ class Follower:
         self._rest = b""                        # a line that is not whole yet
 
     def tail(self, count: int) -> List[str]:
-        """The last lines there are now; from then on lines() has what follows. Errors: UserError."""
+        """The last lines; from then on lines() has what follows. Errors: UserError."""
         if not self._open():
             return []
         assert self._file is not None

@@ -53,9 +53,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     if not rows:
         llmstack.say("Nothing is being answered.")
         return 0
-    table = [list(HEADINGS), *(cells(row, llmstack) for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEADINGS))]
-    for row in table:
-        padded = [f"{cell:<{width}}" for cell, width in zip(row, widths)]
+    texts = [cells(row, llmstack) for row in rows]
+    columns = [column for column in zip(HEADINGS, *texts) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns):
+        padded = [f"{cell:<{width}}" for cell, width in zip(line, widths)]
         llmstack.say("  ".join(padded).rstrip())
     return 0

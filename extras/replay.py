@@ -37,7 +37,8 @@ class Ledger:
         self.switches = self.read_anew = self.overflows = 0
         self.tokens: Dict[str, int] = {}        # tier -> of prompts and answers
         self._contexts = contexts
-        self._last: Dict[str, Tuple[str, int]] = {}     # conversation -> tier, tokens it holds of it
+        # Conversation -> the tier that answered last, and the tokens it holds of it.
+        self._last: Dict[str, Tuple[str, int]] = {}
 
     def add(self, conversation: str, tier: str, prompt: int, output: int) -> None:
         held = 0
@@ -53,6 +54,11 @@ class Ledger:
         if prompt > self._contexts.get(tier, prompt):
             self.overflows += 1
         self.tokens[tier] = self.tokens.get(tier, 0) + prompt + output
+
+
+def sums(ledger: Ledger, cost: float) -> Dict[str, Any]:
+    return {"switches": ledger.switches, "read_anew_tokens": ledger.read_anew,
+            "overflows": ledger.overflows, "cost": round(cost, 6)}
 
 
 class Replay:
@@ -133,9 +139,12 @@ class Replay:
                 "replayed": {**sums(self.replayed, cost), "cost_unknown": unknown}}
 
 
-def sums(ledger: Ledger, cost: float) -> Dict[str, Any]:
-    return {"switches": ledger.switches, "read_anew_tokens": ledger.read_anew,
-            "overflows": ledger.overflows, "cost": round(cost, 6)}
+def show_table(rows: Sequence[Sequence[str]], llmstack: Any) -> None:
+    """Rows of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for first, *rest in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
+        llmstack.say("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
 def show(replay: Replay, llmstack: Any) -> None:
@@ -165,14 +174,6 @@ def show(replay: Replay, llmstack: Any) -> None:
         llmstack.warn(f"{replay.unread:,} lines are no requests and were passed over")
 
 
-def show_table(rows: Sequence[Sequence[str]], llmstack: Any) -> None:
-    """Rows of text, the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for first, *rest in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
-        llmstack.say("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
-
-
 def record_files(path: str, llmstack: Any) -> List[str]:
     """The project's record, its oldest part first. Errors: UserError where there is none."""
     parts = [f"{path}.{number}" for number in range(llmstack.LOGS_KEPT, 0, -1)] + [path]
@@ -198,7 +199,8 @@ def read_file(name: str, replay: Replay, llmstack: Any) -> None:
 
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("replay", __doc__)
-    parser.add_argument("files", metavar="FILE", nargs="*", help="of the record; - is standard input")
+    parser.add_argument("files", metavar="FILE", nargs="*",
+                        help="of the record; - is standard input")
     parser.add_argument("--models-ini", metavar="OTHER", help="the ladder to run")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(list(argv))

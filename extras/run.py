@@ -34,6 +34,59 @@ A line of three double quotes begins and ends a message of many lines."""
 QUOTES = '\"\"\"'
 
 
+def dict_of(value: Any, key: Any) -> Dict[str, Any]:
+    inner = value.get(key) if isinstance(value, dict) else None
+    return inner if isinstance(inner, dict) else {}
+
+
+def delta_of(event: Dict[str, Any]) -> Tuple[str, str]:
+    """(text of the answer, text of what the model thinks) that an event brings."""
+    choices = event.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return "", ""
+    delta = dict_of(choices[0], "delta")
+    texts = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
+    said, thought = (text if isinstance(text, str) else "" for text in texts)
+    return said, thought
+
+
+def counts_of(event: Dict[str, Any]) -> Dict[str, Any]:
+    """Tokens, time and model that an event tells: usage of all, timings of llama.cpp."""
+    usage, timings = dict_of(event, "usage"), dict_of(event, "timings")
+    ms = timings.get("predicted_ms")
+    found = {"prompt": usage.get("prompt_tokens"), "output": usage.get("completion_tokens"),
+             "cached": dict_of(usage, "prompt_tokens_details").get("cached_tokens"),
+             "writing_s": ms / 1000 if isinstance(ms, (int, float)) else None}
+    if timings:
+        found["cached"] = timings.get("cache_n")
+    counts: Dict[str, Any] = {k: n for k, n in found.items() if isinstance(n, (int, float))}
+    model = event.get("model")
+    if isinstance(model, str) and model != "llmstack":      # which speaks while a model loads
+        counts["model"] = model
+    return counts
+
+
+def events_of(response: http.client.HTTPResponse, llmstack: Any) -> Iterator[Dict[str, Any]]:
+    """The JSON objects of an event stream. Errors: UserError for an error event, or no end."""
+    while True:
+        try:
+            line = response.readline()
+        except (OSError, http.client.HTTPException):
+            line = b""
+        if not line:
+            raise llmstack.UserError("the answer broke off", "see the router's log")
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return
+        event = llmstack.parse_json_object(data)
+        if event.get("error"):
+            raise llmstack.UserError(llmstack.said_error(data.decode("utf-8", "replace")),
+                                     "see `llmstack status`, or the router's log")
+        yield event
+
+
 class Answer(NamedTuple):
     """What came of a question. Times in seconds."""
 
@@ -45,64 +98,6 @@ class Answer(NamedTuple):
     output_tokens: int
     writing_s: float                            # from the first token to the last
     is_whole: bool                              # False where Ctrl-C has ended it
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "llmstack run [-q] [--system TEXT] [--max-tokens N] [TIER] [TEXT | -]"
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("-q", "--quiet", action="store_true", help="the answer alone")
-    parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
-    parser.add_argument("--max-tokens", metavar="N", type=int, help="of an answer, at most")
-
-
-def main(argv: Sequence[str], llmstack: Any) -> int:
-    parser = llmstack.extra_parser("run", __doc__)
-    add_options(parser)
-    args = parser.parse_intermixed_args(list(argv))
-    places = llmstack.find_places(os.environ)
-    upstream, config = llmstack.running_router(places)
-    tier, text = chosen(args.words, config, llmstack)
-    if not text and not sys.stdin.isatty():
-        text = read_input(llmstack)
-    session = Session(llmstack, upstream, config, tier)
-    session.quiet = args.quiet
-    if args.system:
-        session.messages.append({"role": "system", "content": args.system})
-    if args.max_tokens:
-        session.more["max_tokens"] = args.max_tokens
-    if text:
-        return 0 if session.ask(text).is_whole else 130
-    return chat(session)
-
-
-def chosen(words: Sequence[str], config: Any, llmstack: Any) -> Tuple[str, str]:
-    """(tier, text) of a command line; no text asks for a chat. Errors: UserError."""
-    rest = list(words)
-    tier = "auto"
-    if rest and is_tier(rest[0], config):
-        tier = rest.pop(0)
-    elif len([word for word in rest if word != "-"]) > 1:
-        unknown = llmstack.unknown_word(rest[0], tier_names(config))
-        raise llmstack.UserError(f"there is no tier {unknown}",
-                                 "one of " + ", ".join(tier_names(config))
-                                 + "; put a text of many words in quotes", 2)
-    parts = [read_input(llmstack) if word == "-" else word for word in rest]
-    return tier, "\n\n".join(parts)
-
-
-def tier_names(config: Any) -> List[str]:
-    return ["auto", *(tier.name for tier in config.offered)]
-
-
-def is_tier(word: str, config: Any) -> bool:
-    return word == "auto" or config.by_name(word) is not None
-
-
-def read_input(llmstack: Any) -> str:
-    text = sys.stdin.read()
-    if not text.strip():
-        raise llmstack.UserError("there is nothing on standard input", "give a text", 2)
-    return text
 
 
 class Session:
@@ -144,9 +139,9 @@ class Session:
                 said, thought = delta_of(event)
                 if said or thought:
                     began_s = began_s or time.monotonic()
+                texts.append(said)              # first: what was shown is kept, come Ctrl-C
                 self._show(thought, dim=True)
                 self._show(said)
-                texts.append(said)
         except KeyboardInterrupt:
             if response is None:
                 raise
@@ -181,7 +176,8 @@ class Session:
             refusal = response.read(1 << 20) if response.status != 200 else b""
         except (OSError, http.client.HTTPException) as exc:
             connection.close()
-            raise llmstack.UserError(f"no answer from {upstream.url}: {llmstack.visible(str(exc).strip())}",
+            why = llmstack.visible(str(exc).strip())
+            raise llmstack.UserError(f"no answer from {upstream.url}: {why}",
                                      "see `llmstack status`") from None
         if response.status != 200:
             response.close()
@@ -222,90 +218,15 @@ class Session:
         sys.stderr.write(line + "\n")
 
 
-def events_of(response: http.client.HTTPResponse, llmstack: Any) -> Iterator[Dict[str, Any]]:
-    """The JSON objects of an event stream. Errors: UserError for an error event, or no end."""
-    while True:
-        try:
-            line = response.readline()
-        except (OSError, http.client.HTTPException):
-            line = b""
-        if not line:
-            raise llmstack.UserError("the answer broke off", "see the router's log")
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return
-        event = llmstack.parse_json_object(data)
-        if event.get("error"):
-            raise llmstack.UserError(llmstack.said_error(data.decode("utf-8", "replace")),
-                                     "see `llmstack status`, or the router's log")
-        yield event
+def tier_names(config: Any) -> List[str]:
+    return ["auto", *(tier.name for tier in config.offered)]
 
 
-def dict_of(value: Any, key: Any) -> Dict[str, Any]:
-    inner = value.get(key) if isinstance(value, dict) else None
-    return inner if isinstance(inner, dict) else {}
-
-
-def delta_of(event: Dict[str, Any]) -> Tuple[str, str]:
-    """(text of the answer, text of what the model thinks) that an event brings."""
-    choices = event.get("choices")
-    if not isinstance(choices, list) or not choices:
-        return "", ""
-    delta = dict_of(choices[0], "delta")
-    texts = delta.get("content"), delta.get("reasoning_content") or delta.get("reasoning")
-    said, thought = (text if isinstance(text, str) else "" for text in texts)
-    return said, thought
-
-
-def counts_of(event: Dict[str, Any]) -> Dict[str, Any]:
-    """Tokens, time and model that an event tells: usage of all, timings of llama.cpp."""
-    usage, timings = dict_of(event, "usage"), dict_of(event, "timings")
-    ms = timings.get("predicted_ms")
-    found = {"prompt": usage.get("prompt_tokens"), "output": usage.get("completion_tokens"),
-             "cached": dict_of(usage, "prompt_tokens_details").get("cached_tokens"),
-             "writing_s": ms / 1000 if isinstance(ms, (int, float)) else None}
-    if timings:
-        found["cached"] = timings.get("cache_n")
-    counts: Dict[str, Any] = {k: n for k, n in found.items() if isinstance(n, (int, float))}
-    model = event.get("model")
-    if isinstance(model, str) and model != "llmstack":      # which speaks while a model loads
-        counts["model"] = model
-    return counts
+def is_tier(word: str, config: Any) -> bool:
+    return word == "auto" or config.by_name(word) is not None
 
 
 # ---- the chat
-
-
-def chat(session: Session) -> int:
-    """Read messages and commands until the user leaves."""
-    load_line_editor()
-    llmstack = session.llmstack
-    llmstack.say(f"{session.tier}, {session.config.smallest_context:,} tokens or more;"
-                 " /help says what there is, Ctrl-D ends this")
-    attached: List[str] = []
-    while True:
-        try:
-            line = read_message()
-        except EOFError:
-            llmstack.say()
-            return 0
-        except KeyboardInterrupt:
-            llmstack.say("\n/quit or Ctrl-D leaves")
-            continue
-        if line.strip() == "/quit":
-            return 0
-        try:
-            if line.startswith("/"):
-                obey(session, line, attached)
-            elif line.strip():
-                session.ask("\n\n".join([*attached, line]))
-                attached.clear()
-        except llmstack.UserError as exc:
-            llmstack.say(f"{exc}" + (f"; {exc.hint}" if exc.hint else ""))
-        except KeyboardInterrupt:
-            llmstack.say()
 
 
 def load_line_editor() -> None:
@@ -327,32 +248,6 @@ def read_message() -> str:
         if line.strip() == QUOTES:
             return "\n".join(lines)
         lines.append(line)
-
-
-def obey(session: Session, line: str, attached: List[str]) -> None:
-    """Do what a line that begins with / says. Errors: UserError."""
-    llmstack = session.llmstack
-    name, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
-    if name == "/tier":
-        take_tier(session, rest)
-    elif name == "/why":
-        llmstack.say(session.last_reason or "the router has not said: there was no answer yet, its"
-                     " tier was named, or it had to wait")
-    elif name == "/file":
-        attached.append(read_file(rest, llmstack))
-        llmstack.say("It goes in front of your next message.")
-    elif name == "/save":
-        path = os.path.expanduser(rest) or time.strftime("llmstack-%Y%m%d-%H%M%S.md")
-        if os.path.exists(path):
-            raise llmstack.UserError(f"{path} is there already", "name another file")
-        llmstack.write_atomic(os.path.abspath(path), render_chat(session.messages), 0o600)
-        llmstack.say(f"Wrote {path}")
-    elif name == "/new":
-        session.messages = [m for m in session.messages if m["role"] == "system"]
-        attached.clear()
-    else:
-        llmstack.say(CHAT_COMMANDS)
 
 
 def take_tier(session: Session, name: str) -> None:
@@ -385,3 +280,108 @@ def read_file(path: str, llmstack: Any) -> str:
 def render_chat(messages: Sequence[Dict[str, str]]) -> str:
     parts = [f"## {message['role']}\n\n{message['content'].strip()}\n" for message in messages]
     return "\n".join(parts)
+
+
+def obey(session: Session, line: str, attached: List[str]) -> None:
+    """Do what a line that begins with / says. Errors: UserError."""
+    llmstack = session.llmstack
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name == "/tier":
+        take_tier(session, rest)
+    elif name == "/why":
+        llmstack.say(session.last_reason or "the router has not said: there was no answer yet, its"
+                     " tier was named, or it had to wait")
+    elif name == "/file":
+        attached.append(read_file(rest, llmstack))
+        llmstack.say("It goes in front of your next message.")
+    elif name == "/save":
+        path = os.path.expanduser(rest) or time.strftime("llmstack-%Y%m%d-%H%M%S.md")
+        if os.path.exists(path):
+            raise llmstack.UserError(f"{path} is there already", "name another file")
+        llmstack.write_atomic(os.path.abspath(path), render_chat(session.messages), 0o600)
+        llmstack.say(f"Wrote {path}")
+    elif name == "/new":
+        session.messages = [m for m in session.messages if m["role"] == "system"]
+        attached.clear()
+    else:
+        llmstack.say(CHAT_COMMANDS)
+
+
+def chat(session: Session) -> int:
+    """Read messages and commands until the user leaves."""
+    load_line_editor()
+    llmstack = session.llmstack
+    llmstack.say(f"A chat with {session.tier}. /help says what there is, Ctrl-D ends it.")
+    attached: List[str] = []
+    while True:
+        try:
+            line = read_message()
+        except EOFError:
+            llmstack.say()
+            return 0
+        except KeyboardInterrupt:
+            llmstack.say("\n/quit or Ctrl-D leaves")
+            continue
+        if line.strip() == "/quit":
+            return 0
+        try:
+            if line.startswith("/"):
+                obey(session, line, attached)
+            elif line.strip():
+                session.ask("\n\n".join([*attached, line]))
+                attached.clear()
+        except llmstack.UserError as exc:
+            llmstack.say(f"{exc}" + (f"; {exc.hint}" if exc.hint else ""))
+        except KeyboardInterrupt:
+            llmstack.say()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "llmstack run [-q] [--system TEXT] [--max-tokens N] [TIER] [TEXT | -]"
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("-q", "--quiet", action="store_true", help="the answer alone")
+    parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="of an answer, at most")
+
+
+def read_input(llmstack: Any) -> str:
+    text = sys.stdin.read()
+    if not text.strip():
+        raise llmstack.UserError("there is nothing on standard input", "give a text", 2)
+    return text
+
+
+def chosen(words: Sequence[str], config: Any, llmstack: Any) -> Tuple[str, str]:
+    """(tier, text) of a command line; no text asks for a chat. Errors: UserError."""
+    rest = list(words)
+    tier = "auto"
+    if rest and is_tier(rest[0], config):
+        tier = rest.pop(0)
+    elif len([word for word in rest if word != "-"]) > 1:
+        unknown = llmstack.unknown_word(rest[0], tier_names(config))
+        raise llmstack.UserError(f"there is no tier {unknown}",
+                                 "one of " + ", ".join(tier_names(config))
+                                 + "; put a text of many words in quotes", 2)
+    parts = [read_input(llmstack) if word == "-" else word for word in rest]
+    return tier, "\n\n".join(parts)
+
+
+def main(argv: Sequence[str], llmstack: Any) -> int:
+    parser = llmstack.extra_parser("run", __doc__)
+    add_options(parser)
+    args = parser.parse_intermixed_args(list(argv))
+    places = llmstack.find_places(os.environ)
+    upstream, config = llmstack.running_router(places)
+    tier, text = chosen(args.words, config, llmstack)
+    if not text and not sys.stdin.isatty():
+        text = read_input(llmstack)
+    session = Session(llmstack, upstream, config, tier)
+    session.quiet = args.quiet
+    if args.system:
+        session.messages.append({"role": "system", "content": args.system})
+    if args.max_tokens:
+        session.more["max_tokens"] = args.max_tokens
+    if text:
+        return 0 if session.ask(text).is_whole else 130
+    return chat(session)

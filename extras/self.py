@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 MAX_BYTES = 20 << 20
 PATIENCE_S = 60
@@ -30,80 +30,7 @@ COMPLETIONS = {"fish": "~/.config/fish/completions/llmstack.fish",
                "bash": "~/.local/share/bash-completion/completions/llmstack"}
 
 
-# ---- install
-
-
-def default_directory(llmstack: Any) -> str:
-    if llmstack.IS_WINDOWS:
-        return os.path.join(llmstack.data_dir(os.environ), "bin")
-    return os.path.expanduser("~/.local/bin")
-
-
-def launcher(llmstack: Any) -> str:
-    """A program of the system's own shell that runs this one where it is."""
-    words = [sys.executable, llmstack.PROGRAM]
-    if llmstack.IS_WINDOWS:
-        quoted = " ".join(llmstack.windows_quote(word) for word in words)
-        return f"@rem {MARK}\r\n@{quoted} %*\r\n"
-    quoted = " ".join(llmstack.posix_quote(word) for word in words)
-    return f'#!/bin/sh\n{MARK}\nexec {quoted} "$@"\n'
-
-
-def is_ours(path: str) -> bool:
-    """True for what an earlier install has put there, and for nothing at all."""
-    if not os.path.lexists(path):
-        return True
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES)
-    except OSError:
-        return False
-    return MARK.encode() in data or not problem_of(data)
-
-
-def install(directory: str, is_link: bool, llmstack: Any) -> int:
-    """Put the program into a directory of PATH. Errors: UserError."""
-    is_copy = zipfile.is_zipfile(llmstack.PROGRAM) and not is_link and not llmstack.IS_WINDOWS
-    name = "llmstack.cmd" if llmstack.IS_WINDOWS else "llmstack"
-    path = os.path.join(os.path.abspath(os.path.expanduser(directory)), name)
-    if os.path.realpath(path) == os.path.realpath(llmstack.PROGRAM):
-        llmstack.say(f"This is {path} already.")
-    elif not is_ours(path):
-        raise llmstack.UserError(f"{path} is another program", "move it away, or name a --dir")
-    elif is_copy:
-        with open(llmstack.PROGRAM, "rb") as file:
-            put(path, file.read(), llmstack)
-    else:
-        put(path, launcher(llmstack).encode(), llmstack)
-    on_path = [os.path.abspath(part) for part in os.environ.get("PATH", "").split(os.pathsep)]
-    if os.path.dirname(path) not in on_path:
-        llmstack.say(f"{os.path.dirname(path)} is not on PATH yet; add it, and open a new shell.")
-    install_completion(llmstack)
-    return 0
-
-
-def put(path: str, data: bytes, llmstack: Any) -> None:
-    if os.path.islink(path):
-        os.unlink(path)                         # what it leads to is not ours to write
-    llmstack.write_atomic(path, data, 0o755)
-    llmstack.say(f"Wrote {path}")
-
-
-def install_completion(llmstack: Any) -> None:
-    """Write the user's shell's, or say the line that turns it on."""
-    shell = llmstack.shell_name(llmstack.shell_program(os.environ))
-    if shell in COMPLETIONS:
-        path = os.path.expanduser(COMPLETIONS[shell])
-        text = llmstack.read_shared_text(f"completion/llmstack.{shell}")
-        llmstack.write_atomic(path, text, 0o644)
-        llmstack.say(f"Wrote {path}")
-    elif shell == "zsh":
-        llmstack.say('In ~/.zshrc, after compinit: eval "$(llmstack completion zsh)"')
-    elif shell == "powershell":
-        llmstack.say("In $PROFILE: llmstack completion powershell | Out-String | Invoke-Expression")
-
-
-# ---- update
+# ---- another build
 
 
 def problem_of(data: bytes) -> str:
@@ -134,7 +61,7 @@ def read_source(source: str, llmstack: Any) -> bytes:
             with open(source, "rb") as file:
                 return file.read(MAX_BYTES + 1)
         import urllib.request
-        with urllib.request.urlopen(source, timeout=PATIENCE_S) as answer:  # noqa: S310  # see above
+        with urllib.request.urlopen(source, timeout=PATIENCE_S) as answer:  # noqa: S310
             refuse_unprotected(answer.geturl(), llmstack)       # where redirects have led
             return bytes(answer.read(MAX_BYTES + 1))
     except (OSError, ValueError) as exc:
@@ -156,6 +83,17 @@ def version_of(path: str, llmstack: Any) -> str:
     if not found:
         raise llmstack.UserError("it does not run here", "take another build; this one stays")
     return found.group(1)
+
+
+def try_it(data: bytes, target: str, llmstack: Any) -> Tuple[str, bool]:
+    """(version of the build in `data`, whether it is what `target` is). Errors: UserError."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "llmstack.pyz")
+        with open(path, "wb") as file:
+            file.write(data)
+        version = version_of(path, llmstack)
+    with open(target, "rb") as file:
+        return version, file.read() == data
 
 
 def update(source: str, sha256: str, only_check: bool, llmstack: Any) -> int:
@@ -184,25 +122,84 @@ def update(source: str, sha256: str, only_check: bool, llmstack: Any) -> int:
     return 0
 
 
-def try_it(data: bytes, target: str, llmstack: Any) -> Tuple[str, bool]:
-    """(version of the build in `data`, whether it is what `target` is). Errors: UserError."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "llmstack.pyz")
-        with open(path, "wb") as file:
-            file.write(data)
-        version = version_of(path, llmstack)
-    with open(target, "rb") as file:
-        return version, file.read() == data
+# ---- the command on PATH
 
 
-ACTIONS: List[str] = ["install", "update"]
+def default_directory(llmstack: Any) -> str:
+    if llmstack.IS_WINDOWS:
+        return os.path.join(llmstack.data_dir(os.environ), "bin")
+    return os.path.expanduser("~/.local/bin")
+
+
+def launcher(llmstack: Any) -> str:
+    """A program of the system's own shell that runs this one where it is."""
+    words = [sys.executable, llmstack.PROGRAM]
+    if llmstack.IS_WINDOWS:
+        quoted = " ".join(llmstack.windows_quote(word) for word in words)
+        return f"@rem {MARK}\r\n@{quoted} %*\r\n"
+    quoted = " ".join(llmstack.posix_quote(word) for word in words)
+    return f'#!/bin/sh\n{MARK}\nexec {quoted} "$@"\n'
+
+
+def is_ours(path: str) -> bool:
+    """True for what an earlier install has put there, and for nothing at all."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES)
+    except OSError:
+        return False
+    return MARK.encode() in data or not problem_of(data)
+
+
+def put(path: str, data: bytes, llmstack: Any) -> None:
+    if os.path.islink(path):
+        os.unlink(path)                         # what it leads to is not ours to write
+    llmstack.write_atomic(path, data, 0o755)
+    llmstack.say(f"Wrote {path}")
+
+
+def install_completion(llmstack: Any) -> None:
+    """Write the user's shell's, or say the line that turns it on."""
+    shell = llmstack.shell_name(llmstack.shell_program(os.environ))
+    if shell in COMPLETIONS:
+        path = os.path.expanduser(COMPLETIONS[shell])
+        text = llmstack.read_shared_text(f"completion/llmstack.{shell}")
+        llmstack.write_atomic(path, text, 0o644)
+        llmstack.say(f"Wrote {path}")
+    elif shell == "zsh":
+        llmstack.say('In ~/.zshrc, after compinit: eval "$(llmstack completion zsh)"')
+    elif shell == "powershell":
+        llmstack.say("In $PROFILE: llmstack completion powershell | Out-String | Invoke-Expression")
+
+
+def install(directory: str, is_link: bool, llmstack: Any) -> int:
+    """Put the program into a directory of PATH. Errors: UserError."""
+    is_copy = zipfile.is_zipfile(llmstack.PROGRAM) and not is_link and not llmstack.IS_WINDOWS
+    name = "llmstack.cmd" if llmstack.IS_WINDOWS else "llmstack"
+    path = os.path.join(os.path.abspath(os.path.expanduser(directory)), name)
+    if os.path.realpath(path) == os.path.realpath(llmstack.PROGRAM):
+        llmstack.say(f"This is {path} already.")
+    elif not is_ours(path):
+        raise llmstack.UserError(f"{path} is another program", "move it away, or name a --dir")
+    elif is_copy:
+        with open(llmstack.PROGRAM, "rb") as file:
+            put(path, file.read(), llmstack)
+    else:
+        put(path, launcher(llmstack).encode(), llmstack)
+    on_path = [os.path.abspath(part) for part in os.environ.get("PATH", "").split(os.pathsep)]
+    if os.path.dirname(path) not in on_path:
+        llmstack.say(f"{os.path.dirname(path)} is not on PATH yet; add it, and open a new shell.")
+    install_completion(llmstack)
+    return 0
 
 
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("self", __doc__)
     parser.usage = ("llmstack self install [--dir DIR] [--link]\n"
                     "       llmstack self update FILE|URL [--check] [--sha256 HEX]")
-    parser.add_argument("action", choices=ACTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("action", choices=["install", "update"], help=argparse.SUPPRESS)
     parser.add_argument("source", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("--dir", metavar="DIR", default="", help="where to (~/.local/bin)")
     parser.add_argument("--link", action="store_true",

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
 from xml.sax.saxutils import escape
 
 NAME = "llmstack"
@@ -211,12 +211,9 @@ def stay(places: Any, llmstack: Any) -> int:
         return subprocess.call([*own, "stop"], stdin=subprocess.DEVNULL)
 
 
-ACTIONS: List[str] = ["install", "uninstall", "status", "run"]
-
-
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("service", __doc__)
-    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("action", choices=["install", "uninstall", "status", "run"])
     args = parser.parse_args(list(argv))
     places = llmstack.find_places(os.environ)
     llmstack.refuse_external(places)

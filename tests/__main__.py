@@ -6,8 +6,9 @@
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
 It holds the pinned tools, and llama.cpp's server, LiteLLM's proxy and huggingface_hub from PyPI as llmstack itself
 installs them, and the demo's small model; where a real llama-server or llama-swap is on PATH, the suite uses them as well.
-Where npm is, it also holds the real opencode. With Python 3.11 or newer also the peer's package, 0.1 MB, whose project
-directories are to work here and ours there.
+Where npm is, it also holds the real opencode, and with LLMSTACK_TEST_CLIENTS=1 seven other clients, 1.8 GB.
+With Python 3.11 or newer also the peer's package, 0.1 MB, whose project directories are to work here
+and ours there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLS = ("pytest==8.4.2", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
 OPENCODE = "1.18.33"                            # of npm's opencode-ai
+CLIENTS = {                                     # what tests/test_clients.py runs, by its directory's name
+    "claude": "@anthropic-ai/claude-code@2.1.197",
+    "codex": "@openai/codex@0.171.0",
+    "qwen": "@qwen-code/qwen-code@0.15.10",
+    "continue": "@continuedev/cli@1.5.47",
+    "pi": "@mariozechner/pi-coding-agent@0.73.0",
+    "aider": "aider-chat==0.86.2",
+    "llm": "llm==0.36",
+}
 PEER = "0.12.0"                                 # of PyPI's opencode-llmstack, whose files are ours; it needs Python 3.11
 
 
@@ -110,6 +120,27 @@ def provision_opencode() -> str:
     return program if os.path.exists(program) else ""
 
 
+def provision_clients() -> str:
+    """A directory with the pinned clients, one below it each; the tests of one that cannot be had are skipped."""
+    directory = os.path.join(cache_dir(), "clients")
+    for name, package in CLIENTS.items():
+        home = os.path.join(directory, name)
+        ready = os.path.join(home, "ready-" + package.replace("/", "-"))
+        is_npm = "==" not in package
+        if os.path.exists(ready) or (is_npm and not shutil.which("npm")):
+            continue
+        shutil.rmtree(home, ignore_errors=True)
+        if is_npm:
+            run(["npm", "install", "--no-audit", "--no-fund", "--prefix", home, package], package)
+        else:
+            run([sys.executable, "-m", "venv", home], "an environment for " + package)
+            python = os.path.join(home, "Scripts" if os.name == "nt" else "bin", "python")
+            run([python, "-m", "pip", "-q", "install", "--disable-pip-version-check", package], package)
+        with open(ready, "w"):
+            pass
+    return directory
+
+
 def provision_peer(python: str) -> str:
     """The peer's package, without the 31 that its router needs and its `install` does not; "" on a Python it refuses."""
     directory = os.path.join(cache_dir(), "peer-" + PEER)
@@ -139,6 +170,8 @@ def main() -> int:
     environment = {**os.environ, "LLMSTACK_TEST_DATA": provision_data(), "LLMSTACK_TEST_OPENCODE": provision_opencode(),
                    "LLMSTACK_TEST_SMOL": provision_smol(),
                    "LLMSTACK_TEST_PEER": provision_peer(python)}
+    if os.environ.get("LLMSTACK_TEST_CLIENTS") == "1":
+        environment["LLMSTACK_TEST_CLIENTS"] = provision_clients()
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 
 

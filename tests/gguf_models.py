@@ -191,47 +191,21 @@ def model(arch: str, *, layers: int = 4, embd: int = 1024, heads: int = 8, kv: i
     return meta, tensors
 
 
-def known(arch: str, gb: float, layers: int, embd: int, heads: int, kv: int, head: int, ff: int, vocab: int, ctx: int,
-          tied: bool = False, **more: Any) -> llmstack.GgufHeader:
-    """The header of a real model, from its published config.json and the size of the quantized file."""
-    keys = {"block_count": layers, "embedding_length": embd, "attention.head_count": heads, "attention.head_count_kv": kv,
-            "attention.key_length": head, "attention.value_length": head, "feed_forward_length": ff, "context_length": ctx,
-            **{k.replace("__", "."): v for k, v in more.items() if k != "wide"}}
-    embd_bytes = vocab * embd * 210 // 256      # Q6_K, what llama-quantize gives it where it is the output, too
-    return llmstack.GgufHeader(arch, keys, vocab, round(gb * 1e9), embd_bytes, tied, max(ff, heads * head, more.get("wide", 0)))
+def _known() -> dict[str, llmstack.GgufHeader]:
+    """The profiles' models by the names of their files, without what comes after the quantization."""
+    models, found = llmstack.known_models(), {}
+    for name, row in models.items():
+        for quant in row["gb"]:
+            file = f"{name}-{quant.lstrip('-')}" if quant != "-Q4_K_M" else f"{name}{quant}"
+            header = llmstack.known_header(file, 0.0, models)
+            assert header is not None
+            found[file] = header
+    return found
 
 
-GEMMA = {"attention__sliding_window": 1024}
-KNOWN: dict[str, llmstack.GgufHeader] = {
-    "Qwen2.5-Coder-1.5B": known("qwen2", 0.99, 28, 1536, 12, 2, 128, 8960, 151_936, 32_768, True),
-    "Qwen2.5-Coder-3B-Instruct-Q4": known("qwen2", 1.93, 36, 2048, 16, 2, 128, 11_008, 151_936, 32_768, True),
-    "Qwen2.5-Coder-3B-Instruct-Q5": known("qwen2", 2.44, 36, 2048, 16, 2, 128, 11_008, 151_936, 32_768, True),
-    "Qwen2.5-Coder-7B": known("qwen2", 5.44, 28, 3584, 28, 4, 128, 18_944, 152_064, 32_768),
-    "Qwen3-4B": known("qwen3", 2.5, 36, 2560, 32, 8, 128, 9728, 151_936, 262_144, True),
-    "Qwen3-8B": known("qwen3", 5.03, 36, 4096, 32, 8, 128, 12_288, 151_936, 40_960),
-    "Qwen3-14B": known("qwen3", 9.0, 40, 5120, 40, 8, 128, 17_408, 151_936, 40_960),
-    "Qwen3-32B-Q4": known("qwen3", 19.8, 64, 5120, 64, 8, 128, 25_600, 151_936, 40_960),
-    "Qwen3-32B-Q8": known("qwen3", 34.8, 64, 5120, 64, 8, 128, 25_600, 151_936, 40_960),
-    "Qwen3-Coder-30B": known("qwen3moe", 25.1, 48, 2048, 32, 4, 128, 6144, 151_936, 262_144, expert_used_count=8,
-                             expert_feed_forward_length=768),
-    "Qwen3-Coder-Next-Q4_K_M": known("qwen3next", 48.5, 48, 2048, 16, 2, 256, 5120, 151_936, 262_144, expert_used_count=10,
-                                     expert_feed_forward_length=512, ssm__conv_kernel=4, ssm__inner_size=4096,
-                                     ssm__state_size=128, ssm__group_count=16, wide=8192),
-    "gpt-oss-20b": known("gpt-oss", 12.1, 24, 2880, 64, 8, 64, 2880, 201_088, 131_072, expert_used_count=4,
-                         expert_feed_forward_length=2880, attention__sliding_window=128),
-    "gpt-oss-120b": known("gpt-oss", 63.4, 36, 2880, 64, 8, 64, 2880, 201_088, 131_072, expert_used_count=4,
-                          expert_feed_forward_length=2880, attention__sliding_window=128),
-    "gemma-3-4b": known("gemma3", 2.49, 34, 2560, 8, 4, 256, 10_240, 262_208, 131_072, True, **GEMMA),
-    "gemma-3-12b": known("gemma3", 7.3, 48, 3840, 16, 8, 256, 15_360, 262_208, 131_072, True, **GEMMA),
-    "Dolphin3.0-Llama3.2-3B": known("llama", 2.02, 28, 3072, 24, 8, 128, 8192, 128_258, 131_072, True),
-    "Dolphin3.0-Llama3.1-8B": known("llama", 4.92, 32, 4096, 32, 8, 128, 14_336, 128_258, 131_072),
-    "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic.i1-Q4": known(
-        "llama", 14.3, 40, 5120, 32, 8, 128, 32_768, 131_072, 131_072),
-    "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic.i1-Q6": known(
-        "llama", 19.3, 40, 5120, 32, 8, 128, 32_768, 131_072, 131_072),
-}
+KNOWN = _known()
 
 
 def header_of(file: str) -> llmstack.GgufHeader | None:
     """The known header of a model file, None where its architecture was not to be found out."""
-    return next((KNOWN[k] for k in sorted(KNOWN, key=len, reverse=True) if file.startswith(k)), None)
+    return llmstack.known_header(file, 0.0, llmstack.known_models())

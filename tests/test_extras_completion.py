@@ -29,19 +29,29 @@ def proposed(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     return capsys.readouterr().out.split()
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    (["=sta"], ["start", "status"]),
-    (["=replay"], ["replay"]),
-    (["help", "=down"], ["download"]),
-    (["start", "=--de"], ["--detach", "--demo"]),
-    (["replay", "=--m"], ["--models-ini"]),
-    (["logs", "=--f"], ["--follow"]),
-    (["run", "="], ["hosted"]), (["download", "="], ["hosted"]), (["fit", "=ho"], ["hosted"]),
-    (["logs", "="], ["router", "engine", "hosted"]),
-    (["activate", "=z"], ["zsh"]), (["completion", "=f"], ["fish"]),
-    (["stop", "="], []), (["strat", "="], []), (["help", "=zz"], []),
-])
-def test_what_may_follow(words: list[str], found: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["=sta"], ["start", "status"]),
+        (["=replay"], ["replay"]),
+        (["help", "=down"], ["download"]),
+        (["start", "=--de"], ["--detach", "--demo"]),
+        (["replay", "=--m"], ["--models-ini"]),
+        (["logs", "=--f"], ["--follow"]),
+        (["run", "="], ["hosted"]),
+        (["download", "="], ["hosted"]),
+        (["fit", "=ho"], ["hosted"]),
+        (["logs", "="], ["router", "engine", "hosted"]),
+        (["activate", "=z"], ["zsh"]),
+        (["completion", "=f"], ["fish"]),
+        (["stop", "="], []),
+        (["strat", "="], []),
+        (["help", "=zz"], []),
+    ],
+)
+def test_what_may_follow(
+    words: list[str], found: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert proposed(capsys, *words) == found
 
 
@@ -55,7 +65,9 @@ def test_a_broken_models_ini_is_not_the_place_to_say_it(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
-def test_the_tiers_of_a_thin_client_are_known_without_asking(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tiers_of_a_thin_client_are_known_without_asking(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     Path(".llmstack/default-channel").write_text("external http://127.0.0.1:9\n")
     assert proposed(capsys, "run", "=") == []
     models = '{"provider": {"llama.cpp": {"models": {"auto": {}, "distant": {}}}}}'
@@ -87,35 +99,61 @@ words=(llmstack {words}); CURRENT={count}+1; _llmstack
 FISH = "llmstack completion fish | source; complete -C 'llmstack {line}'"
 
 
-@pytest.mark.parametrize("words", [["sta"], ["run", ""], ["start", "--de"], ["stop", ""]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["sta"], ["run", ""], ["start", "--de"], ["stop", ""]], ids=" ".join
+)
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_completes(shell: str, words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch,
-                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shell_completes(
+    shell: str,
+    words: list[str],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     program = shutil.which(shell)
     if not program:
         pytest.skip(f"there is no {shell}")
-    (home / "llmstack").write_text(f"#!/bin/sh\nexec '{sys.executable}' '{llmstack.__file__}' \"$@\"\n")
+    (home / "llmstack").write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' '{llmstack.__file__}' \"$@\"\n"
+    )
     (home / "llmstack").chmod(0o755)
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
     quoted = " ".join(f"'{word}'" for word in words)
     text = {"bash": BASH, "zsh": ZSH, "fish": FISH}[shell].format(
-        words=quoted, count=len(words), line=" ".join(words))
-    done = subprocess.run([program, "-c", text], capture_output=True, text=True, timeout=60,
-                          stdin=subprocess.DEVNULL, check=False)
+        words=quoted, count=len(words), line=" ".join(words)
+    )
+    done = subprocess.run(
+        [program, "-c", text],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     assert done.stderr == ""
     expected = proposed(capsys, *words[:-1], "=" + words[-1])
-    if not expected:                            # files, as the shell has them
+    if not expected:  # files, as the shell has them
         assert "hosted" not in done.stdout
         return
     assert set(expected) <= set(done.stdout.split())
 
 
-@pytest.mark.parametrize(("program", "flag", "name"), [
-    ("bash", "-n", "llmstack.bash"), ("shellcheck", "--", "llmstack.bash"),
-    ("zsh", "-n", "llmstack.zsh"), ("fish", "-n", "llmstack.fish")])
+@pytest.mark.parametrize(
+    ("program", "flag", "name"),
+    [
+        ("bash", "-n", "llmstack.bash"),
+        ("shellcheck", "--", "llmstack.bash"),
+        ("zsh", "-n", "llmstack.zsh"),
+        ("fish", "-n", "llmstack.fish"),
+    ],
+)
 def test_a_script_is_whole_to_its_own_shell(program: str, flag: str, name: str) -> None:
     if not shutil.which(program):
         pytest.skip(f"there is no {program}")
-    done = subprocess.run([program, flag, str(ROOT / "share/completion" / name)],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program, flag, str(ROOT / "share/completion" / name)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout + done.stderr == ""

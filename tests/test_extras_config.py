@@ -39,28 +39,47 @@ def config(*words: str) -> int:
     return llmstack.main(["config", *words])
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("router_port", "10111"), ("DEFAULT.router_port", "10111"), ("engine", "embedded"), ("engine_port", "10102"),
-    ("decision_log", "yes"), ("ROUTING.multi_turn", "10"), ("ultra_triggers", "[ultra], [opus], ultra:, opus:"),
-    ("code-fast.ctx_size", "8k"), ("code-smart.ctx_size", "32768"), ("fast.role", "fast"), ("code-fast.description", ""),
-    ("code-fast.path", "/fast.gguf"),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("router_port", "10111"),
+        ("DEFAULT.router_port", "10111"),
+        ("engine", "embedded"),
+        ("engine_port", "10102"),
+        ("decision_log", "yes"),
+        ("ROUTING.multi_turn", "10"),
+        ("ultra_triggers", "[ultra], [opus], ultra:, opus:"),
+        ("code-fast.ctx_size", "8k"),
+        ("code-smart.ctx_size", "32768"),
+        ("fast.role", "fast"),
+        ("code-fast.description", ""),
+        ("code-fast.path", "/fast.gguf"),
+    ],
+)
 def test_what_is_in_effect(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert config("get", name) == 0
     assert capsys.readouterr().out == value + "\n"
 
 
-@pytest.mark.parametrize(("name", "value", "old", "new"), [
-    ("router_port", "10222", "router_port = 10111\n", "router_port = 10222\n"),
-    ("engine", "auto", "engine=embedded   ; no", "engine=auto   ; no"),
-    ("code-fast.ctx_size", "16k", "ctx_size : 8k\n", "ctx_size : 16k\n"),
-    ("code-fast.path", "/a b.gguf", "/fast.gguf ; a link", "/a b.gguf ; a link"),
-    ("code-fast.description", "quick = good", "description =\n", "description = quick = good\n"),
-    ("code-fast.ttl", "0", "description =\n", "description =\nttl = 0\n"),
-    ("engine_port", "10333", "swap here\n", "swap here\nengine_port = 10333\n"),
-    ("code-smart.ttl", "0", "/smart.gguf", "/smart.gguf\nttl = 0"),
-    ("multi_turn", "5", "/smart.gguf", "/smart.gguf\n\n[ROUTING]\nmulti_turn = 5\n"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "old", "new"),
+    [
+        ("router_port", "10222", "router_port = 10111\n", "router_port = 10222\n"),
+        ("engine", "auto", "engine=embedded   ; no", "engine=auto   ; no"),
+        ("code-fast.ctx_size", "16k", "ctx_size : 8k\n", "ctx_size : 16k\n"),
+        ("code-fast.path", "/a b.gguf", "/fast.gguf ; a link", "/a b.gguf ; a link"),
+        (
+            "code-fast.description",
+            "quick = good",
+            "description =\n",
+            "description = quick = good\n",
+        ),
+        ("code-fast.ttl", "0", "description =\n", "description =\nttl = 0\n"),
+        ("engine_port", "10333", "swap here\n", "swap here\nengine_port = 10333\n"),
+        ("code-smart.ttl", "0", "/smart.gguf", "/smart.gguf\nttl = 0"),
+        ("multi_turn", "5", "/smart.gguf", "/smart.gguf\n\n[ROUTING]\nmulti_turn = 5\n"),
+    ],
+)
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_one_line_and_no_other_byte(name: str, value: str, old: str, new: str, ending: str) -> None:
     INI.write_bytes(TEXT.replace("\n", ending).encode("utf-8-sig"))
@@ -72,17 +91,34 @@ def test_one_line_and_no_other_byte(name: str, value: str, old: str, new: str, e
     assert config("get", name) == 0
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
-    ("router_prot", "1", "models.ini knows no 'router_prot', did you mean router_port?"),
-    ("code-fats.ctx_size", "8k", "models.ini knows no 'code-fats.ctx_size', did you mean code-fast.ctx_size?"),
-    ("ctx_size", "8k", "models.ini knows no 'ctx_size'"),
-    ("router_port", "many", ".llmstack/models.ini:3: router_port: 'many' is not a whole number"),
-    ("code-fast.description", "one\ntwo = 2", "'one\\ntwo = 2' is no value that one line can hold"),
-    ("code-fast.description", "one ; two", "'one ; two' is no value that one line can hold"),
-    ("code-fast.description", "\x1b[2J", "control character"),
-    ("engine_port", "10111", "router_port and engine_port are both 10111"),
-])
-def test_what_does_not_hold_is_not_written(name: str, value: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("router_prot", "1", "models.ini knows no 'router_prot', did you mean router_port?"),
+        (
+            "code-fats.ctx_size",
+            "8k",
+            "models.ini knows no 'code-fats.ctx_size', did you mean code-fast.ctx_size?",
+        ),
+        ("ctx_size", "8k", "models.ini knows no 'ctx_size'"),
+        (
+            "router_port",
+            "many",
+            ".llmstack/models.ini:3: router_port: 'many' is not a whole number",
+        ),
+        (
+            "code-fast.description",
+            "one\ntwo = 2",
+            "'one\\ntwo = 2' is no value that one line can hold",
+        ),
+        ("code-fast.description", "one ; two", "'one ; two' is no value that one line can hold"),
+        ("code-fast.description", "\x1b[2J", "control character"),
+        ("engine_port", "10111", "router_port and engine_port are both 10111"),
+    ],
+)
+def test_what_does_not_hold_is_not_written(
+    name: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert config("set", name, value) == 2
     err = capsys.readouterr().err
     assert said.replace(".llmstack", str(INI.parent.resolve())) in err or said in err
@@ -95,7 +131,9 @@ def test_the_same_value_again(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "router_port is 10111 already.\n"
 
 
-@pytest.mark.parametrize("words", [["get"], ["set", "router_port"], ["edit", "x"], ["sett", "a", "b"], []])
+@pytest.mark.parametrize(
+    "words", [["get"], ["set", "router_port"], ["edit", "x"], ["sett", "a", "b"], []]
+)
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert config(*words) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
@@ -133,7 +171,9 @@ def test_what_was_trusted_stays_so() -> None:
 
 def use_editor(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     script = Path("editor with spaces.py").resolve()
-    script.write_text("import sys, pathlib\npath = pathlib.Path(sys.argv[1])\ntext = path.read_text()\n" + code)
+    script.write_text(
+        "import sys, pathlib\npath = pathlib.Path(sys.argv[1])\ntext = path.read_text()\n" + code
+    )
     monkeypatch.setenv("EDITOR", f"{sys.executable} '{script}'")
 
 
@@ -148,14 +188,18 @@ def test_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left() == ["models.ini"]
 
 
-def test_an_edit_of_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edit_of_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     use_editor(monkeypatch, "")
     assert config("edit") == 0
     assert capsys.readouterr().out == "Nothing has changed.\n"
     assert left() == ["models.ini"]
 
 
-def test_a_broken_file_is_not_let_in_and_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_is_not_let_in_and_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     use_editor(monkeypatch, "path.write_text(text.replace('8k', 'much'))")
     assert config("edit") == 2
     out, err = capsys.readouterr()
@@ -167,23 +211,39 @@ def test_a_broken_file_is_not_let_in_and_not_lost(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_can_be_mended_in_a_second_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_editor(monkeypatch, "path.write_text(text.replace('much', '16k') if 'much' in text else text.replace('8k', 'much'))")
+    use_editor(
+        monkeypatch,
+        "old, new = ('much', '16k') if 'much' in text else ('8k', 'much')\n"
+        "path.write_text(text.replace(old, new))",
+    )
     monkeypatch.setattr(llmstack, "_ask", lambda question: True)
     assert config("edit") == 0
     assert INI.read_text() == TEXT.replace("8k", "16k")
 
 
-def test_somebody_elses_change_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    use_editor(monkeypatch, f"path.write_text(text + '\\n')\nopen({str(INI.resolve())!r}, 'a').write('\\n\\n')")
+def test_somebody_elses_change_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_editor(
+        monkeypatch,
+        f"path.write_text(text + '\\n')\nopen({str(INI.resolve())!r}, 'a').write('\\n\\n')",
+    )
     assert config("edit") == 1
     assert "changed by somebody else" in capsys.readouterr().err
     assert INI.read_text() == TEXT + "\n\n"
 
 
-@pytest.mark.parametrize(("editor", "said"), [("/no/such/editor", "cannot run /no/such/editor: No such file"),
-                                              ("false", "false has failed, with exit code 1"), ("vi '", "is no command line")])
-def test_an_editor_that_does_not_run(editor: str, said: str, monkeypatch: pytest.MonkeyPatch,
-                                     capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("editor", "said"),
+    [
+        ("/no/such/editor", "cannot run /no/such/editor: No such file"),
+        ("false", "false has failed, with exit code 1"),
+        ("vi '", "is no command line"),
+    ],
+)
+def test_an_editor_that_does_not_run(
+    editor: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("EDITOR", editor)
     assert config("edit") in (1, 2)
     assert said in capsys.readouterr().err

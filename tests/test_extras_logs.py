@@ -38,7 +38,10 @@ def test_the_end_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, "-n", "0") == []
     assert shown(capsys, "code-fast") == ["a model\\u001b[2J"]
     assert shown(capsys, "engine") == ["a swap"]
-    assert shown(capsys, "router", "-n", "1", "code-fast") == ["router     line 99", "code-fast  a model\\u001b[2J"]
+    assert shown(capsys, "router", "-n", "1", "code-fast") == [
+        "router     line 99",
+        "code-fast  a model\\u001b[2J",
+    ]
 
 
 def test_a_log_that_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,11 +49,16 @@ def test_a_log_that_is_not_there_yet(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "llmstack: warning: hosted has written nothing yet\n")
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["ruoter"], "there is no log 'ruoter', did you mean router?"),
-    (["../models"], "there is no log '../models'"),
-])
-def test_a_log_that_never_is(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ruoter"], "there is no log 'ruoter', did you mean router?"),
+        (["../models"], "there is no log '../models'"),
+    ],
+)
+def test_a_log_that_never_is(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert llmstack.main(["logs", *words]) == 2
     assert capsys.readouterr().err.splitlines()[0] == "llmstack: error: " + said
 
@@ -84,6 +92,6 @@ def test_what_comes_is_shown_through_a_rotation(following: subprocess.Popen[str]
     add("a new file\n")
     assert out.readline() == "last words\n"
     assert out.readline() == "a new file\n"
-    with open(LOGS / "router.log", "w") as file:        # copied and emptied in place
+    with open(LOGS / "router.log", "w") as file:  # copied and emptied in place
         file.write("short\n")
     assert out.readline() == "short\n"

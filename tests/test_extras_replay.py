@@ -20,12 +20,15 @@ role = agent
 path = /smart.gguf
 ctx_size = 64k
 """
-HOSTED = LADDER + """\
+HOSTED = (
+    LADDER
+    + """\
 [code-ultra]
 role = ultra
 model = provider/large
 ctx_size = 200k
 """
+)
 
 
 def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
@@ -40,7 +43,9 @@ def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
 
 def write(*rows: Any, name: str = ".llmstack/logs/decisions.jsonl") -> None:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
-    lines = [line if isinstance(line, str) else json.dumps(line, separators=(",", ":")) for line in rows]
+    lines = [
+        line if isinstance(line, str) else json.dumps(line, separators=(",", ":")) for line in rows
+    ]
     Path(name).write_text("".join(line + "\n" for line in lines))
 
 
@@ -60,7 +65,12 @@ def test_the_same_ladder_decides_the_same(capsys: pytest.CaptureFixture[str]) ->
     found = replay(capsys)
     assert found["requests"] == 4
     assert found["rungs"] == {"high": {"code-smart": 2}, "long": {"code-fast": 2}}
-    same = {"switches": 1, "read_anew_tokens": 1_000 + 40_000 + 9_900 + 1_000, "overflows": 0, "cost": 0}
+    same = {
+        "switches": 1,
+        "read_anew_tokens": 1_000 + 40_000 + 9_900 + 1_000,
+        "overflows": 0,
+        "cost": 0,
+    }
     assert found["recorded"] == same
     assert found["replayed"] == {**same, "cost_unknown": []}
 
@@ -76,7 +86,11 @@ def test_another_ladder(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_a_token_cost_is_what_it_would_cost(capsys: pytest.CaptureFixture[str]) -> None:
     Path("other.ini").write_text(HOSTED)
-    write(row(900, tier="code-ultra", rung="explicit", cost=0.5), row(900, tier="code-ultra", cost=0.5), row(1_900))
+    write(
+        row(900, tier="code-ultra", rung="explicit", cost=0.5),
+        row(900, tier="code-ultra", cost=0.5),
+        row(1_900),
+    )
     found = replay(capsys, "--models-ini", "other.ini")
     assert found["named"] == 1
     assert found["recorded"]["cost"] == 0.5, "of what went to auto"
@@ -87,7 +101,9 @@ def test_a_prompt_larger_than_its_tier_overflows(capsys: pytest.CaptureFixture[s
     write(row(60_000, tier="code-smart", truth=70_000))
     found = replay(capsys)
     assert found["recorded"]["overflows"] == 1
-    assert found["replayed"]["overflows"] == 0, "the ladder knows 60,000 and room to answer: code-fast"
+    assert found["replayed"]["overflows"] == 0, (
+        "the ladder knows 60,000 and room to answer: code-fast"
+    )
 
 
 @pytest.mark.parametrize("key", ["trigger", "fim", "pictures", "turns"])
@@ -95,8 +111,12 @@ def test_what_decides_beside_the_count(key: str, capsys: pytest.CaptureFixture[s
     Path("other.ini").write_text(HOSTED)
     value: Any = {"trigger": "[ultra]", "fim": True, "pictures": 1, "turns": 12}[key]
     write(row(40_000, **{key: value}))
-    rung, tier = {"trigger": ("trigger", "code-ultra"), "fim": ("fim", "code-fast"),
-                  "pictures": ("long", "code-ultra"), "turns": ("floor", "code-smart")}[key]
+    rung, tier = {
+        "trigger": ("trigger", "code-ultra"),
+        "fim": ("fim", "code-fast"),
+        "pictures": ("long", "code-ultra"),
+        "turns": ("floor", "code-smart"),
+    }[key]
     assert replay(capsys, "--models-ini", "other.ini")["rungs"] == {rung: {tier: 1}}
 
 
@@ -107,12 +127,25 @@ def test_older_parts_come_first_and_files_can_be_named(capsys: pytest.CaptureFix
     assert replay(capsys, ".llmstack/logs/decisions.jsonl.1")["requests"] == 1
 
 
-HOSTILE = ["", "no JSON", "[]", "7", "null", '{"tier":"code-fast"}', "[" * 100_000, '{"rung":1,"reason":2}']
+HOSTILE = [
+    "",
+    "no JSON",
+    "[]",
+    "7",
+    "null",
+    '{"tier":"code-fast"}',
+    "[" * 100_000,
+    '{"rung":1,"reason":2}',
+]
 
 
 def test_lines_that_are_no_requests_are_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [row(1, tier=value) for value in ([], {})] + [row(1, conversation=[])]
-    wrong += [{**row(1), key: value} for key in ("tokens", "estimate", "turns", "output") for value in ("x", [], None)]
+    wrong += [
+        {**row(1), key: value}
+        for key in ("tokens", "estimate", "turns", "output")
+        for value in ("x", [], None)
+    ]
     write(row(1_000), *HOSTILE, *wrong, '{"time":1,')
     assert llmstack.main(["replay"]) == 0
     out, err = capsys.readouterr()
@@ -123,7 +156,9 @@ def test_lines_that_are_no_requests_are_passed_over(capsys: pytest.CaptureFixtur
 def test_two_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     write(row(1_000), row(40_000), row(2, rung="explicit"))
     assert llmstack.main(["replay"]) == 0
-    assert capsys.readouterr().out == """\
+    assert (
+        capsys.readouterr().out
+        == """\
 rung  requests  code-smart  code-fast
 high         1           1          0
 long         1           0          1
@@ -134,15 +169,21 @@ read anew       41,000    41,000
 overflows            0         0
 1 more asked for a tier by its name.
 """
+    )
 
 
-@pytest.mark.parametrize(("words", "said", "record"), [
-    ([], "there is no ", None),
-    (["none.jsonl"], "cannot read none.jsonl: No such file or directory", None),
-    (["--models-ini", "none.ini"], "there is no none.ini", "{}"),
-    ([], "the record holds no request to auto", "{}"),
-])
-def test_errors(words: list[str], said: str, record: Optional[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said", "record"),
+    [
+        ([], "there is no ", None),
+        (["none.jsonl"], "cannot read none.jsonl: No such file or directory", None),
+        (["--models-ini", "none.ini"], "there is no none.ini", "{}"),
+        ([], "the record holds no request to auto", "{}"),
+    ],
+)
+def test_errors(
+    words: list[str], said: str, record: Optional[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     if record is not None:
         write(record)
     assert llmstack.main(["replay", *words]) in (1, 2)

@@ -38,13 +38,27 @@ def event(content: str = "", **more: Any) -> bytes:
     return b"data: " + json.dumps({"choices": [{"delta": delta}], **rest}).encode() + b"\n\n"
 
 
-HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
-        b"X-LLMStack-Model: code-smart\r\nX-LLMStack-Reason: 3 tokens: top tier\r\n\r\n")
-COUNTS = {"usage": {"prompt_tokens": 35_000, "completion_tokens": 162,
-                    "prompt_tokens_details": {"cached_tokens": 31_200}},
-          "timings": {"predicted_ms": 2000, "cache_n": 31_200}}
-HELLO = (HEAD + b": loading\n" + event(reasoning_content="a greeting") + event("hel") + event("lo")
-         + event(**COUNTS) + b"data: [DONE]\n\n")
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
+    b"X-LLMStack-Model: code-smart\r\nX-LLMStack-Reason: 3 tokens: top tier\r\n\r\n"
+)
+COUNTS = {
+    "usage": {
+        "prompt_tokens": 35_000,
+        "completion_tokens": 162,
+        "prompt_tokens_details": {"cached_tokens": 31_200},
+    },
+    "timings": {"predicted_ms": 2000, "cache_n": 31_200},
+}
+HELLO = (
+    HEAD
+    + b": loading\n"
+    + event(reasoning_content="a greeting")
+    + event("hel")
+    + event("lo")
+    + event(**COUNTS)
+    + b"data: [DONE]\n\n"
+)
 
 
 class Router:
@@ -104,10 +118,13 @@ def test_an_answer_and_what_it_took(router: Router, capsys: pytest.CaptureFixtur
     assert body["stream"] is True
 
 
-def test_a_tier_options_and_the_key(router: Router, capsys: pytest.CaptureFixture[str],
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_options_and_the_key(
+    router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLMSTACK_API_KEY", "a-key")
-    code, out, err = run(capsys, "code-fast", "-q", "--system", "be brief", "--max-tokens", "5", "hi")
+    code, out, err = run(
+        capsys, "code-fast", "-q", "--system", "be brief", "--max-tokens", "5", "hi"
+    )
     assert (code, out, err) == (0, "hello\n", "")
     assert router.bodies[0]["model"] == "code-fast"
     assert router.bodies[0]["max_tokens"] == 5
@@ -115,22 +132,38 @@ def test_a_tier_options_and_the_key(router: Router, capsys: pytest.CaptureFixtur
     assert router.asked[0].header("authorization") == "Bearer a-key"
 
 
-@pytest.mark.parametrize(("words", "text"), [(["-"], "from a pipe"), ([], "from a pipe"),
-                                             (["code-fast", "review:", "-"], "review:\n\nfrom a pipe")])
-def test_standard_input(words: list[str], text: str, router: Router, capsys: pytest.CaptureFixture[str],
-                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["-"], "from a pipe"),
+        ([], "from a pipe"),
+        (["code-fast", "review:", "-"], "review:\n\nfrom a pipe"),
+    ],
+)
+def test_standard_input(
+    words: list[str],
+    text: str,
+    router: Router,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
     assert run(capsys, *words)[0] == 0
     assert router.bodies[0]["messages"][-1]["content"] == text
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["code-fats", "hi"], "there is no tier 'code-fats', did you mean code-fast?"),
-    (["why", "is", "the", "sky", "blue"], "there is no tier 'why'"),
-    (["--tire", "x"], "llmstack run has no '--tire'"),
-    (["-"], "there is nothing on standard input"),
-])
-def test_usage(words: list[str], said: str, router: Router, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["code-fats", "hi"], "there is no tier 'code-fats', did you mean code-fast?"),
+        (["why", "is", "the", "sky", "blue"], "there is no tier 'why'"),
+        (["--tire", "x"], "llmstack run has no '--tire', did you mean --quiet?"),
+        (["-"], "there is nothing on standard input"),
+    ],
+)
+def test_usage(
+    words: list[str], said: str, router: Router, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, err = run(capsys, *words)
     assert code == 2
     assert err.splitlines()[0] == "llmstack: error: " + said
@@ -141,18 +174,25 @@ def error_body(message: str) -> bytes:
     return json.dumps({"error": {"message": message}}).encode()
 
 
-@pytest.mark.parametrize(("sent", "said"), [
-    (answer(error_body("no tier holds this"), "400 Bad Request"), "no tier holds this"),
-    (answer(b"", "502 Bad Gateway"), "the router answers 502"),
-    (HEAD + b"data: " + error_body("it \x1b[31mfailed") + b"\n\n", "it \\u001b[31mfailed"),
-    (HEAD + event("hel"), "the answer broke off"),
-    (b"nonsense\r\n\r\n", "no answer from http://127.0.0.1:"),
-    (b"", "no answer from http://127.0.0.1:"),
-    (HEAD + b"data: [1, 2]\n\ndata: {\"choices\": [7]}\n\ndata: {\"usage\": 3}\n\ndata: \xff\n\n",
-     "the answer broke off"),
-])
-def test_what_comes_instead_of_an_answer_is_two_lines(sent: bytes, said: str, router: Router,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (answer(error_body("no tier holds this"), "400 Bad Request"), "no tier holds this"),
+        (answer(b"", "502 Bad Gateway"), "the router answers 502"),
+        (HEAD + b"data: " + error_body("it \x1b[31mfailed") + b"\n\n", "it \\u001b[31mfailed"),
+        (HEAD + event("hel"), "the answer broke off"),
+        (b"nonsense\r\n\r\n", "no answer from http://127.0.0.1:"),
+        (b"", "no answer from http://127.0.0.1:"),
+        (
+            HEAD
+            + b'data: [1, 2]\n\ndata: {"choices": [7]}\n\ndata: {"usage": 3}\n\ndata: \xff\n\n',
+            "the answer broke off",
+        ),
+    ],
+)
+def test_what_comes_instead_of_an_answer_is_two_lines(
+    sent: bytes, said: str, router: Router, capsys: pytest.CaptureFixture[str]
+) -> None:
     router.answers = [sent]
     code, _, err = run(capsys, "hi")
     assert code == 1
@@ -184,7 +224,9 @@ def talk(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr("builtins.input", read)
 
 
-def test_a_chat_keeps_what_was_said(router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_keeps_what_was_said(
+    router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     talk(monkeypatch, "one", "", "^C", '"""', "two", "lines", '"""', "/why", "/new", "three")
     code, out, _ = run(capsys, "--system", "s")
     assert code == 0
@@ -196,15 +238,36 @@ def test_a_chat_keeps_what_was_said(router: Router, capsys: pytest.CaptureFixtur
     assert len(names) == 1
 
 
-def test_the_commands_of_a_chat(router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_chat(
+    router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("notes.txt").write_text("```\nfenced\n```\n")
     Path("binary").write_bytes(b"\xff\xfe")
-    talk(monkeypatch, "/help", "/tier", "/tier code-fats", "/tier code-fast", "/file none", "/file binary",
-         "/file notes.txt", "what is this?", "/save chat.md", "/save chat.md", "/quit", "never")
+    talk(
+        monkeypatch,
+        "/help",
+        "/tier",
+        "/tier code-fats",
+        "/tier code-fast",
+        "/file none",
+        "/file binary",
+        "/file notes.txt",
+        "what is this?",
+        "/save chat.md",
+        "/save chat.md",
+        "/quit",
+        "never",
+    )
     code, out, _ = run(capsys)
     assert code == 0
-    for said in ("/file PATH", "auto, of auto, code-fast, code-smart", "there is no tier 'code-fats'",
-                 "cannot read none: No such file", "binary is not text", "chat.md is there already"):
+    for said in (
+        "/file PATH",
+        "auto, of auto, code-fast, code-smart",
+        "there is no tier 'code-fats'",
+        "cannot read none: No such file",
+        "binary is not text",
+        "chat.md is there already",
+    ):
         assert said in out
     assert router.bodies[0]["model"] == "code-fast"
     sent = router.bodies[0]["messages"][0]["content"]
@@ -213,8 +276,9 @@ def test_the_commands_of_a_chat(router: Router, capsys: pytest.CaptureFixture[st
     assert len(router.bodies) == 1
 
 
-def test_a_failed_message_can_be_sent_again(router: Router, capsys: pytest.CaptureFixture[str],
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_message_can_be_sent_again(
+    router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     router.answers = [answer(error_body("busy"), "503 Busy"), HELLO]
     talk(monkeypatch, "one", "one")
     assert run(capsys)[0] == 0
@@ -246,7 +310,7 @@ class Screen:
                 self.text += data.decode("utf-8", "replace")
                 if not data:
                     break
-        except OSError:                         # Linux' way to say that the other end is closed
+        except OSError:  # Linux' way to say that the other end is closed
             pass
         os.close(self.fd)
         return os.waitpid(self.pid, 0)[1]
@@ -271,7 +335,9 @@ def test_on_a_terminal_ctrl_c_ends_the_answer_only(router: Router) -> None:
 
 def test_an_interrupted_answer_of_a_script_exits_with_130(router: Router) -> None:
     router.answers = [HEAD + event("endless"), b"hold"]
-    child = subprocess.Popen([sys.executable, PROGRAM, "run", "hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, PROGRAM, "run", "hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert child.stdout
     assert child.stdout.read(7) == b"endless"
     child.send_signal(signal.SIGINT)
@@ -281,7 +347,9 @@ def test_an_interrupted_answer_of_a_script_exits_with_130(router: Router) -> Non
 
 def test_a_closed_pipe_is_no_traceback(router: Router) -> None:
     router.answers = [HEAD + event("endless"), b"hold"]
-    child = subprocess.Popen([sys.executable, PROGRAM, "run", "hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, PROGRAM, "run", "hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert child.stdout
     assert child.stdout.read(1) == b"e"
     child.stdout.close()
@@ -293,8 +361,11 @@ def test_a_closed_pipe_is_no_traceback(router: Router) -> None:
     assert b"Traceback" not in said
 
 
-def test_a_real_model_answers(smol: Path, capsys: pytest.CaptureFixture[str],  # noqa: F811
-                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model_answers(
+    smol: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = next(smol.parent.rglob("*.gguf"), smol)
     Project(f"[code-fast]\nrole = fast\npath = {model}\nctx_size = 2k\nsize_gb = 0.2\n")
     monkeypatch.setattr(sys, "stdin", Terminal())

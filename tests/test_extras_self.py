@@ -1,4 +1,4 @@
-"""extras/self.py: the command on PATH, and one file that takes another's place whole or not at all."""
+"""extras/self.py: the command on PATH, and a file that takes another's place whole or not."""
 
 from __future__ import annotations
 
@@ -41,12 +41,20 @@ def newer(path: Path, version: str = "9.9.9") -> Path:
 
 
 def run(program: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(program), "self", *words], capture_output=True, text=True, timeout=60,
-                          stdin=subprocess.DEVNULL, check=False)
+    return subprocess.run(
+        [sys.executable, str(program), "self", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def said(path: Path) -> str:
-    return subprocess.run([str(path), "version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    return subprocess.run(
+        [str(path), "version"], capture_output=True, text=True, timeout=60, check=False
+    ).stdout
 
 
 @pytest.fixture
@@ -69,8 +77,9 @@ def test_a_zipapp_is_copied(pyz: Path, bin_dir: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["fish", "zsh"])
-def test_the_completion_of_other_shells(shell: str, pyz: Path, bin_dir: Path, home: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_completion_of_other_shells(
+    shell: str, pyz: Path, bin_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHELL", f"/usr/bin/{shell}")
     done = run(pyz, "install")
     if shell == "fish":
@@ -145,12 +154,12 @@ def make_bad(path: Path, kind: str, built: bytes) -> None:
     newer(path)
     whole = path.read_bytes()
     if kind == "cut":
-        path.write_bytes(built[:len(built) // 2])
+        path.write_bytes(built[: len(built) // 2])
     elif kind == "text":
         path.write_text("<html>")
     elif kind == "damaged":
         at = whole.index(b"print")
-        path.write_bytes(whole[:at] + b"PRINT" + whole[at + 5:])
+        path.write_bytes(whole[:at] + b"PRINT" + whole[at + 5 :])
     elif kind == "foreign":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("__main__.py", "")
@@ -164,12 +173,21 @@ def make_bad(path: Path, kind: str, built: bytes) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(("kind", "what"), [
-    ("cut", "is not taken: it is no zip archive"), ("text", "is not taken: it is no zip archive"),
-    ("damaged", "__main__.py in it is damaged"), ("foreign", "it has no llmstack.py"),
-    ("broken", "it does not run here"), ("speaks", "it does not run here"), ("missing", "No such file"),
-])
-def test_what_is_no_build_changes_nothing(kind: str, what: str, pyz: Path, tmp_path: Path, built: bytes) -> None:
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("cut", "is not taken: it is no zip archive"),
+        ("text", "is not taken: it is no zip archive"),
+        ("damaged", "__main__.py in it is damaged"),
+        ("foreign", "it has no llmstack.py"),
+        ("broken", "it does not run here"),
+        ("speaks", "it does not run here"),
+        ("missing", "No such file"),
+    ],
+)
+def test_what_is_no_build_changes_nothing(
+    kind: str, what: str, pyz: Path, tmp_path: Path, built: bytes
+) -> None:
     make_bad(tmp_path / "bad.pyz", kind, built)
     done = run(pyz, "update", str(tmp_path / "bad.pyz"))
     assert done.returncode == 1
@@ -178,12 +196,15 @@ def test_what_is_no_build_changes_nothing(kind: str, what: str, pyz: Path, tmp_p
     assert pyz.read_bytes() == built
 
 
-@pytest.mark.parametrize(("words", "what"), [
-    (["update", "http://example.com/x.pyz"], "would come unprotected"),
-    (["update"], "update takes a FILE or a URL"),
-    (["install", "x"], "install takes --dir and --link only"),
-    (["upgrade"], "invalid choice"),
-])
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["update", "http://example.com/x.pyz"], "would come unprotected"),
+        (["update"], "update takes a FILE or a URL"),
+        (["install", "x"], "install takes --dir and --link only"),
+        (["upgrade"], "invalid choice"),
+    ],
+)
 def test_usage(words: list[str], what: str, pyz: Path) -> None:
     done = run(pyz, *words)
     assert done.returncode == 2

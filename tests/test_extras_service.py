@@ -23,7 +23,9 @@ ODD = 'a "b" 100% $HOME & <c>\\d'
 def manager(name: str) -> object:
     extra = llmstack.load_extra("service")
     places = llmstack.find_places(os.environ)
-    return getattr(extra, name)([sys.executable, llmstack.PROGRAM, "service", "run"], places, llmstack)
+    return getattr(extra, name)(
+        [sys.executable, llmstack.PROGRAM, "service", "run"], places, llmstack
+    )
 
 
 @pytest.fixture
@@ -51,7 +53,9 @@ def test_the_unit_of_systemd(odd: Path, home: Path, monkeypatch: pytest.MonkeyPa
     assert "@" not in made.text
 
 
-def test_systemd_takes_the_unit(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_takes_the_unit(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verify = shutil.which("systemd-analyze")
     if not verify:
         pytest.skip("there is no systemd-analyze")
@@ -60,8 +64,14 @@ def test_systemd_takes_the_unit(home: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(work)
     path = tmp_path / "llmstack.service"
     path.write_text(manager("systemd").text)
-    done = subprocess.run([verify, "--user", "verify", str(path)], capture_output=True, text=True, timeout=60, check=False,
-                          env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)})
+    done = subprocess.run(
+        [verify, "--user", "verify", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
     said = [line for line in done.stderr.splitlines() if "llmstack" in line]
     assert said == []
 
@@ -115,14 +125,21 @@ def models_ini() -> None:
 
 @pytest.mark.usefixtures("models_ini")
 @pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux'")
-def test_install_status_uninstall(systemctl: Path, home: Path, capsys: pytest.CaptureFixture[str],
-                                  monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_install_status_uninstall(
+    systemctl: Path,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     unit = home / ".config/systemd/user/llmstack.service"
     assert llmstack.main(["service", "status"]) == 1
     assert llmstack.main(["service", "install"]) == 0
     assert unit.stat().st_mode & 0o777 == 0o600
     assert (systemctl / "asked").read_text().splitlines() == [
-        "--user daemon-reload", "--user enable --now llmstack.service"]
+        "--user daemon-reload",
+        "--user enable --now llmstack.service",
+    ]
     capsys.readouterr()
     assert llmstack.main(["service", "status"]) == 0
     assert "state  active" in capsys.readouterr().out
@@ -138,7 +155,9 @@ def test_install_status_uninstall(systemctl: Path, home: Path, capsys: pytest.Ca
 
 @pytest.mark.usefixtures("models_ini")
 @pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux'")
-def test_a_systemd_that_refuses_is_two_lines(systemctl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_systemd_that_refuses_is_two_lines(
+    systemctl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (systemctl / "fail").write_text("")
     assert llmstack.main(["service", "install"]) == 1
     err = capsys.readouterr().err.splitlines()
@@ -148,7 +167,9 @@ def test_a_systemd_that_refuses_is_two_lines(systemctl: Path, capsys: pytest.Cap
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux'")
-def test_where_nothing_can_be_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(llmstack, "find_program", lambda name: "")
     assert llmstack.main(["service", "install"]) == 1
     assert "there is no systemd here" in capsys.readouterr().err
@@ -169,15 +190,22 @@ def project() -> Iterator[Project]:
 
 @pytest.fixture
 def service(project: Project) -> Iterator[subprocess.Popen[str]]:
-    child = subprocess.Popen([sys.executable, llmstack.__file__, "service", "run"], stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(
+        [sys.executable, llmstack.__file__, "service", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
     until(lambda: (project.state / "active-channel").exists(), "the stack is up")
     yield child
     child.kill()
     child.communicate()
 
 
-def test_it_ends_well_when_the_stack_is_stopped(service: subprocess.Popen[str], project: Project) -> None:
+def test_it_ends_well_when_the_stack_is_stopped(
+    service: subprocess.Popen[str], project: Project
+) -> None:
     assert llmstack.main(["restart"]) == 0
     assert service.poll() is None
     assert llmstack.main(["stop"]) == 0
@@ -200,6 +228,12 @@ def test_its_end_is_the_stacks(service: subprocess.Popen[str], project: Project)
 
 def test_a_broken_models_ini_is_not_tried_again(project: Project) -> None:
     project.write("[broken\n")
-    done = subprocess.run([sys.executable, llmstack.__file__, "service", "run"], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, llmstack.__file__, "service", "run"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 2, "see RestartPreventExitStatus"

@@ -221,6 +221,8 @@ def test_methods_are_kept_as_they_are_spelled(method: str) -> None:
     (1, ["Connection: closed"], True),
     (0, [], False),
     (0, ["Connection: close"], False),
+    (0, ["Connection: Keep-Alive"], True),
+    (0, ["Connection: keep-alive, close"], False),
 ])
 def test_whether_the_client_stays(minor: int, headers: list[str], expected: bool) -> None:
     assert request("Host: localhost", *headers, minor=minor).keep_alive is expected

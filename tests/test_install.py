@@ -959,7 +959,7 @@ def test_two_hosts(hosts: tuple[str, str], second: Path, real_data: Path, noise:
             assert served() == "http://10.77.0.1:10101/v1"
             assert "http://10.77.0.1:10101/v1 is up" in run(*lap, "start").stdout
             assert len(run(*lap[:4], sys.executable, "-c", CHAT, served()).stdout.split()) > 3
-            assert "ready" in run(*lap, "status").stdout
+            assert "loaded" in run(*lap, "status").stdout
             run("ip", "-n", hosts[0], "link", "set", "desk", "down")
             assert run(*lap, "status", check=False).returncode == 1
     finally:

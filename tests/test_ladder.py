@@ -707,7 +707,7 @@ def test_inference_paths_go_with_and_without_v1_slash_and_query(path: str) -> No
 
 
 @pytest.mark.parametrize("path", [
-    "/", "", "/v1", "/v1/", "/v1/models", "/models.ini", "/v1/embeddings", "/v1/chat", "/chat/completions/x", "/health",
+    "/", "", "/v1", "/v1/", "/v1/models", "/models.ini", "/v1/audio/speech", "/v1/chat", "/chat/completions/x", "/health",
     "/upstream/code-fast/v1/chat/completions", "/x?/v1/completions", "/v1/completionsx",
 ])
 def test_other_paths_are_none_of_inference(path: str) -> None:

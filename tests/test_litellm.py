@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -379,6 +380,7 @@ def test_the_guard_has_the_routers_rule(site: str) -> None:
             fields = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
             asked = llmstack.Request("GET", "/", 1, (), True, False, False, fields, 0)
             ours = llmstack.refusal(asked, True).replace("this router", "LiteLLM")
+            ours = re.split(r", or name it|; allowed_origins", ours)[0]     # our keys are not LiteLLM's
             assert litellm_proxy.refusal(headers) == ours, headers
 
 
@@ -848,7 +850,7 @@ def test_a_missing_credential_is_named_and_never_shown(stack: Stack) -> None:
 
 def test_models_lists_hosted_tiers(stack: Stack) -> None:
     entries = {e["id"]: e for e in stack.ask("/v1/models").json["data"]}
-    assert {"auto", "code-ultra", "opus", "claude", "code-smart"} <= set(entries)
+    assert {"auto", "code-ultra", "claude", "code-smart"} <= set(entries)
     assert not {"litellm_proxy", "code-ultra_next"} & set(entries)
     meta = entries["code-ultra"]["meta"]["llmstack"]
     assert (entries["code-ultra"]["channel"], meta["model"], meta["ctx_size"]) == ("current", "openai/gpt-scripted", 24000)
@@ -878,7 +880,7 @@ def test_the_proxy_stays_beside_a_local_model_and_goes_with_the_stack(stack: Sta
     assert {r["model"]: r["state"] for r in rows} == {"code-smart": "ready", "litellm_proxy": "ready"}
     rows = {t["name"]: t for t in stack.status()["tiers"]}
     assert [0 < (rows[name]["since_s"] or 0) < 600 for name in ("claude", "code-smart")] == [True, True], rows
-    assert "loaded for" in stack.run("status").stdout
+    assert re.search(r"code-ultra .* loaded\b", stack.run("status").stdout)
     pids = llmstack.listeners(stack.litellm)
     assert stack.run("stop").returncode == 0
     end = time.monotonic() + 10

@@ -237,7 +237,7 @@ def test_answers_without_a_body(start: Start, status: str) -> None:
         assert (got.header("etag"), got.header("transfer-encoding")) == ("x", "")
 
 
-@pytest.mark.parametrize("target", ["/", "/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
+@pytest.mark.parametrize("target", ["/v1/embeddings", "/upstream/code-fast/slots?a=b&a=c&d", "/x?y=http://z/?q", "/%2e%2e/x",
                                     "//x", "/a;b=c?%00", "/caf\xe9"])
 def test_targets_pass_byte_for_byte(start: Start, target: str) -> None:
     rig = start(always(OK))
@@ -414,14 +414,13 @@ HTTP10_ANSWERS = {
 
 
 @pytest.mark.parametrize("data", HTTP10_ANSWERS.values(), ids=HTTP10_ANSWERS.keys())
-@pytest.mark.parametrize("lines", [[], ["Connection: keep-alive"]])
-def test_http_1_0_gets_no_chunks_and_the_end_of_the_connection(start: Start, data: bytes, lines: list[str]) -> None:
+def test_http_1_0_gets_no_chunks_and_the_end_of_the_connection(start: Start, data: bytes) -> None:
     def script(up: Connection) -> None:
         up.read()
         up.send(data)
     rig = start(script)
     client = rig.client()
-    client.send("\r\n".join(["GET /x HTTP/1.0", *lines, "", ""]).encode())
+    client.send(b"GET /x HTTP/1.0\r\n\r\n")
     got = client.read_head()
     assert (got.header("transfer-encoding"), got.header("connection")) == ("", "close")
     assert client.rest() == b"hello"
@@ -1205,7 +1204,7 @@ def test_spellings_of_auto(start: Start, model: Optional[str]) -> None:
     assert rig.upstream.requests[0].json["model"] == "code-ultra"
 
 
-@pytest.mark.parametrize("model", ["code-fast", "coder", "autopilot", "auto/x", "gpt-4o", 5, ["auto"]])
+@pytest.mark.parametrize("model", ["code-fast", "coder", "autopilot", "auto/x", "llama3.2", 5, ["auto"]])
 def test_a_model_asked_for_by_name_passes_untouched(start: Start, model: object) -> None:
     rig = start(always(OK))
     body = json.dumps({"messages": HELLO, "model": model}).encode() + b"\n"
@@ -1303,12 +1302,6 @@ def test_models_ini_read_again_changes_the_routing(start: Start) -> None:
     rig.log.line_with("models.ini:3: what is this")
 
 
-def test_a_compressed_body_is_not_read(start: Start) -> None:
-    rig = start(always(OK))
-    assert rig.ask(post(b"\x1f\x8b\x08", "Content-Encoding: gzip")).status == 200
-    assert rig.upstream.requests[0].body == b"\x1f\x8b\x08"
-
-
 def test_no_tier_of_the_ladder_is_a_400(start: Start) -> None:
     rig = start()
     rig.app._snapshot = rig.app._adopt(CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan")), {})
@@ -1323,7 +1316,7 @@ BODIES = {
     "number": b"5", "null": b"null", "true": b"true", "cut off": b'{"model":"auto"', "two objects": b"{}{}",
     "bad UTF-8": b'{"model":"auto","x":"\xff"}', "half a character": b'{"x":"\xe2\x82"}',
     "UTF-16": '{"model":"auto"}'.encode("utf-16"),
-    "byte order mark": b'\xef\xbb\xbf{"model":"auto"}', "NUL": b'{"model":"auto"}\0', "single quotes": b"{'model':'auto'}",
+    "byte order mark": b'\xef\xbb\xbf["auto"]', "NUL": b'{"model":"auto"}\0', "single quotes": b"{'model':'auto'}",
     "deep arrays": b'{"x":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "deep objects": b'{"x":' * 100_000,
     "form": b"model=auto&x=y",
 }

@@ -255,3 +255,15 @@ def test_auto_speculation_looks_for_the_head(tmp_path: Path) -> None:
         tier = llmstack.ready_tier(config.tiers[0], {}, False)
         flags = [word for flag in llmstack.tier_flags(tier) for word in flag]
         assert flags[4:] == expected
+
+
+def test_a_quantised_v_needs_flash_attention_in_a_tier_too() -> None:
+    assert problem("[a]\npath = a.gguf\nflash_attn = off\n").startswith("models.ini:3: flash_attn = off and")
+    assert configured("[a]\npath = a.gguf\nflash_attn = off\ncache_type_v = f16\n")
+
+
+def test_the_slots_of_a_tier_count() -> None:
+    machine = llmstack.Machine(16.0, "memory", False)
+    config = configured("[a]\npath = a.gguf\nparallel = 3\ncache_type_k = f16\n[b]\npath = b.gguf\n")
+    loads = [llmstack.load_options(llmstack.tier_config(config, tier), machine) for tier in config.tiers]
+    assert [(load.slots, load.cache_type_k) for load in loads] == [(3, "f16"), (0, "q8_0")]

@@ -122,16 +122,35 @@ def test_start_brings_both_up_and_stop_leaves_nothing(project: Project, capsys: 
     assert not (project.state / "active-channel").exists()
 
 
-def test_start_seeds_a_directory_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_is_refused_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(llmstack, "USUAL_PLACES", ())
-    monkeypatch.setattr(llmstack, "port_is_free", lambda *_: True)      # a stack of the developer's own may be running
     assert llmstack.main(["start"]) == 1
-    out, err = capsys.readouterr()
-    assert "Wrote" in out
+    assert capsys.readouterr().err.splitlines() == [
+        "llmstack: error: there is no llama-server on this machine", "hint: " + llmstack.LLAMA_SERVER_HINT]
+    assert not Path(".llmstack").exists()
+
+
+def test_start_seeds_a_directory_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "check_plan", lambda plan: None)
+    monkeypatch.setattr(llmstack, "start_stack", lambda plan, say, again: True)
+    assert llmstack.main(["start"]) == 0
+    assert "Wrote" in capsys.readouterr().out
     assert Path(".llmstack/models.ini").read_bytes() == llmstack.seed_text()[0]
-    assert err.splitlines() == ["llmstack: error: there is no llama-server on this machine",
-                                "hint: " + llmstack.LLAMA_SERVER_HINT]
+
+
+def test_a_directory_below_a_project_is_that_project(project: Project, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    below = project.directory / "src" / "deep"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    assert llmstack.main(["start"]) == 0
+    assert llmstack.main(["status", "--json"]) == 0
+    assert not (below / ".llmstack").exists()
+    monkeypatch.chdir(project.directory)
+    assert llmstack.main(["stop"]) == 0
+    assert capsys.readouterr().out.endswith("Stopped.\n")
 
 
 @pytest.mark.parametrize("words", [["status", "--json"], ["fit", "--json"], ["install", "--print"]])
@@ -434,7 +453,7 @@ def test_a_chat_through_auto_is_answered_by_real_llama_cpp(engine: str, real_dat
             assert headers["X-LLMStack-Model"] == ("code-fast" if path == "/infill" else "code-smart"), path
             assert json.loads(body), path
         assert llmstack.main(["status"]) == 0
-        assert "ready" in capsys.readouterr().out
+        assert "loaded" in capsys.readouterr().out
     finally:
         llmstack.main(["stop"])
 

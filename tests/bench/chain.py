@@ -3,7 +3,7 @@
     llmstack      the daemon of `start`: router, embedded engine, relay
     llama-swap    one program that routes, loads and relays
 
-Each starts its server itself, as it would start llama.cpp's. That is the stub, which answers at once.
+Each starts its server itself, as it would start llama.cpp's. It is the stub, which answers at once.
 """
 
 from __future__ import annotations
@@ -76,10 +76,13 @@ def start_chain(children: Children, name: str, command: Sequence[str], server: P
     model = children.directory / "model.gguf"
     model.touch()
     router_port, engine_port = free_port(), free_port()
-    text = MODELS_INI.format(router_port=router_port, engine_port=engine_port, server=server, model=model)
+    text = MODELS_INI.format(router_port=router_port, engine_port=engine_port, server=server,
+                             model=model)
     (state / "models.ini").write_text(text)
-    daemon = [*command, "_daemon", "--host", HOST, "--port", str(router_port), "--engine", "embedded"]
-    child = children.start(Launch(name, daemon, {"LLMSTACK_WORK_DIR": str(work)}, "stderr", ""))
+    daemon = [*command, "_daemon", "--host", HOST, "--port", str(router_port)]
+    launch = Launch(name, [*daemon, "--engine", "embedded"], {"LLMSTACK_WORK_DIR": str(work)},
+                    "stderr", "")
+    child = children.start(launch)
     child.wait_for_answer(router_port)
     return Subject(name, router_port, child)
 

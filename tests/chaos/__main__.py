@@ -1,10 +1,12 @@
 """Chaos: kills, clients that misbehave, and what is left of it. Not part of the suite.
 
     python3 -m tests.chaos [--kills N] [--clients N] [--seconds S] [--quick] [--seed N]
+                            [--program FILE]
 
 One project in a home of its own, loopback only, on ports of its own; its models are a fake that
-streams known bytes. Linux, for what /proc tells. llama-swap is killed, too, where it is on PATH, and
-the download worker where LLMSTACK_TEST_DATA has huggingface_hub (`python3 -m tests` makes that).
+streams known bytes. Linux, for what /proc tells. llama-swap is killed, too, where it is on PATH,
+and the download worker where LLMSTACK_TEST_DATA has huggingface_hub, which `python3 -m tests`
+brings.
 
 It prints a table, and each fault with the kill or the client that met it. Exit 1 for any fault.
 """
@@ -77,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
                         help="how long the clients go on (default 300, 0 for none)")
     parser.add_argument("--quick", action="store_true",
                         help=f"{QUICK_KILLS} kills and {QUICK_S:.0f} s")
+    parser.add_argument("--program", default="", metavar="FILE",
+                        help="a llmstack.py or .pyz (default: a .pyz built of what is here)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of every choice")
     options = parser.parse_args(argv)
     usual = (QUICK_KILLS, QUICK_S) if options.quick else (100, 300.0)
@@ -86,7 +90,8 @@ def main(argv: Sequence[str]) -> int:
     tell(f"seed {options.seed}")
     lines: list[str] = []
     faults: list[str] = []
-    rig = Rig(find_data(), shutil.which("llama-swap"))
+    program = os.path.abspath(options.program) if options.program else ""
+    rig = Rig(find_data(), shutil.which("llama-swap"), program)
     try:
         if seconds:
             report = run_soak(rig, options.clients, seconds, source, tell)

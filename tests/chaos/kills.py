@@ -91,13 +91,23 @@ class Killer:
             else:
                 hit, clean_s = self._stack(kill)
             self._rig.bystander.check()
+            self._rig.check_logs()
         except (Fault, OSError, http.client.HTTPException) as exc:
-            fault = f"{type(exc).__name__}: {exc}" if not isinstance(exc, Fault) else str(exc)
+            fault = f"{type(exc).__name__}: {exc}"
+            fault += self._log_fault()
             self._reset()
         return Verdict(kill, hit, fault, clean_s)
 
+    def _log_fault(self) -> str:
+        """What the logs say of a fault that was seen elsewhere."""
+        try:
+            self._rig.check_logs()
+        except Fault as exc:
+            return f"; {exc}"
+        return ""
+
     def _reset(self) -> None:
-        """After a fault, begin anew."""
+        """After a fault, begin anew. Its log says more, where there is one."""
         for process in self._rig.processes():
             process.kill()
         for path in (*self._rig.state.glob("*.pid"), self._rig.data / "owner.json"):
@@ -303,6 +313,6 @@ def run_kills(rig: Rig, count: int, source: random.Random,
         verdict = killer.run(kill)
         verdicts.append(verdict)
         tell(f"kill {number + 1} of {count}: {kill}: {verdict.fault or 'ok'}")
-        if verdict.fault.startswith("a stranger"):
+        if "a stranger was ended" in verdict.fault:
             rig.bystander = Bystander(rig.project)
     return verdicts

@@ -21,7 +21,6 @@ from tests.chaos import model_server
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROGRAM = str(ROOT / "llmstack.py")
 COMMAND_S = 60                      # longest that a command of ours may take
 
 MODELS_INI = """\
@@ -155,7 +154,7 @@ class Bystander:
 class Rig:
     """One project in a home of its own. Everything it starts inherits that HOME."""
 
-    def __init__(self, data: Optional[Path], swap: Optional[str]) -> None:
+    def __init__(self, data: Optional[Path], swap: Optional[str], program: str = "") -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="llmstack-chaos-"))
         self.project = self.directory / "project"
         self.state = self.project / ".llmstack"
@@ -171,6 +170,7 @@ class Rig:
         self.env = {**kept, "HOME": str(self.directory), "LLMSTACK_DATA_DIR": str(self.data),
                     "LLMSTACK_WORK_DIR": str(self.project), "NO_COLOR": "1",
                     "PYTHONDONTWRITEBYTECODE": "1"}
+        self.program = program or self._build_program()
         self.swap = swap
         if swap:
             programs = self.directory / "programs"
@@ -186,6 +186,14 @@ class Rig:
         self.router_port, self.engine_port = free_port(), free_port()
         self.bystander = Bystander(self.project)
 
+    def _build_program(self) -> str:
+        """What users run, of what is here now; a run is long, and we edit meanwhile."""
+        copy = self.directory / "program"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.pyz"))
+        subprocess.run([sys.executable, "build_zipapp.py"], cwd=copy, env=self.env, check=True,
+                       stdout=subprocess.DEVNULL)
+        return str(copy / "llmstack.pyz")
+
     def close(self) -> None:
         """End whatever is left, and the home with it."""
         self.bystander.close()
@@ -193,7 +201,8 @@ class Rig:
             process.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def write_ini(self, engine: str = "embedded", memory_gb: int = SMALL_GB, more: str = "") -> None:
+    def write_ini(self, engine: str = "embedded", memory_gb: int = SMALL_GB,
+                  more: str = "") -> None:
         """Give the project its tiers, and trust them as its user would."""
         text = MODELS_INI.format(engine=engine, router_port=self.router_port, server=self.server,
                                  engine_port=self.engine_port, memory_gb=memory_gb,
@@ -205,9 +214,9 @@ class Rig:
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
         """Begin a command."""
-        return subprocess.Popen([sys.executable, PROGRAM, *words], env=self.env, cwd=self.project,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, self.program, *words], env=self.env,
+                                cwd=self.project, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self, process: subprocess.Popen[str], words: Sequence[str]) -> Said:
         """Wait for a command. Errors: Fault, where it hangs or ends in a traceback."""
@@ -263,6 +272,14 @@ class Rig:
         except ValueError:
             raise Fault(f"`status --json` says no JSON: {said.text[:500]}") from None
         return dict(value)
+
+    def check_logs(self) -> None:
+        """No log of ours has a traceback. Errors: Fault, with it; the log begins anew then."""
+        for path in (self.state / "logs").glob("*.log"):
+            text = path.read_text(errors="replace")
+            if "Traceback" in text:
+                path.unlink()
+                raise Fault(f"{path.name}: {text[text.index('Traceback'):][:3000]}")
 
     def check_down(self) -> None:
         """Nothing of ours is left: no process, no listener, no record. Errors: Fault."""

@@ -96,7 +96,7 @@ class Soak:
         reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
         try:
             if kind == "half head":
-                writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nX-Slow")
+                writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow")
                 await asyncio.sleep(self._source.uniform(0, 5))
                 return
             requests = self._source.randint(1, 4) if kind == "whole" else 1
@@ -117,7 +117,7 @@ class Soak:
             count, delay_ms = 2000, 0           # more than buffers hold
         message = {"role": "user", "content": prompt(seed, count, delay_ms)}
         body = json.dumps({"model": "auto", "stream": True, "messages": [message]}).encode()
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\n"
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
                      b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
                      % (len(body), body))
         head = await reader.readuntil(b"\r\n\r\n")
@@ -202,9 +202,10 @@ def run_soak(rig: Rig, clients: int, seconds: float, source: random.Random,
     tell(f"idle for {AFTER_S} s")
     time.sleep(AFTER_S)
     after = take_sample(pid)
-    most = Sample(*(max(column) for column in zip(*samples)))   # type: ignore[arg-type]
+    most = Sample(*(max(column) for column in zip(*samples)))
     faults += _judge(idle, most, after)
     rig.bystander.check()
+    rig.check_logs()
     rig.command("stop")
     rig.check_down()
     named = {"memory, MB": 0, "threads": 1, "open files": 2}
