@@ -15568,7 +15568,7 @@ def run_setup(setup: Setup) -> List[str]:
 
 
 def _add_download(commands: Any) -> None:
-    parser = commands.add_parser("download", aliases=["download-models"], help="fetch the models, in the background",
+    parser = commands.add_parser("download", aliases=["download-models", "pull"], help="fetch the models, in the background",
                                  description="Fetch current and queued GGUFs into the hub cache that llama-server reads, one"
                                  " after another, in the background; on a terminal, show it until it is done. What was"
                                  " interrupted goes on where it ended. HF_TOKEN in the environment opens gated repositories.")
