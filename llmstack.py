@@ -277,6 +277,7 @@ class Tier(NamedTuple):
     base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
     api_key_env: str = ""                       # the variable that holds its key
     server: Tuple[Tuple[str, Any], ...] = ()    # what it says itself of TIER_SERVER_OPTIONS
+    prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
 
     @property
     def settings(self) -> Dict[str, Any]:
@@ -1139,6 +1140,9 @@ MODEL_OPTIONS: Dict[str, Option] = {
     "yarn_beta_slow": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-slow"),
     "yarn_beta_fast": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-fast"),
 }
+# What opencode shows as the cost of an answer: key -> opencode's own name of it.
+PRICE_KEYS = {"price_input_per_1m": "input", "price_output_per_1m": "output",
+              "price_cache_read_per_1m": "cache_read", "price_cache_write_per_1m": "cache_write"}
 TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
 FILE_KEYS = tuple(key for key, row in MODEL_OPTIONS.items() if row.kind in ("file", "files"))
 
@@ -1191,6 +1195,7 @@ TIER_OPTIONS: Dict[str, Option] = {
     "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
     "tool_call": Option("bool", harmless=_ANY_VALUE),
     "reasoning": Option("bool", harmless=_ANY_VALUE),
+    **dict.fromkeys(PRICE_KEYS, Option("number", 0, 1e6, harmless=_ANY_VALUE)),
     **TIER_SERVER_OPTIONS,
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
@@ -1216,7 +1221,7 @@ _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
 _ROPE = re.compile(
-    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    r"yarn\s*\(\s*(?:type\s*=\s*\w+\s*,\s*)?scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
     re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -1668,6 +1673,8 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
     values["server"] = _server_values(values, Tier._fields)
+    values["prices"] = tuple(
+        (PRICE_KEYS[key], values.pop(key)) for key in PRICE_KEYS if key in values)
     backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf":
@@ -3427,7 +3434,9 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
         entry["reasoning"] = True
     if any(t.has_projector for t in tiers):
         entry.update(attachment=True, modalities={"input": ["text", "image"], "output": ["text"]})
-    if not any(t.remote for t in tiers):
+    if len(tiers) == 1 and tiers[0].prices:
+        entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
+    elif not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -15112,7 +15121,7 @@ def _prepare_hosted(places: Places, config: Config, ask: Callable[[str], Optiona
 
 
 def _add_install(commands: Any) -> None:
-    parser = commands.add_parser("install", help="give this project its opencode.json",
+    parser = commands.add_parser("install", aliases=["init", "configure"], help="give this project its opencode.json",
                                  description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
                                  " to; models.ini where there is none. Without an option the channel stays as it is.")
     channel = parser.add_mutually_exclusive_group()

@@ -2,7 +2,7 @@
 
 MODEL is OWNER/NAME or OWNER/NAME:QUANT of the hub, a link to a repository or a file there, or the
 path of a GGUF. Its header is read, what it takes is shown, and you are asked; models.ini gets a
-section at its end, and no other byte of it changes.
+section at its end, and no other byte of it changes. Where nothing runs, the model is tried.
 
 examples:
   llmstack add unsloth/Qwen3-8B-GGUF
@@ -316,6 +316,20 @@ def fetch(places: Any, name: str, llmstack: Any) -> None:
                                  f"mend what its line says, then `llmstack download {name}`")
 
 
+def prove(places: Any, name: str, llmstack: Any) -> None:
+    """Have the new tier say something, where there is a llama-server for it. Errors: UserError."""
+    config = llmstack.load_config(places)
+    tier = config.by_name(name)
+    own = llmstack.tier_config(config, tier)
+    program = llmstack.find_llama_server(own, os.environ, places.data)
+    if not program or tier.role in ("embed", "rerank"):
+        return
+    llmstack.check_run_trust(places)
+    setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack._ask, [], [])
+    seconds, words = llmstack.prove_tier(tier, config, program, setup)
+    llmstack.say(llmstack.visible(f"{name} is loaded in {seconds:.1f} s and answers {words!r}"))
+
+
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("add", __doc__)
     parser.add_argument("model", metavar="MODEL")
@@ -342,6 +356,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     write_section(places, choice.tier, llmstack)
     if not args.no_download:
         fetch(places, choice.tier.name, llmstack)
-    verb = "restart" if llmstack.stack_is_alive(places) else "start"
+    verb = "restart"
+    if not llmstack.stack_is_alive(places):     # which may have the memory that a trial takes
+        verb = "start"
+        if not args.no_download:
+            prove(places, choice.tier.name, llmstack)
     llmstack.say(f"`llmstack {verb}`, then `llmstack run {choice.tier.name} \"Hello\"`")
     return 0

@@ -485,7 +485,7 @@ WRONG_KIND = {
     "MODEL": {"mmproj": "o/n:../x", "chat_template_file": "o/n:/x", "chat_template_kwargs": "[1]", "draft": "o/n:",
               "speculative": "yes", "lora": "a, o/n:../b", "embedding": "2", "pooling": "max",
               "rope_freq_base": "1e6", "rope_freq_scale": "x", "yarn_ext_factor": "-2", "yarn_attn_factor": "x",
-              "yarn_beta_slow": "x", "yarn_beta_fast": "x"},
+              "yarn_beta_slow": "x", "yarn_beta_fast": "x", **dict.fromkeys(llmstack.PRICE_KEYS, "$3")},
     "a": {"backend": "ollama", "hf_repo": "a/b/c", "hf_repo_next": "b", "hf_file": "../x", "hf_file_next": "/x",
           "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a\\b", "ttl": "30m",

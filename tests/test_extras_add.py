@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -128,8 +129,11 @@ def test_a_file_of_this_disk(tmp_path: Path) -> None:
     assert (tier.name, tier.path, tier.quant) == ("mine-q4_0", str(path), "Q4_0")
 
 
-def test_from_an_empty_project_to_the_file_in_one_command(hub: FakeHub, real_data: Path) -> None:
+def test_from_an_empty_project_to_an_answer_in_one_command(hub: FakeHub, real_data: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("LLAMA_SERVER_BIN", raising=False)
     assert add("owner/noise-GGUF:Q4_K_M") == 0
+    assert re.search(r"noise is loaded in [0-9.]+ s and answers '.+'", capsys.readouterr().out)
     tier = llmstack.load_config(llmstack.find_places(os.environ)).tiers[0]
     path = llmstack.cached_model(llmstack.weights_for(tier, False), os.environ)
     assert Path(path).read_bytes() == hub.repos["owner/noise-GGUF"]["noise-Q4_K_M.gguf"]

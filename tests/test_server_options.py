@@ -267,3 +267,23 @@ def test_the_slots_of_a_tier_count() -> None:
     config = configured("[a]\npath = a.gguf\nparallel = 3\ncache_type_k = f16\n[b]\npath = b.gguf\n")
     loads = [llmstack.load_options(llmstack.tier_config(config, tier), machine) for tier in config.tiers]
     assert [(load.slots, load.cache_type_k) for load in loads] == [(3, "f16"), (0, "q8_0")]
+
+
+# ---- projects of opencode-llmstack 1.0.3
+
+
+def test_their_keys_are_read() -> None:
+    import json
+    text = ("[a]\ntier = subagent\npath = a.gguf\nrope_scaling = yarn(type=yarn, scale=4, orig_ctx=32768)\n"
+            "chat_template = chatml\nprice_input_per_1m = 3\nprice_output_per_1m = 15.5\n[b]\npath = b.gguf\n")
+    config, warnings = llmstack.parse_models_ini(text)
+    assert not warnings
+    assert (config.tiers[0].rope_scale, config.tiers[0].rope_orig_ctx) == (4, 32768)
+    models = json.loads(llmstack.render_opencode_json(config, "http://x", "/a"))["provider"]["llama.cpp"]["models"]
+    assert models["a"]["cost"] == {"input": 3, "output": 15.5}
+    assert models["b"]["cost"] == {"input": 0, "output": 0}
+
+
+@pytest.mark.parametrize("name", ["init", "configure"])
+def test_their_commands_are_ours(name: str) -> None:
+    assert llmstack.make_parser().parse_args([name, "--current"]).run is llmstack._cmd_install
