@@ -126,7 +126,6 @@ ROUTER_PORT = 10101
 ENGINE_PORT = 10102
 LITELLM_PORT = 10103               # its admin UI is at /ui, its MCP gateway at /mcp
 FIRST_SERVER_PORT = 10001          # llama-server processes count up from here
-PRIVATE_PORT = 10201               # llama-swap's own, behind our listener, from here on
 
 HIGH_FIDELITY_CEILING_TOKENS = 12_000
 MID_FIDELITY_CEILING_TOKENS = 32_000
@@ -894,6 +893,11 @@ class Decision(NamedTuple):
         """Every other tier, with its reason for not being taken."""
         return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
                 for t in self.config.tiers if t.name != self.tier and self.rung != "explicit"}
+
+    @property
+    def passed_over(self) -> Dict[str, str]:
+        """The tiers above the one taken, with the reason for each."""
+        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
 
     @property
     def nearest(self) -> str:
@@ -3126,8 +3130,6 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
         of_all_slots_mb = fit.checkpoint_mb * SERVER_SLOTS
         checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
         free_mb -= (checkpoints - 1) * of_all_slots_mb
-    elif fit.memory is not None:
-        checkpoints = 0                         # it makes none
     mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
     return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
 
@@ -8062,12 +8064,11 @@ class Recorder:
                 pass
 
 
-def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
+def record_row(facts: Facts, path: str, tier: str, counts: Counts,
                outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
-    counts = tokens_said(outcome.said)
     row: Dict[str, Any] = {
-        "path": path, "tier": tier, "rung": decision.rung if decision else "explicit",
+        "path": path, "tier": tier, "rung": "explicit",
         "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
         "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
         "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
@@ -8075,10 +8076,6 @@ def record_row(facts: Facts, path: str, tier: str, decision: Optional[Decision],
         "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
     if counts.written_per_s:
         row["per_s"] = round(counts.written_per_s, 1)
-    if decision is not None:
-        row["reason"] = decision.reason
-        row["passed_over"] = {n: why for n, why in decision.refused.items()
-                              if why != BELOW_THE_TIER_TAKEN}
     if outcome.cost:
         row["cost"] = outcome.cost
     return row
@@ -8697,6 +8694,7 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]                 # by name and alias
     hosts: Mapping[str, Host]                   # by base_url
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
+    smallest_context: int                       # of the ladder's tiers, in tokens
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -8983,7 +8981,8 @@ class RouterApp(App):
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
+        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing},
+                        config.smallest_context)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -9411,7 +9410,8 @@ class RouterApp(App):
         self._finish(client, outcome, f"{asked.path} {name}", route)
         for counted in facts:
             assert ongoing is not None
-            self._note(ongoing, record_row(counted, asked.path, name, None, outcome), ())
+            counts = tokens_said(outcome.said)
+            self._note(ongoing, record_row(counted, asked.path, name, counts, outcome), ())
 
     def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
@@ -9436,7 +9436,8 @@ class RouterApp(App):
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
-        if facts.most_tokens + (facts.max_tokens or DEFAULT_RESERVE_TOKENS) > config.smallest_context:
+        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if facts.most_tokens + reserve > now.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -9477,9 +9478,11 @@ class RouterApp(App):
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
         self._finish(client, outcome, f"auto -> {name}", route, headers)
+        counts = tokens_said(outcome.said)
         if outcome.state == "done":
-            learn(tokens_said(outcome.said).prompt, name)
-        row = record_row(facts, asked.path, name, decision, outcome)
+            learn(counts.prompt, name)
+        row = record_row(facts, asked.path, name, counts, outcome)
+        row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
         self._note(ongoing, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
@@ -9539,6 +9542,8 @@ class RouterApp(App):
         """Say in the log how a request ended, and to the client when nothing has reached it."""
         if self.log.is_verbose:
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        if outcome.state == "done":
+            return
         lines = extra() if extra else b""
         if outcome.state == "broken":
             self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
@@ -11395,25 +11400,35 @@ _PLAIN = "text/plain; charset=utf-8"
 
 
 class MemoryWatch:
-    """Looks every few seconds whether the machine is short of memory."""
+    """Looks every few seconds whether the machine is short of memory.
+
+    In a thread of its own: nvidia-smi may take a second to answer.
+    """
 
     INTERVAL_S = 5.0
     CALM_LOOKS = 3                              # in a row, before a shortage counts as over
 
-    def __init__(self, machine: Machine, read: Callable[[bool], MemoryState] = read_memory_state,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, machine: Machine,
+                 read: Callable[[bool], MemoryState] = read_memory_state) -> None:
         self.machine = machine
-        self._read, self._clock = read, clock
+        self._read = read
         self._before = read(machine.cuda)
-        self._next_s = clock() + self.INTERVAL_S
         self._pressure, self._calm = "", 0
+        self._stopped = threading.Event()
 
-    def due(self) -> bool:
-        return self._clock() >= self._next_s
+    def start(self, ease: Callable[[str], None]) -> None:
+        """Tell `ease` after each look what is short."""
+        threading.Thread(target=self._run, args=(ease,), name="memory", daemon=True).start()
+
+    def _run(self, ease: Callable[[str], None]) -> None:
+        while not self._stopped.wait(self.INTERVAL_S):
+            ease(self.look())
+
+    def stop(self) -> None:
+        self._stopped.set()
 
     def look(self) -> str:
         """What is short, as memory_pressure says it."""
-        self._next_s = self._clock() + self.INTERVAL_S
         now = self._read(self.machine.cuda)
         found = memory_pressure(now, self._before)
         self._before = now
@@ -11439,8 +11454,6 @@ class EngineApp(Behind):
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
-        if self._watch and self._watch.due():
-            self.engine.ease(self._watch.look())
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
@@ -11451,12 +11464,16 @@ class EngineApp(Behind):
 
     def start(self) -> None:
         self.engine.preload()
+        if self._watch:
+            self._watch.start(self.engine.ease)
 
     def close_idle(self) -> None:
         for upstream in self.engine.upstreams():
             upstream.close_idle()
 
     def close(self) -> None:
+        if self._watch:
+            self._watch.stop()
         self.engine.close()
 
     def lease(self, name: str) -> Lease:
@@ -11666,7 +11683,7 @@ class SwapApp(UpstreamApp):
 
     def __init__(self, config: Config, command: Callable[[int], List[str]], env: Mapping[str, str],
                  log: Log, output: str, bays: Optional[SwapBays] = None) -> None:
-        port = free_run(PRIVATE_PORT, 1)
+        port = free_port("127.0.0.1")
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
         self.address = "llama-swap"
@@ -12426,10 +12443,12 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
                           local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`.
 
-    LiteLLM's gateway stands in it where that is local.
+    Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
     key, mcp_url = api_key(env), ""
     if local:
+        marker = read_marker(places)
+        config = true_config(config, places, marker is not None and marker.channel == "next")
         if not key:                             # the router may be of another terminal
             key = api_key(_environment_of(read_stack(places), {}))
         if any(tier.backend == "litellm" for tier in config.offered):

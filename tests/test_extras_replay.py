@@ -37,7 +37,9 @@ def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
     decision = llmstack.decide(facts, llmstack.parse_models_ini(LADDER)[0])
     said = json.dumps({"usage": {"prompt_tokens": tokens, "completion_tokens": 100}}).encode()
     outcome = llmstack.Outcome("done", 200)._replace(said=said)
-    made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, decision, outcome)
+    counts = llmstack.tokens_said(outcome.said)
+    made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, counts, outcome)
+    made.update(rung=decision.rung, reason=decision.reason, passed_over=decision.passed_over)
     return {"time": 1.5, "conversation": conversation, **made, "total_s": 1.0, **more}
 
 

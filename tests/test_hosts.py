@@ -209,7 +209,8 @@ def test_the_path_on_the_host(start: Start, base: str, asked: str, target: str) 
 
 def test_other_requests_still_pass_to_the_engine(start: Start) -> None:
     rig = start()
-    for body in (post({"model": "code-smart", "input": "x"}, target="/v1/embeddings"), post(b"no json", target="/v1/rerank"),
+    for body in (post({"model": "code-smart", "input": "x"}, target="/v1/embeddings"),
+                 post(b"no json", target="/v1/audio/speech"),
                  post([1], target="/x"), post({"model": ["code-ultra"]}, target="/x"), request("GET", "/slots"),
                  chat("coder"), chat("unknown")):
         assert rig.ask(body).status == 200

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,8 @@ def test_prompts_get_what_the_fullest_set_leaves() -> None:
 
 
 def test_prompts_always_get_something_and_never_more_than_the_servers_own() -> None:
-    assert set(caches(fits_of(NEED), llmstack.Machine(55.5, "", True)).values()) >= {(64, 0)}
-    assert caches(fits_of(NEED), llmstack.Machine(500.0, "", True))["f"] == (8192, 0)
+    assert set(caches(fits_of(NEED), llmstack.Machine(55.5, "", True)).values()) >= {(64, -1)}
+    assert caches(fits_of(NEED), llmstack.Machine(500.0, "", True))["f"] == (8192, -1)
 
 
 def test_beside_a_card_prompts_are_the_hosts() -> None:
@@ -157,7 +158,10 @@ def test_both_engines_get_the_flags() -> None:
     config = llmstack.with_caches(CONFIG, fits_of(NEED), llmstack.Machine(60.0, "", True))
     words = llmstack.server_command(["x"], config.tiers[1], config, 1, False, frozenset())
     assert words[words.index("--cache-ram") + 1] == str(config.tiers[1].cache_ram_mib)
-    assert words[words.index("--ctx-checkpoints") + 1] == "0"
+    assert "--ctx-checkpoints" not in words, "where we know of none, the server may know better"
+    hybrid = llmstack.with_caches(CONFIG, fits_of(NEED, 75.0), llmstack.Machine(60.0, "", True))
+    words = llmstack.server_command(["x"], hybrid.tiers[1], hybrid, 1, False, frozenset())
+    assert words[words.index("--ctx-checkpoints") + 1] == str(hybrid.tiers[1].ctx_checkpoints)
     text = llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), str)
     assert f"--cache-ram {config.tiers[1].cache_ram_mib}" in text
     assert "--cache-ram" not in llmstack.render_llama_swap_yaml(CONFIG, ["x"], False, frozenset(), str)
@@ -321,6 +325,9 @@ def test_every_command_says_the_same_context(project: Any, capsys: pytest.Captur
     printed = json.loads(capsys.readouterr().out)
     limits = [m["limit"]["context"] for p in printed["provider"].values() for m in p["models"].values()]
     assert set(limits) == {8192}
+    places = llmstack.find_places(os.environ)       # as `start` writes it
+    text = llmstack.project_opencode_json(places, llmstack.load_config(places), "http://127.0.0.1:1", {})
+    assert '"context": 32768' not in text
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"model": "auto", "messages": [{"role": "user", "content": "x" * 80_000}]}))
     llmstack.main(["why", str(body)])
@@ -377,10 +384,22 @@ def test_what_is_free_on_the_card_is_nvidias_number(monkeypatch: pytest.MonkeyPa
 def test_a_shortage_is_over_after_some_calm_looks() -> None:
     states = [CALM, CALM._replace(critical=True), CALM, CALM, CALM]
     left = iter(states)
-    watch = llmstack.MemoryWatch(llmstack.Machine(1.0, "", False), lambda _: next(left), lambda: 0.0)
+    watch = llmstack.MemoryWatch(llmstack.Machine(1.0, "", False), lambda _: next(left))
     said = [bool(watch.look()) for _ in states[1:]]
     assert said == [True, True, True, False]
-    assert not watch.due()
+
+
+def test_the_engine_is_told_from_a_thread(engine: llmstack.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack.MemoryWatch, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(engine, "preload", lambda: None)
+    monkeypatch.setattr(engine, "close", lambda: None)
+    told = threading.Event()
+    monkeypatch.setattr(engine, "ease", lambda pressure: pressure and told.set())
+    watch = llmstack.MemoryWatch(llmstack.Machine(1.0, "", False), lambda _: CALM._replace(critical=True))
+    app = llmstack.EngineApp(engine, llmstack.Log("", "error"), watch)
+    app.start()
+    assert told.wait(20)
+    app.close()
 
 
 class Process:

@@ -190,8 +190,12 @@ class Rig:
         """What users run, of what is here now; a run is long, and we edit meanwhile."""
         copy = self.directory / "program"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.pyz"))
-        subprocess.run([sys.executable, "build_zipapp.py"], cwd=copy, env=self.env, check=True,
-                       stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "build_zipapp.py"], cwd=copy, env=self.env,
+                              check=False, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(self.directory)
+            raise SystemExit(f"chaos: error: no .pyz to run: {done.stderr.strip()}\n"
+                             "hint: mend that, or name a program: --program llmstack.py")
         return str(copy / "llmstack.pyz")
 
     def close(self) -> None:
@@ -274,9 +278,13 @@ class Rig:
         return dict(value)
 
     def check_logs(self) -> None:
-        """No log of ours has a traceback. Errors: Fault, with it; the log begins anew then."""
-        for path in (self.state / "logs").glob("*.log"):
-            text = path.read_text(errors="replace")
+        """No log of ours has a traceback. Errors: Fault, with it; the log begins anew then.
+
+        The logs of models and of llama-swap are what those print.
+        """
+        for name in ("router.log", "engine.log", "download.log"):
+            path = self.state / "logs" / name
+            text = path.read_text(errors="replace") if path.exists() else ""
             if "Traceback" in text:
                 path.unlink()
                 raise Fault(f"{path.name}: {text[text.index('Traceback'):][:3000]}")
