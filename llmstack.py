@@ -11925,6 +11925,14 @@ def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
     return found
 
 
+def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
+    """As ready_tier; where a file is not here the tier stays as it is, and alone fails to load."""
+    try:
+        return ready_tier(tier, env, use_next)
+    except UserError:
+        return tier
+
+
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
@@ -11934,7 +11942,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
-    config = config._replace(tiers=tuple(ready_tier(t, env, use_next) for t in config.tiers))
+    config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
     parks = config.park_gb and "--slot-save-path" not in refused
     if parks and program:
         program = (*program, *parking_flags(places.data))

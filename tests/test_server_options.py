@@ -238,6 +238,11 @@ def test_files_of_the_hub_are_found_in_its_cache(tmp_path: Path) -> None:
     assert llmstack.ready_tier(config.tiers[0], env, False).settings == {"mmproj": str(projector), "draft": str(draft)}
 
 
+def test_llama_swap_starts_without_a_file_that_one_tier_lacks(tmp_path: Path) -> None:
+    config = configured("[a]\npath = a.gguf\ndraft = o/d:d.gguf\n")
+    assert llmstack._ready_for_swap(config.tiers[0], {"HF_HUB_CACHE": str(tmp_path)}, False) == config.tiers[0]
+
+
 def test_they_are_downloaded_with_the_model() -> None:
     config = configured("[a]\nhf_repo = o/m\nhf_file = m.gguf\nmmproj = o/m:mmproj.gguf\ndraft = o/d:d.gguf\n")
     jobs, _ = llmstack.plan_downloads(config, (), ("current",))
