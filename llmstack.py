@@ -1797,7 +1797,8 @@ def _check_ports(reader: _Reader, config: Config) -> None:
 def _check_cache(reader: _Reader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
     usual = {"flash_attn": config.flash_attn, "cache_type_v": config.cache_type_v}
-    for section, own in [("DEFAULT", usual), *((tier.name, tier.settings) for tier in config.tiers)]:
+    of_tiers = [(tier.name, tier.settings) for tier in config.tiers]
+    for section, own in [("DEFAULT", usual), *of_tiers]:
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
         now = {**usual, **own}
         cache_type = now["cache_type_v"]
@@ -1980,7 +1981,8 @@ def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets, one group an option."""
     flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
     flags += [("--no-warmup",), ("--no-mmap",)]
-    flags.append(("--cors-origins", "localhost"))   # by default every web page may read what it says
+    # By default every web page may read what it says.
+    flags.append(("--cors-origins", "localhost"))
     return flags
 
 
@@ -2042,7 +2044,7 @@ def accepted_flags(flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) ->
 
 
 def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
-    """What to say of keys of models.ini whose flags a llama-server refuses, so that they count nothing."""
+    """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
         for key, value in {**config.settings, **tier.settings}.items():
@@ -2183,11 +2185,13 @@ class Binary(NamedTuple):
     refused: FrozenSet[str] = frozenset()
 
 
-def _yaml_server(tier: Tier, config: Config, own: Optional[Binary], quote: Callable[[str], str]) -> List[str]:
+def _yaml_server(tier: Tier, config: Config, own: Optional[Binary],
+                 quote: Callable[[str], str]) -> List[str]:
     """What a model's command begins with: the macros, where it has nothing of its own there."""
     if own is None:
         return ["${llama_server}", "${server_defaults}"]
-    flags = [("--host", "127.0.0.1"), *accepted_flags(common_flags(tier_config(config, tier)), own.refused)]
+    common = accepted_flags(common_flags(tier_config(config, tier)), own.refused)
+    flags = [("--host", "127.0.0.1"), *common]
     lines = [" ".join(map(quote, flag)) for flag in flags]
     return [" ".join(map(quote, own.program)), "--port ${PORT}", *lines]
 
@@ -2206,7 +2210,8 @@ def _yaml_model(tier: Tier, config: Config, use_next: bool, server: Binary, own:
         if queued.channel == "next":
             notes.append(f"# Queued: -hff {queued.file}. Try it with: llmstack restart --next")
     flags = [*weight_flags(weights), *accepted_flags(tier_flags(tier), (own or server).refused)]
-    command = [*_yaml_server(tier, config, own, quote), *notes, *(" ".join(map(quote, flag)) for flag in flags)]
+    command = [*_yaml_server(tier, config, own, quote), *notes]
+    command += [" ".join(map(quote, flag)) for flag in flags]
     lines = [f"  {_yaml_text(tier.name)}:", f"    name: {_yaml_text(tier.name)}",
              f"    description: {_yaml_text(tier.description)}", "    cmd: |", *(f"      {line}" for line in command),
              '    proxy: "http://127.0.0.1:${PORT}"', f"    ttl: {tier.ttl}",
@@ -2268,7 +2273,7 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
                 f" and there are {budget_gb:.1f}" for s in residency_sets(config) if s.tiers not in [x.tiers for x in sets]]
     letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
     keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
-    defaults = [("--host", "127.0.0.1"), ("--port", "${PORT}"), *accepted_flags(common_flags(config), refused)]
+    defaults = [("--host", "127.0.0.1"), *accepted_flags(common_flags(config), refused)]
     channel = "next" if use_next else "current"
     lines = [
         f"# Written by `llmstack start` from models.ini (channel {channel}); the next start writes it again,",
@@ -2286,7 +2291,8 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "macros:",
         f"  llama_server: {_yaml_quoted(' '.join(map(quote, program)))}",
         "  server_defaults: >-",
-        *(f"    {' '.join(word if word == '${PORT}' else quote(word) for word in flag)}" for flag in defaults),
+        "    --port ${PORT}",                   # a macro, which quotes would keep as it is
+        *(f"    {' '.join(map(quote, flag))}" for flag in defaults),
         "",
         "models:" if local or proxy else "models: {}",
     ]
@@ -4901,7 +4907,7 @@ def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
 
 
 def _path_from(base: str, path: str) -> str:
-    """A path of models.ini, which lies in `base`; what is on the hub or is to be found stays as it is."""
+    """A path of models.ini, which lies in `base`; `auto` and what is on the hub stay as they are."""
     if path == "auto" or _HUB_REFERENCE.match(path):
         return path
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
@@ -9890,7 +9896,7 @@ def _projector_beside(path: str) -> str:
         names = os.listdir(os.path.dirname(path))
     except OSError:
         return ""
-    found = sorted(n for n in names if n.lower().startswith("mmproj") and n.lower().endswith(".gguf"))
+    found = sorted(name for name in names if re.match(r"(?i)mmproj.*\.gguf\Z", name))
     return os.path.join(os.path.dirname(path), found[0]) if found else ""
 
 

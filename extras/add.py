@@ -93,7 +93,7 @@ def candidates(rows: Sequence[Any], llmstack: Any) -> List[Candidate]:
 
 
 def projector(rows: Sequence[Any]) -> str:
-    """The file that lets a model of the repository take pictures, "" for none; F16 before others."""
+    """The file that lets a repository's model take pictures, "" for none; F16 before others."""
     files = [str(row["path"]) for row in rows]
     found = [f for f in files if f.endswith(".gguf") and os.path.basename(f).startswith("mmproj")]
     found.sort(key=lambda f: ("-F16" not in f.upper() or "BF16" in f.upper(), f))
@@ -262,14 +262,15 @@ def show(choice: Choice, chooser: Chooser, licence: str, llmstack: Any) -> None:
     if chooser.beside_gb:
         beside = f", beside the fast tier's {chooser.beside_gb:.1f}"
     verdict = "fits" if choice.fit.fits else "does not fit"
-    say(f"  memory    {choice.fit.need_gb:,.2f} GB of {chooser.whole.budget_gb:,.1f}{beside}: {verdict}")
+    budget_gb = chooser.whole.budget_gb
+    say(f"  memory    {choice.fit.need_gb:,.2f} GB of {budget_gb:,.1f}{beside}: {verdict}")
     if tier.has_projector:
         say(f"  pictures  by {tier.settings['mmproj']}")
     if licence:
         say(llmstack.visible(f"  licence   {licence}"))
 
 
-def choose(args: Any, places: Any, config: Optional[Any], llmstack: Any) -> Tuple[Choice, Chooser, str]:
+def choose(args: Any, config: Optional[Any], llmstack: Any) -> Tuple[Choice, Chooser, str]:
     """Errors: UserError."""
     wanted = parse_wanted(args.model, llmstack)
     name = tier_name(args, wanted, config, llmstack)
@@ -333,7 +334,7 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("add", __doc__)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--tier", metavar="NAME", default="", help="its name; else by the repository's")
+    parser.add_argument("--tier", metavar="NAME", default="", help="its name; else the repository's")
     parser.add_argument("--role", metavar="ROLE", help="agent where no tier has that, else none")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser.add_argument("--no-download", action="store_true", help="only write models.ini")
@@ -343,7 +344,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     config = None
     if os.path.exists(places.models_ini):
         config = llmstack.load_config(places)
-    choice, chooser, licence = choose(args, places, config, llmstack)
+    choice, chooser, licence = choose(args, config, llmstack)
     show(choice, chooser, licence, llmstack)
     if not args.yes:
         answer = llmstack._ask(f"Add it to {places.models_ini} and fetch it? [y/N] ")

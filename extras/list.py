@@ -112,13 +112,14 @@ def find_held(models: Sequence[Held], asked: str, llmstack: Any) -> Held:
         raise llmstack.UserError(f"{asked} may be any of {len(those)} models",
                                  llmstack.visible(f"one of {names}"), 2)
     near = llmstack.unknown_word(asked, [held.name for held in models])
-    raise llmstack.UserError(f"there is no model {near} on this disk", "`llmstack list` names them", 2)
+    raise llmstack.UserError(f"there is no model {near} on this disk",
+                             "`llmstack list` names them", 2)
 
 
 def remove(held: Held, kept: Sequence[Held], cache: str) -> int:
-    """Delete a model of the hub cache, links and data; the bytes that are free then. Errors: OSError.
+    """Delete a model of the hub cache, links and data; the bytes that are free then.
 
-    Data that another model's link leads to stays.
+    Data that another model's link leads to stays. Errors: OSError.
     """
     needed: Set[str] = {os.path.realpath(path) for other in kept for path in other.paths}
     root, freed = os.path.realpath(cache) + os.sep, 0
