@@ -15752,7 +15752,8 @@ ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_lla
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
-    ("Models", "setup download check fit install-llama-swap install-litellm"),
+    ("Models", "setup add list rm prune promote download check fit"),
+    ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
     ("Keep it", "service serve forget completion self version help"),
 )
