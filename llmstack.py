@@ -3050,9 +3050,16 @@ def trained_context(trained: int, tier: Tier) -> int:
 
 
 def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str,
-             where: str) -> TierFit:
-    """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
+             where: str, beside: int = 0) -> TierFit:
+    """Whether a tier fits the budget, by the header of its file. Errors: GgufError.
+
+    `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
+    """
     load = load_options(tier_config(config, tier), machine)
+
+    def memory_at(ctx: int) -> Memory:
+        memory = estimate_memory(header, ctx, load)
+        return memory._replace(weights=memory.weights + beside)
 
     def needs(memory: Memory) -> Tuple[float, float]:
         if machine.host_gb:
@@ -3060,10 +3067,10 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         return memory.total / 1e9, 0.0
 
     def fits(ctx: int) -> bool:
-        need_gb, host_gb = needs(estimate_memory(header, ctx, load))
+        need_gb, host_gb = needs(memory_at(ctx))
         return need_gb <= machine.budget_gb and host_gb <= machine.host_gb
 
-    memory = estimate_memory(header, tier.ctx_size, load)
+    memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
     need_gb, host_gb = needs(memory)
     return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
@@ -9904,6 +9911,40 @@ def _projector_beside(path: str) -> str:
     return os.path.join(os.path.dirname(path), found[0]) if found else ""
 
 
+def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
+    """The path of what a key such as mmproj names, "" where it is not here."""
+    if name == "auto":
+        return _projector_beside(model)
+    if not _HUB_REFERENCE.match(name):
+        return name
+    repo, _, file = name.partition(":")
+    return local_file(hub_cache_dir(env), repo, file)
+
+
+def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
+                 env: Mapping[str, str]) -> int:
+    """What a tier's further files take once loaded, as far as they are here.
+
+    A draft has a KV cache of its own, as long as the model's.
+    """
+    found: List[int] = []
+
+    def count(name: str) -> str:
+        path = _further_file(name, model, env)
+        try:
+            if name == tier.settings.get("draft"):
+                load = load_options(tier_config(config, tier), machine)
+                found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
+            elif path:
+                found.append(file_size(path))
+        except (GgufError, OSError):            # loading says what is wrong with it
+            pass
+        return name
+
+    with_files(tier, count)
+    return sum(found)
+
+
 def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
     """A tier as its command line needs it: its further files by their paths, `auto` decided.
 
@@ -9912,16 +9953,12 @@ def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
     """
     if not tier.server:
         return tier
-    cache, model = hub_cache_dir(env), cached_model(weights_for(tier, use_next), env)
+    model = cached_model(weights_for(tier, use_next), env)
 
     def find(name: str) -> str:
-        if name == "auto":
-            return _projector_beside(model)
-        if not _HUB_REFERENCE.match(name):
-            return name
-        repo, _, file = name.partition(":")
-        path = local_file(cache, repo, file)
-        if not path:
+        path = _further_file(name, model, env)
+        if not path and name != "auto":
+            repo, _, file = name.partition(":")
             raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
                             f"llmstack download {tier.name}")
         return path
@@ -9958,7 +9995,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     where, note = path or url, ""
     try:
         if path:
-            return fit_tier(tier, config, machine, local_header(path), "local", path)
+            beside = beside_bytes(tier, config, machine, path, os.environ)
+            return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
         if url:
             header = hub_header(weights, os.environ)
             return fit_tier(tier, config, machine, header, "hub", url)
