@@ -15284,6 +15284,21 @@ def _add_why(commands: Any) -> None:
     parser.set_defaults(run=_cmd_why)
 
 
+def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
+    """(a body with the tier that its model means, "gpt-4o is auto here: " or "").
+
+    Errors: UserError, as the router answers 404.
+    """
+    given = body.get("model")
+    name = resolve_on_path(config, path, given)
+    if not name:
+        raise UserError(str(unknown_model(config, given)),
+                        "name one of them, or give the name a line in [ALIASES]", 1)
+    if name == given or given is None:
+        return body, ""
+    return {**body, "model": name}, f"{visible(str(given))} is {name} here: "
+
+
 def _cmd_why(args: Any) -> int:
     places = _places(args)
     url = trusted_url(places)
@@ -15306,6 +15321,7 @@ def _cmd_why(args: Any) -> int:
         raise UserError(f"{args.file} is not JSON: {exc}", "give it the body of a request", 2) from None
     if not isinstance(body, dict):
         raise UserError(f"{args.file} is not a JSON object", "give it the body of a request", 2)
+    body, renamed = _as_resolved(config, path, body)
     try:
         decision = decide(read_facts(path, body, config.routing.ultra_triggers), config,
                           barred={**missing_credentials(config, os.environ),
@@ -15315,7 +15331,7 @@ def _cmd_why(args: Any) -> int:
     except RecursionError:
         raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
-    why = decision.reason
+    why = renamed + decision.reason
     if tier is not None and tier.backend != "gguf":
         _, wrong, _ = plan_route(tier, config, False, decision.down).refused
         why += f"; {wrong}" if wrong else ""
