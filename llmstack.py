@@ -10173,7 +10173,11 @@ def litellm_config_path(places: Places) -> str:
 
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
-    return [*program, "--config", litellm_config_path(places), "--host", "127.0.0.1",
+    """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
+    import hashlib
+    path = litellm_config_path(places)
+    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    return [*program, digest, "--config", path, "--host", "127.0.0.1",
             "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
 
@@ -15473,6 +15477,8 @@ def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream],
         return {**unserved_hosted(places, config, os.environ, use_next), **new}
 
     def reload() -> Config:
+        if places.work != demo_dir(places.data):    # whose model is of another place by design
+            check_run_trust(places)
         config = load_config(places, log.warning)
         return true_config(config, places, use_next, log.warning) if local else config
 

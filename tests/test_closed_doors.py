@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from tests.test_router import (  # noqa: F401  # fixtures
     post,
     start,
 )
-from tests.test_stack import PROGRAM, Project, command, free_ports, project  # noqa: F401  # fixtures
+from tests.test_stack import PROGRAM, Project, ask, command, free_ports, project  # noqa: F401  # fixtures
 
 # ---- an upstream that trickles
 
@@ -180,6 +183,19 @@ def test_reload_answers_with_the_routers_own_word(project: Project,  # noqa: F81
     err = capsys.readouterr().err
     assert "the router keeps its old models.ini" in err
     assert "models.ini:" in err
+
+
+def test_a_running_router_takes_in_no_file_that_is_not_trusted(project: Project) -> None:  # noqa: F811
+    """What a pull brings reaches a router that runs by its own API, and by a signal, too."""
+    llmstack.main(["start"])
+    pulled = "[mine]\nrole = agent\nmodel = m\nbase_url = https://evil.example\napi_key_env = HOME\n"
+    (project.state / "models.ini").write_text(project.defaults + pulled)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(project.router_port, "/llmstack/reload")
+    assert "is not trusted here as it is now" in json.loads(refused.value.read())["problem"]
+    url = f"http://127.0.0.1:{project.router_port}/v1/models"
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        assert "mine" not in {model["id"] for model in json.loads(answer.read())["data"]}
 
 
 def test_restart_without_its_models_ini_stops_nothing(project: Project,  # noqa: F811

@@ -735,7 +735,7 @@ def test_the_real_llama_swap_reads_the_file_and_evicts_as_we_do(swap: Swap, conf
         body = {"model": name, "messages": [{"role": "user", "content": "hi"}]}
         words = swap.ask("POST", "/v1/chat/completions", body)["argv"]
         port = int(options(words)["--port"])
-        assert words[0] == "--host"
+        assert words[0].startswith("--")
         assert options(words) == options(
             llmstack.server_command((), target, config, port, False, frozenset({"--no-mmap"})))
         loaded = {*loaded, target.name} - set(llmstack.choose_evictions(target.name, sorted(loaded), sets, costs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import http.client
 import json
 import os
@@ -346,7 +347,21 @@ def test_a_litellm_that_would_run_unguarded_is_refused(text: str, tmp_path: Path
 # ---- the guard before it
 
 
-def test_the_project_is_no_place_for_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_that_changed_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """LiteLLM may start long after `start` looked at trust; a pull may have come between."""
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} is run"))
+    places = llmstack.Places("/p", str(tmp_path), "/models.ini", "/d")
+    config = Path(llmstack.litellm_config_path(places))
+    config.parent.mkdir(exist_ok=True)
+    config.write_text("model_list: []\n")
+    command = llmstack.litellm_command((), places, 1)
+    config.write_text("litellm_settings: {callbacks: evil.module}\n")
+    assert litellm_proxy.main(command) == 1
+    assert "`llmstack restart` takes it in" in capsys.readouterr().out
+
+
+def test_the_project_is_no_place_for_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LiteLLM puts its working directory on sys.path, and the one two above; a clone may hold a prisma.py."""
     seen: list[tuple[str, str]] = []
 
@@ -361,9 +376,11 @@ def test_the_project_is_no_place_for_modules(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.import_module", import_module)
     monkeypatch.setattr(sys, "argv", [])
     here, there = os.getcwd(), os.path.dirname(sys.executable)
-    assert litellm_proxy.main(["--port", "1"]) == 0
+    (tmp_path / "c.yaml").write_bytes(b"model_list: []")
+    digest, file = hashlib.sha256(b"model_list: []").hexdigest(), str(tmp_path / "c.yaml")
+    assert litellm_proxy.main([digest, "--config", file, "--port", "1"]) == 0
     assert seen == [("litellm.proxy.proxy_cli", there), ("litellm.proxy.proxy_server", there),
-                    ("WebGuard", here), ("litellm --port 1", here)]
+                    ("WebGuard", here), (f"litellm --config {file} --port 1", here)]
 
 
 HOSTS = ["", *LOOPBACK, *ELSEWHERE]

@@ -1,4 +1,8 @@
-"""Run LiteLLM's proxy with a guard before its application; the arguments are LiteLLM's own.
+"""Run LiteLLM's proxy with a guard before its application.
+
+The first argument is the SHA-256 of the configuration, the others are LiteLLM's own, --config first.
+A configuration that has changed since is not run: LiteLLM imports the Python modules it names, and
+nobody may have looked at it.
 
 This runs in LiteLLM's Python. LiteLLM answers every origin and lets it read the answer, and the
 proxy here asks for no key: without the guard any web page could spend its user's money. The guard's
@@ -7,6 +11,7 @@ rule is refusal() of llmstack.py in its own words; a test holds the two to the s
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -69,6 +74,11 @@ async def refuse(send: Any, message: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Serve until a signal. LiteLLM ends the process itself where it cannot start."""
+    digest, _, path = argv[:3]
+    with open(path, "rb") as file:
+        if hashlib.sha256(file.read()).hexdigest() != digest:
+            print(f"{path} has changed since the start; `llmstack restart` takes it in.")
+            return 1
     here = os.getcwd()
     # Importing LiteLLM puts its working directory, and the one two above, on sys.path: a project
     # that somebody else wrote is no place for modules.
@@ -77,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     server = importlib.import_module("litellm.proxy.proxy_server")
     os.chdir(here)
     server.app.add_middleware(WebGuard)
-    sys.argv = ["litellm", *argv]
+    sys.argv = ["litellm", *argv[1:]]
     cli.run_server()
     return 0
 
