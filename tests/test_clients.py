@@ -22,6 +22,7 @@ PROGRAM = str(ROOT / "llmstack.py")
 CLIENTS = Path(os.environ.get("LLMSTACK_TEST_CLIENTS", "/nowhere"))
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY")
 KEY = "a-key-of-the-test"
+NO_CLIENTS = "needs LLMSTACK_TEST_CLIENTS=1, which installs the real clients"
 OUTSIDE = "http://127.0.0.1:9"                  # nothing listens there: no client gets out
 LADDER = "[ROUTING]\nmid_fidelity_ceiling = 20000\n" + "".join(
     f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\nmax_output_tokens = 4000\n"
@@ -90,7 +91,7 @@ BY_FILE = tuple(name for name in TRIALS if name != "opencode")  # which tests/te
 def needs(name: str) -> Trial:
     trial = TRIALS[name]
     if not (CLIENTS.is_dir() and (CLIENTS / trial.program).exists()):
-        pytest.skip("needs LLMSTACK_TEST_CLIENTS=1, which installs the real clients")
+        pytest.skip(NO_CLIENTS)
     return trial
 
 
@@ -104,6 +105,8 @@ class Stack(NamedTuple):
 @pytest.fixture(params=["", KEY], ids=["no key", "key"])
 def stack(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
           ) -> Iterator[Stack]:
+    if not CLIENTS.is_dir():
+        pytest.skip(NO_CLIENTS)
     desk = tmp_path / "desk"
     (desk / ".llmstack").mkdir(parents=True)
     (desk / ".llmstack" / "models.ini").write_text(LADDER)
