@@ -3051,7 +3051,9 @@ PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as 
 
 def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
-    return [] if config.local_only else [t for t in config.tiers if t.backend == "litellm"]
+    if config.local_only:
+        return []
+    return [t for t in config.tiers if t.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -3167,13 +3169,15 @@ def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if not _is_credential(name)}
 
 
-def _provider(model: str) -> str:
+def _provider_of(model: str) -> str:
     """The provider that LiteLLM takes a model's name for, "" where that is not plain."""
     if "/" in model:
         return model.split("/")[0]
     if model.startswith("claude"):
         return "anthropic"
-    return "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+    if re.match(r"gpt-|o[0-9]|chatgpt", model):
+        return "openai"
+    return ""
 
 
 def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
@@ -3185,19 +3189,22 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     """
     if file is None:
         return ()
-    name = tier.name + "_next" if use_next and tier.model_next else tier.name
+    name = tier.name
+    if use_next and tier.model_next:
+        name += "_next"
     entry = file.entries.get(name, LitellmEntry(""))
     wanted = entry.references
     if not wanted and not entry.has_key:
-        provider = _provider(entry.model or hosted_model(tier, use_next))
+        provider = _provider_of(entry.model or hosted_model(tier, use_next))
         if not (certain and provider in AMBIENT):
             wanted = CREDENTIALS.get(provider, ())
         if entry.has_base:
             wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
     lacking = []
-    for choice in (w.split("|") for w in wanted):
-        if not any(env.get(n, "").strip() or n in file.environment for n in choice):
-            lacking.append(choice[0])
+    for choices in wanted:
+        names = choices.split("|")
+        if not any(env.get(n, "").strip() or n in file.environment for n in names):
+            lacking.append(names[0])
     return tuple(dict.fromkeys(lacking))
 
 
@@ -3216,38 +3223,47 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
 # PURE: OPENCODE
 # ===================================================================================================
 
-PROVIDER = "llama.cpp"                          # opencode's name for this stack: its models are llama.cpp/auto and so on
-KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's value in; the key itself is never written
-DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
-OPENCODE_TOKENS = 8_000                         # what opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md
-_SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
-# task: opencode's own agents explore and general run commands, whatever the agent that hands them a task is denied.
+PROVIDER = "llama.cpp"                          # opencode's name for this stack: llama.cpp/auto
+KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts in the value; no key is ever written
+DEFAULT_OUTPUT_TOKENS = 16_384                  # of a tier that names none and has room for it
+# What opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md.
+OPENCODE_TOKENS = 8_000
+# A cold load, then a long prompt; opencode's own 300 s is less than that.
+_SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000
+# task is denied, too: opencode's own agents explore and general run commands, whatever the agent
+# that hands them a task may do.
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
-_PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
-                   " change nothing and run nothing yourself.")
+_PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you"
+                   " would change, file by file; change nothing and run nothing yourself.")
 
 
 def client_limits(tier: Tier) -> Tuple[int, int]:
     """(context, output) that a client is told, in tokens.
 
-    opencode compacts a conversation at context - min(output, 32000), and never stops compacting where output is not
-    below context: no answer is promised more than that, or than half the context.
+    opencode compacts a conversation at context - min(output, 32000), and never stops compacting
+    where output is not below context: no answer is promised more than that, or than half the
+    context.
     """
     output = tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS)
     return tier.ctx_size, min(output, tier.ctx_size // 2, 32_000)
 
 
 def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
-    """The largest context the ladder reaches, and an answer that every tier with a cap of its own may give."""
+    """The largest context that the ladder reaches, and an answer that every tier may give."""
     context, output = client_limits(max(ladder, key=lambda t: t.ctx_size))
-    return context, min([output, *(t.max_output_tokens for t in ladder if t.max_output_tokens)])
+    caps = [t.max_output_tokens for t in ladder if t.max_output_tokens]
+    return context, min([output, *caps])
 
 
-def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], config: Config) -> Dict[str, Any]:
+def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
+                  config: Config) -> Dict[str, Any]:
     """One model of opencode's list, which any of `tiers` may answer."""
+    context, output = limits
     entry: Dict[str, Any] = {
-        "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name), "limit": dict(zip(("context", "output"), limits)),
-        "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers)}
+        "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
+        "limit": {"context": context, "output": output},
+        "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers),
+    }
     if all(t.reasoning for t in tiers):
         entry["reasoning"] = True
     if not any(t.remote for t in tiers):
@@ -3255,63 +3271,122 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
     return entry
 
 
-def cramped_models(config: Config) -> List[str]:
-    """What to say of the models of opencode's agents whose context its own prompt fills: it would compact for ever."""
-    config = config._replace(tiers=config.offered or config.tiers)
-    limits = {t.name: client_limits(t) for t in (config.by_role("agent"), config.by_role("plan"),
-                                                 config.by_role("plan-uncensored")) if t}
+def _opencode_models(config: Config) -> Dict[str, Any]:
+    """opencode's list of models: auto where there is a ladder, and every tier that chats."""
+    models = {}
     if config.ladder:
-        limits["auto"] = _auto_limits(config.ladder)
-    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own prompt and tools take about"
-            f" {OPENCODE_TOKENS:,}, so it would compact without end: a larger ctx_size is needed"
-            for name, (context, output) in limits.items() if context - output < OPENCODE_TOKENS * 5 // 4]
+        models["auto"] = _client_model("auto: the best tier for the length",
+                                       _auto_limits(config.ladder), config.ladder, config)
+    for tier in config.tiers:
+        if tier.role not in PATH_ROLES.values():
+            name = tier.description or tier.name
+            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+    return models
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False, mcp_url: str = "") -> str:
-    """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
+def cramped_models(config: Config) -> List[str]:
+    """What to say of the agents' models whose context opencode's own prompt fills.
 
-    No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
-    that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
+    With such a model it would compact the conversation for ever.
     """
     config = config._replace(tiers=config.offered or config.tiers)
-    ladder = config.ladder
-    models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
-    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config))
-                  for t in config.tiers if t.role not in PATH_ROLES.values())
-
-    def model(role: str) -> Dict[str, str]:
-        """The tier of a role, or nothing, and then opencode takes its default model."""
+    limits = {}
+    for role in ("agent", "plan", "plan-uncensored"):
         tier = config.by_role(role)
-        return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+        if tier:
+            limits[tier.name] = client_limits(tier)
+    if config.ladder:
+        limits["auto"] = _auto_limits(config.ladder)
+    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own prompt"
+            f" and tools take about {OPENCODE_TOKENS:,}, so it would compact without end: a larger"
+            " ctx_size is needed"
+            for name, (context, output) in limits.items()
+            if context - output < OPENCODE_TOKENS * 5 // 4]
 
+
+def _role_model(config: Config, role: str) -> Dict[str, str]:
+    """The model of an agent whose tier has this role; nothing where none has it.
+
+    Then opencode takes its default model.
+    """
+    tier = config.by_role(role)
+    return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+
+
+def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """opencode's agents and the commands that call them."""
+    build = {"model": default}
+    if config.build_model == "agent":
+        build = _role_model(config, "agent")
+    agents: Dict[str, Any] = {
+        "build": build,
+        "plan": {**_role_model(config, "plan"), "permission": _READ_ONLY},
+    }
+    commands = {"review": {
+        "description": "Trade-offs, risks and follow-ups, by the planner",
+        "agent": "plan",
+        "template": "Review for trade-offs, risks and follow-ups. Be concrete.\n\n$ARGUMENTS",
+    }}
+    uncensored = _role_model(config, "plan-uncensored")
+    if uncensored:
+        agents["plan-nofilter"] = {
+            **uncensored,
+            "description": "Plans without a filter; changes nothing",
+            "mode": "all",
+            "prompt": _PLANNER_PROMPT,
+            "permission": _READ_ONLY,
+        }
+        commands["nofilter"] = {
+            "description": "Ask the planner without a filter",
+            "agent": "plan-nofilter",
+            "template": "$ARGUMENTS",
+        }
+    return agents, commands
+
+
+def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+                         mcp_url: str = "") -> str:
+    """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
+
+    No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
+    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
+    arguments give the same bytes.
+    """
+    config = config._replace(tiers=config.offered or config.tiers)
+    models = _opencode_models(config)
     default = f"{PROVIDER}/{next(iter(models))}"
-    agents: Dict[str, Any] = {"build": model("agent") if config.build_model == "agent" else {"model": default},
-                              "plan": {**model("plan"), "permission": _READ_ONLY}}
-    commands = {"review": {"description": "Trade-offs, risks and follow-ups, by the planner", "agent": "plan",
-                           "template": "Review for trade-offs, risks and follow-ups. Be concrete.\n\n$ARGUMENTS"}}
-    if model("plan-uncensored"):
-        agents["plan-nofilter"] = {**model("plan-uncensored"), "description": "Plans without a filter; changes nothing",
-                                   "mode": "all", "prompt": _PLANNER_PROMPT, "permission": _READ_ONLY}
-        commands["nofilter"] = {"description": "Ask the planner without a filter", "agent": "plan-nofilter",
-                                "template": "$ARGUMENTS"}
-    options = {"baseURL": f"{url}/v1", "headerTimeout": _SILENCE_MS, "chunkTimeout": _SILENCE_MS,
-               **({"apiKey": None} if api_key else {})}
+    agents, commands = _opencode_agents(config, default)
+    options: Dict[str, Any] = {
+        "baseURL": f"{url}/v1",
+        "headerTimeout": _SILENCE_MS,
+        "chunkTimeout": _SILENCE_MS,
+    }
+    if api_key:
+        options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "llmstack",
+        "options": options,
+        "models": models,
+    }
     value: Dict[str, Any] = {
         "$schema": "https://opencode.ai/config.json",
         "model": default,
-        "small_model": model("fast").get("model", default),
+        "small_model": _role_model(config, "fast").get("model", default),
         "share": "disabled",
         "autoupdate": False,
-        "enabled_providers": [PROVIDER],        # without it, eight hosted models stand in the list: prompts could leave
+        # Without this, eight hosted models stand in the list, and prompts could leave.
+        "enabled_providers": [PROVIDER],
         "instructions": [agents_md],
-        "provider": {PROVIDER: {"npm": "@ai-sdk/openai-compatible", "name": "llmstack", "options": options, "models": models}},
+        "provider": {PROVIDER: provider},
         "agent": agents,
         "command": commands,
     }
     if mcp_url:
         value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
-    # opencode replaces {env:X} and {file:X} wherever they stand in the text: a description must not name any.
-    text = re.sub(r"\{(?=env:|file:)", r"\\u007b", json.dumps(value, indent=2))
+    text = json.dumps(value, indent=2)
+    # opencode replaces {env:X} and {file:X} wherever they stand: a description must not name any.
+    text = re.sub(r"\{(?=env:|file:)", r"\\u007b", text)
     return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
 
 
@@ -12854,32 +12929,45 @@ def _ended_words(row: Mapping[str, Any]) -> str:
     return f"failed: {error} ({hint})" if hint else f"failed: {error}"
 
 
+def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
+                  names: Iterable[str]) -> Dict[str, List[str]]:
+    """How downloads have ended -> those that did so: a hub that is not there is said once."""
+    ended: Dict[str, List[str]] = {}
+    for name in names:
+        words = _ended_words(rows.get(name, {}))
+        if words:
+            ended.setdefault(words, []).append(name)
+    return ended
+
+
+def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar, behind: int) -> None:
+    """Show the download that goes on now on the terminal's last line."""
+    row = next((row for row in rows if row["state"] == "running"), None)
+    if bar.live and row:
+        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
+        bar.show(row, behind, tail_of(log, 1))
+
+
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
     """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    bar, left, failed = _Bar(), list(names), []
+    bar = _Bar()
+    left = list(names)
+    failed: List[str] = []
     try:
         while True:
             rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-            ended: Dict[str, List[str]] = {}    # a hub that is not there is said once
-            for name in left:
-                words = _ended_words(rows.get(name, {}))
-                if words:
-                    ended.setdefault(words, []).append(name)
-            for words, those in ended.items():
+            for words, ended in _group_by_end(rows, left).items():
                 bar.clear()
-                say(f"{', '.join(those)}: {words}")
-                left = [name for name in left if name not in those]
+                say(f"{', '.join(ended)}: {words}")
+                left = [name for name in left if name not in ended]
                 if words.startswith("failed"):
-                    failed += those
+                    failed += ended
             if not left:
                 return failed
-            running = [row for row in rows.values() if row["state"] == "running"]
-            if bar.live and running:
-                log = places.log(f"dl-{running[0]['tier']}-{running[0]['label']}.log")
-                bar.show(running[0], len(left) - 1, tail_of(log, 1))
+            _show_running(places, rows.values(), bar, len(left) - 1)
             time.sleep(0.2)
     except KeyboardInterrupt:
         say("")
@@ -12892,9 +12980,14 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
 def platform_names() -> Tuple[str, str]:
     """(system, machine) of this computer as Go's releases name them."""
     import platform
+    system = platform.system().lower()
+    if IS_WINDOWS:
+        system = "windows"
+    elif IS_MAC:
+        system = "darwin"
     machine = platform.machine().lower()
-    system = "windows" if IS_WINDOWS else "darwin" if IS_MAC else platform.system().lower()
-    return system, {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+    known = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}
+    return system, known.get(machine, machine)
 
 
 def installed_swap(path: str) -> str:
@@ -12970,8 +13063,7 @@ def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
             kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
             plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
             if info.filename == wanted and plain:
-                with pack.open(info) as source:
-                    return source.read(MAX_BINARY_BYTES)
+                return pack.read(info)
     return None
 
 
@@ -13235,12 +13327,21 @@ def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
 # SHELL
 # ===================================================================================================
 
-HOOK_FILES = {"bash": ".bash_llmstack_hook", "zsh": ".zsh_llmstack_hook", "fish": ".fish_llmstack_hook.fish",
-              "powershell": ".powershell_llmstack_hook.ps1"}
+HOOK_FILES = {
+    "bash": ".bash_llmstack_hook",
+    "zsh": ".zsh_llmstack_hook",
+    "fish": ".fish_llmstack_hook.fish",
+    "powershell": ".powershell_llmstack_hook.ps1",
+}
+
+
+def _untrusted_words(places: Places) -> str:
+    return (f".llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
 
 
 def untrusted_line(places: Places) -> str:
-    return f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it, then run `llmstack trust`"
+    return f"llmstack: {_untrusted_words(places)}"
 
 
 def check_run_trust(places: Places) -> None:
@@ -13257,8 +13358,8 @@ def check_run_trust(places: Places) -> None:
             raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
     what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
-                    f" addresses or other files are named by {what}",
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
+                    f" programs, addresses or other files are named by {what}",
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
@@ -13267,67 +13368,101 @@ def hook_trusted(places: Places) -> bool:
     return is_trusted(places, "hook")
 
 
+def _is_hooked_project(directory: str) -> bool:
+    """True for a project as the shell hooks see it."""
+    state = os.path.join(directory, ".llmstack")
+    return any(os.path.isfile(os.path.join(state, name))
+               for name in ("default-channel", "opencode.json"))
+
+
 def project_above(directory: str) -> str:
-    """The nearest directory at or above that one which is a project as the shell hooks see it, "" for none."""
-    while True:
-        state = os.path.join(directory, ".llmstack")
-        if any(os.path.isfile(os.path.join(state, name)) for name in ("default-channel", "opencode.json")):
-            return directory
+    """The nearest project of the shell hooks at or above a directory, "" for none."""
+    while not _is_hooked_project(directory):
         above = os.path.dirname(directory)
         if above == directory:
             return ""
         directory = above
+    return directory
 
 
 def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
-    """(shell, its project) of the hook that is active in the very shell we were started from, ("", "") for none.
+    """(shell, its project) of the hook that is active in the very shell we were started from.
 
-    LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell without the hook stands between.
+    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
+    without the hook stands between.
     """
     level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
     shell, _, project = rest.partition(":")
-    return (shell, project) if shell in SHELLS and level == env.get("SHLVL", "") else ("", "")
+    if shell in SHELLS and level == env.get("SHLVL", ""):
+        return shell, project
+    return "", ""
+
+
+def _shells_project(env: Mapping[str, str]) -> str:
+    """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
+    here = env.get("PWD", "")                   # its spelling: a link may lead out of a project
+    if not os.path.isabs(here) or not os.path.samefile(here, "."):
+        here = os.getcwd()
+    project = project_above(here)
+    return os.path.realpath(project) if project else ""
+
+
+def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
+    """Give a variable that a hook has set the value from before, where nobody has changed it."""
+    new = env.pop(f"_llmstack_new_{name}", None)
+    old = env.pop(f"_llmstack_old_{name}", None)
+    if new is None or env.get(name) != new:
+        return
+    env.pop(name)
+    was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
+    if old is not None and was_set:
+        env[name] = old
 
 
 def leave_stale_project(env: MutableMapping[str, str]) -> None:
     """Undo what a hook has set for another project than the one we are in, and take that one.
 
-    bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables are the first's.
+    bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables
+    are the first's.
     """
-    project = env.get("LLMSTACK_HOOK", "").partition(":")[2].partition(":")[2]
+    _, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    _, _, project = rest.partition(":")
     if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
         return
-    try:                                        # the shell's spelling: a link inside a project may lead out of it
-        here = env.get("PWD", "")
-        here = project_above(here if os.path.isabs(here) and os.path.samefile(here, ".") else os.getcwd())
+    try:
+        here = _shells_project(env)
     except OSError:
         return
-    here = here and os.path.realpath(here)
     if here == project:
         return
     for name in SHELL_VARIABLES:
-        new, old = env.pop(f"_llmstack_new_{name}", None), env.pop(f"_llmstack_old_{name}", None)
-        if new is not None and env.get(name) == new:
-            env.pop(name)
-            if old is not None and env.get(f"_llmstack_had_{name}", "x") == "x":
-                env[name] = old
+        _restore_variable(env, name)
     if here:
         env["LLMSTACK_WORK_DIR"] = here
 
 
 def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
-    """The variables of a project's shell. One with an opencode.json that is not there would make opencode go elsewhere."""
+    """The variables of a project's shell.
+
+    OPENCODE_CONFIG only where the file is: without it, opencode would go elsewhere.
+    """
+    values = {}
     config = places.in_state("opencode.json")
-    values = {"OPENCODE_CONFIG": config} if os.path.isfile(config) else {}
-    values.update(LLMSTACK_WORK_DIR=places.work, LLMSTACK_CHANNEL=marker.channel, LLMSTACK_ROOT=os.path.dirname(PROGRAM))
+    if os.path.isfile(config):
+        values["OPENCODE_CONFIG"] = config
+    values["LLMSTACK_WORK_DIR"] = places.work
+    values["LLMSTACK_CHANNEL"] = marker.channel
+    values["LLMSTACK_ROOT"] = os.path.dirname(PROGRAM)
     if marker.channel == "external":
         values["LLMSTACK_REMOTE_URL"] = marker.url
     return values
 
 
-def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
-    colour = bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS) and not env.get("NO_COLOR")
-    return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
+def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
+    can_paint = env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS
+    colour = bool(can_paint) and not env.get("NO_COLOR")
+    project = os.path.basename(places.work)
+    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
 
 
 def hook_text(shell: str, data: str) -> str:
@@ -13347,23 +13482,30 @@ def write_hook(shell: str, data: str) -> str:
 
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
-    """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    """What the hook of a shell that has come into a project is to evaluate, "" for nothing.
+
+    `tell` gets the reason.
+    """
     if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
         return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
-    pinned = os.path.exists(places.in_state("default-channel"))
-    marker = read_marker(places) if pinned else Marker("current")
+    marker: Optional[Marker] = Marker("current")
+    pin = places.in_state("default-channel")
+    if os.path.exists(pin):
+        marker = read_marker(places)
     if marker is None:
-        tell(f"llmstack: {visible(places.in_state('default-channel'))} names no channel; run `llmstack install`")
+        tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
-    try:                                        # so that files touched but not changed are older than it again
+    try:                                        # files touched but not changed are older than it again
         os.utime(trust_file(places.data))
     except OSError:
         pass
-    hook = ":".join([*env.get("LLMSTACK_HOOK", "").split(":", 2)[:2], places.work])
-    return render_hook_answer(shell, shell_values(places, marker), env, _prefix(shell, places, marker, env), hook)
+    shell_part = env.get("LLMSTACK_HOOK", "").split(":", 2)[:2]
+    hook = ":".join([*shell_part, places.work])
+    prefix = _shell_prefix(shell, places, marker, env)
+    return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
 
 
 def shell_program(env: Mapping[str, str]) -> str:
@@ -13375,10 +13517,23 @@ def shell_program(env: Mapping[str, str]) -> str:
     return env.get("SHELL") or "/bin/sh"
 
 
-def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, str], values: Mapping[str, str]) -> List[str]:
-    """The command line of the subshell; writes the start-up file that it needs, changes `env` for it."""
-    import base64
+def _write_zdotdir(directory: str, text: str) -> None:
+    """Write the .zshenv of the shell of `start`, with nothing beside it.
+
+    A link that came with the project would lead elsewhere, and a .zshenv.zwc would be run.
+    """
     import shutil
+    _remove(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    write_atomic(os.path.join(directory, ".zshenv"), os.fsencode(text))
+
+
+def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, str],
+                   values: Mapping[str, str]) -> List[str]:
+    """The command line of the subshell.
+
+    Writes the start-up file that it needs, and changes `env` for it.
+    """
     shell = shell_name(program)
     if not shell:
         return [program]
@@ -13387,7 +13542,7 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     except UserError as exc:
         sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
         return [program]
-    prefix = _prefix(shell, places, marker, env)
+    prefix = _shell_prefix(shell, places, marker, env)
     text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
@@ -13395,81 +13550,127 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
-        shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
-        write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
+        _write_zdotdir(env["ZDOTDIR"], text)
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
-    return [program, "-NoLogo", "-NoExit", "-EncodedCommand", base64.b64encode(text.encode("utf-16-le")).decode()]
+    import base64
+    encoded = base64.b64encode(text.encode("utf-16-le")).decode()
+    return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
 
 def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
-    """Become a shell in which opencode finds the project; does not return but on Windows. Errors: UserError.
+    """Become a shell in which opencode finds the project; does not return but on Windows.
 
-    The process is replaced rather than waited for: job control, signals and the exit code are the shell's own.
+    The process is replaced rather than waited for: job control, signals and the exit code are the
+    shell's own. Errors: UserError.
     """
     if not hook_trusted(places):
-        raise UserError(untrusted_line(places)[len("llmstack: "):], "the daemons are up; nothing else was done")
-    work = os.path.realpath(places.work)        # the hooks' spelling, and that of the daemons' owner
+        raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
+    work = os.path.realpath(places.work)        # the hooks' spelling, and that of the daemon's owner
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
     values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = {name: value for name, value in env.items() if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
+    inside = {name: value for name, value in env.items()
+              if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
     inside.update(values)
     program = shell_program(env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
+    import signal
     try:
-        import signal
         if IS_WINDOWS:
             import subprocess
-            signal.signal(signal.SIGINT, lambda *_: None)       # a console's Ctrl-C comes to us, too; it is the shell's alone
+            # A console's Ctrl-C comes to us, too; it is the shell's alone.
+            signal.signal(signal.SIGINT, lambda *_: None)
             return subprocess.call(command, env=inside)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):     # Python ignores these two, and a shell's children would, too
+        # Python ignores these two, and a shell's children would, too.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, inside)  # noqa: S606
     except OSError as exc:
-        raise UserError(f"cannot start the shell {program}: {exc.strerror}", "name another in LLMSTACK_SHELL") from None
+        raise UserError(f"cannot start the shell {program}: {exc.strerror}",
+                        "name another in LLMSTACK_SHELL") from None
+
+
+def _shown_marker(places: Places) -> Marker:
+    """The channel that a running shell is to show: what runs, else what the project pins."""
+    pinned = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    # An address in active-channel is nothing that was trusted.
+    if active is None or "external" in (active.channel, pinned.channel):
+        return pinned
+    return active
 
 
 def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
-    """What a running shell is to evaluate so that it has the project as it is now; "" where it is not trusted.
+    """What a running shell is to evaluate so that it has the project as it is now.
 
-    A shell with the hook is told to look again; the shell of `start`, or one without either, gets the variables.
+    "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
+    or one without either, gets the variables.
     """
     if hook_of(env)[0] and not env.get("LLMSTACK_ACTIVE"):
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    marker = read_marker(places) or Marker("current")
-    active = read_marker(places, "active-channel")
-    if active and "external" not in (active.channel, marker.channel):
-        marker = active                         # an address in it is nothing that was trusted
+    marker = _shown_marker(places)
     values = shell_values(places, marker)
-    lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
+    lines = [render_assignment(shell, name, values[name])
+             for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
-        lines += [render_assignment(shell, name, None) for name in SHELL_VARIABLES if name not in values and name in env]
-        lines.append(render_assignment(shell, "_llmstack_prefix", _prefix(shell, places, marker, env), False))
+        lines += [render_assignment(shell, name, None)
+                  for name in SHELL_VARIABLES if name not in values and name in env]
+        prefix = _shell_prefix(shell, places, marker, env)
+        lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
     return "\n".join(lines) + "\n"
 
 
-# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is told; * is any name.
-# All else is shown: a key nobody has thought of (an npm package, a plugin, a hook) is what a clone would use.
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
+# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
+# hook) is what a clone would use.
 _HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema", "autoupdate", "disabled_providers", "provider * name",
-    *(f"provider * options {key}" for key in ("headerTimeout", "chunkTimeout")),
-    *(f"provider * models * {key}" for key in ("name", "limit", "cost", "reasoning", "tool_call", "temperature")),
-    *(f"agent * {key}" for key in ("description", "mode", "temperature")), "command * description", "command * agent"))
+    "$schema",
+    "autoupdate",
+    "disabled_providers",
+    "provider * name",
+    "provider * options headerTimeout",
+    "provider * options chunkTimeout",
+    "provider * models * name",
+    "provider * models * limit",
+    "provider * models * cost",
+    "provider * models * reasoning",
+    "provider * models * tool_call",
+    "provider * models * temperature",
+    "agent * description",
+    "agent * mode",
+    "agent * temperature",
+    "command * description",
+    "command * agent",
+))
 
 
-def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of an opencode.json that may do harm; what is denied or disabled cannot."""
-    if isinstance(value, (dict, list)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, (*path, str(key)))
-    elif value not in ("deny", "disabled") and not any(
-            len(path) >= len(known) and all(w in ("*", key) for w, key in zip(known, path)) for known in _HARMLESS):
-        yield ".".join(("opencode.json", *path)), value if isinstance(value, str) else json.dumps(value)
+def _is_harmless(path: Sequence[str], value: Any) -> bool:
+    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
+    if value in ("deny", "disabled"):
+        return True
+    for known in _HARMLESS:
+        inside = len(path) >= len(known)
+        if inside and all(word in ("*", key) for word, key in zip(known, path)):
+            return True
+    return False
+
+
+def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm."""
+    inner: Iterable[Tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    elif not _is_harmless(path, value):
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield ".".join(("opencode.json", *path)), text
+    for key, below in inner:
+        yield from _harmful_values(below, (*path, str(key)))
 
 
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
@@ -13495,7 +13696,7 @@ def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
         return [(name, text.strip())]
     if name == "opencode.json":
         try:
-            return list(_leaves(json.loads(text), ()))
+            return list(_harmful_values(json.loads(text), ()))
         except (ValueError, RecursionError):
             return [(name, "is not plain JSON; read it yourself")]
     return [(name, f"{len(text.splitlines())} lines")]
