@@ -13819,115 +13819,209 @@ def _is_begun(folder: str, sums: Sequence[str]) -> bool:
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
-    drift: Dict[str, List[str]] = {}
     record = read_stack(places)
-    alive = owned_process(record, places.work)
     text = read_text(places.in_state("llama-swap.yaml"))
     channel = "next" if "(channel next)" in text else "current"
     rows: Dict[str, str] = {}
     meta: Dict[str, Dict[str, Any]] = {}
-    if record is not None and alive:
+    serves = True                               # llama-swap does, or will
+    if record is not None and owned_process(record, places.work):
         channel = record.channel
         rows, meta = _engine_view(record)
-    told = text and (record is None or not alive or record.kind == "llama-swap")
-    blocks = swap_yaml_commands(text) if told else {}
+        serves = record.kind == "llama-swap"
+    blocks = swap_yaml_commands(text) if serves else {}
+    drift: Dict[str, List[str]] = {}
     for tier in local_tiers(config):
-        weights, said = weights_for(tier, channel == "next"), []
-        mine = weights.path or weights.file
-        other = weights_drift(weights, blocks[tier.name]) if tier.name in blocks else ""
-        if other:
-            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-        other = weights_drift(weights, rows[tier.name]) if tier.name in rows else ""
-        if other:
-            said.append(f"{visible(other)} is running, models.ini has {mine}")
-        if meta and tier.name not in meta:
-            said.append("the running engine does not know this tier")
-        for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
-            if meta.get(tier.name, {}).get(key, value) != value:
-                said.append(f"the running engine has {key} {visible(str(meta[tier.name][key]))}, models.ini {value}")
+        weights = weights_for(tier, channel == "next")
+        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
+        if meta:
+            said += _drift_of_values(tier, weights, meta.get(tier.name))
         if said:
             drift[tier.name] = said
     return drift
 
 
+def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
+    """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
+    said = []
+    mine = weights.path or weights.file
+    other = weights_drift(weights, block) if block is not None else ""
+    if other:
+        said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
+    other = weights_drift(weights, command) if command is not None else ""
+    if other:
+        said.append(f"{visible(other)} is running, models.ini has {mine}")
+    return said
+
+
+def _drift_of_values(tier: Tier, weights: Weights, meta: Optional[Mapping[str, Any]]) -> List[str]:
+    """Where the running engine has other values for a tier; `meta` None: it does not know it."""
+    if meta is None:
+        return ["the running engine does not know this tier"]
+    said = []
+    for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
+        running = meta.get(key, value)
+        if running != value:
+            running = visible(str(running))
+            said.append(f"the running engine has {key} {running}, models.ini {value}")
+    return said
+
+
 def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
-    """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
+    """What an engine says: (model -> its command line, model -> what it has from models.ini)."""
     upstream = engine_upstream(engine)
     try:
-        rows = {str(r["model"]): str(r["cmd"]) for r in asked_json(upstream, "/running")["running"]}
-        data = asked_json(upstream, "/v1/models")["data"]
-        metas = {str(m["id"]): m.get("meta") or {} for m in data}
-        return rows, {name: meta.get("llmstack") or meta.get("llamaswap") or {} for name, meta in metas.items()}
+        running = asked_json(upstream, "/running")["running"]
+        rows = {str(row["model"]): str(row["cmd"]) for row in running}
+        meta = {}
+        for model in asked_json(upstream, "/v1/models")["data"]:
+            told = model.get("meta") or {}
+            meta[str(model["id"])] = told.get("llmstack") or told.get("llamaswap") or {}
+        return rows, meta
     except (KeyError, TypeError, AttributeError):
         return {}, {}
 
 
-def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool) -> Dict[str, Any]:
-    """The value `check --json` prints: per tier what is configured, on the hub, here, queued; `needs`: what the user must do."""
-    cache, needs, notes = hub_cache_dir(env), [], []
-    hub: Dict[str, Dict[str, Dict[str, Any]]] = {}
+_HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
+
+
+def _ask_hub(config: Config, env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
+    """What the hub says of the tiers' files, and a note where it does not answer."""
     wanted: Dict[str, List[str]] = {}
     for tier in local_tiers(config):
         for weights in {weights_for(tier, False), weights_for(tier, True)}:
             if weights.repo:
                 wanted.setdefault(weights.repo, []).append(weights.file)
-    for repo, files in wanted.items() if not offline else ():
+    found: _HubFiles = {}
+    for repo, files in wanted.items():
         try:
-            hub[repo] = ask_repo(repo, files, env)
+            rows = ask_repo(repo, files, env)
         except UserError as exc:
-            notes.append(f"{exc}; what is on the hub is not known")
-            break
+            return found, [f"{exc}; what is on the hub is not known"]
+        found.update({(repo, file): row for file, row in rows.items()})
+    return found, []
+
+
+def _weights_need(found: Mapping[str, Any], tier: Tier, label: str) -> str:
+    """What is to be done about a tier's file of a channel, "" for nothing."""
+    if found["problem"]:
+        return str(found["problem"])
+    fetch = f"`llmstack download {tier.name}` fetches it"
+    if found["local"] == "partial":
+        return f"not whole yet; {fetch}"
+    if found["local"] == "missing" and label == "current":
+        return f"not here yet; {fetch}"
+    return ""
+
+
+def _check_server(config: Config, env: Mapping[str, str],
+                  data: str) -> Tuple[Optional[str], List[str]]:
+    """(llama-server's name, what is to be done about it)."""
+    try:
+        program = find_llama_server(config, env, data)
+    except UserError as exc:                    # a program that is named and not there
+        return None, [str(exc)]
+    if program:
+        return program_name(program), []
+    if local_tiers(config):
+        return None, ["there is no llama-server on this machine"]
+    return None, []
+
+
+def check_stack(places: Places, config: Config, env: Mapping[str, str],
+                offline: bool) -> Dict[str, Any]:
+    """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
+
+    `needs` says what the user must do.
+    """
+    hub: _HubFiles = {}
+    notes: List[str] = []
+    if not offline:
+        hub, notes = _ask_hub(config, env)
     drift = find_drift(places, config)
     unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env, False)}
-    busy = {(r["tier"], r["label"]) for r in download_rows(places) if r["state"] in ("queued", "running")}
+    busy = {(row["tier"], row["label"]) for row in download_rows(places)
+            if row["state"] in ("queued", "running")}
+    needs: List[str] = []
     tiers = []
     for tier in config.tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend, "drift": drift.get(tier.name, [])}
+        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
+                               "drift": drift.get(tier.name, [])}
+        tiers.append(row)
         if tier.backend != "gguf":
-            row.update(model=tier.model, model_next=tier.model_next or None, problem=unset.get(tier.name, ""))
-            needs += [f"{tier.name}: {row['problem']}"] if row["problem"] else []
+            problem = unset.get(tier.name, "")
+            row.update(model=tier.model, model_next=tier.model_next or None, problem=problem)
+            if problem:
+                needs.append(f"{tier.name}: {problem}")
+            continue
         for label in ("current", "next"):
             weights = weights_for(tier, label == "next")
-            if tier.backend == "gguf" and weights.channel == label:
-                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), env)
-                if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-                    found["local"] = "downloading"
-                what = found["problem"]
-                if not what and (found["local"] == "partial" or (found["local"] == "missing" and label == "current")):
-                    state = "whole" if found["local"] == "partial" else "here"
-                    what = f"not {state} yet; `llmstack download {tier.name}` fetches it"
-                if what:
-                    needs.append(f"{tier.name} ({label}): {what}")
+            if weights.channel != label:
+                continue
+            found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
+            if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
+                found["local"] = "downloading"
+            row[label] = found
+            need = _weights_need(found, tier, label)
+            if need:
+                needs.append(f"{tier.name} ({label}): {need}")
         needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
-        tiers.append(row)
-    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_litellm_file(places, env))]
-    try:
-        program = find_llama_server(config, env, places.data)
-        server = program_name(program) if program else None
-    except UserError as exc:
-        server = None
-        needs.append(str(exc))
-    if server is None and local_tiers(config) and not any("llama" in n and "names" in n for n in needs):
-        needs.append("there is no llama-server on this machine")
-    return {"ok": not needs, "models_ini": places.models_ini, "hub": None if offline else hub_endpoint(env), "cache": cache,
-            "llama_server": server, "llama_swap": find_llama_swap(env, places.data) or None, "tiers": tiers, "needs": needs,
-            "notes": notes}
+    differences = litellm_differences(config, read_litellm_file(places, env))
+    needs += [f"DRIFT! {what}" for what in differences]
+    server, lacking = _check_server(config, env, places.data)
+    needs += lacking
+    return {
+        "ok": not needs,
+        "models_ini": places.models_ini,
+        "hub": None if offline else hub_endpoint(env),
+        "cache": hub_cache_dir(env),
+        "llama_server": server,
+        "llama_swap": find_llama_swap(env, places.data) or None,
+        "tiers": tiers,
+        "needs": needs,
+        "notes": notes,
+    }
 
 
-def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, str]) -> Dict[str, Any]:
+def _check_path(weights: Weights) -> Dict[str, Any]:
+    """A file of this disk as `check` shows it."""
+    size = file_size(weights.path)
+    damage = file_damage(weights.path) if size else ""
+    local, problem = "intact", ""
+    if not size:
+        local, problem = "missing", f"there is no {weights.path}"
+    elif damage:
+        local, problem = "damaged", f"{weights.path} {damage}"
+    return {
+        "path": weights.path,
+        "exists": bool(size),
+        "size_bytes": size,
+        "local": local,
+        "problem": problem,
+        "quant": weights.quant,
+    }
+
+
+def _check_weights(weights: Weights, hub: Mapping[str, Any],
+                   env: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
     if weights.path:
-        size = file_size(weights.path)
-        local, problem = "intact", ""
-        if not size:
-            local, problem = "missing", f"there is no {weights.path}"
-        elif file_damage(weights.path):
-            local, problem = "damaged", f"{weights.path} {file_damage(weights.path)}"
-        return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": local,
-                "problem": problem, "quant": weights.quant}
+        return _check_path(weights)
     state, why = local_state(weights, env, hub)
-    return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
-            "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
-            "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
+    problem = hub.get("problem", "")
+    if why and not problem:
+        problem = f"the local copy is {state}: {why}"
+    return {
+        "repo": weights.repo,
+        "url": f"{hub_endpoint(env)}/{weights.repo}",
+        "file": weights.file,
+        "quant": weights.quant,
+        "exists": hub.get("exists"),
+        "size_bytes": hub.get("size_bytes"),
+        "changed": hub.get("changed"),
+        "local": state,
+        "problem": problem,
+    }
 
 
 # setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
@@ -13955,8 +14049,11 @@ def _setup_hardware(setup: Setup) -> str:
     machine = this_machine(config)
     fits = measure_tiers(config, machine, setup.env, False, not setup.args.skip_download)
     large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
-    said = f"these tiers are too large: {large}; choose smaller models, or another --profile" if large else "every tier fits"
-    return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
+    said = "every tier fits"
+    if large:
+        said = f"these tiers are too large: {large}; choose smaller models, or another --profile"
+    return (f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models"
+            f" ({machine.source}); {said}")
 
 
 def _is_profile(written: bytes, profile: str) -> bool:
@@ -13974,6 +14071,17 @@ def _setup_ini(setup: Setup) -> str:
     return f"{path} is there" if there else "written; edit it to have other models"
 
 
+def _bring_llama_server(setup: Setup) -> None:
+    """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
+    advice = server_ways()
+    setup.say(f"There is none. {advice}, or let llmstack bring {LLAMA_CPP.what},"
+              f" into {setup.places.data}.")
+    if not setup.ask("      Bring it now? [y/N] "):
+        raise UserError("there is no llama-server on this machine",
+                        f"{advice}; or run `llmstack setup --yes`")
+    install_environment(LLAMA_CPP, setup.places.data, setup.say)
+
+
 def _setup_llama_server(setup: Setup) -> str:
     check_run_trust(setup.places)
     config = load_config(setup.places)
@@ -13981,14 +14089,13 @@ def _setup_llama_server(setup: Setup) -> str:
     if not program:
         if not local_tiers(config):
             raise _Skipped("every tier is hosted")
-        ways = server_ways()
-        setup.say(f"There is none. {ways}, or let llmstack bring {LLAMA_CPP.what}, into {setup.places.data}.")
-        if not setup.ask("      Bring it now? [y/N] "):
-            raise UserError("there is no llama-server on this machine", f"{ways}; or run `llmstack setup --yes`")
-        install_environment(LLAMA_CPP, setup.places.data, setup.say)
+        _bring_llama_server(setup)
         program = find_llama_server(config, setup.env, setup.places.data)
     refused = probe_flags(program, config, setup.places.data)
-    return program_name(program) + (f" (without {', '.join(sorted(refused))}, which it no longer takes)" if refused else "")
+    if not refused:
+        return program_name(program)
+    flags = ", ".join(sorted(refused))
+    return f"{program_name(program)} (without {flags}, which it no longer takes)"
 
 
 def server_ways() -> str:
@@ -14089,8 +14196,10 @@ def _setup_project(setup: Setup) -> str:
     prepare_project(places, setup.say)
     config = load_config(places)
     prepare_hosted(places, config, setup.env, setup.say, setup.ask)
-    text = project_opencode_json(places, config, base_url(*router_address(places, config)), setup.env)
-    changed = wire_project(places, read_marker(places) or Marker("current"), text, setup.say, is_trusted(places, "run"))
+    url = base_url(*router_address(places, config))
+    text = project_opencode_json(places, config, url, setup.env)
+    marker = read_marker(places) or Marker("current")
+    changed = wire_project(places, marker, text, setup.say, is_trusted(places, "run"))
     return f"{places.state} is wired up" + ("" if changed else " already")
 
 
@@ -14154,45 +14263,83 @@ def _is_healthy(upstream: Upstream) -> bool:
         return False
 
 
+# Where a shell's hook is turned on.
+_STARTUP_FILES = {
+    "bash": "~/.bashrc",
+    "fish": "~/.config/fish/config.fish",
+    "powershell": "$PROFILE",
+    "zsh": "~/.zshrc",
+}
+
+
 def _setup_shell(setup: Setup) -> str:
-    shell = "powershell" if IS_WINDOWS else os.path.basename(setup.env.get("SHELL", "")) or "bash"
-    line = activate_line(shell, () if find_program("llmstack" + EXE) else (sys.executable, PROGRAM))
-    where = {"zsh": "~/.zshrc", "bash": "~/.bashrc", "fish": "~/.config/fish/config.fish", "powershell": "$PROFILE"}
-    return f"to have projects wired up as you enter them, put this into {where.get(shell, 'your shell startup file')}: {line}"
+    shell = os.path.basename(setup.env.get("SHELL", "")) or "bash"
+    if IS_WINDOWS:
+        shell = "powershell"
+    program: Tuple[str, ...] = ()
+    if not find_program("llmstack" + EXE):
+        program = (sys.executable, PROGRAM)
+    where = _STARTUP_FILES.get(shell, "your shell startup file")
+    return ("to have projects wired up as you enter them, put this into"
+            f" {where}: {activate_line(shell, program)}")
 
 
-def _setup_opencode(setup: Setup) -> str:
+def _setup_opencode(_: Setup) -> str:
     places = (*USUAL_PLACES, os.path.join(os.path.expanduser("~"), ".opencode", "bin"))
-    found = find_program("opencode" + EXE, places) or (find_program("opencode.cmd") if IS_WINDOWS else "")
+    found = find_program("opencode" + EXE, places)
+    if not found and IS_WINDOWS:
+        found = find_program("opencode.cmd")
     if found:
         return found
-    raise _Skipped("not on PATH; to have it: npm install -g opencode-ai" + (", or brew install opencode" if IS_MAC else ""))
+    advice = "npm install -g opencode-ai"
+    if IS_MAC:
+        advice += ", or brew install opencode"
+    raise _Skipped(f"not on PATH; to have it: {advice}")
+
+
+def _megabytes(gb: float) -> int:
+    """GB of 10^9 bytes as MB of 2^20, which sysctl counts in."""
+    return int(gb * 1e9 / 1_048_576)
 
 
 def _setup_wired(setup: Setup) -> str:
     config = load_config(setup.places)
     machine = this_machine(config)
-    need_gb = max((need for _, need in fit_sets(config, measure_tiers(config, machine, setup.env, False))), default=0.0)
-    advice = wired_limit_mb(*(int(gb * 1e9 / 1_048_576) for gb in (total_memory_gb(), need_gb, machine.budget_gb)))
+    fits = measure_tiers(config, machine, setup.env, False)
+    need_gb = max((need for _, need in fit_sets(config, fits)), default=0.0)
+    advice = wired_limit_mb(_megabytes(total_memory_gb()), _megabytes(need_gb),
+                            _megabytes(machine.budget_gb))
     if advice:
-        return f"for all that may be loaded together, until the next boot: sudo sysctl iogpu.wired_limit_mb={advice}"
-    fits = need_gb <= machine.budget_gb
-    return "the GPU gets enough" if fits else f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
+        return ("for all that may be loaded together, until the next boot:"
+                f" sudo sysctl iogpu.wired_limit_mb={advice}")
+    if need_gb <= machine.budget_gb:
+        return "the GPU gets enough"
+    return f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
 
 
-# Step -> what it is about to do, and its function.
-SETUP_STEPS: Tuple[Tuple[str, str, Callable[[Setup], str]], ...] = (
-    ("models.ini", "which tiers there are; the profile for this machine's memory where there is none", _setup_ini),
-    ("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
-    ("llama-server", "find one and ask it for its flags", _setup_llama_server),
-    ("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
-    ("downloads", "fetch the models that are not here, in the background", _setup_download),
-    ("wait for them", "until the current models are here", _setup_wait),
-    ("this project", "write what opencode needs", _setup_project),
-    ("first answer", "load the smallest model and ask it something", _setup_answer),
-    ("shell hook", "how projects wire themselves up", _setup_shell),
-    ("opencode", "find it", _setup_opencode),
-    *((("GPU memory", "whether this Mac's limit is high enough", _setup_wired),) if IS_MAC else ()))
+class SetupStep(NamedTuple):
+    name: str
+    purpose: str                                # what it is about to do
+    run: Callable[[Setup], str]
+
+
+SETUP_STEPS: Tuple[SetupStep, ...] = (
+    SetupStep("models.ini", "which tiers there are; the profile for this machine's memory where"
+                            " there is none", _setup_ini),
+    SetupStep("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
+    SetupStep("llama-server", "find one and ask it for its flags", _setup_llama_server),
+    SetupStep("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
+    SetupStep("downloads", "fetch the models that are not here, in the background",
+              _setup_download),
+    SetupStep("wait for them", "until the current models are here", _setup_wait),
+    SetupStep("this project", "write what opencode needs", _setup_project),
+    SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
+    SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
+    SetupStep("opencode", "find it", _setup_opencode),
+)
+if IS_MAC:
+    SETUP_STEPS += (
+        SetupStep("GPU memory", "whether this Mac's limit is high enough", _setup_wired),)
 
 
 # ===================================================================================================
