@@ -4,17 +4,38 @@
     client (opencode, curl, Cursor, ...)
         |  OpenAI-compatible HTTP, model "auto" or a tier's name
         v
-    router  127.0.0.1:10101   reads the body once, decides the tier, changes the model's bytes, relays
-        |
+    router  127.0.0.1:10101   reads the body once, decides the tier, changes the model's bytes,
+        |                     relays the answer as it comes
         v
-    engine  127.0.0.1:10102   llama-swap where its binary is found, else the embedded one in this file
-        |                     starts and stops llama-server so that what is loaded fits in memory
-        |                     (a tier with a base_url is none of its models: the router asks that host itself)
+    engine  127.0.0.1:10102   the embedded one, or our listener before llama-swap where that is
+        |                     found: loads and unloads so that what is loaded fits in memory
         v
     llama-server  10001...    one process a loaded tier, on 127.0.0.1
 
-A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp (who may
-ask, which route) -> read_facts -> decide -> relay (pooled upstream connection, bytes as they come).
+Router and engine are one process, the daemon (`_daemon`), which owns all that it starts. A tier
+with a base_url is no model of the engine's: the router asks that host itself. LiteLLM's proxy, for
+the other hosted tiers, is a child of the engine.
+
+A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp
+(who may ask, which route) -> read_facts -> decide -> ask_lease (waits until a backend is ready, and
+tells a waiting stream so) -> relay (pooled upstream connection, bytes as they come) -> Ladder (the
+next tier, where this one has failed before its first byte) -> Recorder.
+
+`start` crosses it in this order: offer_trust -> planned_config -> Plan (host, port, channel, kind
+of engine) -> check_plan -> start_stack (spawns the daemon, waits until it answers) ->
+rewire_project -> open_shell. `restart` stops the old daemon once all else is checked.
+
+Words, each with one meaning:
+    tier        a [section] of models.ini: a name that clients ask for, with its model and context
+    role        what a tier is for (fast, agent, ultra, plan, embed ...); the ladder goes by roles
+    ladder      the auto-routed tiers, best first; a rung is the rule that chose one of them
+    channel     current or next: which of a tier's two models runs
+    backend     what serves a tier: gguf (the engine), litellm (its proxy), openai (a direct host)
+    upstream    an address that requests are relayed to; a lease is a request's place there
+    snapshot    a configuration with its routes, which a reload replaces as a whole
+    park        to save what a model's slots hold before it stops; restored after its next load
+    marker      default-channel: the channel that a project is pinned to, or another's router
+    trust       a project's files take effect once their digests stand in trust.json
 
 Map of the file, bottom-up; each section is built from those above it:
     CONSTANTS            numbers with their units and sources
@@ -28,10 +49,10 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LITELLM        Config -> entries of litellm_config.yaml; which credentials a tier lacks
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
-    PURE: ANSWERS        what errors and counts of an answer say
+    PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
+    PURE: DOWNLOADS      what to fetch for which tier, release assets, drift of generated files
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -43,31 +64,37 @@ Map of the file, bottom-up; each section is built from those above it:
     OLLAMA               its API, turned into OpenAI's and back
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
-    FIT                  the hub and its cache; a model's header from either; what each tier takes here
+    FIT                  the hub and its cache; a model's header from either; what each tier takes
     LITELLM              which one, its environment, its configuration read by its own parser
-    PARKING              what a model's slots hold, saved before it stops and restored after its load
-    ENGINE               llama-server processes within the memory there is, and their application on 10102
+    PARKING              what a model's slots hold, saved before it stops, restored after its load
+    ENGINE               llama-server processes within the memory there is, and their API on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
-    STACK                bringing the daemons up and down
+    STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
     DEMO                 a small model for a first look: from the hub, else out of a wheel
-    SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
-    SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
+    SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
+    SETUP                what stands and what does not; from a bare machine to a first answer
     STATUS               what runs, as people read it, and as it changes
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
-Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (yours), opencode.json, AGENTS.md,
-llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
-llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
-Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-proven.json, litellm.json, speeds.json, parked/ (conversations), lock, llama-cpp/, hub/ and litellm/ (private
-environments), demo/. In the home directory:
-.SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
-ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
-NODE_EXTRA_CA_CERTS, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
-Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
+Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
+for opencode and for shells: opencode.json, AGENTS.md, default-channel, llmstack.bashrc, zdotdir/.
+Of what runs: router.pid (the daemon's), active-channel, llama-swap.yaml, download.pid,
+downloads.json, downloads.lock. In logs/: router.log, engine.log, llama-swap.log, TIER.log,
+litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decisions.jsonl.
+Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
+and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
+(whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
+proven.json, litellm.json. The extras keep connect.json there. In the home directory:
+.SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
+RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
+LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
+LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
+Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
+process that the stack starts: LLMSTACK_STACK, the mark by which it is known as ours.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -112,8 +139,8 @@ from typing import (
 if TYPE_CHECKING:
     from typing import TextIO
 
-# Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
+# Everything heavier than the above is imported where it is used: `status` in a prompt or a script
+# should not pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -619,9 +646,8 @@ class _Tally:
         """Count what fills the context and is no message: schemas, arguments, reasoning."""
         if value is None:
             return
-        if isinstance(value, str):
-            text = value
-        else:
+        text = value
+        if not isinstance(text, str):
             text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         self.extra += len(text) + _count_wide(text) * (CHARS_PER_TOKEN - 1)
         self.texts.append(text)
@@ -710,9 +736,9 @@ def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
     words = user_text[:4096].split(None, 1)
     if not words:
         return ""
-    first = words[0].lower()
+    word = words[0].lower()
     for trigger in triggers:
-        if not trigger.startswith("[") and first.startswith(trigger):
+        if not trigger.startswith("[") and word.startswith(trigger):
             return trigger
     return ""
 
@@ -3189,9 +3215,8 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     """
     if file is None:
         return ()
-    name = tier.name
-    if use_next and tier.model_next:
-        name += "_next"
+    upgraded = use_next and tier.model_next
+    name = f"{tier.name}_next" if upgraded else tier.name
     entry = file.entries.get(name, LitellmEntry(""))
     wanted = entry.references
     if not wanted and not entry.has_key:
@@ -3297,9 +3322,9 @@ def cramped_models(config: Config) -> List[str]:
             limits[tier.name] = client_limits(tier)
     if config.ladder:
         limits["auto"] = _auto_limits(config.ladder)
-    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own prompt"
-            f" and tools take about {OPENCODE_TOKENS:,}, so it would compact without end: a larger"
-            " ctx_size is needed"
+    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own"
+            f" prompt and tools take about {OPENCODE_TOKENS:,}, so it would compact without end:"
+            " a larger ctx_size is needed"
             for name, (context, output) in limits.items()
             if context - output < OPENCODE_TOKENS * 5 // 4]
 
@@ -3951,7 +3976,7 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
 # ===================================================================================================
 # PURE: ANSWERS
 # ===================================================================================================
-# What the errors and the last bytes of an answer say: whose fault it was, what a prompt really took.
+# What the errors and the last bytes of an answer say: whose fault it was, what a prompt took.
 
 
 class Counts(NamedTuple):
@@ -3993,7 +4018,7 @@ def tokens_said(said: bytes) -> Counts:
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
-# llama.cpp server-context.cpp; OpenAI's, Anthropic's, vLLM's, SGLang's and LiteLLM's errors as seen.
+# llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
     r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
@@ -4236,7 +4261,8 @@ _TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
     """What stands before a prompt, in the shell's own prompt language; no shell expands any of it.
 
-    `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
+    `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a
+    marker's.
     """
     if channel != "external":
         return f"[llmstack:{channel}] "
@@ -4345,7 +4371,7 @@ class Job(NamedTuple):
 
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
-    """A job of the queue file; None where it is none, or where a name leads out of its directory."""
+    """A job of the queue file; None where it is none, or a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
         return None
@@ -9596,7 +9622,10 @@ def hub_endpoint(env: Mapping[str, str]) -> str:
 
 
 def hub_token(env: Mapping[str, str]) -> str:
-    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
+    """What HF_TOKEN holds, "" for nothing.
+
+    Errors: UserError, since the error of a library would quote it.
+    """
     token = env.get("HF_TOKEN", "").strip()
     if not re.match(r"[!-~]*\Z", token):
         raise UserError("HF_TOKEN holds a character that no token has",
@@ -9729,7 +9758,10 @@ def file_damage(path: str) -> str:
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
-    """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
+    """The header of a GGUF on the hub, by growing ranges.
+
+    Errors: GgufError, OSError, Unreachable.
+    """
     token = hub_token(env)
 
     def one(name: str) -> GgufHeader:
@@ -9808,7 +9840,8 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
     return [f._replace(cache_mib=cache_mib(caches[f.name], f)) for f in fits]
 
 
-def trained_contexts(config: Config, env: Mapping[str, str], data: str, use_next: bool) -> Dict[str, int]:
+def trained_contexts(config: Config, env: Mapping[str, str], data: str,
+                     use_next: bool) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
 
     Each file's header is read once: contexts.json of the data directory holds what it says.
@@ -11636,7 +11669,9 @@ def read_stack(places: Places) -> Optional[Record]:
     if record is not None:
         return record
     copy = _read_json(owner_file(places.data))
-    record = parse_record(str(copy.get("record", ""))) if copy.get("work") == places.work else None
+    if copy.get("work") != places.work:
+        return None
+    record = parse_record(str(copy.get("record", "")))
     if record is None or not record_is_ours(record, places.work):
         return None
     return record
@@ -11684,7 +11719,9 @@ def connectable(host: str) -> str:
 
 def base_url(host: str, port: int) -> str:
     name = connectable(host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    if ":" in name:
+        name = f"[{name}]"
+    return f"http://{name}:{port}"
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -11701,7 +11738,9 @@ def api_key(env: Mapping[str, str]) -> str:
 
 def key_header(env: Mapping[str, str]) -> bytes:
     key = api_key(env)
-    return b"X-Api-Key: " + key.encode() + b"\r\n" if key else b""
+    if not key:
+        return b""
+    return b"X-Api-Key: " + key.encode() + b"\r\n"
 
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
@@ -11777,11 +11816,15 @@ def other_owner(places: Places) -> str:
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    return work if stack_is_alive(_project_at(places, work)) else ""
+    if not stack_is_alive(places_at(places.data, work)):
+        return ""
+    return work
 
 
-def _project_at(places: Places, work: str) -> Places:
-    return places._replace(work=work, state=os.path.join(work, ".llmstack"))
+def places_at(data: str, work: str) -> Places:
+    """The places of another project than the one we are in."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data)
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -11791,7 +11834,9 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
-    name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
+    name = choose_profile(machine.budget_gb)
+    if profile:
+        name = find_profile(profile)
     lacking = ""
     try:
         text = read_resource(profile_file(name))
@@ -11809,15 +11854,25 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     return text, why
 
 
-def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
-    """load_config, or, in a directory without a models.ini, what `install` and `start` would give it. Errors: as theirs."""
+def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
+                   profile: str = "") -> Config:
+    """load_config, or, without a models.ini, what `install` and `start` would give the directory.
+
+    Errors: as theirs.
+    """
     if os.path.exists(places.models_ini) or os.environ.get("LLMSTACK_MODELS_INI"):
         return load_config(places, warn)
-    return parse_models_ini(with_ultra(seed_text(profile)[0], os.environ, places.data).decode("utf-8"))[0]
+    seed, _ = seed_text(profile)
+    text = with_ultra(seed, os.environ, places.data).decode("utf-8")
+    config, _ = parse_models_ini(text)
+    return config
 
 
 def check_state(places: Places) -> None:
-    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say.
+
+    Errors: UserError.
+    """
     close_places(places)
     target = os.path.realpath(places.state)
     if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
@@ -11826,7 +11881,10 @@ def check_state(places: Places) -> None:
 
 
 def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile: str = "") -> None:
-    """Give a directory its .llmstack/models.ini where it has none; never overwrites one. Errors: UserError."""
+    """Give a directory its .llmstack/models.ini where it has none; never overwrites one.
+
+    Errors: UserError.
+    """
     check_state(places)
     if os.path.exists(places.models_ini):
         if profile:
@@ -11870,7 +11928,9 @@ def _work_of_listener(port: int) -> str:
 
 def _and_list(words: Sequence[str]) -> str:
     """a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if len(words) < 2:
+        return "".join(words)
+    return ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def _refuse_second_stack(places: Places) -> None:
@@ -11878,7 +11938,7 @@ def _refuse_second_stack(places: Places) -> None:
     owner = other_owner(places)
     if not owner:
         return
-    record = read_stack(_project_at(places, owner))
+    record = read_stack(places_at(places.data, owner))
     assert record is not None                   # it is alive
     ports = [str(record.port), str(record.engine_port)]
     url = base_url(record.host, record.port)
@@ -11979,6 +12039,24 @@ def _daemon_env(plan: Plan) -> Dict[str, str]:
             "LLMSTACK_MODELS_INI": places.models_ini}
 
 
+def _await_daemon(plan: Plan, process: Any, record: Record, log: str, before: int) -> None:
+    """Return once a daemon answers.
+
+    `before`: bytes of its log before its start. Errors: UserError with what it has written there.
+    """
+    end = time.monotonic() + START_TIMEOUT_S
+    while not answers(record, key_header(plan.env)):
+        code = process.poll()
+        if code is None and time.monotonic() < end:
+            time.sleep(0.02)
+            continue
+        what = f"exited with {code}"
+        if code is None:
+            what = f"did not answer within {START_TIMEOUT_S} s"
+        tail = ":\n" + tail_of(log) if file_size(log) > before else ""
+        raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
+
+
 def _start_daemon(plan: Plan, say: Say) -> None:
     """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
     places, config = plan.places, plan.config
@@ -11992,18 +12070,9 @@ def _start_daemon(plan: Plan, say: Say) -> None:
     before = file_size(log)
     process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
     copy = {"work": places.work, "record": read_text(pid_file(places))}
-    end = time.monotonic() + START_TIMEOUT_S
     try:
         write_atomic(owner_file(places.data), json.dumps(copy))
-        while not answers(record, key_header(plan.env)):
-            code = process.poll()
-            if code is not None or time.monotonic() > end:
-                what = f"exited with {code}"
-                if code is None:
-                    what = f"did not answer within {START_TIMEOUT_S} s"
-                tail = ":\n" + tail_of(log) if file_size(log) > before else ""
-                raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
-            time.sleep(0.02)
+        _await_daemon(plan, process, record, log, before)
     except BaseException:                       # Ctrl-C, too: nothing stays up without a word
         stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
         stop_stack_members(record.stack)
@@ -12027,11 +12096,17 @@ def _say_started(plan: Plan, say: Say) -> None:
 
 
 def program_name(program: Sequence[str]) -> str:
-    return program[0] if len(program) == 1 else f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
+    """How a llama-server is shown: where it lies, or what has brought it."""
+    if len(program) == 1:
+        return program[0]
+    return f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
 def ask_reload(record: Record, env: Mapping[str, str]) -> str:
-    """Have the router read models.ini again; why it does not, "" where it has. Errors: UserError."""
+    """Have the router read models.ini again; why it does not, "" where it has.
+
+    Errors: UserError.
+    """
     try:
         response, body = router_upstream(record).get(
             "/llmstack/reload", 10.0, "POST", key_header(env))
@@ -12080,7 +12155,8 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
 
 
-def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
+def _engine_states(upstream: Upstream,
+                   headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
     """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
 
     None when it does not.
@@ -12110,13 +12186,14 @@ def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
     """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
-    hosted = tier.backend != "gguf"
-    model = hosted_model(tier, use_next) if hosted else weights.path or weights.file
+    model = weights.path or weights.file
+    if tier.backend != "gguf":
+        model = hosted_model(tier, use_next)
+        state, since_s = told.get("state", "unknown"), None
+    channel = "next" if use_next and tier.has_next else "current"
     return {"name": tier.name, "role": tier.role, "backend": tier.backend,
-            "ctx_size": tier.ctx_size, "model": model,
-            "channel": "next" if use_next and tier.has_next else "current",
-            "state": told.get("state", "unknown") if hosted else state,
-            "reason": told.get("reason", ""), "since_s": None if hosted else since_s}
+            "ctx_size": tier.ctx_size, "model": model, "channel": channel, "state": state,
+            "reason": told.get("reason", ""), "since_s": since_s}
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
@@ -12128,7 +12205,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
                   env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what its proxy's state and the daemon's environment tell."""
+    """Put into the rows of LiteLLM tiers what its proxy and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
     words = {"ready": "loaded", "starting": "loading", "": "cold"}
     for row in rows["tiers"]:
@@ -12213,7 +12290,9 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     rows["now"] = None                          # as /llmstack/snapshot tells it
     if record is not None and router_up:
         rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
-    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
+    rows["memory_pressure"] = ""
+    if router_up:
+        rows["memory_pressure"] = running_memory(places).get("pressure") or ""
     return rows
 
 
@@ -12869,11 +12948,16 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     return rows
 
 
+def is_live_terminal() -> bool:
+    """True where standard output is a terminal on which a line can be written over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class _Bar:
     """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
 
     def __init__(self) -> None:
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = is_live_terminal()
         self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
         self._file = ""
         self._shown = ""
@@ -12940,7 +13024,8 @@ def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
     return ended
 
 
-def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar, behind: int) -> None:
+def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
+                  behind: int) -> None:
     """Show the download that goes on now on the terminal's last line."""
     row = next((row for row in rows if row["state"] == "running"), None)
     if bar.live and row:
@@ -13099,7 +13184,7 @@ def _parse_release(data: bytes) -> Release:
 
 
 def _release_digest(release: Release, name: str, say: Say) -> str:
-    """The SHA-256 that a release names for one of its files. Errors: UserError where it does not."""
+    """The SHA-256 that a release names for one of its files. Errors: UserError without one."""
     listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
     digest = ""
     if listed:
@@ -13498,7 +13583,7 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
     if marker is None:
         tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
-    try:                                        # files touched but not changed are older than it again
+    try:                                        # files touched only are older than it again
         os.utime(trust_file(places.data))
     except OSError:
         pass
@@ -13509,7 +13594,10 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
 
 
 def shell_program(env: Mapping[str, str]) -> str:
-    """The user's shell: $LLMSTACK_SHELL, else $SHELL; on Windows PowerShell, where $SHELL is a guest's."""
+    """The user's shell: $LLMSTACK_SHELL, else $SHELL.
+
+    On Windows PowerShell, where $SHELL is a guest's.
+    """
     if env.get("LLMSTACK_SHELL"):
         return find_program(env["LLMSTACK_SHELL"]) or env["LLMSTACK_SHELL"]
     if IS_WINDOWS:
@@ -13567,7 +13655,7 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """
     if not hook_trusted(places):
         raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
-    work = os.path.realpath(places.work)        # the hooks' spelling, and that of the daemon's owner
+    work = os.path.realpath(places.work)        # the spelling of the hooks and of the daemon
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
     values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
     inside = {name: value for name, value in env.items()
@@ -13711,6 +13799,13 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
 
 
+def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
+    """Trust just these, part by part. Errors: UserError."""
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+
+
 def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
     """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
 
@@ -13725,12 +13820,9 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     if all(effect.problem for effect in new):
         return
     facts = "\n".join(trust_facts(places, new))
-    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
-        return
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
-    say("Trusted as it is now.")
+    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        trust_effects(places, effects)
+        say("Trusted as it is now.")
 
 
 # ===================================================================================================
@@ -14024,7 +14116,8 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any],
     }
 
 
-# setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+# setup: steps that each find out whether there is anything to do. The text that a step returns says
+# what it found or did.
 FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
 
 
@@ -14593,11 +14686,13 @@ class _OutputFailed(Exception):  # noqa: N818
 
 def may_paint() -> bool:
     """True on a terminal, and not under NO_COLOR."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_live_terminal() and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if may_paint() else text
+    if not may_paint():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
 
 
 def write_out(text: str) -> None:
@@ -14605,9 +14700,10 @@ def write_out(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise _OutputFailed("") from None
     except OSError as exc:
-        what = "" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}"
-        raise _OutputFailed(what) from None
+        raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
 
 
 def called_as() -> str:
@@ -14630,7 +14726,8 @@ def as_called(text: str) -> str:
 def say(line: str = "") -> None:
     """A line on standard output, whatever text from elsewhere it holds."""
     line = as_called(line)
-    write_out((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
+    line = visible_colours(line) if may_paint() else visible_lines(line)
+    write_out(line + "\n")
 
 
 def _tell(line: str) -> None:
@@ -14642,12 +14739,20 @@ def warn(line: str) -> None:
     _tell(f"llmstack: warning: {line}")
 
 
+def _has_person() -> bool:
+    """True where somebody is there to be asked."""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+
+
 def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
 
 
 def running_router(places: Places) -> Tuple[Upstream, Config]:
-    """The router that `status` shows, its key with it, and its tiers. Errors: UserError where none is up."""
+    """The router that `status` shows, its key with it, and its tiers.
+
+    Errors: UserError where none is up.
+    """
     url = trusted_url(places)
     if url:
         remote = fetch_remote(url, os.environ)
@@ -14662,17 +14767,25 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
 
 
 def _wants_next(args: Any, places: Places, config: Config) -> bool:
-    """The channel to run: as asked, else as pinned in default-channel. Errors: UserError where nothing is queued."""
+    """The channel to run: as asked, else as pinned in default-channel.
+
+    Errors: UserError where nothing is queued.
+    """
     if getattr(args, "current", False):
         return False
     if args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE:
         check_queued(config)
         return True
-    pinned = args.pinned if hasattr(args, "pinned") else getattr(read_marker(places), "channel", "")
-    if pinned == "next" and not any(t.has_next for t in config.tiers):
+    pinned = getattr(args, "pinned", "")
+    marker = read_marker(places)
+    if not pinned and marker:
+        pinned = marker.channel
+    if pinned != "next":
+        return False
+    if not any(t.has_next for t in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
         return False
-    return bool(pinned == "next")
+    return True
 
 
 def _warn_of_missing(config: Config) -> None:
@@ -14690,21 +14803,26 @@ def _keep_terms(args: Any, places: Places) -> None:
         args.pinned = record.channel
 
 
-def _plan(args: Any, places: Places, config: Config) -> Plan:
+def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     """What is to be brought up. Errors: UserError."""
     _keep_terms(args, places)
     host = args.host or config.host
-    port = config.router_port if args.port is None else args.port or free_port(host)
+    port = config.router_port
+    if args.port is not None:
+        port = args.port or free_port(host)     # 0: any
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
     kind = choose_engine(config, os.environ, places.data)
-    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ), kind)
+    use_next = _wants_next(args, places, config)
+    return Plan(places, config, host, port, use_next, dict(os.environ), kind)
 
 
 def _add_install_litellm(commands: Any) -> None:
-    parser = commands.add_parser("install-litellm", help="install what hosted tiers are served by", description="Install"
-                                 f" {LITELLM.what} from PyPI into a private environment of llmstack; nothing is put into"
-                                 " your Python. Where LiteLLM is there already, nothing is done.")
+    parser = commands.add_parser(
+        "install-litellm", help="install what hosted tiers are served by",
+        description=f"Install {LITELLM.what} from PyPI into a private environment of llmstack;"
+                    " nothing is put into your Python. Where LiteLLM is there already, nothing is"
+                    " done.")
     parser.add_argument("--force", "-f", action="store_true", help="install it anew")
     parser.set_defaults(run=_cmd_install_litellm)
 
@@ -14712,39 +14830,51 @@ def _add_install_litellm(commands: Any) -> None:
 def _cmd_install_litellm(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
+    found = find_litellm(os.environ, places.data)
+    if found and not args.force:
+        say(f"LiteLLM is here: {found[0]}")
+        return 0
     if args.force:
         _remove(os.path.join(environment_dir(LITELLM, places.data), "ready"))
-    elif find_litellm(os.environ, places.data):
-        say(f"LiteLLM is here: {find_litellm(os.environ, places.data)[0]}")
-        return 0
     install_environment(LITELLM, places.data, say)
-    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then: llmstack restart")
+    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then:"
+        " llmstack restart")
     return 0
 
 
 def _add_start(commands: Any) -> None:
-    parser = commands.add_parser("start", help="bring the stack up: engine and router",
-                                 description="Bring up the engine (10102) and the router (10101) for this project. A"
-                                 " directory without .llmstack/ gets one. Running already is fine. On a terminal, where no"
-                                 " hook is active (see activate), a shell follows in which opencode finds the project.")
-    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, no shell")
+    parser = commands.add_parser(
+        "start", help="bring the stack up: engine and router",
+        description="Bring up the engine (10102) and the router (10101) for this project. A"
+                    " directory without .llmstack/ gets one. Running already is fine. On a"
+                    " terminal, where no hook is active (see activate), a shell follows in which"
+                    " opencode finds the project.")
+    parser.add_argument("--detach", "--no-shell", action="store_true",
+                        help="daemons only, no shell")
     _add_profile(parser)
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_start)
 
 
 def _add_profile(parser: Any) -> None:
-    parser.add_argument("--profile", metavar="NAME", default="", help="for a directory without models.ini: the tiers for a"
-                        f" machine with this much memory ({', '.join(PROFILES)} GB; default: this machine's)")
+    sizes = ", ".join(PROFILES)
+    parser.add_argument("--profile", metavar="NAME", default="",
+                        help="for a directory without models.ini: the tiers for a machine with"
+                             f" this much memory ({sizes} GB; default: this machine's)")
 
 
 def _add_stack_options(parser: Any) -> None:
-    parser.add_argument("--demo", action="store_true", help="a small model of its own, for a first look on any machine")
-    parser.add_argument("--next", action="store_true", help="run the queued upgrades (hf_file_next, model_next)")
-    parser.add_argument("--current", action="store_true", help="run the current models, whatever LLMSTACK_USE_NEXT says")
+    parser.add_argument("--demo", action="store_true",
+                        help="a small model of its own, for a first look on any machine")
+    parser.add_argument("--next", action="store_true",
+                        help="run the queued upgrades (hf_file_next, model_next)")
+    parser.add_argument("--current", action="store_true",
+                        help="run the current models, whatever LLMSTACK_USE_NEXT says")
     parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port, help="port to listen on (models.ini: router_port)")
-    parser.add_argument("--insecure", action="store_true", help="thin client: do not verify the router's certificate")
+    parser.add_argument("--port", metavar="P", type=_port,
+                        help="port to listen on (models.ini: router_port)")
+    parser.add_argument("--insecure", action="store_true",
+                        help="thin client: do not verify the router's certificate")
 
 
 def _port(text: str) -> int:
@@ -14759,37 +14889,45 @@ def _cmd_start(args: Any) -> int:
 
 
 def _bring_up(args: Any, again: bool) -> int:
-    """`start`, and `restart` with `again`: everything is checked before anything is written or stopped."""
-    places, profile = _places(args), getattr(args, "profile", "")
-    if not args.demo:
+    """`start`, and with `again` `restart`.
+
+    Everything is checked before anything is written or stopped.
+    """
+    places = _places(args)
+    profile = getattr(args, "profile", "")
+    if args.demo:
+        _prepare_demo(args, places)
+    else:
         offer_trust(places, say, _ask)
         if pinned_url(places):
             return _start_external(args, places)
         check_run_trust(places)
         check_pin(places)
         check_state(places)
-    else:
-        _prepare_demo(args, places)
-    plan = _plan(args, places, planned_config(places, warn, profile))
+    plan = _plan_start(args, places, planned_config(places, warn, profile))
     check_plan(plan)
     if profile or not os.path.exists(places.models_ini):
         prepare_project(places, say, profile)   # which says that a profile replaces nothing
         plan = plan._replace(config=load_config(places))
-    _prepare_hosted(places, plan.config)
+    _warn_unserved(places, plan.config)
     started = start_stack(plan, say, again)
+    url = base_url(plan.host, plan.port)
     if args.demo:
-        return _show_demo(places, base_url(plan.host, plan.port))
+        return _show_demo(places, url)
     rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
     if not started:
-        say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
+        say(f"Running already: {url}/v1, the {plan.channel} channel")
     elif not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     return _enter_shell(args, places, Marker(plan.channel))
 
 
 def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
-    """What follows `start`: a shell where a person is there and has none yet. Does not return from it on POSIX."""
-    if args.detach or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    """What follows `start`: a shell where a person is there and has none yet.
+
+    Does not return from it on POSIX.
+    """
+    if args.detach or not _has_person():
         return 0
     if os.environ.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
@@ -14800,13 +14938,15 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if hook_of(os.environ)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
         return 0
-    say(f"This is a shell for {places.work}; `exit` leaves it" + (", the daemons stay." if marker.channel != "external" else "."))
+    stays = "" if marker.channel == "external" else ", the daemons stay"
+    say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
     return open_shell(places, os.environ, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
     if args.next or args.current or args.host or args.port:
-        raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and address are not decided here",
+        raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and"
+                        " address are not decided here",
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
@@ -14814,8 +14954,7 @@ def _start_external(args: Any, places: Places) -> int:
 
 def _progress() -> Progress:
     """For steps that take a while: rewritten in place where standard output is a terminal."""
-    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return Progress(say, sys.stdout if in_place else None)
+    return Progress(say, sys.stdout if is_live_terminal() else None)
 
 
 def _prepare_demo(args: Any, places: Places) -> None:
@@ -14844,7 +14983,7 @@ def _check_demo_ports(args: Any, places: Places) -> None:
 
 def _show_demo(places: Places, url: str) -> int:
     """What follows the demo's start: on a terminal a chat, else what to type."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty() and "run" in extra_names()):
+    if not _has_person() or "run" not in extra_names():
         _say_demo(url)
         return 0
     say("")
@@ -14865,10 +15004,13 @@ def _say_demo(url: str) -> None:
 
 
 def _add_stop(commands: Any) -> None:
-    parser = commands.add_parser("stop", help="stop this project's daemons", description="Stop this project's daemons"
-                                 " and the model servers they started, and nothing else.")
+    parser = commands.add_parser(
+        "stop", help="stop this project's daemons",
+        description="Stop this project's daemons and the model servers they started, and nothing"
+                    " else.")
     parser.add_argument("--demo", action="store_true", help="stop the demo's")
-    parser.add_argument("--forget", action="store_true", help="and delete every parked conversation")
+    parser.add_argument("--forget", action="store_true",
+                        help="and delete every parked conversation")
     parser.set_defaults(run=_cmd_stop)
 
 
@@ -14894,15 +15036,21 @@ def _cmd_stop(args: Any) -> int:
     if stopped:
         say("Stopped.")
         return 0
-    if pinned_url(places):
-        say(f"There is nothing local to stop: this project uses the router at {pinned_url(places)}.")
+    url = pinned_url(places)
+    if url:
+        say(f"There is nothing local to stop: this project uses the router at {url}.")
         return 0
     owner = other_owner(places)
     if owner:
-        where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
+        where = f"run it in {owner}"
+        if owner == os.path.join(places.data, "demo"):
+            where = "run `llmstack stop --demo`"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
     other = _other_stack(places)
-    say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
+    if other:
+        say(f"Nothing of this project is running{other}.")
+    else:
+        say("Nothing is running.")
     return 0
 
 
@@ -14915,7 +15063,10 @@ def _add_forget(commands: Any) -> None:
 
 def _say_forgotten(places: Places) -> None:
     freed = forget_parked(places.data)
-    say(f"Forgot {freed / 1e9:.1f} GB of parked conversations." if freed else "Nothing is parked.")
+    if freed:
+        say(f"Forgot {freed / 1e9:.1f} GB of parked conversations.")
+    else:
+        say("Nothing is parked.")
 
 
 def _cmd_forget(args: Any) -> int:
@@ -14927,9 +15078,12 @@ def _cmd_forget(args: Any) -> int:
 
 
 def _add_restart(commands: Any) -> None:
-    parser = commands.add_parser("restart", help="stop, then start", description="Stop and start again, on the same"
-                                 " address and channel unless told otherwise. Loaded models are unloaded.")
-    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, no shell")
+    parser = commands.add_parser(
+        "restart", help="stop, then start",
+        description="Stop and start again, on the same address and channel unless told otherwise."
+                    " Loaded models are unloaded.")
+    parser.add_argument("--detach", "--no-shell", action="store_true",
+                        help="daemons only, no shell")
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_restart)
 
@@ -14939,8 +15093,10 @@ def _cmd_restart(args: Any) -> int:
 
 
 def _add_status(commands: Any) -> None:
-    parser = commands.add_parser("status", help="what runs, and in what state", description="Show the daemons and the"
-                                 " tiers, probed now. Exit code 0 when the stack is up, 1 when it is not.")
+    parser = commands.add_parser(
+        "status", help="what runs, and in what state",
+        description="Show the daemons and the tiers, probed now. Exit code 0 when the stack is up,"
+                    " 1 when it is not.")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
     parser.add_argument("--demo", action="store_true", help="the demo's")
@@ -14980,7 +15136,9 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
 def _columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
     import shutil
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    if not sys.stdout.isatty():
+        return 200
+    return shutil.get_terminal_size().columns
 
 
 def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
@@ -15049,14 +15207,15 @@ def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
     return [f"{title} {health}, {row['url']}{pid}"]
 
 
+# llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
+_STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded",
+                "unknown": "not running"}
+
+
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
     tier = config.by_name(row["name"])
-    state = {"starting": "loading", "ready": "loaded", "stopped": "not loaded"}.get(
-        row["state"], row["state"])
-    if state == "unknown":
-        state = "not running"
-    row = {**row, "state": state}
+    row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
     if tier is not None and tier.backend == "gguf" and not rows["running"]:
         weights = weights_for(tier, rows["channel"] == "next")
         if not cached_model(weights, os.environ):
@@ -15064,20 +15223,22 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Di
     return row
 
 
+def _watch_once(upstream: Upstream, in_place: bool) -> None:
+    """Show a router's snapshots until their stream breaks, and that it has."""
+    url = upstream.url
+    try:
+        for now in follow_events(upstream):
+            _draw(render_snapshot(now, url, _columns(), time.time(), paint), in_place)
+    except (OSError, ValueError) as exc:
+        _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
+
+
 def _watch(places: Places) -> int:
     """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
     upstream, _ = running_router(places)
-    url = upstream.url
-    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     try:
         while True:
-            try:
-                for now in follow_events(upstream):
-                    _draw(render_snapshot(now, url, _columns(), time.time(), paint),
-                          in_place)
-            except (OSError, ValueError) as exc:
-                _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"],
-                      in_place)
+            _watch_once(upstream, is_live_terminal())
             time.sleep(1)
     except KeyboardInterrupt:
         return 0
@@ -15096,14 +15257,23 @@ def _draw(lines: Sequence[str], in_place: bool) -> None:
 
 
 def _add_reload(commands: Any) -> None:
-    parser = commands.add_parser("reload", help="let the running router and this shell read the project again",
-                                 description="Check models.ini and have the router read it again: routing changes at"
-                                 " once, without a restart. Tiers and flags of models need `llmstack restart`. Printed is"
-                                 " what the shell is to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.")
+    parser = commands.add_parser(
+        "reload", help="let the running router and this shell read the project again",
+        description="Check models.ini and have the router read it again: routing changes at once,"
+                    " without a restart. Tiers and flags of models need `llmstack restart`."
+                    " Printed is what the shell is to evaluate: eval \"$(llmstack reload)\", in"
+                    " fish llmstack reload | source.")
     parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.add_argument("--shell", choices=SHELLS, help="whose language to print (default: that of the hook, of"
-                        " $LLMSTACK_SHELL or of $SHELL)")
+    parser.add_argument("--shell", choices=SHELLS,
+                        help="whose language to print (default: that of the hook, of"
+                             " $LLMSTACK_SHELL or of $SHELL)")
     parser.set_defaults(run=_cmd_reload)
+
+
+def _shell_in_use() -> str:
+    """The shell that reads our output: the hook's, else the user's."""
+    hooked, _ = hook_of(os.environ)
+    return hooked or shell_name(shell_program(os.environ)) or "bash"
 
 
 def _cmd_reload(args: Any) -> int:
@@ -15111,20 +15281,19 @@ def _cmd_reload(args: Any) -> int:
     places = _places(args)
     tell = say if sys.stdout.isatty() else _tell
     if not args.demo:
-        shell = args.shell or hook_of(os.environ)[0] or shell_name(shell_program(os.environ)) or "bash"
-        _say_raw(shell_lines(places, shell, os.environ))
+        _say_raw(shell_lines(places, args.shell or _shell_in_use(), os.environ))
         if not hook_trusted(places):
             tell(untrusted_line(places))
         if pinned_url(places):
             return 0
-        check_run_trust(places)                 # the router would send credentials to what the file names
+        check_run_trust(places)                 # credentials would go to what the file names
     load_config(places, warn)
     record = read_stack(places)
     if record is None or not owned_process(record, places.work):
         raise UserError("the router of this project is not running", "run `llmstack start`")
-    said = ask_reload(record, os.environ)
-    if said:
-        raise UserError(f"the router keeps its old models.ini: {said}", "mend it, then again")
+    problem = ask_reload(record, os.environ)
+    if problem:
+        raise UserError(f"the router keeps its old models.ini: {problem}", "mend it, then again")
     tell("models.ini is read again. Changed tiers need `llmstack restart`.")
     return 0
 
@@ -15142,9 +15311,11 @@ def _say_raw(text: str) -> None:
 
 
 def _add_activate(commands: Any) -> None:
-    parser = commands.add_parser("activate", help="a hook that wires a shell to the project it is in",
-                                 description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
-                                 " turns it on. In the shell's start-up file: eval \"$(llmstack activate zsh)\".")
+    parser = commands.add_parser(
+        "activate", help="a hook that wires a shell to the project it is in",
+        description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
+                    " turns it on. In the shell's start-up file: eval \"$(llmstack activate"
+                    " zsh)\".")
     parser.add_argument("shell", choices=SHELLS, help="whose hook")
     parser.set_defaults(run=_cmd_activate)
 
@@ -15152,77 +15323,98 @@ def _add_activate(commands: Any) -> None:
 def _cmd_activate(args: Any) -> int:
     path = write_hook(args.shell, data_dir(os.environ))
     if sys.stdout.isatty():
-        line = activate_line(args.shell)
-        _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up file:\n  {line}")
-    _say_raw(f"{'.' if args.shell == 'powershell' else 'source'} {shell_quote(args.shell, path)}\n")
+        _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up"
+              f" file:\n  {activate_line(args.shell)}")
+    source = "." if args.shell == "powershell" else "source"
+    _say_raw(f"{source} {shell_quote(args.shell, path)}\n")
     return 0
 
 
 def _cmd_hook(shell: str, directory: str) -> int:
-    """Behind the hooks: what to evaluate in a project. Without argparse, which takes longer than all of it."""
-    work = os.path.realpath(directory)
-    state = os.path.join(work, ".llmstack")
-    places = Places(work, state, os.path.join(state, "models.ini"), data_dir(os.environ))
+    """Behind the hooks: what to evaluate in a project.
+
+    It does without argparse, whose import takes longer than all of it.
+    """
+    places = places_at(data_dir(os.environ), os.path.realpath(directory))
     _say_raw(hook_answer(places, shell, os.environ, _tell))
     return 0
 
 
 def _add_trust(commands: Any) -> None:
-    parser = commands.add_parser("trust", help="let a project's .llmstack/ take effect on this machine",
-                                 description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
-                                 " now. What `install` writes is trusted already; a changed file is to be trusted again.")
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="the project (default: the one we are in)")
+    parser = commands.add_parser(
+        "trust", help="let a project's .llmstack/ take effect on this machine",
+        description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
+                    " now. What `install` writes is trusted already; a changed file is to be"
+                    " trusted again.")
+    parser.add_argument("directory", metavar="DIR", nargs="?",
+                        help="the project (default: the one we are in)")
     parser.set_defaults(run=_cmd_trust)
 
 
 def _cmd_trust(args: Any) -> int:
     places = _places(args)
     if args.directory or not os.path.isdir(places.state):
-        work = os.path.abspath(args.directory or project_above(places.work) or places.work)
-        state = os.path.join(work, ".llmstack")
-        places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
+        work = args.directory or project_above(places.work) or places.work
+        places = places_at(places.data, os.path.abspath(work))
     if not os.path.isdir(places.state):
-        raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
+        raise UserError(f"there is no .llmstack in {visible(places.work)}",
+                        "run `llmstack install` there")
     effects = project_effects(places)           # first: what changes behind it is not trusted
     every = [effect for part in effects.values() for effect in part]
     for line in trust_facts(places, every):
         say(line)
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
+    trust_effects(places, effects)
     broken = [effect.name for effect in every if effect.problem]
     if broken:
-        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is",
+                        "mend it, or move it away")
     say("Trusted as it is now.")
     return 0
 
 
 def _ask(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+    if not _has_person():
         return None
     write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _prepare_hosted(places: Places, config: Config, ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
+def _never_ask(_: str) -> Optional[bool]:
+    """The answer where nobody is to be asked."""
+    return None
+
+
+def _warn_unserved(places: Places, config: Config,
+                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
+    """Prepare what hosted tiers need, and say why they are not served where they are not."""
     why = prepare_hosted(places, config, os.environ, say, ask)
     if why:
         warn(f"hosted tiers are not served: {why}")
 
 
+def _default_remote() -> str:
+    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+
+
 def _add_install(commands: Any) -> None:
-    parser = commands.add_parser("install", help="give this project its opencode.json",
-                                 description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
-                                 " to; models.ini where there is none. Without an option the channel stays as it is.")
+    parser = commands.add_parser(
+        "install", help="give this project its opencode.json",
+        description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
+                    " pinned to; models.ini where there is none. Without an option the channel"
+                    " stays as it is.")
     channel = parser.add_mutually_exclusive_group()
     channel.add_argument("--current", action="store_true", help="pin the current models")
-    channel.add_argument("--next", action="store_true", help="pin the queued upgrades (hf_file_next, model_next)")
-    channel.add_argument("--external", metavar="URL", nargs="?", const="", help="use the router at URL (default:"
-                         f" $LLMSTACK_REMOTE_URL, else http://{ROUTER_HOST}:{ROUTER_PORT}) instead of one of this project")
-    parser.add_argument("--insecure", action="store_true", help="do not verify that router's certificate")
+    channel.add_argument("--next", action="store_true",
+                         help="pin the queued upgrades (hf_file_next, model_next)")
+    channel.add_argument("--external", metavar="URL", nargs="?", const="",
+                         help="use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                              f" {_default_remote()}) instead of one of this project")
+    parser.add_argument("--insecure", action="store_true",
+                        help="do not verify that router's certificate")
     _add_profile(parser)
-    parser.add_argument("-n", "--print", action="store_true", help="print opencode.json and write nothing")
+    parser.add_argument("-n", "--print", action="store_true",
+                        help="print opencode.json and write nothing")
     parser.set_defaults(run=_cmd_install)
 
 
@@ -15232,7 +15424,7 @@ def _external_url(args: Any, places: Places) -> str:
         return ""
     named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
     if args.external is not None:
-        return args.external or named or f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+        return args.external or named or _default_remote()
     return named or trusted_url(places)
 
 
@@ -15249,21 +15441,21 @@ def _cmd_install(args: Any) -> int:
         prepare_project(places, say, args.profile)
     config = planned_config(places, warn, args.profile)
     if not args.print:
-        _prepare_hosted(places, config, _ask)
+        _warn_unserved(places, config, _ask)
     use_next = _wants_next(args, places, config)
     config = true_config(config, places, use_next, warn)
-    marker = Marker("next" if use_next else "current")
-    host, port = router_address(places, config)
-    text = project_opencode_json(places, config, base_url(host, port), os.environ)
+    url = base_url(*router_address(places, config))
+    text = project_opencode_json(places, config, url, os.environ)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    _wire(places, marker, text, config)
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
-    elif record.channel != marker.channel:
-        say(f"The {record.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
+    channel = "next" if use_next else "current"
+    _wire(places, Marker(channel), text, config)
+    running = running_channel(places)
+    if not running:
+        say(f"Pinned to the {channel} channel. Bring it up with `llmstack start`.")
+    elif running != channel:
+        say(f"The {running} channel is running; `llmstack restart --{channel}` changes it.")
     return 0
 
 
@@ -15283,61 +15475,89 @@ def _install_external(args: Any, places: Places, url: str) -> int:
     check_state(places)
     leave_daemons(places, remote, say)
     _wire(places, Marker("external", remote.url), text, remote.config)
-    say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
+    names = ", ".join(t.name for t in remote.config.tiers)
+    say(f"This project uses the router at {remote.url}: {names}.")
     if args.insecure:
-        warn("its certificate was not verified; opencode verifies it, so name it in NODE_EXTRA_CA_CERTS before you run that")
+        warn("its certificate was not verified; opencode verifies it, so name it in"
+             " NODE_EXTRA_CA_CERTS before you run that")
     return 0
 
 
 def _add_why(commands: Any) -> None:
-    parser = commands.add_parser("why", help="which tier a request would go to, and why",
-                                 description="Print the decision for a request body without sending anything.")
+    parser = commands.add_parser(
+        "why", help="which tier a request would go to, and why",
+        description="Print the decision for a request body without sending anything.")
     parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
-    parser.add_argument("--path", metavar="P", default="/v1/chat/completions", help="the path it would be posted to"
-                        " (default: %(default)s)")
+    parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
+                        help="the path it would be posted to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_cmd_why)
 
 
-def _cmd_why(args: Any) -> int:
-    places = _places(args)
-    url = trusted_url(places)
-    config = fetch_remote(url, os.environ).config if url else planned_config(places, warn)
-    if not url:
-        config = true_config(config, places, running_channel(places) == "next", warn)
-    path = inference_path(args.path)
-    if not path:
-        raise UserError(f"{args.path} is no path that auto is resolved on", "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
+def _read_body(file: str) -> Dict[str, Any]:
+    """A request body from a file, or from standard input for `-`. Errors: UserError."""
+    hint = "give it the body of a request"
     try:
-        if args.file == "-":
+        if file == "-":
             data = sys.stdin.buffer.read()
         else:
-            with open(args.file, "rb") as file:
-                data = file.read()
+            with open(file, "rb") as source:
+                data = source.read()
         body = json.loads(data.decode("utf-8"))
     except OSError as exc:
-        raise UserError(f"cannot read {args.file}: {exc.strerror}", "name a file that holds a JSON request body", 2) from None
+        raise UserError(f"cannot read {file}: {exc.strerror}",
+                        "name a file that holds a JSON request body", 2) from None
     except (ValueError, RecursionError) as exc:
-        raise UserError(f"{args.file} is not JSON: {exc}", "give it the body of a request", 2) from None
+        raise UserError(f"{file} is not JSON: {exc}", hint, 2) from None
     if not isinstance(body, dict):
-        raise UserError(f"{args.file} is not a JSON object", "give it the body of a request", 2)
+        raise UserError(f"{file} is not a JSON object", hint, 2)
+    return body
+
+
+def _why_config(places: Places) -> Config:
+    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
+    url = trusted_url(places)
+    if url:
+        return fetch_remote(url, os.environ).config
+    config = planned_config(places, warn)
+    return true_config(config, places, running_channel(places) == "next", warn)
+
+
+def _why_decision(args: Any, places: Places, config: Config, path: str) -> Decision:
+    """The decision for the body that `why` is given. Errors: UserError."""
+    body = _read_body(args.file)
+    barred = {**missing_credentials(config, os.environ),
+              **unserved_hosted(places, config, os.environ, False)}
     try:
-        decision = decide(read_facts(path, body, config.routing.ultra_triggers), config,
-                          barred={**missing_credentials(config, os.environ),
-                                  **unserved_hosted(places, config, os.environ, False)})
+        facts = read_facts(path, body, config.routing.ultra_triggers)
+        return decide(facts, config, barred=barred)
     except HttpError as exc:
-        raise UserError(str(exc), f"give a tier one of these roles in {places.models_ini}", 1) from None
+        raise UserError(str(exc),
+                        f"give a tier one of these roles in {places.models_ini}", 1) from None
     except RecursionError:
-        raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
-    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
+        raise UserError(f"{args.file} is nested too deeply",
+                        "give it the body of a request", 2) from None
+
+
+def _cmd_why(args: Any) -> int:
+    places = _places(args)
+    config = _why_config(places)
+    path = inference_path(args.path)
+    if not path:
+        raise UserError(f"{args.path} is no path that auto is resolved on",
+                        "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
+    decision = _why_decision(args, places, config, path)
     why = decision.reason
+    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
     if tier is not None and tier.backend != "gguf":
         _, wrong, _ = plan_route(tier, config, False, decision.down).refused
-        why += f"; {wrong}" if wrong else ""
+        if wrong:
+            why += f"; {wrong}"
     refused = decision.refused
     if args.json:
-        say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": why,
-                        "refused": refused, "nearest": decision.nearest or None}, indent=2, ensure_ascii=False))
+        found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
+                 "reason": why, "refused": refused, "nearest": decision.nearest or None}
+        say(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
     say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
     for name, reason in refused.items():
@@ -15348,42 +15568,58 @@ def _cmd_why(args: Any) -> int:
 
 
 def _add_fit(commands: Any) -> None:
-    parser = commands.add_parser("fit", help="what each tier takes in memory, and what fits together here",
-                                 description="Weights, KV cache and buffers of each tier, from the header of its GGUF on this"
-                                 " disk or the hub. Exit code 1 when a tier cannot fit.")
+    parser = commands.add_parser(
+        "fit", help="what each tier takes in memory, and what fits together here",
+        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
+                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
     parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
     parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_cmd_fit)
 
 
+def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
+    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
+    if not names:
+        return [t.name for t in config.tiers]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name}",
+                            "one of " + ", ".join(t.name for t in config.tiers), 2)
+    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
+
+
 def _cmd_fit(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
-    unknown = next((name for name in args.tiers if config.by_name(name) is None), "")
-    if unknown:
-        raise UserError(f"there is no tier {unknown}", "one of " + ", ".join(t.name for t in config.tiers), 2)
-    wanted = tuple(t for t in config.tiers if not args.tiers or {t.name, *t.aliases} & set(args.tiers))
+    chosen = _fit_tiers(config, args.tiers)
     use_next = _wants_next(args, places, config)
     config = true_config(config, places, use_next, warn)
     machine = running_machine(places, config) or this_machine(config)
-    chosen = [t.name for t in wanted]
-    fits = [f for f in measure_tiers(config, machine, os.environ, use_next, True) if f.name in chosen]
-    sets = [(tiers, need, need <= machine.budget_gb)
-            for tiers, need in fit_sets(config, fits, machine.budget_gb)]
+    fits = measure_tiers(config, machine, os.environ, use_next, True)
+    fits = [f for f in fits if f.name in chosen]
+    sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
+            for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
     if args.json:
         rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
-        say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                        "host_gb": machine.host_gb, "tiers": rows,
-                        "sets": [dict(zip(("tiers", "need_gb", "fits"), s)) for s in sets]},
-                       indent=2, ensure_ascii=False))
+        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
+                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
+        say(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         _say_fits(machine, fits, sets)
     return 0 if all(f.fits for f in fits) else 1
 
 
 FIT_COLUMNS = 60
+
+
+class FitSet(NamedTuple):
+    """Tiers that may be loaded together."""
+
+    tiers: Tuple[str, ...]
+    need_gb: float
+    fits: bool
 
 
 def _say_wrapped(text: str, indent: str) -> None:
@@ -15393,7 +15629,7 @@ def _say_wrapped(text: str, indent: str) -> None:
         say(line)
 
 
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
+def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
     """At most FIT_COLUMNS wide, where no name is long."""
     _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
     width = max([len(f.name) for f in fits] + [4])
@@ -15402,9 +15638,9 @@ def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tu
         _say_fit(fit, width)
     if sets:
         say("\nTogether, in GB:")
-    for tiers, need, ok in sets:
-        say(f"  {need:>6.2f}  {' + '.join(tiers)}")
-        if not ok:
+    for together in sets:
+        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
+        if not together.fits:
             say(f"          {paint('does not fit: they take turns', '33')}")
 
 
@@ -15430,12 +15666,15 @@ def _say_fit(fit: TierFit, width: int) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="the router alone, in the foreground",
-                                 description="Run the router in the foreground against any OpenAI-compatible upstream;"
-                                 " for launchd, systemd, containers and benchmarks. Its first line is its address.")
-    parser.add_argument("--upstream", metavar="URL", help="where requests go (default: this project's engine)")
+    parser = commands.add_parser(
+        "serve", help="the router alone, in the foreground",
+        description="Run the router in the foreground against any OpenAI-compatible upstream; for"
+                    " launchd, systemd, containers and benchmarks. Its first line is its address.")
+    parser.add_argument("--upstream", metavar="URL",
+                        help="where requests go (default: this project's engine)")
     parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port, help="port, 0 for any free one (models.ini: router_port)")
+    parser.add_argument("--port", metavar="P", type=_port,
+                        help="port, 0 for any free one (models.ini: router_port)")
     parser.set_defaults(run=_cmd_serve, next=False)
 
 
@@ -15446,13 +15685,18 @@ def _cmd_serve(args: Any) -> int:
     host = args.host or config.host
     port = config.router_port if args.port is None else args.port
     check_exposure(host, config, os.environ)
-    if config.local_only and args.upstream and not _LOCAL_URL.match(args.upstream):
-        raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}", "take local_only out, or name another", 2)
-    upstream = parse_upstream(args.upstream) if args.upstream else Upstream("127.0.0.1", config.engine_port)
-    level = os.environ.get("LOG_LEVEL", "info")
-    remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
-    app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places, config),
-                      not args.upstream, remedy)
+    upstream = Upstream("127.0.0.1", config.engine_port)
+    remedy = "run `llmstack start`"
+    if args.upstream:
+        if config.local_only and not _LOCAL_URL.match(args.upstream):
+            raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}",
+                            "take local_only out, or name another", 2)
+        upstream = parse_upstream(args.upstream)
+        remedy = "start it, or name another --upstream"
+    log = Log("", os.environ.get("LOG_LEVEL", "info"))
+    use_next = _wants_next(args, places, config)
+    plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
+    app = _router_app(plan, upstream, log)
     more_files()
     server = _listen(host, port, app)
     say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
@@ -15460,28 +15704,66 @@ def _cmd_serve(args: Any) -> int:
     return 0
 
 
-def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream], log: Log, host: str, use_next: bool,
-                local: bool, remedy: str = "run `llmstack start`") -> RouterApp:
-    bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
-    known = {t.name for t in config.tiers if t.backend != "openai"}
+class RouterPlan(NamedTuple):
+    """What a router is to be, whatever stands behind it."""
+
+    places: Places
+    config: Config
+    host: str
+    use_next: bool
+    local: bool                                 # the project's own engine is behind it
+    remedy: str                                 # what helps when that does not answer
+
+
+def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
+    """What says of a later configuration which tiers the engine does not serve, and why."""
+    known = {t.name for t in plan.config.tiers if t.backend != "openai"}
 
     def unserved(config: Config) -> Dict[str, str]:
-        """Tiers that the engine beside this router does not serve, with the reason."""
-        new = {t.name: "the engine does not know it before `llmstack restart`"
-               for t in config.tiers if t.backend != "openai" and t.name not in known}
-        return {**unserved_hosted(places, config, os.environ, use_next), **new}
+        found = unserved_hosted(plan.places, config, os.environ, plan.use_next)
+        for tier in config.tiers:
+            if tier.backend != "openai" and tier.name not in known:
+                found[tier.name] = "the engine does not know it before `llmstack restart`"
+        return found
+
+    return unserved
+
+
+def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+    places = plan.places
+    unserved: Optional[Callable[[Config], Dict[str, str]]] = None
+    record: Optional[Recorder] = None
+    foreign_logs: Tuple[str, ...] = ()
+    bundled = b""
+    if plan.local:
+        unserved = _unserved_by(plan)
+        foreign_logs = (places.log("llama-swap.log"),)
+        if plan.config.decision_log:
+            record = Recorder(places.log("decisions.jsonl"))
+    elif not os.path.exists(places.models_ini):
+        bundled = read_resource("models.ini")
 
     def reload() -> Config:
         config = load_config(places, log.warning)
-        return true_config(config, places, use_next, log.warning) if local else config
+        if not plan.local:
+            return config
+        return true_config(config, places, plan.use_next, log.warning)
 
-    record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
-    app = RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
-                     models_ini=places.models_ini, bundled=bundled,
-                     reload=reload, use_next=use_next,
-                     unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
-                     foreign_logs=(places.log("llama-swap.log"),) if local else ())
-    if local:
+    app = RouterApp(
+        plan.config, behind, log,
+        loopback=is_loopback(plan.host),
+        key=api_key(os.environ),
+        models_ini=places.models_ini,
+        bundled=bundled,
+        reload=reload,
+        use_next=plan.use_next,
+        unserved=unserved,
+        remedy=plan.remedy,
+        env=os.environ,
+        record=record,
+        foreign_logs=foreign_logs,
+    )
+    if plan.local:
         app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
@@ -15494,7 +15776,8 @@ def _listen(host: str, port: int, app: App) -> Any:
         holder = exc.strerror
         if port and not port_is_free(host, port):
             holder = f"taken by {port_holder(port)}"
-        raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
+        raise UserError(f"cannot listen on {host} port {port}: {holder}",
+                        "choose another --port, or --host") from None
 
 
 def _run_until_signal(server: Any, app: RouterApp) -> None:
@@ -15512,14 +15795,20 @@ class _Terminated(BaseException):
 
 
 def _ignore_signals() -> None:
-    """While ending: a second TERM must not cut the cleaning up short; whoever is in a hurry sends KILL."""
+    """While ending: a second TERM must not cut the cleaning up short.
+
+    Whoever is in a hurry sends KILL.
+    """
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _on_signals(hangup: Callable[[], None]) -> None:
-    """TERM ends the server loop, HUP does not end anything: a terminal that closes takes no daemon with it."""
+    """TERM ends the server loop; HUP ends nothing.
+
+    A terminal that closes takes no daemon with it.
+    """
     import signal
 
     def terminate(*_: object) -> None:
@@ -15543,20 +15832,29 @@ def _cmd_daemon(args: Any) -> int:
     """The process behind `start`: the router, and the engine with all its children."""
     places = _places(args)
     level = os.environ.get("LOG_LEVEL", "info")
-    log, engine_log = Log(places.log("router.log"), level), Log(places.log("engine.log"), level)
+    log = Log(places.log("router.log"), level)
+    engine_log = Log(places.log("engine.log"), level)
     config = true_config(load_config(places), places, args.next, engine_log.warning)
-    demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
+    remedy = "run `llmstack start`"
+    if places.work == os.path.join(places.data, "demo"):
+        remedy = "run `llmstack start --demo`"
     more_files()
-    make = _swap_app if args.engine == "llama-swap" else _embedded_app
-    behind = make(places, config, args.next, engine_log)
-    app = _router_app(places, config, behind, log, args.host, args.next, True, f"run `llmstack start{demo}`")
+    behind: Union[EngineApp, SwapApp]
+    if args.engine == "llama-swap":
+        behind = _swap_app(places, config, args.next, engine_log)
+    else:
+        behind = _embedded_app(places, config, args.next, engine_log)
+    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
+    app = _router_app(plan, behind, log)
     try:
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
         server = _listen(args.host, args.port, app)
         behind.page_url = base_url(args.host, server.server_port) + "/"
         behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
-        log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
+                         daemon=True).start()
+        url = base_url(args.host, args.port)
+        log.info(f"llmstack {VERSION} on {url}, engine {args.engine}")
         _run_until_signal(server, app)
     finally:
         _ignore_signals()
@@ -15566,17 +15864,23 @@ def _cmd_daemon(args: Any) -> int:
     return 0
 
 
+def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
+    """An environment for programs that do not ask the router."""
+    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+
+
 def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, os.environ, use_next)
     config = with_caches(config, fits, machine)
+    parking = open_parking(places.data, config, log)
     refused: List[FrozenSet[str]] = []
     probing = threading.Lock()
 
     def command(tier: Tier, port: int) -> List[str]:
-        with probing:                           # once, at the first load: the daemon is up before that
+        with probing:                           # at the first load: the daemon is up before that
             if not refused:
                 refused.append(probe_flags(program, config, places.data))
         words = server_command(program, tier, config, port, use_next, refused[0])
@@ -15584,19 +15888,21 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
             words += parking_flags(places.data)
         return words
 
-    parking = open_parking(places.data, config, log)
-    env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
+    server = " ".join(program) or "no"
+    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
+                    _without_our_key(os.environ), machine.budget_gb, use_next, fits=fits,
+                    proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
 def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data, env = places.data, {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
+    data = places.data
+    env = _without_our_key(os.environ)
     proxy = plan_proxy(places, config, env, use_next)
-    env = litellm_env(env) if proxy else env
+    if proxy:
+        env = litellm_env(env)
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
     server = find_llama_server(config, env, data)
@@ -15606,100 +15912,146 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
-    parking, bays = open_parking(data, config, log), None
+    parking = open_parking(data, config, log)
+    bays = None
     refused = probe_flags(server, config, data) if server else frozenset()
-    if parking is not None and server and "--slot-save-path" not in refused:
-        def identify(tier: Tier) -> str:
-            words = server_command(server, tier, config, 0, use_next, refused)
-            weights = cached_model(weights_for(tier, use_next), env)
-            return parking_identity([*words, *parking_flags(data)], weights, env)
 
+    def identify(tier: Tier) -> str:
+        words = server_command(server, tier, config, 0, use_next, refused)
+        weights = cached_model(weights_for(tier, use_next), env)
+        return parking_identity([*words, *parking_flags(data)], weights, env)
+
+    if parking is not None and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
 def _add_setup(commands: Any) -> None:
-    parser = commands.add_parser("setup", help="from a bare machine to loaded models, step by step",
-                                 description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
-                                 " models, this project's wiring, a first answer. It can be run again at any time: what"
-                                 " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
+    parser = commands.add_parser(
+        "setup", help="from a bare machine to loaded models, step by step",
+        description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
+                    " models, this project's wiring, a first answer. It can be run again at any"
+                    " time: what is done is left alone, what failed is tried again. Exit code 1"
+                    " when a step failed.")
     parser.add_argument("--skip-download", action="store_true", help="fetch no models")
-    parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server and fetch the models")
-    parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
-                        " machine's")
+    parser.add_argument("--skip-wait", action="store_true",
+                        help="leave the downloads to the background")
+    parser.add_argument("--yes", action="store_true",
+                        help="ask nothing: bring llama.cpp's server and fetch the models")
+    parser.add_argument("--profile", metavar="NAME", default="",
+                        help="the tiers for a memory size, in GB, other than this machine's")
     parser.set_defaults(run=_cmd_setup)
+
+
+def _always_yes(_: str) -> Optional[bool]:
+    """The answer of --yes."""
+    return True
+
+
+def _say_indented(line: str) -> None:
+    say(f"      {line}")
 
 
 def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
-    ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, [], []))
+    ask = _always_yes if args.yes else _ask
+    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
-                        "mend what is said there, then run `llmstack setup` again: it goes on from there")
+                        "mend what is said there, then run `llmstack setup` again: it goes on from"
+                        " there")
     say("")
     say("All set. Bring the stack up with `llmstack start`.")
     return 0
 
 
+def _take_step(setup: Setup, step: SetupStep) -> Tuple[str, str]:
+    """(mark, text) of how a step has gone. Errors: UserError where no other step makes sense."""
+    try:
+        return paint("ok", "32"), step.run(setup)
+    except _Skipped as exc:
+        setup.skipped.append(step.name)
+        return paint("skipped", "33"), str(exc)
+    except UserError as exc:
+        if step.name == "models.ini" or isinstance(exc, ConfigError):
+            raise
+        setup.failed.append(step.name)
+        text = str(exc)
+        if exc.hint:
+            text += f"\n      {exc.hint}"
+        return paint("failed", "31"), text
+
+
 def run_setup(setup: Setup) -> List[str]:
-    """Take every step; the names of those that failed. Errors: UserError without a models.ini, which all others go by."""
-    for number, (name, what, step) in enumerate(SETUP_STEPS, 1):
-        say(f"[{number}/{len(SETUP_STEPS)}] {name}: {what}")
+    """Take every step; the names of those that failed.
+
+    Errors: UserError without a models.ini, which all others go by.
+    """
+    for number, step in enumerate(SETUP_STEPS, 1):
+        say(f"[{number}/{len(SETUP_STEPS)}] {step.name}: {step.purpose}")
         began = time.monotonic()
-        try:
-            text, mark = step(setup), paint("ok", "32")
-        except _Skipped as exc:
-            setup.skipped.append(name)
-            text, mark = str(exc), paint("skipped", "33")
-        except UserError as exc:
-            if name == "models.ini" or isinstance(exc, ConfigError):
-                raise
-            setup.failed.append(name)
-            text, mark = f"{exc}\n      {exc.hint}" if exc.hint else str(exc), paint("failed", "31")
-        say(f"      {mark}: {text} ({time.monotonic() - began:.1f} s)")
+        mark, text = _take_step(setup, step)
+        _say_indented(f"{mark}: {text} ({time.monotonic() - began:.1f} s)")
     return setup.failed
 
 
 def _add_download(commands: Any) -> None:
-    parser = commands.add_parser("download", aliases=["download-models"], help="fetch the models, in the background",
-                                 description="Fetch current and queued GGUFs into the hub cache that llama-server reads, one"
-                                 " after another, in the background; on a terminal, show it until it is done. What was"
-                                 " interrupted goes on where it ended. HF_TOKEN in the environment opens gated repositories.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="tiers to fetch (default: all local ones)")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades only (hf_file_next)")
-    parser.add_argument("--wait", action="store_true", help="wait until all is done, without a terminal, too")
-    parser.add_argument("--stop", action="store_true", help="end the background download; what it has is kept")
+    parser = commands.add_parser(
+        "download", aliases=["download-models"], help="fetch the models, in the background",
+        description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
+                    " one after another, in the background; on a terminal, show it until it is"
+                    " done. What was interrupted goes on where it ended. HF_TOKEN in the"
+                    " environment opens gated repositories.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*",
+                        help="tiers to fetch (default: all local ones)")
+    parser.add_argument("--next", action="store_true",
+                        help="the queued upgrades only (hf_file_next)")
+    parser.add_argument("--wait", action="store_true",
+                        help="wait until all is done, without a terminal, too")
+    parser.add_argument("--stop", action="store_true",
+                        help="end the background download; what it has is kept")
     parser.set_defaults(run=_cmd_download)
+
+
+def _stop_download(args: Any, places: Places) -> int:
+    """`download --stop`. Errors: UserError."""
+    if args.tiers or args.next or args.wait:
+        raise UserError("--stop ends the whole download, and takes nothing beside it",
+                        "see `llmstack download --help`", 2)
+    if stop_downloads(places):
+        say("Stopped; `llmstack download` goes on from there.")
+    else:
+        say("Nothing is being downloaded.")
+    return 0
 
 
 def _cmd_download(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     if args.stop:
-        if args.tiers or args.next or args.wait:
-            raise UserError("--stop ends the whole download, and takes nothing beside it", "see `llmstack download --help`", 2)
-        say("Stopped; `llmstack download` goes on from there." if stop_downloads(places) else "Nothing is being downloaded.")
-        return 0
+        return _stop_download(args, places)
     seed_project(places, say)
     config = load_config(places, warn)
     both = ("current", "next")
-    jobs, skipped = plan_downloads(config, args.tiers, both[1:] if args.next else both)
+    labels = ("next",) if args.next else both
+    jobs, skipped = plan_downloads(config, args.tiers, labels)
     for line in skipped:
         say(line)
     if not jobs:
         say("Nothing to download.")
         return 0
-    pid = start_downloads(places, jobs, plan_downloads(config, (), both)[0], os.environ, say)
-    many = f"{len(jobs)} models" if len(jobs) > 1 else jobs[0].name
-    say(f"Downloading {many} in the background (pid {pid}), logs: {places.log('dl-TIER-LABEL.log')}")
+    known, _ = plan_downloads(config, (), both)
+    pid = start_downloads(places, jobs, known, os.environ, say)
+    many = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} models"
+    logs = places.log("dl-TIER-LABEL.log")
+    say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
     if not args.wait and not sys.stdout.isatty():
         return 0
     failed = follow_downloads(places, [job.name for job in jobs], say)
     if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run it again")
+        raise UserError(f"not downloaded: {', '.join(failed)}",
+                        "mend what its line says, then run it again")
     return 0
 
 
@@ -15713,12 +16065,16 @@ def _cmd_download_worker(args: Any) -> int:
 
 
 def _add_install_llama_swap(commands: Any) -> None:
-    parser = commands.add_parser("install-llama-swap", help="fetch llama-swap's binary", description="Fetch the release for"
-                                 " this platform, verify its checksum and install it for all projects (in LLMSTACK_BIN_DIR, or"
-                                 " bin of the data directory). The same version again: nothing is done.")
-    parser.add_argument("--force", "-f", action="store_true", help="install it even where that version is there")
-    parser.add_argument("--version", metavar="V", dest="release", default="", help="a particular one, such as v250"
-                        " (default: LLAMA_SWAP_VERSION, else the latest)")
+    parser = commands.add_parser(
+        "install-llama-swap", help="fetch llama-swap's binary",
+        description="Fetch the release for this platform, verify its checksum and install it for"
+                    " all projects (in LLMSTACK_BIN_DIR, or bin of the data directory). The same"
+                    " version again: nothing is done.")
+    parser.add_argument("--force", "-f", action="store_true",
+                        help="install it even where that version is there")
+    parser.add_argument("--version", metavar="V", dest="release", default="",
+                        help="a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
+                             " the latest)")
     parser.set_defaults(run=_cmd_install_llama_swap)
 
 
@@ -15730,13 +16086,28 @@ def _cmd_install_llama_swap(args: Any) -> int:
 
 
 def _add_check(commands: Any) -> None:
-    parser = commands.add_parser("check", aliases=["check-models"], help="configured models against the hub, the disk and"
-                                 " what runs", description="Look at every tier: is its file on the hub, is it here and whole,"
-                                 " what is queued, does what runs agree with models.ini (DRIFT!), are credentials set. Exit"
-                                 " code 1 when something needs you.")
+    parser = commands.add_parser(
+        "check", aliases=["check-models"],
+        help="configured models against the hub, the disk and what runs",
+        description="Look at every tier: is its file on the hub, is it here and whole, what is"
+                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
+                    " Exit code 1 when something needs you.")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--offline", action="store_true", help="do not ask the hub")
     parser.set_defaults(run=_cmd_check)
+
+
+def _say_check(row: Mapping[str, Any]) -> None:
+    """A tier of `check`."""
+    say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
+    if "model" in row:
+        queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
+        say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
+    for label in ("current", "next"):
+        if label in row:
+            _say_weights(label, row[label])
+    for what in row["drift"]:
+        say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
 
 
 def _cmd_check(args: Any) -> int:
@@ -15744,19 +16115,12 @@ def _cmd_check(args: Any) -> int:
     refuse_external(places)
     config = planned_config(places, warn)
     found = check_stack(places, config, os.environ, args.offline)
+    code = 0 if found["ok"] else 1
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))
-        return 0 if found["ok"] else 1
+        return code
     for row in found["tiers"]:
-        say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
-        if "model" in row:
-            queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
-            say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
-        for label in ("current", "next"):
-            if label in row:
-                _say_weights(label, row[label])
-        for what in row["drift"]:
-            say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
+        _say_check(row)
     say("")
     say(f"llama-server  {found['llama_server'] or 'none'}")
     say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
@@ -15764,16 +16128,24 @@ def _cmd_check(args: Any) -> int:
         warn(note)
     for need in found["needs"]:
         say(f"{paint('needs you', '33')}: {need}")
-    return 0 if found["ok"] else 1
+    return code
+
+
+# Whether the hub has a file -> what `check` says of it.
+_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
 
 
 def _say_weights(label: str, row: Mapping[str, Any]) -> None:
+    """A tier's file of a channel, as `check` shows it."""
+    where, known = row.get("path"), "a file here"
+    if "repo" in row:
+        where = f"{row['url']} {row['file']}"
+        known = _HUB_WORDS[row["exists"]]
     size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    where = row.get("path") or f"{row['url']} {row['file']}"
     changed = f", changed {row['changed']}" if row.get("changed") else ""
-    known = {True: "on the hub", False: "not on the hub"}.get(row["exists"], "hub not asked") if "repo" in row else "a file here"
+    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
     say(f"  {label:<8} {where}")
-    say(f"           {known}, {size}{changed}; local copy: {paint(row['local'], '32' if row['local'] == 'intact' else '33')}")
+    say(f"           {known}, {size}{changed}; local copy: {local}")
 
 
 def _add_version(commands: Any) -> None:
@@ -15787,13 +16159,34 @@ def _cmd_version(args: Any) -> int:
 
 def _add_help(commands: Any) -> None:
     parser = commands.add_parser("help", help="list the commands, or explain one")
-    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="", help="the one to explain")
+    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="",
+                        help="the one to explain")
     parser.set_defaults(run=None)
 
 
-ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_forget,
-                _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
+ADD_COMMANDS = (
+    _add_setup,
+    _add_install,
+    _add_install_litellm,
+    _add_install_llama_swap,
+    _add_start,
+    _add_stop,
+    _add_forget,
+    _add_restart,
+    _add_status,
+    _add_reload,
+    _add_why,
+    _add_fit,
+    _add_download,
+    _add_check,
+    _add_serve,
+    _add_activate,
+    _add_trust,
+    _add_version,
+    _add_help,
+    _add_daemon,
+    _add_download_worker,
+)
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
@@ -15847,8 +16240,12 @@ def extra_parser(name: str, doc: str) -> Any:
 
 
 def make_parser() -> Any:
-    """The command line; `commands` are its subparsers. Errors of usage exit with 2, in one line and a hint."""
-    parser = new_parser("llmstack", "A multi-tier local LLM stack behind one OpenAI-compatible address.")
+    """The command line; `commands` are its subparsers.
+
+    Errors of usage exit with 2, in one line and a hint.
+    """
+    about = "A multi-tier local LLM stack behind one OpenAI-compatible address."
+    parser = new_parser("llmstack", about)
     commands = parser.add_subparsers(metavar="COMMAND")
     for add in ADD_COMMANDS:
         add(commands)
@@ -15916,10 +16313,13 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
 def extra_summary(name: str) -> str:
     """The first line of an extra's docstring, "" where the extra is not here."""
     try:
-        found = re.search('"""(.*)', read_resource(extra_file(name)).decode("utf-8"))
+        text = read_resource(extra_file(name)).decode("utf-8")
     except UserError:
         return ""
-    line = found.group(1).rstrip('".') if found else ""
+    found = re.search('"""(.*)', text)
+    if not found:
+        return ""
+    line = found.group(1).rstrip('".')
     return line[:1].lower() + line[1:]
 
 
@@ -15968,20 +16368,27 @@ def run_command(argv: Sequence[str]) -> int:
     return int(args.run(args))
 
 
+def _mend_streams() -> None:
+    """See that both output streams take whatever is written to them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:          # `llmstack status >&-` leaves none
+            setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without Unicode shows \u2192 rather than a traceback.
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line and return its exit code; the one place that prints errors."""
-    for name in ("stdout", "stderr"):           # `llmstack status >&-` leaves none
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):     # a terminal without Unicode shows \u2192 rather than a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _mend_streams()
     try:
         return run_command(sys.argv[1:] if argv is None else argv)
     except UserError as exc:
         sys.stdout.flush()
-        for line in (exc.problems if isinstance(exc, ConfigError) else (str(exc),)):
-            _tell(f"llmstack: error: {line}")
+        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
+        for problem in problems:
+            _tell(f"llmstack: error: {problem}")
         if exc.hint:
             _tell(f"hint: {exc.hint}")
         return exc.exit_code
@@ -15991,7 +16398,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except _Terminated:
         return 0
     except _OutputFailed as exc:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails no more
+        # What is buffered must not fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if exc.message:                         # not for `llmstack status | head`
             _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
