@@ -857,6 +857,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
 # docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
 _ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
+
+
 def _ascii_class(char: str) -> str:
     """The class of an ASCII character: a character that stands for all of its kind."""
     if char.islower():
@@ -973,69 +975,6 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
             f" and {facts.turns} user turns < {routing.multi_turn}")
 
 
-class Decision(NamedTuple):
-    """Where a request goes and why; log line, response headers and `why` are all made from it."""
-
-    tier: str
-    rung: str                                   # explicit, or one of RUNGS
-    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
-    facts: Facts
-    config: Config
-    down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
-    preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
-
-    @property
-    def tokens(self) -> int:
-        return self.facts.tokens
-
-    def _reason_of_rung(self) -> str:
-        role, words = RUNGS[self.rung]
-        routing, facts = self.config.routing, self.facts
-        reason = words.format(
-            trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns,
-            high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}",
-            floor=routing.multi_turn)
-        if self.preference[0].role != role:
-            reason += f" (no {role} tier here)"
-        return reason
-
-    @property
-    def reason(self) -> str:
-        """Why this tier, in words: made when they are asked for, not while the request waits."""
-        if self.rung == "explicit":
-            return "asked for by name"
-        reason = self._reason_of_rung()
-        best, chosen = self.preference[0], self.chain[0]
-        need = tokens_needed(self.facts, chosen)
-        if need > chosen.ctx_size:
-            return (f"{reason}; no tier holds {need:,} tokens,"
-                    f" {chosen.name} has the largest context")
-        if chosen is not best:
-            why = _why_not(best, chosen.name, self.facts, self.down, self.config)
-            return f"{reason}; {why}, so {chosen.name}"
-        return reason
-
-    @property
-    def refused(self) -> Dict[str, str]:
-        """Every other tier, with its reason for not being taken."""
-        if self.rung == "explicit":
-            return {}
-        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
-                for t in self.config.tiers if t.name != self.tier}
-
-    @property
-    def passed_over(self) -> Dict[str, str]:
-        """The tiers above the one taken, with the reason for each."""
-        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
-
-    @property
-    def nearest(self) -> str:
-        """The smallest change that would move the request up the ladder, "" at its top."""
-        if self.rung == "explicit":
-            return ""
-        return _nearest(self.facts, self.config, self.tier, self.down)
-
-
 def _blind(facts: Facts, config: Config) -> Dict[str, str]:
     """Tiers that take no pictures, where the request has some and another tier takes them."""
     if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
@@ -1115,6 +1054,69 @@ def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str])
         if tier in better:
             return f"{words} \u2192 {tier}"
     return ""
+
+
+class Decision(NamedTuple):
+    """Where a request goes and why; log line, response headers and `why` are all made from it."""
+
+    tier: str
+    rung: str                                   # explicit, or one of RUNGS
+    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
+    facts: Facts
+    config: Config
+    down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
+
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    def _reason_of_rung(self) -> str:
+        role, words = RUNGS[self.rung]
+        routing, facts = self.config.routing, self.facts
+        reason = words.format(
+            trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns,
+            high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}",
+            floor=routing.multi_turn)
+        if self.preference[0].role != role:
+            reason += f" (no {role} tier here)"
+        return reason
+
+    @property
+    def reason(self) -> str:
+        """Why this tier, in words: made when they are asked for, not while the request waits."""
+        if self.rung == "explicit":
+            return "asked for by name"
+        reason = self._reason_of_rung()
+        best, chosen = self.preference[0], self.chain[0]
+        need = tokens_needed(self.facts, chosen)
+        if need > chosen.ctx_size:
+            return (f"{reason}; no tier holds {need:,} tokens,"
+                    f" {chosen.name} has the largest context")
+        if chosen is not best:
+            why = _why_not(best, chosen.name, self.facts, self.down, self.config)
+            return f"{reason}; {why}, so {chosen.name}"
+        return reason
+
+    @property
+    def refused(self) -> Dict[str, str]:
+        """Every other tier, with its reason for not being taken."""
+        if self.rung == "explicit":
+            return {}
+        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
+                for t in self.config.tiers if t.name != self.tier}
+
+    @property
+    def passed_over(self) -> Dict[str, str]:
+        """The tiers above the one taken, with the reason for each."""
+        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
+
+    @property
+    def nearest(self) -> str:
+        """The smallest change that would move the request up the ladder, "" at its top."""
+        if self.rung == "explicit":
+            return ""
+        return _nearest(self.facts, self.config, self.tier, self.down)
 
 
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -4399,6 +4401,29 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
+def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
+                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
+    asked = {config.by_name(name) for name in names}
+    return [tier for tier in config.tiers if tier in asked]
+
+
+def _files_by_repo(config: Config) -> Dict[str, List[str]]:
+    """Repository -> the files of it that any tier has, on either channel, each once."""
+    wanted: Dict[str, Dict[str, None]] = {}
+    for tier in config.tiers:
+        if tier.backend != "gguf":
+            continue
+        for weights in (weights_for(tier, False), weights_for(tier, True)):
+            if weights.repo:
+                parts = dict.fromkeys(split_parts(weights.file))
+                wanted.setdefault(weights.repo, {}).update(parts)
+    return {repo: list(files) for repo, files in wanted.items()}
+
+
 def plan_downloads(config: Config, names: Sequence[str],
                    labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
     """(what to fetch, why the other tiers are left out): every current file first, then the queued.
@@ -4422,29 +4447,6 @@ def plan_downloads(config: Config, names: Sequence[str],
                 beside = tuple(file for file in wanted[weights.repo] if file not in files)
                 jobs.append(Job(tier.name, label, weights.repo, files, beside))
     return jobs, list(dict.fromkeys(skipped))
-
-
-def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
-    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
-    for name in names:
-        if config.by_name(name) is None:
-            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-    asked = {config.by_name(name) for name in names}
-    return [tier for tier in config.tiers if tier in asked]
-
-
-def _files_by_repo(config: Config) -> Dict[str, List[str]]:
-    """Repository -> the files of it that any tier has, on either channel, each once."""
-    wanted: Dict[str, Dict[str, None]] = {}
-    for tier in config.tiers:
-        if tier.backend != "gguf":
-            continue
-        for weights in (weights_for(tier, False), weights_for(tier, True)):
-            if weights.repo:
-                parts = dict.fromkeys(split_parts(weights.file))
-                wanted.setdefault(weights.repo, {}).update(parts)
-    return {repo: list(files) for repo, files in wanted.items()}
 
 
 def parse_checksums(text: str) -> Dict[str, str]:
@@ -9840,6 +9842,13 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
     return [f._replace(cache_mib=cache_mib(caches[f.name], f)) for f in fits]
 
 
+def _trained_for(path: str) -> int:
+    try:
+        return _quantity(local_header(path).keys.get("context_length"))
+    except (GgufError, OSError):                # another command says what is wrong with it
+        return 0
+
+
 def trained_contexts(config: Config, env: Mapping[str, str], data: str,
                      use_next: bool) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
@@ -9867,13 +9876,6 @@ def trained_contexts(config: Config, env: Mapping[str, str], data: str,
         except UserError:                       # it is read again, then
             pass
     return found
-
-
-def _trained_for(path: str) -> int:
-    try:
-        return _quantity(local_header(path).keys.get("context_length"))
-    except (GgufError, OSError):                # another command says what is wrong with it
-        return 0
 
 
 def true_config(config: Config, places: Places, use_next: bool,
@@ -11681,6 +11683,12 @@ def stack_is_alive(places: Places) -> bool:
     return owned_process(read_stack(places), places.work)
 
 
+def connectable(host: str) -> str:
+    """The address at which a listening address is reached from this machine."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return everywhere.get(host, host)
+
+
 def router_upstream(record: Record) -> Upstream:
     return Upstream(connectable(record.host), record.port)
 
@@ -11709,12 +11717,6 @@ def engine_answers(record: Optional[Record]) -> bool:
         return engine_upstream(record).get("/health", 2.0)[0].status == 200
     except (OSError, ValueError):
         return False
-
-
-def connectable(host: str) -> str:
-    """The address at which a listening address is reached from this machine."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
 
 
 def base_url(host: str, port: int) -> str:
@@ -11811,6 +11813,12 @@ def check_plan(plan: Plan) -> None:
         probe_flags(program, plan.config, plan.places.data)
 
 
+def places_at(data: str, work: str) -> Places:
+    """The places of another project than the one we are in."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data)
+
+
 def other_owner(places: Places) -> str:
     """The project whose daemon is alive, when that is not this one; "" otherwise."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
@@ -11819,12 +11827,6 @@ def other_owner(places: Places) -> str:
     if not stack_is_alive(places_at(places.data, work)):
         return ""
     return work
-
-
-def places_at(data: str, work: str) -> Places:
-    """The places of another project than the one we are in."""
-    state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data)
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -11984,35 +11986,6 @@ def stack_lock(places: Places, say: Say) -> FileLock:
                     lambda: say("Another start or stop is under way; waiting for it"))
 
 
-def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
-    """Bring the daemon up; True when it was started, False when it was up.
-
-    `again`: one that runs is stopped first, once everything else is known to be well.
-    Errors: UserError.
-    """
-    places = plan.places
-    with stack_lock(places, say):
-        _refuse_second_stack(places)
-        record = read_stack(places)
-        alive = owned_process(record, places.work)
-        if alive and not again:
-            assert record is not None
-            _refuse_other_terms(plan, record)
-            if answers(record, key_header(plan.env)) and engine_answers(record):
-                return False
-        check_plan(plan)
-        if record is not None:
-            if not alive:
-                say("The daemon has died; cleaning up after it and starting it again")
-            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
-        stop_project_members(places.work)       # what a crash has left without a record
-        _remove(pid_file(places))
-        check_ports(places, _plan_ports(plan))
-        _start_daemon(plan, say)
-        write_atomic(places.in_state("active-channel"), plan.channel + "\n")
-        return True
-
-
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
     """A running stack is not silently left on another channel or address than was asked for."""
     if record.channel != plan.channel:
@@ -12057,6 +12030,25 @@ def _await_daemon(plan: Plan, process: Any, record: Record, log: str, before: in
         raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
 
 
+def program_name(program: Sequence[str]) -> str:
+    """How a llama-server is shown: where it lies, or what has brought it."""
+    if len(program) == 1:
+        return program[0]
+    return f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
+
+
+def _say_started(plan: Plan, say: Say) -> None:
+    config, data = plan.config, plan.places.data
+    program = find_llama_server(config, plan.env, data)
+    server = f", llama-server is {program_name(program)}" if program else ""
+    say(f"Router  {base_url(plan.host, plan.port)}/v1")
+    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
+    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
+    if proxy:
+        when = ", starting; that takes a while" if proxy.preload else ", on demand"
+        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
+
+
 def _start_daemon(plan: Plan, say: Say) -> None:
     """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
     places, config = plan.places, plan.config
@@ -12083,23 +12075,33 @@ def _start_daemon(plan: Plan, say: Say) -> None:
     _say_started(plan, say)
 
 
-def _say_started(plan: Plan, say: Say) -> None:
-    config, data = plan.config, plan.places.data
-    program = find_llama_server(config, plan.env, data)
-    server = f", llama-server is {program_name(program)}" if program else ""
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
-    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
-    if proxy:
-        when = ", starting; that takes a while" if proxy.preload else ", on demand"
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
+def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
+    """Bring the daemon up; True when it was started, False when it was up.
 
-
-def program_name(program: Sequence[str]) -> str:
-    """How a llama-server is shown: where it lies, or what has brought it."""
-    if len(program) == 1:
-        return program[0]
-    return f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
+    `again`: one that runs is stopped first, once everything else is known to be well.
+    Errors: UserError.
+    """
+    places = plan.places
+    with stack_lock(places, say):
+        _refuse_second_stack(places)
+        record = read_stack(places)
+        alive = owned_process(record, places.work)
+        if alive and not again:
+            assert record is not None
+            _refuse_other_terms(plan, record)
+            if answers(record, key_header(plan.env)) and engine_answers(record):
+                return False
+        check_plan(plan)
+        if record is not None:
+            if not alive:
+                say("The daemon has died; cleaning up after it and starting it again")
+            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+        stop_project_members(places.work)       # what a crash has left without a record
+        _remove(pid_file(places))
+        check_ports(places, _plan_ports(plan))
+        _start_daemon(plan, say)
+        write_atomic(places.in_state("active-channel"), plan.channel + "\n")
+        return True
 
 
 def ask_reload(record: Record, env: Mapping[str, str]) -> str:
@@ -12760,31 +12762,6 @@ def set_state(places: Places, name: str, **values: Any) -> None:
             write_queue(places, jobs)
 
 
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
-                    env: Mapping[str, str], say: Say) -> int:
-    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
-
-    What a killed worker has left is taken up again where it is still one of the `known` jobs of
-    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
-    """
-    check_links(places)
-    install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
-    with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
-        if worker is None:
-            queue = _left_over(queue, known)
-        for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
-                queue[job.name] = {**job._asdict(), "state": "queued"}
-        write_queue(places, queue)
-        if worker is None:
-            worker = _spawn_worker(places, env)
-        return worker.pid
-
-
 def _left_over(queue: Mapping[str, Dict[str, Any]],
                known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
     """The queue of a worker that has ended, as the next one finds it."""
@@ -12817,6 +12794,31 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     return worker
 
 
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
+                    env: Mapping[str, str], say: Say) -> int:
+    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
+
+    What a killed worker has left is taken up again where it is still one of the `known` jobs of
+    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
+    """
+    check_links(places)
+    install_environment(HUB, places.data, say)
+    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    with queue_lock(places):
+        queue, worker = read_queue(places), download_worker(places)
+        if worker is None:
+            queue = _left_over(queue, known)
+        for job in jobs:
+            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
+            if worker is None or not waits:
+                queue.pop(job.name, None)       # to the end of the queue
+                queue[job.name] = {**job._asdict(), "state": "queued"}
+        write_queue(places, queue)
+        if worker is None:
+            worker = _spawn_worker(places, env)
+        return worker.pid
+
+
 def stop_downloads(places: Places) -> bool:
     """End the worker; what it has got so far is kept. True when there was one."""
     worker = download_worker(places)
@@ -12827,31 +12829,6 @@ def stop_downloads(places: Places) -> bool:
             write_queue(places, _left_over(read_queue(places), ()))
         _remove(places.in_state("download.pid"))
     return worker is not None
-
-
-def run_downloads(places: Places, env: Mapping[str, str]) -> int:
-    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
-    code = 0
-    while True:
-        job = _next_job(places)
-        if job is None:
-            return code
-        note = _job_log(places, job.name)
-        tell = functools.partial(set_state, places, job.name)
-        try:
-            size = fetch_job(job, places.data, env, note, tell)
-        except Unreachable as exc:
-            code = 1
-            note(f"failed: {exc} ({exc.hint})")
-            _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
-            code = 1
-            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
-            tell(state="failed", error=what, hint=hint)
-            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
-        else:
-            tell(state="done", bytes=size)
-            note(f"done: {size:,} bytes (download done)")
 
 
 def _next_job(places: Places) -> Optional[Job]:
@@ -12922,6 +12899,31 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
         what += nearest_files(job.repo, event["lacks"], env)
     kind = Unreachable if event.get("unreachable") else UserError
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
+
+
+def run_downloads(places: Places, env: Mapping[str, str]) -> int:
+    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
+    code = 0
+    while True:
+        job = _next_job(places)
+        if job is None:
+            return code
+        note = _job_log(places, job.name)
+        tell = functools.partial(set_state, places, job.name)
+        try:
+            size = fetch_job(job, places.data, env, note, tell)
+        except Unreachable as exc:
+            code = 1
+            note(f"failed: {exc} ({exc.hint})")
+            _fail_all(places, exc)
+        except Exception as exc:                # the next file may fare better
+            code = 1
+            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
+            tell(state="failed", error=what, hint=hint)
+            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
+        else:
+            tell(state="done", bytes=size)
+            note(f"done: {size:,} bytes (download done)")
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -13080,26 +13082,6 @@ def installed_swap(path: str) -> str:
     return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
 
 
-def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
-    """A file or an answer of the releases' server. Errors: UserError."""
-    import http.client
-    import urllib.error
-    try:
-        with open_url(url, {}, "the releases server") as answer:
-            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, total, what, say, limit_bytes)
-    except urllib.error.HTTPError as exc:
-        raise _release_refusal(exc, what) from None
-    except (OSError, ValueError, http.client.HTTPException) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
-    have = len(out.getbuffer())
-    if total and have != total:
-        raise UserError(f"{what} did not arrive: the connection ended at"
-                        f" {have:,} of {total:,} bytes", "try again")
-    return out.getvalue()
-
-
 def _release_refusal(exc: Any, what: str) -> UserError:
     """What an HTTPError of the releases' server means for the user."""
     if exc.code == 404:
@@ -13119,26 +13101,24 @@ def _release_refusal(exc: Any, what: str) -> UserError:
                      f"wait until {clock}, or put the binary in place yourself")
 
 
-def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
-
-    Nothing of the archive touches the disk.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
-              NotImplementedError)
-    read = _extract_tar_gz
-    if name.endswith(".zip"):
-        read = _extract_zip
+def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
+    """A file or an answer of the releases' server. Errors: UserError."""
+    import http.client
+    import urllib.error
     try:
-        data = read(archive, wanted)
-    except broken as exc:
-        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    if data is None:
-        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
-    return data
+        with open_url(url, {}, "the releases server") as answer:
+            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
+            _copy_with_progress(answer, out, total, what, say, limit_bytes)
+    except urllib.error.HTTPError as exc:
+        raise _release_refusal(exc, what) from None
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        reason = str(exc) or type(exc).__name__
+        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
+    have = len(out.getbuffer())
+    if total and have != total:
+        raise UserError(f"{what} did not arrive: the connection ended at"
+                        f" {have:,} of {total:,} bytes", "try again")
+    return out.getvalue()
 
 
 def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
@@ -13161,6 +13141,28 @@ def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
                 source = tar.extractfile(member)
                 return source.read() if source else None
     return None
+
+
+def _extract(archive: bytes, name: str, wanted: str) -> bytes:
+    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
+
+    Nothing of the archive touches the disk.
+    """
+    import tarfile
+    import zipfile
+    import zlib
+    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
+              NotImplementedError)
+    read = _extract_tar_gz
+    if name.endswith(".zip"):
+        read = _extract_zip
+    try:
+        data = read(archive, wanted)
+    except broken as exc:
+        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
+    if data is None:
+        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
+    return data
 
 
 class Release(NamedTuple):
@@ -13211,6 +13213,30 @@ def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
                         "see LLMSTACK_RELEASES_URL") from None
 
 
+def _put_program(path: str, data: bytes, tag: str) -> None:
+    """Put an executable in place once it has run beside it. Errors: UserError.
+
+    One that runs keeps its file.
+    """
+    new = path[:len(path) - len(EXE)] + ".new" + EXE
+    write_atomic(new, data, 0o755)
+    try:
+        if installed_swap(new) != tag:
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
+                            f" {visible(tag)}", "the old one stays; try another --version")
+        try:
+            os.replace(new, path)
+        except PermissionError:                 # on Windows a running one can only be renamed
+            _remove(path + ".old")
+            os.replace(path, path + ".old")
+            os.replace(new, path)
+    except OSError as exc:
+        raise UserError(f"cannot write {path}: {exc.strerror}",
+                        "stop what uses it, or mend its permissions") from None
+    finally:
+        _remove(new)
+
+
 def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
                        say: Say) -> bool:
     """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
@@ -13246,30 +13272,6 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
     say(f"Installed {path}: llama-swap {shown}, checksum verified")
     return True
-
-
-def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it. Errors: UserError.
-
-    One that runs keeps its file.
-    """
-    new = path[:len(path) - len(EXE)] + ".new" + EXE
-    write_atomic(new, data, 0o755)
-    try:
-        if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
-                            f" {visible(tag)}", "the old one stays; try another --version")
-        try:
-            os.replace(new, path)
-        except PermissionError:                 # on Windows a running one can only be renamed
-            _remove(path + ".old")
-            os.replace(path, path + ".old")
-            os.replace(new, path)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}",
-                        "stop what uses it, or mend its permissions") from None
-    finally:
-        _remove(new)
 
 
 # ===================================================================================================
@@ -13829,6 +13831,23 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 # SETUP
 # ===================================================================================================
 
+
+def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
+              env: Mapping[str, str]) -> Dict[str, Any]:
+    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
+    parts = [rows[part] for part in split_parts(file) if part in rows]
+    if len(parts) < len(split_parts(file)):
+        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
+    return {
+        "exists": True,
+        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
+        "changed": visible(max(dates)),
+        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
+        "problem": "",
+    }
+
+
 def ask_repo(repo: str, files: Sequence[str],
              env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
     """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
@@ -13854,20 +13873,15 @@ def ask_repo(repo: str, files: Sequence[str],
                         "see HF_ENDPOINT") from None
 
 
-def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
-              env: Mapping[str, str]) -> Dict[str, Any]:
-    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
-    parts = [rows[part] for part in split_parts(file) if part in rows]
-    if len(parts) < len(split_parts(file)):
-        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
-    return {
-        "exists": True,
-        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
-        "changed": visible(max(dates)),
-        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
-        "problem": "",
-    }
+def _is_begun(folder: str, sums: Sequence[str]) -> bool:
+    """True when a download has left something of one of these blobs, of any where none is known."""
+    try:
+        left = os.listdir(os.path.join(folder, "blobs"))
+    except OSError:
+        return False
+    if sums:
+        return any(name.split(".")[0] in sums for name in left)
+    return any("." in name for name in left)    # a whole one is another model's
 
 
 def local_state(weights: Weights, env: Mapping[str, str],
@@ -13896,41 +13910,6 @@ def local_state(weights: Weights, env: Mapping[str, str],
         if cheap and _sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
-
-
-def _is_begun(folder: str, sums: Sequence[str]) -> bool:
-    """True when a download has left something of one of these blobs, of any where none is known."""
-    try:
-        left = os.listdir(os.path.join(folder, "blobs"))
-    except OSError:
-        return False
-    if sums:
-        return any(name.split(".")[0] in sums for name in left)
-    return any("." in name for name in left)    # a whole one is another model's
-
-
-def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
-    """Tier -> where models.ini and what runs, or will, disagree."""
-    record = read_stack(places)
-    text = read_text(places.in_state("llama-swap.yaml"))
-    channel = "next" if "(channel next)" in text else "current"
-    rows: Dict[str, str] = {}
-    meta: Dict[str, Dict[str, Any]] = {}
-    serves = True                               # llama-swap does, or will
-    if record is not None and owned_process(record, places.work):
-        channel = record.channel
-        rows, meta = _engine_view(record)
-        serves = record.kind == "llama-swap"
-    blocks = swap_yaml_commands(text) if serves else {}
-    drift: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
-        weights = weights_for(tier, channel == "next")
-        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
-        if meta:
-            said += _drift_of_values(tier, weights, meta.get(tier.name))
-        if said:
-            drift[tier.name] = said
-    return drift
 
 
 def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
@@ -13972,6 +13951,30 @@ def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, An
         return rows, meta
     except (KeyError, TypeError, AttributeError):
         return {}, {}
+
+
+def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
+    """Tier -> where models.ini and what runs, or will, disagree."""
+    record = read_stack(places)
+    text = read_text(places.in_state("llama-swap.yaml"))
+    channel = "next" if "(channel next)" in text else "current"
+    rows: Dict[str, str] = {}
+    meta: Dict[str, Dict[str, Any]] = {}
+    serves = True                               # llama-swap does, or will
+    if record is not None and owned_process(record, places.work):
+        channel = record.channel
+        rows, meta = _engine_view(record)
+        serves = record.kind == "llama-swap"
+    blocks = swap_yaml_commands(text) if serves else {}
+    drift: Dict[str, List[str]] = {}
+    for tier in local_tiers(config):
+        weights = weights_for(tier, channel == "next")
+        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
+        if meta:
+            said += _drift_of_values(tier, weights, meta.get(tier.name))
+        if said:
+            drift[tier.name] = said
+    return drift
 
 
 _HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
@@ -14018,6 +14021,47 @@ def _check_server(config: Config, env: Mapping[str, str],
     if local_tiers(config):
         return None, ["there is no llama-server on this machine"]
     return None, []
+
+
+def _check_path(weights: Weights) -> Dict[str, Any]:
+    """A file of this disk as `check` shows it."""
+    size = file_size(weights.path)
+    damage = file_damage(weights.path) if size else ""
+    local, problem = "intact", ""
+    if not size:
+        local, problem = "missing", f"there is no {weights.path}"
+    elif damage:
+        local, problem = "damaged", f"{weights.path} {damage}"
+    return {
+        "path": weights.path,
+        "exists": bool(size),
+        "size_bytes": size,
+        "local": local,
+        "problem": problem,
+        "quant": weights.quant,
+    }
+
+
+def _check_weights(weights: Weights, hub: Mapping[str, Any],
+                   env: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
+    if weights.path:
+        return _check_path(weights)
+    state, why = local_state(weights, env, hub)
+    problem = hub.get("problem", "")
+    if why and not problem:
+        problem = f"the local copy is {state}: {why}"
+    return {
+        "repo": weights.repo,
+        "url": f"{hub_endpoint(env)}/{weights.repo}",
+        "file": weights.file,
+        "quant": weights.quant,
+        "exists": hub.get("exists"),
+        "size_bytes": hub.get("size_bytes"),
+        "changed": hub.get("changed"),
+        "local": state,
+        "problem": problem,
+    }
 
 
 def check_stack(places: Places, config: Config, env: Mapping[str, str],
@@ -14075,47 +14119,6 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str],
     }
 
 
-def _check_path(weights: Weights) -> Dict[str, Any]:
-    """A file of this disk as `check` shows it."""
-    size = file_size(weights.path)
-    damage = file_damage(weights.path) if size else ""
-    local, problem = "intact", ""
-    if not size:
-        local, problem = "missing", f"there is no {weights.path}"
-    elif damage:
-        local, problem = "damaged", f"{weights.path} {damage}"
-    return {
-        "path": weights.path,
-        "exists": bool(size),
-        "size_bytes": size,
-        "local": local,
-        "problem": problem,
-        "quant": weights.quant,
-    }
-
-
-def _check_weights(weights: Weights, hub: Mapping[str, Any],
-                   env: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
-    if weights.path:
-        return _check_path(weights)
-    state, why = local_state(weights, env, hub)
-    problem = hub.get("problem", "")
-    if why and not problem:
-        problem = f"the local copy is {state}: {why}"
-    return {
-        "repo": weights.repo,
-        "url": f"{hub_endpoint(env)}/{weights.repo}",
-        "file": weights.file,
-        "quant": weights.quant,
-        "exists": hub.get("exists"),
-        "size_bytes": hub.get("size_bytes"),
-        "changed": hub.get("changed"),
-        "local": state,
-        "problem": problem,
-    }
-
-
 # setup: steps that each find out whether there is anything to do. The text that a step returns says
 # what it found or did.
 FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
@@ -14164,6 +14167,17 @@ def _setup_ini(setup: Setup) -> str:
     return f"{path} is there" if there else "written; edit it to have other models"
 
 
+def server_ways() -> str:
+    """How llama.cpp is installed on this system."""
+    if IS_WINDOWS:
+        return "winget install ggml.llamacpp"
+    if IS_MAC or find_program("brew"):
+        return "brew install llama.cpp"
+    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
+        return "apt install llama.cpp"
+    return "install llama.cpp"
+
+
 def _bring_llama_server(setup: Setup) -> None:
     """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
     advice = server_ways()
@@ -14191,17 +14205,6 @@ def _setup_llama_server(setup: Setup) -> str:
     return f"{program_name(program)} (without {flags}, which it no longer takes)"
 
 
-def server_ways() -> str:
-    """How llama.cpp is installed on this system."""
-    if IS_WINDOWS:
-        return "winget install ggml.llamacpp"
-    if IS_MAC or find_program("brew"):
-        return "brew install llama.cpp"
-    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
-        return "apt install llama.cpp"
-    return "install llama.cpp"
-
-
 def _setup_llama_swap(setup: Setup) -> str:
     engine = load_config(setup.places).engine
     if engine == "embedded":
@@ -14224,26 +14227,6 @@ def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> Li
     return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
 
 
-def _setup_download(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
-    if not jobs:
-        return f"every model is in {cache}"
-    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
-    names = ", ".join(job.name for job in jobs)
-    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
-              f" from {hub_endpoint(setup.env)}: {names}")
-    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
-    if answer is None:
-        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
-                        "run `llmstack setup --yes`, or `llmstack download`")
-    if not answer:
-        raise _Skipped("not wanted now; `llmstack download` fetches them")
-    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
-
-
 def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
     """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
 
@@ -14262,6 +14245,26 @@ def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
             continue
         total += sum(row.get("size_bytes") or 0 for row in found.values())
     return total / 1e9
+
+
+def _setup_download(setup: Setup) -> str:
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
+    if not jobs:
+        return f"every model is in {cache}"
+    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    names = ", ".join(job.name for job in jobs)
+    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
+              f" from {hub_endpoint(setup.env)}: {names}")
+    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
+    if answer is None:
+        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
+                        "run `llmstack setup --yes`, or `llmstack download`")
+    if not answer:
+        raise _Skipped("not wanted now; `llmstack download` fetches them")
+    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
 
 
 def _setup_wait(setup: Setup) -> str:
@@ -14296,28 +14299,11 @@ def _setup_project(setup: Setup) -> str:
     return f"{places.state} is wired up" + ("" if changed else " already")
 
 
-def _setup_answer(setup: Setup) -> str:
-    """Have the smallest model that is here say something, once for each pair of server and file."""
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        raise _Skipped("there is no llama-server to load one")
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
-    if not here:
-        raise _Skipped("there is no model to load yet")
-    size, tier = min(here, key=lambda pair: pair[0])
-    path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
-    if _read_json(path).get(tier.name) == proof:
-        return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, program, setup)
-    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
-    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
+def _is_healthy(upstream: Upstream) -> bool:
+    try:
+        return upstream.get("/health", 5.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def prove_tier(tier: Tier, config: Config, program: Sequence[str],
@@ -14349,11 +14335,28 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str],
         process.wait()
 
 
-def _is_healthy(upstream: Upstream) -> bool:
-    try:
-        return upstream.get("/health", 5.0)[0].status == 200
-    except (OSError, ValueError):
-        return False
+def _setup_answer(setup: Setup) -> str:
+    """Have the smallest model that is here say something, once for each pair of server and file."""
+    check_run_trust(setup.places)
+    config = load_config(setup.places)
+    program = find_llama_server(config, setup.env, setup.places.data)
+    if not program:
+        raise _Skipped("there is no llama-server to load one")
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    if not here:
+        raise _Skipped("there is no model to load yet")
+    size, tier = min(here, key=lambda pair: pair[0])
+    path = os.path.join(setup.places.data, "proven.json")
+    proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
+    if _read_json(path).get(tier.name) == proof:
+        return f"{tier.name} has answered before"
+    seconds, words = prove_tier(tier, config, program, setup)
+    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
+    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
 
 # Where a shell's hook is turned on.
@@ -14614,31 +14617,6 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     return lines
 
 
-def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
-    """The snapshot of a router anew with each change, and each second without one.
-
-    Errors: OSError, ValueError where the stream ends or is none.
-    """
-    sock = upstream.connect()
-    try:
-        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
-        if upstream.key:
-            lines.append(b"Authorization: Bearer " + upstream.key.encode())
-        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
-        sock.settimeout(WATCH_SILENCE_S)
-        head = b""
-        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
-            head += _received(sock)
-        end = head_end(head, 0)
-        response = parse_response_head(head[:end], "GET")
-        if response.status != 200 or response.framing != "chunked":
-            raise ValueError(f"it answers {response.status}")
-        yield from _snapshots(sock, head[end + 4:])
-    finally:
-        sock.close()
-
-
 def _received(sock: socket.socket) -> bytes:
     data = sock.recv(RECV_BYTES)
     if not data:
@@ -14669,6 +14647,31 @@ def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
             data = b""
             if time.monotonic() - heard_s > WATCH_SILENCE_S:
                 raise OSError("the stream says nothing any more") from None
+
+
+def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
+    """The snapshot of a router anew with each change, and each second without one.
+
+    Errors: OSError, ValueError where the stream ends or is none.
+    """
+    sock = upstream.connect()
+    try:
+        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
+                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
+        if upstream.key:
+            lines.append(b"Authorization: Bearer " + upstream.key.encode())
+        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+        sock.settimeout(WATCH_SILENCE_S)
+        head = b""
+        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
+            head += _received(sock)
+        end = head_end(head, 0)
+        response = parse_response_head(head[:end], "GET")
+        if response.status != 200 or response.framing != "chunked":
+            raise ValueError(f"it answers {response.status}")
+        yield from _snapshots(sock, head[end + 4:])
+    finally:
+        sock.close()
 
 
 # ===================================================================================================
@@ -14817,16 +14820,6 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     return Plan(places, config, host, port, use_next, dict(os.environ), kind)
 
 
-def _add_install_litellm(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install-litellm", help="install what hosted tiers are served by",
-        description=f"Install {LITELLM.what} from PyPI into a private environment of llmstack;"
-                    " nothing is put into your Python. Where LiteLLM is there already, nothing is"
-                    " done.")
-    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
-    parser.set_defaults(run=_cmd_install_litellm)
-
-
 def _cmd_install_litellm(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
@@ -14842,18 +14835,14 @@ def _cmd_install_litellm(args: Any) -> int:
     return 0
 
 
-def _add_start(commands: Any) -> None:
+def _add_install_litellm(commands: Any) -> None:
     parser = commands.add_parser(
-        "start", help="bring the stack up: engine and router",
-        description="Bring up the engine (10102) and the router (10101) for this project. A"
-                    " directory without .llmstack/ gets one. Running already is fine. On a"
-                    " terminal, where no hook is active (see activate), a shell follows in which"
-                    " opencode finds the project.")
-    parser.add_argument("--detach", "--no-shell", action="store_true",
-                        help="daemons only, no shell")
-    _add_profile(parser)
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_start)
+        "install-litellm", help="install what hosted tiers are served by",
+        description=f"Install {LITELLM.what} from PyPI into a private environment of llmstack;"
+                    " nothing is put into your Python. Where LiteLLM is there already, nothing is"
+                    " done.")
+    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
+    parser.set_defaults(run=_cmd_install_litellm)
 
 
 def _add_profile(parser: Any) -> None:
@@ -14861,6 +14850,13 @@ def _add_profile(parser: Any) -> None:
     parser.add_argument("--profile", metavar="NAME", default="",
                         help="for a directory without models.ini: the tiers for a machine with"
                              f" this much memory ({sizes} GB; default: this machine's)")
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= 65_535:
+        import argparse
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
 
 
 def _add_stack_options(parser: Any) -> None:
@@ -14875,51 +14871,6 @@ def _add_stack_options(parser: Any) -> None:
                         help="port to listen on (models.ini: router_port)")
     parser.add_argument("--insecure", action="store_true",
                         help="thin client: do not verify the router's certificate")
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= 65_535:
-        import argparse
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
-    return int(text)
-
-
-def _cmd_start(args: Any) -> int:
-    return _bring_up(args, again=False)
-
-
-def _bring_up(args: Any, again: bool) -> int:
-    """`start`, and with `again` `restart`.
-
-    Everything is checked before anything is written or stopped.
-    """
-    places = _places(args)
-    profile = getattr(args, "profile", "")
-    if args.demo:
-        _prepare_demo(args, places)
-    else:
-        offer_trust(places, say, _ask)
-        if pinned_url(places):
-            return _start_external(args, places)
-        check_run_trust(places)
-        check_pin(places)
-        check_state(places)
-    plan = _plan_start(args, places, planned_config(places, warn, profile))
-    check_plan(plan)
-    if profile or not os.path.exists(places.models_ini):
-        prepare_project(places, say, profile)   # which says that a profile replaces nothing
-        plan = plan._replace(config=load_config(places))
-    _warn_unserved(places, plan.config)
-    started = start_stack(plan, say, again)
-    url = base_url(plan.host, plan.port)
-    if args.demo:
-        return _show_demo(places, url)
-    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
-    if not started:
-        say(f"Running already: {url}/v1, the {plan.channel} channel")
-    elif not again:
-        say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
-    return _enter_shell(args, places, Marker(plan.channel))
 
 
 def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
@@ -14957,18 +14908,6 @@ def _progress() -> Progress:
     return Progress(say, sys.stdout if is_live_terminal() else None)
 
 
-def _prepare_demo(args: Any, places: Places) -> None:
-    """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    _check_demo_ports(args, places)
-    waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
-        if not find_llama_server(Config(), os.environ, places.data):
-            install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, os.environ, progress)
-        write_demo_ini(places, model, path)
-
-
 def _check_demo_ports(args: Any, places: Places) -> None:
     """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
     if os.path.exists(places.models_ini):
@@ -14981,15 +14920,16 @@ def _check_demo_ports(args: Any, places: Places) -> None:
     })
 
 
-def _show_demo(places: Places, url: str) -> int:
-    """What follows the demo's start: on a terminal a chat, else what to type."""
-    if not _has_person() or "run" not in extra_names():
-        _say_demo(url)
-        return 0
-    say("")
-    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
-    os.environ["LLMSTACK_WORK_DIR"] = places.work
-    return run_extra("run", [])
+def _prepare_demo(args: Any, places: Places) -> None:
+    """The demo's model, its models.ini, and a llama-server where the machine has none."""
+    _check_demo_ports(args, places)
+    waiting = "Another start is preparing the demo; waiting for it"
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+        if not find_llama_server(Config(), os.environ, places.data):
+            install_environment(LLAMA_CPP, places.data, say)
+        with _progress() as progress:
+            model, path = ensure_demo_model(places.data, os.environ, progress)
+        write_demo_ini(places, model, path)
 
 
 def _say_demo(url: str) -> None:
@@ -15003,15 +14943,159 @@ def _say_demo(url: str) -> None:
     say("Stop it with `llmstack stop --demo`.")
 
 
-def _add_stop(commands: Any) -> None:
+def extra_names() -> List[str]:
+    """The commands in extras/, which lies beside this file or in its archive."""
+    files: List[str] = []
+    try:
+        if getattr(_LOADER, "archive", None):
+            import zipfile
+            with zipfile.ZipFile(PROGRAM) as archive:
+                files = [n[7:] for n in archive.namelist() if n.startswith("extras/")]
+        else:
+            files = os.listdir(os.path.join(os.path.dirname(__file__), "extras"))
+    except OSError:                             # a copy without them
+        pass
+    return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
+
+
+def unknown_word(word: str, known: Iterable[str]) -> str:
+    """'strat', did you mean start?"""
+    return repr(word) + _did_you_mean(word, known)
+
+
+def extra_file(name: str) -> str:
+    return f"extras/{name.replace('-', '_')}.py"
+
+
+# In the order of `help`. What this file does not define is an extra: extras/NAME.py.
+COMMAND_GROUPS = (
+    ("Every day", "start stop restart status reload run ps logs"),
+    ("Decisions", "why replay"),
+    ("Models", "setup download check fit install-llama-swap install-litellm"),
+    ("Projects", "install connect run-with trust activate config"),
+    ("Keep it", "service serve forget completion self version help"),
+)
+
+
+def command_groups() -> List[Tuple[str, List[str]]]:
+    """COMMAND_GROUPS, and the extras that it does not know."""
+    groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
+    listed = [name for _, names in groups for name in names]
+    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
+
+
+def command_names() -> List[str]:
+    return [name for _, names in command_groups() for name in names]
+
+
+def load_extra(name: str) -> Any:
+    """The module of a command in extras/. Errors: UserError where there is none."""
+    source = None
+    if re.match(r"[a-z-]+\Z", name):
+        try:
+            source = read_resource(extra_file(name))
+        except UserError:
+            pass
+    if source is None and name in command_names():
+        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
+                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2)
+    if source is None:
+        raise UserError(f"there is no command {unknown_word(name, command_names())}",
+                        "`llmstack help` lists the commands", 2)
+    module: Any = type(sys)("llmstack_" + name.replace("-", "_"))
+    module.__file__ = os.path.join(os.path.dirname(__file__), extra_file(name))
+    code = compile(source, module.__file__, "exec", dont_inherit=True)
+    exec(code, module.__dict__)  # noqa: S102
+    return module
+
+
+def run_extra(name: str, argv: Sequence[str]) -> int:
+    """Run a command of extras/. Errors: UserError."""
+    return int(load_extra(name).main(argv, sys.modules[__name__]))
+
+
+def _show_demo(places: Places, url: str) -> int:
+    """What follows the demo's start: on a terminal a chat, else what to type."""
+    if not _has_person() or "run" not in extra_names():
+        _say_demo(url)
+        return 0
+    say("")
+    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
+    os.environ["LLMSTACK_WORK_DIR"] = places.work
+    return run_extra("run", [])
+
+
+def _ask(question: str) -> Optional[bool]:
+    """A yes or no from the terminal; None where there is none."""
+    if not _has_person():
+        return None
+    write_out(visible_lines(question))
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _never_ask(_: str) -> Optional[bool]:
+    """The answer where nobody is to be asked."""
+    return None
+
+
+def _warn_unserved(places: Places, config: Config,
+                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
+    """Prepare what hosted tiers need, and say why they are not served where they are not."""
+    why = prepare_hosted(places, config, os.environ, say, ask)
+    if why:
+        warn(f"hosted tiers are not served: {why}")
+
+
+def _bring_up(args: Any, again: bool) -> int:
+    """`start`, and with `again` `restart`.
+
+    Everything is checked before anything is written or stopped.
+    """
+    places = _places(args)
+    profile = getattr(args, "profile", "")
+    if args.demo:
+        _prepare_demo(args, places)
+    else:
+        offer_trust(places, say, _ask)
+        if pinned_url(places):
+            return _start_external(args, places)
+        check_run_trust(places)
+        check_pin(places)
+        check_state(places)
+    plan = _plan_start(args, places, planned_config(places, warn, profile))
+    check_plan(plan)
+    if profile or not os.path.exists(places.models_ini):
+        prepare_project(places, say, profile)   # which says that a profile replaces nothing
+        plan = plan._replace(config=load_config(places))
+    _warn_unserved(places, plan.config)
+    started = start_stack(plan, say, again)
+    url = base_url(plan.host, plan.port)
+    if args.demo:
+        return _show_demo(places, url)
+    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
+    if not started:
+        say(f"Running already: {url}/v1, the {plan.channel} channel")
+    elif not again:
+        say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
+    return _enter_shell(args, places, Marker(plan.channel))
+
+
+def _cmd_start(args: Any) -> int:
+    return _bring_up(args, again=False)
+
+
+def _add_start(commands: Any) -> None:
     parser = commands.add_parser(
-        "stop", help="stop this project's daemons",
-        description="Stop this project's daemons and the model servers they started, and nothing"
-                    " else.")
-    parser.add_argument("--demo", action="store_true", help="stop the demo's")
-    parser.add_argument("--forget", action="store_true",
-                        help="and delete every parked conversation")
-    parser.set_defaults(run=_cmd_stop)
+        "start", help="bring the stack up: engine and router",
+        description="Bring up the engine (10102) and the router (10101) for this project. A"
+                    " directory without .llmstack/ gets one. Running already is fine. On a"
+                    " terminal, where no hook is active (see activate), a shell follows in which"
+                    " opencode finds the project.")
+    parser.add_argument("--detach", "--no-shell", action="store_true",
+                        help="daemons only, no shell")
+    _add_profile(parser)
+    _add_stack_options(parser)
+    parser.set_defaults(run=_cmd_start)
 
 
 def _other_stack(places: Places) -> str:
@@ -15026,6 +15110,14 @@ def _other_stack(places: Places) -> str:
             if "llmstack" in holder:
                 return f": port {port} is taken by {holder}"
     return ""
+
+
+def _say_forgotten(places: Places) -> None:
+    freed = forget_parked(places.data)
+    if freed:
+        say(f"Forgot {freed / 1e9:.1f} GB of parked conversations.")
+    else:
+        say("Nothing is parked.")
 
 
 def _cmd_stop(args: Any) -> int:
@@ -15054,19 +15146,15 @@ def _cmd_stop(args: Any) -> int:
     return 0
 
 
-def _add_forget(commands: Any) -> None:
-    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
-        "Delete what the models' slots held when they stopped, of all projects on this machine."
-        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
-    parser.set_defaults(run=_cmd_forget)
-
-
-def _say_forgotten(places: Places) -> None:
-    freed = forget_parked(places.data)
-    if freed:
-        say(f"Forgot {freed / 1e9:.1f} GB of parked conversations.")
-    else:
-        say("Nothing is parked.")
+def _add_stop(commands: Any) -> None:
+    parser = commands.add_parser(
+        "stop", help="stop this project's daemons",
+        description="Stop this project's daemons and the model servers they started, and nothing"
+                    " else.")
+    parser.add_argument("--demo", action="store_true", help="stop the demo's")
+    parser.add_argument("--forget", action="store_true",
+                        help="and delete every parked conversation")
+    parser.set_defaults(run=_cmd_stop)
 
 
 def _cmd_forget(args: Any) -> int:
@@ -15075,6 +15163,17 @@ def _cmd_forget(args: Any) -> int:
     if stack_is_alive(places):
         say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
     return 0
+
+
+def _add_forget(commands: Any) -> None:
+    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
+        "Delete what the models' slots held when they stopped, of all projects on this machine."
+        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
+    parser.set_defaults(run=_cmd_forget)
+
+
+def _cmd_restart(args: Any) -> int:
+    return _bring_up(args, again=True)
 
 
 def _add_restart(commands: Any) -> None:
@@ -15086,44 +15185,6 @@ def _add_restart(commands: Any) -> None:
                         help="daemons only, no shell")
     _add_stack_options(parser)
     parser.set_defaults(run=_cmd_restart)
-
-
-def _cmd_restart(args: Any) -> int:
-    return _bring_up(args, again=True)
-
-
-def _add_status(commands: Any) -> None:
-    parser = commands.add_parser(
-        "status", help="what runs, and in what state",
-        description="Show the daemons and the tiers, probed now. Exit code 0 when the stack is up,"
-                    " 1 when it is not.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.set_defaults(run=_cmd_status)
-
-
-def _cmd_status(args: Any) -> int:
-    places = _places(args)
-    if args.watch:
-        return _watch(places)
-    broken: Optional[UserError] = None
-    config = Config()
-    try:
-        if not pinned_url(places):
-            config = planned_config(places)
-            config = true_config(config, places, running_channel(places) == "next")
-    except UserError as exc:                    # what runs is of interest all the more
-        broken = exc
-    rows = _status_rows(places, config)
-    if args.json:
-        say(json.dumps(rows, indent=2, ensure_ascii=False))
-    else:
-        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
-            say(line)
-    if broken:
-        raise broken
-    return 0 if rows["running"] else 1
 
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
@@ -15141,50 +15202,10 @@ def _columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
-    width, now = _columns(), rows.get("now") or {}
-    if not (rows["running"] and dicts_in(now, "tiers")):
-        return _status_of_parts(rows, config, width, demo)
-    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
-                            time.time(), paint)
-    if rows["channel"] == "next":
-        lines.insert(1, "next channel")
-    return lines + _status_notes(rows)
-
-
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
     parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
     return notes + [f"Note: {name}: parking {why}" for name, why in parking]
-
-
-def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
-    """What there is to say of a stack that is down, ailing or older than this program."""
-    channel = f" ({rows['channel']})" if rows["channel"] else ""
-    lines = [f"Project  {rows['project']}{channel}"]
-    for name in ("router", "engine"):
-        lines += _part_line(name, rows)
-    if rows.get("problem"):
-        return lines
-    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
-    if tiers:
-        lines += ["", *render_tiers(tiers, width, paint)]
-    lines += _status_notes(rows)
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
-                     " and none takes more")
-    if rows.get("local_only"):
-        lines.append("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-            state = paint(row["state"], "33")
-            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
-    if not rows["running"]:
-        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
-        if rows["other_owner"]:
-            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
-    return lines
 
 
 def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
@@ -15223,6 +15244,58 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Di
     return row
 
 
+def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
+    """What there is to say of a stack that is down, ailing or older than this program."""
+    channel = f" ({rows['channel']})" if rows["channel"] else ""
+    lines = [f"Project  {rows['project']}{channel}"]
+    for name in ("router", "engine"):
+        lines += _part_line(name, rows)
+    if rows.get("problem"):
+        return lines
+    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
+    if tiers:
+        lines += ["", *render_tiers(tiers, width, paint)]
+    lines += _status_notes(rows)
+    if rows.get("memory_pressure"):
+        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+                     " and none takes more")
+    if rows.get("local_only"):
+        lines.append("local_only: no request leaves this machine")
+    for row in rows["downloads"]:
+        if row["state"] != "done":
+            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
+            state = paint(row["state"], "33")
+            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
+    if not rows["running"]:
+        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
+        if rows["other_owner"]:
+            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
+    return lines
+
+
+def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
+    width, now = _columns(), rows.get("now") or {}
+    if not (rows["running"] and dicts_in(now, "tiers")):
+        return _status_of_parts(rows, config, width, demo)
+    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
+                            time.time(), paint)
+    if rows["channel"] == "next":
+        lines.insert(1, "next channel")
+    return lines + _status_notes(rows)
+
+
+def _draw(lines: Sequence[str], in_place: bool) -> None:
+    """Lines over those drawn before; one below the other where that cannot be."""
+    if not in_place:
+        for line in lines:
+            say(line)
+        return
+    import shutil
+    most = max(shutil.get_terminal_size().lines - 1, 1)
+    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
+    write_out(f"\x1b[H{shown}\x1b[J")
+
+
 def _watch_once(upstream: Upstream, in_place: bool) -> None:
     """Show a router's snapshots until their stream breaks, and that it has."""
     url = upstream.url
@@ -15244,36 +15317,56 @@ def _watch(places: Places) -> int:
         return 0
 
 
-def _draw(lines: Sequence[str], in_place: bool) -> None:
-    """Lines over those drawn before; one below the other where that cannot be."""
-    if not in_place:
-        for line in lines:
+def _cmd_status(args: Any) -> int:
+    places = _places(args)
+    if args.watch:
+        return _watch(places)
+    broken: Optional[UserError] = None
+    config = Config()
+    try:
+        if not pinned_url(places):
+            config = planned_config(places)
+            config = true_config(config, places, running_channel(places) == "next")
+    except UserError as exc:                    # what runs is of interest all the more
+        broken = exc
+    rows = _status_rows(places, config)
+    if args.json:
+        say(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
             say(line)
-        return
-    import shutil
-    most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
-    write_out(f"\x1b[H{shown}\x1b[J")
+    if broken:
+        raise broken
+    return 0 if rows["running"] else 1
 
 
-def _add_reload(commands: Any) -> None:
+def _add_status(commands: Any) -> None:
     parser = commands.add_parser(
-        "reload", help="let the running router and this shell read the project again",
-        description="Check models.ini and have the router read it again: routing changes at once,"
-                    " without a restart. Tiers and flags of models need `llmstack restart`."
-                    " Printed is what the shell is to evaluate: eval \"$(llmstack reload)\", in"
-                    " fish llmstack reload | source.")
+        "status", help="what runs, and in what state",
+        description="Show the daemons and the tiers, probed now. Exit code 0 when the stack is up,"
+                    " 1 when it is not.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
     parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.add_argument("--shell", choices=SHELLS,
-                        help="whose language to print (default: that of the hook, of"
-                             " $LLMSTACK_SHELL or of $SHELL)")
-    parser.set_defaults(run=_cmd_reload)
+    parser.set_defaults(run=_cmd_status)
 
 
 def _shell_in_use() -> str:
     """The shell that reads our output: the hook's, else the user's."""
     hooked, _ = hook_of(os.environ)
     return hooked or shell_name(shell_program(os.environ)) or "bash"
+
+
+def _say_raw(text: str) -> None:
+    """Text for a shell: the bytes of a path are what they are."""
+    if not text:
+        return
+    if sys.stdout.isatty():                     # shown, and not evaluated
+        say(text.rstrip("\n"))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    write_out(text.rstrip("\n") + "\n")
 
 
 def _cmd_reload(args: Any) -> int:
@@ -15298,26 +15391,18 @@ def _cmd_reload(args: Any) -> int:
     return 0
 
 
-def _say_raw(text: str) -> None:
-    """Text for a shell: the bytes of a path are what they are."""
-    if not text:
-        return
-    if sys.stdout.isatty():                     # shown, and not evaluated
-        say(text.rstrip("\n"))
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
-    write_out(text.rstrip("\n") + "\n")
-
-
-def _add_activate(commands: Any) -> None:
+def _add_reload(commands: Any) -> None:
     parser = commands.add_parser(
-        "activate", help="a hook that wires a shell to the project it is in",
-        description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
-                    " turns it on. In the shell's start-up file: eval \"$(llmstack activate"
-                    " zsh)\".")
-    parser.add_argument("shell", choices=SHELLS, help="whose hook")
-    parser.set_defaults(run=_cmd_activate)
+        "reload", help="let the running router and this shell read the project again",
+        description="Check models.ini and have the router read it again: routing changes at once,"
+                    " without a restart. Tiers and flags of models need `llmstack restart`."
+                    " Printed is what the shell is to evaluate: eval \"$(llmstack reload)\", in"
+                    " fish llmstack reload | source.")
+    parser.add_argument("--demo", action="store_true", help="the demo's")
+    parser.add_argument("--shell", choices=SHELLS,
+                        help="whose language to print (default: that of the hook, of"
+                             " $LLMSTACK_SHELL or of $SHELL)")
+    parser.set_defaults(run=_cmd_reload)
 
 
 def _cmd_activate(args: Any) -> int:
@@ -15330,6 +15415,16 @@ def _cmd_activate(args: Any) -> int:
     return 0
 
 
+def _add_activate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "activate", help="a hook that wires a shell to the project it is in",
+        description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
+                    " turns it on. In the shell's start-up file: eval \"$(llmstack activate"
+                    " zsh)\".")
+    parser.add_argument("shell", choices=SHELLS, help="whose hook")
+    parser.set_defaults(run=_cmd_activate)
+
+
 def _cmd_hook(shell: str, directory: str) -> int:
     """Behind the hooks: what to evaluate in a project.
 
@@ -15338,17 +15433,6 @@ def _cmd_hook(shell: str, directory: str) -> int:
     places = places_at(data_dir(os.environ), os.path.realpath(directory))
     _say_raw(hook_answer(places, shell, os.environ, _tell))
     return 0
-
-
-def _add_trust(commands: Any) -> None:
-    parser = commands.add_parser(
-        "trust", help="let a project's .llmstack/ take effect on this machine",
-        description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
-                    " now. What `install` writes is trusted already; a changed file is to be"
-                    " trusted again.")
-    parser.add_argument("directory", metavar="DIR", nargs="?",
-                        help="the project (default: the one we are in)")
-    parser.set_defaults(run=_cmd_trust)
 
 
 def _cmd_trust(args: Any) -> int:
@@ -15372,50 +15456,19 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-def _ask(question: str) -> Optional[bool]:
-    """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
-        return None
-    write_out(visible_lines(question))
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _never_ask(_: str) -> Optional[bool]:
-    """The answer where nobody is to be asked."""
-    return None
-
-
-def _warn_unserved(places: Places, config: Config,
-                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
-    """Prepare what hosted tiers need, and say why they are not served where they are not."""
-    why = prepare_hosted(places, config, os.environ, say, ask)
-    if why:
-        warn(f"hosted tiers are not served: {why}")
+def _add_trust(commands: Any) -> None:
+    parser = commands.add_parser(
+        "trust", help="let a project's .llmstack/ take effect on this machine",
+        description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
+                    " now. What `install` writes is trusted already; a changed file is to be"
+                    " trusted again.")
+    parser.add_argument("directory", metavar="DIR", nargs="?",
+                        help="the project (default: the one we are in)")
+    parser.set_defaults(run=_cmd_trust)
 
 
 def _default_remote() -> str:
     return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
-
-
-def _add_install(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install", help="give this project its opencode.json",
-        description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
-                    " pinned to; models.ini where there is none. Without an option the channel"
-                    " stays as it is.")
-    channel = parser.add_mutually_exclusive_group()
-    channel.add_argument("--current", action="store_true", help="pin the current models")
-    channel.add_argument("--next", action="store_true",
-                         help="pin the queued upgrades (hf_file_next, model_next)")
-    channel.add_argument("--external", metavar="URL", nargs="?", const="",
-                         help="use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                              f" {_default_remote()}) instead of one of this project")
-    parser.add_argument("--insecure", action="store_true",
-                        help="do not verify that router's certificate")
-    _add_profile(parser)
-    parser.add_argument("-n", "--print", action="store_true",
-                        help="print opencode.json and write nothing")
-    parser.set_defaults(run=_cmd_install)
 
 
 def _external_url(args: Any, places: Places) -> str:
@@ -15426,6 +15479,30 @@ def _external_url(args: Any, places: Places) -> str:
     if args.external is not None:
         return args.external or named or _default_remote()
     return named or trusted_url(places)
+
+
+def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
+    if not wire_project(places, marker, opencode_json, say):
+        say(f"Nothing to change: {places.in_state('opencode.json')} is as it should be.")
+    for line in cramped_models(config):
+        warn(line)
+
+
+def _install_external(args: Any, places: Places, url: str) -> int:
+    remote = fetch_remote(url, os.environ, args.insecure)
+    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    check_state(places)
+    leave_daemons(places, remote, say)
+    _wire(places, Marker("external", remote.url), text, remote.config)
+    names = ", ".join(t.name for t in remote.config.tiers)
+    say(f"This project uses the router at {remote.url}: {names}.")
+    if args.insecure:
+        warn("its certificate was not verified; opencode verifies it, so name it in"
+             " NODE_EXTRA_CA_CERTS before you run that")
+    return 0
 
 
 def _cmd_install(args: Any) -> int:
@@ -15459,39 +15536,34 @@ def _cmd_install(args: Any) -> int:
     return 0
 
 
-def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
-    if not wire_project(places, marker, opencode_json, say):
-        say(f"Nothing to change: {places.in_state('opencode.json')} is as it should be.")
-    for line in cramped_models(config):
-        warn(line)
-
-
-def _install_external(args: Any, places: Places, url: str) -> int:
-    remote = fetch_remote(url, os.environ, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
-    if args.print:
-        say(text.rstrip("\n"))
-        return 0
-    check_state(places)
-    leave_daemons(places, remote, say)
-    _wire(places, Marker("external", remote.url), text, remote.config)
-    names = ", ".join(t.name for t in remote.config.tiers)
-    say(f"This project uses the router at {remote.url}: {names}.")
-    if args.insecure:
-        warn("its certificate was not verified; opencode verifies it, so name it in"
-             " NODE_EXTRA_CA_CERTS before you run that")
-    return 0
-
-
-def _add_why(commands: Any) -> None:
+def _add_install(commands: Any) -> None:
     parser = commands.add_parser(
-        "why", help="which tier a request would go to, and why",
-        description="Print the decision for a request body without sending anything.")
-    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
-    parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
-                        help="the path it would be posted to (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_why)
+        "install", help="give this project its opencode.json",
+        description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
+                    " pinned to; models.ini where there is none. Without an option the channel"
+                    " stays as it is.")
+    channel = parser.add_mutually_exclusive_group()
+    channel.add_argument("--current", action="store_true", help="pin the current models")
+    channel.add_argument("--next", action="store_true",
+                         help="pin the queued upgrades (hf_file_next, model_next)")
+    channel.add_argument("--external", metavar="URL", nargs="?", const="",
+                         help="use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                              f" {_default_remote()}) instead of one of this project")
+    parser.add_argument("--insecure", action="store_true",
+                        help="do not verify that router's certificate")
+    _add_profile(parser)
+    parser.add_argument("-n", "--print", action="store_true",
+                        help="print opencode.json and write nothing")
+    parser.set_defaults(run=_cmd_install)
+
+
+def _why_config(places: Places) -> Config:
+    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
+    url = trusted_url(places)
+    if url:
+        return fetch_remote(url, os.environ).config
+    config = planned_config(places, warn)
+    return true_config(config, places, running_channel(places) == "next", warn)
 
 
 def _read_body(file: str) -> Dict[str, Any]:
@@ -15512,15 +15584,6 @@ def _read_body(file: str) -> Dict[str, Any]:
     if not isinstance(body, dict):
         raise UserError(f"{file} is not a JSON object", hint, 2)
     return body
-
-
-def _why_config(places: Places) -> Config:
-    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).config
-    config = planned_config(places, warn)
-    return true_config(config, places, running_channel(places) == "next", warn)
 
 
 def _why_decision(args: Any, places: Places, config: Config, path: str) -> Decision:
@@ -15567,15 +15630,15 @@ def _cmd_why(args: Any) -> int:
     return 0
 
 
-def _add_fit(commands: Any) -> None:
+def _add_why(commands: Any) -> None:
     parser = commands.add_parser(
-        "fit", help="what each tier takes in memory, and what fits together here",
-        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
-                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
+        "why", help="which tier a request would go to, and why",
+        description="Print the decision for a request body without sending anything.")
+    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
+    parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
+                        help="the path it would be posted to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_fit)
+    parser.set_defaults(run=_cmd_why)
 
 
 def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
@@ -15587,6 +15650,60 @@ def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
             raise UserError(f"there is no tier {name}",
                             "one of " + ", ".join(t.name for t in config.tiers), 2)
     return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
+
+
+class FitSet(NamedTuple):
+    """Tiers that may be loaded together."""
+
+    tiers: Tuple[str, ...]
+    need_gb: float
+    fits: bool
+
+
+FIT_COLUMNS = 60
+
+
+def _say_wrapped(text: str, indent: str) -> None:
+    import textwrap
+    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
+                              break_long_words=False, break_on_hyphens=False):
+        say(line)
+
+
+def _say_fit(fit: TierFit, width: int) -> None:
+    total, largest = f"~{fit.need_gb:.1f}", "?"
+    memory = fit.memory
+    if memory is not None:
+        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
+    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
+    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
+    parts = []
+    if memory is not None:
+        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
+        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
+    if fit.host_gb:
+        parts.append(f"{fit.host_gb:.2f} of these on the host")
+    if fit.cache_mib:
+        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
+    parts.append(FIT_SOURCES[fit.source])
+    _say_wrapped(", ".join(parts), "  ")
+    if fit.note:
+        _say_wrapped(fit.note, "  ")
+
+
+def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
+    """At most FIT_COLUMNS wide, where no name is long."""
+    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
+    width = max([len(f.name) for f in fits] + [4])
+    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
+    for fit in fits:
+        _say_fit(fit, width)
+    if sets:
+        say("\nTogether, in GB:")
+    for together in sets:
+        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
+        if not together.fits:
+            say(f"          {paint('does not fit: they take turns', '33')}")
 
 
 def _cmd_fit(args: Any) -> int:
@@ -15611,97 +15728,15 @@ def _cmd_fit(args: Any) -> int:
     return 0 if all(f.fits for f in fits) else 1
 
 
-FIT_COLUMNS = 60
-
-
-class FitSet(NamedTuple):
-    """Tiers that may be loaded together."""
-
-    tiers: Tuple[str, ...]
-    need_gb: float
-    fits: bool
-
-
-def _say_wrapped(text: str, indent: str) -> None:
-    import textwrap
-    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
-                              break_long_words=False, break_on_hyphens=False):
-        say(line)
-
-
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
-    """At most FIT_COLUMNS wide, where no name is long."""
-    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
-    width = max([len(f.name) for f in fits] + [4])
-    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
-    for fit in fits:
-        _say_fit(fit, width)
-    if sets:
-        say("\nTogether, in GB:")
-    for together in sets:
-        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
-        if not together.fits:
-            say(f"          {paint('does not fit: they take turns', '33')}")
-
-
-def _say_fit(fit: TierFit, width: int) -> None:
-    total, largest = f"~{fit.need_gb:.1f}", "?"
-    memory = fit.memory
-    if memory is not None:
-        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
-    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
-    parts = []
-    if memory is not None:
-        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
-        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
-    if fit.host_gb:
-        parts.append(f"{fit.host_gb:.2f} of these on the host")
-    if fit.cache_mib:
-        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
-    parts.append(FIT_SOURCES[fit.source])
-    _say_wrapped(", ".join(parts), "  ")
-    if fit.note:
-        _say_wrapped(fit.note, "  ")
-
-
-def _add_serve(commands: Any) -> None:
+def _add_fit(commands: Any) -> None:
     parser = commands.add_parser(
-        "serve", help="the router alone, in the foreground",
-        description="Run the router in the foreground against any OpenAI-compatible upstream; for"
-                    " launchd, systemd, containers and benchmarks. Its first line is its address.")
-    parser.add_argument("--upstream", metavar="URL",
-                        help="where requests go (default: this project's engine)")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port,
-                        help="port, 0 for any free one (models.ini: router_port)")
-    parser.set_defaults(run=_cmd_serve, next=False)
-
-
-def _cmd_serve(args: Any) -> int:
-    places = _places(args)
-    check_run_trust(places)
-    config = load_config(places, warn)
-    host = args.host or config.host
-    port = config.router_port if args.port is None else args.port
-    check_exposure(host, config, os.environ)
-    upstream = Upstream("127.0.0.1", config.engine_port)
-    remedy = "run `llmstack start`"
-    if args.upstream:
-        if config.local_only and not _LOCAL_URL.match(args.upstream):
-            raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}",
-                            "take local_only out, or name another", 2)
-        upstream = parse_upstream(args.upstream)
-        remedy = "start it, or name another --upstream"
-    log = Log("", os.environ.get("LOG_LEVEL", "info"))
-    use_next = _wants_next(args, places, config)
-    plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
-    app = _router_app(plan, upstream, log)
-    more_files()
-    server = _listen(host, port, app)
-    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
-    _run_until_signal(server, app)
-    return 0
+        "fit", help="what each tier takes in memory, and what fits together here",
+        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
+                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
+    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_cmd_fit)
 
 
 class RouterPlan(NamedTuple):
@@ -15780,28 +15815,8 @@ def _listen(host: str, port: int, app: App) -> Any:
                         "choose another --port, or --host") from None
 
 
-def _run_until_signal(server: Any, app: RouterApp) -> None:
-    """Serve until a signal says to stop."""
-    _on_signals(app.ask_reload)
-    try:
-        server.serve_forever(1.0)
-    finally:
-        app.log.flush()
-        server.server_close()
-
-
 class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
-
-
-def _ignore_signals() -> None:
-    """While ending: a second TERM must not cut the cleaning up short.
-
-    Whoever is in a hurry sends KILL.
-    """
-    import signal
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _on_signals(hangup: Callable[[], None]) -> None:
@@ -15819,49 +15834,63 @@ def _on_signals(hangup: Callable[[], None]) -> None:
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def _add_daemon(commands: Any) -> None:
-    parser = commands.add_parser("_daemon")
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_daemon)
-
-
-def _cmd_daemon(args: Any) -> int:
-    """The process behind `start`: the router, and the engine with all its children."""
-    places = _places(args)
-    level = os.environ.get("LOG_LEVEL", "info")
-    log = Log(places.log("router.log"), level)
-    engine_log = Log(places.log("engine.log"), level)
-    config = true_config(load_config(places), places, args.next, engine_log.warning)
-    remedy = "run `llmstack start`"
-    if places.work == os.path.join(places.data, "demo"):
-        remedy = "run `llmstack start --demo`"
-    more_files()
-    behind: Union[EngineApp, SwapApp]
-    if args.engine == "llama-swap":
-        behind = _swap_app(places, config, args.next, engine_log)
-    else:
-        behind = _embedded_app(places, config, args.next, engine_log)
-    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
-    app = _router_app(plan, behind, log)
+def _run_until_signal(server: Any, app: RouterApp) -> None:
+    """Serve until a signal says to stop."""
+    _on_signals(app.ask_reload)
     try:
-        engine_server = _listen("127.0.0.1", config.engine_port, behind)
-        server = _listen(args.host, args.port, app)
-        behind.page_url = base_url(args.host, server.server_port) + "/"
-        behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
-                         daemon=True).start()
-        url = base_url(args.host, args.port)
-        log.info(f"llmstack {VERSION} on {url}, engine {args.engine}")
-        _run_until_signal(server, app)
+        server.serve_forever(1.0)
     finally:
-        _ignore_signals()
-        behind.close()
-        log.flush()
-        engine_log.flush()
+        app.log.flush()
+        server.server_close()
+
+
+def _cmd_serve(args: Any) -> int:
+    places = _places(args)
+    check_run_trust(places)
+    config = load_config(places, warn)
+    host = args.host or config.host
+    port = config.router_port if args.port is None else args.port
+    check_exposure(host, config, os.environ)
+    upstream = Upstream("127.0.0.1", config.engine_port)
+    remedy = "run `llmstack start`"
+    if args.upstream:
+        if config.local_only and not _LOCAL_URL.match(args.upstream):
+            raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}",
+                            "take local_only out, or name another", 2)
+        upstream = parse_upstream(args.upstream)
+        remedy = "start it, or name another --upstream"
+    log = Log("", os.environ.get("LOG_LEVEL", "info"))
+    use_next = _wants_next(args, places, config)
+    plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
+    app = _router_app(plan, upstream, log)
+    more_files()
+    server = _listen(host, port, app)
+    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
+    _run_until_signal(server, app)
     return 0
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve", help="the router alone, in the foreground",
+        description="Run the router in the foreground against any OpenAI-compatible upstream; for"
+                    " launchd, systemd, containers and benchmarks. Its first line is its address.")
+    parser.add_argument("--upstream", metavar="URL",
+                        help="where requests go (default: this project's engine)")
+    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
+    parser.add_argument("--port", metavar="P", type=_port,
+                        help="port, 0 for any free one (models.ini: router_port)")
+    parser.set_defaults(run=_cmd_serve, next=False)
+
+
+def _ignore_signals() -> None:
+    """While ending: a second TERM must not cut the cleaning up short.
+
+    Whoever is in a hurry sends KILL.
+    """
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
@@ -15926,21 +15955,49 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
-def _add_setup(commands: Any) -> None:
-    parser = commands.add_parser(
-        "setup", help="from a bare machine to loaded models, step by step",
-        description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
-                    " models, this project's wiring, a first answer. It can be run again at any"
-                    " time: what is done is left alone, what failed is tried again. Exit code 1"
-                    " when a step failed.")
-    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
-    parser.add_argument("--skip-wait", action="store_true",
-                        help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true",
-                        help="ask nothing: bring llama.cpp's server and fetch the models")
-    parser.add_argument("--profile", metavar="NAME", default="",
-                        help="the tiers for a memory size, in GB, other than this machine's")
-    parser.set_defaults(run=_cmd_setup)
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
+    places = _places(args)
+    level = os.environ.get("LOG_LEVEL", "info")
+    log = Log(places.log("router.log"), level)
+    engine_log = Log(places.log("engine.log"), level)
+    config = true_config(load_config(places), places, args.next, engine_log.warning)
+    remedy = "run `llmstack start`"
+    if places.work == os.path.join(places.data, "demo"):
+        remedy = "run `llmstack start --demo`"
+    more_files()
+    behind: Union[EngineApp, SwapApp]
+    if args.engine == "llama-swap":
+        behind = _swap_app(places, config, args.next, engine_log)
+    else:
+        behind = _embedded_app(places, config, args.next, engine_log)
+    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
+    app = _router_app(plan, behind, log)
+    try:
+        engine_server = _listen("127.0.0.1", config.engine_port, behind)
+        server = _listen(args.host, args.port, app)
+        behind.page_url = base_url(args.host, server.server_port) + "/"
+        behind.start()
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
+                         daemon=True).start()
+        url = base_url(args.host, args.port)
+        log.info(f"llmstack {VERSION} on {url}, engine {args.engine}")
+        _run_until_signal(server, app)
+    finally:
+        _ignore_signals()
+        behind.close()
+        log.flush()
+        engine_log.flush()
+    return 0
+
+
+def _add_daemon(commands: Any) -> None:
+    parser = commands.add_parser("_daemon")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=_port, required=True)
+    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
+    parser.add_argument("--next", action="store_true")
+    parser.set_defaults(run=_cmd_daemon)
 
 
 def _always_yes(_: str) -> Optional[bool]:
@@ -15950,20 +16007,6 @@ def _always_yes(_: str) -> Optional[bool]:
 
 def _say_indented(line: str) -> None:
     say(f"      {line}")
-
-
-def _cmd_setup(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    ask = _always_yes if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
-    if failed:
-        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
-                        "mend what is said there, then run `llmstack setup` again: it goes on from"
-                        " there")
-    say("")
-    say("All set. Bring the stack up with `llmstack start`.")
-    return 0
 
 
 def _take_step(setup: Setup, step: SetupStep) -> Tuple[str, str]:
@@ -15996,22 +16039,35 @@ def run_setup(setup: Setup) -> List[str]:
     return setup.failed
 
 
-def _add_download(commands: Any) -> None:
+def _cmd_setup(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    ask = _always_yes if args.yes else _ask
+    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
+    if failed:
+        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
+                        "mend what is said there, then run `llmstack setup` again: it goes on from"
+                        " there")
+    say("")
+    say("All set. Bring the stack up with `llmstack start`.")
+    return 0
+
+
+def _add_setup(commands: Any) -> None:
     parser = commands.add_parser(
-        "download", aliases=["download-models"], help="fetch the models, in the background",
-        description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
-                    " one after another, in the background; on a terminal, show it until it is"
-                    " done. What was interrupted goes on where it ended. HF_TOKEN in the"
-                    " environment opens gated repositories.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*",
-                        help="tiers to fetch (default: all local ones)")
-    parser.add_argument("--next", action="store_true",
-                        help="the queued upgrades only (hf_file_next)")
-    parser.add_argument("--wait", action="store_true",
-                        help="wait until all is done, without a terminal, too")
-    parser.add_argument("--stop", action="store_true",
-                        help="end the background download; what it has is kept")
-    parser.set_defaults(run=_cmd_download)
+        "setup", help="from a bare machine to loaded models, step by step",
+        description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
+                    " models, this project's wiring, a first answer. It can be run again at any"
+                    " time: what is done is left alone, what failed is tried again. Exit code 1"
+                    " when a step failed.")
+    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
+    parser.add_argument("--skip-wait", action="store_true",
+                        help="leave the downloads to the background")
+    parser.add_argument("--yes", action="store_true",
+                        help="ask nothing: bring llama.cpp's server and fetch the models")
+    parser.add_argument("--profile", metavar="NAME", default="",
+                        help="the tiers for a memory size, in GB, other than this machine's")
+    parser.set_defaults(run=_cmd_setup)
 
 
 def _stop_download(args: Any, places: Places) -> int:
@@ -16055,13 +16111,38 @@ def _cmd_download(args: Any) -> int:
     return 0
 
 
-def _add_download_worker(commands: Any) -> None:
-    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
+def _add_download(commands: Any) -> None:
+    parser = commands.add_parser(
+        "download", aliases=["download-models"], help="fetch the models, in the background",
+        description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
+                    " one after another, in the background; on a terminal, show it until it is"
+                    " done. What was interrupted goes on where it ended. HF_TOKEN in the"
+                    " environment opens gated repositories.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*",
+                        help="tiers to fetch (default: all local ones)")
+    parser.add_argument("--next", action="store_true",
+                        help="the queued upgrades only (hf_file_next)")
+    parser.add_argument("--wait", action="store_true",
+                        help="wait until all is done, without a terminal, too")
+    parser.add_argument("--stop", action="store_true",
+                        help="end the background download; what it has is kept")
+    parser.set_defaults(run=_cmd_download)
 
 
 def _cmd_download_worker(args: Any) -> int:
     """The process behind `download`."""
     return run_downloads(_places(args), os.environ)
+
+
+def _add_download_worker(commands: Any) -> None:
+    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
+
+
+def _cmd_install_llama_swap(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    install_llama_swap(os.environ, places.data, args.release, args.force, say)
+    return 0
 
 
 def _add_install_llama_swap(commands: Any) -> None:
@@ -16078,23 +16159,21 @@ def _add_install_llama_swap(commands: Any) -> None:
     parser.set_defaults(run=_cmd_install_llama_swap)
 
 
-def _cmd_install_llama_swap(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    install_llama_swap(os.environ, places.data, args.release, args.force, say)
-    return 0
+# Whether the hub has a file -> what `check` says of it.
+_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
 
 
-def _add_check(commands: Any) -> None:
-    parser = commands.add_parser(
-        "check", aliases=["check-models"],
-        help="configured models against the hub, the disk and what runs",
-        description="Look at every tier: is its file on the hub, is it here and whole, what is"
-                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
-                    " Exit code 1 when something needs you.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
-    parser.set_defaults(run=_cmd_check)
+def _say_weights(label: str, row: Mapping[str, Any]) -> None:
+    """A tier's file of a channel, as `check` shows it."""
+    where, known = row.get("path"), "a file here"
+    if "repo" in row:
+        where = f"{row['url']} {row['file']}"
+        known = _HUB_WORDS[row["exists"]]
+    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
+    changed = f", changed {row['changed']}" if row.get("changed") else ""
+    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
+    say(f"  {label:<8} {where}")
+    say(f"           {known}, {size}{changed}; local copy: {local}")
 
 
 def _say_check(row: Mapping[str, Any]) -> None:
@@ -16131,30 +16210,25 @@ def _cmd_check(args: Any) -> int:
     return code
 
 
-# Whether the hub has a file -> what `check` says of it.
-_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
-
-
-def _say_weights(label: str, row: Mapping[str, Any]) -> None:
-    """A tier's file of a channel, as `check` shows it."""
-    where, known = row.get("path"), "a file here"
-    if "repo" in row:
-        where = f"{row['url']} {row['file']}"
-        known = _HUB_WORDS[row["exists"]]
-    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    changed = f", changed {row['changed']}" if row.get("changed") else ""
-    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
-    say(f"  {label:<8} {where}")
-    say(f"           {known}, {size}{changed}; local copy: {local}")
-
-
-def _add_version(commands: Any) -> None:
-    commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check", aliases=["check-models"],
+        help="configured models against the hub, the disk and what runs",
+        description="Look at every tier: is its file on the hub, is it here and whole, what is"
+                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
+                    " Exit code 1 when something needs you.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
+    parser.set_defaults(run=_cmd_check)
 
 
 def _cmd_version(args: Any) -> int:
     say(f"llmstack {VERSION}")
     return 0
+
+
+def _add_version(commands: Any) -> None:
+    commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
 
 
 def _add_help(commands: Any) -> None:
@@ -16187,20 +16261,6 @@ ADD_COMMANDS = (
     _add_daemon,
     _add_download_worker,
 )
-
-# In the order of `help`. What this file does not define is an extra: extras/NAME.py.
-COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs"),
-    ("Decisions", "why replay"),
-    ("Models", "setup download check fit install-llama-swap install-litellm"),
-    ("Projects", "install connect run-with trust activate config"),
-    ("Keep it", "service serve forget completion self version help"),
-)
-
-
-def unknown_word(word: str, known: Iterable[str]) -> str:
-    """'strat', did you mean start?"""
-    return repr(word) + _did_you_mean(word, known)
 
 
 def render_examples(prog: str) -> str:
@@ -16252,62 +16312,6 @@ def make_parser() -> Any:
     parser.commands = commands.choices
     parser.summaries = {a.dest: a.help for a in commands._choices_actions}
     return parser
-
-
-def extra_file(name: str) -> str:
-    return f"extras/{name.replace('-', '_')}.py"
-
-
-def extra_names() -> List[str]:
-    """The commands in extras/, which lies beside this file or in its archive."""
-    files: List[str] = []
-    try:
-        if getattr(_LOADER, "archive", None):
-            import zipfile
-            with zipfile.ZipFile(PROGRAM) as archive:
-                files = [n[7:] for n in archive.namelist() if n.startswith("extras/")]
-        else:
-            files = os.listdir(os.path.join(os.path.dirname(__file__), "extras"))
-    except OSError:                             # a copy without them
-        pass
-    return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
-
-
-def command_groups() -> List[Tuple[str, List[str]]]:
-    """COMMAND_GROUPS, and the extras that it does not know."""
-    groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
-    listed = [name for _, names in groups for name in names]
-    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
-
-
-def command_names() -> List[str]:
-    return [name for _, names in command_groups() for name in names]
-
-
-def load_extra(name: str) -> Any:
-    """The module of a command in extras/. Errors: UserError where there is none."""
-    source = None
-    if re.match(r"[a-z-]+\Z", name):
-        try:
-            source = read_resource(extra_file(name))
-        except UserError:
-            pass
-    if source is None and name in command_names():
-        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
-                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2)
-    if source is None:
-        raise UserError(f"there is no command {unknown_word(name, command_names())}",
-                        "`llmstack help` lists the commands", 2)
-    module: Any = type(sys)("llmstack_" + name.replace("-", "_"))
-    module.__file__ = os.path.join(os.path.dirname(__file__), extra_file(name))
-    code = compile(source, module.__file__, "exec", dont_inherit=True)
-    exec(code, module.__dict__)  # noqa: S102
-    return module
-
-
-def run_extra(name: str, argv: Sequence[str]) -> int:
-    """Run a command of extras/. Errors: UserError."""
-    return int(load_extra(name).main(argv, sys.modules[__name__]))
 
 
 def extra_summary(name: str) -> str:
