@@ -3611,9 +3611,6 @@ def parse_request_head(head: bytes) -> Request:
     )
 
 
-_NO_WORDS: FrozenSet[bytes] = frozenset()
-
-
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
     """The header lines that travel on: not those that Connection names, nor `drop`."""
     drop = drop | _connection_words(headers)
@@ -7559,17 +7556,6 @@ class Lease:
         """Give the place back; once, whatever has happened."""
 
 
-class Backend:
-    """One upstream that answers whatever model it is asked for."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-
-    def lease(self, name: str) -> Lease:
-        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
-        return Lease(self.upstream)
-
-
 class Host(Upstream):
     """A host of hosted tiers that the router asks itself, and whether it can be reached."""
 
@@ -9830,8 +9816,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
             fits.append(TierFit(tier.name, "hosted", "", 0.0, True, tier.ctx_size))
             continue
         weights = weights_for(tier, use_next)
-        path, note = cached_model(weights, env), ""
-        url = hub_url(weights.repo, weights.file, env) if hub and weights.repo and not path else ""
+        path = cached_model(weights, env)
+        url = note = ""
+        if hub and weights.repo and not path:
+            url = hub_url(weights.repo, weights.file, env)
         try:
             fit = _measure_tier(tier, config, machine, weights, path, url)
         except Unreachable as exc:              # no further tier is asked for
@@ -9918,7 +9906,9 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
-    return named if "/" in named else find_program(named)
+    if "/" in named:
+        return named
+    return find_program(named)
 
 
 def _python_of(program: str) -> str:
@@ -9953,7 +9943,9 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
     needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
     if all(map(importlib.util.find_spec, needed)):
         return sys.executable
-    return environment_program(LITELLM, data) if environment_ready(LITELLM, data) else ""
+    if not environment_ready(LITELLM, data):
+        return ""
+    return environment_program(LITELLM, data)
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
@@ -9963,7 +9955,9 @@ def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
     Errors: UserError where LITELLM_BIN names no program, or one whose Python cannot be found.
     """
     python = _litellm_python(env, data)
-    return tuple(guest_command(python, "litellm_proxy")) if python else ()
+    if not python:
+        return ()
+    return tuple(guest_command(python, "litellm_proxy"))
 
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
@@ -10126,13 +10120,13 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         say(f"Note: {difference}")
     if not answer.get("added"):
         return False
-    extended = bool(_read_bytes(path))
+    verb = "Extended" if _read_bytes(path) else "Wrote"
     with trust_lock(places):
         trusted = is_trusted(places, "run")
         write_atomic(path, answer["text"].encode("utf-8"))
         if trusted:
             record_trust(places, "run")
-    say(f"{'Extended' if extended else 'Wrote'} {path}: {', '.join(answer['added'])}")
+    say(f"{verb} {path}: {', '.join(answer['added'])}")
     return True
 
 
@@ -10162,7 +10156,9 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
         return ""
     here = ensure_litellm(places, env, say, ask)
     write_litellm_config(places, config, find_litellm(env, places.data), say)
-    return "" if here else INSTALL_LITELLM
+    if not here:
+        return INSTALL_LITELLM
+    return ""
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
@@ -10171,7 +10167,9 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
         available = bool(find_litellm(env, data))
     except UserError:
         available = False
-    return unfence_ultra(text.decode("utf-8")).encode("utf-8") if available else text
+    if not available:
+        return text
+    return unfence_ultra(text.decode("utf-8")).encode("utf-8")
 
 
 # ===================================================================================================
@@ -11679,8 +11677,14 @@ def read_stack(places: Places) -> Optional[Record]:
     return record
 
 
+def running_record(places: Places) -> Optional[Record]:
+    """The project's daemon where it lives, None where it does not or is another's."""
+    record = read_stack(places)
+    return record if owned_process(record, places.work) else None
+
+
 def stack_is_alive(places: Places) -> bool:
-    return owned_process(read_stack(places), places.work)
+    return running_record(places) is not None
 
 
 def connectable(host: str) -> str:
@@ -11766,7 +11770,9 @@ class Plan(NamedTuple):
 
     @property
     def channel(self) -> str:
-        return "next" if self.use_next else "current"
+        if self.use_next:
+            return "next"
+        return "current"
 
 
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
@@ -11781,8 +11787,9 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     parks = config.park_gb and "--slot-save-path" not in refused
     if parks and program:
         program = (*program, *parking_flags(places.data))
+    quote = windows_quote if IS_WINDOWS else posix_quote
     text = render_llama_swap_yaml(
-        config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
+        config, program, use_next, refused, quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
         {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
     if parks:
@@ -11910,7 +11917,9 @@ def _environment_map(pid: int) -> Dict[str, str]:
 
 
 def _project_name(work: str, data: str) -> str:
-    return "the demo" if work == os.path.join(data, "demo") else work
+    if work == os.path.join(data, "demo"):
+        return "the demo"
+    return work
 
 
 def _stop_advice(work: str, data: str) -> str:
@@ -11958,8 +11967,8 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     """
     _refuse_second_stack(places)
     own: List[int] = []
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
+    record = running_record(places)
+    if record is not None:
         own = [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
@@ -12224,16 +12233,16 @@ def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: T
 
 def running_channel(places: Places) -> str:
     """The channel of the project's daemon, "" where there is none."""
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         return ""
     return record.channel
 
 
 def running_memory(places: Places) -> Dict[str, Any]:
     """What the project's daemon tells of memory, {} where there is none."""
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         return {}
     return asked_json(router_upstream(record), "/llmstack/memory", key_header(os.environ))
 
@@ -12305,18 +12314,10 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
 
-def prepare_project(places: Places, say: Say, profile: str = "") -> None:
-    """What `install` and `start` put into .llmstack/ before models.ini is read.
-
-    Nothing of the user's is overwritten.
-    """
-    seed_project(places, say, profile=profile)
-
-
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
     """(host, port) of the project's router: where it runs, else where models.ini would have it."""
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
+    record = running_record(places)
+    if record is not None:
         return record.host, record.port
     return config.host, config.router_port
 
@@ -12596,8 +12597,8 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 
     Errors: UserError where that is this router.
     """
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         return
     if remote.pid == str(record.pid) and remote.upstream.port == record.port:
         raise UserError(f"{remote.url} is this project's own router",
@@ -12901,6 +12902,13 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
+def _failure_words(error: str, hint: str) -> str:
+    """`failed: what (what to do)`, as the log of a download says it."""
+    if not hint:
+        return f"failed: {error}"
+    return f"failed: {error} ({hint})"
+
+
 def run_downloads(places: Places, env: Mapping[str, str]) -> int:
     """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
     code = 0
@@ -12914,13 +12922,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             size = fetch_job(job, places.data, env, note, tell)
         except Unreachable as exc:
             code = 1
-            note(f"failed: {exc} ({exc.hint})")
+            note(_failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
         except Exception as exc:                # the next file may fare better
             code = 1
-            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
+            what = visible(str(exc)) or type(exc).__name__
+            hint = getattr(exc, "hint", "")
             tell(state="failed", error=what, hint=hint)
-            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
+            note(_failure_words(what, hint))
         else:
             tell(state="done", bytes=size)
             note(f"done: {size:,} bytes (download done)")
@@ -13012,7 +13021,7 @@ def _ended_words(row: Mapping[str, Any]) -> str:
     error, hint = f"the worker was {state}", GO_ON
     if state == "failed":
         error, hint = row["error"], row["hint"]
-    return f"failed: {error} ({hint})" if hint else f"failed: {error}"
+    return _failure_words(error, hint)
 
 
 def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
@@ -13035,27 +13044,32 @@ def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
         bar.show(row, behind, tail_of(log, 1))
 
 
+def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
+    """Show the named jobs until they have ended; those that failed."""
+    bar = _Bar()
+    left = list(names)
+    failed: List[str] = []
+    while left:
+        rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
+        for words, ended in _group_by_end(rows, left).items():
+            bar.clear()
+            say(f"{', '.join(ended)}: {words}")
+            left = [name for name in left if name not in ended]
+            if words.startswith("failed"):
+                failed += ended
+        if left:
+            _show_running(places, rows.values(), bar, len(left) - 1)
+            time.sleep(0.2)
+    return failed
+
+
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
     """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    bar = _Bar()
-    left = list(names)
-    failed: List[str] = []
     try:
-        while True:
-            rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-            for words, ended in _group_by_end(rows, left).items():
-                bar.clear()
-                say(f"{', '.join(ended)}: {words}")
-                left = [name for name in left if name not in ended]
-                if words.startswith("failed"):
-                    failed += ended
-            if not left:
-                return failed
-            _show_running(places, rows.values(), bar, len(left) - 1)
-            time.sleep(0.2)
+        return _watch_downloads(places, names, say)
     except KeyboardInterrupt:
         say("")
         say("The download goes on in the background: `llmstack status` shows it,"
@@ -13079,7 +13093,9 @@ def platform_names() -> Tuple[str, str]:
 
 def installed_swap(path: str) -> str:
     """The version an installed llama-swap gives itself, "" when it does not run."""
-    return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
+    if not os.access(path, os.X_OK):
+        return ""
+    return swap_version(_output([path, "-version"]))
 
 
 def _release_refusal(exc: Any, what: str) -> UserError:
@@ -13894,7 +13910,9 @@ def local_state(weights: Weights, env: Mapping[str, str],
     sums = hub.get("sha256") or []
     if not all(paths):
         begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
-        return ("partial" if begun else "missing"), ""
+        if begun:
+            return "partial", ""
+        return "missing", ""
     blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
     if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
         return "outdated", "the hub has a newer one; `llmstack download` fetches it"
@@ -13916,12 +13934,14 @@ def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str
     """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
     said = []
     mine = weights.path or weights.file
-    other = weights_drift(weights, block) if block is not None else ""
-    if other:
-        said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-    other = weights_drift(weights, command) if command is not None else ""
-    if other:
-        said.append(f"{visible(other)} is running, models.ini has {mine}")
+    if block is not None:
+        other = weights_drift(weights, block)
+        if other:
+            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
+    if command is not None:
+        other = weights_drift(weights, command)
+        if other:
+            said.append(f"{visible(other)} is running, models.ini has {mine}")
     return said
 
 
@@ -13955,13 +13975,13 @@ def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, An
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
-    record = read_stack(places)
+    record = running_record(places)
     text = read_text(places.in_state("llama-swap.yaml"))
     channel = "next" if "(channel next)" in text else "current"
     rows: Dict[str, str] = {}
     meta: Dict[str, Dict[str, Any]] = {}
     serves = True                               # llama-swap does, or will
-    if record is not None and owned_process(record, places.work):
+    if record is not None:
         channel = record.channel
         rows, meta = _engine_view(record)
         serves = record.kind == "llama-swap"
@@ -14164,7 +14184,9 @@ def _setup_ini(setup: Setup) -> str:
     if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
     load_config(setup.places, setup.say)
-    return f"{path} is there" if there else "written; edit it to have other models"
+    if there:
+        return f"{path} is there"
+    return "written; edit it to have other models"
 
 
 def server_ways() -> str:
@@ -14289,14 +14311,16 @@ def _setup_wait(setup: Setup) -> str:
 
 def _setup_project(setup: Setup) -> str:
     places = setup.places
-    prepare_project(places, setup.say)
+    seed_project(places, setup.say)
     config = load_config(places)
     prepare_hosted(places, config, setup.env, setup.say, setup.ask)
     url = base_url(*router_address(places, config))
     text = project_opencode_json(places, config, url, setup.env)
     marker = read_marker(places) or Marker("current")
     changed = wire_project(places, marker, text, setup.say, is_trusted(places, "run"))
-    return f"{places.state} is wired up" + ("" if changed else " already")
+    if not changed:
+        return f"{places.state} is wired up already"
+    return f"{places.state} is wired up"
 
 
 def _is_healthy(upstream: Upstream) -> bool:
@@ -14450,29 +14474,49 @@ STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading"
                  "failed to load": "31", "failing": "31", "no credential": "31"}
 
 
+def value_in(row: Any, key: str) -> Any:
+    if not isinstance(row, dict):
+        return None
+    return row.get(key)
+
+
 def text_in(row: Any, key: str) -> str:
-    value = row.get(key) if isinstance(row, dict) else None
-    return visible(value) if isinstance(value, str) else ""
+    value = value_in(row, key)
+    if not isinstance(value, str):
+        return ""
+    return visible(value)
 
 
 def number_in(row: Any, key: str) -> float:
-    value = row.get(key) if isinstance(row, dict) else None
-    sane = isinstance(value, (int, float)) and 0 <= value < 1e15
-    return float(value) if sane else 0.0        # type: ignore[arg-type]
+    value = value_in(row, key)
+    if isinstance(value, (int, float)) and 0 <= value < 1e15:
+        return float(value)
+    return 0.0
 
 
 def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     value = row.get(key)
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [v for v in value if isinstance(v, dict)]
 
 
 def size_words(size: float) -> str:
-    """5.6 GB, or 3.1 MB where that says more."""
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+    """5.6 GB, or 3.1 MB where that says more; "" for none."""
+    if not size:
+        return ""
+    if size >= 5e7:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB"
 
 
 def rate_words(per_s: float) -> str:
-    return f"{per_s:.0f} tok/s" if per_s >= 10 else f"{per_s:.1f} tok/s"
+    """81 tok/s, or 3.1 tok/s where that says more; "" for none."""
+    if not per_s:
+        return ""
+    if per_s >= 10:
+        return f"{per_s:.0f} tok/s"
+    return f"{per_s:.1f} tok/s"
 
 
 def context_words(tokens: float) -> str:
@@ -14480,7 +14524,9 @@ def context_words(tokens: float) -> str:
     tokens = int(tokens)
     if tokens % 1024 == 0:
         return f"{tokens // 1024}k"
-    return f"{tokens / 1000:.0f}k" if tokens >= 1000 else str(tokens)
+    if tokens >= 1000:
+        return f"{tokens / 1000:.0f}k"
+    return str(tokens)
 
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
@@ -14520,10 +14566,15 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         state += f" {ago}"
     if note:
         words.append(note)
-    return TierLine(name, text_in(row, "role") or "-",
-                    context_words(number_in(row, "ctx_size")), state,
-                    size_words(size) if size else "", rate_words(rate) if rate else "",
-                    ", ".join(words))
+    return TierLine(
+        name=name,
+        role=text_in(row, "role") or "-",
+        context=context_words(number_in(row, "ctx_size")),
+        state=state,
+        memory=size_words(size),
+        speed=rate_words(rate),
+        note=", ".join(words),
+    )
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
@@ -14570,10 +14621,14 @@ def render_tiers(lines: Sequence[TierLine], width: int, colour: Colour) -> List[
 
 def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     """`last  auto → code-fast, 35,000 tokens (31,200 cached), 2.1 s, 4 s ago`"""
-    named = text_in(row, "rung") == "explicit"
-    words = [("" if named else "auto \u2192 ") + text_in(row, "tier")]
-    tokens, cached = number_in(row, "truth") or number_in(row, "tokens"), number_in(row, "cached")
-    words.append(f"{tokens:,.0f} tokens" + (f" ({cached:,.0f} cached)" if cached else ""))
+    target = text_in(row, "tier")
+    if text_in(row, "rung") != "explicit":
+        target = f"auto \u2192 {target}"
+    read = f"{number_in(row, 'truth') or number_in(row, 'tokens'):,.0f} tokens"
+    cached = number_in(row, "cached")
+    if cached:
+        read += f" ({cached:,.0f} cached)"
+    words = [target, read]
     if text_in(row, "ended") != "done":
         words.append(text_in(row, "ended"))
     words.append(f"{number_in(row, 'total_s'):.1f} s")
@@ -14761,8 +14816,8 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
         remote = fetch_remote(url, os.environ)
         remote.upstream.key = api_key(os.environ)
         return remote.upstream, remote.config
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         raise UserError("the stack of this project is not running", "run `llmstack start`")
     upstream = router_upstream(record)
     upstream.key = api_key(os.environ) or api_key(_environment_of(record, {}))
@@ -14800,8 +14855,8 @@ def _warn_of_missing(config: Config) -> None:
 
 def _keep_terms(args: Any, places: Places) -> None:
     """What runs keeps its address and channel where the command line names no other."""
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
+    record = running_record(places)
+    if record is not None:
         args.host, args.port = args.host or record.host, args.port or record.port
         args.pinned = record.channel
 
@@ -15065,7 +15120,7 @@ def _bring_up(args: Any, again: bool) -> int:
     plan = _plan_start(args, places, planned_config(places, warn, profile))
     check_plan(plan)
     if profile or not os.path.exists(places.models_ini):
-        prepare_project(places, say, profile)   # which says that a profile replaces nothing
+        seed_project(places, say, profile=profile)   # which says that a profile replaces nothing
         plan = plan._replace(config=load_config(places))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, say, again)
@@ -15381,8 +15436,8 @@ def _cmd_reload(args: Any) -> int:
             return 0
         check_run_trust(places)                 # credentials would go to what the file names
     load_config(places, warn)
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         raise UserError("the router of this project is not running", "run `llmstack start`")
     problem = ask_reload(record, os.environ)
     if problem:
@@ -15515,7 +15570,7 @@ def _cmd_install(args: Any) -> int:
     if args.insecure:
         raise UserError("--insecure is for --external https://...", "leave it out", 2)
     if not args.print:
-        prepare_project(places, say, args.profile)
+        seed_project(places, say, profile=args.profile)
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, _ask)
