@@ -302,10 +302,21 @@ class Tier(NamedTuple):
     reasoning: bool = False                     # ...and thinks aloud
     base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
     api_key_env: str = ""                       # the variable that holds its key
+    server: Tuple[Tuple[str, Any], ...] = ()    # what it says itself of TIER_SERVER_OPTIONS
+    prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """Its own keys of llama-server, without those of [DEFAULT]: see tier_config."""
+        return dict(self.server)
+
+    @property
+    def has_projector(self) -> bool:
+        return "mmproj" in self.settings
 
     @property
     def takes_pictures(self) -> bool:
-        return self.backend != "gguf"
+        return self.backend != "gguf" or self.has_projector
 
     @property
     def has_next(self) -> bool:
@@ -347,6 +358,7 @@ class Config(NamedTuple):
     cache_type_k: str = "q8_0"
     cache_type_v: str = "q8_0"
     llama_server_bin: str = ""
+    server: Tuple[Tuple[str, Any], ...] = ()    # the keys of SERVER_OPTIONS that have no field here
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
     decision_log: bool = True                   # logs/decisions.jsonl
     park_gb: float = 20.0                       # of parked conversations on the disk, 0: none
@@ -358,6 +370,12 @@ class Config(NamedTuple):
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
     patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """Every key of SERVER_OPTIONS that has a value."""
+        fields = {key: getattr(self, key) for key in SERVER_OPTIONS if key in self._fields}
+        return {**fields, **dict(self.server)}
 
     @property
     def smallest_context(self) -> int:
@@ -991,34 +1009,6 @@ def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str
     return holds[:1]
 
 
-def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
-           barred: Optional[Mapping[str, str]] = None) -> Decision:
-    """Return the tier for *facts*.
-
-    `down` names tiers not to be tried now, `barred` those that cannot answer, with the reason.
-    Invariant: a tier that cannot hold the request is never taken while another can. Where all that
-    hold it are down, they are tried all the same; a barred one only where no other holds it.
-    Errors: HttpError 400 where no tier has a role of the ladder.
-    Source: README, "How auto decides".
-    """
-    barred = {**(barred or {}), **_blind(facts, config)}
-    down = {**(down or {}), **barred}
-    if not facts.auto:
-        return Decision(facts.model, "explicit", (), facts, config, down)
-    rung = _choose_rung(facts, config.routing)
-    role, _ = RUNGS[rung]
-    order = _preference(config, role)
-    if not order:
-        raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
-                             " fast, agent or ultra")
-    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
-    chain = _to_try(holds, down, barred)
-    if not chain:
-        able = [t for t in order if t.name not in barred] or order
-        chain = [max(able, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
-
-
 def _tier_after(decision_of: Tuple[Facts, Config, Mapping[str, str]], fewer: int, more: int) -> str:
     """The tier of the same request with so many tokens fewer and so many user turns more."""
     facts, config, down = decision_of
@@ -1119,6 +1109,34 @@ class Decision(NamedTuple):
         return _nearest(self.facts, self.config, self.tier, self.down)
 
 
+def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
+           barred: Optional[Mapping[str, str]] = None) -> Decision:
+    """Return the tier for *facts*.
+
+    `down` names tiers not to be tried now, `barred` those that cannot answer, with the reason.
+    Invariant: a tier that cannot hold the request is never taken while another can. Where all that
+    hold it are down, they are tried all the same; a barred one only where no other holds it.
+    Errors: HttpError 400 where no tier has a role of the ladder.
+    Source: README, "How auto decides".
+    """
+    barred = {**(barred or {}), **_blind(facts, config)}
+    down = {**(down or {}), **barred}
+    if not facts.auto:
+        return Decision(facts.model, "explicit", (), facts, config, down)
+    rung = _choose_rung(facts, config.routing)
+    role, _ = RUNGS[rung]
+    order = _preference(config, role)
+    if not order:
+        raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
+                             " fast, agent or ultra")
+    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
+    chain = _to_try(holds, down, barred)
+    if not chain:
+        able = [t for t in order if t.name not in barred] or order
+        chain = [max(able, key=lambda t: t.ctx_size)]
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
+
+
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TOKENS = re.compile(_STRING + rb"|[{}\[\]]", re.DOTALL)
 _MODEL_VALUE = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(" + _STRING + rb"|null)", re.DOTALL)
@@ -1188,6 +1206,11 @@ _NO_VALUE = re.compile(r"(?!)")
 _THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
 _NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
 _PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
+_HUB_FILE = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*:(?!(?:[^,]*/)?\.\.?(?:/|,|\Z))[^/\\:,][^\\:,]*"
+_HUB_REFERENCE = re.compile(_HUB_FILE + r"\Z")   # OWNER/NAME:FILE of the hub
+# Files of the hub or of the project, in a list. None leads out of it.
+_FILES_WITHIN = re.compile(
+    rf"(?:(?:{_HUB_FILE}|(?![/\\~\s])(?!(?:[^,]*[/\\])?\.\.(?:[/\\]|,|\Z))[^,:]+)(?:, |\Z))+\Z")
 
 
 class Option(NamedTuple):
@@ -1195,6 +1218,7 @@ class Option(NamedTuple):
 
     `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
     matches the values that need no trust; a key whose row does not speak of it needs trust.
+    `flags` are all names of the flag of llama-server that a key stands for; the first is written.
     """
 
     kind: str
@@ -1203,12 +1227,82 @@ class Option(NamedTuple):
     choices: Tuple[str, ...] = ()
     field: str = ""                             # of the record, where it is not called as the key
     harmless: Pattern[str] = _NO_VALUE
+    flags: str = ""
+    shape: Pattern[str] = _ANY_VALUE            # of kind text: what it has to look like...
+    example: str = ""                           # ...and how it does
 
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# The three tables below are all that is known of the file: reading, errors, "did you mean" and
-# what needs trust come from them.
+# The tables below are all that is known of the file: reading, errors, "did you mean", what needs
+# trust and llama-server's flags come from them.
+
+# What [DEFAULT] says of llama-server for all tiers, and a tier for itself.
+SERVER_OPTIONS: Dict[str, Option] = {
+    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE, flags="-ngl --gpu-layers --n-gpu-layers"),
+    "flash_attn": Option(
+        "choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE, flags="-fa --flash-attn"),
+    "jinja": Option("bool", harmless=_ANY_VALUE, flags="--jinja --no-jinja"),
+    "cache_type_k": Option(
+        "choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE, flags="--cache-type-k -ctk"),
+    "cache_type_v": Option(
+        "choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE, flags="--cache-type-v -ctv"),
+    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE, flags="--threads -t"),
+    "llama_server_bin": Option("text"),
+    "parallel": Option("int", 1, 256, harmless=_ANY_VALUE, flags="--parallel -np"),
+    "batch": Option("int", 1, 1_000_000, harmless=_ANY_VALUE, flags="--batch-size -b"),
+    "ubatch": Option("int", 1, 1_000_000, harmless=_ANY_VALUE, flags="--ubatch-size -ub"),
+    "n_cpu_moe": Option("int", 0, 10_000, harmless=_ANY_VALUE, flags="--n-cpu-moe -ncmoe"),
+    "override_tensor": Option(
+        "text", harmless=_ANY_VALUE, flags="--override-tensor -ot",
+        shape=re.compile(r"[^\s=,]+=[\w:.-]+(?:,[^\s=,]+=[\w:.-]+)*\Z"), example="exps=CPU"),
+    "split_mode": Option(
+        "choice", choices=("none", "layer", "row", "tensor"), harmless=_ANY_VALUE,
+        flags="--split-mode -sm"),
+    "tensor_split": Option(
+        "text", harmless=_ANY_VALUE, flags="--tensor-split -ts",
+        shape=re.compile(r"[0-9]+(?:\.[0-9]+)?(?:,[0-9]+(?:\.[0-9]+)?)*\Z"), example="3,1"),
+    "main_gpu": Option("int", 0, 1_000, harmless=_ANY_VALUE, flags="--main-gpu -mg"),
+    "device": Option(
+        "text", harmless=_ANY_VALUE, flags="--device -dev",
+        shape=re.compile(r"[\w:.-]+(?:,[\w:.-]+)*\Z"), example="CUDA0,CUDA1"),
+    "reasoning_format": Option(
+        "choice", choices=("none", "deepseek", "deepseek-legacy", "auto"), harmless=_ANY_VALUE,
+        flags="--reasoning-format"),
+    "reasoning_budget": Option(
+        "int", -1, 100_000_000, harmless=_ANY_VALUE, flags="--reasoning-budget"),
+    "cache_reuse": Option("int", 0, 100_000_000, harmless=_ANY_VALUE, flags="--cache-reuse"),
+    "args": Option("args"),
+}
+# What a tier says of its own model.
+MODEL_OPTIONS: Dict[str, Option] = {
+    "mmproj": Option("file", harmless=_FILES_WITHIN, flags="--mmproj -mm"),
+    "chat_template": Option("text", harmless=_ANY_VALUE, flags="--chat-template"),
+    "chat_template_file": Option("file", harmless=_FILES_WITHIN, flags="--chat-template-file"),
+    "chat_template_kwargs": Option("json", harmless=_ANY_VALUE, flags="--chat-template-kwargs"),
+    "draft": Option(
+        "file", harmless=_FILES_WITHIN, flags="-md --model-draft --spec-draft-model"),
+    "speculative": Option(
+        "choice", choices=("auto", "ngram", "mtp", "off"), harmless=_ANY_VALUE,
+        flags="--spec-type"),
+    "lora": Option("files", harmless=_FILES_WITHIN, flags="--lora"),
+    "embedding": Option("bool", harmless=_ANY_VALUE, flags="--embedding --embeddings"),
+    "pooling": Option(
+        "choice", choices=("none", "mean", "cls", "last", "rank"), harmless=_ANY_VALUE,
+        flags="--pooling"),
+    "rope_freq_base": Option("number", 0, 1e12, harmless=_ANY_VALUE, flags="--rope-freq-base"),
+    "rope_freq_scale": Option("number", 0, 1e6, harmless=_ANY_VALUE, flags="--rope-freq-scale"),
+    "yarn_ext_factor": Option("number", -1, 1e3, harmless=_ANY_VALUE, flags="--yarn-ext-factor"),
+    "yarn_attn_factor": Option("number", -1, 1e3, harmless=_ANY_VALUE, flags="--yarn-attn-factor"),
+    "yarn_beta_slow": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-slow"),
+    "yarn_beta_fast": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-fast"),
+}
+# What opencode shows as the cost of an answer: key -> opencode's own name of it.
+PRICE_KEYS = {"price_input_per_1m": "input", "price_output_per_1m": "output",
+              "price_cache_read_per_1m": "cache_read", "price_cache_write_per_1m": "cache_write"}
+TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
+FILE_KEYS = tuple(key for key, row in MODEL_OPTIONS.items() if row.kind in ("file", "files"))
+
 DEFAULT_OPTIONS: Dict[str, Option] = {
     "host": Option("host", harmless=_THIS_MACHINE),
     "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
@@ -1218,13 +1312,6 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
     "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
     "allow_unauthenticated": Option("bool"),
-    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE),
-    "flash_attn": Option("choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE),
-    "jinja": Option("bool", harmless=_ANY_VALUE),
-    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE),
-    "cache_type_k": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
-    "cache_type_v": Option("choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE),
-    "llama_server_bin": Option("text"),
     "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
     "decision_log": Option("bool", harmless=_ANY_VALUE),
     "park_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
@@ -1237,6 +1324,7 @@ DEFAULT_OPTIONS: Dict[str, Option] = {
     "allowed_origins": Option("origins"),
     "allowed_hosts": Option("hosts"),
     "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
+    **SERVER_OPTIONS,
 }
 TIER_OPTIONS: Dict[str, Option] = {
     "tier": Option("text", harmless=_ANY_VALUE),
@@ -1264,6 +1352,8 @@ TIER_OPTIONS: Dict[str, Option] = {
     "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
     "tool_call": Option("bool", harmless=_ANY_VALUE),
     "reasoning": Option("bool", harmless=_ANY_VALUE),
+    **dict.fromkeys(PRICE_KEYS, Option("number", 0, 1e6, harmless=_ANY_VALUE)),
+    **TIER_SERVER_OPTIONS,
 }
 ROUTING_OPTIONS: Dict[str, Option] = {
     "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
@@ -1288,7 +1378,7 @@ _NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
 _TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
 _GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
 _ROPE = re.compile(
-    r"yarn\s*\(\s*scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    r"yarn\s*\(\s*(?:type\s*=\s*\w+\s*,\s*)?scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
     re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -1317,7 +1407,7 @@ _BASE_URL = re.compile(
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
 _NO_OPAQUE = frozenset({
     "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
-    "llama_server_bin"})
+    "llama_server_bin", *FILE_KEYS})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
@@ -1372,6 +1462,84 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+# Flags that args may not hold, and why. What llama-server prints and ends for is no server.
+_OURS = "the engine says it itself"
+_NO_SERVER = "llama-server would print something and end"
+_ARGS_REFUSED: Dict[str, str] = {
+    **dict.fromkeys((
+        "--host", "--port", "--api-key", "--api-key-file", "-a", "--alias", "--slot-save-path",
+        "--api-prefix", "--cors-origins", "--cors-methods", "--cors-headers",
+        "--cors-credentials", "--no-cors-credentials", "--reuse-port", "--ssl-key-file",
+        "--ssl-cert-file", "--no-slots", "--models-dir", "--models-preset", "--offline"), _OURS),
+    **dict.fromkeys((
+        "-h", "--help", "--usage", "--version", "-cl", "--cache-list", "--completion-bash",
+        "--list-devices"), _NO_SERVER),
+    **dict.fromkeys((
+        "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo",
+        "-hff", "--hf-file"), "hf_repo and hf_file, or path, name the model"),
+    **dict.fromkeys(("-c", "--ctx-size"), "ctx_size says it"),
+    **dict.fromkeys(("--rope-scaling", "--rope-scale", "--yarn-orig-ctx"), "rope_scaling says it"),
+    **dict.fromkeys(("--temp", "--temperature", "--top-k", "--top-p", "--min-p",
+                     "--repeat-penalty"), "sampler says it"),
+    **{flag: f"{key} says it" for key, row in TIER_SERVER_OPTIONS.items()
+       for flag in row.flags.split()},
+}
+_FLAG = re.compile(r"--?[A-Za-z]")
+
+
+def group_args(words: Sequence[str]) -> List[Tuple[str, ...]]:
+    """The words of `args`, each flag with its values. llama-server reads --a_b as --a-b."""
+    groups: List[List[str]] = []
+    for word in words:
+        if _FLAG.match(word):
+            name = word.replace("_", "-") if word.startswith("--") else word
+            groups.append([name])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise ValueError(f"{word!r} follows no flag")
+    return [tuple(group) for group in groups]
+
+
+def _parse_args(text: str) -> Tuple[str, ...]:
+    import shlex
+    try:
+        groups = group_args(shlex.split(text))
+    except ValueError as exc:
+        raise ValueError(f"it cannot be split as a shell would: {exc}") from None
+    for flag, *_ in groups:
+        reason = _ARGS_REFUSED.get(flag.partition("=")[0])
+        if reason:
+            raise ValueError(f"{flag} is not for args: {reason}")
+    return tuple(word for group in groups for word in group)
+
+
+def _parse_object(text: str) -> str:
+    try:
+        if isinstance(json.loads(text), dict):
+            return text
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f'{text!r} is not a JSON object, such as {{"enable_thinking": false}}')
+
+
+def _parse_file(text: str) -> str:
+    """A path, or a file of the hub as OWNER/NAME:FILE."""
+    if re.match(r"[\w.-]+/[\w.-]+:", text) and not _HUB_REFERENCE.match(text):
+        raise ValueError(f"{text!r} is not of the form OWNER/NAME:FILE")
+    return text
+
+
+def _parse_files(text: str) -> Tuple[str, ...]:
+    pieces = (piece.strip() for piece in text.split(","))
+    return tuple(_parse_file(piece) for piece in pieces if piece)
+
+
+_READERS: Dict[str, Callable[[str], Any]] = {
+    "args": _parse_args, "json": _parse_object, "file": _parse_file, "files": _parse_files,
+}
+
+
 def parse_value(option: Option, text: str) -> Any:
     """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
@@ -1382,6 +1550,14 @@ def parse_value(option: Option, text: str) -> Any:
         if not option.low <= number <= option.high:
             raise ValueError(f"{text} is not from {option.low:,.0f} to {option.high:,.0f}")
         return number
+    if kind == "number":
+        if not re.match(r"-?[0-9]*\.?[0-9]+\Z", text) \
+                or not option.low <= float(text) <= option.high:
+            raise ValueError(f"{text!r} is not a number from {option.low:,.0f} to"
+                             f" {option.high:,.0f}")
+        return float(text)
+    if kind in _READERS:
+        return _READERS[kind](text)
     if kind in ("gb", "gb_or_auto"):
         if kind == "gb_or_auto" and text.lower() == "auto":
             return 0.0
@@ -1444,6 +1620,8 @@ def parse_value(option: Option, text: str) -> Any:
         if text and not found:
             raise ValueError(f"{text!r} names no trigger of the form [word] or word:")
         return found
+    if text and not option.shape.match(text):
+        raise ValueError(f"{text!r} is not of the form {option.example}")
     return text
 
 
@@ -1640,12 +1818,26 @@ def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
     return "openai" if own.get("base_url") else "litellm"
 
 
+def _server_values(values: Dict[str, Any], fields: Sequence[str]) -> Tuple[Tuple[str, Any], ...]:
+    """Take out of `values` the keys of llama-server that the record has no field for."""
+    keys = [key for key in values if key in TIER_SERVER_OPTIONS and key not in fields]
+    own = [(key, values.pop(key)) for key in keys]
+    return tuple((key, value) for key, value in own if value not in ("", ()))
+
+
 def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
     line = reader.line_of(name)
     values = reader.section(name, own, TIER_OPTIONS)
     rope = values.pop("rope_scaling", (0.0, 0))
+    values["server"] = _server_values(values, Tier._fields)
+    values["prices"] = tuple(
+        (PRICE_KEYS[key], values.pop(key)) for key in PRICE_KEYS if key in values)
     backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
+    if backend != "gguf":
+        for key, _ in values["server"]:
+            at = reader.line_of(name, key)
+            reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
     if backend != "gguf" and not values.get("model"):
         reader.wrong(line, f"[{name}] has backend = {backend} but no model")
     in_hub = own.get("hf_repo") and own.get("hf_file")
@@ -1757,10 +1949,15 @@ def _check_ports(reader: _Reader, config: Config) -> None:
 
 def _check_cache(reader: _Reader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    if config.flash_attn == "off" and config.cache_type_v not in ("f32", "f16", "bf16"):
-        at = reader.line_of("DEFAULT", "flash_attn")
-        reader.wrong(at, f"flash_attn = off and cache_type_v = {config.cache_type_v} go not together:"
-                         " set cache_type_v = f16, or flash_attn = on")
+    usual = {"flash_attn": config.flash_attn, "cache_type_v": config.cache_type_v}
+    of_tiers = [(tier.name, tier.settings) for tier in config.tiers]
+    for section, own in [("DEFAULT", usual), *of_tiers]:
+        at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
+        now = {**usual, **own}
+        cache_type = now["cache_type_v"]
+        if at and now["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+            reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
+                             " set cache_type_v = f16, or flash_attn = on")
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
@@ -1773,6 +1970,7 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     _check_shape(text, source)
     reader = _Reader(text, source)
     values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
+    values["server"] = _server_values(values, Config._fields)
     routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
     high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
     if high > mid:
@@ -1804,14 +2002,17 @@ def _worded(reader: _Reader) -> List[str]:
 def _effects(prefix: str, record: Any, default: Any,
              options: Mapping[str, Option]) -> List[Tuple[str, str]]:
     found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
+    own = dict(getattr(record, "server", ()))
     for key, option in options.items():
         field = option.field or key
-        if option.harmless is _ANY_VALUE or getattr(record, field) == getattr(default, field):
+        value, usual = own.get(field), None
+        if field in record._fields:
+            value, usual = getattr(record, field), getattr(default, field)
+        if option.harmless is _ANY_VALUE or value == usual:
             continue
-        value = getattr(record, field)
         text = "yes" if value is True else str(value)
         if isinstance(value, tuple):
-            text = ", ".join(map(str, value))
+            text = (" " if option.kind == "args" else ", ").join(map(str, value))
         if not option.harmless.match(text):
             found.setdefault(field, (prefix + key, text))
     return list(found.values())
@@ -1856,6 +2057,32 @@ class Weights(NamedTuple):
     channel: str                                # current | next
 
 
+def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
+    """A tier whose further files (mmproj, draft, lora ...) are what `find` makes of them."""
+    settings = tier.settings
+    for key in FILE_KEYS:
+        value = settings.get(key)
+        if isinstance(value, tuple):
+            settings[key] = tuple(map(find, value))
+        elif value:
+            settings[key] = find(value)
+    return tier._replace(server=tuple(settings.items()))
+
+
+def hub_files(tier: Tier) -> List[Tuple[str, str]]:
+    """(repository, file) of what a tier needs of the hub besides its model."""
+    found: List[Tuple[str, str]] = []
+
+    def note(value: str) -> str:
+        if _HUB_REFERENCE.match(value):
+            repo, _, file = value.partition(":")
+            found.append((repo, file))
+        return value
+
+    with_files(tier, note)
+    return found
+
+
 def weights_for(tier: Tier, use_next: bool) -> Weights:
     """The GGUF `tier` runs: its queued upgrade when `use_next` and it has one."""
     if use_next and tier.backend == "gguf" and tier.has_next:
@@ -1873,19 +2100,50 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
+# What `speculative` asks for -> llama-server's --spec-type. A draft alone is loaded and not used.
+_SPEC_TYPES = {"ngram": "ngram-mod", "mtp": "draft-mtp", "draft": "draft-simple"}
+
+
+def _option_flags(key: str, value: Any) -> List[Tuple[str, ...]]:
+    """What a key of TIER_SERVER_OPTIONS says on the command line."""
+    option = TIER_SERVER_OPTIONS[key]
+    names = option.flags.split()
+    if option.kind == "args":
+        return group_args(value)
+    if not names:
+        return []
+    if option.kind == "bool":
+        said = [name for name in names if name.startswith("--no-") != value]
+        return [(said[0],)] if said else []
+    if option.kind == "files":
+        value = ",".join(value)
+    elif option.kind == "number":
+        value = _number(value)
+    return [(names[0], str(value))]
+
+
+def tier_config(config: Config, tier: Tier) -> Config:
+    """[DEFAULT] as it counts for one tier: what the tier says of SERVER_OPTIONS itself wins."""
+    own = {key: value for key, value in tier.server if key in SERVER_OPTIONS}
+    fields = {key: own.pop(key) for key in list(own) if key in Config._fields}
+    server = {**dict(config.server), **own}
+    return config._replace(server=tuple(server.items()), **fields)
+
+
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets, one group an option."""
-    flags: List[Tuple[str, ...]] = [("-ngl", config.n_gpu_layers), ("-fa", config.flash_attn)]
-    if config.jinja:
-        flags.append(("--jinja",))
-    flags += [("--cache-type-k", config.cache_type_k), ("--cache-type-v", config.cache_type_v),
-              ("--threads", str(config.threads)), ("--no-warmup",), ("--no-mmap",),
-              ("--cors-origins", "localhost")]  # by default every web page may read what it says
+    flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
+    flags += [("--no-warmup",), ("--no-mmap",)]
+    # By default every web page may read what it says.
+    flags.append(("--cors-origins", "localhost"))
     return flags
 
 
+_ROLE_FLAGS = {"embed": ("--embedding",), "rerank": ("--reranking",)}
+
+
 def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
-    """Flags of one tier besides its weights: name, context, YaRN, sampler."""
+    """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
     flags: List[Tuple[str, ...]] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
     if tier.rope_scale:
         flags += [("--rope-scaling", "yarn"), ("--rope-scale", _number(tier.rope_scale)),
@@ -1894,13 +2152,29 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
         flags.append(("--cache-ram", str(tier.cache_ram_mib)))
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
-    names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "rep_pen": "--repeat-penalty"}
+    names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p",
+             "rep_pen": "--repeat-penalty"}
     flags += [(names[key], _number(value)) for key, value in tier.sampler]
-    if tier.role == "embed":                    # a text is read in one batch, or refused
-        flags += [("--embedding",), ("--ubatch-size", str(min(tier.ctx_size, 2048)))]
-    elif tier.role == "rerank":
-        flags += [("--reranking",), ("--ubatch-size", str(min(tier.ctx_size, 2048)))]
+    settings = tier.settings
+    if tier.role in _ROLE_FLAGS:
+        settings.pop("embedding", None)
+        flags.append(_ROLE_FLAGS[tier.role])
+        if "ubatch" not in settings:            # a text is read in one batch, or refused
+            flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
+    asked = settings.pop("speculative", "auto")
+    if asked == "auto" and "draft" in settings:
+        asked = "draft"
+    for key in MODEL_OPTIONS:
+        if key in settings:
+            flags += _option_flags(key, settings[key])
+    if asked in _SPEC_TYPES:
+        flags.append(("--spec-type", _SPEC_TYPES[asked]))
     return flags
+
+
+def all_flags(tier: Tier, config: Config) -> List[Tuple[str, ...]]:
+    """Every flag of a tier besides its weights and where it listens."""
+    return [*common_flags(tier_config(config, tier)), *tier_flags(tier)]
 
 
 def weight_flags(weights: Weights) -> List[Tuple[str, ...]]:
@@ -1922,11 +2196,22 @@ def accepted_flags(flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) ->
     return kept
 
 
+def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
+    """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
+    said: Dict[str, None] = {}
+    for tier in local_tiers(config):
+        for key, value in {**config.settings, **tier.settings}.items():
+            for flag in _option_flags(key, value):
+                if flag[0] in refused and flag[0] not in FLAG_REPLACEMENTS:
+                    said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+    return list(said)
+
+
 def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
                    refused: FrozenSet[str]) -> List[str]:
     """The whole command line that serves `tier` on 127.0.0.1:`port`."""
     flags = [("--host", "127.0.0.1"), ("--port", str(port)), *weight_flags(weights_for(tier, use_next)),
-             *accepted_flags([*common_flags(config), *tier_flags(tier)], refused)]
+             *accepted_flags(all_flags(tier, config), refused)]
     return [*program, *(word for flag in flags for word in flag)]
 
 
@@ -2046,7 +2331,26 @@ def _yaml_quoted(value: str) -> str:
                   json.dumps(value, ensure_ascii=False))
 
 
-def _yaml_model(tier: Tier, config: Config, use_next: bool, refused: FrozenSet[str], quote: Callable[[str], str]) -> List[str]:
+class Binary(NamedTuple):
+    """A llama-server that is installed, and the flags it refuses."""
+
+    program: Tuple[str, ...]
+    refused: FrozenSet[str] = frozenset()
+
+
+def _yaml_server(tier: Tier, config: Config, own: Optional[Binary],
+                 quote: Callable[[str], str]) -> List[str]:
+    """What a model's command begins with: the macros, where it has nothing of its own there."""
+    if own is None:
+        return ["${llama_server}", "${server_defaults}"]
+    common = accepted_flags(common_flags(tier_config(config, tier)), own.refused)
+    flags = [("--host", "127.0.0.1"), *common]
+    lines = [" ".join(map(quote, flag)) for flag in flags]
+    return [" ".join(map(quote, own.program)), "--port ${PORT}", *lines]
+
+
+def _yaml_model(tier: Tier, config: Config, use_next: bool, server: Binary, own: Optional[Binary],
+                quote: Callable[[str], str]) -> List[str]:
     weights = weights_for(tier, use_next)
     current = weights_for(tier, False)
     queued = weights_for(tier, True)
@@ -2058,8 +2362,9 @@ def _yaml_model(tier: Tier, config: Config, use_next: bool, refused: FrozenSet[s
                  "# change it there (see UPGRADING.md), then: llmstack restart"]
         if queued.channel == "next":
             notes.append(f"# Queued: -hff {queued.file}. Try it with: llmstack restart --next")
-    flags = [*weight_flags(weights), *accepted_flags(tier_flags(tier), refused)]
-    command = ["${llama_server}", "${server_defaults}", *notes, *(" ".join(map(quote, flag)) for flag in flags)]
+    flags = [*weight_flags(weights), *accepted_flags(tier_flags(tier), (own or server).refused)]
+    command = [*_yaml_server(tier, config, own, quote), *notes]
+    command += [" ".join(map(quote, flag)) for flag in flags]
     lines = [f"  {_yaml_text(tier.name)}:", f"    name: {_yaml_text(tier.name)}",
              f"    description: {_yaml_text(tier.description)}", "    cmd: |", *(f"      {line}" for line in command),
              '    proxy: "http://127.0.0.1:${PORT}"', f"    ttl: {tier.ttl}",
@@ -2079,7 +2384,11 @@ def posix_quote(word: str) -> str:
 
 
 def windows_quote(word: str) -> str:
-    return f'"{word}"' if " " in word else word
+    if '"' in word:
+        word = re.sub(r'(\\*)"', r'\1\1\\"', word)    # backslashes before a quote are doubled
+    elif " " not in word:
+        return word
+    return f'"{word}"'
 
 
 class ProxyPlan(NamedTuple):
@@ -2102,12 +2411,14 @@ def _yaml_proxy(proxy: ProxyPlan, quote: Callable[[str], str]) -> List[str]:
 def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
                            quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
                            need_gb: Optional[Mapping[str, float]] = None, weights_gb: Optional[Mapping[str, float]] = None,
-                           budget_gb: float = 0.0, proxy: Optional[ProxyPlan] = None) -> str:
+                           budget_gb: float = 0.0, proxy: Optional[ProxyPlan] = None,
+                           own: Optional[Mapping[str, Binary]] = None) -> str:
     """The configuration of llama-swap v250 and newer for `config`.
 
     `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
     must be free, for llama-swap does not look. With `need_gb` of every tier, sets beyond the budget are left out.
-    The proxy is in every set: a model in none would run alone.
+    The proxy is in every set: a model in none would run alone. `own` has the servers of tiers with
+    settings of their own; `program` and `refused` are those of the others.
     """
     local = local_tiers(config)
     sets = residency_sets(config, need_gb, budget_gb)
@@ -2115,7 +2426,7 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
                 f" and there are {budget_gb:.1f}" for s in residency_sets(config) if s.tiers not in [x.tiers for x in sets]]
     letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
     keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
-    defaults = [("--host", "127.0.0.1"), ("--port", "${PORT}"), *accepted_flags(common_flags(config), refused)]
+    defaults = [("--host", "127.0.0.1"), *accepted_flags(common_flags(config), refused)]
     channel = "next" if use_next else "current"
     lines = [
         f"# Written by `llmstack start` from models.ini (channel {channel}); the next start writes it again,",
@@ -2133,12 +2444,14 @@ def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: boo
         "macros:",
         f"  llama_server: {_yaml_quoted(' '.join(map(quote, program)))}",
         "  server_defaults: >-",
-        *(f"    {' '.join(flag)}" for flag in defaults),
+        "    --port ${PORT}",                   # a macro, which quotes would keep as it is
+        *(f"    {' '.join(map(quote, flag))}" for flag in defaults),
         "",
         "models:" if local or proxy else "models: {}",
     ]
     for tier in local:
-        lines += [*_yaml_model(tier, config, use_next, refused, quote), ""]
+        lines += [*_yaml_model(tier, config, use_next, Binary(tuple(program), refused),
+                               (own or {}).get(tier.name), quote), ""]
     if proxy:
         lines += _yaml_proxy(proxy, quote)
         keys[proxy.tier.name] = "l"
@@ -2275,6 +2588,8 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
                             "channel": channel, "backend": tier.backend}
     if tier.backend == "gguf":
         meta.update(size_gb=weights.size_gb, quant=weights.quant)
+        if tier.has_projector:
+            meta["input_modalities"] = ["text", "image"]
     else:
         meta.update(model=hosted_model(tier, use_next))
     return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack", "channel": channel,
@@ -2461,7 +2776,7 @@ def load_options(config: Config, machine: Machine) -> LoadOptions:
     if not machine.gpu:
         count = 0
     return LoadOptions(config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                       count, machine.cuda and count > 0)
+                       count, machine.cuda and count > 0, slots=config.settings.get("parallel", 0))
 
 
 class _GgufReader:
@@ -2888,9 +3203,16 @@ def trained_context(trained: int, tier: Tier) -> int:
 
 
 def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str,
-             where: str) -> TierFit:
-    """Whether a tier fits the budget, by the header of its file. Errors: GgufError."""
-    load = load_options(config, machine)
+             where: str, beside: int = 0) -> TierFit:
+    """Whether a tier fits the budget, by the header of its file. Errors: GgufError.
+
+    `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
+    """
+    load = load_options(tier_config(config, tier), machine)
+
+    def memory_at(ctx: int) -> Memory:
+        memory = estimate_memory(header, ctx, load)
+        return memory._replace(weights=memory.weights + beside)
 
     def needs(memory: Memory) -> Tuple[float, float]:
         if machine.host_gb:
@@ -2898,10 +3220,10 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         return memory.total / 1e9, 0.0
 
     def fits(ctx: int) -> bool:
-        need_gb, host_gb = needs(estimate_memory(header, ctx, load))
+        need_gb, host_gb = needs(memory_at(ctx))
         return need_gb <= machine.budget_gb and host_gb <= machine.host_gb
 
-    memory = estimate_memory(header, tier.ctx_size, load)
+    memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
     need_gb, host_gb = needs(memory)
     return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
@@ -3282,6 +3604,13 @@ def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
     return context, min([output, *caps])
 
 
+def _calls_tools(tier: Tier, config: Config) -> bool:
+    """Whether a tier takes tools; a llama-server does so by its model's own template only."""
+    if tier.backend == "gguf" and not tier_config(config, tier).jinja:
+        return False
+    return tier.tool_call
+
+
 def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
                   config: Config) -> Dict[str, Any]:
     """One model of opencode's list, which any of `tiers` may answer."""
@@ -3289,11 +3618,16 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
-        "tool_call": any(t.tool_call and (config.jinja or t.backend != "gguf") for t in tiers),
+        "tool_call": any(_calls_tools(t, config) for t in tiers),
     }
     if all(t.reasoning for t in tiers):
         entry["reasoning"] = True
-    if not any(t.remote for t in tiers):
+    if any(t.has_projector for t in tiers):
+        entry["attachment"] = True
+        entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    if len(tiers) == 1 and tiers[0].prices:
+        entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
+    elif not any(t.remote for t in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -4418,7 +4752,24 @@ def _files_by_repo(config: Config) -> Dict[str, List[str]]:
             if weights.repo:
                 parts = dict.fromkeys(split_parts(weights.file))
                 wanted.setdefault(weights.repo, {}).update(parts)
+        for repo, file in hub_files(tier):
+            wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
     return {repo: list(files) for repo, files in wanted.items()}
+
+
+def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
+               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
+    """A tier's model with what it needs of the same repository, then what it needs of others."""
+    repos = {repo: list(files)}
+    for other, file in hub_files(tier):
+        repos.setdefault(other, []).extend(split_parts(file))
+    jobs: List[Job] = []
+    for number, (name, names) in enumerate(repos.items()):
+        own = tuple(dict.fromkeys(names))
+        beside = tuple(file for file in wanted[name] if file not in own)
+        suffix = f".more{number}" if number else ""
+        jobs.append(Job(tier.name + suffix, label, name, own, beside))
+    return jobs
 
 
 def plan_downloads(config: Config, names: Sequence[str],
@@ -4431,7 +4782,8 @@ def plan_downloads(config: Config, names: Sequence[str],
     if names:
         tiers = _named_tiers(config, names)
     wanted = _files_by_repo(config)
-    jobs, skipped = [], []
+    jobs: List[Job] = []
+    skipped: List[str] = []
     for label in labels:
         for tier in tiers:
             weights = weights_for(tier, label == "next")
@@ -4441,8 +4793,7 @@ def plan_downloads(config: Config, names: Sequence[str],
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
                 files = split_parts(weights.file)
-                beside = tuple(file for file in wanted[weights.repo] if file not in files)
-                jobs.append(Job(tier.name, label, weights.repo, files, beside))
+                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
     return jobs, list(dict.fromkeys(skipped))
 
 
@@ -4796,6 +5147,13 @@ def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
 
 
+def _path_from(base: str, path: str) -> str:
+    """A path of models.ini, which lies in `base`; `auto` and what is on the hub stay as they are."""
+    if path == "auto" or _HUB_REFERENCE.match(path):
+        return path
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
     """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
@@ -4809,9 +5167,8 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
     tiers = []
     for tier in config.tiers:
         if tier.path:
-            path = os.path.join(base, os.path.expanduser(tier.path))
-            tier = tier._replace(path=os.path.normpath(path))
-        tiers.append(tier)
+            tier = tier._replace(path=_path_from(base, tier.path))
+        tiers.append(with_files(tier, functools.partial(_path_from, base)))
     return config._replace(tiers=tuple(tiers))
 
 
@@ -9498,7 +9855,8 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     """
     import subprocess
 
-    groups = {flag[0]: flag for flag in [*common_flags(config), *(f for t in local_tiers(config) for f in tier_flags(t))]}
+    flags = [*common_flags(config), *(f for t in local_tiers(config) for f in all_flags(t, config))]
+    groups = {flag[0]: flag for flag in flags}
     if config.park_gb:
         groups["--slot-save-path"] = ("--slot-save-path", data)
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
@@ -9666,6 +10024,8 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
 
 def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
     """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    import urllib.error
+    from http.client import HTTPException
     from urllib.parse import urlencode
     token, endpoint = hub_token(env), hub_endpoint(env)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -9673,7 +10033,9 @@ def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]]
     try:
         with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
             return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as exc:
+    except urllib.error.HTTPError:
+        raise
+    except (ValueError, RecursionError, HTTPException, OSError) as exc:
         raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
                         "see HF_ENDPOINT") from None
 
@@ -9768,6 +10130,83 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
+def _projector_beside(path: str) -> str:
+    """The first mmproj*.gguf in a model's directory, "" for none."""
+    try:
+        names = os.listdir(os.path.dirname(path))
+    except OSError:
+        return ""
+    found = sorted(name for name in names if re.match(r"(?i)mmproj.*\.gguf\Z", name))
+    return os.path.join(os.path.dirname(path), found[0]) if found else ""
+
+
+def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
+    """The path of what a key such as mmproj names, "" where it is not here."""
+    if name == "auto":
+        return _projector_beside(model)
+    if not _HUB_REFERENCE.match(name):
+        return name
+    repo, _, file = name.partition(":")
+    return local_file(hub_cache_dir(env), repo, file)
+
+
+def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
+                 env: Mapping[str, str]) -> int:
+    """What a tier's further files take once loaded, as far as they are here.
+
+    A draft has a KV cache of its own, as long as the model's.
+    """
+    found: List[int] = []
+
+    def count(name: str) -> str:
+        path = _further_file(name, model, env)
+        try:
+            if name == tier.settings.get("draft"):
+                load = load_options(tier_config(config, tier), machine)
+                found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
+            elif path:
+                found.append(file_size(path))
+        except (GgufError, OSError):            # loading says what is wrong with it
+            pass
+        return name
+
+    with_files(tier, count)
+    return sum(found)
+
+
+def _predicts_tokens(path: str) -> bool:
+    """Whether a GGUF has layers for multi-token prediction."""
+    try:
+        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
+    except (GgufError, OSError):
+        return False
+
+
+def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
+    """A tier as its command line needs it: its further files by their paths, `auto` decided.
+
+    A file that is not here is left out, or, where the tier is no use without it, an error.
+    Errors: UserError.
+    """
+    if not tier.server:
+        return tier
+    model = cached_model(weights_for(tier, use_next), env)
+
+    def find(name: str) -> str:
+        path = _further_file(name, model, env)
+        if not path and name != "auto":
+            repo, _, file = name.partition(":")
+            raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
+                            f"llmstack download {tier.name}")
+        return path
+
+    tier = with_files(tier, find)
+    settings = {key: value for key, value in tier.server if value not in ("", ())}
+    if settings.get("speculative") == "auto" and "draft" not in settings:
+        settings["speculative"] = "mtp" if _predicts_tokens(model) else "off"
+    return tier._replace(server=tuple(settings.items()))
+
+
 def known_models() -> Dict[str, Any]:
     """The dimensions of the profiles' models; none where the program was copied without them."""
     try:
@@ -9785,7 +10224,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     where, note = path or url, ""
     try:
         if path:
-            return fit_tier(tier, config, machine, local_header(path), "local", path)
+            beside = beside_bytes(tier, config, machine, path, os.environ)
+            return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
         if url:
             header = hub_header(weights, os.environ)
             return fit_tier(tier, config, machine, header, "hub", url)
@@ -11775,6 +12215,28 @@ class Plan(NamedTuple):
         return "current"
 
 
+def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
+    """Tiers with settings of their own -> their llama-server. Errors: UserError."""
+    found = {}
+    for tier in local_tiers(config):
+        if not any(key in SERVER_OPTIONS for key in tier.settings):
+            continue
+        program = find_llama_server(tier_config(config, tier), env, data)
+        refused = probe_flags(program, config, data) if program else frozenset()
+        if program and config.park_gb and "--slot-save-path" not in refused:
+            program = (*program, *parking_flags(data))
+        found[tier.name] = Binary(program, refused)
+    return found
+
+
+def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
+    """As ready_tier; where a file is not here the tier stays as it is, and alone fails to load."""
+    try:
+        return ready_tier(tier, env, use_next)
+    except UserError:
+        return tier
+
+
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
@@ -11784,14 +12246,16 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
+    config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
     parks = config.park_gb and "--slot-save-path" not in refused
     if parks and program:
         program = (*program, *parking_flags(places.data))
+    own = own_binaries(config, env, places.data)
     quote = windows_quote if IS_WINDOWS else posix_quote
     text = render_llama_swap_yaml(
         config, program, use_next, refused, quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
-        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy)
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
     if parks:
         hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
         text = with_stop_hook(text, hook)
@@ -14333,8 +14797,11 @@ def _is_healthy(upstream: Upstream) -> bool:
 def prove_tier(tier: Tier, config: Config, program: Sequence[str],
                setup: Setup) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
+    from http.client import HTTPException
     port = free_run(FIRST_SERVER_PORT + 500, 1)
+    program = find_llama_server(tier_config(config, tier), setup.env, setup.places.data) or program
     refused = probe_flags(program, config, setup.places.data)
+    tier = ready_tier(tier, setup.env, False)
     log = setup.places.log(f"{tier.name}.log")
     env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
            STACK_VARIABLE: new_mark(setup.places.project)}
@@ -14352,7 +14819,7 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str],
                       tier.name, body, FIRST_ANSWER_S) as answer:
             choices = json.loads(answer.read(1 << 20))["choices"]
         return seconds, str(choices[0]["text"]).strip()
-    except (OSError, ValueError, LookupError, TypeError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, HTTPException) as exc:
         raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
     finally:
         stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
@@ -15026,7 +15493,8 @@ def extra_file(name: str) -> str:
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
-    ("Models", "setup download check fit install-llama-swap install-litellm"),
+    ("Models", "setup add list rm prune promote download check fit"),
+    ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
     ("Keep it", "service serve forget completion self version help"),
 )
@@ -15125,12 +15593,12 @@ def _bring_up(args: Any, again: bool) -> int:
     _warn_unserved(places, plan.config)
     started = start_stack(plan, say, again)
     url = base_url(plan.host, plan.port)
+    if not started:
+        say(f"Running already: {url}/v1, the {plan.channel} channel")
     if args.demo:
         return _show_demo(places, url)
     rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
-    if not started:
-        say(f"Running already: {url}/v1, the {plan.channel} channel")
-    elif not again:
+    if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     return _enter_shell(args, places, Marker(plan.channel))
 
@@ -15593,7 +16061,8 @@ def _cmd_install(args: Any) -> int:
 
 def _add_install(commands: Any) -> None:
     parser = commands.add_parser(
-        "install", help="give this project its opencode.json",
+        "install", aliases=["init", "configure"],
+        help="give this project its opencode.json",
         description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
                     " pinned to; models.ini where there is none. Without an option the channel"
                     " stays as it is.")
@@ -15641,14 +16110,33 @@ def _read_body(file: str) -> Dict[str, Any]:
     return body
 
 
-def _why_decision(args: Any, places: Places, config: Config, path: str) -> Decision:
-    """The decision for the body that `why` is given. Errors: UserError."""
-    body = _read_body(args.file)
+def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
+    """(a body with the tier that its model means, "gpt-4o is auto here: " or "").
+
+    Errors: UserError, as the router answers 404.
+    """
+    given = body.get("model")
+    name = resolve_on_path(config, path, given)
+    if not name:
+        raise UserError(str(unknown_model(config, given)),
+                        "name one of them, or give the name a line in [ALIASES]", 1)
+    if name == given or given is None:
+        return body, ""
+    return {**body, "model": name}, f"{visible(str(given))} is {name} here: "
+
+
+def _why_decision(args: Any, places: Places, config: Config,
+                  path: str) -> Tuple[Decision, str]:
+    """The decision for the body that `why` is given, and what its model is here.
+
+    Errors: UserError.
+    """
+    body, renamed = _as_resolved(config, path, _read_body(args.file))
     barred = {**missing_credentials(config, os.environ),
               **unserved_hosted(places, config, os.environ, False)}
     try:
         facts = read_facts(path, body, config.routing.ultra_triggers)
-        return decide(facts, config, barred=barred)
+        return decide(facts, config, barred=barred), renamed
     except HttpError as exc:
         raise UserError(str(exc),
                         f"give a tier one of these roles in {places.models_ini}", 1) from None
@@ -15664,8 +16152,8 @@ def _cmd_why(args: Any) -> int:
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on",
                         "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    decision = _why_decision(args, places, config, path)
-    why = decision.reason
+    decision, renamed = _why_decision(args, places, config, path)
+    why = renamed + decision.reason
     tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
     if tier is not None and tier.backend != "gguf":
         _, wrong, _ = plan_route(tier, config, False, decision.down).refused
@@ -15874,7 +16362,8 @@ class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
 
 
-def _on_signals(hangup: Callable[[], None]) -> None:
+def _on_signals(hangup: Callable[[], None],
+                shutdown: Callable[[], None] = lambda: None) -> None:
     """TERM ends the server loop; HUP ends nothing.
 
     A terminal that closes takes no daemon with it.
@@ -15882,6 +16371,7 @@ def _on_signals(hangup: Callable[[], None]) -> None:
     import signal
 
     def terminate(*_: object) -> None:
+        shutdown()                              # an exception in a finalizer would be lost
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)
@@ -15891,7 +16381,7 @@ def _on_signals(hangup: Callable[[], None]) -> None:
 
 def _run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
-    _on_signals(app.ask_reload)
+    _on_signals(app.ask_reload, server.shutdown)
     try:
         server.serve_forever(1.0)
     finally:
@@ -15960,15 +16450,23 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     fits = measure_tiers(config, machine, os.environ, use_next)
     config = with_caches(config, fits, machine)
     parking = open_parking(places.data, config, log)
-    refused: List[FrozenSet[str]] = []
+    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
     probing = threading.Lock()
 
-    def command(tier: Tier, port: int) -> List[str]:
+    def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
         with probing:                           # at the first load: the daemon is up before that
-            if not refused:
-                refused.append(probe_flags(program, config, places.data))
-        words = server_command(program, tier, config, port, use_next, refused[0])
-        if parking is not None and "--slot-save-path" not in refused[0]:
+            if server not in refused:
+                refused[server] = probe_flags(server, config, places.data)
+                for said in refused_settings(config, refused[server]):
+                    log.warning(said)
+        return refused[server]
+
+    def command(tier: Tier, port: int) -> List[str]:
+        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
+        flags = probe(server)
+        tier = ready_tier(tier, os.environ, use_next)
+        words = server_command(server, tier, config, port, use_next, flags)
+        if parking is not None and "--slot-save-path" not in flags:
             words += parking_flags(places.data)
         return words
 
@@ -16029,6 +16527,7 @@ def _cmd_daemon(args: Any) -> int:
     plan = RouterPlan(places, config, args.host, args.next, True, remedy)
     app = _router_app(plan, behind, log)
     try:
+        _on_signals(lambda: None)               # from here on there are children to end
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
         server = _listen(args.host, args.port, app)
         behind.page_url = base_url(args.host, server.server_port) + "/"
@@ -16168,7 +16667,8 @@ def _cmd_download(args: Any) -> int:
 
 def _add_download(commands: Any) -> None:
     parser = commands.add_parser(
-        "download", aliases=["download-models"], help="fetch the models, in the background",
+        "download", aliases=["download-models", "pull"],
+        help="fetch the models, in the background",
         description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
                     " one after another, in the background; on a terminal, show it until it is"
                     " done. What was interrupted goes on where it ended. HF_TOKEN in the"

@@ -64,7 +64,8 @@ def in_effect(config: Any, place: Place) -> str:
         record = config.routing
     elif place.section != "DEFAULT":
         record = config.by_name(place.section)
-    value = getattr(record, place.option.field or place.key, "")
+    own = getattr(record, "settings", {})       # llama-server's keys
+    value = own.get(place.key, getattr(record, place.option.field or place.key, ""))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):

@@ -48,7 +48,9 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_POST = do_GET
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -154,6 +156,27 @@ def test_a_mirror_or_hub_that_answers_nonsense_is_one_line(router: Router, body:
             llmstack.ask_repo("o/r", ["f.gguf"], {"HF_ENDPOINT": router.url})
 
 
+@pytest.mark.parametrize("body", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n[",
+                                  b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n["],
+                         ids=["nothing", "less", "chunk"])
+def test_a_hub_that_breaks_off_is_one_line(body: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            with pytest.raises(llmstack.UserError, match="model hub"):
+                llmstack.hub_api("o/r", {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"})
+        finally:
+            thread.join()
+
+
 @pytest.mark.parametrize("data", ["", "5", "[]", "[[1, 2]]", '"x"', "{", "[" * 200_000, b"\xff", b"{}\0"],
                          ids=range(9))
 def test_what_is_no_object_is_an_empty_one(data: Any) -> None:
@@ -197,9 +220,11 @@ def reckon(data: bytes) -> None:
     try:
         found = llmstack.parse_gguf_header(lambda offset, count: data[offset:offset + count])
         for offload in (False, True):
-            memory = llmstack.estimate_memory(found, 4096, flash_attn=offload, offload=offload)
+            load = llmstack.LoadOptions(flash_attn=offload, gpu_layers=99 * offload, cuda=offload)
+            memory = llmstack.estimate_memory(found, 4096, load)
             assert all(0 <= part <= llmstack.MAX_MODEL_BYTES for part in memory)
-        fit = llmstack.fit_tier(tier, llmstack.Config(), 16.0, False, found, "local", "f.gguf")
+        fit = llmstack.fit_tier(tier, llmstack.Config(), llmstack.Machine(16.0, "", False), found,
+                                "local", "f.gguf")
         assert fit.need_gb >= 0
         assert 0 <= fit.largest_ctx <= 1 << 24
     except llmstack.GgufError:
@@ -225,7 +250,7 @@ def test_a_negative_vocabulary_takes_no_memory_away() -> None:
     meta, tensors = gguf_models.model("qwen3", vocab=300)
     data = header({**meta, "qwen3.vocab_size": -2 ** 40}, tensors)
     found = llmstack.parse_gguf_header(lambda offset, count: data[offset:offset + count])
-    assert llmstack.estimate_memory(found, 4096).compute > 0
+    assert llmstack.estimate_memory(found, 4096, llmstack.LoadOptions()).compute > 0
 
 
 def test_a_list_that_says_it_has_no_end_is_refused() -> None:

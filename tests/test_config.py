@@ -479,12 +479,23 @@ WRONG_KIND = {
                 "build_model": "smart", "decision_log": "2", "loading_state": "loud",
                 "park_gb": "much", "park_after_s": "3s", "park_every_min": "x",
                 "unknown_model": "guess", "patience_s": "soon", "allowed_origins": "https://*", "allowed_hosts": "*"},
+    "SERVER": {"parallel": "two", "batch": "1k", "ubatch": "x", "n_cpu_moe": "all", "split_mode": "some",
+               "main_gpu": "CUDA0", "reasoning_format": "qwen", "reasoning_budget": "much", "cache_reuse": "yes",
+               "args": "--port 1"},
+    "MODEL": {"mmproj": "o/n:../x", "chat_template_file": "o/n:/x", "chat_template_kwargs": "[1]", "draft": "o/n:",
+              "speculative": "yes", "lora": "a, o/n:../b", "embedding": "2", "pooling": "max",
+              "rope_freq_base": "1e6", "rope_freq_scale": "x", "yarn_ext_factor": "-2", "yarn_attn_factor": "x",
+              "yarn_beta_slow": "x", "yarn_beta_fast": "x", **dict.fromkeys(llmstack.PRICE_KEYS, "$3")},
     "a": {"backend": "ollama", "hf_repo": "a/b/c", "hf_repo_next": "b", "hf_file": "../x", "hf_file_next": "/x",
           "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a\\b", "ttl": "30m",
           "base_url": "groq.com", "tool_call": "2", "reasoning": "maybe"},
     "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??"},
 }
+_DEFAULTS_OF_SERVERS = {key: value for key, value in WRONG_KIND["DEFAULT"].items() if key in llmstack.SERVER_OPTIONS}
+WRONG_KIND["SERVER"].update(_DEFAULTS_OF_SERVERS)
+WRONG_KIND["DEFAULT"].update(WRONG_KIND["SERVER"])
+WRONG_KIND["a"].update({**WRONG_KIND.pop("SERVER"), **WRONG_KIND.pop("MODEL")})
 TABLES = {"DEFAULT": llmstack.DEFAULT_OPTIONS, "a": llmstack.TIER_OPTIONS, "ROUTING": llmstack.ROUTING_OPTIONS}
 
 

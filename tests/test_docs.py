@@ -24,13 +24,19 @@ CONFIGURATION = "docs/configuration.md"
 ENDPOINTS = "docs/endpoints.md"
 ENVIRONMENT = "docs/environment.md"
 MODELS = "docs/models.md"
+CLIENTS = "docs/clients.md"
+PAGE = "docs/page.md"
 README_LINES = 200
 COLUMNS = 100
 
-OF_OTHER_PROGRAMS = {"--auth-type", "--lint", "--model", "--oss", "--peer", "--pyz", "--rounds",
-                     "--user", "--weak-model"}
+OF_OTHER_PROGRAMS = {
+    "--lint", "--peer", "--pyz", "--rounds", "--swap",                              # tests, benchmarks
+    "--clients", "--kills", "--program", "--quick", "--seconds", "--seed",          # chaos
+    "--api-key", "--cache-ram", "--ctx-checkpoints", "--device", "--no-jinja",      # llama-server
+    "--slot-save-path",
+    "--oss", "--user"}
 SET_FOR_CHILDREN = {llmstack.STACK_VARIABLE, "HF_HUB_DISABLE_PROGRESS_BARS",
-                    "HF_HUB_DISABLE_TELEMETRY"}
+                    "HF_HUB_DISABLE_TELEMETRY", "LLAMA_API_KEY"}
 
 
 def rows(page: str) -> list[list[str]]:
@@ -69,10 +75,20 @@ def options() -> Iterator[tuple[str, str]]:
                     yield name, option
 
 
+def extra_options() -> Iterator[tuple[str, str]]:
+    """The options that a command's file in extras/ names."""
+    for name in llmstack.extra_names():
+        path = ROOT / "extras" / (name.replace("-", "_") + ".py")
+        text = path.read_text(encoding="utf-8")
+        for call in re.findall(r"add_argument\(([^)]*)", text):
+            for option in re.findall(r'"(--?[a-z][a-z-]*)"', call):
+                yield name, option
+
+
 def command_rows(page: str, name: str) -> list[str]:
     """The first cells that begin with the command; a second name may follow on its page."""
     before = ".*" if page == COMMANDS else ""
-    asked = re.compile(rf"{before}`llmstack {re.escape(name)}(?:`| [\[A-Z]| bash)")
+    asked = re.compile(rf"{before}`llmstack {re.escape(name)}(?:`| [\[A-Za-z])")
     return [row[0] for row in rows(page) if asked.match(row[0])]
 
 
@@ -91,13 +107,25 @@ def test_every_option_stands_in_its_commands_row(name: str, option: str) -> None
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", command_rows(COMMANDS, name)[0])
 
 
+@pytest.mark.parametrize("name", llmstack.extra_names())
+def test_every_extra_has_its_rows_on_the_page_of_commands(name: str) -> None:
+    assert command_rows(COMMANDS, name)
+    assert [page for page in PAGES if page != COMMANDS and command_rows(page, name)] == []
+
+
+@pytest.mark.parametrize(("name", "option"), list(extra_options()))
+def test_every_option_of_an_extra_stands_in_one_of_its_rows(name: str, option: str) -> None:
+    rows_of_it = " ".join(command_rows(COMMANDS, name))
+    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", rows_of_it)
+
+
 def test_every_option_in_the_documents_exists() -> None:
     known = {option for _, option in options()} | OF_OTHER_PROGRAMS
     known |= {"--check", "--help", "--version"}
     for path in (ROOT / "extras").glob("*.py"):
         known.update(re.findall(r'"(--[a-z][a-z0-9-]+)"', path.read_text(encoding="utf-8")))
     for page, text in PAGES.items():
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
         assert named <= known, page
 
 
@@ -144,12 +172,20 @@ def default_of(key: str) -> str:
     return next(row[1] for row in rows(CONFIGURATION) if row[0] == f"`{key}`")
 
 
+def words_for(value: object) -> tuple[str, ...]:
+    """How the table may write a default."""
+    if isinstance(value, bool):
+        return ("yes", "true") if value else ("no",)
+    if isinstance(value, tuple):
+        return (", ".join(map(str, value)),)
+    return (f"{value:g}",) if isinstance(value, float) else (str(value),)
+
+
 def test_the_defaults_in_the_tables_are_the_programs() -> None:
     config = llmstack.Config()
     for key in sorted({*llmstack.DEFAULT_OPTIONS} - {"router_host", "memory_gb"}):
-        value = getattr(config, key)
-        words = {True: ("yes", "true"), False: ("no",)}[value] if isinstance(value, bool) else None
-        assert default_of(key) in (words or (str(value),)), key
+        value = getattr(config, key, "")        # a key without a field has no default
+        assert default_of(key) in words_for(value), key
     for key in ("high_fidelity_ceiling", "mid_fidelity_ceiling", "multi_turn"):
         assert default_of(key) == str(getattr(config.routing, key)), key
 
@@ -161,6 +197,12 @@ def test_the_ladder_in_readme_has_the_programs_numbers() -> None:
     assert f"{routing.mid_fidelity_ceiling:,}" in ladder[2]
     assert f"at least {routing.multi_turn} user turns" in ladder[3]
     assert len(ladder) == 5
+
+
+def test_the_patterns_of_names_are_the_programs() -> None:
+    block = next(b for b in blocks(CONFIGURATION, "ini") if "[ALIASES]" in b)
+    config, _ = llmstack.parse_models_ini(block)
+    assert config.aliases == llmstack.DEFAULT_ALIASES
 
 
 def test_the_roles_table_is_the_programs() -> None:
@@ -188,7 +230,8 @@ def test_ini_examples_load(page: str) -> None:
 
 def variables() -> list[str]:
     read = re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', SOURCE)
-    return sorted(set(read) - SET_FOR_CHILDREN)
+    # A name that ends in _ is the beginning of many.
+    return sorted({name + "*" if name.endswith("_") else name for name in read} - SET_FOR_CHILDREN)
 
 
 @pytest.mark.parametrize("variable", variables())
@@ -199,7 +242,7 @@ def test_every_variable_has_one_row(variable: str) -> None:
 def test_every_variable_in_the_table_is_read() -> None:
     cells = [row[0] for row in rows(ENVIRONMENT)]
     named = {name for cell in cells for name in names_in(cell) if name.startswith("LLMSTACK_")}
-    assert named <= set(variables())
+    assert named <= {*variables(), llmstack.STACK_VARIABLE}
 
 
 def section(name: str) -> str:
@@ -208,9 +251,9 @@ def section(name: str) -> str:
 
 
 def answered_paths() -> list[str]:
-    """Every path that ROUTER and ENGINE compare a request's with, and the inference paths."""
+    """Every path that these sections compare a request's with, and the inference paths."""
     found = set(llmstack.INFERENCE_PATHS.values())
-    for name in ("ROUTER", "ENGINE"):
+    for name in ("OLLAMA", "ROUTER", "ENGINE"):
         for node in ast.walk(ast.parse(section(name))):
             text = node.value if isinstance(node, ast.Constant) else None
             if isinstance(text, str) and re.fullmatch(r"/[a-z][a-z0-9_]*([/.][a-z0-9_.]*)*", text):
@@ -225,6 +268,27 @@ def test_every_path_stands_in_endpoints(path: str) -> None:
 
 def test_the_sections_with_paths_are_found() -> None:
     assert {"/models.ini", "/llmstack/state", "/running", "/unload"} <= set(answered_paths())
+
+
+# ---- the page's metrics, connect's clients
+
+
+@pytest.mark.parametrize("name", llmstack.METRICS)
+def test_every_metric_has_one_row(name: str) -> None:
+    labels = [row[1] for row in rows(PAGE) if names_in(row[0]) == [name]]
+    metric = llmstack.METRICS[name]
+    assert labels == [", ".join(metric.labels) or ("le" if metric.kind == "histogram" else "")]
+
+
+def test_every_metric_in_the_table_is_counted() -> None:
+    cells = [name for row in rows(PAGE) for name in names_in(row[0])]
+    assert {name for name in cells if name.startswith("llmstack_")} == set(llmstack.METRICS)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "share/clients").glob("*.json")))
+def test_every_client_of_connect_has_one_row(name: str) -> None:
+    first = [row[0].split(", ") for row in rows(CLIENTS)]
+    assert sum(name in names for names in first) == 1
 
 
 # ---- the pages themselves

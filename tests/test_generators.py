@@ -100,6 +100,7 @@ def test_settings_of_default_reach_the_command_line() -> None:
     flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
                      "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6", "--no-warmup": "", "--no-mmap": "",
+                     "--no-jinja": "",
                      "--cors-origins": "localhost",
                      "--alias": "a", "-c": "32768"}
 

@@ -470,3 +470,27 @@ def test_every_rung_of_a_profile_is_reached(name: str) -> None:
             if "no tier holds" not in decision.reason:
                 found.add((decision.rung, roles[decision.tier]))
     assert found >= set(RUNGS.items())
+
+
+def test_what_is_loaded_beside_a_model_counts(tmp_path: Path) -> None:
+    """A projector and an adapter by their files, a draft with a KV cache of its own."""
+    model, draft = (gguf_models.write(tmp_path / f"{n}.gguf", *gguf_models.model("qwen3", vocab=300)) for n in ("model", "draft"))
+    for name, size in (("mmproj-F16.gguf", 3_000_000), ("style.gguf", 500_000)):
+        (tmp_path / name).write_bytes(b"x" * size)
+
+    def weights(*lines: str) -> int:
+        text = "\n".join(("[t]", "role = fast", f"path = {model}", "ctx_size = 8k", *lines))
+        config, _ = llmstack.parse_models_ini(text)
+        fits = llmstack.measure_tiers(config, llmstack.Machine(24, "", False), {}, False)
+        assert fits[0].memory is not None
+        assert fits[0].need_gb == fits[0].memory.total / 1e9
+        return fits[0].memory.weights
+
+    alone = weights()
+    assert weights("mmproj = auto") - alone == 3_000_000
+    assert weights(f"lora = {tmp_path / 'style.gguf'}") - alone == 500_000
+    header = llmstack.local_header(str(draft))
+    own = llmstack.estimate_memory(header, 8192, llmstack.LoadOptions())
+    assert weights(f"draft = {draft}") - alone == own.total
+    assert own.kv > 0
+    assert weights("draft = o/d:not-here.gguf") == alone

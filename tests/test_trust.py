@@ -35,6 +35,13 @@ REACHES = [
     ("base_url", "https://evil.example", "[box]\nmodel = m\n"),
     ("api_key_env", "AWS_SECRET_ACCESS_KEY", "[box]\nmodel = m\nbase_url = https://evil.example\n"),
     ("path", "/etc/passwd", "[a]\n"),
+    ("llama_server_bin", "./evil.sh", "[a]\npath = x.gguf\n"),
+    ("args", "--log-file /etc/x", "[a]\npath = x.gguf\n"),
+    ("args", "--log-file /etc/x", "[DEFAULT]\n"),
+    ("mmproj", "/etc/passwd", "[a]\npath = x.gguf\n"),
+    ("draft", "../../elsewhere.gguf", "[a]\npath = x.gguf\n"),
+    ("lora", "a.gguf, ~/mine.gguf", "[a]\npath = x.gguf\n"),
+    ("chat_template_file", "/etc/passwd", "[a]\npath = x.gguf\n"),
     ("path", "../../elsewhere.gguf", "[a]\n"),
     ("path", "~/mine.gguf", "[a]\n"),
     ("model", "huggingface/https://evil.example", "[a]\nbackend = litellm\n"),
@@ -48,6 +55,9 @@ def places(home: Path) -> llmstack.Places:
     return llmstack.find_places(os.environ)
 
 
+COMMANDS = ("args", "llama_server_bin")
+
+
 def reach(config: Config) -> list[tuple[str, ...]]:
     """What of a configuration reaches out of its project, by the fields' own names: not by the tables that trust uses."""
     found = [("program", config.llama_server_bin), ("open", str(config.allow_unauthenticated))]
@@ -57,6 +67,11 @@ def reach(config: Config) -> list[tuple[str, ...]]:
         inside = not tier.path or not os.path.relpath(tier.path, os.path.dirname(os.path.abspath(INI))).startswith("..")
         found.append((tier.name, tier.base_url, tier.api_key_env, "" if inside else tier.path))
         found.append((tier.name, *(m for m in (tier.model, tier.model_next) if "://" in m)))
+        found += [("its own", str(pair)) for pair in tier.server if pair[0] in COMMANDS]
+        files: list[str] = []
+        llmstack.with_files(tier, lambda name, files=files: files.append(name) or name)  # type: ignore[misc]
+        found += [("file", name) for name in files if os.path.relpath(name, INI.parent.absolute()).startswith("..")]
+    found += [("args", str(pair)) for pair in config.server if pair[0] in COMMANDS]
     return [row for row in found if any(row[1:]) and row[1:] != ("False",)]
 
 
@@ -171,9 +186,11 @@ def test_a_key_whose_row_says_nothing_of_it_needs_trust(places: llmstack.Places,
 
 def test_every_field_that_the_file_sets_has_a_row() -> None:
     rows = {option.field or key for key, option in llmstack.DEFAULT_OPTIONS.items()}
-    assert set(Config._fields) - {"tiers", "routing", "aliases"} == rows
-    of_tiers = set(llmstack.TIER_OPTIONS) - {"rope_scaling"} | {"rope_scale", "rope_orig_ctx", "name"}
-    assert set(Tier._fields) == of_tiers
+    rows = rows - set(llmstack.SERVER_OPTIONS) | set(Config._fields) & set(llmstack.SERVER_OPTIONS)
+    assert set(Config._fields) - {"tiers", "routing", "aliases", "server"} == rows
+    of_tiers = set(llmstack.TIER_OPTIONS) - {"rope_scaling", *llmstack.TIER_SERVER_OPTIONS, *llmstack.PRICE_KEYS}
+    assert set(Tier._fields) - {"server", "prices"} == of_tiers | {
+        "rope_scale", "rope_orig_ctx", "name", "cache_ram_mib", "ctx_checkpoints"}
     assert set(llmstack.Routing._fields) == set(llmstack.ROUTING_OPTIONS)
 
 
