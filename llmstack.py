@@ -4,17 +4,38 @@
     client (opencode, curl, Cursor, ...)
         |  OpenAI-compatible HTTP, model "auto" or a tier's name
         v
-    router  127.0.0.1:10101   reads the body once, decides the tier, changes the model's bytes, relays
-        |
+    router  127.0.0.1:10101   reads the body once, decides the tier, changes the model's bytes,
+        |                     relays the answer as it comes
         v
-    engine  127.0.0.1:10102   llama-swap where its binary is found, else the embedded one in this file
-        |                     starts and stops llama-server so that what is loaded fits in memory
-        |                     (a tier with a base_url is none of its models: the router asks that host itself)
+    engine  127.0.0.1:10102   the embedded one, or our listener before llama-swap where that is
+        |                     found: loads and unloads so that what is loaded fits in memory
         v
     llama-server  10001...    one process a loaded tier, on 127.0.0.1
 
-A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp (who may
-ask, which route) -> read_facts -> decide -> relay (pooled upstream connection, bytes as they come).
+Router and engine are one process, the daemon (`_daemon`), which owns all that it starts. A tier
+with a base_url is no model of the engine's: the router asks that host itself. LiteLLM's proxy, for
+the other hosted tiers, is a child of the engine.
+
+A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp
+(who may ask, which route) -> read_facts -> decide -> ask_lease (waits until a backend is ready, and
+tells a waiting stream so) -> relay (pooled upstream connection, bytes as they come) -> Ladder (the
+next tier, where this one has failed before its first byte) -> Recorder.
+
+`start` crosses it in this order: offer_trust -> planned_config -> Plan (host, port, channel, kind
+of engine) -> check_plan -> start_stack (spawns the daemon, waits until it answers) ->
+rewire_project -> open_shell. `restart` stops the old daemon once all else is checked.
+
+Words, each with one meaning:
+    tier        a [section] of models.ini: a name that clients ask for, with its model and context
+    role        what a tier is for (fast, agent, ultra, plan, embed ...); the ladder goes by roles
+    ladder      the auto-routed tiers, best first; a rung is the rule that chose one of them
+    channel     current or next: which of a tier's two models runs
+    backend     what serves a tier: gguf (the engine), litellm (its proxy), openai (a direct host)
+    upstream    an address that requests are relayed to; a lease is a request's place there
+    snapshot    a configuration with its routes, which a reload replaces as a whole
+    park        to save what a model's slots hold before it stops; restored after its next load
+    marker      default-channel: the channel that a project is pinned to, or another's router
+    trust       a project's files take effect once their digests stand in trust.json
 
 Map of the file, bottom-up; each section is built from those above it:
     CONSTANTS            numbers with their units and sources
@@ -28,10 +49,10 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: LITELLM        Config -> entries of litellm_config.yaml; which credentials a tier lacks
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
-    PURE: ANSWERS        what errors and counts of an answer say
+    PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets, where a generated file and models.ini disagree
+    PURE: DOWNLOADS      what to fetch for which tier, release assets, drift of generated files
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -43,31 +64,37 @@ Map of the file, bottom-up; each section is built from those above it:
     OLLAMA               its API, turned into OpenAI's and back
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
-    FIT                  the hub and its cache; a model's header from either; what each tier takes here
+    FIT                  the hub and its cache; a model's header from either; what each tier takes
     LITELLM              which one, its environment, its configuration read by its own parser
-    PARKING              what a model's slots hold, saved before it stops and restored after its load
-    ENGINE               llama-server processes within the memory there is, and their application on 10102
+    PARKING              what a model's slots hold, saved before it stops, restored after its load
+    ENGINE               llama-server processes within the memory there is, and their API on 10102
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
-    STACK                bringing the daemons up and down
+    STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
     DEMO                 a small model for a first look: from the hub, else out of a wheel
-    SHELL                the shell of `start`, the hooks' answers, what is shown before it is trusted
-    SETUP                what stands and what does not, tier by tier; from a bare machine to a first answer
+    SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
+    SETUP                what stands and what does not; from a bare machine to a first answer
     STATUS               what runs, as people read it, and as it changes
     COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
 
-Files, below the project's .llmstack/: models.ini (yours), litellm_config.yaml (yours), opencode.json, AGENTS.md,
-llama-swap.yaml, router.pid, llama-swap.pid, download.pid, downloads.json, default-channel, active-channel,
-llmstack.bashrc, zdotdir/, logs/{router,engine or llama-swap,TIER,litellm_proxy,download,dl-TIER-current or next}.log.
-Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, flags.json, owner.json, trust.json,
-proven.json, litellm.json, speeds.json, parked/ (conversations), lock, llama-cpp/, hub/ and litellm/ (private
-environments), demo/. In the home directory:
-.SHELL_llmstack_hook. Models lie in the hub cache, see hub_cache_dir().
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,RELEASES_URL,SHELL,HOOK,
-ACTIVE}, SHELL, SHLVL, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION, LITELLM_BIN, the providers' credentials, HF_ENDPOINT,
-NODE_EXTRA_CA_CERTS, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, LOG_LEVEL, NO_COLOR, XDG_DATA_HOME / LOCALAPPDATA.
-Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}.
+Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
+for opencode and for shells: opencode.json, AGENTS.md, default-channel, llmstack.bashrc, zdotdir/.
+Of what runs: router.pid (the daemon's), active-channel, llama-swap.yaml, download.pid,
+downloads.json, downloads.lock. In logs/: router.log, engine.log, llama-swap.log, TIER.log,
+litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decisions.jsonl.
+Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
+and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
+(whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
+proven.json, litellm.json. The extras keep connect.json there. In the home directory:
+.SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
+RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
+LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
+HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
+LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
+Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
+process that the stack starts: LLMSTACK_STACK, the mark by which it is known as ours.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 """
 
@@ -112,8 +139,8 @@ from typing import (
 if TYPE_CHECKING:
     from typing import TextIO
 
-# Everything heavier than the above is imported where it is used: `status` in a prompt or a script should not
-# pay for the HTTP server, and the router should not hold argparse's memory for nothing.
+# Everything heavier than the above is imported where it is used: `status` in a prompt or a script
+# should not pay for the HTTP server, and the router should not hold argparse's memory for nothing.
 
 # ===================================================================================================
 # CONSTANTS
@@ -435,13 +462,15 @@ INFERENCE_PATHS = {
 }
 # The role that answers such a path, whatever is asked for by a name that is no tier's.
 PATH_ROLES = {"/v1/embeddings": "embed", "/v1/rerank": "rerank"}
-# What the last bytes of a whole event stream hold, one of these; where none does, the model's server died and
-# somebody between it and us ended its stream cleanly (llama-swap does).
+# What the last bytes of a whole event stream hold, one of these. Where none does, the model's
+# server died, and somebody between it and us ended its stream cleanly, as llama-swap does. In prose
+# the quotes are escaped, so none of these is taken for an end there.
+_CHAT_ENDS = (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"')
 STREAM_ENDS = {
-    "/v1/chat/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
-    "/v1/completions": (b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"error"'),
-    "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"', b'"type":"error"',
-                     b'"type": "error"'),       # in prose, quotes are escaped
+    "/v1/chat/completions": _CHAT_ENDS,
+    "/v1/completions": _CHAT_ENDS,
+    "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"',
+                     b'"type":"error"', b'"type": "error"'),
 }
 _PICTURE_KINDS = ("image_url", "image", "input_image")
 _WIDE = re.compile(
@@ -456,10 +485,13 @@ _TICKS = re.compile("`+")
 def _without_spans(text: str) -> str:
     """A paragraph without its backticked spans; a run is closed by the next of its length."""
     runs = [m.span() for m in _TICKS.finditer(text)]
-    later: Dict[int, List[int]] = {}
+    later: Dict[int, List[int]] = {}            # length of a run -> its places, the last one first
     for index in range(len(runs) - 1, -1, -1):
-        later.setdefault(runs[index][1] - runs[index][0], []).append(index)
-    kept, done, index = [], 0, 0
+        start, end = runs[index]
+        later.setdefault(end - start, []).append(index)
+    kept = []
+    done = 0
+    index = 0
     while index < len(runs):
         start, end = runs[index]
         same = later[end - start]
@@ -470,7 +502,8 @@ def _without_spans(text: str) -> str:
             kept.append(text[done:start])
             done = runs[index][1]
         index += 1
-    return "`".join([*kept, text[done:]])
+    kept.append(text[done:])
+    return "`".join(kept)
 
 
 def _outside_code(text: str) -> str:
@@ -478,19 +511,20 @@ def _outside_code(text: str) -> str:
     kept: List[str] = []
     paragraph: List[str] = []
     fence = ""
-    for line in [*text.splitlines(), ""]:
+    for line in text.splitlines():
         if fence:
             bare = line.strip(" \t>")
             if bare.startswith(fence) and not bare.strip(fence[0]):
                 fence = ""
             continue
         opening = _FENCE.match(line)
-        if opening or not line.strip():
-            kept.append(_without_spans("\n".join(paragraph)))
-            paragraph = []
-            fence = opening.group(1) if opening else ""
-        else:
+        if line.strip() and not opening:
             paragraph.append(line)
+            continue
+        kept.append(_without_spans("\n".join(paragraph)))
+        paragraph = []
+        if opening:
+            fence = opening.group(1)
     kept.append(_without_spans("\n".join(paragraph)))
     return "\n".join(kept)
 
@@ -500,11 +534,12 @@ _DECODER = json.JSONDecoder()                   # json.loads asks on every call 
 
 def parse_json(text: str) -> Any:
     """As json.loads. Errors: ValueError, RecursionError."""
-    if text[:1] == "{":                         # decode() looks for white space on both sides, each time with a pattern
+    if text[:1] == "{":
+        # decode() looks for white space on both sides, each time with a pattern.
         value, end = _DECODER.raw_decode(text)
         if end == len(text) or not text[end:].strip(" \t\r\n"):
             return value
-    return _DECODER.decode(text)                # and its words for what is wrong
+    return _DECODER.decode(text)                # its error says what is wrong
 
 
 def unquoted(path: str) -> str:
@@ -528,19 +563,19 @@ def inference_path(target: str) -> str:
     return INFERENCE_PATHS.get("/" + "/".join(words), "")
 
 
-def is_auto(model: object) -> bool:
-    """True for `auto` in any case, with or without a provider's prefix, and for empty, null or absent."""
-    if model is None or model == "auto":
-        return True
-    return isinstance(model, str) and _spellings(model)[-1] in ("", "auto")
-
-
 def _spellings(model: str) -> Tuple[str, str]:
     """A name in lower case without `:latest`, and the same without a provider's prefix."""
     name = model.strip().lower()
     if name.endswith(":latest"):
         name = name[:-len(":latest")]
     return name, name.rsplit("/", 1)[-1]
+
+
+def is_auto(model: object) -> bool:
+    """True for `auto` in any spelling, and for a name that is empty, null or absent."""
+    if model is None or model == "auto":
+        return True
+    return isinstance(model, str) and _spellings(model)[-1] in ("", "auto")
 
 
 def tier_named(config: Config, model: str) -> str:
@@ -553,6 +588,12 @@ def tier_named(config: Config, model: str) -> str:
         if any(name.lower() in spellings for name in (tier.name, *tier.aliases)):
             return tier.name
     return ""
+
+
+def _alias_target(config: Config, target: str) -> str:
+    """The tier that a tier's name or a role stands for; `auto` where no tier has the role."""
+    tier = config.by_name(target) or config.by_role(target)
+    return tier.name if tier else "auto"
 
 
 def resolve_name(config: Config, model: object) -> str:
@@ -572,7 +613,9 @@ def resolve_name(config: Config, model: object) -> str:
     for pattern, target in config.aliases:
         if any(fnmatchcase(name, pattern) for name in spellings):
             return _alias_target(config, target)
-    return "auto" if config.unknown_model == "auto" else ""
+    if config.unknown_model == "auto":
+        return "auto"
+    return ""
 
 
 def resolve_on_path(config: Config, path: str, model: object) -> str:
@@ -587,121 +630,168 @@ def resolve_on_path(config: Config, path: str, model: object) -> str:
         return name
     tier = config.by_role(role)
     meant = name == "auto" or (isinstance(model, str) and role in model.lower())
-    return tier.name if tier and meant else ""
+    if tier is None or not meant:
+        return ""
+    return tier.name
 
 
-def _alias_target(config: Config, target: str) -> str:
-    """The tier that a tier's name or a role stands for; `auto` where no tier has the role."""
-    tier = config.by_name(target) or config.by_role(target)
-    return tier.name if tier else "auto"
+def _count_wide(text: str) -> int:
+    """How many characters of a text belong to a wide script."""
+    if text.isascii():
+        return 0
+    return len(_WIDE.findall(text))
 
 
 class _Tally:
     """Running counts over a body's text."""
 
     def __init__(self) -> None:
-        self.chars = self.wide = self.extra = self.pictures = 0
+        self.chars = 0
+        self.wide = 0
+        self.extra = 0
+        self.pictures = 0
         self.texts: List[str] = []
 
-    def text(self, value: object) -> None:
-        if isinstance(value, str):
-            self.chars += len(value)
-            self.texts.append(value)
-            if not value.isascii():
-                self.wide += len(_WIDE.findall(value))
+    def add_text(self, value: object) -> None:
+        """Count text of a message."""
+        if not isinstance(value, str):
+            return
+        self.chars += len(value)
+        self.wide += _count_wide(value)
+        self.texts.append(value)
 
-    def aside(self, value: object) -> None:
-        """Text that fills the context but is not message text: schemas, arguments, reasoning."""
+    def add_aside(self, value: object) -> None:
+        """Count what fills the context and is no message: schemas, arguments, reasoning."""
         if value is None:
             return
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        wide = 0 if text.isascii() else len(_WIDE.findall(text))
-        self.extra += len(text) + wide * (CHARS_PER_TOKEN - 1)
+        text = value
+        if not isinstance(text, str):
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        self.extra += len(text) + _count_wide(text) * (CHARS_PER_TOKEN - 1)
         self.texts.append(text)
 
-    def content(self, content: object, depth: int = 0) -> None:
-        """A message's content or a prompt: a string, or a list of parts, strings or token ids (or lists of these)."""
+    def add_content(self, content: object, depth: int = 0) -> None:
+        """Count a message's content or a prompt.
+
+        It is a string, or a list of parts, strings or token ids, or of such lists.
+        """
         if isinstance(content, str):
-            self.text(content)
+            self.add_text(content)
         elif isinstance(content, list) and depth < 4:
             for part in content:
-                self.part(part, depth + 1)
+                self._add_part(part, depth + 1)
 
-    def part(self, part: object, depth: int) -> None:
-        if isinstance(part, int):                      # a prompt given as token ids
+    def _add_part(self, part: object, depth: int) -> None:
+        if isinstance(part, int):               # a prompt given as token ids
             self.chars += CHARS_PER_TOKEN
         elif isinstance(part, (str, list)):
-            self.content(part, depth)
+            self.add_content(part, depth)
         elif isinstance(part, dict):
-            kind = part.get("type")
-            if kind == "tool_use":
-                self.aside(part.get("input"))
-            elif kind == "tool_result":
-                self.content(part.get("content"), depth)
-            elif kind == "thinking":
-                self.aside(part.get("thinking"))
-            elif kind in _PICTURE_KINDS:
-                self.pictures += 1
-            else:
-                self.text(part.get("text"))
+            self._add_typed(part, depth)
 
-    def message(self, message: Mapping[str, Any]) -> None:
-        """One chat message, or one item of a /v1/responses input."""
-        self.content(message.get("content"))
-        if len(message) <= 2 and "content" in message:     # role and content
+    def _add_typed(self, part: Mapping[str, Any], depth: int) -> None:
+        kind = part.get("type")
+        if kind == "tool_use":
+            self.add_aside(part.get("input"))
+        elif kind == "tool_result":
+            self.add_content(part.get("content"), depth)
+        elif kind == "thinking":
+            self.add_aside(part.get("thinking"))
+        elif kind in _PICTURE_KINDS:
+            self.pictures += 1
+        else:
+            self.add_text(part.get("text"))
+
+    def add_message(self, message: Mapping[str, Any]) -> None:
+        """Count one chat message, or one item of a /v1/responses input."""
+        self.add_content(message.get("content"))
+        if len(message) <= 2 and "content" in message:  # role and content
             return
-        self.content(message.get("output"))            # function_call_output
-        self.aside(message.get("reasoning_content"))
+        self.add_content(message.get("output"))         # of a function_call_output
+        self.add_aside(message.get("reasoning_content"))
         if message.get("type") == "function_call":
-            self.aside(message.get("arguments"))
+            self.add_aside(message.get("arguments"))
+        self._add_call({"function": message.get("function_call")})
         calls = message.get("tool_calls")
-        calls = calls if isinstance(calls, list) else []
-        for call in [*calls, {"function": message.get("function_call")}]:
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict):
-                self.aside(function.get("name"))
-                self.aside(function.get("arguments"))
+        if isinstance(calls, list):
+            for call in calls:
+                self._add_call(call)
+
+    def _add_call(self, call: object) -> None:
+        if not isinstance(call, dict):
+            return
+        function = call.get("function")
+        if isinstance(function, dict):
+            self.add_aside(function.get("name"))
+            self.add_aside(function.get("arguments"))
 
 
 def _plain_text(content: object) -> str:
     if isinstance(content, str):
         return content
-    if isinstance(content, list):
-        texts = (p.get("text") if isinstance(p, dict) else p for p in content)
-        return "\n".join(t for t in texts if isinstance(t, str))
+    if not isinstance(content, list):
+        return ""
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+    return "\n".join(texts)
+
+
+def _is_user_turn(content: object) -> bool:
+    """False for content that only carries tool results back, as Anthropic's API has them.
+
+    Such a message has the user's role, and comes from the client's own loop.
+    """
+    if not isinstance(content, list) or not content:
+        return True
+    return not all(isinstance(p, dict) and p.get("type") == "tool_result" for p in content)
+
+
+def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
+    """The `word:` trigger that a user's message begins with, or ""."""
+    words = user_text[:4096].split(None, 1)
+    if not words:
+        return ""
+    word = words[0].lower()
+    for trigger in triggers:
+        if not trigger.startswith("[") and word.startswith(trigger):
+            return trigger
     return ""
 
 
-def _is_user_turn(message: Mapping[str, Any]) -> bool:
-    """False for a user's message that only carries tool results back (Anthropic's shape): it is the loop's."""
-    content = message.get("content")
-    if isinstance(content, list) and content:
-        return not all(isinstance(p, dict) and p.get("type") == "tool_result" for p in content)
-    return True
+def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
+    """The `[word]` trigger that stands in a text outside code, or "".
+
+    `alone`: it counts only where a line holds nothing else.
+    """
+    if "[" not in text:
+        return ""
+    lowered = text.lower()
+    found = [t for t in triggers if t.startswith("[") and t in lowered]
+    if not found:                               # to read a text as Markdown is slow
+        return ""
+    outside = _outside_code(lowered)
+    if alone:
+        lines = [line.strip() for line in outside.splitlines()]
+        found = [t for t in found if t in lines]
+    else:
+        found = [t for t in found if t in outside]
+    return next(iter(found), "")
 
 
 def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable[str]) -> str:
     """Return the ultra trigger that holds, or "".
 
-    `[word]` counts anywhere in the user's words outside code, and alone on a line of a system message;
-    `word:` counts only as the first word of the user's message.
+    `[word]` counts anywhere in the user's words outside code, and alone on a line of a system
+    message; `word:` counts only as the first word of the user's message.
     """
-    start = user_text[:4096]
-    if ":" in start:
-        word = (start.split(None, 1) or [""])[0].lower()
-        for trigger in triggers:
-            if trigger[0] != "[" and word.startswith(trigger):
-                return trigger
-    for index, text in enumerate((user_text, *system_texts)):
-        if "[" not in text:
-            continue
-        lowered = text.lower()
-        found = [t for t in triggers if t[0] == "[" and t in lowered]
-        outside = _outside_code(lowered) if found else ""       # read as Markdown only where it may matter
-        for trigger in found:
-            if trigger in outside and (index == 0 or trigger in map(str.strip, outside.splitlines())):
-                return trigger
-    return ""
+    trigger = _leading_trigger(triggers, user_text)
+    trigger = trigger or _bracketed_trigger(triggers, user_text, alone=False)
+    for text in system_texts:
+        trigger = trigger or _bracketed_trigger(triggers, text, alone=True)
+    return trigger
 
 
 def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
@@ -715,13 +805,24 @@ def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return []
 
 
-_OUTPUT_KEYS = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"})
-_COUNTED_KEYS = _OUTPUT_KEYS | {"system", "instructions", "prompt", "suffix", "input_prefix", "input_suffix", "input_extra",
-                                "tools", "functions"}
+_OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+_SYSTEM_KEYS = ("system", "instructions")
+_PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
+_SCHEMA_KEYS = ("tools", "functions")
+
+
+def _output_tokens_asked(body: Mapping[str, Any]) -> int:
+    """The longest answer that a body asks for, in tokens; 0 where it names none."""
+    asked = 0
+    for key in _OUTPUT_KEYS:
+        value = body.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            asked = max(asked, value)
+    return asked
 
 
 def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ()) -> Facts:
-    """Count a parsed request body once. `path` is canonical (see inference_path); wrong types count nothing."""
+    """Count a parsed request body once; wrong types count nothing. `path` is canonical."""
     tally = _Tally()
     messages = _messages(body)
     turns = 0
@@ -730,44 +831,68 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and role and isinstance(content, str) and content.isascii():
-            tally.chars += len(content)         # the common case, many times a request
+            # Most messages are such, and a request has hundreds: twice as fast as add_message.
+            tally.chars += len(content)
             tally.texts.append(content)
         else:
-            tally.message(message)
-        if role == "user":
-            if isinstance(content, str) or _is_user_turn(message):
-                turns += 1
-                last = content
+            tally.add_message(message)
+        if role == "user" and _is_user_turn(content):
+            turns += 1
+            last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    asked = 0
-    for key in _COUNTED_KEYS.intersection(body):
-        value = body[key]
-        if key in _OUTPUT_KEYS:
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                asked = max(asked, value)
-        elif key in ("tools", "functions"):
-            if value:
-                tally.aside(value)
-        else:
-            tally.content(value)
-            if key in ("system", "instructions"):
-                systems.append(value)
-            elif key == "prompt" and not messages and isinstance(value, str):
-                turns, last = 1, value
+    for key in _SYSTEM_KEYS:
+        systems.append(body.get(key))
+        tally.add_content(body.get(key))
+    for key in _PROMPT_KEYS:
+        tally.add_content(body.get(key))
+    for key in _SCHEMA_KEYS:
+        if body.get(key):
+            tally.add_aside(body[key])
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) and not messages:
+        turns = 1
+        last = prompt
+    trigger = ""
+    if triggers:
+        trigger = find_trigger(triggers, _plain_text(last), map(_plain_text, systems))
     model = body.get("model")
-    trigger = find_trigger(triggers, _plain_text(last), [_plain_text(x) for x in systems] if systems else ()) if triggers else ""
-    fim = path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix")))
-    return Facts(is_auto(model), model if isinstance(model, str) else "", fim, tally.chars, tally.wide, tally.extra,
-                 tally.pictures, turns, asked, trigger, tally.texts)
+    return Facts(
+        auto=is_auto(model),
+        model=model if isinstance(model, str) else "",
+        fim=path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix"))),
+        chars=tally.chars,
+        wide=tally.wide,
+        extra=tally.extra,
+        pictures=tally.pictures,
+        turns=turns,
+        max_tokens=_output_tokens_asked(body),
+        trigger=trigger,
+        texts=tally.texts,
+    )
 
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
 # docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
 _ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
-_ASCII_CLASSES = "".join(
-    "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else
-    " " if c == " " else "\n" if c in "\n\t" else "!" for c in map(chr, range(128)))
+
+
+def _ascii_class(char: str) -> str:
+    """The class of an ASCII character: a character that stands for all of its kind."""
+    if char.islower():
+        return "a"
+    if char.isupper():
+        return "A"
+    if char.isdigit():
+        return "0"
+    if char == " ":
+        return " "
+    if char in "\n\t":
+        return "\n"
+    return "!"
+
+
+_ASCII_CLASSES = "".join(_ascii_class(chr(code)) for code in range(128))
 _WIDE_RATES = (
     (0x0370, 1.62), (0x0400, 0.58), (0x0590, 0.37), (0x0900, 0.46), (0x0E00, 0.76), (0x0F00, 0.59),
     (0x2000, 0.76), (0x2C00, 0.27), (0xAC00, 0.78), (0xD7B0, 0.77), (0x10000, 0.78),
@@ -794,152 +919,51 @@ def class_tokens(texts: Sequence[str]) -> int:
     return int(tokens * len(text) / max(len(sample), 1))
 
 
-# Rung -> the role it asks for, and its reason but for what the request brings.
-RUNGS: Dict[str, Tuple[str, Callable[[Routing], str]]] = {
-    "fim": ("fast", lambda r: "infill belongs to the fast tier"),
-    "trigger": ("ultra", lambda r: "{trigger} asks for the top tier"),
-    "high": ("ultra", lambda r: f"{{tokens}} tokens <= {r.high_fidelity_ceiling:,}: top tier"),
-    "mid": ("agent", lambda r: f"{{tokens}} tokens <= {r.mid_fidelity_ceiling:,}: heavy local coder"),
-    "floor": ("agent", lambda r: f"{{tokens}} tokens, {{turns}} user turns >= {r.multi_turn}: keep the heavy coder"),
-    "long": ("fast", lambda r: f"{{tokens}} tokens > {r.mid_fidelity_ceiling:,}: stepping down to the long window"),
+# Rung -> the role it asks for, and its reason.
+RUNGS: Dict[str, Tuple[str, str]] = {
+    "fim": ("fast", "infill belongs to the fast tier"),
+    "trigger": ("ultra", "{trigger} asks for the top tier"),
+    "high": ("ultra", "{tokens} tokens <= {high}: top tier"),
+    "mid": ("agent", "{tokens} tokens <= {mid}: heavy local coder"),
+    "floor": ("agent", "{tokens} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
+    "long": ("fast", "{tokens} tokens > {mid}: stepping down to the long window"),
 }
 
 
-def _rung(f: Facts, r: Routing) -> str:
-    """First match wins; the order is the specification's table."""
-    if f.fim:
+def _choose_rung(facts: Facts, routing: Routing) -> str:
+    """The first that matches; the order is that of the specification's table."""
+    if facts.fim:
         return "fim"
-    if f.trigger:                               # without an ultra tier, the agent's at any length
+    if facts.trigger:                           # without an ultra tier, the agent's at any length
         return "trigger"
-    tokens = f.tokens
-    if tokens <= r.high_fidelity_ceiling:
+    tokens = facts.tokens
+    if tokens <= routing.high_fidelity_ceiling:
         return "high"
-    if tokens <= r.mid_fidelity_ceiling:
+    if tokens <= routing.mid_fidelity_ceiling:
         return "mid"
-    return "floor" if f.turns >= r.multi_turn else "long"
+    if facts.turns >= routing.multi_turn:
+        return "floor"
+    return "long"
 
 
 def output_reserve(facts: Facts, tier: Tier) -> int:
     """Tokens kept free for the answer: min(max_tokens or 1,024, max_output_tokens, ctx / 4)."""
-    return min(facts.max_tokens or DEFAULT_RESERVE_TOKENS, tier.ctx_size // 4, tier.max_output_tokens or tier.ctx_size)
+    asked = facts.max_tokens or DEFAULT_RESERVE_TOKENS
+    most = tier.max_output_tokens or tier.ctx_size
+    return min(asked, most, tier.ctx_size // 4)
 
 
 def tokens_needed(facts: Facts, tier: Tier) -> int:
-    """What `tier` must hold for this request: the fuller estimate plus room to answer, in tokens."""
+    """Tokens that `tier` must hold for this request: the fuller estimate plus room to answer."""
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-class _Way(NamedTuple):
-    """Where a rung leads, as far as models.ini alone says it."""
-
-    order: Tuple[Tier, ...]                     # the role's tier and those below, then those above, nearest first
-    smallest: int                               # context of the smallest of these: what it holds, all hold
-    why: str
-
-
-_WAYS: Dict[int, Tuple[Config, Dict[str, _Way]]] = {}     # by id(): a hash of all that a Config holds costs as much
-
-
-def _ways(config: Config) -> Dict[str, _Way]:
-    """Rung -> its way, worked out once for a configuration."""
-    known = _WAYS.get(id(config))
-    if known is None or known[0] is not config:
-        if len(_WAYS) > 16:
-            _WAYS.clear()
-        known = _WAYS[id(config)] = config, {rung: _way(config, role, why) for rung, (role, why) in RUNGS.items()}
-    return known[1]
-
-
-def _way(config: Config, role: str, why: Callable[[Routing], str]) -> _Way:
-    ladder = config.ladder
-    above = sum(t.role in LADDER_ROLES[:LADDER_ROLES.index(role)] for t in ladder)
-    order = (*ladder[above:], *ladder[:above][::-1])
-    missing = f" (no {role} tier here)" if not order or order[0].role != role else ""
-    return _Way(order, min((t.ctx_size for t in order), default=0), why(config.routing) + missing)
-
-
-class Decision(NamedTuple):
-    """Where a request goes and why; log line, response headers and `why` are all made from it."""
-
-    tier: str
-    rung: str                                   # explicit | fim | trigger | high | mid | floor | long
-    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
-    facts: Facts
-    config: Config
-    down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
-    way: _Way = _Way((), 0, "asked for by name")
-
-    @property
-    def tokens(self) -> int:
-        return self.facts.tokens
-
-    @property
-    def reason(self) -> str:
-        """Why this tier, in words: made when they are asked for, not while the request waits."""
-        facts, way = self.facts, self.way
-        reason = way.why.format(trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns)
-        if self.chain is way.order or not self.chain:       # all tiers hold it and none is left alone; or it was named
-            return reason
-        best, chosen = way.order[0], self.chain[0]
-        need = tokens_needed(facts, chosen)
-        if need > chosen.ctx_size:
-            reason += f"; no tier holds {need:,} tokens, {chosen.name} has the largest context"
-        elif chosen is not best:
-            reason += f"; {_why_not(best, chosen.name, facts, self.down, self.config)}, so {chosen.name}"
-        return reason
-
-    @property
-    def refused(self) -> Dict[str, str]:
-        """Every other tier, with its reason for not being taken."""
-        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
-                for t in self.config.tiers if t.name != self.tier and self.rung != "explicit"}
-
-    @property
-    def passed_over(self) -> Dict[str, str]:
-        """The tiers above the one taken, with the reason for each."""
-        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
-
-    @property
-    def nearest(self) -> str:
-        """The smallest change that would move the request up the ladder, "" at its top."""
-        return "" if self.rung == "explicit" else _nearest(self.facts, self.config, self.tier, self.down)
-
-
-def _blind(facts: Facts, config: Config) -> Dict[str, str]:
-    """Tiers that take no pictures, where the request has some and another tier takes them."""
-    if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
-        return {}
-    return {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
-
-
-def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
-           barred: Optional[Mapping[str, str]] = None) -> Decision:
-    """Return the tier for *facts*; `down` names tiers not to be tried now, `barred` those that cannot answer, with the reason.
-
-    Invariant: a tier that cannot hold the request is never taken while another can. Where all that hold it are
-    down, they are tried all the same; a barred one only where no other holds it. Errors: HttpError 400 where no
-    tier has a role of the ladder. Source: README, "How auto decides".
-    """
-    barred = {**(barred or {}), **_blind(facts, config)}
-    down = {**(down or {}), **barred} if barred else down or {}
-    if not facts.auto:
-        return Decision(facts.model, "explicit", (), facts, config, down)
-    ways = _ways(config)
-    top = ways["trigger"].order
-    if not top:
-        raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role fast, agent or ultra")
-    rung = _rung(facts, config.routing)
-    way = ways[rung]
-    order = way.order
-    full, most = facts.full_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS    # no tier's reserve is larger
-    if full + most <= way.smallest and not down:
-        return Decision(order[0].name, rung, order, facts, config, down, way)
-    holds = [t for t in order if full + most <= t.ctx_size or full + output_reserve(facts, t) <= t.ctx_size]
-    tries = holds
-    if down:
-        tries = [t for t in holds if t.name not in down] or [t for t in holds if t.name not in barred] or holds[:1]
-    chain = tries or [max([t for t in order if t.name not in barred] or order, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, way)
+def _preference(config: Config, role: str) -> Tuple[Tier, ...]:
+    """The ladder from a role's view: its tier and those below, then those above, nearest first."""
+    above = LADDER_ROLES[:LADDER_ROLES.index(role)]
+    higher = [t for t in config.ladder if t.role in above]
+    lower = [t for t in config.ladder if t.role not in above]
+    return (*lower, *reversed(higher))
 
 
 BELOW_THE_TIER_TAKEN = "below the tier taken"
@@ -952,7 +976,7 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
         return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
     if config.local_only and tier.remote:
         return f"{tier.name} is hosted, and {LOCAL_ONLY}"
-    need, routing = tokens_needed(facts, tier), config.routing
+    need = tokens_needed(facts, tier)
     if need > tier.ctx_size:
         return f"{tier.name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
     if tier.name in down:
@@ -962,30 +986,155 @@ def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], con
         return BELOW_THE_TIER_TAKEN
     if facts.fim:
         return "infill goes to the fast tier"
+    routing, tokens = config.routing, facts.tokens
     if tier.role == "ultra":
-        return f"{facts.tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
-    return f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,} and {facts.turns} user turns < {routing.multi_turn}"
+        return f"{tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
+    return (f"{tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
+            f" and {facts.turns} user turns < {routing.multi_turn}")
+
+
+def _blind(facts: Facts, config: Config) -> Dict[str, str]:
+    """Tiers that take no pictures, where the request has some and another tier takes them."""
+    if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
+        return {}
+    return {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
+
+
+def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str]) -> List[Tier]:
+    """Of the tiers that hold a request those to ask, in order; one at least where any holds it."""
+    for avoided in (down, barred):
+        left = [t for t in holds if t.name not in avoided]
+        if left:
+            return left
+    return holds[:1]
+
+
+def _tier_after(decision_of: Tuple[Facts, Config, Mapping[str, str]], fewer: int, more: int) -> str:
+    """The tier of the same request with so many tokens fewer and so many user turns more."""
+    facts, config, down = decision_of
+    changed = facts._replace(
+        chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0),
+        wide=max(facts.wide - fewer, 0),
+        classes=max(facts.classes - fewer, 0),
+        turns=facts.turns + more)
+    return decide(changed, config, down).tier
 
 
 def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
+    """The smallest change that moves a request above the tier `chosen`, "" where none does."""
     ladder, routing = config.ladder, config.routing
-    rank = {t.name: i for i, t in enumerate(ladder)}
-    if not rank[chosen] or facts.fim:
+    names = [t.name for t in ladder]
+    higher = ladder[:names.index(chosen)]
+    if facts.fim:
         return ""
-
-    def after(fewer: int = 0, more: int = 0) -> str:
-        smaller = facts._replace(
-            chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0), wide=max(facts.wide - fewer, 0),
-            classes=max(facts.classes - fewer, 0), turns=facts.turns + more)
-        return decide(smaller, config, down).tier
-
-    steps = {facts.tokens - routing.high_fidelity_ceiling, facts.tokens - routing.mid_fidelity_ceiling}
-    steps |= {tokens_needed(facts, t) - t.ctx_size for t in ladder[:rank[chosen]]}
-    found = [(n, f"{n:,} fewer tokens \u2192 {after(n)}") for n in steps if n > 0 and rank[after(n)] < rank[chosen]]
+    this = facts, config, down
+    found = []
+    steps = {facts.tokens - routing.high_fidelity_ceiling,
+             facts.tokens - routing.mid_fidelity_ceiling,
+             *(tokens_needed(facts, t) - t.ctx_size for t in higher)}
+    for fewer in steps:
+        if fewer > 0:
+            found.append((fewer, f"{fewer:,} fewer tokens", _tier_after(this, fewer, 0)))
     more = routing.multi_turn - facts.turns
-    if more > 0 and rank[after(0, more)] < rank[chosen]:
-        found.append((more, f"{more} more user turn{'s' if more > 1 else ''} \u2192 {after(0, more)}"))
-    return min(found)[1] if found else ""
+    if more > 0:
+        plural = "" if more == 1 else "s"
+        found.append((more, f"{more} more user turn{plural}", _tier_after(this, 0, more)))
+    better = {t.name for t in higher}
+    for _, words, tier in sorted(found):
+        if tier in better:
+            return f"{words} \u2192 {tier}"
+    return ""
+
+
+class Decision(NamedTuple):
+    """Where a request goes and why; log line, response headers and `why` are all made from it."""
+
+    tier: str
+    rung: str                                   # explicit, or one of RUNGS
+    chain: Tuple[Tier, ...]                     # this tier, then those a failure falls to, in order
+    facts: Facts
+    config: Config
+    down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
+
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    def _reason_of_rung(self) -> str:
+        role, words = RUNGS[self.rung]
+        routing, facts = self.config.routing, self.facts
+        reason = words.format(
+            trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns,
+            high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}",
+            floor=routing.multi_turn)
+        if self.preference[0].role != role:
+            reason += f" (no {role} tier here)"
+        return reason
+
+    @property
+    def reason(self) -> str:
+        """Why this tier, in words: made when they are asked for, not while the request waits."""
+        if self.rung == "explicit":
+            return "asked for by name"
+        reason = self._reason_of_rung()
+        best, chosen = self.preference[0], self.chain[0]
+        need = tokens_needed(self.facts, chosen)
+        if need > chosen.ctx_size:
+            return (f"{reason}; no tier holds {need:,} tokens,"
+                    f" {chosen.name} has the largest context")
+        if chosen is not best:
+            why = _why_not(best, chosen.name, self.facts, self.down, self.config)
+            return f"{reason}; {why}, so {chosen.name}"
+        return reason
+
+    @property
+    def refused(self) -> Dict[str, str]:
+        """Every other tier, with its reason for not being taken."""
+        if self.rung == "explicit":
+            return {}
+        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
+                for t in self.config.tiers if t.name != self.tier}
+
+    @property
+    def passed_over(self) -> Dict[str, str]:
+        """The tiers above the one taken, with the reason for each."""
+        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
+
+    @property
+    def nearest(self) -> str:
+        """The smallest change that would move the request up the ladder, "" at its top."""
+        if self.rung == "explicit":
+            return ""
+        return _nearest(self.facts, self.config, self.tier, self.down)
+
+
+def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
+           barred: Optional[Mapping[str, str]] = None) -> Decision:
+    """Return the tier for *facts*.
+
+    `down` names tiers not to be tried now, `barred` those that cannot answer, with the reason.
+    Invariant: a tier that cannot hold the request is never taken while another can. Where all that
+    hold it are down, they are tried all the same; a barred one only where no other holds it.
+    Errors: HttpError 400 where no tier has a role of the ladder.
+    Source: README, "How auto decides".
+    """
+    barred = {**(barred or {}), **_blind(facts, config)}
+    down = {**(down or {}), **barred}
+    if not facts.auto:
+        return Decision(facts.model, "explicit", (), facts, config, down)
+    rung = _choose_rung(facts, config.routing)
+    role, _ = RUNGS[rung]
+    order = _preference(config, role)
+    if not order:
+        raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
+                             " fast, agent or ultra")
+    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
+    chain = _to_try(holds, down, barred)
+    if not chain:
+        able = [t for t in order if t.name not in barred] or order
+        chain = [max(able, key=lambda t: t.ctx_size)]
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
 
 
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -995,16 +1144,18 @@ _OPENING = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(\}?)")
 
 
 def model_spans(body: bytes) -> List[Tuple[int, int]]:
-    """Where the value of the top-level "model" stands in a JSON object's bytes, once for each time it is given.
+    """Where the value of the top-level "model" stands in a JSON object's bytes, for each time.
 
-    A quote inside a JSON string is always escaped, so a lone `"model"` without an escaped spelling anywhere
-    is the key itself: no need to walk a 400 kB prompt.
+    A quote inside a JSON string is always escaped, so a lone `"model"` without an escaped spelling
+    anywhere is the key itself: no need to walk a 400 kB prompt.
     """
-    key = body.rfind(b'"model"')                # on prose three times as fast as find() in CPython 3.11
-    if key >= 0 and body.rfind(b'"model"', 0, key) < 0 and (body.find(b"\\") < 0 or body.rfind(b"\\u00") < 0):
+    key = body.rfind(b'"model"')                # on prose three times as fast as find()
+    lone = key >= 0 and body.rfind(b'"model"', 0, key) < 0
+    if lone and (body.find(b"\\") < 0 or body.rfind(b"\\u00") < 0):
         match = _MODEL_VALUE.match(body, key + 7)
         return [match.span(1)] if match else []
-    spans, depth = [], 0
+    spans = []
+    depth = 0
     for token in _TOKENS.finditer(body):
         text = token.group()
         if text in (b"{", b"["):
@@ -1021,11 +1172,11 @@ def model_spans(body: bytes) -> List[Tuple[int, int]]:
 def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()) -> List[bytes]:
     """The body in pieces with the model's name changed to `name`, every other byte as it was.
 
-    `present` says whether the parsed body has the key; where it has not, it is put first. `more` are members
-    (`"top_p":0.9`) that the body has not got; they go to its front.
+    `present` says whether the parsed body has the key; where it has not, it is put first. `more`
+    are members (`"top_p":0.9`) that the body has not got; they go to its front.
     """
-    value = b'"%b"' % name.encode()             # a tier's name has nothing to escape, a Remote's id is escaped
-    view = memoryview(body)
+    value = b'"%b"' % name.encode()             # a tier's name has nothing to escape
+    view: Any = memoryview(body)
     pieces: List[bytes] = []
     done = 0
     if not present:
@@ -1033,12 +1184,14 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
     opening = _OPENING.match(body) if more else None
     if opening:
         done = body.index(b"{") + 1
-        pieces = [view[:done], b",".join(more) + (b"" if opening.group(1) else b",")]  # type: ignore[list-item]
+        pieces = [view[:done], b",".join(more)]
+        if not opening.group(1):                # members follow
+            pieces.append(b",")
     if present:
         for start, end in model_spans(body):
-            pieces += [view[done:start], value]         # type: ignore[list-item]
+            pieces += [view[done:start], value]
             done = end
-    pieces.append(view[done:])                          # type: ignore[arg-type]
+    pieces.append(view[done:])
     return pieces
 
 
@@ -3248,7 +3401,9 @@ PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as 
 
 def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
-    return [] if config.local_only else [t for t in config.tiers if t.backend == "litellm"]
+    if config.local_only:
+        return []
+    return [t for t in config.tiers if t.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -3364,13 +3519,15 @@ def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if not _is_credential(name)}
 
 
-def _provider(model: str) -> str:
+def _provider_of(model: str) -> str:
     """The provider that LiteLLM takes a model's name for, "" where that is not plain."""
     if "/" in model:
         return model.split("/")[0]
     if model.startswith("claude"):
         return "anthropic"
-    return "openai" if re.match(r"gpt-|o[0-9]|chatgpt", model) else ""
+    if re.match(r"gpt-|o[0-9]|chatgpt", model):
+        return "openai"
+    return ""
 
 
 def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
@@ -3382,19 +3539,21 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     """
     if file is None:
         return ()
-    name = tier.name + "_next" if use_next and tier.model_next else tier.name
+    upgraded = use_next and tier.model_next
+    name = f"{tier.name}_next" if upgraded else tier.name
     entry = file.entries.get(name, LitellmEntry(""))
     wanted = entry.references
     if not wanted and not entry.has_key:
-        provider = _provider(entry.model or hosted_model(tier, use_next))
+        provider = _provider_of(entry.model or hosted_model(tier, use_next))
         if not (certain and provider in AMBIENT):
             wanted = CREDENTIALS.get(provider, ())
         if entry.has_base:
             wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
     lacking = []
-    for choice in (w.split("|") for w in wanted):
-        if not any(env.get(n, "").strip() or n in file.environment for n in choice):
-            lacking.append(choice[0])
+    for choices in wanted:
+        names = choices.split("|")
+        if not any(env.get(n, "").strip() or n in file.environment for n in names):
+            lacking.append(names[0])
     return tuple(dict.fromkeys(lacking))
 
 
@@ -3413,42 +3572,59 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
 # PURE: OPENCODE
 # ===================================================================================================
 
-PROVIDER = "llama.cpp"                          # opencode's name for this stack: its models are llama.cpp/auto and so on
-KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts the variable's value in; the key itself is never written
-DEFAULT_OUTPUT_TOKENS = 16_384                  # limit.output of a tier that names none and has room for it
-OPENCODE_TOKENS = 8_000                         # what opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md
-_SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000     # a cold load, then a long prompt; opencode's own 300 s is less than that
-# task: opencode's own agents explore and general run commands, whatever the agent that hands them a task is denied.
+PROVIDER = "llama.cpp"                          # opencode's name for this stack: llama.cpp/auto
+KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts in the value; no key is ever written
+DEFAULT_OUTPUT_TOKENS = 16_384                  # of a tier that names none and has room for it
+# What opencode 1.18 sends before a word of the user's: 30.7 kB, and AGENTS.md.
+OPENCODE_TOKENS = 8_000
+# A cold load, then a long prompt; opencode's own 300 s is less than that.
+_SILENCE_MS = (LOAD_TIMEOUT_S + 300) * 1000
+# task is denied, too: opencode's own agents explore and general run commands, whatever the agent
+# that hands them a task may do.
 _READ_ONLY = {"edit": "deny", "bash": "deny", "webfetch": "deny", "task": "deny"}
-_PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you would change, file by file;"
-                   " change nothing and run nothing yourself.")
+_PLANNER_PROMPT = ("You are a planner. Read the code, weigh the alternatives and describe what you"
+                   " would change, file by file; change nothing and run nothing yourself.")
 
 
 def client_limits(tier: Tier) -> Tuple[int, int]:
     """(context, output) that a client is told, in tokens.
 
-    opencode compacts a conversation at context - min(output, 32000), and never stops compacting where output is not
-    below context: no answer is promised more than that, or than half the context.
+    opencode compacts a conversation at context - min(output, 32000), and never stops compacting
+    where output is not below context: no answer is promised more than that, or than half the
+    context.
     """
     output = tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS)
     return tier.ctx_size, min(output, tier.ctx_size // 2, 32_000)
 
 
 def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
-    """The largest context the ladder reaches, and an answer that every tier with a cap of its own may give."""
+    """The largest context that the ladder reaches, and an answer that every tier may give."""
     context, output = client_limits(max(ladder, key=lambda t: t.ctx_size))
-    return context, min([output, *(t.max_output_tokens for t in ladder if t.max_output_tokens)])
+    caps = [t.max_output_tokens for t in ladder if t.max_output_tokens]
+    return context, min([output, *caps])
 
 
-def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], config: Config) -> Dict[str, Any]:
+def _calls_tools(tier: Tier, config: Config) -> bool:
+    """Whether a tier takes tools; a llama-server does so by its model's own template only."""
+    if tier.backend == "gguf" and not tier_config(config, tier).jinja:
+        return False
+    return tier.tool_call
+
+
+def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
+                  config: Config) -> Dict[str, Any]:
     """One model of opencode's list, which any of `tiers` may answer."""
+    context, output = limits
     entry: Dict[str, Any] = {
-        "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name), "limit": dict(zip(("context", "output"), limits)),
-        "tool_call": any(t.tool_call and (tier_config(config, t).jinja or t.backend != "gguf") for t in tiers)}
+        "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
+        "limit": {"context": context, "output": output},
+        "tool_call": any(_calls_tools(t, config) for t in tiers),
+    }
     if all(t.reasoning for t in tiers):
         entry["reasoning"] = True
     if any(t.has_projector for t in tiers):
-        entry.update(attachment=True, modalities={"input": ["text", "image"], "output": ["text"]})
+        entry["attachment"] = True
+        entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
     if len(tiers) == 1 and tiers[0].prices:
         entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
     elif not any(t.remote for t in tiers):
@@ -3456,63 +3632,122 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier], con
     return entry
 
 
-def cramped_models(config: Config) -> List[str]:
-    """What to say of the models of opencode's agents whose context its own prompt fills: it would compact for ever."""
-    config = config._replace(tiers=config.offered or config.tiers)
-    limits = {t.name: client_limits(t) for t in (config.by_role("agent"), config.by_role("plan"),
-                                                 config.by_role("plan-uncensored")) if t}
+def _opencode_models(config: Config) -> Dict[str, Any]:
+    """opencode's list of models: auto where there is a ladder, and every tier that chats."""
+    models = {}
     if config.ladder:
-        limits["auto"] = _auto_limits(config.ladder)
-    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own prompt and tools take about"
-            f" {OPENCODE_TOKENS:,}, so it would compact without end: a larger ctx_size is needed"
-            for name, (context, output) in limits.items() if context - output < OPENCODE_TOKENS * 5 // 4]
+        models["auto"] = _client_model("auto: the best tier for the length",
+                                       _auto_limits(config.ladder), config.ladder, config)
+    for tier in config.tiers:
+        if tier.role not in PATH_ROLES.values():
+            name = tier.description or tier.name
+            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+    return models
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False, mcp_url: str = "") -> str:
-    """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
+def cramped_models(config: Config) -> List[str]:
+    """What to say of the agents' models whose context opencode's own prompt fills.
 
-    No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions, `api_key` says
-    that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the same bytes.
+    With such a model it would compact the conversation for ever.
     """
     config = config._replace(tiers=config.offered or config.tiers)
-    ladder = config.ladder
-    models = {"auto": _client_model("auto: the best tier for the length", _auto_limits(ladder), ladder, config)} if ladder else {}
-    models.update((t.name, _client_model(t.description or t.name, client_limits(t), [t], config))
-                  for t in config.tiers if t.role not in PATH_ROLES.values())
-
-    def model(role: str) -> Dict[str, str]:
-        """The tier of a role, or nothing, and then opencode takes its default model."""
+    limits = {}
+    for role in ("agent", "plan", "plan-uncensored"):
         tier = config.by_role(role)
-        return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+        if tier:
+            limits[tier.name] = client_limits(tier)
+    if config.ladder:
+        limits["auto"] = _auto_limits(config.ladder)
+    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own"
+            f" prompt and tools take about {OPENCODE_TOKENS:,}, so it would compact without end:"
+            " a larger ctx_size is needed"
+            for name, (context, output) in limits.items()
+            if context - output < OPENCODE_TOKENS * 5 // 4]
 
+
+def _role_model(config: Config, role: str) -> Dict[str, str]:
+    """The model of an agent whose tier has this role; nothing where none has it.
+
+    Then opencode takes its default model.
+    """
+    tier = config.by_role(role)
+    return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+
+
+def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """opencode's agents and the commands that call them."""
+    build = {"model": default}
+    if config.build_model == "agent":
+        build = _role_model(config, "agent")
+    agents: Dict[str, Any] = {
+        "build": build,
+        "plan": {**_role_model(config, "plan"), "permission": _READ_ONLY},
+    }
+    commands = {"review": {
+        "description": "Trade-offs, risks and follow-ups, by the planner",
+        "agent": "plan",
+        "template": "Review for trade-offs, risks and follow-ups. Be concrete.\n\n$ARGUMENTS",
+    }}
+    uncensored = _role_model(config, "plan-uncensored")
+    if uncensored:
+        agents["plan-nofilter"] = {
+            **uncensored,
+            "description": "Plans without a filter; changes nothing",
+            "mode": "all",
+            "prompt": _PLANNER_PROMPT,
+            "permission": _READ_ONLY,
+        }
+        commands["nofilter"] = {
+            "description": "Ask the planner without a filter",
+            "agent": "plan-nofilter",
+            "template": "$ARGUMENTS",
+        }
+    return agents, commands
+
+
+def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+                         mcp_url: str = "") -> str:
+    """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
+
+    No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
+    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
+    arguments give the same bytes.
+    """
+    config = config._replace(tiers=config.offered or config.tiers)
+    models = _opencode_models(config)
     default = f"{PROVIDER}/{next(iter(models))}"
-    agents: Dict[str, Any] = {"build": model("agent") if config.build_model == "agent" else {"model": default},
-                              "plan": {**model("plan"), "permission": _READ_ONLY}}
-    commands = {"review": {"description": "Trade-offs, risks and follow-ups, by the planner", "agent": "plan",
-                           "template": "Review for trade-offs, risks and follow-ups. Be concrete.\n\n$ARGUMENTS"}}
-    if model("plan-uncensored"):
-        agents["plan-nofilter"] = {**model("plan-uncensored"), "description": "Plans without a filter; changes nothing",
-                                   "mode": "all", "prompt": _PLANNER_PROMPT, "permission": _READ_ONLY}
-        commands["nofilter"] = {"description": "Ask the planner without a filter", "agent": "plan-nofilter",
-                                "template": "$ARGUMENTS"}
-    options = {"baseURL": f"{url}/v1", "headerTimeout": _SILENCE_MS, "chunkTimeout": _SILENCE_MS,
-               **({"apiKey": None} if api_key else {})}
+    agents, commands = _opencode_agents(config, default)
+    options: Dict[str, Any] = {
+        "baseURL": f"{url}/v1",
+        "headerTimeout": _SILENCE_MS,
+        "chunkTimeout": _SILENCE_MS,
+    }
+    if api_key:
+        options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "llmstack",
+        "options": options,
+        "models": models,
+    }
     value: Dict[str, Any] = {
         "$schema": "https://opencode.ai/config.json",
         "model": default,
-        "small_model": model("fast").get("model", default),
+        "small_model": _role_model(config, "fast").get("model", default),
         "share": "disabled",
         "autoupdate": False,
-        "enabled_providers": [PROVIDER],        # without it, eight hosted models stand in the list: prompts could leave
+        # Without this, eight hosted models stand in the list, and prompts could leave.
+        "enabled_providers": [PROVIDER],
         "instructions": [agents_md],
-        "provider": {PROVIDER: {"npm": "@ai-sdk/openai-compatible", "name": "llmstack", "options": options, "models": models}},
+        "provider": {PROVIDER: provider},
         "agent": agents,
         "command": commands,
     }
     if mcp_url:
         value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
-    # opencode replaces {env:X} and {file:X} wherever they stand in the text: a description must not name any.
-    text = re.sub(r"\{(?=env:|file:)", r"\\u007b", json.dumps(value, indent=2))
+    text = json.dumps(value, indent=2)
+    # opencode replaces {env:X} and {file:X} wherever they stand: a description must not name any.
+    text = re.sub(r"\{(?=env:|file:)", r"\\u007b", text)
     return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
 
 
@@ -3708,9 +3943,6 @@ def parse_request_head(head: bytes) -> Request:
         expects=minor == 1 and expect != b"",
         fields=fields, length=length,
     )
-
-
-_NO_WORDS: FrozenSet[bytes] = frozenset()
 
 
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
@@ -4077,7 +4309,7 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
 # ===================================================================================================
 # PURE: ANSWERS
 # ===================================================================================================
-# What the errors and the last bytes of an answer say: whose fault it was, what a prompt really took.
+# What the errors and the last bytes of an answer say: whose fault it was, what a prompt took.
 
 
 class Counts(NamedTuple):
@@ -4119,7 +4351,7 @@ def tokens_said(said: bytes) -> Counts:
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
-# llama.cpp server-context.cpp; OpenAI's, Anthropic's, vLLM's, SGLang's and LiteLLM's errors as seen.
+# llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
     r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
@@ -4362,7 +4594,8 @@ _TERMINAL_COLOUR = ("\x1b[38;5;98m", "\x1b[0m")
 def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool) -> str:
     """What stands before a prompt, in the shell's own prompt language; no shell expands any of it.
 
-    `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a marker's.
+    `project` is a directory's name: of it only letters, digits and . _ - are left. `url` is a
+    marker's.
     """
     if channel != "external":
         return f"[llmstack:{channel}] "
@@ -4471,7 +4704,7 @@ class Job(NamedTuple):
 
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
-    """A job of the queue file; None where it is none, or where a name leads out of its directory."""
+    """A job of the queue file; None where it is none, or a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
         return None
@@ -4499,45 +4732,6 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def plan_downloads(config: Config, names: Sequence[str],
-                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
-
-    `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
-    """
-    tiers = list(config.tiers)
-    if names:
-        tiers = _named_tiers(config, names)
-    wanted = _files_by_repo(config)
-    jobs, skipped = [], []
-    for label in labels:
-        for tier in tiers:
-            weights = weights_for(tier, label == "next")
-            if tier.backend != "gguf":
-                skipped.append(f"{tier.name} is hosted, so there is nothing to fetch")
-            elif weights.path:
-                skipped.append(f"{tier.name} is on this disk already: {weights.path}")
-            elif weights.channel == label:
-                files = split_parts(weights.file)
-                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
-    return jobs, list(dict.fromkeys(skipped))
-
-
-def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
-               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
-    """A tier's model with what it needs of the same repository, then what it needs of others."""
-    repos = {repo: list(files)}
-    for other, file in hub_files(tier):
-        repos.setdefault(other, []).extend(split_parts(file))
-    jobs: List[Job] = []
-    for number, (name, names) in enumerate(repos.items()):
-        own = tuple(dict.fromkeys(names))
-        beside = tuple(file for file in wanted[name] if file not in own)
-        suffix = f".more{number}" if number else ""
-        jobs.append(Job(tier.name + suffix, label, name, own, beside))
-    return jobs
-
-
 def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
     known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
     for name in names:
@@ -4561,6 +4755,46 @@ def _files_by_repo(config: Config) -> Dict[str, List[str]]:
         for repo, file in hub_files(tier):
             wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
     return {repo: list(files) for repo, files in wanted.items()}
+
+
+def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
+               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
+    """A tier's model with what it needs of the same repository, then what it needs of others."""
+    repos = {repo: list(files)}
+    for other, file in hub_files(tier):
+        repos.setdefault(other, []).extend(split_parts(file))
+    jobs: List[Job] = []
+    for number, (name, names) in enumerate(repos.items()):
+        own = tuple(dict.fromkeys(names))
+        beside = tuple(file for file in wanted[name] if file not in own)
+        suffix = f".more{number}" if number else ""
+        jobs.append(Job(tier.name + suffix, label, name, own, beside))
+    return jobs
+
+
+def plan_downloads(config: Config, names: Sequence[str],
+                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
+    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
+
+    `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
+    """
+    tiers = list(config.tiers)
+    if names:
+        tiers = _named_tiers(config, names)
+    wanted = _files_by_repo(config)
+    jobs: List[Job] = []
+    skipped: List[str] = []
+    for label in labels:
+        for tier in tiers:
+            weights = weights_for(tier, label == "next")
+            if tier.backend != "gguf":
+                skipped.append(f"{tier.name} is hosted, so there is nothing to fetch")
+            elif weights.path:
+                skipped.append(f"{tier.name} is on this disk already: {weights.path}")
+            elif weights.channel == label:
+                files = split_parts(weights.file)
+                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
+    return jobs, list(dict.fromkeys(skipped))
 
 
 def parse_checksums(text: str) -> Dict[str, str]:
@@ -7679,17 +7913,6 @@ class Lease:
         """Give the place back; once, whatever has happened."""
 
 
-class Backend:
-    """One upstream that answers whatever model it is asked for."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-
-    def lease(self, name: str) -> Lease:
-        """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
-        return Lease(self.upstream)
-
-
 class Host(Upstream):
     """A host of hosted tiers that the router asks itself, and whether it can be reached."""
 
@@ -8882,7 +9105,7 @@ class Ladder:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
         decision = self._decision
         down = {*decision.down, *self._snapshot.barred}
-        order = [t for t in decision.way.order if t.name not in self._tried]
+        order = [t for t in decision.preference if t.name not in self._tried]
         holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
         return [t for t in holds if t.name not in down] or holds[:1]
 
@@ -9745,7 +9968,10 @@ def hub_endpoint(env: Mapping[str, str]) -> str:
 
 
 def hub_token(env: Mapping[str, str]) -> str:
-    """What HF_TOKEN holds, "" for nothing. Errors: UserError, for the error of a library would quote it."""
+    """What HF_TOKEN holds, "" for nothing.
+
+    Errors: UserError, since the error of a library would quote it.
+    """
     token = env.get("HF_TOKEN", "").strip()
     if not re.match(r"[!-~]*\Z", token):
         raise UserError("HF_TOKEN holds a character that no token has",
@@ -9882,7 +10108,10 @@ def file_damage(path: str) -> str:
 
 
 def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
-    """The header of a GGUF on the hub, by growing ranges. Errors: GgufError, OSError, Unreachable."""
+    """The header of a GGUF on the hub, by growing ranges.
+
+    Errors: GgufError, OSError, Unreachable.
+    """
     token = hub_token(env)
 
     def one(name: str) -> GgufHeader:
@@ -9945,6 +10174,14 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
     return sum(found)
 
 
+def _predicts_tokens(path: str) -> bool:
+    """Whether a GGUF has layers for multi-token prediction."""
+    try:
+        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
+    except (GgufError, OSError):
+        return False
+
+
 def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
     """A tier as its command line needs it: its further files by their paths, `auto` decided.
 
@@ -9968,14 +10205,6 @@ def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
     if settings.get("speculative") == "auto" and "draft" not in settings:
         settings["speculative"] = "mtp" if _predicts_tokens(model) else "off"
     return tier._replace(server=tuple(settings.items()))
-
-
-def _predicts_tokens(path: str) -> bool:
-    """Whether a GGUF has layers for multi-token prediction."""
-    try:
-        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
-    except (GgufError, OSError):
-        return False
 
 
 def known_models() -> Dict[str, Any]:
@@ -10027,8 +10256,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
             fits.append(TierFit(tier.name, "hosted", "", 0.0, True, tier.ctx_size))
             continue
         weights = weights_for(tier, use_next)
-        path, note = cached_model(weights, env), ""
-        url = hub_url(weights.repo, weights.file, env) if hub and weights.repo and not path else ""
+        path = cached_model(weights, env)
+        url = note = ""
+        if hub and weights.repo and not path:
+            url = hub_url(weights.repo, weights.file, env)
         try:
             fit = _measure_tier(tier, config, machine, weights, path, url)
         except Unreachable as exc:              # no further tier is asked for
@@ -10039,7 +10270,15 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
     return [f._replace(cache_mib=cache_mib(caches[f.name], f)) for f in fits]
 
 
-def trained_contexts(config: Config, env: Mapping[str, str], data: str, use_next: bool) -> Dict[str, int]:
+def _trained_for(path: str) -> int:
+    try:
+        return _quantity(local_header(path).keys.get("context_length"))
+    except (GgufError, OSError):                # another command says what is wrong with it
+        return 0
+
+
+def trained_contexts(config: Config, env: Mapping[str, str], data: str,
+                     use_next: bool) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
 
     Each file's header is read once: contexts.json of the data directory holds what it says.
@@ -10065,13 +10304,6 @@ def trained_contexts(config: Config, env: Mapping[str, str], data: str, use_next
         except UserError:                       # it is read again, then
             pass
     return found
-
-
-def _trained_for(path: str) -> int:
-    try:
-        return _quantity(local_header(path).keys.get("context_length"))
-    except (GgufError, OSError):                # another command says what is wrong with it
-        return 0
 
 
 def true_config(config: Config, places: Places, use_next: bool,
@@ -10114,7 +10346,9 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
-    return named if "/" in named else find_program(named)
+    if "/" in named:
+        return named
+    return find_program(named)
 
 
 def _python_of(program: str) -> str:
@@ -10149,7 +10383,9 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
     needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
     if all(map(importlib.util.find_spec, needed)):
         return sys.executable
-    return environment_program(LITELLM, data) if environment_ready(LITELLM, data) else ""
+    if not environment_ready(LITELLM, data):
+        return ""
+    return environment_program(LITELLM, data)
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
@@ -10159,7 +10395,9 @@ def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
     Errors: UserError where LITELLM_BIN names no program, or one whose Python cannot be found.
     """
     python = _litellm_python(env, data)
-    return tuple(guest_command(python, "litellm_proxy")) if python else ()
+    if not python:
+        return ()
+    return tuple(guest_command(python, "litellm_proxy"))
 
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
@@ -10326,13 +10564,13 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
         say(f"Note: {difference}")
     if not answer.get("added"):
         return False
-    extended = bool(_read_bytes(path))
+    verb = "Extended" if _read_bytes(path) else "Wrote"
     with trust_lock(places):
         trusted = is_trusted(places, "run")
         write_atomic(path, answer["text"].encode("utf-8"))
         if trusted:
             record_trust(places, "run")
-    say(f"{'Extended' if extended else 'Wrote'} {path}: {', '.join(answer['added'])}")
+    say(f"{verb} {path}: {', '.join(answer['added'])}")
     return True
 
 
@@ -10362,7 +10600,9 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
         return ""
     here = ensure_litellm(places, env, say, ask)
     write_litellm_config(places, config, find_litellm(env, places.data), say)
-    return "" if here else INSTALL_LITELLM
+    if not here:
+        return INSTALL_LITELLM
+    return ""
 
 
 def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
@@ -10371,7 +10611,9 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
         available = bool(find_litellm(env, data))
     except UserError:
         available = False
-    return unfence_ultra(text.decode("utf-8")).encode("utf-8") if available else text
+    if not available:
+        return text
+    return unfence_ultra(text.decode("utf-8")).encode("utf-8")
 
 
 # ===================================================================================================
@@ -11871,14 +12113,28 @@ def read_stack(places: Places) -> Optional[Record]:
     if record is not None:
         return record
     copy = _read_json(owner_file(places.data))
-    record = parse_record(str(copy.get("record", ""))) if copy.get("work") == places.work else None
+    if copy.get("work") != places.work:
+        return None
+    record = parse_record(str(copy.get("record", "")))
     if record is None or not record_is_ours(record, places.work):
         return None
     return record
 
 
+def running_record(places: Places) -> Optional[Record]:
+    """The project's daemon where it lives, None where it does not or is another's."""
+    record = read_stack(places)
+    return record if owned_process(record, places.work) else None
+
+
 def stack_is_alive(places: Places) -> bool:
-    return owned_process(read_stack(places), places.work)
+    return running_record(places) is not None
+
+
+def connectable(host: str) -> str:
+    """The address at which a listening address is reached from this machine."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return everywhere.get(host, host)
 
 
 def router_upstream(record: Record) -> Upstream:
@@ -11911,15 +12167,11 @@ def engine_answers(record: Optional[Record]) -> bool:
         return False
 
 
-def connectable(host: str) -> str:
-    """The address at which a listening address is reached from this machine."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
-
-
 def base_url(host: str, port: int) -> str:
     name = connectable(host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    if ":" in name:
+        name = f"[{name}]"
+    return f"http://{name}:{port}"
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -11936,7 +12188,9 @@ def api_key(env: Mapping[str, str]) -> str:
 
 def key_header(env: Mapping[str, str]) -> bytes:
     key = api_key(env)
-    return b"X-Api-Key: " + key.encode() + b"\r\n" if key else b""
+    if not key:
+        return b""
+    return b"X-Api-Key: " + key.encode() + b"\r\n"
 
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
@@ -11960,7 +12214,9 @@ class Plan(NamedTuple):
 
     @property
     def channel(self) -> str:
-        return "next" if self.use_next else "current"
+        if self.use_next:
+            return "next"
+        return "current"
 
 
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
@@ -11999,8 +12255,9 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     if parks and program:
         program = (*program, *parking_flags(places.data))
     own = own_binaries(config, env, places.data)
+    quote = windows_quote if IS_WINDOWS else posix_quote
     text = render_llama_swap_yaml(
-        config, program, use_next, refused, windows_quote if IS_WINDOWS else posix_quote,
+        config, program, use_next, refused, quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
         {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
     if parks:
@@ -12031,16 +12288,20 @@ def check_plan(plan: Plan) -> None:
         probe_flags(program, plan.config, plan.places.data)
 
 
+def places_at(data: str, work: str) -> Places:
+    """The places of another project than the one we are in."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data)
+
+
 def other_owner(places: Places) -> str:
     """The project whose daemon is alive, when that is not this one; "" otherwise."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
     if not work or work == places.work:
         return ""
-    return work if stack_is_alive(_project_at(places, work)) else ""
-
-
-def _project_at(places: Places, work: str) -> Places:
-    return places._replace(work=work, state=os.path.join(work, ".llmstack"))
+    if not stack_is_alive(places_at(places.data, work)):
+        return ""
+    return work
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -12050,7 +12311,9 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
-    name = find_profile(profile) if profile else choose_profile(machine.budget_gb)
+    name = choose_profile(machine.budget_gb)
+    if profile:
+        name = find_profile(profile)
     lacking = ""
     try:
         text = read_resource(profile_file(name))
@@ -12068,15 +12331,25 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     return text, why
 
 
-def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None, profile: str = "") -> Config:
-    """load_config, or, in a directory without a models.ini, what `install` and `start` would give it. Errors: as theirs."""
+def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
+                   profile: str = "") -> Config:
+    """load_config, or, without a models.ini, what `install` and `start` would give the directory.
+
+    Errors: as theirs.
+    """
     if os.path.exists(places.models_ini) or os.environ.get("LLMSTACK_MODELS_INI"):
         return load_config(places, warn)
-    return parse_models_ini(with_ultra(seed_text(profile)[0], os.environ, places.data).decode("utf-8"))[0]
+    seed, _ = seed_text(profile)
+    text = with_ultra(seed, os.environ, places.data).decode("utf-8")
+    config, _ = parse_models_ini(text)
+    return config
 
 
 def check_state(places: Places) -> None:
-    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say. Errors: UserError."""
+    """Before files are written: a clone's .llmstack may be a link to ~/.config/opencode, say.
+
+    Errors: UserError.
+    """
     close_places(places)
     target = os.path.realpath(places.state)
     if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
@@ -12085,7 +12358,10 @@ def check_state(places: Places) -> None:
 
 
 def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile: str = "") -> None:
-    """Give a directory its .llmstack/models.ini where it has none; never overwrites one. Errors: UserError."""
+    """Give a directory its .llmstack/models.ini where it has none; never overwrites one.
+
+    Errors: UserError.
+    """
     check_state(places)
     if os.path.exists(places.models_ini):
         if profile:
@@ -12109,7 +12385,9 @@ def _environment_map(pid: int) -> Dict[str, str]:
 
 
 def _project_name(work: str, data: str) -> str:
-    return "the demo" if work == os.path.join(data, "demo") else work
+    if work == os.path.join(data, "demo"):
+        return "the demo"
+    return work
 
 
 def _stop_advice(work: str, data: str) -> str:
@@ -12129,7 +12407,9 @@ def _work_of_listener(port: int) -> str:
 
 def _and_list(words: Sequence[str]) -> str:
     """a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if len(words) < 2:
+        return "".join(words)
+    return ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def _refuse_second_stack(places: Places) -> None:
@@ -12137,7 +12417,7 @@ def _refuse_second_stack(places: Places) -> None:
     owner = other_owner(places)
     if not owner:
         return
-    record = read_stack(_project_at(places, owner))
+    record = read_stack(places_at(places.data, owner))
     assert record is not None                   # it is alive
     ports = [str(record.port), str(record.engine_port)]
     url = base_url(record.host, record.port)
@@ -12155,8 +12435,8 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     """
     _refuse_second_stack(places)
     own: List[int] = []
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
+    record = running_record(places)
+    if record is not None:
         own = [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
@@ -12181,6 +12461,95 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
 def stack_lock(places: Places, say: Say) -> FileLock:
     return FileLock(os.path.join(places.data, "lock"),
                     lambda: say("Another start or stop is under way; waiting for it"))
+
+
+def _refuse_other_terms(plan: Plan, record: Record) -> None:
+    """A running stack is not silently left on another channel or address than was asked for."""
+    if record.channel != plan.channel:
+        raise UserError(f"the stack is running on the {record.channel} channel",
+                        f"run `llmstack restart --{plan.channel}` to change it")
+    if (record.host, record.port) != (plan.host, plan.port):
+        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
+                        f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
+
+
+def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
+    """Key of models.ini -> the address it names, of all that the daemon will listen on."""
+    config = plan.config
+    wanted = {"router_port": (plan.host, plan.port),
+              "engine_port": ("127.0.0.1", config.engine_port)}
+    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
+        wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
+    return wanted
+
+
+def _daemon_env(plan: Plan) -> Dict[str, str]:
+    places = plan.places
+    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+            "LLMSTACK_MODELS_INI": places.models_ini}
+
+
+def _await_daemon(plan: Plan, process: Any, record: Record, log: str, before: int) -> None:
+    """Return once a daemon answers.
+
+    `before`: bytes of its log before its start. Errors: UserError with what it has written there.
+    """
+    end = time.monotonic() + START_TIMEOUT_S
+    while not answers(record, key_header(plan.env)):
+        code = process.poll()
+        if code is None and time.monotonic() < end:
+            time.sleep(0.02)
+            continue
+        what = f"exited with {code}"
+        if code is None:
+            what = f"did not answer within {START_TIMEOUT_S} s"
+        tail = ":\n" + tail_of(log) if file_size(log) > before else ""
+        raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
+
+
+def program_name(program: Sequence[str]) -> str:
+    """How a llama-server is shown: where it lies, or what has brought it."""
+    if len(program) == 1:
+        return program[0]
+    return f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
+
+
+def _say_started(plan: Plan, say: Say) -> None:
+    config, data = plan.config, plan.places.data
+    program = find_llama_server(config, plan.env, data)
+    server = f", llama-server is {program_name(program)}" if program else ""
+    say(f"Router  {base_url(plan.host, plan.port)}/v1")
+    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
+    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
+    if proxy:
+        when = ", starting; that takes a while" if proxy.preload else ", on demand"
+        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
+
+
+def _start_daemon(plan: Plan, say: Say) -> None:
+    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
+    places, config = plan.places, plan.config
+    log = places.log("router.log")
+    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
+               "--engine", plan.kind]
+    if plan.use_next:
+        command.append("--next")
+    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+                    config.engine_port)
+    before = file_size(log)
+    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
+    copy = {"work": places.work, "record": read_text(pid_file(places))}
+    try:
+        write_atomic(owner_file(places.data), json.dumps(copy))
+        _await_daemon(plan, process, record, log, before)
+    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
+        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
+        stop_stack_members(record.stack)
+        _remove(pid_file(places))
+        _remove(owner_file(places.data))
+        raise
+    process.returncode = 0                      # it stays; Popen is not to warn of that
+    _say_started(plan, say)
 
 
 def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
@@ -12212,85 +12581,11 @@ def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
         return True
 
 
-def _refuse_other_terms(plan: Plan, record: Record) -> None:
-    """A running stack is not silently left on another channel or address than was asked for."""
-    if record.channel != plan.channel:
-        raise UserError(f"the stack is running on the {record.channel} channel",
-                        f"run `llmstack restart --{plan.channel}` to change it")
-    if (record.host, record.port) != (plan.host, plan.port):
-        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
-                        f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
-
-
-def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
-    """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    config = plan.config
-    wanted = {"router_port": (plan.host, plan.port),
-              "engine_port": ("127.0.0.1", config.engine_port)}
-    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
-        wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
-    return wanted
-
-
-def _daemon_env(plan: Plan) -> Dict[str, str]:
-    places = plan.places
-    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-            "LLMSTACK_MODELS_INI": places.models_ini}
-
-
-def _start_daemon(plan: Plan, say: Say) -> None:
-    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
-    places, config = plan.places, plan.config
-    log = places.log("router.log")
-    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-               "--engine", plan.kind]
-    if plan.use_next:
-        command.append("--next")
-    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-                    config.engine_port)
-    before = file_size(log)
-    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
-    copy = {"work": places.work, "record": read_text(pid_file(places))}
-    end = time.monotonic() + START_TIMEOUT_S
-    try:
-        write_atomic(owner_file(places.data), json.dumps(copy))
-        while not answers(record, key_header(plan.env)):
-            code = process.poll()
-            if code is not None or time.monotonic() > end:
-                what = f"exited with {code}"
-                if code is None:
-                    what = f"did not answer within {START_TIMEOUT_S} s"
-                tail = ":\n" + tail_of(log) if file_size(log) > before else ""
-                raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
-            time.sleep(0.02)
-    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
-        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
-        stop_stack_members(record.stack)
-        _remove(pid_file(places))
-        _remove(owner_file(places.data))
-        raise
-    process.returncode = 0                      # it stays; Popen is not to warn of that
-    _say_started(plan, say)
-
-
-def _say_started(plan: Plan, say: Say) -> None:
-    config, data = plan.config, plan.places.data
-    program = find_llama_server(config, plan.env, data)
-    server = f", llama-server is {program_name(program)}" if program else ""
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
-    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
-    if proxy:
-        when = ", starting; that takes a while" if proxy.preload else ", on demand"
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
-
-
-def program_name(program: Sequence[str]) -> str:
-    return program[0] if len(program) == 1 else f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
-
-
 def ask_reload(record: Record, env: Mapping[str, str]) -> str:
-    """Have the router read models.ini again; why it does not, "" where it has. Errors: UserError."""
+    """Have the router read models.ini again; why it does not, "" where it has.
+
+    Errors: UserError.
+    """
     try:
         response, body = router_upstream(record).get(
             "/llmstack/reload", 10.0, "POST", key_header(env))
@@ -12339,7 +12634,8 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
 
 
-def _engine_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
+def _engine_states(upstream: Upstream,
+                   headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
     """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
 
     None when it does not.
@@ -12369,13 +12665,14 @@ def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
     """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
-    hosted = tier.backend != "gguf"
-    model = hosted_model(tier, use_next) if hosted else weights.path or weights.file
+    model = weights.path or weights.file
+    if tier.backend != "gguf":
+        model = hosted_model(tier, use_next)
+        state, since_s = told.get("state", "unknown"), None
+    channel = "next" if use_next and tier.has_next else "current"
     return {"name": tier.name, "role": tier.role, "backend": tier.backend,
-            "ctx_size": tier.ctx_size, "model": model,
-            "channel": "next" if use_next and tier.has_next else "current",
-            "state": told.get("state", "unknown") if hosted else state,
-            "reason": told.get("reason", ""), "since_s": None if hosted else since_s}
+            "ctx_size": tier.ctx_size, "model": model, "channel": channel, "state": state,
+            "reason": told.get("reason", ""), "since_s": since_s}
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
@@ -12387,7 +12684,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
 
 def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
                   env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what its proxy's state and the daemon's environment tell."""
+    """Put into the rows of LiteLLM tiers what its proxy and the daemon's environment tell."""
     lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
     words = {"ready": "loaded", "starting": "loading", "": "cold"}
     for row in rows["tiers"]:
@@ -12404,16 +12701,16 @@ def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: T
 
 def running_channel(places: Places) -> str:
     """The channel of the project's daemon, "" where there is none."""
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         return ""
     return record.channel
 
 
 def running_memory(places: Places) -> Dict[str, Any]:
     """What the project's daemon tells of memory, {} where there is none."""
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         return {}
     return asked_json(router_upstream(record), "/llmstack/memory", key_header(os.environ))
 
@@ -12472,7 +12769,9 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     rows["now"] = None                          # as /llmstack/snapshot tells it
     if record is not None and router_up:
         rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
-    rows["memory_pressure"] = running_memory(places).get("pressure") or "" if router_up else ""
+    rows["memory_pressure"] = ""
+    if router_up:
+        rows["memory_pressure"] = running_memory(places).get("pressure") or ""
     return rows
 
 
@@ -12483,18 +12782,10 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
 
-def prepare_project(places: Places, say: Say, profile: str = "") -> None:
-    """What `install` and `start` put into .llmstack/ before models.ini is read.
-
-    Nothing of the user's is overwritten.
-    """
-    seed_project(places, say, profile=profile)
-
-
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
     """(host, port) of the project's router: where it runs, else where models.ini would have it."""
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
+    record = running_record(places)
+    if record is not None:
         return record.host, record.port
     return config.host, config.router_port
 
@@ -12774,8 +13065,8 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 
     Errors: UserError where that is this router.
     """
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         return
     if remote.pid == str(record.pid) and remote.upstream.port == record.port:
         raise UserError(f"{remote.url} is this project's own router",
@@ -12940,31 +13231,6 @@ def set_state(places: Places, name: str, **values: Any) -> None:
             write_queue(places, jobs)
 
 
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
-                    env: Mapping[str, str], say: Say) -> int:
-    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
-
-    What a killed worker has left is taken up again where it is still one of the `known` jobs of
-    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
-    """
-    check_links(places)
-    install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
-    with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
-        if worker is None:
-            queue = _left_over(queue, known)
-        for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
-                queue[job.name] = {**job._asdict(), "state": "queued"}
-        write_queue(places, queue)
-        if worker is None:
-            worker = _spawn_worker(places, env)
-        return worker.pid
-
-
 def _left_over(queue: Mapping[str, Dict[str, Any]],
                known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
     """The queue of a worker that has ended, as the next one finds it."""
@@ -12997,6 +13263,31 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     return worker
 
 
+def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
+                    env: Mapping[str, str], say: Say) -> int:
+    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
+
+    What a killed worker has left is taken up again where it is still one of the `known` jobs of
+    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
+    """
+    check_links(places)
+    install_environment(HUB, places.data, say)
+    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    with queue_lock(places):
+        queue, worker = read_queue(places), download_worker(places)
+        if worker is None:
+            queue = _left_over(queue, known)
+        for job in jobs:
+            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
+            if worker is None or not waits:
+                queue.pop(job.name, None)       # to the end of the queue
+                queue[job.name] = {**job._asdict(), "state": "queued"}
+        write_queue(places, queue)
+        if worker is None:
+            worker = _spawn_worker(places, env)
+        return worker.pid
+
+
 def stop_downloads(places: Places) -> bool:
     """End the worker; what it has got so far is kept. True when there was one."""
     worker = download_worker(places)
@@ -13007,31 +13298,6 @@ def stop_downloads(places: Places) -> bool:
             write_queue(places, _left_over(read_queue(places), ()))
         _remove(places.in_state("download.pid"))
     return worker is not None
-
-
-def run_downloads(places: Places, env: Mapping[str, str]) -> int:
-    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
-    code = 0
-    while True:
-        job = _next_job(places)
-        if job is None:
-            return code
-        note = _job_log(places, job.name)
-        tell = functools.partial(set_state, places, job.name)
-        try:
-            size = fetch_job(job, places.data, env, note, tell)
-        except Unreachable as exc:
-            code = 1
-            note(f"failed: {exc} ({exc.hint})")
-            _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
-            code = 1
-            what, hint = visible(str(exc)) or type(exc).__name__, getattr(exc, "hint", "")
-            tell(state="failed", error=what, hint=hint)
-            note(f"failed: {what}" + (f" ({hint})" if hint else ""))
-        else:
-            tell(state="done", bytes=size)
-            note(f"done: {size:,} bytes (download done)")
 
 
 def _next_job(places: Places) -> Optional[Job]:
@@ -13104,6 +13370,39 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
+def _failure_words(error: str, hint: str) -> str:
+    """`failed: what (what to do)`, as the log of a download says it."""
+    if not hint:
+        return f"failed: {error}"
+    return f"failed: {error} ({hint})"
+
+
+def run_downloads(places: Places, env: Mapping[str, str]) -> int:
+    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
+    code = 0
+    while True:
+        job = _next_job(places)
+        if job is None:
+            return code
+        note = _job_log(places, job.name)
+        tell = functools.partial(set_state, places, job.name)
+        try:
+            size = fetch_job(job, places.data, env, note, tell)
+        except Unreachable as exc:
+            code = 1
+            note(_failure_words(str(exc), exc.hint))
+            _fail_all(places, exc)
+        except Exception as exc:                # the next file may fare better
+            code = 1
+            what = visible(str(exc)) or type(exc).__name__
+            hint = getattr(exc, "hint", "")
+            tell(state="failed", error=what, hint=hint)
+            note(_failure_words(what, hint))
+        else:
+            tell(state="done", bytes=size)
+            note(f"done: {size:,} bytes (download done)")
+
+
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
     worker, cache = download_worker(places), hub_cache_dir(os.environ)
@@ -13128,11 +13427,16 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     return rows
 
 
+def is_live_terminal() -> bool:
+    """True where standard output is a terminal on which a line can be written over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class _Bar:
     """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
 
     def __init__(self) -> None:
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = is_live_terminal()
         self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
         self._file = ""
         self._shown = ""
@@ -13185,7 +13489,46 @@ def _ended_words(row: Mapping[str, Any]) -> str:
     error, hint = f"the worker was {state}", GO_ON
     if state == "failed":
         error, hint = row["error"], row["hint"]
-    return f"failed: {error} ({hint})" if hint else f"failed: {error}"
+    return _failure_words(error, hint)
+
+
+def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
+                  names: Iterable[str]) -> Dict[str, List[str]]:
+    """How downloads have ended -> those that did so: a hub that is not there is said once."""
+    ended: Dict[str, List[str]] = {}
+    for name in names:
+        words = _ended_words(rows.get(name, {}))
+        if words:
+            ended.setdefault(words, []).append(name)
+    return ended
+
+
+def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
+                  behind: int) -> None:
+    """Show the download that goes on now on the terminal's last line."""
+    row = next((row for row in rows if row["state"] == "running"), None)
+    if bar.live and row:
+        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
+        bar.show(row, behind, tail_of(log, 1))
+
+
+def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
+    """Show the named jobs until they have ended; those that failed."""
+    bar = _Bar()
+    left = list(names)
+    failed: List[str] = []
+    while left:
+        rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
+        for words, ended in _group_by_end(rows, left).items():
+            bar.clear()
+            say(f"{', '.join(ended)}: {words}")
+            left = [name for name in left if name not in ended]
+            if words.startswith("failed"):
+                failed += ended
+        if left:
+            _show_running(places, rows.values(), bar, len(left) - 1)
+            time.sleep(0.2)
+    return failed
 
 
 def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
@@ -13193,28 +13536,8 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    bar, left, failed = _Bar(), list(names), []
     try:
-        while True:
-            rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-            ended: Dict[str, List[str]] = {}    # a hub that is not there is said once
-            for name in left:
-                words = _ended_words(rows.get(name, {}))
-                if words:
-                    ended.setdefault(words, []).append(name)
-            for words, those in ended.items():
-                bar.clear()
-                say(f"{', '.join(those)}: {words}")
-                left = [name for name in left if name not in those]
-                if words.startswith("failed"):
-                    failed += those
-            if not left:
-                return failed
-            running = [row for row in rows.values() if row["state"] == "running"]
-            if bar.live and running:
-                log = places.log(f"dl-{running[0]['tier']}-{running[0]['label']}.log")
-                bar.show(running[0], len(left) - 1, tail_of(log, 1))
-            time.sleep(0.2)
+        return _watch_downloads(places, names, say)
     except KeyboardInterrupt:
         say("")
         say("The download goes on in the background: `llmstack status` shows it,"
@@ -13226,14 +13549,40 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
 def platform_names() -> Tuple[str, str]:
     """(system, machine) of this computer as Go's releases name them."""
     import platform
+    system = platform.system().lower()
+    if IS_WINDOWS:
+        system = "windows"
+    elif IS_MAC:
+        system = "darwin"
     machine = platform.machine().lower()
-    system = "windows" if IS_WINDOWS else "darwin" if IS_MAC else platform.system().lower()
-    return system, {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+    known = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}
+    return system, known.get(machine, machine)
 
 
 def installed_swap(path: str) -> str:
     """The version an installed llama-swap gives itself, "" when it does not run."""
-    return swap_version(_output([path, "-version"])) if os.access(path, os.X_OK) else ""
+    if not os.access(path, os.X_OK):
+        return ""
+    return swap_version(_output([path, "-version"]))
+
+
+def _release_refusal(exc: Any, what: str) -> UserError:
+    """What an HTTPError of the releases' server means for the user."""
+    if exc.code == 404:
+        return UserError(f"there is no {what}",
+                         "see https://github.com/mostlygeek/llama-swap/releases")
+    after = exc.headers.get("Retry-After", "")
+    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
+    if exc.code not in (403, 429) or not limited:
+        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
+    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
+    if after.isdigit():
+        wait_s = float(after)
+    elif reset.isdigit():
+        wait_s = max(float(reset) - time.time(), 0.0)
+    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
+    return UserError("the releases server lets this address ask no more for now",
+                     f"wait until {clock}, or put the binary in place yourself")
 
 
 def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
@@ -13256,23 +13605,26 @@ def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
     return out.getvalue()
 
 
-def _release_refusal(exc: Any, what: str) -> UserError:
-    """What an HTTPError of the releases' server means for the user."""
-    if exc.code == 404:
-        return UserError(f"there is no {what}",
-                         "see https://github.com/mostlygeek/llama-swap/releases")
-    after = exc.headers.get("Retry-After", "")
-    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
-    if exc.code not in (403, 429) or not limited:
-        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
-    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
-    if after.isdigit():
-        wait_s = float(after)
-    elif reset.isdigit():
-        wait_s = max(float(reset) - time.time(), 0.0)
-    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
-    return UserError("the releases server lets this address ask no more for now",
-                     f"wait until {clock}, or put the binary in place yourself")
+def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
+    import zipfile
+    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
+        for info in pack.infolist():
+            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
+            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
+            if info.filename == wanted and plain:
+                return pack.read(info)
+    return None
+
+
+def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
+    import tarfile
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
+            if member.name in (wanted, "./" + wanted) and plain:
+                source = tar.extractfile(member)
+                return source.read() if source else None
+    return None
 
 
 def _extract(archive: bytes, name: str, wanted: str) -> bytes:
@@ -13297,29 +13649,6 @@ def _extract(archive: bytes, name: str, wanted: str) -> bytes:
     return data
 
 
-def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
-    import zipfile
-    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-        for info in pack.infolist():
-            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
-            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
-            if info.filename == wanted and plain:
-                with pack.open(info) as source:
-                    return source.read(MAX_BINARY_BYTES)
-    return None
-
-
-def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
-    import tarfile
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        for member in tar:
-            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
-            if member.name in (wanted, "./" + wanted) and plain:
-                source = tar.extractfile(member)
-                return source.read() if source else None
-    return None
-
-
 class Release(NamedTuple):
     """A release of llama-swap, as GitHub's API describes it."""
 
@@ -13341,7 +13670,7 @@ def _parse_release(data: bytes) -> Release:
 
 
 def _release_digest(release: Release, name: str, say: Say) -> str:
-    """The SHA-256 that a release names for one of its files. Errors: UserError where it does not."""
+    """The SHA-256 that a release names for one of its files. Errors: UserError without one."""
     listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
     digest = ""
     if listed:
@@ -13366,6 +13695,30 @@ def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
     except ValueError:
         raise UserError(f"{base} does not answer like GitHub's releases API",
                         "see LLMSTACK_RELEASES_URL") from None
+
+
+def _put_program(path: str, data: bytes, tag: str) -> None:
+    """Put an executable in place once it has run beside it. Errors: UserError.
+
+    One that runs keeps its file.
+    """
+    new = path[:len(path) - len(EXE)] + ".new" + EXE
+    write_atomic(new, data, 0o755)
+    try:
+        if installed_swap(new) != tag:
+            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
+                            f" {visible(tag)}", "the old one stays; try another --version")
+        try:
+            os.replace(new, path)
+        except PermissionError:                 # on Windows a running one can only be renamed
+            _remove(path + ".old")
+            os.replace(path, path + ".old")
+            os.replace(new, path)
+    except OSError as exc:
+        raise UserError(f"cannot write {path}: {exc.strerror}",
+                        "stop what uses it, or mend its permissions") from None
+    finally:
+        _remove(new)
 
 
 def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
@@ -13403,30 +13756,6 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
     say(f"Installed {path}: llama-swap {shown}, checksum verified")
     return True
-
-
-def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it. Errors: UserError.
-
-    One that runs keeps its file.
-    """
-    new = path[:len(path) - len(EXE)] + ".new" + EXE
-    write_atomic(new, data, 0o755)
-    try:
-        if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
-                            f" {visible(tag)}", "the old one stays; try another --version")
-        try:
-            os.replace(new, path)
-        except PermissionError:                 # on Windows a running one can only be renamed
-            _remove(path + ".old")
-            os.replace(path, path + ".old")
-            os.replace(new, path)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}",
-                        "stop what uses it, or mend its permissions") from None
-    finally:
-        _remove(new)
 
 
 # ===================================================================================================
@@ -13569,12 +13898,21 @@ def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
 # SHELL
 # ===================================================================================================
 
-HOOK_FILES = {"bash": ".bash_llmstack_hook", "zsh": ".zsh_llmstack_hook", "fish": ".fish_llmstack_hook.fish",
-              "powershell": ".powershell_llmstack_hook.ps1"}
+HOOK_FILES = {
+    "bash": ".bash_llmstack_hook",
+    "zsh": ".zsh_llmstack_hook",
+    "fish": ".fish_llmstack_hook.fish",
+    "powershell": ".powershell_llmstack_hook.ps1",
+}
+
+
+def _untrusted_words(places: Places) -> str:
+    return (f".llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
 
 
 def untrusted_line(places: Places) -> str:
-    return f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it, then run `llmstack trust`"
+    return f"llmstack: {_untrusted_words(places)}"
 
 
 def check_run_trust(places: Places) -> None:
@@ -13591,8 +13929,8 @@ def check_run_trust(places: Places) -> None:
             raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
     what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now: programs,"
-                    f" addresses or other files are named by {what}",
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
+                    f" programs, addresses or other files are named by {what}",
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
@@ -13601,67 +13939,101 @@ def hook_trusted(places: Places) -> bool:
     return is_trusted(places, "hook")
 
 
+def _is_hooked_project(directory: str) -> bool:
+    """True for a project as the shell hooks see it."""
+    state = os.path.join(directory, ".llmstack")
+    return any(os.path.isfile(os.path.join(state, name))
+               for name in ("default-channel", "opencode.json"))
+
+
 def project_above(directory: str) -> str:
-    """The nearest directory at or above that one which is a project as the shell hooks see it, "" for none."""
-    while True:
-        state = os.path.join(directory, ".llmstack")
-        if any(os.path.isfile(os.path.join(state, name)) for name in ("default-channel", "opencode.json")):
-            return directory
+    """The nearest project of the shell hooks at or above a directory, "" for none."""
+    while not _is_hooked_project(directory):
         above = os.path.dirname(directory)
         if above == directory:
             return ""
         directory = above
+    return directory
 
 
 def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
-    """(shell, its project) of the hook that is active in the very shell we were started from, ("", "") for none.
+    """(shell, its project) of the hook that is active in the very shell we were started from.
 
-    LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell without the hook stands between.
+    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
+    without the hook stands between.
     """
     level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
     shell, _, project = rest.partition(":")
-    return (shell, project) if shell in SHELLS and level == env.get("SHLVL", "") else ("", "")
+    if shell in SHELLS and level == env.get("SHLVL", ""):
+        return shell, project
+    return "", ""
+
+
+def _shells_project(env: Mapping[str, str]) -> str:
+    """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
+    here = env.get("PWD", "")                   # its spelling: a link may lead out of a project
+    if not os.path.isabs(here) or not os.path.samefile(here, "."):
+        here = os.getcwd()
+    project = project_above(here)
+    return os.path.realpath(project) if project else ""
+
+
+def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
+    """Give a variable that a hook has set the value from before, where nobody has changed it."""
+    new = env.pop(f"_llmstack_new_{name}", None)
+    old = env.pop(f"_llmstack_old_{name}", None)
+    if new is None or env.get(name) != new:
+        return
+    env.pop(name)
+    was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
+    if old is not None and was_set:
+        env[name] = old
 
 
 def leave_stale_project(env: MutableMapping[str, str]) -> None:
     """Undo what a hook has set for another project than the one we are in, and take that one.
 
-    bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables are the first's.
+    bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables
+    are the first's.
     """
-    project = env.get("LLMSTACK_HOOK", "").partition(":")[2].partition(":")[2]
+    _, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    _, _, project = rest.partition(":")
     if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
         return
-    try:                                        # the shell's spelling: a link inside a project may lead out of it
-        here = env.get("PWD", "")
-        here = project_above(here if os.path.isabs(here) and os.path.samefile(here, ".") else os.getcwd())
+    try:
+        here = _shells_project(env)
     except OSError:
         return
-    here = here and os.path.realpath(here)
     if here == project:
         return
     for name in SHELL_VARIABLES:
-        new, old = env.pop(f"_llmstack_new_{name}", None), env.pop(f"_llmstack_old_{name}", None)
-        if new is not None and env.get(name) == new:
-            env.pop(name)
-            if old is not None and env.get(f"_llmstack_had_{name}", "x") == "x":
-                env[name] = old
+        _restore_variable(env, name)
     if here:
         env["LLMSTACK_WORK_DIR"] = here
 
 
 def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
-    """The variables of a project's shell. One with an opencode.json that is not there would make opencode go elsewhere."""
+    """The variables of a project's shell.
+
+    OPENCODE_CONFIG only where the file is: without it, opencode would go elsewhere.
+    """
+    values = {}
     config = places.in_state("opencode.json")
-    values = {"OPENCODE_CONFIG": config} if os.path.isfile(config) else {}
-    values.update(LLMSTACK_WORK_DIR=places.work, LLMSTACK_CHANNEL=marker.channel, LLMSTACK_ROOT=os.path.dirname(PROGRAM))
+    if os.path.isfile(config):
+        values["OPENCODE_CONFIG"] = config
+    values["LLMSTACK_WORK_DIR"] = places.work
+    values["LLMSTACK_CHANNEL"] = marker.channel
+    values["LLMSTACK_ROOT"] = os.path.dirname(PROGRAM)
     if marker.channel == "external":
         values["LLMSTACK_REMOTE_URL"] = marker.url
     return values
 
 
-def _prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
-    colour = bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS) and not env.get("NO_COLOR")
-    return prompt_prefix(shell, marker.channel, os.path.basename(places.work), marker.url, colour)
+def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
+    can_paint = env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS
+    colour = bool(can_paint) and not env.get("NO_COLOR")
+    project = os.path.basename(places.work)
+    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
 
 
 def hook_text(shell: str, data: str) -> str:
@@ -13681,27 +14053,37 @@ def write_hook(shell: str, data: str) -> str:
 
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
-    """What the hook of a shell that has come into a project is to evaluate, "" for nothing; `tell` gets the reason."""
+    """What the hook of a shell that has come into a project is to evaluate, "" for nothing.
+
+    `tell` gets the reason.
+    """
     if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
         return ""                               # it has gone since the shell looked
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
-    pinned = os.path.exists(places.in_state("default-channel"))
-    marker = read_marker(places) if pinned else Marker("current")
+    marker: Optional[Marker] = Marker("current")
+    pin = places.in_state("default-channel")
+    if os.path.exists(pin):
+        marker = read_marker(places)
     if marker is None:
-        tell(f"llmstack: {visible(places.in_state('default-channel'))} names no channel; run `llmstack install`")
+        tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
-    try:                                        # so that files touched but not changed are older than it again
+    try:                                        # files touched only are older than it again
         os.utime(trust_file(places.data))
     except OSError:
         pass
-    hook = ":".join([*env.get("LLMSTACK_HOOK", "").split(":", 2)[:2], places.work])
-    return render_hook_answer(shell, shell_values(places, marker), env, _prefix(shell, places, marker, env), hook)
+    shell_part = env.get("LLMSTACK_HOOK", "").split(":", 2)[:2]
+    hook = ":".join([*shell_part, places.work])
+    prefix = _shell_prefix(shell, places, marker, env)
+    return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
 
 
 def shell_program(env: Mapping[str, str]) -> str:
-    """The user's shell: $LLMSTACK_SHELL, else $SHELL; on Windows PowerShell, where $SHELL is a guest's."""
+    """The user's shell: $LLMSTACK_SHELL, else $SHELL.
+
+    On Windows PowerShell, where $SHELL is a guest's.
+    """
     if env.get("LLMSTACK_SHELL"):
         return find_program(env["LLMSTACK_SHELL"]) or env["LLMSTACK_SHELL"]
     if IS_WINDOWS:
@@ -13709,10 +14091,23 @@ def shell_program(env: Mapping[str, str]) -> str:
     return env.get("SHELL") or "/bin/sh"
 
 
-def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, str], values: Mapping[str, str]) -> List[str]:
-    """The command line of the subshell; writes the start-up file that it needs, changes `env` for it."""
-    import base64
+def _write_zdotdir(directory: str, text: str) -> None:
+    """Write the .zshenv of the shell of `start`, with nothing beside it.
+
+    A link that came with the project would lead elsewhere, and a .zshenv.zwc would be run.
+    """
     import shutil
+    _remove(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    write_atomic(os.path.join(directory, ".zshenv"), os.fsencode(text))
+
+
+def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, str],
+                   values: Mapping[str, str]) -> List[str]:
+    """The command line of the subshell.
+
+    Writes the start-up file that it needs, and changes `env` for it.
+    """
     shell = shell_name(program)
     if not shell:
         return [program]
@@ -13721,7 +14116,7 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     except UserError as exc:
         sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
         return [program]
-    prefix = _prefix(shell, places, marker, env)
+    prefix = _shell_prefix(shell, places, marker, env)
     text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
@@ -13729,81 +14124,127 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
         env["ZDOTDIR"] = places.in_state("zdotdir")
-        _remove(env["ZDOTDIR"])                 # a link that came with the project would lead us elsewhere...
-        shutil.rmtree(env["ZDOTDIR"], ignore_errors=True)   # ...and a .zshenv.zwc would be run
-        write_atomic(os.path.join(env["ZDOTDIR"], ".zshenv"), os.fsencode(text))
+        _write_zdotdir(env["ZDOTDIR"], text)
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
-    return [program, "-NoLogo", "-NoExit", "-EncodedCommand", base64.b64encode(text.encode("utf-16-le")).decode()]
+    import base64
+    encoded = base64.b64encode(text.encode("utf-16-le")).decode()
+    return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
 
 def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
-    """Become a shell in which opencode finds the project; does not return but on Windows. Errors: UserError.
+    """Become a shell in which opencode finds the project; does not return but on Windows.
 
-    The process is replaced rather than waited for: job control, signals and the exit code are the shell's own.
+    The process is replaced rather than waited for: job control, signals and the exit code are the
+    shell's own. Errors: UserError.
     """
     if not hook_trusted(places):
-        raise UserError(untrusted_line(places)[len("llmstack: "):], "the daemons are up; nothing else was done")
-    work = os.path.realpath(places.work)        # the hooks' spelling, and that of the daemons' owner
+        raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
+    work = os.path.realpath(places.work)        # the spelling of the hooks and of the daemon
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
     values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = {name: value for name, value in env.items() if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
+    inside = {name: value for name, value in env.items()
+              if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
     inside.update(values)
     program = shell_program(env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
+    import signal
     try:
-        import signal
         if IS_WINDOWS:
             import subprocess
-            signal.signal(signal.SIGINT, lambda *_: None)       # a console's Ctrl-C comes to us, too; it is the shell's alone
+            # A console's Ctrl-C comes to us, too; it is the shell's alone.
+            signal.signal(signal.SIGINT, lambda *_: None)
             return subprocess.call(command, env=inside)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):     # Python ignores these two, and a shell's children would, too
+        # Python ignores these two, and a shell's children would, too.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, inside)  # noqa: S606
     except OSError as exc:
-        raise UserError(f"cannot start the shell {program}: {exc.strerror}", "name another in LLMSTACK_SHELL") from None
+        raise UserError(f"cannot start the shell {program}: {exc.strerror}",
+                        "name another in LLMSTACK_SHELL") from None
+
+
+def _shown_marker(places: Places) -> Marker:
+    """The channel that a running shell is to show: what runs, else what the project pins."""
+    pinned = read_marker(places) or Marker("current")
+    active = read_marker(places, "active-channel")
+    # An address in active-channel is nothing that was trusted.
+    if active is None or "external" in (active.channel, pinned.channel):
+        return pinned
+    return active
 
 
 def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
-    """What a running shell is to evaluate so that it has the project as it is now; "" where it is not trusted.
+    """What a running shell is to evaluate so that it has the project as it is now.
 
-    A shell with the hook is told to look again; the shell of `start`, or one without either, gets the variables.
+    "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
+    or one without either, gets the variables.
     """
     if hook_of(env)[0] and not env.get("LLMSTACK_ACTIVE"):
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not hook_trusted(places):
         return ""
-    marker = read_marker(places) or Marker("current")
-    active = read_marker(places, "active-channel")
-    if active and "external" not in (active.channel, marker.channel):
-        marker = active                         # an address in it is nothing that was trusted
+    marker = _shown_marker(places)
     values = shell_values(places, marker)
-    lines = [render_assignment(shell, name, values[name]) for name in SHELL_VARIABLES if name in values]
+    lines = [render_assignment(shell, name, values[name])
+             for name in SHELL_VARIABLES if name in values]
     if env.get("LLMSTACK_ACTIVE"):
-        lines += [render_assignment(shell, name, None) for name in SHELL_VARIABLES if name not in values and name in env]
-        lines.append(render_assignment(shell, "_llmstack_prefix", _prefix(shell, places, marker, env), False))
+        lines += [render_assignment(shell, name, None)
+                  for name in SHELL_VARIABLES if name not in values and name in env]
+        prefix = _shell_prefix(shell, places, marker, env)
+        lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
     return "\n".join(lines) + "\n"
 
 
-# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is told; * is any name.
-# All else is shown: a key nobody has thought of (an npm package, a plugin, a hook) is what a clone would use.
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
+# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
+# hook) is what a clone would use.
 _HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema", "autoupdate", "disabled_providers", "provider * name",
-    *(f"provider * options {key}" for key in ("headerTimeout", "chunkTimeout")),
-    *(f"provider * models * {key}" for key in ("name", "limit", "cost", "reasoning", "tool_call", "temperature")),
-    *(f"agent * {key}" for key in ("description", "mode", "temperature")), "command * description", "command * agent"))
+    "$schema",
+    "autoupdate",
+    "disabled_providers",
+    "provider * name",
+    "provider * options headerTimeout",
+    "provider * options chunkTimeout",
+    "provider * models * name",
+    "provider * models * limit",
+    "provider * models * cost",
+    "provider * models * reasoning",
+    "provider * models * tool_call",
+    "provider * models * temperature",
+    "agent * description",
+    "agent * mode",
+    "agent * temperature",
+    "command * description",
+    "command * agent",
+))
 
 
-def _leaves(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of an opencode.json that may do harm; what is denied or disabled cannot."""
-    if isinstance(value, (dict, list)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, (*path, str(key)))
-    elif value not in ("deny", "disabled") and not any(
-            len(path) >= len(known) and all(w in ("*", key) for w, key in zip(known, path)) for known in _HARMLESS):
-        yield ".".join(("opencode.json", *path)), value if isinstance(value, str) else json.dumps(value)
+def _is_harmless(path: Sequence[str], value: Any) -> bool:
+    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
+    if value in ("deny", "disabled"):
+        return True
+    for known in _HARMLESS:
+        inside = len(path) >= len(known)
+        if inside and all(word in ("*", key) for word, key in zip(known, path)):
+            return True
+    return False
+
+
+def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm."""
+    inner: Iterable[Tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    elif not _is_harmless(path, value):
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield ".".join(("opencode.json", *path)), text
+    for key, below in inner:
+        yield from _harmful_values(below, (*path, str(key)))
 
 
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
@@ -13829,7 +14270,7 @@ def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
         return [(name, text.strip())]
     if name == "opencode.json":
         try:
-            return list(_leaves(json.loads(text), ()))
+            return list(_harmful_values(json.loads(text), ()))
         except (ValueError, RecursionError):
             return [(name, "is not plain JSON; read it yourself")]
     return [(name, f"{len(text.splitlines())} lines")]
@@ -13842,6 +14283,13 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
         rows += _effect_rows(effect)
     width = max(len(visible(name, 80)) for name, _ in rows)
     return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+
+
+def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
+    """Trust just these, part by part. Errors: UserError."""
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
 
 
 def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
@@ -13858,17 +14306,31 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     if all(effect.problem for effect in new):
         return
     facts = "\n".join(trust_facts(places, new))
-    if not ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
-        return
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
-    say("Trusted as it is now.")
+    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        trust_effects(places, effects)
+        say("Trusted as it is now.")
 
 
 # ===================================================================================================
 # SETUP
 # ===================================================================================================
+
+
+def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
+              env: Mapping[str, str]) -> Dict[str, Any]:
+    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
+    parts = [rows[part] for part in split_parts(file) if part in rows]
+    if len(parts) < len(split_parts(file)):
+        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
+    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
+    return {
+        "exists": True,
+        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
+        "changed": visible(max(dates)),
+        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
+        "problem": "",
+    }
+
 
 def ask_repo(repo: str, files: Sequence[str],
              env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
@@ -13895,20 +14357,15 @@ def ask_repo(repo: str, files: Sequence[str],
                         "see HF_ENDPOINT") from None
 
 
-def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
-              env: Mapping[str, str]) -> Dict[str, Any]:
-    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
-    parts = [rows[part] for part in split_parts(file) if part in rows]
-    if len(parts) < len(split_parts(file)):
-        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
-    return {
-        "exists": True,
-        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
-        "changed": visible(max(dates)),
-        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
-        "problem": "",
-    }
+def _is_begun(folder: str, sums: Sequence[str]) -> bool:
+    """True when a download has left something of one of these blobs, of any where none is known."""
+    try:
+        left = os.listdir(os.path.join(folder, "blobs"))
+    except OSError:
+        return False
+    if sums:
+        return any(name.split(".")[0] in sums for name in left)
+    return any("." in name for name in left)    # a whole one is another model's
 
 
 def local_state(weights: Weights, env: Mapping[str, str],
@@ -13921,7 +14378,9 @@ def local_state(weights: Weights, env: Mapping[str, str],
     sums = hub.get("sha256") or []
     if not all(paths):
         begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
-        return ("partial" if begun else "missing"), ""
+        if begun:
+            return "partial", ""
+        return "missing", ""
     blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
     if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
         return "outdated", "the hub has a newer one; `llmstack download` fetches it"
@@ -13939,131 +14398,217 @@ def local_state(weights: Weights, env: Mapping[str, str],
     return "intact", ""
 
 
-def _is_begun(folder: str, sums: Sequence[str]) -> bool:
-    """True when a download has left something of one of these blobs, of any where none is known."""
+def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
+    """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
+    said = []
+    mine = weights.path or weights.file
+    if block is not None:
+        other = weights_drift(weights, block)
+        if other:
+            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
+    if command is not None:
+        other = weights_drift(weights, command)
+        if other:
+            said.append(f"{visible(other)} is running, models.ini has {mine}")
+    return said
+
+
+def _drift_of_values(tier: Tier, weights: Weights, meta: Optional[Mapping[str, Any]]) -> List[str]:
+    """Where the running engine has other values for a tier; `meta` None: it does not know it."""
+    if meta is None:
+        return ["the running engine does not know this tier"]
+    said = []
+    for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
+        running = meta.get(key, value)
+        if running != value:
+            running = visible(str(running))
+            said.append(f"the running engine has {key} {running}, models.ini {value}")
+    return said
+
+
+def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
+    """What an engine says: (model -> its command line, model -> what it has from models.ini)."""
+    upstream = engine_upstream(engine)
     try:
-        left = os.listdir(os.path.join(folder, "blobs"))
-    except OSError:
-        return False
-    if sums:
-        return any(name.split(".")[0] in sums for name in left)
-    return any("." in name for name in left)    # a whole one is another model's
+        running = asked_json(upstream, "/running")["running"]
+        rows = {str(row["model"]): str(row["cmd"]) for row in running}
+        meta = {}
+        for model in asked_json(upstream, "/v1/models")["data"]:
+            told = model.get("meta") or {}
+            meta[str(model["id"])] = told.get("llmstack") or told.get("llamaswap") or {}
+        return rows, meta
+    except (KeyError, TypeError, AttributeError):
+        return {}, {}
 
 
 def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
-    drift: Dict[str, List[str]] = {}
-    record = read_stack(places)
-    alive = owned_process(record, places.work)
+    record = running_record(places)
     text = read_text(places.in_state("llama-swap.yaml"))
     channel = "next" if "(channel next)" in text else "current"
     rows: Dict[str, str] = {}
     meta: Dict[str, Dict[str, Any]] = {}
-    if record is not None and alive:
+    serves = True                               # llama-swap does, or will
+    if record is not None:
         channel = record.channel
         rows, meta = _engine_view(record)
-    told = text and (record is None or not alive or record.kind == "llama-swap")
-    blocks = swap_yaml_commands(text) if told else {}
+        serves = record.kind == "llama-swap"
+    blocks = swap_yaml_commands(text) if serves else {}
+    drift: Dict[str, List[str]] = {}
     for tier in local_tiers(config):
-        weights, said = weights_for(tier, channel == "next"), []
-        mine = weights.path or weights.file
-        other = weights_drift(weights, blocks[tier.name]) if tier.name in blocks else ""
-        if other:
-            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-        other = weights_drift(weights, rows[tier.name]) if tier.name in rows else ""
-        if other:
-            said.append(f"{visible(other)} is running, models.ini has {mine}")
-        if meta and tier.name not in meta:
-            said.append("the running engine does not know this tier")
-        for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
-            if meta.get(tier.name, {}).get(key, value) != value:
-                said.append(f"the running engine has {key} {visible(str(meta[tier.name][key]))}, models.ini {value}")
+        weights = weights_for(tier, channel == "next")
+        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
+        if meta:
+            said += _drift_of_values(tier, weights, meta.get(tier.name))
         if said:
             drift[tier.name] = said
     return drift
 
 
-def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
-    """(model -> command line it runs with, model -> what the engine has from models.ini), as the engine says."""
-    upstream = engine_upstream(engine)
-    try:
-        rows = {str(r["model"]): str(r["cmd"]) for r in asked_json(upstream, "/running")["running"]}
-        data = asked_json(upstream, "/v1/models")["data"]
-        metas = {str(m["id"]): m.get("meta") or {} for m in data}
-        return rows, {name: meta.get("llmstack") or meta.get("llamaswap") or {} for name, meta in metas.items()}
-    except (KeyError, TypeError, AttributeError):
-        return {}, {}
+_HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
 
 
-def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool) -> Dict[str, Any]:
-    """The value `check --json` prints: per tier what is configured, on the hub, here, queued; `needs`: what the user must do."""
-    cache, needs, notes = hub_cache_dir(env), [], []
-    hub: Dict[str, Dict[str, Dict[str, Any]]] = {}
+def _ask_hub(config: Config, env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
+    """What the hub says of the tiers' files, and a note where it does not answer."""
     wanted: Dict[str, List[str]] = {}
     for tier in local_tiers(config):
         for weights in {weights_for(tier, False), weights_for(tier, True)}:
             if weights.repo:
                 wanted.setdefault(weights.repo, []).append(weights.file)
-    for repo, files in wanted.items() if not offline else ():
+    found: _HubFiles = {}
+    for repo, files in wanted.items():
         try:
-            hub[repo] = ask_repo(repo, files, env)
+            rows = ask_repo(repo, files, env)
         except UserError as exc:
-            notes.append(f"{exc}; what is on the hub is not known")
-            break
+            return found, [f"{exc}; what is on the hub is not known"]
+        found.update({(repo, file): row for file, row in rows.items()})
+    return found, []
+
+
+def _weights_need(found: Mapping[str, Any], tier: Tier, label: str) -> str:
+    """What is to be done about a tier's file of a channel, "" for nothing."""
+    if found["problem"]:
+        return str(found["problem"])
+    fetch = f"`llmstack download {tier.name}` fetches it"
+    if found["local"] == "partial":
+        return f"not whole yet; {fetch}"
+    if found["local"] == "missing" and label == "current":
+        return f"not here yet; {fetch}"
+    return ""
+
+
+def _check_server(config: Config, env: Mapping[str, str],
+                  data: str) -> Tuple[Optional[str], List[str]]:
+    """(llama-server's name, what is to be done about it)."""
+    try:
+        program = find_llama_server(config, env, data)
+    except UserError as exc:                    # a program that is named and not there
+        return None, [str(exc)]
+    if program:
+        return program_name(program), []
+    if local_tiers(config):
+        return None, ["there is no llama-server on this machine"]
+    return None, []
+
+
+def _check_path(weights: Weights) -> Dict[str, Any]:
+    """A file of this disk as `check` shows it."""
+    size = file_size(weights.path)
+    damage = file_damage(weights.path) if size else ""
+    local, problem = "intact", ""
+    if not size:
+        local, problem = "missing", f"there is no {weights.path}"
+    elif damage:
+        local, problem = "damaged", f"{weights.path} {damage}"
+    return {
+        "path": weights.path,
+        "exists": bool(size),
+        "size_bytes": size,
+        "local": local,
+        "problem": problem,
+        "quant": weights.quant,
+    }
+
+
+def _check_weights(weights: Weights, hub: Mapping[str, Any],
+                   env: Mapping[str, str]) -> Dict[str, Any]:
+    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
+    if weights.path:
+        return _check_path(weights)
+    state, why = local_state(weights, env, hub)
+    problem = hub.get("problem", "")
+    if why and not problem:
+        problem = f"the local copy is {state}: {why}"
+    return {
+        "repo": weights.repo,
+        "url": f"{hub_endpoint(env)}/{weights.repo}",
+        "file": weights.file,
+        "quant": weights.quant,
+        "exists": hub.get("exists"),
+        "size_bytes": hub.get("size_bytes"),
+        "changed": hub.get("changed"),
+        "local": state,
+        "problem": problem,
+    }
+
+
+def check_stack(places: Places, config: Config, env: Mapping[str, str],
+                offline: bool) -> Dict[str, Any]:
+    """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
+
+    `needs` says what the user must do.
+    """
+    hub: _HubFiles = {}
+    notes: List[str] = []
+    if not offline:
+        hub, notes = _ask_hub(config, env)
     drift = find_drift(places, config)
     unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env, False)}
-    busy = {(r["tier"], r["label"]) for r in download_rows(places) if r["state"] in ("queued", "running")}
+    busy = {(row["tier"], row["label"]) for row in download_rows(places)
+            if row["state"] in ("queued", "running")}
+    needs: List[str] = []
     tiers = []
     for tier in config.tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend, "drift": drift.get(tier.name, [])}
+        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
+                               "drift": drift.get(tier.name, [])}
+        tiers.append(row)
         if tier.backend != "gguf":
-            row.update(model=tier.model, model_next=tier.model_next or None, problem=unset.get(tier.name, ""))
-            needs += [f"{tier.name}: {row['problem']}"] if row["problem"] else []
+            problem = unset.get(tier.name, "")
+            row.update(model=tier.model, model_next=tier.model_next or None, problem=problem)
+            if problem:
+                needs.append(f"{tier.name}: {problem}")
+            continue
         for label in ("current", "next"):
             weights = weights_for(tier, label == "next")
-            if tier.backend == "gguf" and weights.channel == label:
-                found = row[label] = _check_weights(weights, hub.get(weights.repo, {}).get(weights.file, {}), env)
-                if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-                    found["local"] = "downloading"
-                what = found["problem"]
-                if not what and (found["local"] == "partial" or (found["local"] == "missing" and label == "current")):
-                    state = "whole" if found["local"] == "partial" else "here"
-                    what = f"not {state} yet; `llmstack download {tier.name}` fetches it"
-                if what:
-                    needs.append(f"{tier.name} ({label}): {what}")
+            if weights.channel != label:
+                continue
+            found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
+            if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
+                found["local"] = "downloading"
+            row[label] = found
+            need = _weights_need(found, tier, label)
+            if need:
+                needs.append(f"{tier.name} ({label}): {need}")
         needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
-        tiers.append(row)
-    needs += [f"DRIFT! {what}" for what in litellm_differences(config, read_litellm_file(places, env))]
-    try:
-        program = find_llama_server(config, env, places.data)
-        server = program_name(program) if program else None
-    except UserError as exc:
-        server = None
-        needs.append(str(exc))
-    if server is None and local_tiers(config) and not any("llama" in n and "names" in n for n in needs):
-        needs.append("there is no llama-server on this machine")
-    return {"ok": not needs, "models_ini": places.models_ini, "hub": None if offline else hub_endpoint(env), "cache": cache,
-            "llama_server": server, "llama_swap": find_llama_swap(env, places.data) or None, "tiers": tiers, "needs": needs,
-            "notes": notes}
+    differences = litellm_differences(config, read_litellm_file(places, env))
+    needs += [f"DRIFT! {what}" for what in differences]
+    server, lacking = _check_server(config, env, places.data)
+    needs += lacking
+    return {
+        "ok": not needs,
+        "models_ini": places.models_ini,
+        "hub": None if offline else hub_endpoint(env),
+        "cache": hub_cache_dir(env),
+        "llama_server": server,
+        "llama_swap": find_llama_swap(env, places.data) or None,
+        "tiers": tiers,
+        "needs": needs,
+        "notes": notes,
+    }
 
 
-def _check_weights(weights: Weights, hub: Mapping[str, Any], env: Mapping[str, str]) -> Dict[str, Any]:
-    if weights.path:
-        size = file_size(weights.path)
-        local, problem = "intact", ""
-        if not size:
-            local, problem = "missing", f"there is no {weights.path}"
-        elif file_damage(weights.path):
-            local, problem = "damaged", f"{weights.path} {file_damage(weights.path)}"
-        return {"path": weights.path, "exists": bool(size), "size_bytes": size, "local": local,
-                "problem": problem, "quant": weights.quant}
-    state, why = local_state(weights, env, hub)
-    return {"repo": weights.repo, "url": f"{hub_endpoint(env)}/{weights.repo}", "file": weights.file, "quant": weights.quant,
-            "exists": hub.get("exists"), "size_bytes": hub.get("size_bytes"), "changed": hub.get("changed"), "local": state,
-            "problem": hub.get("problem") or (f"the local copy is {state}: {why}" if why else "")}
-
-
-# setup: steps that each find out whether there is anything to do. The text a step returns says what it found or did.
+# setup: steps that each find out whether there is anything to do. The text that a step returns says
+# what it found or did.
 FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
 
 
@@ -14088,8 +14633,11 @@ def _setup_hardware(setup: Setup) -> str:
     machine = this_machine(config)
     fits = measure_tiers(config, machine, setup.env, False, not setup.args.skip_download)
     large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
-    said = f"these tiers are too large: {large}; choose smaller models, or another --profile" if large else "every tier fits"
-    return f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models ({machine.source}); {said}"
+    said = "every tier fits"
+    if large:
+        said = f"these tiers are too large: {large}; choose smaller models, or another --profile"
+    return (f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models"
+            f" ({machine.source}); {said}")
 
 
 def _is_profile(written: bytes, profile: str) -> bool:
@@ -14104,24 +14652,9 @@ def _setup_ini(setup: Setup) -> str:
     if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
     load_config(setup.places, setup.say)
-    return f"{path} is there" if there else "written; edit it to have other models"
-
-
-def _setup_llama_server(setup: Setup) -> str:
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        if not local_tiers(config):
-            raise _Skipped("every tier is hosted")
-        ways = server_ways()
-        setup.say(f"There is none. {ways}, or let llmstack bring {LLAMA_CPP.what}, into {setup.places.data}.")
-        if not setup.ask("      Bring it now? [y/N] "):
-            raise UserError("there is no llama-server on this machine", f"{ways}; or run `llmstack setup --yes`")
-        install_environment(LLAMA_CPP, setup.places.data, setup.say)
-        program = find_llama_server(config, setup.env, setup.places.data)
-    refused = probe_flags(program, config, setup.places.data)
-    return program_name(program) + (f" (without {', '.join(sorted(refused))}, which it no longer takes)" if refused else "")
+    if there:
+        return f"{path} is there"
+    return "written; edit it to have other models"
 
 
 def server_ways() -> str:
@@ -14133,6 +14666,33 @@ def server_ways() -> str:
     if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
         return "apt install llama.cpp"
     return "install llama.cpp"
+
+
+def _bring_llama_server(setup: Setup) -> None:
+    """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
+    advice = server_ways()
+    setup.say(f"There is none. {advice}, or let llmstack bring {LLAMA_CPP.what},"
+              f" into {setup.places.data}.")
+    if not setup.ask("      Bring it now? [y/N] "):
+        raise UserError("there is no llama-server on this machine",
+                        f"{advice}; or run `llmstack setup --yes`")
+    install_environment(LLAMA_CPP, setup.places.data, setup.say)
+
+
+def _setup_llama_server(setup: Setup) -> str:
+    check_run_trust(setup.places)
+    config = load_config(setup.places)
+    program = find_llama_server(config, setup.env, setup.places.data)
+    if not program:
+        if not local_tiers(config):
+            raise _Skipped("every tier is hosted")
+        _bring_llama_server(setup)
+        program = find_llama_server(config, setup.env, setup.places.data)
+    refused = probe_flags(program, config, setup.places.data)
+    if not refused:
+        return program_name(program)
+    flags = ", ".join(sorted(refused))
+    return f"{program_name(program)} (without {flags}, which it no longer takes)"
 
 
 def _setup_llama_swap(setup: Setup) -> str:
@@ -14157,26 +14717,6 @@ def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> Li
     return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
 
 
-def _setup_download(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
-    if not jobs:
-        return f"every model is in {cache}"
-    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
-    names = ", ".join(job.name for job in jobs)
-    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
-              f" from {hub_endpoint(setup.env)}: {names}")
-    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
-    if answer is None:
-        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
-                        "run `llmstack setup --yes`, or `llmstack download`")
-    if not answer:
-        raise _Skipped("not wanted now; `llmstack download` fetches them")
-    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
-
-
 def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
     """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
 
@@ -14195,6 +14735,26 @@ def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
             continue
         total += sum(row.get("size_bytes") or 0 for row in found.values())
     return total / 1e9
+
+
+def _setup_download(setup: Setup) -> str:
+    if setup.args.skip_download:
+        raise _Skipped("--skip-download")
+    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
+    if not jobs:
+        return f"every model is in {cache}"
+    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
+    names = ", ".join(job.name for job in jobs)
+    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
+              f" from {hub_endpoint(setup.env)}: {names}")
+    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
+    if answer is None:
+        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
+                        "run `llmstack setup --yes`, or `llmstack download`")
+    if not answer:
+        raise _Skipped("not wanted now; `llmstack download` fetches them")
+    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
+    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
 
 
 def _setup_wait(setup: Setup) -> str:
@@ -14219,36 +14779,23 @@ def _setup_wait(setup: Setup) -> str:
 
 def _setup_project(setup: Setup) -> str:
     places = setup.places
-    prepare_project(places, setup.say)
+    seed_project(places, setup.say)
     config = load_config(places)
     prepare_hosted(places, config, setup.env, setup.say, setup.ask)
-    text = project_opencode_json(places, config, base_url(*router_address(places, config)), setup.env)
-    changed = wire_project(places, read_marker(places) or Marker("current"), text, setup.say, is_trusted(places, "run"))
-    return f"{places.state} is wired up" + ("" if changed else " already")
+    url = base_url(*router_address(places, config))
+    text = project_opencode_json(places, config, url, setup.env)
+    marker = read_marker(places) or Marker("current")
+    changed = wire_project(places, marker, text, setup.say, is_trusted(places, "run"))
+    if not changed:
+        return f"{places.state} is wired up already"
+    return f"{places.state} is wired up"
 
 
-def _setup_answer(setup: Setup) -> str:
-    """Have the smallest model that is here say something, once for each pair of server and file."""
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        raise _Skipped("there is no llama-server to load one")
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
-    if not here:
-        raise _Skipped("there is no model to load yet")
-    size, tier = min(here, key=lambda pair: pair[0])
-    path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
-    if _read_json(path).get(tier.name) == proof:
-        return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, program, setup)
-    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
-    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
+def _is_healthy(upstream: Upstream) -> bool:
+    try:
+        return upstream.get("/health", 5.0)[0].status == 200
+    except (OSError, ValueError):
+        return False
 
 
 def prove_tier(tier: Tier, config: Config, program: Sequence[str],
@@ -14283,52 +14830,107 @@ def prove_tier(tier: Tier, config: Config, program: Sequence[str],
         process.wait()
 
 
-def _is_healthy(upstream: Upstream) -> bool:
-    try:
-        return upstream.get("/health", 5.0)[0].status == 200
-    except (OSError, ValueError):
-        return False
+def _setup_answer(setup: Setup) -> str:
+    """Have the smallest model that is here say something, once for each pair of server and file."""
+    check_run_trust(setup.places)
+    config = load_config(setup.places)
+    program = find_llama_server(config, setup.env, setup.places.data)
+    if not program:
+        raise _Skipped("there is no llama-server to load one")
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    if not here:
+        raise _Skipped("there is no model to load yet")
+    size, tier = min(here, key=lambda pair: pair[0])
+    path = os.path.join(setup.places.data, "proven.json")
+    proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
+    if _read_json(path).get(tier.name) == proof:
+        return f"{tier.name} has answered before"
+    seconds, words = prove_tier(tier, config, program, setup)
+    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
+    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
+
+
+# Where a shell's hook is turned on.
+_STARTUP_FILES = {
+    "bash": "~/.bashrc",
+    "fish": "~/.config/fish/config.fish",
+    "powershell": "$PROFILE",
+    "zsh": "~/.zshrc",
+}
 
 
 def _setup_shell(setup: Setup) -> str:
-    shell = "powershell" if IS_WINDOWS else os.path.basename(setup.env.get("SHELL", "")) or "bash"
-    line = activate_line(shell, () if find_program("llmstack" + EXE) else (sys.executable, PROGRAM))
-    where = {"zsh": "~/.zshrc", "bash": "~/.bashrc", "fish": "~/.config/fish/config.fish", "powershell": "$PROFILE"}
-    return f"to have projects wired up as you enter them, put this into {where.get(shell, 'your shell startup file')}: {line}"
+    shell = os.path.basename(setup.env.get("SHELL", "")) or "bash"
+    if IS_WINDOWS:
+        shell = "powershell"
+    program: Tuple[str, ...] = ()
+    if not find_program("llmstack" + EXE):
+        program = (sys.executable, PROGRAM)
+    where = _STARTUP_FILES.get(shell, "your shell startup file")
+    return ("to have projects wired up as you enter them, put this into"
+            f" {where}: {activate_line(shell, program)}")
 
 
-def _setup_opencode(setup: Setup) -> str:
+def _setup_opencode(_: Setup) -> str:
     places = (*USUAL_PLACES, os.path.join(os.path.expanduser("~"), ".opencode", "bin"))
-    found = find_program("opencode" + EXE, places) or (find_program("opencode.cmd") if IS_WINDOWS else "")
+    found = find_program("opencode" + EXE, places)
+    if not found and IS_WINDOWS:
+        found = find_program("opencode.cmd")
     if found:
         return found
-    raise _Skipped("not on PATH; to have it: npm install -g opencode-ai" + (", or brew install opencode" if IS_MAC else ""))
+    advice = "npm install -g opencode-ai"
+    if IS_MAC:
+        advice += ", or brew install opencode"
+    raise _Skipped(f"not on PATH; to have it: {advice}")
+
+
+def _megabytes(gb: float) -> int:
+    """GB of 10^9 bytes as MB of 2^20, which sysctl counts in."""
+    return int(gb * 1e9 / 1_048_576)
 
 
 def _setup_wired(setup: Setup) -> str:
     config = load_config(setup.places)
     machine = this_machine(config)
-    need_gb = max((need for _, need in fit_sets(config, measure_tiers(config, machine, setup.env, False))), default=0.0)
-    advice = wired_limit_mb(*(int(gb * 1e9 / 1_048_576) for gb in (total_memory_gb(), need_gb, machine.budget_gb)))
+    fits = measure_tiers(config, machine, setup.env, False)
+    need_gb = max((need for _, need in fit_sets(config, fits)), default=0.0)
+    advice = wired_limit_mb(_megabytes(total_memory_gb()), _megabytes(need_gb),
+                            _megabytes(machine.budget_gb))
     if advice:
-        return f"for all that may be loaded together, until the next boot: sudo sysctl iogpu.wired_limit_mb={advice}"
-    fits = need_gb <= machine.budget_gb
-    return "the GPU gets enough" if fits else f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
+        return ("for all that may be loaded together, until the next boot:"
+                f" sudo sysctl iogpu.wired_limit_mb={advice}")
+    if need_gb <= machine.budget_gb:
+        return "the GPU gets enough"
+    return f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
 
 
-# Step -> what it is about to do, and its function.
-SETUP_STEPS: Tuple[Tuple[str, str, Callable[[Setup], str]], ...] = (
-    ("models.ini", "which tiers there are; the profile for this machine's memory where there is none", _setup_ini),
-    ("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
-    ("llama-server", "find one and ask it for its flags", _setup_llama_server),
-    ("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
-    ("downloads", "fetch the models that are not here, in the background", _setup_download),
-    ("wait for them", "until the current models are here", _setup_wait),
-    ("this project", "write what opencode needs", _setup_project),
-    ("first answer", "load the smallest model and ask it something", _setup_answer),
-    ("shell hook", "how projects wire themselves up", _setup_shell),
-    ("opencode", "find it", _setup_opencode),
-    *((("GPU memory", "whether this Mac's limit is high enough", _setup_wired),) if IS_MAC else ()))
+class SetupStep(NamedTuple):
+    name: str
+    purpose: str                                # what it is about to do
+    run: Callable[[Setup], str]
+
+
+SETUP_STEPS: Tuple[SetupStep, ...] = (
+    SetupStep("models.ini", "which tiers there are; the profile for this machine's memory where"
+                            " there is none", _setup_ini),
+    SetupStep("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
+    SetupStep("llama-server", "find one and ask it for its flags", _setup_llama_server),
+    SetupStep("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
+    SetupStep("downloads", "fetch the models that are not here, in the background",
+              _setup_download),
+    SetupStep("wait for them", "until the current models are here", _setup_wait),
+    SetupStep("this project", "write what opencode needs", _setup_project),
+    SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
+    SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
+    SetupStep("opencode", "find it", _setup_opencode),
+)
+if IS_MAC:
+    SETUP_STEPS += (
+        SetupStep("GPU memory", "whether this Mac's limit is high enough", _setup_wired),)
 
 
 # ===================================================================================================
@@ -14343,29 +14945,49 @@ STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading"
                  "failed to load": "31", "failing": "31", "no credential": "31"}
 
 
+def value_in(row: Any, key: str) -> Any:
+    if not isinstance(row, dict):
+        return None
+    return row.get(key)
+
+
 def text_in(row: Any, key: str) -> str:
-    value = row.get(key) if isinstance(row, dict) else None
-    return visible(value) if isinstance(value, str) else ""
+    value = value_in(row, key)
+    if not isinstance(value, str):
+        return ""
+    return visible(value)
 
 
 def number_in(row: Any, key: str) -> float:
-    value = row.get(key) if isinstance(row, dict) else None
-    sane = isinstance(value, (int, float)) and 0 <= value < 1e15
-    return float(value) if sane else 0.0        # type: ignore[arg-type]
+    value = value_in(row, key)
+    if isinstance(value, (int, float)) and 0 <= value < 1e15:
+        return float(value)
+    return 0.0
 
 
 def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     value = row.get(key)
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [v for v in value if isinstance(v, dict)]
 
 
 def size_words(size: float) -> str:
-    """5.6 GB, or 3.1 MB where that says more."""
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+    """5.6 GB, or 3.1 MB where that says more; "" for none."""
+    if not size:
+        return ""
+    if size >= 5e7:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB"
 
 
 def rate_words(per_s: float) -> str:
-    return f"{per_s:.0f} tok/s" if per_s >= 10 else f"{per_s:.1f} tok/s"
+    """81 tok/s, or 3.1 tok/s where that says more; "" for none."""
+    if not per_s:
+        return ""
+    if per_s >= 10:
+        return f"{per_s:.0f} tok/s"
+    return f"{per_s:.1f} tok/s"
 
 
 def context_words(tokens: float) -> str:
@@ -14373,7 +14995,9 @@ def context_words(tokens: float) -> str:
     tokens = int(tokens)
     if tokens % 1024 == 0:
         return f"{tokens // 1024}k"
-    return f"{tokens / 1000:.0f}k" if tokens >= 1000 else str(tokens)
+    if tokens >= 1000:
+        return f"{tokens / 1000:.0f}k"
+    return str(tokens)
 
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
@@ -14413,10 +15037,15 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         state += f" {ago}"
     if note:
         words.append(note)
-    return TierLine(name, text_in(row, "role") or "-",
-                    context_words(number_in(row, "ctx_size")), state,
-                    size_words(size) if size else "", rate_words(rate) if rate else "",
-                    ", ".join(words))
+    return TierLine(
+        name=name,
+        role=text_in(row, "role") or "-",
+        context=context_words(number_in(row, "ctx_size")),
+        state=state,
+        memory=size_words(size),
+        speed=rate_words(rate),
+        note=", ".join(words),
+    )
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
@@ -14463,10 +15092,14 @@ def render_tiers(lines: Sequence[TierLine], width: int, colour: Colour) -> List[
 
 def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     """`last  auto → code-fast, 35,000 tokens (31,200 cached), 2.1 s, 4 s ago`"""
-    named = text_in(row, "rung") == "explicit"
-    words = [("" if named else "auto \u2192 ") + text_in(row, "tier")]
-    tokens, cached = number_in(row, "truth") or number_in(row, "tokens"), number_in(row, "cached")
-    words.append(f"{tokens:,.0f} tokens" + (f" ({cached:,.0f} cached)" if cached else ""))
+    target = text_in(row, "tier")
+    if text_in(row, "rung") != "explicit":
+        target = f"auto \u2192 {target}"
+    read = f"{number_in(row, 'truth') or number_in(row, 'tokens'):,.0f} tokens"
+    cached = number_in(row, "cached")
+    if cached:
+        read += f" ({cached:,.0f} cached)"
+    words = [target, read]
     if text_in(row, "ended") != "done":
         words.append(text_in(row, "ended"))
     words.append(f"{number_in(row, 'total_s'):.1f} s")
@@ -14510,31 +15143,6 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     return lines
 
 
-def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
-    """The snapshot of a router anew with each change, and each second without one.
-
-    Errors: OSError, ValueError where the stream ends or is none.
-    """
-    sock = upstream.connect()
-    try:
-        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
-        if upstream.key:
-            lines.append(b"Authorization: Bearer " + upstream.key.encode())
-        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
-        sock.settimeout(WATCH_SILENCE_S)
-        head = b""
-        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
-            head += _received(sock)
-        end = head_end(head, 0)
-        response = parse_response_head(head[:end], "GET")
-        if response.status != 200 or response.framing != "chunked":
-            raise ValueError(f"it answers {response.status}")
-        yield from _snapshots(sock, head[end + 4:])
-    finally:
-        sock.close()
-
-
 def _received(sock: socket.socket) -> bytes:
     data = sock.recv(RECV_BYTES)
     if not data:
@@ -14567,6 +15175,31 @@ def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
                 raise OSError("the stream says nothing any more") from None
 
 
+def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
+    """The snapshot of a router anew with each change, and each second without one.
+
+    Errors: OSError, ValueError where the stream ends or is none.
+    """
+    sock = upstream.connect()
+    try:
+        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
+                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
+        if upstream.key:
+            lines.append(b"Authorization: Bearer " + upstream.key.encode())
+        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+        sock.settimeout(WATCH_SILENCE_S)
+        head = b""
+        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
+            head += _received(sock)
+        end = head_end(head, 0)
+        response = parse_response_head(head[:end], "GET")
+        if response.status != 200 or response.framing != "chunked":
+            raise ValueError(f"it answers {response.status}")
+        yield from _snapshots(sock, head[end + 4:])
+    finally:
+        sock.close()
+
+
 # ===================================================================================================
 # COMMANDS
 # ===================================================================================================
@@ -14582,11 +15215,13 @@ class _OutputFailed(Exception):  # noqa: N818
 
 def may_paint() -> bool:
     """True on a terminal, and not under NO_COLOR."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_live_terminal() and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if may_paint() else text
+    if not may_paint():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
 
 
 def write_out(text: str) -> None:
@@ -14594,9 +15229,10 @@ def write_out(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise _OutputFailed("") from None
     except OSError as exc:
-        what = "" if isinstance(exc, BrokenPipeError) else f"cannot write the output: {exc.strerror}"
-        raise _OutputFailed(what) from None
+        raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
 
 
 def called_as() -> str:
@@ -14619,7 +15255,8 @@ def as_called(text: str) -> str:
 def say(line: str = "") -> None:
     """A line on standard output, whatever text from elsewhere it holds."""
     line = as_called(line)
-    write_out((visible_colours(line) if may_paint() else visible_lines(line)) + "\n")
+    line = visible_colours(line) if may_paint() else visible_lines(line)
+    write_out(line + "\n")
 
 
 def _tell(line: str) -> None:
@@ -14631,19 +15268,27 @@ def warn(line: str) -> None:
     _tell(f"llmstack: warning: {line}")
 
 
+def _has_person() -> bool:
+    """True where somebody is there to be asked."""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+
+
 def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
 
 
 def running_router(places: Places) -> Tuple[Upstream, Config]:
-    """The router that `status` shows, its key with it, and its tiers. Errors: UserError where none is up."""
+    """The router that `status` shows, its key with it, and its tiers.
+
+    Errors: UserError where none is up.
+    """
     url = trusted_url(places)
     if url:
         remote = fetch_remote(url, os.environ)
         remote.upstream.key = api_key(os.environ)
         return remote.upstream, remote.config
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
+    record = running_record(places)
+    if record is None:
         raise UserError("the stack of this project is not running", "run `llmstack start`")
     upstream = router_upstream(record)
     upstream.key = api_key(os.environ) or api_key(_environment_of(record, {}))
@@ -14651,17 +15296,25 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
 
 
 def _wants_next(args: Any, places: Places, config: Config) -> bool:
-    """The channel to run: as asked, else as pinned in default-channel. Errors: UserError where nothing is queued."""
+    """The channel to run: as asked, else as pinned in default-channel.
+
+    Errors: UserError where nothing is queued.
+    """
     if getattr(args, "current", False):
         return False
     if args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE:
         check_queued(config)
         return True
-    pinned = args.pinned if hasattr(args, "pinned") else getattr(read_marker(places), "channel", "")
-    if pinned == "next" and not any(t.has_next for t in config.tiers):
+    pinned = getattr(args, "pinned", "")
+    marker = read_marker(places)
+    if not pinned and marker:
+        pinned = marker.channel
+    if pinned != "next":
+        return False
+    if not any(t.has_next for t in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
         return False
-    return bool(pinned == "next")
+    return True
 
 
 def _warn_of_missing(config: Config) -> None:
@@ -14673,67 +15326,56 @@ def _warn_of_missing(config: Config) -> None:
 
 def _keep_terms(args: Any, places: Places) -> None:
     """What runs keeps its address and channel where the command line names no other."""
-    record = read_stack(places)
-    if record is not None and owned_process(record, places.work):
+    record = running_record(places)
+    if record is not None:
         args.host, args.port = args.host or record.host, args.port or record.port
         args.pinned = record.channel
 
 
-def _plan(args: Any, places: Places, config: Config) -> Plan:
+def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     """What is to be brought up. Errors: UserError."""
     _keep_terms(args, places)
     host = args.host or config.host
-    port = config.router_port if args.port is None else args.port or free_port(host)
+    port = config.router_port
+    if args.port is not None:
+        port = args.port or free_port(host)     # 0: any
     check_exposure(host, config, os.environ)
     _warn_of_missing(config)
     kind = choose_engine(config, os.environ, places.data)
-    return Plan(places, config, host, port, _wants_next(args, places, config), dict(os.environ), kind)
-
-
-def _add_install_litellm(commands: Any) -> None:
-    parser = commands.add_parser("install-litellm", help="install what hosted tiers are served by", description="Install"
-                                 f" {LITELLM.what} from PyPI into a private environment of llmstack; nothing is put into"
-                                 " your Python. Where LiteLLM is there already, nothing is done.")
-    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
-    parser.set_defaults(run=_cmd_install_litellm)
+    use_next = _wants_next(args, places, config)
+    return Plan(places, config, host, port, use_next, dict(os.environ), kind)
 
 
 def _cmd_install_litellm(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
+    found = find_litellm(os.environ, places.data)
+    if found and not args.force:
+        say(f"LiteLLM is here: {found[0]}")
+        return 0
     if args.force:
         _remove(os.path.join(environment_dir(LITELLM, places.data), "ready"))
-    elif find_litellm(os.environ, places.data):
-        say(f"LiteLLM is here: {find_litellm(os.environ, places.data)[0]}")
-        return 0
     install_environment(LITELLM, places.data, say)
-    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then: llmstack restart")
+    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then:"
+        " llmstack restart")
     return 0
 
 
-def _add_start(commands: Any) -> None:
-    parser = commands.add_parser("start", help="bring the stack up: engine and router",
-                                 description="Bring up the engine (10102) and the router (10101) for this project. A"
-                                 " directory without .llmstack/ gets one. Running already is fine. On a terminal, where no"
-                                 " hook is active (see activate), a shell follows in which opencode finds the project.")
-    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, no shell")
-    _add_profile(parser)
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_start)
+def _add_install_litellm(commands: Any) -> None:
+    parser = commands.add_parser(
+        "install-litellm", help="install what hosted tiers are served by",
+        description=f"Install {LITELLM.what} from PyPI into a private environment of llmstack;"
+                    " nothing is put into your Python. Where LiteLLM is there already, nothing is"
+                    " done.")
+    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
+    parser.set_defaults(run=_cmd_install_litellm)
 
 
 def _add_profile(parser: Any) -> None:
-    parser.add_argument("--profile", metavar="NAME", default="", help="for a directory without models.ini: the tiers for a"
-                        f" machine with this much memory ({', '.join(PROFILES)} GB; default: this machine's)")
-
-
-def _add_stack_options(parser: Any) -> None:
-    parser.add_argument("--demo", action="store_true", help="a small model of its own, for a first look on any machine")
-    parser.add_argument("--next", action="store_true", help="run the queued upgrades (hf_file_next, model_next)")
-    parser.add_argument("--current", action="store_true", help="run the current models, whatever LLMSTACK_USE_NEXT says")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port, help="port to listen on (models.ini: router_port)")
-    parser.add_argument("--insecure", action="store_true", help="thin client: do not verify the router's certificate")
+    sizes = ", ".join(PROFILES)
+    parser.add_argument("--profile", metavar="NAME", default="",
+                        help="for a directory without models.ini: the tiers for a machine with"
+                             f" this much memory ({sizes} GB; default: this machine's)")
 
 
 def _port(text: str) -> int:
@@ -14743,42 +15385,26 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _cmd_start(args: Any) -> int:
-    return _bring_up(args, again=False)
-
-
-def _bring_up(args: Any, again: bool) -> int:
-    """`start`, and `restart` with `again`: everything is checked before anything is written or stopped."""
-    places, profile = _places(args), getattr(args, "profile", "")
-    if not args.demo:
-        offer_trust(places, say, _ask)
-        if pinned_url(places):
-            return _start_external(args, places)
-        check_run_trust(places)
-        check_pin(places)
-        check_state(places)
-    else:
-        _prepare_demo(args, places)
-    plan = _plan(args, places, planned_config(places, warn, profile))
-    check_plan(plan)
-    if profile or not os.path.exists(places.models_ini):
-        prepare_project(places, say, profile)   # which says that a profile replaces nothing
-        plan = plan._replace(config=load_config(places))
-    _prepare_hosted(places, plan.config)
-    started = start_stack(plan, say, again)
-    if not started:
-        say(f"Running already: {base_url(plan.host, plan.port)}/v1, the {plan.channel} channel")
-    if args.demo:
-        return _show_demo(places, base_url(plan.host, plan.port))
-    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
-    if started and not again:
-        say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
-    return _enter_shell(args, places, Marker(plan.channel))
+def _add_stack_options(parser: Any) -> None:
+    parser.add_argument("--demo", action="store_true",
+                        help="a small model of its own, for a first look on any machine")
+    parser.add_argument("--next", action="store_true",
+                        help="run the queued upgrades (hf_file_next, model_next)")
+    parser.add_argument("--current", action="store_true",
+                        help="run the current models, whatever LLMSTACK_USE_NEXT says")
+    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
+    parser.add_argument("--port", metavar="P", type=_port,
+                        help="port to listen on (models.ini: router_port)")
+    parser.add_argument("--insecure", action="store_true",
+                        help="thin client: do not verify the router's certificate")
 
 
 def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
-    """What follows `start`: a shell where a person is there and has none yet. Does not return from it on POSIX."""
-    if args.detach or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    """What follows `start`: a shell where a person is there and has none yet.
+
+    Does not return from it on POSIX.
+    """
+    if args.detach or not _has_person():
         return 0
     if os.environ.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
@@ -14789,13 +15415,15 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if hook_of(os.environ)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
         return 0
-    say(f"This is a shell for {places.work}; `exit` leaves it" + (", the daemons stay." if marker.channel != "external" else "."))
+    stays = "" if marker.channel == "external" else ", the daemons stay"
+    say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
     return open_shell(places, os.environ, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
     if args.next or args.current or args.host or args.port:
-        raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and address are not decided here",
+        raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and"
+                        " address are not decided here",
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
@@ -14803,20 +15431,7 @@ def _start_external(args: Any, places: Places) -> int:
 
 def _progress() -> Progress:
     """For steps that take a while: rewritten in place where standard output is a terminal."""
-    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return Progress(say, sys.stdout if in_place else None)
-
-
-def _prepare_demo(args: Any, places: Places) -> None:
-    """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    _check_demo_ports(args, places)
-    waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
-        if not find_llama_server(Config(), os.environ, places.data):
-            install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, os.environ, progress)
-        write_demo_ini(places, model, path)
+    return Progress(say, sys.stdout if is_live_terminal() else None)
 
 
 def _check_demo_ports(args: Any, places: Places) -> None:
@@ -14831,15 +15446,16 @@ def _check_demo_ports(args: Any, places: Places) -> None:
     })
 
 
-def _show_demo(places: Places, url: str) -> int:
-    """What follows the demo's start: on a terminal a chat, else what to type."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty() and "run" in extra_names()):
-        _say_demo(url)
-        return 0
-    say("")
-    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
-    os.environ["LLMSTACK_WORK_DIR"] = places.work
-    return run_extra("run", [])
+def _prepare_demo(args: Any, places: Places) -> None:
+    """The demo's model, its models.ini, and a llama-server where the machine has none."""
+    _check_demo_ports(args, places)
+    waiting = "Another start is preparing the demo; waiting for it"
+    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+        if not find_llama_server(Config(), os.environ, places.data):
+            install_environment(LLAMA_CPP, places.data, say)
+        with _progress() as progress:
+            model, path = ensure_demo_model(places.data, os.environ, progress)
+        write_demo_ini(places, model, path)
 
 
 def _say_demo(url: str) -> None:
@@ -14851,1028 +15467,6 @@ def _say_demo(url: str) -> None:
     say(f"    -d '{question % 'Why is the sky blue?'}'")
     say(f"  curl {url}/v1/models")
     say("Stop it with `llmstack stop --demo`.")
-
-
-def _add_stop(commands: Any) -> None:
-    parser = commands.add_parser("stop", help="stop this project's daemons", description="Stop this project's daemons"
-                                 " and the model servers they started, and nothing else.")
-    parser.add_argument("--demo", action="store_true", help="stop the demo's")
-    parser.add_argument("--forget", action="store_true", help="and delete every parked conversation")
-    parser.set_defaults(run=_cmd_stop)
-
-
-def _other_stack(places: Places) -> str:
-    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
-    try:
-        config = planned_config(places)
-    except UserError:                           # another user's project, say
-        config = Config()
-    for port in (config.router_port, config.engine_port):
-        if not port_is_free("127.0.0.1", port):
-            holder = port_holder(port)
-            if "llmstack" in holder:
-                return f": port {port} is taken by {holder}"
-    return ""
-
-
-def _cmd_stop(args: Any) -> int:
-    places = _places(args)
-    stopped = stop_stack(places, say)
-    if args.forget:
-        _say_forgotten(places)
-    if stopped:
-        say("Stopped.")
-        return 0
-    if pinned_url(places):
-        say(f"There is nothing local to stop: this project uses the router at {pinned_url(places)}.")
-        return 0
-    owner = other_owner(places)
-    if owner:
-        where = "run `llmstack stop --demo`" if owner == os.path.join(places.data, "demo") else f"run it in {owner}"
-        raise UserError("nothing of this project is running; the daemons belong to another", where)
-    other = _other_stack(places)
-    say(f"Nothing of this project is running{other}." if other else "Nothing is running.")
-    return 0
-
-
-def _add_forget(commands: Any) -> None:
-    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
-        "Delete what the models' slots held when they stopped, of all projects on this machine."
-        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
-    parser.set_defaults(run=_cmd_forget)
-
-
-def _say_forgotten(places: Places) -> None:
-    freed = forget_parked(places.data)
-    say(f"Forgot {freed / 1e9:.1f} GB of parked conversations." if freed else "Nothing is parked.")
-
-
-def _cmd_forget(args: Any) -> int:
-    places = _places(args)
-    _say_forgotten(places)
-    if stack_is_alive(places):
-        say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
-    return 0
-
-
-def _add_restart(commands: Any) -> None:
-    parser = commands.add_parser("restart", help="stop, then start", description="Stop and start again, on the same"
-                                 " address and channel unless told otherwise. Loaded models are unloaded.")
-    parser.add_argument("--detach", "--no-shell", action="store_true", help="daemons only, no shell")
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_restart)
-
-
-def _cmd_restart(args: Any) -> int:
-    return _bring_up(args, again=True)
-
-
-def _add_status(commands: Any) -> None:
-    parser = commands.add_parser("status", help="what runs, and in what state", description="Show the daemons and the"
-                                 " tiers, probed now. Exit code 0 when the stack is up, 1 when it is not.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.set_defaults(run=_cmd_status)
-
-
-def _cmd_status(args: Any) -> int:
-    places = _places(args)
-    if args.watch:
-        return _watch(places)
-    broken: Optional[UserError] = None
-    config = Config()
-    try:
-        if not pinned_url(places):
-            config = planned_config(places)
-            config = true_config(config, places, running_channel(places) == "next")
-    except UserError as exc:                    # what runs is of interest all the more
-        broken = exc
-    rows = _status_rows(places, config)
-    if args.json:
-        say(json.dumps(rows, indent=2, ensure_ascii=False))
-    else:
-        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
-            say(line)
-    if broken:
-        raise broken
-    return 0 if rows["running"] else 1
-
-
-def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
-    if pinned_url(places):
-        return {**external_status(places, os.environ), "downloads": []}
-    rows = stack_status(places, config, os.environ)
-    return {**rows, "downloads": download_rows(places)}
-
-
-def _columns() -> int:
-    """Of the terminal; of a file or a pipe as many as it takes."""
-    import shutil
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
-
-
-def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
-    width, now = _columns(), rows.get("now") or {}
-    if not (rows["running"] and dicts_in(now, "tiers")):
-        return _status_of_parts(rows, config, width, demo)
-    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
-                            time.time(), paint)
-    if rows["channel"] == "next":
-        lines.insert(1, "next channel")
-    return lines + _status_notes(rows)
-
-
-def _status_notes(rows: Mapping[str, Any]) -> List[str]:
-    notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
-    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
-
-
-def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
-    """What there is to say of a stack that is down, ailing or older than this program."""
-    channel = f" ({rows['channel']})" if rows["channel"] else ""
-    lines = [f"Project  {rows['project']}{channel}"]
-    for name in ("router", "engine"):
-        lines += _part_line(name, rows)
-    if rows.get("problem"):
-        return lines
-    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
-    if tiers:
-        lines += ["", *render_tiers(tiers, width, paint)]
-    lines += _status_notes(rows)
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
-                     " and none takes more")
-    if rows.get("local_only"):
-        lines.append("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-            state = paint(row["state"], "33")
-            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
-    if not rows["running"]:
-        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
-        if rows["other_owner"]:
-            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
-    return lines
-
-
-def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
-    """The line of the router or the engine; none for the engine of another machine."""
-    row, title = rows[name], f"{name.capitalize():<8}"
-    if rows.get("problem"):
-        problem = f"{title} {paint('not reached', '31')}, {rows['problem']}"
-        return [problem] if name == "router" else []
-    if row is None:
-        if rows["channel"] == "external":
-            return []
-        return [f"{title} {paint('not running', '33')}"]
-    health = paint("died", "31")
-    if row["answers"]:
-        health = paint("up", "32")
-    elif row["alive"]:
-        health = paint("alive, but does not answer", "31")
-    kind = "" if name == "router" else f", {row['kind']}"
-    pid = f", pid {row['pid']}{kind}" if row["pid"] else ""
-    return [f"{title} {health}, {row['url']}{pid}"]
-
-
-def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
-    """A tier's row with its state in the words of a snapshot."""
-    tier = config.by_name(row["name"])
-    state = {"starting": "loading", "ready": "loaded", "stopped": "not loaded"}.get(
-        row["state"], row["state"])
-    if state == "unknown":
-        state = "not running"
-    row = {**row, "state": state}
-    if tier is not None and tier.backend == "gguf" and not rows["running"]:
-        weights = weights_for(tier, rows["channel"] == "next")
-        if not cached_model(weights, os.environ):
-            row.update(state="not here", reason=f"llmstack download {tier.name}")
-    return row
-
-
-def _watch(places: Places) -> int:
-    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, _ = running_router(places)
-    url = upstream.url
-    in_place = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    try:
-        while True:
-            try:
-                for now in follow_events(upstream):
-                    _draw(render_snapshot(now, url, _columns(), time.time(), paint),
-                          in_place)
-            except (OSError, ValueError) as exc:
-                _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"],
-                      in_place)
-            time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
-
-
-def _draw(lines: Sequence[str], in_place: bool) -> None:
-    """Lines over those drawn before; one below the other where that cannot be."""
-    if not in_place:
-        for line in lines:
-            say(line)
-        return
-    import shutil
-    most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
-    write_out(f"\x1b[H{shown}\x1b[J")
-
-
-def _add_reload(commands: Any) -> None:
-    parser = commands.add_parser("reload", help="let the running router and this shell read the project again",
-                                 description="Check models.ini and have the router read it again: routing changes at"
-                                 " once, without a restart. Tiers and flags of models need `llmstack restart`. Printed is"
-                                 " what the shell is to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.add_argument("--shell", choices=SHELLS, help="whose language to print (default: that of the hook, of"
-                        " $LLMSTACK_SHELL or of $SHELL)")
-    parser.set_defaults(run=_cmd_reload)
-
-
-def _cmd_reload(args: Any) -> int:
-    """The shell's part first: it is of use with the router down, too."""
-    places = _places(args)
-    tell = say if sys.stdout.isatty() else _tell
-    if not args.demo:
-        shell = args.shell or hook_of(os.environ)[0] or shell_name(shell_program(os.environ)) or "bash"
-        _say_raw(shell_lines(places, shell, os.environ))
-        if not hook_trusted(places):
-            tell(untrusted_line(places))
-        if pinned_url(places):
-            return 0
-        check_run_trust(places)                 # the router would send credentials to what the file names
-    load_config(places, warn)
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        raise UserError("the router of this project is not running", "run `llmstack start`")
-    said = ask_reload(record, os.environ)
-    if said:
-        raise UserError(f"the router keeps its old models.ini: {said}", "mend it, then again")
-    tell("models.ini is read again. Changed tiers need `llmstack restart`.")
-    return 0
-
-
-def _say_raw(text: str) -> None:
-    """Text for a shell: the bytes of a path are what they are."""
-    if not text:
-        return
-    if sys.stdout.isatty():                     # shown, and not evaluated
-        say(text.rstrip("\n"))
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
-    write_out(text.rstrip("\n") + "\n")
-
-
-def _add_activate(commands: Any) -> None:
-    parser = commands.add_parser("activate", help="a hook that wires a shell to the project it is in",
-                                 description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
-                                 " turns it on. In the shell's start-up file: eval \"$(llmstack activate zsh)\".")
-    parser.add_argument("shell", choices=SHELLS, help="whose hook")
-    parser.set_defaults(run=_cmd_activate)
-
-
-def _cmd_activate(args: Any) -> int:
-    path = write_hook(args.shell, data_dir(os.environ))
-    if sys.stdout.isatty():
-        line = activate_line(args.shell)
-        _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up file:\n  {line}")
-    _say_raw(f"{'.' if args.shell == 'powershell' else 'source'} {shell_quote(args.shell, path)}\n")
-    return 0
-
-
-def _cmd_hook(shell: str, directory: str) -> int:
-    """Behind the hooks: what to evaluate in a project. Without argparse, which takes longer than all of it."""
-    work = os.path.realpath(directory)
-    state = os.path.join(work, ".llmstack")
-    places = Places(work, state, os.path.join(state, "models.ini"), data_dir(os.environ))
-    _say_raw(hook_answer(places, shell, os.environ, _tell))
-    return 0
-
-
-def _add_trust(commands: Any) -> None:
-    parser = commands.add_parser("trust", help="let a project's .llmstack/ take effect on this machine",
-                                 description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
-                                 " now. What `install` writes is trusted already; a changed file is to be trusted again.")
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="the project (default: the one we are in)")
-    parser.set_defaults(run=_cmd_trust)
-
-
-def _cmd_trust(args: Any) -> int:
-    places = _places(args)
-    if args.directory or not os.path.isdir(places.state):
-        work = os.path.abspath(args.directory or project_above(places.work) or places.work)
-        state = os.path.join(work, ".llmstack")
-        places = places._replace(work=work, state=state, models_ini=os.path.join(state, "models.ini"))
-    if not os.path.isdir(places.state):
-        raise UserError(f"there is no .llmstack in {visible(places.work)}", "run `llmstack install` there")
-    effects = project_effects(places)           # first: what changes behind it is not trusted
-    every = [effect for part in effects.values() for effect in part]
-    for line in trust_facts(places, every):
-        say(line)
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
-    broken = [effect.name for effect in every if effect.problem]
-    if broken:
-        raise UserError(f"not trusted: {', '.join(broken)}; the rest is", "mend it, or move it away")
-    say("Trusted as it is now.")
-    return 0
-
-
-def _ask(question: str) -> Optional[bool]:
-    """A yes or no from the terminal; None where there is none."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
-        return None
-    write_out(visible_lines(question))
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _prepare_hosted(places: Places, config: Config, ask: Callable[[str], Optional[bool]] = lambda question: None) -> None:
-    why = prepare_hosted(places, config, os.environ, say, ask)
-    if why:
-        warn(f"hosted tiers are not served: {why}")
-
-
-def _add_install(commands: Any) -> None:
-    parser = commands.add_parser("install", aliases=["init", "configure"], help="give this project its opencode.json",
-                                 description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned"
-                                 " to; models.ini where there is none. Without an option the channel stays as it is.")
-    channel = parser.add_mutually_exclusive_group()
-    channel.add_argument("--current", action="store_true", help="pin the current models")
-    channel.add_argument("--next", action="store_true", help="pin the queued upgrades (hf_file_next, model_next)")
-    channel.add_argument("--external", metavar="URL", nargs="?", const="", help="use the router at URL (default:"
-                         f" $LLMSTACK_REMOTE_URL, else http://{ROUTER_HOST}:{ROUTER_PORT}) instead of one of this project")
-    parser.add_argument("--insecure", action="store_true", help="do not verify that router's certificate")
-    _add_profile(parser)
-    parser.add_argument("-n", "--print", action="store_true", help="print opencode.json and write nothing")
-    parser.set_defaults(run=_cmd_install)
-
-
-def _external_url(args: Any, places: Places) -> str:
-    """The router that `install` is to use, "" for this project's own. Errors: UserError."""
-    if args.current or args.next:
-        return ""
-    named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
-    if args.external is not None:
-        return args.external or named or f"http://{ROUTER_HOST}:{ROUTER_PORT}"
-    return named or trusted_url(places)
-
-
-def _cmd_install(args: Any) -> int:
-    places = _places(args)
-    if not args.print:
-        offer_trust(places, say, _ask)
-    url = _external_url(args, places)
-    if url:
-        return _install_external(args, places, url)
-    if args.insecure:
-        raise UserError("--insecure is for --external https://...", "leave it out", 2)
-    if not args.print:
-        prepare_project(places, say, args.profile)
-    config = planned_config(places, warn, args.profile)
-    if not args.print:
-        _prepare_hosted(places, config, _ask)
-    use_next = _wants_next(args, places, config)
-    config = true_config(config, places, use_next, warn)
-    marker = Marker("next" if use_next else "current")
-    host, port = router_address(places, config)
-    text = project_opencode_json(places, config, base_url(host, port), os.environ)
-    if args.print:
-        say(text.rstrip("\n"))
-        return 0
-    _wire(places, marker, text, config)
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        say(f"Pinned to the {marker.channel} channel. Bring it up with `llmstack start`.")
-    elif record.channel != marker.channel:
-        say(f"The {record.channel} channel is running; `llmstack restart --{marker.channel}` changes it.")
-    return 0
-
-
-def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
-    if not wire_project(places, marker, opencode_json, say):
-        say(f"Nothing to change: {places.in_state('opencode.json')} is as it should be.")
-    for line in cramped_models(config):
-        warn(line)
-
-
-def _install_external(args: Any, places: Places, url: str) -> int:
-    remote = fetch_remote(url, os.environ, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
-    if args.print:
-        say(text.rstrip("\n"))
-        return 0
-    check_state(places)
-    leave_daemons(places, remote, say)
-    _wire(places, Marker("external", remote.url), text, remote.config)
-    say(f"This project uses the router at {remote.url}: {', '.join(t.name for t in remote.config.tiers)}.")
-    if args.insecure:
-        warn("its certificate was not verified; opencode verifies it, so name it in NODE_EXTRA_CA_CERTS before you run that")
-    return 0
-
-
-def _add_why(commands: Any) -> None:
-    parser = commands.add_parser("why", help="which tier a request would go to, and why",
-                                 description="Print the decision for a request body without sending anything.")
-    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
-    parser.add_argument("--path", metavar="P", default="/v1/chat/completions", help="the path it would be posted to"
-                        " (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_why)
-
-
-def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
-    """(a body with the tier that its model means, "gpt-4o is auto here: " or "").
-
-    Errors: UserError, as the router answers 404.
-    """
-    given = body.get("model")
-    name = resolve_on_path(config, path, given)
-    if not name:
-        raise UserError(str(unknown_model(config, given)),
-                        "name one of them, or give the name a line in [ALIASES]", 1)
-    if name == given or given is None:
-        return body, ""
-    return {**body, "model": name}, f"{visible(str(given))} is {name} here: "
-
-
-def _cmd_why(args: Any) -> int:
-    places = _places(args)
-    url = trusted_url(places)
-    config = fetch_remote(url, os.environ).config if url else planned_config(places, warn)
-    if not url:
-        config = true_config(config, places, running_channel(places) == "next", warn)
-    path = inference_path(args.path)
-    if not path:
-        raise UserError(f"{args.path} is no path that auto is resolved on", "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    try:
-        if args.file == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(args.file, "rb") as file:
-                data = file.read()
-        body = json.loads(data.decode("utf-8"))
-    except OSError as exc:
-        raise UserError(f"cannot read {args.file}: {exc.strerror}", "name a file that holds a JSON request body", 2) from None
-    except (ValueError, RecursionError) as exc:
-        raise UserError(f"{args.file} is not JSON: {exc}", "give it the body of a request", 2) from None
-    if not isinstance(body, dict):
-        raise UserError(f"{args.file} is not a JSON object", "give it the body of a request", 2)
-    body, renamed = _as_resolved(config, path, body)
-    try:
-        decision = decide(read_facts(path, body, config.routing.ultra_triggers), config,
-                          barred={**missing_credentials(config, os.environ),
-                                  **unserved_hosted(places, config, os.environ, False)})
-    except HttpError as exc:
-        raise UserError(str(exc), f"give a tier one of these roles in {places.models_ini}", 1) from None
-    except RecursionError:
-        raise UserError(f"{args.file} is nested too deeply", "give it the body of a request", 2) from None
-    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
-    why = renamed + decision.reason
-    if tier is not None and tier.backend != "gguf":
-        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
-        why += f"; {wrong}" if wrong else ""
-    refused = decision.refused
-    if args.json:
-        say(json.dumps({"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens, "reason": why,
-                        "refused": refused, "nearest": decision.nearest or None}, indent=2, ensure_ascii=False))
-        return 0
-    say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
-    for name, reason in refused.items():
-        say(f"  not {name}: {reason}")
-    if decision.nearest:
-        say(f"  nearest change: {decision.nearest}")
-    return 0
-
-
-def _add_fit(commands: Any) -> None:
-    parser = commands.add_parser("fit", help="what each tier takes in memory, and what fits together here",
-                                 description="Weights, KV cache and buffers of each tier, from the header of its GGUF on this"
-                                 " disk or the hub. Exit code 1 when a tier cannot fit.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_fit)
-
-
-def _cmd_fit(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    unknown = next((name for name in args.tiers if config.by_name(name) is None), "")
-    if unknown:
-        raise UserError(f"there is no tier {unknown}", "one of " + ", ".join(t.name for t in config.tiers), 2)
-    wanted = tuple(t for t in config.tiers if not args.tiers or {t.name, *t.aliases} & set(args.tiers))
-    use_next = _wants_next(args, places, config)
-    config = true_config(config, places, use_next, warn)
-    machine = running_machine(places, config) or this_machine(config)
-    chosen = [t.name for t in wanted]
-    fits = [f for f in measure_tiers(config, machine, os.environ, use_next, True) if f.name in chosen]
-    sets = [(tiers, need, need <= machine.budget_gb)
-            for tiers, need in fit_sets(config, fits, machine.budget_gb)]
-    if args.json:
-        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
-        say(json.dumps({"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                        "host_gb": machine.host_gb, "tiers": rows,
-                        "sets": [dict(zip(("tiers", "need_gb", "fits"), s)) for s in sets]},
-                       indent=2, ensure_ascii=False))
-    else:
-        _say_fits(machine, fits, sets)
-    return 0 if all(f.fits for f in fits) else 1
-
-
-FIT_COLUMNS = 60
-
-
-def _say_wrapped(text: str, indent: str) -> None:
-    import textwrap
-    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
-                              break_long_words=False, break_on_hyphens=False):
-        say(line)
-
-
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[Tuple[Tuple[str, ...], float, bool]]) -> None:
-    """At most FIT_COLUMNS wide, where no name is long."""
-    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
-    width = max([len(f.name) for f in fits] + [4])
-    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
-    for fit in fits:
-        _say_fit(fit, width)
-    if sets:
-        say("\nTogether, in GB:")
-    for tiers, need, ok in sets:
-        say(f"  {need:>6.2f}  {' + '.join(tiers)}")
-        if not ok:
-            say(f"          {paint('does not fit: they take turns', '33')}")
-
-
-def _say_fit(fit: TierFit, width: int) -> None:
-    total, largest = f"~{fit.need_gb:.1f}", "?"
-    memory = fit.memory
-    if memory is not None:
-        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
-    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
-    parts = []
-    if memory is not None:
-        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
-        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
-    if fit.host_gb:
-        parts.append(f"{fit.host_gb:.2f} of these on the host")
-    if fit.cache_mib:
-        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
-    parts.append(FIT_SOURCES[fit.source])
-    _say_wrapped(", ".join(parts), "  ")
-    if fit.note:
-        _say_wrapped(fit.note, "  ")
-
-
-def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="the router alone, in the foreground",
-                                 description="Run the router in the foreground against any OpenAI-compatible upstream;"
-                                 " for launchd, systemd, containers and benchmarks. Its first line is its address.")
-    parser.add_argument("--upstream", metavar="URL", help="where requests go (default: this project's engine)")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port, help="port, 0 for any free one (models.ini: router_port)")
-    parser.set_defaults(run=_cmd_serve, next=False)
-
-
-def _cmd_serve(args: Any) -> int:
-    places = _places(args)
-    check_run_trust(places)
-    config = load_config(places, warn)
-    host = args.host or config.host
-    port = config.router_port if args.port is None else args.port
-    check_exposure(host, config, os.environ)
-    if config.local_only and args.upstream and not _LOCAL_URL.match(args.upstream):
-        raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}", "take local_only out, or name another", 2)
-    upstream = parse_upstream(args.upstream) if args.upstream else Upstream("127.0.0.1", config.engine_port)
-    level = os.environ.get("LOG_LEVEL", "info")
-    remedy = "start it, or name another --upstream" if args.upstream else "run `llmstack start`"
-    app = _router_app(places, config, upstream, Log("", level), host, _wants_next(args, places, config),
-                      not args.upstream, remedy)
-    more_files()
-    server = _listen(host, port, app)
-    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
-    _run_until_signal(server, app)
-    return 0
-
-
-def _router_app(places: Places, config: Config, behind: Union[Behind, Upstream], log: Log, host: str, use_next: bool,
-                local: bool, remedy: str = "run `llmstack start`") -> RouterApp:
-    bundled = b"" if local or os.path.exists(places.models_ini) else read_resource("models.ini")
-    known = {t.name for t in config.tiers if t.backend != "openai"}
-
-    def unserved(config: Config) -> Dict[str, str]:
-        """Tiers that the engine beside this router does not serve, with the reason."""
-        new = {t.name: "the engine does not know it before `llmstack restart`"
-               for t in config.tiers if t.backend != "openai" and t.name not in known}
-        return {**unserved_hosted(places, config, os.environ, use_next), **new}
-
-    def reload() -> Config:
-        if places.work != demo_dir(places.data):    # whose model is of another place by design
-            check_run_trust(places)
-        config = load_config(places, log.warning)
-        return true_config(config, places, use_next, log.warning) if local else config
-
-    record = Recorder(places.log("decisions.jsonl")) if local and config.decision_log else None
-    app = RouterApp(config, behind, log, loopback=is_loopback(host), key=api_key(os.environ),
-                     models_ini=places.models_ini, bundled=bundled,
-                     reload=reload, use_next=use_next,
-                     unserved=unserved if local else None, remedy=remedy, env=os.environ, record=record,
-                     foreign_logs=(places.log("llama-swap.log"),) if local else ())
-    if local:
-        app.events.sources.append(lambda: {"downloads": download_rows(places)})
-    return app
-
-
-def _listen(host: str, port: int, app: App) -> Any:
-    """A listening server. Errors: UserError, who has the port."""
-    try:
-        return make_server(host, port, app)
-    except OSError as exc:
-        holder = exc.strerror
-        if port and not port_is_free(host, port):
-            holder = f"taken by {port_holder(port)}"
-        raise UserError(f"cannot listen on {host} port {port}: {holder}", "choose another --port, or --host") from None
-
-
-def _run_until_signal(server: Any, app: RouterApp) -> None:
-    """Serve until a signal says to stop."""
-    _on_signals(app.ask_reload, server.shutdown)
-    try:
-        server.serve_forever(1.0)
-    finally:
-        app.log.flush()
-        server.server_close()
-
-
-class _Terminated(BaseException):
-    """SIGTERM, on its way to the main thread's server loop."""
-
-
-def _ignore_signals() -> None:
-    """While ending: a second TERM must not cut the cleaning up short; whoever is in a hurry sends KILL."""
-    import signal
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _on_signals(hangup: Callable[[], None], shutdown: Callable[[], None] = lambda: None) -> None:
-    """TERM ends the server loop, HUP ends nothing: a terminal that closes takes no daemon with it."""
-    import signal
-
-    def terminate(*_: object) -> None:
-        shutdown()                              # should the exception be raised in a finalizer, and be lost
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    if not IS_WINDOWS:
-        signal.signal(signal.SIGHUP, lambda *_: hangup())
-
-
-def _add_daemon(commands: Any) -> None:
-    parser = commands.add_parser("_daemon")
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_daemon)
-
-
-def _cmd_daemon(args: Any) -> int:
-    """The process behind `start`: the router, and the engine with all its children."""
-    places = _places(args)
-    level = os.environ.get("LOG_LEVEL", "info")
-    log, engine_log = Log(places.log("router.log"), level), Log(places.log("engine.log"), level)
-    config = true_config(load_config(places), places, args.next, engine_log.warning)
-    demo = " --demo" if places.work == os.path.join(places.data, "demo") else ""
-    more_files()
-    make = _swap_app if args.engine == "llama-swap" else _embedded_app
-    behind = make(places, config, args.next, engine_log)
-    app = _router_app(places, config, behind, log, args.host, args.next, True, f"run `llmstack start{demo}`")
-    try:
-        _on_signals(lambda: None)               # from here on there are children to end
-        engine_server = _listen("127.0.0.1", config.engine_port, behind)
-        server = _listen(args.host, args.port, app)
-        behind.page_url = base_url(args.host, server.server_port) + "/"
-        behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine", daemon=True).start()
-        log.info(f"llmstack {VERSION} on {base_url(args.host, args.port)}, engine {args.engine}")
-        _run_until_signal(server, app)
-    finally:
-        _ignore_signals()
-        behind.close()
-        log.flush()
-        engine_log.flush()
-    return 0
-
-
-def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
-    """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, use_next)
-    config = with_caches(config, fits, machine)
-    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
-    probing = threading.Lock()
-
-    def command(tier: Tier, port: int) -> List[str]:
-        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
-        with probing:                           # once, at the first load: the daemon is up before that
-            if server not in refused:
-                refused[server] = probe_flags(server, config, places.data)
-                for said in refused_settings(config, refused[server]):
-                    log.warning(said)
-        tier = ready_tier(tier, os.environ, use_next)
-        words = server_command(server, tier, config, port, use_next, refused[server])
-        if parking is not None and "--slot-save-path" not in refused[server]:
-            words += parking_flags(places.data)
-        return words
-
-    parking = open_parking(places.data, config, log)
-    env = {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {' '.join(program) or 'no'} server")
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), env, machine.budget_gb, use_next,
-                    fits=fits, proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
-    return EngineApp(engine, log, MemoryWatch(machine))
-
-
-def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
-    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data, env = places.data, {k: v for k, v in os.environ.items() if k != "LLMSTACK_API_KEY"}
-    proxy = plan_proxy(places, config, env, use_next)
-    env = litellm_env(env) if proxy else env
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
-    path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
-    write_swap_yaml(places, config, use_next, proxy, path)
-    program = find_llama_swap(env, data)
-
-    def command(port: int) -> List[str]:
-        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
-
-    parking, bays = open_parking(data, config, log), None
-    refused = probe_flags(server, config, data) if server else frozenset()
-    if parking is not None and server and "--slot-save-path" not in refused:
-        def identify(tier: Tier) -> str:
-            words = server_command(server, tier, config, 0, use_next, refused)
-            weights = cached_model(weights_for(tier, use_next), env)
-            return parking_identity([*words, *parking_flags(data)], weights, env)
-
-        bays = SwapBays(parking, local_tiers(config), identify, log)
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
-
-
-def _add_setup(commands: Any) -> None:
-    parser = commands.add_parser("setup", help="from a bare machine to loaded models, step by step",
-                                 description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
-                                 " models, this project's wiring, a first answer. It can be run again at any time: what"
-                                 " is done is left alone, what failed is tried again. Exit code 1 when a step failed.")
-    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
-    parser.add_argument("--skip-wait", action="store_true", help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true", help="ask nothing: bring llama.cpp's server and fetch the models")
-    parser.add_argument("--profile", metavar="NAME", default="", help="the tiers for a memory size, in GB, other than this"
-                        " machine's")
-    parser.set_defaults(run=_cmd_setup)
-
-
-def _cmd_setup(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    ask: Callable[[str], Optional[bool]] = (lambda question: True) if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, lambda line: say(f"      {line}"), ask, [], []))
-    if failed:
-        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
-                        "mend what is said there, then run `llmstack setup` again: it goes on from there")
-    say("")
-    say("All set. Bring the stack up with `llmstack start`.")
-    return 0
-
-
-def run_setup(setup: Setup) -> List[str]:
-    """Take every step; the names of those that failed. Errors: UserError without a models.ini, which all others go by."""
-    for number, (name, what, step) in enumerate(SETUP_STEPS, 1):
-        say(f"[{number}/{len(SETUP_STEPS)}] {name}: {what}")
-        began = time.monotonic()
-        try:
-            text, mark = step(setup), paint("ok", "32")
-        except _Skipped as exc:
-            setup.skipped.append(name)
-            text, mark = str(exc), paint("skipped", "33")
-        except UserError as exc:
-            if name == "models.ini" or isinstance(exc, ConfigError):
-                raise
-            setup.failed.append(name)
-            text, mark = f"{exc}\n      {exc.hint}" if exc.hint else str(exc), paint("failed", "31")
-        say(f"      {mark}: {text} ({time.monotonic() - began:.1f} s)")
-    return setup.failed
-
-
-def _add_download(commands: Any) -> None:
-    parser = commands.add_parser("download", aliases=["download-models", "pull"], help="fetch the models, in the background",
-                                 description="Fetch current and queued GGUFs into the hub cache that llama-server reads, one"
-                                 " after another, in the background; on a terminal, show it until it is done. What was"
-                                 " interrupted goes on where it ended. HF_TOKEN in the environment opens gated repositories.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="tiers to fetch (default: all local ones)")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades only (hf_file_next)")
-    parser.add_argument("--wait", action="store_true", help="wait until all is done, without a terminal, too")
-    parser.add_argument("--stop", action="store_true", help="end the background download; what it has is kept")
-    parser.set_defaults(run=_cmd_download)
-
-
-def _cmd_download(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    if args.stop:
-        if args.tiers or args.next or args.wait:
-            raise UserError("--stop ends the whole download, and takes nothing beside it", "see `llmstack download --help`", 2)
-        say("Stopped; `llmstack download` goes on from there." if stop_downloads(places) else "Nothing is being downloaded.")
-        return 0
-    seed_project(places, say)
-    config = load_config(places, warn)
-    both = ("current", "next")
-    jobs, skipped = plan_downloads(config, args.tiers, both[1:] if args.next else both)
-    for line in skipped:
-        say(line)
-    if not jobs:
-        say("Nothing to download.")
-        return 0
-    pid = start_downloads(places, jobs, plan_downloads(config, (), both)[0], os.environ, say)
-    many = f"{len(jobs)} models" if len(jobs) > 1 else jobs[0].name
-    say(f"Downloading {many} in the background (pid {pid}), logs: {places.log('dl-TIER-LABEL.log')}")
-    if not args.wait and not sys.stdout.isatty():
-        return 0
-    failed = follow_downloads(places, [job.name for job in jobs], say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}", "mend what its line says, then run it again")
-    return 0
-
-
-def _add_download_worker(commands: Any) -> None:
-    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
-
-
-def _cmd_download_worker(args: Any) -> int:
-    """The process behind `download`."""
-    return run_downloads(_places(args), os.environ)
-
-
-def _add_install_llama_swap(commands: Any) -> None:
-    parser = commands.add_parser("install-llama-swap", help="fetch llama-swap's binary", description="Fetch the release for"
-                                 " this platform, verify its checksum and install it for all projects (in LLMSTACK_BIN_DIR, or"
-                                 " bin of the data directory). The same version again: nothing is done.")
-    parser.add_argument("--force", "-f", action="store_true", help="install it even where that version is there")
-    parser.add_argument("--version", metavar="V", dest="release", default="", help="a particular one, such as v250"
-                        " (default: LLAMA_SWAP_VERSION, else the latest)")
-    parser.set_defaults(run=_cmd_install_llama_swap)
-
-
-def _cmd_install_llama_swap(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    install_llama_swap(os.environ, places.data, args.release, args.force, say)
-    return 0
-
-
-def _add_check(commands: Any) -> None:
-    parser = commands.add_parser("check", aliases=["check-models"], help="configured models against the hub, the disk and"
-                                 " what runs", description="Look at every tier: is its file on the hub, is it here and whole,"
-                                 " what is queued, does what runs agree with models.ini (DRIFT!), are credentials set. Exit"
-                                 " code 1 when something needs you.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
-    parser.set_defaults(run=_cmd_check)
-
-
-def _cmd_check(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline)
-    if args.json:
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-        return 0 if found["ok"] else 1
-    for row in found["tiers"]:
-        say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
-        if "model" in row:
-            queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
-            say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
-        for label in ("current", "next"):
-            if label in row:
-                _say_weights(label, row[label])
-        for what in row["drift"]:
-            say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
-    say("")
-    say(f"llama-server  {found['llama_server'] or 'none'}")
-    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
-    for note in found["notes"]:
-        warn(note)
-    for need in found["needs"]:
-        say(f"{paint('needs you', '33')}: {need}")
-    return 0 if found["ok"] else 1
-
-
-def _say_weights(label: str, row: Mapping[str, Any]) -> None:
-    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    where = row.get("path") or f"{row['url']} {row['file']}"
-    changed = f", changed {row['changed']}" if row.get("changed") else ""
-    known = {True: "on the hub", False: "not on the hub"}.get(row["exists"], "hub not asked") if "repo" in row else "a file here"
-    say(f"  {label:<8} {where}")
-    say(f"           {known}, {size}{changed}; local copy: {paint(row['local'], '32' if row['local'] == 'intact' else '33')}")
-
-
-def _add_version(commands: Any) -> None:
-    commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
-
-
-def _cmd_version(args: Any) -> int:
-    say(f"llmstack {VERSION}")
-    return 0
-
-
-def _add_help(commands: Any) -> None:
-    parser = commands.add_parser("help", help="list the commands, or explain one")
-    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="", help="the one to explain")
-    parser.set_defaults(run=None)
-
-
-ADD_COMMANDS = (_add_setup, _add_install, _add_install_litellm, _add_install_llama_swap, _add_start, _add_stop, _add_forget,
-                _add_restart, _add_status, _add_reload, _add_why, _add_fit, _add_download, _add_check, _add_serve, _add_activate,
-                _add_trust, _add_version, _add_help, _add_daemon, _add_download_worker)
-
-# In the order of `help`. What this file does not define is an extra: extras/NAME.py.
-COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs"),
-    ("Decisions", "why replay"),
-    ("Models", "setup add list rm prune promote download check fit"),
-    ("Programs", "install-llama-swap install-litellm"),
-    ("Projects", "install connect run-with trust activate config"),
-    ("Keep it", "service serve forget completion self version help"),
-)
-
-
-def unknown_word(word: str, known: Iterable[str]) -> str:
-    """'strat', did you mean start?"""
-    return repr(word) + _did_you_mean(word, known)
-
-
-def render_examples(prog: str) -> str:
-    """The lines of share/examples.txt that run this command, as the end of its help."""
-    try:
-        lines = read_shared_text("examples.txt").splitlines()
-    except UserError:
-        return ""
-    mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
-    return "\nexamples:\n" + "".join(mine) if mine else ""
-
-
-def new_parser(prog: str, description: str, **options: Any) -> Any:
-    """A parser with this program's manners."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            unknown = re.match("unrecognized arguments: ([^ =]*)", message)
-            if unknown:
-                what = unknown_word(unknown.group(1), self._option_string_actions)
-                message = f"{self.prog} has no {what}"
-            raise UserError(message, f"see `{self.prog} --help`", 2)
-
-        def format_help(self) -> str:
-            return super().format_help() + render_examples(self.prog)
-
-    return Parser(prog=prog, description=description, **options)
-
-
-def extra_parser(name: str, doc: str) -> Any:
-    """The parser of an extra, whose help is its docstring as it stands."""
-    import argparse
-    text, heading, examples = doc.rstrip().partition("examples:\n")
-    return new_parser("llmstack " + name, text, epilog=heading + examples,
-                      formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def make_parser() -> Any:
-    """The command line; `commands` are its subparsers. Errors of usage exit with 2, in one line and a hint."""
-    parser = new_parser("llmstack", "A multi-tier local LLM stack behind one OpenAI-compatible address.")
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for add in ADD_COMMANDS:
-        add(commands)
-    parser.commands = commands.choices
-    parser.summaries = {a.dest: a.help for a in commands._choices_actions}
-    return parser
-
-
-def extra_file(name: str) -> str:
-    return f"extras/{name.replace('-', '_')}.py"
 
 
 def extra_names() -> List[str]:
@@ -15888,6 +15482,26 @@ def extra_names() -> List[str]:
     except OSError:                             # a copy without them
         pass
     return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
+
+
+def unknown_word(word: str, known: Iterable[str]) -> str:
+    """'strat', did you mean start?"""
+    return repr(word) + _did_you_mean(word, known)
+
+
+def extra_file(name: str) -> str:
+    return f"extras/{name.replace('-', '_')}.py"
+
+
+# In the order of `help`. What this file does not define is an extra: extras/NAME.py.
+COMMAND_GROUPS = (
+    ("Every day", "start stop restart status reload run ps logs"),
+    ("Decisions", "why replay"),
+    ("Models", "setup add list rm prune promote download check fit"),
+    ("Programs", "install-llama-swap install-litellm"),
+    ("Projects", "install connect run-with trust activate config"),
+    ("Keep it", "service serve forget completion self version help"),
+)
 
 
 def command_groups() -> List[Tuple[str, List[str]]]:
@@ -15927,13 +15541,1350 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(load_extra(name).main(argv, sys.modules[__name__]))
 
 
+def _show_demo(places: Places, url: str) -> int:
+    """What follows the demo's start: on a terminal a chat, else what to type."""
+    if not _has_person() or "run" not in extra_names():
+        _say_demo(url)
+        return 0
+    say("")
+    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
+    os.environ["LLMSTACK_WORK_DIR"] = places.work
+    return run_extra("run", [])
+
+
+def _ask(question: str) -> Optional[bool]:
+    """A yes or no from the terminal; None where there is none."""
+    if not _has_person():
+        return None
+    write_out(visible_lines(question))
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _never_ask(_: str) -> Optional[bool]:
+    """The answer where nobody is to be asked."""
+    return None
+
+
+def _warn_unserved(places: Places, config: Config,
+                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
+    """Prepare what hosted tiers need, and say why they are not served where they are not."""
+    why = prepare_hosted(places, config, os.environ, say, ask)
+    if why:
+        warn(f"hosted tiers are not served: {why}")
+
+
+def _bring_up(args: Any, again: bool) -> int:
+    """`start`, and with `again` `restart`.
+
+    Everything is checked before anything is written or stopped.
+    """
+    places = _places(args)
+    profile = getattr(args, "profile", "")
+    if args.demo:
+        _prepare_demo(args, places)
+    else:
+        offer_trust(places, say, _ask)
+        if pinned_url(places):
+            return _start_external(args, places)
+        check_run_trust(places)
+        check_pin(places)
+        check_state(places)
+    plan = _plan_start(args, places, planned_config(places, warn, profile))
+    check_plan(plan)
+    if profile or not os.path.exists(places.models_ini):
+        seed_project(places, say, profile=profile)   # which says that a profile replaces nothing
+        plan = plan._replace(config=load_config(places))
+    _warn_unserved(places, plan.config)
+    started = start_stack(plan, say, again)
+    url = base_url(plan.host, plan.port)
+    if not started:
+        say(f"Running already: {url}/v1, the {plan.channel} channel")
+    if args.demo:
+        return _show_demo(places, url)
+    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
+    if started and not again:
+        say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
+    return _enter_shell(args, places, Marker(plan.channel))
+
+
+def _cmd_start(args: Any) -> int:
+    return _bring_up(args, again=False)
+
+
+def _add_start(commands: Any) -> None:
+    parser = commands.add_parser(
+        "start", help="bring the stack up: engine and router",
+        description="Bring up the engine (10102) and the router (10101) for this project. A"
+                    " directory without .llmstack/ gets one. Running already is fine. On a"
+                    " terminal, where no hook is active (see activate), a shell follows in which"
+                    " opencode finds the project.")
+    parser.add_argument("--detach", "--no-shell", action="store_true",
+                        help="daemons only, no shell")
+    _add_profile(parser)
+    _add_stack_options(parser)
+    parser.set_defaults(run=_cmd_start)
+
+
+def _other_stack(places: Places) -> str:
+    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+    try:
+        config = planned_config(places)
+    except UserError:                           # another user's project, say
+        config = Config()
+    for port in (config.router_port, config.engine_port):
+        if not port_is_free("127.0.0.1", port):
+            holder = port_holder(port)
+            if "llmstack" in holder:
+                return f": port {port} is taken by {holder}"
+    return ""
+
+
+def _say_forgotten(places: Places) -> None:
+    freed = forget_parked(places.data)
+    if freed:
+        say(f"Forgot {freed / 1e9:.1f} GB of parked conversations.")
+    else:
+        say("Nothing is parked.")
+
+
+def _cmd_stop(args: Any) -> int:
+    places = _places(args)
+    stopped = stop_stack(places, say)
+    if args.forget:
+        _say_forgotten(places)
+    if stopped:
+        say("Stopped.")
+        return 0
+    url = pinned_url(places)
+    if url:
+        say(f"There is nothing local to stop: this project uses the router at {url}.")
+        return 0
+    owner = other_owner(places)
+    if owner:
+        where = f"run it in {owner}"
+        if owner == os.path.join(places.data, "demo"):
+            where = "run `llmstack stop --demo`"
+        raise UserError("nothing of this project is running; the daemons belong to another", where)
+    other = _other_stack(places)
+    if other:
+        say(f"Nothing of this project is running{other}.")
+    else:
+        say("Nothing is running.")
+    return 0
+
+
+def _add_stop(commands: Any) -> None:
+    parser = commands.add_parser(
+        "stop", help="stop this project's daemons",
+        description="Stop this project's daemons and the model servers they started, and nothing"
+                    " else.")
+    parser.add_argument("--demo", action="store_true", help="stop the demo's")
+    parser.add_argument("--forget", action="store_true",
+                        help="and delete every parked conversation")
+    parser.set_defaults(run=_cmd_stop)
+
+
+def _cmd_forget(args: Any) -> int:
+    places = _places(args)
+    _say_forgotten(places)
+    if stack_is_alive(places):
+        say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
+    return 0
+
+
+def _add_forget(commands: Any) -> None:
+    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
+        "Delete what the models' slots held when they stopped, of all projects on this machine."
+        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
+    parser.set_defaults(run=_cmd_forget)
+
+
+def _cmd_restart(args: Any) -> int:
+    return _bring_up(args, again=True)
+
+
+def _add_restart(commands: Any) -> None:
+    parser = commands.add_parser(
+        "restart", help="stop, then start",
+        description="Stop and start again, on the same address and channel unless told otherwise."
+                    " Loaded models are unloaded.")
+    parser.add_argument("--detach", "--no-shell", action="store_true",
+                        help="daemons only, no shell")
+    _add_stack_options(parser)
+    parser.set_defaults(run=_cmd_restart)
+
+
+def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
+    if pinned_url(places):
+        return {**external_status(places, os.environ), "downloads": []}
+    rows = stack_status(places, config, os.environ)
+    return {**rows, "downloads": download_rows(places)}
+
+
+def _columns() -> int:
+    """Of the terminal; of a file or a pipe as many as it takes."""
+    import shutil
+    if not sys.stdout.isatty():
+        return 200
+    return shutil.get_terminal_size().columns
+
+
+def _status_notes(rows: Mapping[str, Any]) -> List[str]:
+    notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
+    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
+    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
+
+
+def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
+    """The line of the router or the engine; none for the engine of another machine."""
+    row, title = rows[name], f"{name.capitalize():<8}"
+    if rows.get("problem"):
+        problem = f"{title} {paint('not reached', '31')}, {rows['problem']}"
+        return [problem] if name == "router" else []
+    if row is None:
+        if rows["channel"] == "external":
+            return []
+        return [f"{title} {paint('not running', '33')}"]
+    health = paint("died", "31")
+    if row["answers"]:
+        health = paint("up", "32")
+    elif row["alive"]:
+        health = paint("alive, but does not answer", "31")
+    kind = "" if name == "router" else f", {row['kind']}"
+    pid = f", pid {row['pid']}{kind}" if row["pid"] else ""
+    return [f"{title} {health}, {row['url']}{pid}"]
+
+
+# llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
+_STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded",
+                "unknown": "not running"}
+
+
+def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
+    """A tier's row with its state in the words of a snapshot."""
+    tier = config.by_name(row["name"])
+    row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
+    if tier is not None and tier.backend == "gguf" and not rows["running"]:
+        weights = weights_for(tier, rows["channel"] == "next")
+        if not cached_model(weights, os.environ):
+            row.update(state="not here", reason=f"llmstack download {tier.name}")
+    return row
+
+
+def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
+    """What there is to say of a stack that is down, ailing or older than this program."""
+    channel = f" ({rows['channel']})" if rows["channel"] else ""
+    lines = [f"Project  {rows['project']}{channel}"]
+    for name in ("router", "engine"):
+        lines += _part_line(name, rows)
+    if rows.get("problem"):
+        return lines
+    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
+    if tiers:
+        lines += ["", *render_tiers(tiers, width, paint)]
+    lines += _status_notes(rows)
+    if rows.get("memory_pressure"):
+        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+                     " and none takes more")
+    if rows.get("local_only"):
+        lines.append("local_only: no request leaves this machine")
+    for row in rows["downloads"]:
+        if row["state"] != "done":
+            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
+            state = paint(row["state"], "33")
+            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
+    if not rows["running"]:
+        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
+        if rows["other_owner"]:
+            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
+    return lines
+
+
+def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
+    width, now = _columns(), rows.get("now") or {}
+    if not (rows["running"] and dicts_in(now, "tiers")):
+        return _status_of_parts(rows, config, width, demo)
+    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
+                            time.time(), paint)
+    if rows["channel"] == "next":
+        lines.insert(1, "next channel")
+    return lines + _status_notes(rows)
+
+
+def _draw(lines: Sequence[str], in_place: bool) -> None:
+    """Lines over those drawn before; one below the other where that cannot be."""
+    if not in_place:
+        for line in lines:
+            say(line)
+        return
+    import shutil
+    most = max(shutil.get_terminal_size().lines - 1, 1)
+    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
+    write_out(f"\x1b[H{shown}\x1b[J")
+
+
+def _watch_once(upstream: Upstream, in_place: bool) -> None:
+    """Show a router's snapshots until their stream breaks, and that it has."""
+    url = upstream.url
+    try:
+        for now in follow_events(upstream):
+            _draw(render_snapshot(now, url, _columns(), time.time(), paint), in_place)
+    except (OSError, ValueError) as exc:
+        _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
+
+
+def _watch(places: Places) -> int:
+    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
+    upstream, _ = running_router(places)
+    try:
+        while True:
+            _watch_once(upstream, is_live_terminal())
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _cmd_status(args: Any) -> int:
+    places = _places(args)
+    if args.watch:
+        return _watch(places)
+    broken: Optional[UserError] = None
+    config = Config()
+    try:
+        if not pinned_url(places):
+            config = planned_config(places)
+            config = true_config(config, places, running_channel(places) == "next")
+    except UserError as exc:                    # what runs is of interest all the more
+        broken = exc
+    rows = _status_rows(places, config)
+    if args.json:
+        say(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
+            say(line)
+    if broken:
+        raise broken
+    return 0 if rows["running"] else 1
+
+
+def _add_status(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status", help="what runs, and in what state",
+        description="Show the daemons and the tiers, probed now. Exit code 0 when the stack is up,"
+                    " 1 when it is not.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
+    parser.add_argument("--demo", action="store_true", help="the demo's")
+    parser.set_defaults(run=_cmd_status)
+
+
+def _shell_in_use() -> str:
+    """The shell that reads our output: the hook's, else the user's."""
+    hooked, _ = hook_of(os.environ)
+    return hooked or shell_name(shell_program(os.environ)) or "bash"
+
+
+def _say_raw(text: str) -> None:
+    """Text for a shell: the bytes of a path are what they are."""
+    if not text:
+        return
+    if sys.stdout.isatty():                     # shown, and not evaluated
+        say(text.rstrip("\n"))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    write_out(text.rstrip("\n") + "\n")
+
+
+def _cmd_reload(args: Any) -> int:
+    """The shell's part first: it is of use with the router down, too."""
+    places = _places(args)
+    tell = say if sys.stdout.isatty() else _tell
+    if not args.demo:
+        _say_raw(shell_lines(places, args.shell or _shell_in_use(), os.environ))
+        if not hook_trusted(places):
+            tell(untrusted_line(places))
+        if pinned_url(places):
+            return 0
+        check_run_trust(places)                 # credentials would go to what the file names
+    load_config(places, warn)
+    record = running_record(places)
+    if record is None:
+        raise UserError("the router of this project is not running", "run `llmstack start`")
+    problem = ask_reload(record, os.environ)
+    if problem:
+        raise UserError(f"the router keeps its old models.ini: {problem}", "mend it, then again")
+    tell("models.ini is read again. Changed tiers need `llmstack restart`.")
+    return 0
+
+
+def _add_reload(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reload", help="let the running router and this shell read the project again",
+        description="Check models.ini and have the router read it again: routing changes at once,"
+                    " without a restart. Tiers and flags of models need `llmstack restart`."
+                    " Printed is what the shell is to evaluate: eval \"$(llmstack reload)\", in"
+                    " fish llmstack reload | source.")
+    parser.add_argument("--demo", action="store_true", help="the demo's")
+    parser.add_argument("--shell", choices=SHELLS,
+                        help="whose language to print (default: that of the hook, of"
+                             " $LLMSTACK_SHELL or of $SHELL)")
+    parser.set_defaults(run=_cmd_reload)
+
+
+def _cmd_activate(args: Any) -> int:
+    path = write_hook(args.shell, data_dir(os.environ))
+    if sys.stdout.isatty():
+        _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up"
+              f" file:\n  {activate_line(args.shell)}")
+    source = "." if args.shell == "powershell" else "source"
+    _say_raw(f"{source} {shell_quote(args.shell, path)}\n")
+    return 0
+
+
+def _add_activate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "activate", help="a hook that wires a shell to the project it is in",
+        description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
+                    " turns it on. In the shell's start-up file: eval \"$(llmstack activate"
+                    " zsh)\".")
+    parser.add_argument("shell", choices=SHELLS, help="whose hook")
+    parser.set_defaults(run=_cmd_activate)
+
+
+def _cmd_hook(shell: str, directory: str) -> int:
+    """Behind the hooks: what to evaluate in a project.
+
+    It does without argparse, whose import takes longer than all of it.
+    """
+    places = places_at(data_dir(os.environ), os.path.realpath(directory))
+    _say_raw(hook_answer(places, shell, os.environ, _tell))
+    return 0
+
+
+def _cmd_trust(args: Any) -> int:
+    places = _places(args)
+    if args.directory or not os.path.isdir(places.state):
+        work = args.directory or project_above(places.work) or places.work
+        places = places_at(places.data, os.path.abspath(work))
+    if not os.path.isdir(places.state):
+        raise UserError(f"there is no .llmstack in {visible(places.work)}",
+                        "run `llmstack install` there")
+    effects = project_effects(places)           # first: what changes behind it is not trusted
+    every = [effect for part in effects.values() for effect in part]
+    for line in trust_facts(places, every):
+        say(line)
+    trust_effects(places, effects)
+    broken = [effect.name for effect in every if effect.problem]
+    if broken:
+        raise UserError(f"not trusted: {', '.join(broken)}; the rest is",
+                        "mend it, or move it away")
+    say("Trusted as it is now.")
+    return 0
+
+
+def _add_trust(commands: Any) -> None:
+    parser = commands.add_parser(
+        "trust", help="let a project's .llmstack/ take effect on this machine",
+        description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
+                    " now. What `install` writes is trusted already; a changed file is to be"
+                    " trusted again.")
+    parser.add_argument("directory", metavar="DIR", nargs="?",
+                        help="the project (default: the one we are in)")
+    parser.set_defaults(run=_cmd_trust)
+
+
+def _default_remote() -> str:
+    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+
+
+def _external_url(args: Any, places: Places) -> str:
+    """The router that `install` is to use, "" for this project's own. Errors: UserError."""
+    if args.current or args.next:
+        return ""
+    named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
+    if args.external is not None:
+        return args.external or named or _default_remote()
+    return named or trusted_url(places)
+
+
+def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) -> None:
+    if not wire_project(places, marker, opencode_json, say):
+        say(f"Nothing to change: {places.in_state('opencode.json')} is as it should be.")
+    for line in cramped_models(config):
+        warn(line)
+
+
+def _install_external(args: Any, places: Places, url: str) -> int:
+    remote = fetch_remote(url, os.environ, args.insecure)
+    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    check_state(places)
+    leave_daemons(places, remote, say)
+    _wire(places, Marker("external", remote.url), text, remote.config)
+    names = ", ".join(t.name for t in remote.config.tiers)
+    say(f"This project uses the router at {remote.url}: {names}.")
+    if args.insecure:
+        warn("its certificate was not verified; opencode verifies it, so name it in"
+             " NODE_EXTRA_CA_CERTS before you run that")
+    return 0
+
+
+def _cmd_install(args: Any) -> int:
+    places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
+    url = _external_url(args, places)
+    if url:
+        return _install_external(args, places, url)
+    if args.insecure:
+        raise UserError("--insecure is for --external https://...", "leave it out", 2)
+    if not args.print:
+        seed_project(places, say, profile=args.profile)
+    config = planned_config(places, warn, args.profile)
+    if not args.print:
+        _warn_unserved(places, config, _ask)
+    use_next = _wants_next(args, places, config)
+    config = true_config(config, places, use_next, warn)
+    url = base_url(*router_address(places, config))
+    text = project_opencode_json(places, config, url, os.environ)
+    if args.print:
+        say(text.rstrip("\n"))
+        return 0
+    channel = "next" if use_next else "current"
+    _wire(places, Marker(channel), text, config)
+    running = running_channel(places)
+    if not running:
+        say(f"Pinned to the {channel} channel. Bring it up with `llmstack start`.")
+    elif running != channel:
+        say(f"The {running} channel is running; `llmstack restart --{channel}` changes it.")
+    return 0
+
+
+def _add_install(commands: Any) -> None:
+    parser = commands.add_parser(
+        "install", aliases=["init", "configure"],
+        help="give this project its opencode.json",
+        description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
+                    " pinned to; models.ini where there is none. Without an option the channel"
+                    " stays as it is.")
+    channel = parser.add_mutually_exclusive_group()
+    channel.add_argument("--current", action="store_true", help="pin the current models")
+    channel.add_argument("--next", action="store_true",
+                         help="pin the queued upgrades (hf_file_next, model_next)")
+    channel.add_argument("--external", metavar="URL", nargs="?", const="",
+                         help="use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                              f" {_default_remote()}) instead of one of this project")
+    parser.add_argument("--insecure", action="store_true",
+                        help="do not verify that router's certificate")
+    _add_profile(parser)
+    parser.add_argument("-n", "--print", action="store_true",
+                        help="print opencode.json and write nothing")
+    parser.set_defaults(run=_cmd_install)
+
+
+def _why_config(places: Places) -> Config:
+    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
+    url = trusted_url(places)
+    if url:
+        return fetch_remote(url, os.environ).config
+    config = planned_config(places, warn)
+    return true_config(config, places, running_channel(places) == "next", warn)
+
+
+def _read_body(file: str) -> Dict[str, Any]:
+    """A request body from a file, or from standard input for `-`. Errors: UserError."""
+    hint = "give it the body of a request"
+    try:
+        if file == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(file, "rb") as source:
+                data = source.read()
+        body = json.loads(data.decode("utf-8"))
+    except OSError as exc:
+        raise UserError(f"cannot read {file}: {exc.strerror}",
+                        "name a file that holds a JSON request body", 2) from None
+    except (ValueError, RecursionError) as exc:
+        raise UserError(f"{file} is not JSON: {exc}", hint, 2) from None
+    if not isinstance(body, dict):
+        raise UserError(f"{file} is not a JSON object", hint, 2)
+    return body
+
+
+def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
+    """(a body with the tier that its model means, "gpt-4o is auto here: " or "").
+
+    Errors: UserError, as the router answers 404.
+    """
+    given = body.get("model")
+    name = resolve_on_path(config, path, given)
+    if not name:
+        raise UserError(str(unknown_model(config, given)),
+                        "name one of them, or give the name a line in [ALIASES]", 1)
+    if name == given or given is None:
+        return body, ""
+    return {**body, "model": name}, f"{visible(str(given))} is {name} here: "
+
+
+def _why_decision(args: Any, places: Places, config: Config,
+                  path: str) -> Tuple[Decision, str]:
+    """The decision for the body that `why` is given, and what its model is here.
+
+    Errors: UserError.
+    """
+    body, renamed = _as_resolved(config, path, _read_body(args.file))
+    barred = {**missing_credentials(config, os.environ),
+              **unserved_hosted(places, config, os.environ, False)}
+    try:
+        facts = read_facts(path, body, config.routing.ultra_triggers)
+        return decide(facts, config, barred=barred), renamed
+    except HttpError as exc:
+        raise UserError(str(exc),
+                        f"give a tier one of these roles in {places.models_ini}", 1) from None
+    except RecursionError:
+        raise UserError(f"{args.file} is nested too deeply",
+                        "give it the body of a request", 2) from None
+
+
+def _cmd_why(args: Any) -> int:
+    places = _places(args)
+    config = _why_config(places)
+    path = inference_path(args.path)
+    if not path:
+        raise UserError(f"{args.path} is no path that auto is resolved on",
+                        "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
+    decision, renamed = _why_decision(args, places, config, path)
+    why = renamed + decision.reason
+    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
+    if tier is not None and tier.backend != "gguf":
+        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
+        if wrong:
+            why += f"; {wrong}"
+    refused = decision.refused
+    if args.json:
+        found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
+                 "reason": why, "refused": refused, "nearest": decision.nearest or None}
+        say(json.dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
+    for name, reason in refused.items():
+        say(f"  not {name}: {reason}")
+    if decision.nearest:
+        say(f"  nearest change: {decision.nearest}")
+    return 0
+
+
+def _add_why(commands: Any) -> None:
+    parser = commands.add_parser(
+        "why", help="which tier a request would go to, and why",
+        description="Print the decision for a request body without sending anything.")
+    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
+    parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
+                        help="the path it would be posted to (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_cmd_why)
+
+
+def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
+    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
+    if not names:
+        return [t.name for t in config.tiers]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name}",
+                            "one of " + ", ".join(t.name for t in config.tiers), 2)
+    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
+
+
+class FitSet(NamedTuple):
+    """Tiers that may be loaded together."""
+
+    tiers: Tuple[str, ...]
+    need_gb: float
+    fits: bool
+
+
+FIT_COLUMNS = 60
+
+
+def _say_wrapped(text: str, indent: str) -> None:
+    import textwrap
+    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
+                              break_long_words=False, break_on_hyphens=False):
+        say(line)
+
+
+def _say_fit(fit: TierFit, width: int) -> None:
+    total, largest = f"~{fit.need_gb:.1f}", "?"
+    memory = fit.memory
+    if memory is not None:
+        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
+    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
+    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
+    parts = []
+    if memory is not None:
+        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
+        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
+    if fit.host_gb:
+        parts.append(f"{fit.host_gb:.2f} of these on the host")
+    if fit.cache_mib:
+        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
+    parts.append(FIT_SOURCES[fit.source])
+    _say_wrapped(", ".join(parts), "  ")
+    if fit.note:
+        _say_wrapped(fit.note, "  ")
+
+
+def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
+    """At most FIT_COLUMNS wide, where no name is long."""
+    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
+    width = max([len(f.name) for f in fits] + [4])
+    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
+    for fit in fits:
+        _say_fit(fit, width)
+    if sets:
+        say("\nTogether, in GB:")
+    for together in sets:
+        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
+        if not together.fits:
+            say(f"          {paint('does not fit: they take turns', '33')}")
+
+
+def _cmd_fit(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    config = planned_config(places, warn)
+    chosen = _fit_tiers(config, args.tiers)
+    use_next = _wants_next(args, places, config)
+    config = true_config(config, places, use_next, warn)
+    machine = running_machine(places, config) or this_machine(config)
+    fits = measure_tiers(config, machine, os.environ, use_next, True)
+    fits = [f for f in fits if f.name in chosen]
+    sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
+            for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
+    if args.json:
+        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
+        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
+                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
+        say(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _say_fits(machine, fits, sets)
+    return 0 if all(f.fits for f in fits) else 1
+
+
+def _add_fit(commands: Any) -> None:
+    parser = commands.add_parser(
+        "fit", help="what each tier takes in memory, and what fits together here",
+        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
+                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
+    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_cmd_fit)
+
+
+class RouterPlan(NamedTuple):
+    """What a router is to be, whatever stands behind it."""
+
+    places: Places
+    config: Config
+    host: str
+    use_next: bool
+    local: bool                                 # the project's own engine is behind it
+    remedy: str                                 # what helps when that does not answer
+
+
+def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
+    """What says of a later configuration which tiers the engine does not serve, and why."""
+    known = {t.name for t in plan.config.tiers if t.backend != "openai"}
+
+    def unserved(config: Config) -> Dict[str, str]:
+        found = unserved_hosted(plan.places, config, os.environ, plan.use_next)
+        for tier in config.tiers:
+            if tier.backend != "openai" and tier.name not in known:
+                found[tier.name] = "the engine does not know it before `llmstack restart`"
+        return found
+
+    return unserved
+
+
+def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+    places = plan.places
+    unserved: Optional[Callable[[Config], Dict[str, str]]] = None
+    record: Optional[Recorder] = None
+    foreign_logs: Tuple[str, ...] = ()
+    bundled = b""
+    if plan.local:
+        unserved = _unserved_by(plan)
+        foreign_logs = (places.log("llama-swap.log"),)
+        if plan.config.decision_log:
+            record = Recorder(places.log("decisions.jsonl"))
+    elif not os.path.exists(places.models_ini):
+        bundled = read_resource("models.ini")
+
+    def reload() -> Config:
+        if places.work != demo_dir(places.data):    # whose model is of another place by design
+            check_run_trust(places)
+        config = load_config(places, log.warning)
+        if not plan.local:
+            return config
+        return true_config(config, places, plan.use_next, log.warning)
+
+    app = RouterApp(
+        plan.config, behind, log,
+        loopback=is_loopback(plan.host),
+        key=api_key(os.environ),
+        models_ini=places.models_ini,
+        bundled=bundled,
+        reload=reload,
+        use_next=plan.use_next,
+        unserved=unserved,
+        remedy=plan.remedy,
+        env=os.environ,
+        record=record,
+        foreign_logs=foreign_logs,
+    )
+    if plan.local:
+        app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    return app
+
+
+def _listen(host: str, port: int, app: App) -> Any:
+    """A listening server. Errors: UserError, who has the port."""
+    try:
+        return make_server(host, port, app)
+    except OSError as exc:
+        holder = exc.strerror
+        if port and not port_is_free(host, port):
+            holder = f"taken by {port_holder(port)}"
+        raise UserError(f"cannot listen on {host} port {port}: {holder}",
+                        "choose another --port, or --host") from None
+
+
+class _Terminated(BaseException):
+    """SIGTERM, on its way to the main thread's server loop."""
+
+
+def _on_signals(hangup: Callable[[], None],
+                shutdown: Callable[[], None] = lambda: None) -> None:
+    """TERM ends the server loop; HUP ends nothing.
+
+    A terminal that closes takes no daemon with it.
+    """
+    import signal
+
+    def terminate(*_: object) -> None:
+        shutdown()                              # an exception in a finalizer would be lost
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    if not IS_WINDOWS:
+        signal.signal(signal.SIGHUP, lambda *_: hangup())
+
+
+def _run_until_signal(server: Any, app: RouterApp) -> None:
+    """Serve until a signal says to stop."""
+    _on_signals(app.ask_reload, server.shutdown)
+    try:
+        server.serve_forever(1.0)
+    finally:
+        app.log.flush()
+        server.server_close()
+
+
+def _cmd_serve(args: Any) -> int:
+    places = _places(args)
+    check_run_trust(places)
+    config = load_config(places, warn)
+    host = args.host or config.host
+    port = config.router_port if args.port is None else args.port
+    check_exposure(host, config, os.environ)
+    upstream = Upstream("127.0.0.1", config.engine_port)
+    remedy = "run `llmstack start`"
+    if args.upstream:
+        if config.local_only and not _LOCAL_URL.match(args.upstream):
+            raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}",
+                            "take local_only out, or name another", 2)
+        upstream = parse_upstream(args.upstream)
+        remedy = "start it, or name another --upstream"
+    log = Log("", os.environ.get("LOG_LEVEL", "info"))
+    use_next = _wants_next(args, places, config)
+    plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
+    app = _router_app(plan, upstream, log)
+    more_files()
+    server = _listen(host, port, app)
+    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
+    _run_until_signal(server, app)
+    return 0
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve", help="the router alone, in the foreground",
+        description="Run the router in the foreground against any OpenAI-compatible upstream; for"
+                    " launchd, systemd, containers and benchmarks. Its first line is its address.")
+    parser.add_argument("--upstream", metavar="URL",
+                        help="where requests go (default: this project's engine)")
+    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
+    parser.add_argument("--port", metavar="P", type=_port,
+                        help="port, 0 for any free one (models.ini: router_port)")
+    parser.set_defaults(run=_cmd_serve, next=False)
+
+
+def _ignore_signals() -> None:
+    """While ending: a second TERM must not cut the cleaning up short.
+
+    Whoever is in a hurry sends KILL.
+    """
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
+    """An environment for programs that do not ask the router."""
+    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+
+
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+    """The embedded engine. Errors: UserError."""
+    program = find_llama_server(config, os.environ, places.data)
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, os.environ, use_next)
+    config = with_caches(config, fits, machine)
+    parking = open_parking(places.data, config, log)
+    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
+    probing = threading.Lock()
+
+    def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
+        with probing:                           # at the first load: the daemon is up before that
+            if server not in refused:
+                refused[server] = probe_flags(server, config, places.data)
+                for said in refused_settings(config, refused[server]):
+                    log.warning(said)
+        return refused[server]
+
+    def command(tier: Tier, port: int) -> List[str]:
+        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
+        flags = probe(server)
+        tier = ready_tier(tier, os.environ, use_next)
+        words = server_command(server, tier, config, port, use_next, flags)
+        if parking is not None and "--slot-save-path" not in flags:
+            words += parking_flags(places.data)
+        return words
+
+    server = " ".join(program) or "no"
+    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
+                    _without_our_key(os.environ), machine.budget_gb, use_next, fits=fits,
+                    proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
+    return EngineApp(engine, log, MemoryWatch(machine))
+
+
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
+    data = places.data
+    env = _without_our_key(os.environ)
+    proxy = plan_proxy(places, config, env, use_next)
+    if proxy:
+        env = litellm_env(env)
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    path = places.in_state("llama-swap.yaml")
+    server = find_llama_server(config, env, data)
+    write_swap_yaml(places, config, use_next, proxy, path)
+    program = find_llama_swap(env, data)
+
+    def command(port: int) -> List[str]:
+        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
+
+    parking = open_parking(data, config, log)
+    bays = None
+    refused = probe_flags(server, config, data) if server else frozenset()
+
+    def identify(tier: Tier) -> str:
+        words = server_command(server, tier, config, 0, use_next, refused)
+        weights = cached_model(weights_for(tier, use_next), env)
+        return parking_identity([*words, *parking_flags(data)], weights, env)
+
+    if parking is not None and server and "--slot-save-path" not in refused:
+        bays = SwapBays(parking, local_tiers(config), identify, log)
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
+
+
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
+    places = _places(args)
+    level = os.environ.get("LOG_LEVEL", "info")
+    log = Log(places.log("router.log"), level)
+    engine_log = Log(places.log("engine.log"), level)
+    config = true_config(load_config(places), places, args.next, engine_log.warning)
+    remedy = "run `llmstack start`"
+    if places.work == os.path.join(places.data, "demo"):
+        remedy = "run `llmstack start --demo`"
+    more_files()
+    behind: Union[EngineApp, SwapApp]
+    if args.engine == "llama-swap":
+        behind = _swap_app(places, config, args.next, engine_log)
+    else:
+        behind = _embedded_app(places, config, args.next, engine_log)
+    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
+    app = _router_app(plan, behind, log)
+    try:
+        _on_signals(lambda: None)               # from here on there are children to end
+        engine_server = _listen("127.0.0.1", config.engine_port, behind)
+        server = _listen(args.host, args.port, app)
+        behind.page_url = base_url(args.host, server.server_port) + "/"
+        behind.start()
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
+                         daemon=True).start()
+        url = base_url(args.host, args.port)
+        log.info(f"llmstack {VERSION} on {url}, engine {args.engine}")
+        _run_until_signal(server, app)
+    finally:
+        _ignore_signals()
+        behind.close()
+        log.flush()
+        engine_log.flush()
+    return 0
+
+
+def _add_daemon(commands: Any) -> None:
+    parser = commands.add_parser("_daemon")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=_port, required=True)
+    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
+    parser.add_argument("--next", action="store_true")
+    parser.set_defaults(run=_cmd_daemon)
+
+
+def _always_yes(_: str) -> Optional[bool]:
+    """The answer of --yes."""
+    return True
+
+
+def _say_indented(line: str) -> None:
+    say(f"      {line}")
+
+
+def _take_step(setup: Setup, step: SetupStep) -> Tuple[str, str]:
+    """(mark, text) of how a step has gone. Errors: UserError where no other step makes sense."""
+    try:
+        return paint("ok", "32"), step.run(setup)
+    except _Skipped as exc:
+        setup.skipped.append(step.name)
+        return paint("skipped", "33"), str(exc)
+    except UserError as exc:
+        if step.name == "models.ini" or isinstance(exc, ConfigError):
+            raise
+        setup.failed.append(step.name)
+        text = str(exc)
+        if exc.hint:
+            text += f"\n      {exc.hint}"
+        return paint("failed", "31"), text
+
+
+def run_setup(setup: Setup) -> List[str]:
+    """Take every step; the names of those that failed.
+
+    Errors: UserError without a models.ini, which all others go by.
+    """
+    for number, step in enumerate(SETUP_STEPS, 1):
+        say(f"[{number}/{len(SETUP_STEPS)}] {step.name}: {step.purpose}")
+        began = time.monotonic()
+        mark, text = _take_step(setup, step)
+        _say_indented(f"{mark}: {text} ({time.monotonic() - began:.1f} s)")
+    return setup.failed
+
+
+def _cmd_setup(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    ask = _always_yes if args.yes else _ask
+    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
+    if failed:
+        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
+                        "mend what is said there, then run `llmstack setup` again: it goes on from"
+                        " there")
+    say("")
+    say("All set. Bring the stack up with `llmstack start`.")
+    return 0
+
+
+def _add_setup(commands: Any) -> None:
+    parser = commands.add_parser(
+        "setup", help="from a bare machine to loaded models, step by step",
+        description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
+                    " models, this project's wiring, a first answer. It can be run again at any"
+                    " time: what is done is left alone, what failed is tried again. Exit code 1"
+                    " when a step failed.")
+    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
+    parser.add_argument("--skip-wait", action="store_true",
+                        help="leave the downloads to the background")
+    parser.add_argument("--yes", action="store_true",
+                        help="ask nothing: bring llama.cpp's server and fetch the models")
+    parser.add_argument("--profile", metavar="NAME", default="",
+                        help="the tiers for a memory size, in GB, other than this machine's")
+    parser.set_defaults(run=_cmd_setup)
+
+
+def _stop_download(args: Any, places: Places) -> int:
+    """`download --stop`. Errors: UserError."""
+    if args.tiers or args.next or args.wait:
+        raise UserError("--stop ends the whole download, and takes nothing beside it",
+                        "see `llmstack download --help`", 2)
+    if stop_downloads(places):
+        say("Stopped; `llmstack download` goes on from there.")
+    else:
+        say("Nothing is being downloaded.")
+    return 0
+
+
+def _cmd_download(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    if args.stop:
+        return _stop_download(args, places)
+    seed_project(places, say)
+    config = load_config(places, warn)
+    both = ("current", "next")
+    labels = ("next",) if args.next else both
+    jobs, skipped = plan_downloads(config, args.tiers, labels)
+    for line in skipped:
+        say(line)
+    if not jobs:
+        say("Nothing to download.")
+        return 0
+    known, _ = plan_downloads(config, (), both)
+    pid = start_downloads(places, jobs, known, os.environ, say)
+    many = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} models"
+    logs = places.log("dl-TIER-LABEL.log")
+    say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
+    if not args.wait and not sys.stdout.isatty():
+        return 0
+    failed = follow_downloads(places, [job.name for job in jobs], say)
+    if failed:
+        raise UserError(f"not downloaded: {', '.join(failed)}",
+                        "mend what its line says, then run it again")
+    return 0
+
+
+def _add_download(commands: Any) -> None:
+    parser = commands.add_parser(
+        "download", aliases=["download-models", "pull"],
+        help="fetch the models, in the background",
+        description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
+                    " one after another, in the background; on a terminal, show it until it is"
+                    " done. What was interrupted goes on where it ended. HF_TOKEN in the"
+                    " environment opens gated repositories.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*",
+                        help="tiers to fetch (default: all local ones)")
+    parser.add_argument("--next", action="store_true",
+                        help="the queued upgrades only (hf_file_next)")
+    parser.add_argument("--wait", action="store_true",
+                        help="wait until all is done, without a terminal, too")
+    parser.add_argument("--stop", action="store_true",
+                        help="end the background download; what it has is kept")
+    parser.set_defaults(run=_cmd_download)
+
+
+def _cmd_download_worker(args: Any) -> int:
+    """The process behind `download`."""
+    return run_downloads(_places(args), os.environ)
+
+
+def _add_download_worker(commands: Any) -> None:
+    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
+
+
+def _cmd_install_llama_swap(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    install_llama_swap(os.environ, places.data, args.release, args.force, say)
+    return 0
+
+
+def _add_install_llama_swap(commands: Any) -> None:
+    parser = commands.add_parser(
+        "install-llama-swap", help="fetch llama-swap's binary",
+        description="Fetch the release for this platform, verify its checksum and install it for"
+                    " all projects (in LLMSTACK_BIN_DIR, or bin of the data directory). The same"
+                    " version again: nothing is done.")
+    parser.add_argument("--force", "-f", action="store_true",
+                        help="install it even where that version is there")
+    parser.add_argument("--version", metavar="V", dest="release", default="",
+                        help="a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
+                             " the latest)")
+    parser.set_defaults(run=_cmd_install_llama_swap)
+
+
+# Whether the hub has a file -> what `check` says of it.
+_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
+
+
+def _say_weights(label: str, row: Mapping[str, Any]) -> None:
+    """A tier's file of a channel, as `check` shows it."""
+    where, known = row.get("path"), "a file here"
+    if "repo" in row:
+        where = f"{row['url']} {row['file']}"
+        known = _HUB_WORDS[row["exists"]]
+    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
+    changed = f", changed {row['changed']}" if row.get("changed") else ""
+    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
+    say(f"  {label:<8} {where}")
+    say(f"           {known}, {size}{changed}; local copy: {local}")
+
+
+def _say_check(row: Mapping[str, Any]) -> None:
+    """A tier of `check`."""
+    say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
+    if "model" in row:
+        queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
+        say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
+    for label in ("current", "next"):
+        if label in row:
+            _say_weights(label, row[label])
+    for what in row["drift"]:
+        say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
+
+
+def _cmd_check(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    config = planned_config(places, warn)
+    found = check_stack(places, config, os.environ, args.offline)
+    code = 0 if found["ok"] else 1
+    if args.json:
+        say(json.dumps(found, indent=2, ensure_ascii=False))
+        return code
+    for row in found["tiers"]:
+        _say_check(row)
+    say("")
+    say(f"llama-server  {found['llama_server'] or 'none'}")
+    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
+    for note in found["notes"]:
+        warn(note)
+    for need in found["needs"]:
+        say(f"{paint('needs you', '33')}: {need}")
+    return code
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check", aliases=["check-models"],
+        help="configured models against the hub, the disk and what runs",
+        description="Look at every tier: is its file on the hub, is it here and whole, what is"
+                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
+                    " Exit code 1 when something needs you.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
+    parser.set_defaults(run=_cmd_check)
+
+
+def _cmd_version(args: Any) -> int:
+    say(f"llmstack {VERSION}")
+    return 0
+
+
+def _add_version(commands: Any) -> None:
+    commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
+
+
+def _add_help(commands: Any) -> None:
+    parser = commands.add_parser("help", help="list the commands, or explain one")
+    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="",
+                        help="the one to explain")
+    parser.set_defaults(run=None)
+
+
+ADD_COMMANDS = (
+    _add_setup,
+    _add_install,
+    _add_install_litellm,
+    _add_install_llama_swap,
+    _add_start,
+    _add_stop,
+    _add_forget,
+    _add_restart,
+    _add_status,
+    _add_reload,
+    _add_why,
+    _add_fit,
+    _add_download,
+    _add_check,
+    _add_serve,
+    _add_activate,
+    _add_trust,
+    _add_version,
+    _add_help,
+    _add_daemon,
+    _add_download_worker,
+)
+
+
+def render_examples(prog: str) -> str:
+    """The lines of share/examples.txt that run this command, as the end of its help."""
+    try:
+        lines = read_shared_text("examples.txt").splitlines()
+    except UserError:
+        return ""
+    mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
+    return "\nexamples:\n" + "".join(mine) if mine else ""
+
+
+def new_parser(prog: str, description: str, **options: Any) -> Any:
+    """A parser with this program's manners."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            unknown = re.match("unrecognized arguments: ([^ =]*)", message)
+            if unknown:
+                what = unknown_word(unknown.group(1), self._option_string_actions)
+                message = f"{self.prog} has no {what}"
+            raise UserError(message, f"see `{self.prog} --help`", 2)
+
+        def format_help(self) -> str:
+            return super().format_help() + render_examples(self.prog)
+
+    return Parser(prog=prog, description=description, **options)
+
+
+def extra_parser(name: str, doc: str) -> Any:
+    """The parser of an extra, whose help is its docstring as it stands."""
+    import argparse
+    text, heading, examples = doc.rstrip().partition("examples:\n")
+    return new_parser("llmstack " + name, text, epilog=heading + examples,
+                      formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def make_parser() -> Any:
+    """The command line; `commands` are its subparsers.
+
+    Errors of usage exit with 2, in one line and a hint.
+    """
+    about = "A multi-tier local LLM stack behind one OpenAI-compatible address."
+    parser = new_parser("llmstack", about)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for add in ADD_COMMANDS:
+        add(commands)
+    parser.commands = commands.choices
+    parser.summaries = {a.dest: a.help for a in commands._choices_actions}
+    return parser
+
+
 def extra_summary(name: str) -> str:
     """The first line of an extra's docstring, "" where the extra is not here."""
     try:
-        found = re.search('"""(.*)', read_resource(extra_file(name)).decode("utf-8"))
+        text = read_resource(extra_file(name)).decode("utf-8")
     except UserError:
         return ""
-    line = found.group(1).rstrip('".') if found else ""
+    found = re.search('"""(.*)', text)
+    if not found:
+        return ""
+    line = found.group(1).rstrip('".')
     return line[:1].lower() + line[1:]
 
 
@@ -15982,20 +16933,27 @@ def run_command(argv: Sequence[str]) -> int:
     return int(args.run(args))
 
 
+def _mend_streams() -> None:
+    """See that both output streams take whatever is written to them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:          # `llmstack status >&-` leaves none
+            setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without Unicode shows \u2192 rather than a traceback.
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line and return its exit code; the one place that prints errors."""
-    for name in ("stdout", "stderr"):           # `llmstack status >&-` leaves none
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):     # a terminal without Unicode shows \u2192 rather than a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _mend_streams()
     try:
         return run_command(sys.argv[1:] if argv is None else argv)
     except UserError as exc:
         sys.stdout.flush()
-        for line in (exc.problems if isinstance(exc, ConfigError) else (str(exc),)):
-            _tell(f"llmstack: error: {line}")
+        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
+        for problem in problems:
+            _tell(f"llmstack: error: {problem}")
         if exc.hint:
             _tell(f"hint: {exc.hint}")
         return exc.exit_code
@@ -16005,7 +16963,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except _Terminated:
         return 0
     except _OutputFailed as exc:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails no more
+        # What is buffered must not fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if exc.message:                         # not for `llmstack status | head`
             _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
