@@ -9961,6 +9961,14 @@ def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     return parts[0] if all(parts) else ""
 
 
+def fetching_words(tier: Tier, use_next: bool) -> str:
+    """What brings a tier's missing file here, as `status` says it."""
+    weights = weights_for(tier, use_next)
+    if weights.repo:
+        return f"llmstack download {tier.name}"
+    return f"there is no {visible(weights.path)}"
+
+
 def hub_endpoint(env: Mapping[str, str]) -> str:
     """Where llama-server asks for models, too."""
     named = env.get("MODEL_ENDPOINT") or env.get("HF_ENDPOINT")
@@ -11667,7 +11675,7 @@ class Engine:
         for model in stopped:                   # looks at the disk, so not under the lock
             row = rows[model.name]
             if row["state"] == "not loaded" and not self._is_here(model):
-                row.update(state="not here", reason=f"llmstack download {model.name}")
+                row.update(state="not here", reason=fetching_words(model.tier, self.use_next))
         kept = 0
         if self._parking is not None:
             where = self._parking.directory
@@ -15765,9 +15773,9 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Di
     tier = config.by_name(row["name"])
     row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
     if tier is not None and tier.backend == "gguf" and not rows["running"]:
-        weights = weights_for(tier, rows["channel"] == "next")
-        if not cached_model(weights, os.environ):
-            row.update(state="not here", reason=f"llmstack download {tier.name}")
+        use_next = rows["channel"] == "next"
+        if not cached_model(weights_for(tier, use_next), os.environ):
+            row.update(state="not here", reason=fetching_words(tier, use_next))
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,15 @@ def test_no_word_of_a_router_breaks_the_status(key: str) -> None:
 ])
 def test_a_failure_says_its_reason_in_words(said: str, words: str) -> None:
     assert llmstack.load_failure_words(said) == words
+
+
+def test_a_missing_file_that_no_hub_has_is_not_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".llmstack").mkdir()
+    (tmp_path / ".llmstack" / "models.ini").write_text(
+        "[own]\nrole = fast\npath = gone.gguf\n[theirs]\nrole = agent\nhf_repo = o/n\nhf_file = f.gguf\n")
+    llmstack.main(["status"])
+    out = capsys.readouterr().out
+    assert re.search(r"own .*not here.* there is no .*gone\.gguf", out)
+    assert re.search(r"theirs .*not here.* llmstack download theirs", out)
