@@ -4374,20 +4374,17 @@ def tokens_said(said: bytes) -> Counts:
     found: Dict[bytes, float] = {}
     for name, value in counts:
         found[name] = max(found.get(name, 0.0), float(value))
-
-    def number(*names: bytes) -> int:
-        return int(next((found[n] for n in names if found.get(n)), 0))
-
-    cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
-    output = number(b"predicted_n", b"completion_tokens", b"output_tokens")
-    prompt = number(b"prompt_tokens")
+    of = found.get
+    cached = of(b"cache_n") or of(b"cached_tokens") or of(b"cache_read_input_tokens") or 0
+    output = of(b"predicted_n") or of(b"completion_tokens") or of(b"output_tokens") or 0
+    prompt = of(b"prompt_tokens") or 0
     if b"prompt_n" in found:                    # llama.cpp: what was read anew
-        prompt = int(found[b"prompt_n"]) + number(b"cache_n")
+        prompt = found[b"prompt_n"] + found.get(b"cache_n", 0)
     elif not prompt:
-        prompt = number(b"input_tokens")
+        prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
-            prompt += cached + number(b"cache_creation_input_tokens")
-    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
+            prompt += cached + found.get(b"cache_creation_input_tokens", 0)
+    return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
                   found.get(b"predicted_per_second", 0.0))
 
 
@@ -4479,7 +4476,7 @@ def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> 
     if isinstance(named, str) and named:
         return named[:200]
     import zlib
-    begins = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
     for message in _messages(body):
         begins.append(_plain_text(message.get("content")))
         if message.get("role") == "user":
@@ -8138,7 +8135,6 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
         upstream = lease.upstream
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
-        terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
         lease.asks(target, body)
         outcome = relay(client, request, upstream, target, body, terms)
         lease.answered(outcome)
@@ -8279,9 +8275,11 @@ class UpstreamApp(Behind):
                 name, stream = str(values.get("model")), values.get("stream") is True
         if stream:
             request = uncompressed(request)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
-        outcome = ask_lease(client, request, self.lease(name), request.target,
-                            [body] if body else [], terms, Waiting(client, inference, stream))
+        lease, waiting = self.lease(name), Waiting(client, inference, stream)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()),
+                      waiting=lambda: waiting.tell(lease.stage))
+        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
+                            terms, waiting)
         if outcome.state == "broken":
             self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
                              f" {outcome.detail}")
@@ -8310,6 +8308,10 @@ def _json_of(request: Request, body: bytes) -> Any:
 # logs/decisions.jsonl: a line a request, without a word of its text. `llmstack replay` reads it.
 
 
+# json.dumps makes an encoder of its own for each line.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 class Recorder:
     """Writes the decision record; lines wait for the next flush."""
 
@@ -8319,12 +8321,16 @@ class Recorder:
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
-    def add(self, row: Dict[str, Any], conversation: str) -> None:
-        """Keep a row; the conversation is told by a hash that nobody can look up."""
+    def name(self, conversation: str) -> str:
+        """What tells a conversation from others in the record: a hash that nobody can look up."""
         import hashlib
+        if not conversation:
+            return ""
         digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        name = digest.hexdigest()[:12] if conversation else ""
-        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+        return digest.hexdigest()[:12]
+
+    def add(self, row: Dict[str, Any]) -> None:
+        self._waiting.append(row)
 
     def flush(self) -> None:
         """Write what waits. A full disk loses lines, and stops nothing."""
@@ -8332,8 +8338,7 @@ class Recorder:
             return
         with self._lock:
             rows = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
-                           for r in rows)
+            text = "".join(_ENCODE(row) + "\n" for row in rows)
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
@@ -8504,15 +8509,15 @@ class Events:
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
-        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
+        per_s = row.get("per_s", 0.0)
         with self._lock:
             self._number += 1
-            self._rows.append({"number": self._number, "time": now, **row})
+            self._rows.append((self._number, row))
             if row["ended"] in ("done", "broken"):
                 first_s = 0.0                   # an answer in one piece does not tell
                 if row["stream"]:
                     first_s = round(row["wait_s"] + row["first_byte_s"], 4)
-                self._points.append((now, row["tier"], first_s, per_s))
+                self._points.append((row["time"], row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
 
@@ -8537,7 +8542,7 @@ class Events:
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
-            return [row for row in self._rows if row["number"] > number]
+            return [{"number": its, **row} for its, row in self._rows if its > number]
 
     def listen(self, client: Client, request: Request) -> None:
         """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
@@ -9697,15 +9702,17 @@ class RouterApp(App):
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
+        row.update(time=round(time.time(), 3), wait_s=round(ongoing.wait_s, 3),
+                   total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
         if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
             row["per_s"] = round(row["output"] / writing_s, 1)
-        self.events.add(row)
         if self._record is not None:
-            self._record.add(row, asked.conversation)
+            row["conversation"] = self._record.name(asked.conversation)
+            self._record.add(row)
+        self.events.add(row)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -9807,10 +9814,11 @@ class RouterApp(App):
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation, asked.patience_s)
         told = asked.stream and asked.translation is None
         waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
+        terms = Terms(headers, drop, judge, lambda: waiting.tell(lease.stage),
+                      STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release, asked.translation, asked.patience_s)
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
