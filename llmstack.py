@@ -11028,7 +11028,8 @@ class Bay:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        if not body:
+        worth = parking.worth(identity, counts.prompt)
+        if not body or not (worth or restored):
             return
         values = parse_json_object(body)
         for parked in restored:
@@ -11042,7 +11043,7 @@ class Bay:
                 except UserError as exc:
                     self._log.warning(str(exc))
         turns = len(talk_turns(values))
-        if turns and parking.worth(identity, counts.prompt):
+        if turns and worth:
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
                         counts.prompt + counts.output)
             with self._lock:
@@ -11251,7 +11252,6 @@ class Ticket(Lease):
         if not self._engine.try_enter(self):
             return False
         self._entered = True
-        self._engine.dequeue(self)
         self.upstream, self.bay = self.model.upstream, self.model.bay
         return True
 
@@ -11330,33 +11330,33 @@ class Engine:
             if not name:
                 what = "no such path here, and no model named in the request"
             raise HttpError(404, f"{what}; there are: {known}", "not_found")
-        return self.enqueue(model)
-
-    def enqueue(self, model: Model) -> Ticket:
-        with self._changed:
-            ticket = Ticket(self, model)
-            self._tickets.append(ticket)
-            return ticket
+        return Ticket(self, model)
 
     def try_enter(self, ticket: Ticket) -> bool:
         """True when the ticket's model is ready and now counts this request.
 
-        Else what can be done for it is begun. Errors: LoadError, when it cannot be loaded.
+        Else the ticket queues, and what can be done for it is begun. Errors: LoadError, when it
+        cannot be loaded.
         """
+        model = ticket.model
+        process = model.process
+        died = process is not None and process.poll() is not None   # a system call: before the lock
         with self._changed:
-            model = ticket.model
             if self._closing:
                 raise LoadError("the engine is stopping")
-            if model.state == "ready" and model.process.poll() is not None:
+            if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
                                   f" (exit {model.process.returncode}); starting it again")
                 self._forget(model)
             if model.state == "ready":
-                if self._must_yield(ticket):
+                if self._tickets and self._must_yield(ticket):
+                    self._queue(ticket)
                     return False
+                self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
+            self._queue(ticket)
             if model.state == "stopped":
                 if time.monotonic() - model.failed_at < FAILED_LOAD_S:
                     raise LoadError(model.failure)
@@ -11393,10 +11393,25 @@ class Engine:
             return True
         return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
 
-    def dequeue(self, ticket: Ticket) -> None:
-        with self._changed:
+    def _queue(self, ticket: Ticket) -> None:
+        if ticket not in self._tickets:
+            self._tickets.append(ticket)
+
+    def _unqueue(self, ticket: Ticket) -> None:
+        if ticket in self._tickets:
             self._tickets.remove(ticket)
             self._changed.notify_all()
+
+    def enqueue(self, model: Model) -> Ticket:
+        """A ticket that queues before its model has been looked at."""
+        with self._changed:
+            ticket = Ticket(self, model)
+            self._queue(ticket)
+            return ticket
+
+    def dequeue(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
         with self._changed:
