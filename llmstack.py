@@ -3869,9 +3869,10 @@ def _refuse_controls(text: bytes) -> None:
 
 
 def _split_head(head: bytes) -> List[bytes]:
-    """The lines of a head. Errors: ValueError."""
+    """The lines of a head. Errors: ValueError for control bytes but those that end lines."""
     lines = head.split(b"\r\n")
-    _refuse_controls(b"".join(lines))
+    if len(head) - len(head.translate(None, _CONTROL_BYTES)) != 2 * (len(lines) - 1):
+        raise ValueError("a control byte, or a bare CR or LF")
     return lines
 
 
