@@ -3340,6 +3340,13 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
     return config._replace(tiers=tuple(tiers))
 
 
+def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
+    """`config` with no tier above what its running server holds: tier -> tokens a conversation."""
+    tiers = [t._replace(ctx_size=min(t.ctx_size, served.get(t.name) or t.ctx_size))
+             for t in config.tiers]
+    return config._replace(tiers=tuple(tiers))
+
+
 class MemoryState(NamedTuple):
     """How the machine is off for memory at one moment."""
 
@@ -8222,6 +8229,10 @@ class Behind(App):
         `pressure`, why no more memory is taken now."""
         return {}
 
+    def contexts(self) -> Dict[str, int]:
+        """Tier -> tokens that a conversation may have there, as far as its servers have said."""
+        return {}
+
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
 
@@ -8984,6 +8995,8 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]                 # by name and alias
     hosts: Mapping[str, Host]                   # by base_url
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
+    asked: Config                               # as it was read: `config` has the contexts served
+    served: Mapping[str, int]                   # by tier, tokens
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -9222,7 +9235,7 @@ class RouterApp(App):
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
-        self._snapshot = self._adopt(config, {})
+        self._snapshot = self._adopt(config, {}, {})
         self._started_with, self._started = config.tiers, time.time()
         self._read_last = self._ini_digest()
         self.events = Events()
@@ -9248,7 +9261,8 @@ class RouterApp(App):
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
         try:
-            self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
+            now = self._snapshot
+            self._snapshot = self._adopt(self._reload(), now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
@@ -9257,8 +9271,10 @@ class RouterApp(App):
         self.log.info(f"models.ini read again: {tiers}")
         return ""
 
-    def _adopt(self, config: Config, known: Mapping[str, Host]) -> Snapshot:
+    def _adopt(self, asked: Config, known: Mapping[str, Host],
+               served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
+        config = with_served_contexts(asked, served)
         missing = missing_credentials(config, self._env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
@@ -9270,7 +9286,8 @@ class RouterApp(App):
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
+        barred = {**self._unserved(config), **missing}
+        return Snapshot(config, routes, hosts, barred, asked, served)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -9293,7 +9310,11 @@ class RouterApp(App):
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
-        for host in self._snapshot.hosts.values():
+        now = self._snapshot
+        served = self.behind.contexts()
+        if served != now.served:                # a model has been loaded for the first time
+            self._snapshot = self._adopt(now.asked, now.hosts, served)
+        for host in now.hosts.values():
             host.look_again()
             host.close_idle()
         self.behind.close_idle()
@@ -9516,7 +9537,8 @@ class RouterApp(App):
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-        changed = self._ini_digest() != self._read_last or self.config.tiers != self._started_with
+        tiers = self._snapshot.asked.tiers
+        changed = self._ini_digest() != self._read_last or tiers != self._started_with
         return {"version": VERSION, "started": round(self._started), "changed": changed,
                 "local_only": self.config.local_only}
 
@@ -11222,6 +11244,7 @@ class Model:
         self.failed_at = -1e9
         self.loads = self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
+        self.context = 0                        # tokens a conversation, as its last server said
 
     @property
     def name(self) -> str:
@@ -11477,6 +11500,7 @@ class Engine:
             self._start(model)
             while not self._restore(model):
                 self._start(model)
+            self._learn_context(model)
             with self._changed:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
@@ -11604,6 +11628,20 @@ class Engine:
             return False
         model.bay = bay
         return True
+
+    def _learn_context(self, model: Model) -> None:
+        """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
+        if model.proxy or model.upstream is None:
+            return
+        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        model.context = _quantity(settings.get("n_ctx"))
+        if 0 < model.context < model.tier.ctx_size:
+            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
+                              f" conversation, ctx_size says {model.tier.ctx_size:,}")
+
+    def contexts(self) -> Dict[str, int]:
+        """Tier -> tokens a conversation, of those whose server has said so."""
+        return {m.name: m.context for m in self.models.values() if m.context}
 
     def _check_wanted(self, model: Model) -> None:
         if self._closing or model.cancelled:
@@ -11833,6 +11871,9 @@ class EngineApp(Behind):
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
+
+    def contexts(self) -> Dict[str, int]:
+        return self.engine.contexts()
 
     def start(self) -> None:
         self.engine.preload()
