@@ -3340,10 +3340,23 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
     return config._replace(tiers=tuple(tiers))
 
 
+def conversation_context(tier: Tier, config: Config) -> int:
+    """Tokens that one conversation may have: slots that `parallel` asks for share ctx_size."""
+    if tier.backend != "gguf":
+        return tier.ctx_size
+    slots: int = tier_config(config, tier).settings.get("parallel") or 1
+    return tier.ctx_size // slots
+
+
 def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
-    """`config` with no tier above what its running server holds: tier -> tokens a conversation."""
-    tiers = [t._replace(ctx_size=min(t.ctx_size, served.get(t.name) or t.ctx_size))
-             for t in config.tiers]
+    """`config` with each tier's context that of one conversation.
+
+    `served`: tier -> tokens, as its running server says; for others it is worked out.
+    """
+    tiers = []
+    for tier in config.tiers:
+        most = served.get(tier.name) or conversation_context(tier, config)
+        tiers.append(tier._replace(ctx_size=min(tier.ctx_size, most)))
     return config._replace(tiers=tuple(tiers))
 
 
@@ -12924,6 +12937,7 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
+    config = with_served_contexts(config, {})
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
@@ -16378,7 +16392,7 @@ def _cmd_fit(args: Any) -> int:
     config = planned_config(places, warn)
     chosen = _fit_tiers(config, args.tiers)
     use_next = _wants_next(args, places, config)
-    config = true_config(config, places, use_next, warn)
+    config = with_served_contexts(true_config(config, places, use_next, warn), {})
     machine = running_machine(places, config) or this_machine(config)
     fits = measure_tiers(config, machine, os.environ, use_next, True)
     fits = [f for f in fits if f.name in chosen]
