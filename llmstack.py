@@ -6950,16 +6950,20 @@ class Client:
 
     def close(self) -> None:
         """Close; after a refusal, let the client read it before its unread bytes reset it."""
-        try:
-            if self.unread or self._buffer:
-                self._sock.shutdown(socket.SHUT_WR)
-                _set_patience(self._sock, 200)
-                for _ in range(64):
-                    if not self._sock.recv(RECV_BYTES):
-                        break
-        except (OSError, ValueError):
-            pass
+        if self.unread or self._buffer:
+            try:
+                self._drain()
+            except (OSError, ValueError):
+                pass
         self._sock.close()
+
+    def _drain(self) -> None:
+        """Say no more, and take what the client still says. Errors: OSError, ValueError."""
+        self._sock.shutdown(socket.SHUT_WR)
+        _set_patience(self._sock, 200)
+        for _ in range(64):
+            if not self._sock.recv(RECV_BYTES):
+                return
 
     def tunnel(self, upstream: socket.socket) -> None:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
@@ -6973,11 +6977,7 @@ class Client:
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
-                while ready.get_map():
-                    for key, _ in ready.select():
-                        source: socket.socket = key.fileobj     # type: ignore[assignment]
-                        if not _carry(source, other[source]):
-                            ready.unregister(source)
+                _carry_all(ready, other)
             except OSError:
                 pass
 
@@ -6990,6 +6990,14 @@ def _carry(source: socket.socket, target: socket.socket) -> bool:
     else:
         target.shutdown(socket.SHUT_WR)
     return bool(data)
+
+
+def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
+    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
+    while ready.get_map():
+        for key, _ in ready.select():
+            if not _carry(key.fileobj, other[key.fileobj]):
+                ready.unregister(key.fileobj)
 
 
 class Upstream:
@@ -7574,7 +7582,9 @@ class _Relay:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
-        self.began_s = time.monotonic()
+        self._sock: Optional[socket.socket] = None      # the upstream's, until it is given back
+        self._began = False                     # the answer goes on to the client
+        self._started_s, self._first_byte_s = time.monotonic(), 0.0
 
     def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
         """Send the request and read the answer's head: (receiver, head, bytes behind it).
@@ -7630,31 +7640,38 @@ class _Relay:
         Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
         can be done.
         """
-        client, out = self._client, b""
-        if not client.opened:
-            out = _response_head(answer.response, client, self._lines, answer.chunked)
-        client.answering = True
+        self._client.answering = True
         try:
-            while not answer.ended:
-                out += answer.frame(payload)
-                if out:
-                    client.send(out)
-                out = b""
-                data = receiver.receive()
-                if not data:
-                    broken = answer.why_broken(at_close=True)
-                    if broken:
-                        raise UpstreamBroken(broken)
-                    client.send(answer.frame(b"", last=True))
-                    return
-                payload = answer.feed(data)
-            broken = answer.why_broken()
-            client.send(out + answer.frame(payload, last=not broken))
-            if broken:
-                raise UpstreamBroken(broken)
+            self._send_answer(answer, receiver, payload)
         except UpstreamBroken as exc:
             self._say_broken(answer, str(exc))
             raise
+
+    def _send_answer(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
+        while not answer.ended:
+            out += answer.frame(payload)
+            if out:
+                client.send(out)
+            out = b""
+            data = receiver.receive()
+            if not data:
+                self._end_at_close(answer)
+                return
+            payload = answer.feed(data)
+        broken = answer.why_broken()
+        client.send(out + answer.frame(payload, last=not broken))
+        if broken:
+            raise UpstreamBroken(broken)
+
+    def _end_at_close(self, answer: _Answer) -> None:
+        """The upstream has closed its connection. Errors: UpstreamBroken, where that is no end."""
+        broken = answer.why_broken(at_close=True)
+        if broken:
+            raise UpstreamBroken(broken)
+        self._client.send(answer.frame(b"", last=True))
 
     def _say_broken(self, answer: _Answer, why: str) -> None:
         """Never a clean end: a client would take that for a finished answer."""
@@ -7667,6 +7684,8 @@ class _Relay:
 
     def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
         """An upgrade that was granted: from here on, bytes both ways."""
+        if not self._request.upgrade:
+            raise UpstreamBroken("it switched protocols unasked")
         client = self._client
         client.answering, client.keep_alive = True, False
         client.send(_response_head(response, client, self._lines, False) + data)
@@ -7675,47 +7694,52 @@ class _Relay:
 
     def run(self, upstream: Upstream) -> Outcome:
         """Errors: ClientGone, after the upstream's connection has been closed."""
-        client = self._client
-        sock: Optional[socket.socket] = None
-        answer: Optional[_Answer] = None
-        first_s = 0.0
         try:
-            try:
-                sock, reused = upstream.checkout(client)
-                try:
-                    receiver, response, data = self.exchange(sock)
-                except _NoAnswer:
-                    if not reused:
-                        raise
-                    sock.close()                # a kept connection that died silently: once more
-                    sock = upstream.connect(client)
-                    receiver, response, data = self.exchange(sock)
-                if response.status == 101 and not self._request.upgrade:
-                    raise UpstreamBroken("it switched protocols unasked")
-                if response.status == 101:
-                    return self._switch(sock, response, data)
-                answer = _Answer(client, response, self._terms.ends, self._terms.translation)
-                rejected, payload = self.judged(answer, receiver, data)
-                if rejected is not None:
-                    return rejected
-            except (OSError, UpstreamBroken, _NoAnswer) as exc:
-                return Outcome("unreachable", 0, _why_unreachable(exc))
-            first_s = time.monotonic() - self.began_s
-            self._pieces.clear()                # a prompt is not held while its answer streams
-            if self._terms.began is not None:
-                self._terms.began()
-            receiver.waiting, receiver.silent_until_s = None, 0.0
-            self.pass_on(answer, receiver, payload)
-            if answer.reusable and self._sent_whole:
-                upstream.checkin(sock)
-                sock = None
-            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
-                           first_s, _cost(response))
-        except UpstreamBroken as exc:
-            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+            return self._run(upstream)
+        except (OSError, UpstreamBroken, _NoAnswer) as exc:
+            if self._began:
+                return Outcome("broken", 200, str(exc), first_byte_s=self._first_byte_s)
+            return Outcome("unreachable", 0, _why_unreachable(exc))
         finally:
-            if sock is not None:
-                sock.close()
+            if self._sock is not None:
+                self._sock.close()
+
+    def _run(self, upstream: Upstream) -> Outcome:
+        sock, (receiver, response, data) = self._ask(upstream)
+        if response.status == 101:
+            return self._switch(sock, response, data)
+        answer = _Answer(self._client, response, self._terms.ends, self._terms.translation)
+        rejected, payload = self.judged(answer, receiver, data)
+        if rejected is not None:
+            return rejected
+        self._begin()
+        receiver.waiting, receiver.silent_until_s = None, 0.0
+        self.pass_on(answer, receiver, payload)
+        if answer.reusable and self._sent_whole:
+            upstream.checkin(sock)
+            self._sock = None
+        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                       self._first_byte_s, _cost(response))
+
+    def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
+        """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
+        self._sock, reused = upstream.checkout(self._client)
+        try:
+            return self._sock, self.exchange(self._sock)
+        except _NoAnswer:
+            if not reused:
+                raise
+        self._sock.close()                      # a kept connection that died silently: once more
+        self._sock = upstream.connect(self._client)
+        return self._sock, self.exchange(self._sock)
+
+    def _begin(self) -> None:
+        """The answer goes on to the client: no other tier is asked any more."""
+        self._began = True
+        self._first_byte_s = time.monotonic() - self._started_s
+        self._pieces.clear()                    # a prompt is not held while its answer streams
+        if self._terms.began is not None:
+            self._terms.began()
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
