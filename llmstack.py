@@ -9249,26 +9249,33 @@ class Ladder:
 _ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
 
 
+class Setting(NamedTuple):
+    """What a router is told of the process that it runs in."""
+
+    loopback: bool = True                       # only this machine can reach it
+    key: str = ""                               # that its clients must know, "" for none
+    models_ini: str = ""                        # the path of the file that it serves...
+    bundled: bytes = b""                        # ...and what it serves where that is not there
+    reload: Optional[Callable[[], Config]] = None       # reads that file again. Errors: UserError
+    use_next: bool = False
+    unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}     # tier -> why nobody does
+    foreign_logs: Sequence[str] = ()            # of other programs, to be rotated
+    remedy: str = "run `llmstack start`"        # where nothing answers behind it
+    env: Mapping[str, str] = {}
+    record: Optional[Recorder] = None
+    clock: Callable[[], float] = time.monotonic
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
-                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
-                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
-                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
-                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = log
-        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
-        self._loopback, self._key, self._models_ini = loopback, key, models_ini
-        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
-        self._unserved = unserved or (lambda config: {})
-        self._remedy, self._bundled = remedy, bundled
-        self._env, self._clock = env or {}, clock
-        self._breaker = Breaker(clock)
+    def __init__(self, config: Config, behind: Behind, log: Log,
+                 setting: Optional[Setting] = None) -> None:
+        self.log, self.behind = log, behind
+        self._given = setting or Setting()
+        self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
-        self._record = record
+        self._record = self._given.record
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
@@ -9294,12 +9301,12 @@ class RouterApp(App):
 
     def reload(self) -> str:
         """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
-        if self._reload is None:
+        if self._given.reload is None:
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
         try:
             now = self._snapshot
-            self._snapshot = self._adopt(self._reload(), now.hosts, now.served)
+            self._snapshot = self._adopt(self._given.reload(), now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
@@ -9312,31 +9319,31 @@ class RouterApp(App):
                served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
         config = with_served_contexts(asked, served)
-        missing = missing_credentials(config, self._env)
+        missing = missing_credentials(config, self._given.env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            route = plan_route(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._given.use_next, missing)
             if tier.backend == "openai":
                 url = tier.base_url
                 host = hosts.get(url) or known.get(url) or self._host(url)
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        barred = {**self._unserved(config), **missing}
+        barred = {**self._given.unserved(config), **missing}
         return Snapshot(config, routes, hosts, barred, asked, served)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
         tls = url.startswith("https:")
-        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._given.clock)
 
     def _to_host(self, route: Route, host: Host) -> Route:
         """The route of a direct host's tier, with the host's key."""
         variable = route.tier.api_key_env
         headers: Tuple[Header, ...] = ()
         if variable:
-            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            key = b"Bearer " + self._given.env.get(variable, "").strip().encode("ascii", "ignore")
             headers = ((b"authorization", key, b"Authorization: " + key),)
         bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
         return route._replace(host=host, headers=headers, bare=bare)
@@ -9361,7 +9368,7 @@ class RouterApp(App):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            for path in self._foreign_logs:
+            for path in self._given.foreign_logs:
                 rotate_foreign_log(path)
 
     # ---- who may ask, and what
@@ -9371,7 +9378,7 @@ class RouterApp(App):
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
         config = self.config
-        check_caller(client, request, self._loopback, config.allowed_origins,
+        check_caller(client, request, self._given.loopback, config.allowed_origins,
                      (*config.allowed_hosts, *self._own_names))
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
@@ -9380,7 +9387,7 @@ class RouterApp(App):
             self._front(client, request)        # without the key: the page asks for it
             return
         drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
-        if self._key:
+        if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
             target = inference + mark + query
@@ -9457,7 +9464,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop, self._remedy)
+        self.behind.pass_on(client, wanted, b"", drop, self._given.remedy)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -9477,7 +9484,7 @@ class RouterApp(App):
             tier = self._resolve(request, name, drop)
         route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
+            self.behind.pass_on(client, request, body, drop, self._given.remedy)
             return
         target = request.target
         if route.host is None:
@@ -9495,7 +9502,7 @@ class RouterApp(App):
             if name == b"authorization":
                 scheme, _, rest = offered.partition(" ")
                 offered = rest.strip() if scheme.lower() == "bearer" else ""
-            if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
+            if hmac.compare_digest(offered.encode("latin-1"), self._given.key.encode()):
                 ours.add(name)
         if not ours:
             raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
@@ -9506,12 +9513,12 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            text = read_regular(self._models_ini, MAX_INI_BYTES)
+            text = read_regular(self._given.models_ini, MAX_INI_BYTES)
         except OSError:
-            if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+            if not self._given.bundled:
+                raise HttpError(404, f"there is no {self._given.models_ini} any more; run `llmstack"
                                      " start` in its project to seed one", "not_found") from None
-            text = self._bundled
+            text = self._given.bundled
         if holds_secret(text.decode("utf-8", "replace")):
             raise HttpError(404, "models.ini holds what looks like a key and is not served;"
                                  " `llmstack reload` names the line", "not_found")
@@ -9525,8 +9532,8 @@ class RouterApp(App):
             theirs = [e for e in listing["data"] if isinstance(e, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t, self._use_next) for t in config.tiers]
-        return {**listing, "data": list_models(config, self._use_next, theirs)}
+            theirs = [tier_entry(t, self._given.use_next) for t in config.tiers]
+        return {**listing, "data": list_models(config, self._given.use_next, theirs)}
 
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
@@ -9570,7 +9577,7 @@ class RouterApp(App):
     # ---- for those who look on
 
     def _ini_digest(self) -> str:
-        return _digest(_read_bytes(self._models_ini))
+        return _digest(_read_bytes(self._given.models_ini))
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
@@ -9706,7 +9713,7 @@ class RouterApp(App):
             self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
@@ -9907,7 +9914,7 @@ class RouterApp(App):
             message = f"no answer from {where} ({outcome.detail})"
             if route.host is None:
                 message = (f"nothing answers behind the router at {where} ({outcome.detail});"
-                           f" {self._remedy}")
+                           f" {self._given.remedy}")
             self.log.warning(f"{what}: {message}")
             reply_failure(client, 502, message, extra=lines)
 
@@ -16468,9 +16475,9 @@ def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
     return unserved
 
 
-def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+def _router_app(plan: RouterPlan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
-    unserved: Optional[Callable[[Config], Dict[str, str]]] = None
+    unserved = Setting().unserved
     record: Optional[Recorder] = None
     foreign_logs: Tuple[str, ...] = ()
     bundled = b""
@@ -16490,8 +16497,7 @@ def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> 
             return config
         return true_config(config, places, plan.use_next, log.warning)
 
-    app = RouterApp(
-        plan.config, behind, log,
+    setting = Setting(
         loopback=is_loopback(plan.host),
         key=api_key(os.environ),
         models_ini=places.models_ini,
@@ -16504,6 +16510,7 @@ def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> 
         record=record,
         foreign_logs=foreign_logs,
     )
+    app = RouterApp(plan.config, behind, log, setting)
     if plan.local:
         app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
@@ -16570,7 +16577,7 @@ def _cmd_serve(args: Any) -> int:
     log = Log("", os.environ.get("LOG_LEVEL", "info"))
     use_next = _wants_next(args, places, config)
     plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
-    app = _router_app(plan, upstream, log)
+    app = _router_app(plan, UpstreamApp(upstream, log), log)
     more_files()
     hold_little_memory()
     server = _listen(host, port, app)
