@@ -4916,12 +4916,13 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute."""
+    """Directories and files of one invocation, absolute, and the environment it works in."""
 
     work: str                                   # the project
     state: str                                  # its .llmstack
     models_ini: str
     data: str                                   # shared by all projects of this user
+    env: Mapping[str, str] = os.environ
 
     def in_state(self, name: str) -> str:
         return os.path.join(self.state, name)
@@ -4982,7 +4983,7 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     models_ini = os.path.join(state, "models.ini")
     if env.get("LLMSTACK_MODELS_INI") and not demo:
         models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data)
+    return Places(work, state, models_ini, data, env)
 
 
 def path_hint(exc: OSError) -> str:
@@ -15303,21 +15304,21 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
     return upstream, load_config(places)
 
 
-def _wants_next(args: Any, places: Places, config: Config) -> bool:
-    """The channel to run: as asked, else as pinned in default-channel.
+def wants_next(places: Places, config: Config, asked: str = "", running: str = "") -> bool:
+    """The channel to run: as `asked`, else the one that is `running`, else the project's own.
 
     Errors: UserError where nothing is queued.
     """
-    if getattr(args, "current", False):
+    use_next = places.env.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
+    if asked == "current":
         return False
-    if args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE:
+    if asked == "next" or use_next:
         check_queued(config)
         return True
-    pinned = getattr(args, "pinned", "")
     marker = read_marker(places)
-    if not pinned and marker:
-        pinned = marker.channel
-    if pinned != "next":
+    if not running and marker:
+        running = marker.channel
+    if running != "next":
         return False
     if not any(t.has_next for t in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
@@ -15332,58 +15333,24 @@ def _warn_of_missing(config: Config) -> None:
             warn(f"[{tier.name}] there is no {tier.path}")
 
 
-def _keep_terms(args: Any, places: Places) -> None:
-    """What runs keeps its address and channel where the command line names no other."""
+def _plan_start(args: Any, places: Places, config: Config) -> Plan:
+    """What is to be brought up; what runs keeps its address and channel unless told otherwise.
+
+    Errors: UserError.
+    """
+    host, port, channel = config.host, config.router_port, ""
     record = running_record(places)
     if record is not None:
-        args.host, args.port = args.host or record.host, args.port or record.port
-        args.pinned = record.channel
-
-
-def _plan_start(args: Any, places: Places, config: Config) -> Plan:
-    """What is to be brought up. Errors: UserError."""
-    _keep_terms(args, places)
-    host = args.host or config.host
-    port = config.router_port
-    if args.port is not None:
-        port = args.port or free_port(host)     # 0: any
-    check_exposure(host, config, os.environ)
+        host, port, channel = record.host, record.port, record.channel
+    host = args.host or host
+    port = args.port or port
+    if args.port == 0 and record is None:       # 0: any
+        port = free_port(host)
+    check_exposure(host, config, places.env)
     _warn_of_missing(config)
-    kind = choose_engine(config, os.environ, places.data)
-    use_next = _wants_next(args, places, config)
-    return Plan(places, config, host, port, use_next, dict(os.environ), kind)
-
-
-def _cmd_install_litellm(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    found = find_litellm(os.environ, places.data)
-    if found and not args.force:
-        say(f"LiteLLM is here: {found[0]}")
-        return 0
-    if args.force:
-        _remove(os.path.join(environment_dir(LITELLM, places.data), "ready"))
-    install_environment(LITELLM, places.data, say)
-    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then:"
-        " llmstack restart")
-    return 0
-
-
-def _add_install_litellm(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install-litellm", help="install what hosted tiers are served by",
-        description=f"Install {LITELLM.what} from PyPI into a private environment of llmstack;"
-                    " nothing is put into your Python. Where LiteLLM is there already, nothing is"
-                    " done.")
-    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
-    parser.set_defaults(run=_cmd_install_litellm)
-
-
-def _add_profile(parser: Any) -> None:
-    sizes = ", ".join(PROFILES)
-    parser.add_argument("--profile", metavar="NAME", default="",
-                        help="for a directory without models.ini: the tiers for a machine with"
-                             f" this much memory ({sizes} GB; default: this machine's)")
+    kind = choose_engine(config, places.env, places.data)
+    use_next = wants_next(places, config, args.channel, channel)
+    return Plan(places, config, host, port, use_next, dict(places.env), kind)
 
 
 def _port(text: str) -> int:
@@ -15391,20 +15358,6 @@ def _port(text: str) -> int:
         import argparse
         raise argparse.ArgumentTypeError(f"{text!r} is not a port")
     return int(text)
-
-
-def _add_stack_options(parser: Any) -> None:
-    parser.add_argument("--demo", action="store_true",
-                        help="a small model of its own, for a first look on any machine")
-    parser.add_argument("--next", action="store_true",
-                        help="run the queued upgrades (hf_file_next, model_next)")
-    parser.add_argument("--current", action="store_true",
-                        help="run the current models, whatever LLMSTACK_USE_NEXT says")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port,
-                        help="port to listen on (models.ini: router_port)")
-    parser.add_argument("--insecure", action="store_true",
-                        help="thin client: do not verify the router's certificate")
 
 
 def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
@@ -15429,7 +15382,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
 
 
 def _start_external(args: Any, places: Places) -> int:
-    if args.next or args.current or args.host or args.port:
+    if args.channel or args.host or args.port:
         raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and"
                         " address are not decided here",
                         "`llmstack install --current` makes the project local", 2)
@@ -15587,7 +15540,7 @@ def _bring_up(args: Any, again: bool) -> int:
     Everything is checked before anything is written or stopped.
     """
     places = _places(args)
-    profile = getattr(args, "profile", "")
+    profile = getattr(args, "profile", "")      # restart has none
     if args.demo:
         _prepare_demo(args, places)
     else:
@@ -15619,20 +15572,6 @@ def _cmd_start(args: Any) -> int:
     return _bring_up(args, again=False)
 
 
-def _add_start(commands: Any) -> None:
-    parser = commands.add_parser(
-        "start", help="bring the stack up: engine and router",
-        description="Bring up the engine (10102) and the router (10101) for this project. A"
-                    " directory without .llmstack/ gets one. Running already is fine. On a"
-                    " terminal, where no hook is active (see activate), a shell follows in which"
-                    " opencode finds the project.")
-    parser.add_argument("--detach", "--no-shell", action="store_true",
-                        help="daemons only, no shell")
-    _add_profile(parser)
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_start)
-
-
 def _other_stack(places: Places) -> str:
     """": port N is taken by ..." where a stack of somebody else has this project's ports."""
     try:
@@ -15647,7 +15586,7 @@ def _other_stack(places: Places) -> str:
     return ""
 
 
-def _say_forgotten(places: Places) -> None:
+def say_forgotten(places: Places) -> None:
     freed = forget_parked(places.data)
     if freed:
         say(f"Forgot {freed / 1e9:.1f} GB of parked conversations.")
@@ -15659,7 +15598,7 @@ def _cmd_stop(args: Any) -> int:
     places = _places(args)
     stopped = stop_stack(places, say)
     if args.forget:
-        _say_forgotten(places)
+        say_forgotten(places)
     if stopped:
         say("Stopped.")
         return 0
@@ -15681,45 +15620,8 @@ def _cmd_stop(args: Any) -> int:
     return 0
 
 
-def _add_stop(commands: Any) -> None:
-    parser = commands.add_parser(
-        "stop", help="stop this project's daemons",
-        description="Stop this project's daemons and the model servers they started, and nothing"
-                    " else.")
-    parser.add_argument("--demo", action="store_true", help="stop the demo's")
-    parser.add_argument("--forget", action="store_true",
-                        help="and delete every parked conversation")
-    parser.set_defaults(run=_cmd_stop)
-
-
-def _cmd_forget(args: Any) -> int:
-    places = _places(args)
-    _say_forgotten(places)
-    if stack_is_alive(places):
-        say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
-    return 0
-
-
-def _add_forget(commands: Any) -> None:
-    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
-        "Delete what the models' slots held when they stopped, of all projects on this machine."
-        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
-    parser.set_defaults(run=_cmd_forget)
-
-
 def _cmd_restart(args: Any) -> int:
     return _bring_up(args, again=True)
-
-
-def _add_restart(commands: Any) -> None:
-    parser = commands.add_parser(
-        "restart", help="stop, then start",
-        description="Stop and start again, on the same address and channel unless told otherwise."
-                    " Loaded models are unloaded.")
-    parser.add_argument("--detach", "--no-shell", action="store_true",
-                        help="daemons only, no shell")
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_restart)
 
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
@@ -15875,17 +15777,6 @@ def _cmd_status(args: Any) -> int:
     return 0 if rows["running"] else 1
 
 
-def _add_status(commands: Any) -> None:
-    parser = commands.add_parser(
-        "status", help="what runs, and in what state",
-        description="Show the daemons and the tiers, probed now. Exit code 0 when the stack is up,"
-                    " 1 when it is not.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.set_defaults(run=_cmd_status)
-
-
 def _shell_in_use() -> str:
     """The shell that reads our output: the hook's, else the user's."""
     hooked, _ = hook_of(os.environ)
@@ -15926,20 +15817,6 @@ def _cmd_reload(args: Any) -> int:
     return 0
 
 
-def _add_reload(commands: Any) -> None:
-    parser = commands.add_parser(
-        "reload", help="let the running router and this shell read the project again",
-        description="Check models.ini and have the router read it again: routing changes at once,"
-                    " without a restart. Tiers and flags of models need `llmstack restart`."
-                    " Printed is what the shell is to evaluate: eval \"$(llmstack reload)\", in"
-                    " fish llmstack reload | source.")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.add_argument("--shell", choices=SHELLS,
-                        help="whose language to print (default: that of the hook, of"
-                             " $LLMSTACK_SHELL or of $SHELL)")
-    parser.set_defaults(run=_cmd_reload)
-
-
 def _cmd_activate(args: Any) -> int:
     path = write_hook(args.shell, data_dir(os.environ))
     if sys.stdout.isatty():
@@ -15948,16 +15825,6 @@ def _cmd_activate(args: Any) -> int:
     source = "." if args.shell == "powershell" else "source"
     _say_raw(f"{source} {shell_quote(args.shell, path)}\n")
     return 0
-
-
-def _add_activate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "activate", help="a hook that wires a shell to the project it is in",
-        description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
-                    " turns it on. In the shell's start-up file: eval \"$(llmstack activate"
-                    " zsh)\".")
-    parser.add_argument("shell", choices=SHELLS, help="whose hook")
-    parser.set_defaults(run=_cmd_activate)
 
 
 def _cmd_hook(shell: str, directory: str) -> int:
@@ -15991,28 +15858,16 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-def _add_trust(commands: Any) -> None:
-    parser = commands.add_parser(
-        "trust", help="let a project's .llmstack/ take effect on this machine",
-        description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
-                    " now. What `install` writes is trusted already; a changed file is to be"
-                    " trusted again.")
-    parser.add_argument("directory", metavar="DIR", nargs="?",
-                        help="the project (default: the one we are in)")
-    parser.set_defaults(run=_cmd_trust)
-
-
-def _default_remote() -> str:
-    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+DEFAULT_REMOTE = f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
 def _external_url(args: Any, places: Places) -> str:
     """The router that `install` is to use, "" for this project's own. Errors: UserError."""
-    if args.current or args.next:
+    if args.channel:
         return ""
-    named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
+    named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
     if args.external is not None:
-        return args.external or named or _default_remote()
+        return args.external or named or DEFAULT_REMOTE
     return named or trusted_url(places)
 
 
@@ -16054,7 +15909,7 @@ def _cmd_install(args: Any) -> int:
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, _ask)
-    use_next = _wants_next(args, places, config)
+    use_next = wants_next(places, config, args.channel)
     config = true_config(config, places, use_next, warn)
     url = base_url(*router_address(places, config))
     text = project_opencode_json(places, config, url, os.environ)
@@ -16069,28 +15924,6 @@ def _cmd_install(args: Any) -> int:
     elif running != channel:
         say(f"The {running} channel is running; `llmstack restart --{channel}` changes it.")
     return 0
-
-
-def _add_install(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install", aliases=["init", "configure"],
-        help="give this project its opencode.json",
-        description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
-                    " pinned to; models.ini where there is none. Without an option the channel"
-                    " stays as it is.")
-    channel = parser.add_mutually_exclusive_group()
-    channel.add_argument("--current", action="store_true", help="pin the current models")
-    channel.add_argument("--next", action="store_true",
-                         help="pin the queued upgrades (hf_file_next, model_next)")
-    channel.add_argument("--external", metavar="URL", nargs="?", const="",
-                         help="use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                              f" {_default_remote()}) instead of one of this project")
-    parser.add_argument("--insecure", action="store_true",
-                        help="do not verify that router's certificate")
-    _add_profile(parser)
-    parser.add_argument("-n", "--print", action="store_true",
-                        help="print opencode.json and write nothing")
-    parser.set_defaults(run=_cmd_install)
 
 
 def _why_config(places: Places) -> Config:
@@ -16183,115 +16016,6 @@ def _cmd_why(args: Any) -> int:
     if decision.nearest:
         say(f"  nearest change: {decision.nearest}")
     return 0
-
-
-def _add_why(commands: Any) -> None:
-    parser = commands.add_parser(
-        "why", help="which tier a request would go to, and why",
-        description="Print the decision for a request body without sending anything.")
-    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
-    parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
-                        help="the path it would be posted to (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_why)
-
-
-def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
-    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
-    if not names:
-        return [t.name for t in config.tiers]
-    for name in names:
-        if config.by_name(name) is None:
-            raise UserError(f"there is no tier {name}",
-                            "one of " + ", ".join(t.name for t in config.tiers), 2)
-    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
-
-
-class FitSet(NamedTuple):
-    """Tiers that may be loaded together."""
-
-    tiers: Tuple[str, ...]
-    need_gb: float
-    fits: bool
-
-
-FIT_COLUMNS = 60
-
-
-def _say_wrapped(text: str, indent: str) -> None:
-    import textwrap
-    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
-                              break_long_words=False, break_on_hyphens=False):
-        say(line)
-
-
-def _say_fit(fit: TierFit, width: int) -> None:
-    total, largest = f"~{fit.need_gb:.1f}", "?"
-    memory = fit.memory
-    if memory is not None:
-        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
-    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
-    parts = []
-    if memory is not None:
-        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
-        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
-    if fit.host_gb:
-        parts.append(f"{fit.host_gb:.2f} of these on the host")
-    if fit.cache_mib:
-        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
-    parts.append(FIT_SOURCES[fit.source])
-    _say_wrapped(", ".join(parts), "  ")
-    if fit.note:
-        _say_wrapped(fit.note, "  ")
-
-
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
-    """At most FIT_COLUMNS wide, where no name is long."""
-    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
-    width = max([len(f.name) for f in fits] + [4])
-    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
-    for fit in fits:
-        _say_fit(fit, width)
-    if sets:
-        say("\nTogether, in GB:")
-    for together in sets:
-        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
-        if not together.fits:
-            say(f"          {paint('does not fit: they take turns', '33')}")
-
-
-def _cmd_fit(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    chosen = _fit_tiers(config, args.tiers)
-    use_next = _wants_next(args, places, config)
-    config = true_config(config, places, use_next, warn)
-    machine = running_machine(places, config) or this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, use_next, True)
-    fits = [f for f in fits if f.name in chosen]
-    sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
-            for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
-    if args.json:
-        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
-        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        _say_fits(machine, fits, sets)
-    return 0 if all(f.fits for f in fits) else 1
-
-
-def _add_fit(commands: Any) -> None:
-    parser = commands.add_parser(
-        "fit", help="what each tier takes in memory, and what fits together here",
-        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
-                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_fit)
 
 
 class RouterPlan(NamedTuple):
@@ -16419,7 +16143,7 @@ def _cmd_serve(args: Any) -> int:
         upstream = parse_upstream(args.upstream)
         remedy = "start it, or name another --upstream"
     log = Log("", os.environ.get("LOG_LEVEL", "info"))
-    use_next = _wants_next(args, places, config)
+    use_next = wants_next(places, config)
     plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
     app = _router_app(plan, upstream, log)
     more_files()
@@ -16427,19 +16151,6 @@ def _cmd_serve(args: Any) -> int:
     say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
     _run_until_signal(server, app)
     return 0
-
-
-def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser(
-        "serve", help="the router alone, in the foreground",
-        description="Run the router in the foreground against any OpenAI-compatible upstream; for"
-                    " launchd, systemd, containers and benchmarks. Its first line is its address.")
-    parser.add_argument("--upstream", metavar="URL",
-                        help="where requests go (default: this project's engine)")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port,
-                        help="port, 0 for any free one (models.ini: router_port)")
-    parser.set_defaults(run=_cmd_serve, next=False)
 
 
 def _ignore_signals() -> None:
@@ -16524,21 +16235,22 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
 
 def _cmd_daemon(args: Any) -> int:
     """The process behind `start`: the router, and the engine with all its children."""
-    places = _places(args)
+    places = find_places(os.environ)
+    use_next = args.channel == "next"
     level = os.environ.get("LOG_LEVEL", "info")
     log = Log(places.log("router.log"), level)
     engine_log = Log(places.log("engine.log"), level)
-    config = true_config(load_config(places), places, args.next, engine_log.warning)
+    config = true_config(load_config(places), places, use_next, engine_log.warning)
     remedy = "run `llmstack start`"
     if places.work == os.path.join(places.data, "demo"):
         remedy = "run `llmstack start --demo`"
     more_files()
     behind: Union[EngineApp, SwapApp]
     if args.engine == "llama-swap":
-        behind = _swap_app(places, config, args.next, engine_log)
+        behind = _swap_app(places, config, use_next, engine_log)
     else:
-        behind = _embedded_app(places, config, args.next, engine_log)
-    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
+        behind = _embedded_app(places, config, use_next, engine_log)
+    plan = RouterPlan(places, config, args.host, use_next, True, remedy)
     app = _router_app(plan, behind, log)
     try:
         _on_signals(lambda: None)               # from here on there are children to end
@@ -16557,15 +16269,6 @@ def _cmd_daemon(args: Any) -> int:
         log.flush()
         engine_log.flush()
     return 0
-
-
-def _add_daemon(commands: Any) -> None:
-    parser = commands.add_parser("_daemon")
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_daemon)
 
 
 def _always_yes(_: str) -> Optional[bool]:
@@ -16621,23 +16324,6 @@ def _cmd_setup(args: Any) -> int:
     return 0
 
 
-def _add_setup(commands: Any) -> None:
-    parser = commands.add_parser(
-        "setup", help="from a bare machine to loaded models, step by step",
-        description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
-                    " models, this project's wiring, a first answer. It can be run again at any"
-                    " time: what is done is left alone, what failed is tried again. Exit code 1"
-                    " when a step failed.")
-    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
-    parser.add_argument("--skip-wait", action="store_true",
-                        help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true",
-                        help="ask nothing: bring llama.cpp's server and fetch the models")
-    parser.add_argument("--profile", metavar="NAME", default="",
-                        help="the tiers for a memory size, in GB, other than this machine's")
-    parser.set_defaults(run=_cmd_setup)
-
-
 def _stop_download(args: Any, places: Places) -> int:
     """`download --stop`. Errors: UserError."""
     if args.tiers or args.next or args.wait:
@@ -16679,32 +16365,10 @@ def _cmd_download(args: Any) -> int:
     return 0
 
 
-def _add_download(commands: Any) -> None:
-    parser = commands.add_parser(
-        "download", aliases=["download-models", "pull"],
-        help="fetch the models, in the background",
-        description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
-                    " one after another, in the background; on a terminal, show it until it is"
-                    " done. What was interrupted goes on where it ended. HF_TOKEN in the"
-                    " environment opens gated repositories.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*",
-                        help="tiers to fetch (default: all local ones)")
-    parser.add_argument("--next", action="store_true",
-                        help="the queued upgrades only (hf_file_next)")
-    parser.add_argument("--wait", action="store_true",
-                        help="wait until all is done, without a terminal, too")
-    parser.add_argument("--stop", action="store_true",
-                        help="end the background download; what it has is kept")
-    parser.set_defaults(run=_cmd_download)
-
-
-def _cmd_download_worker(args: Any) -> int:
+def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
-    return run_downloads(_places(args), os.environ)
-
-
-def _add_download_worker(commands: Any) -> None:
-    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
+    places = find_places(os.environ)
+    return run_downloads(places, places.env)
 
 
 def _cmd_install_llama_swap(args: Any) -> int:
@@ -16712,20 +16376,6 @@ def _cmd_install_llama_swap(args: Any) -> int:
     refuse_external(places)
     install_llama_swap(os.environ, places.data, args.release, args.force, say)
     return 0
-
-
-def _add_install_llama_swap(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install-llama-swap", help="fetch llama-swap's binary",
-        description="Fetch the release for this platform, verify its checksum and install it for"
-                    " all projects (in LLMSTACK_BIN_DIR, or bin of the data directory). The same"
-                    " version again: nothing is done.")
-    parser.add_argument("--force", "-f", action="store_true",
-                        help="install it even where that version is there")
-    parser.add_argument("--version", metavar="V", dest="release", default="",
-                        help="a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                             " the latest)")
-    parser.set_defaults(run=_cmd_install_llama_swap)
 
 
 # Whether the hub has a file -> what `check` says of it.
@@ -16779,57 +16429,184 @@ def _cmd_check(args: Any) -> int:
     return code
 
 
-def _add_check(commands: Any) -> None:
-    parser = commands.add_parser(
-        "check", aliases=["check-models"],
-        help="configured models against the hub, the disk and what runs",
-        description="Look at every tier: is its file on the hub, is it here and whole, what is"
-                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
-                    " Exit code 1 when something needs you.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
-    parser.set_defaults(run=_cmd_check)
-
-
 def _cmd_version(args: Any) -> int:
     say(f"llmstack {VERSION}")
     return 0
 
 
-def _add_version(commands: Any) -> None:
-    commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
+class Option(NamedTuple):
+    """An option or an argument of a command."""
+
+    names: str                                  # its spellings, with blanks between them
+    settings: Mapping[str, Any]                 # as argparse takes them
 
 
-def _add_help(commands: Any) -> None:
-    parser = commands.add_parser("help", help="list the commands, or explain one")
-    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="",
-                        help="the one to explain")
-    parser.set_defaults(run=None)
+def _option(names: str, about: str, **settings: Any) -> Option:
+    return Option(names, {"help": about, **settings})
 
 
-ADD_COMMANDS = (
-    _add_setup,
-    _add_install,
-    _add_install_litellm,
-    _add_install_llama_swap,
-    _add_start,
-    _add_stop,
-    _add_forget,
-    _add_restart,
-    _add_status,
-    _add_reload,
-    _add_why,
-    _add_fit,
-    _add_download,
-    _add_check,
-    _add_serve,
-    _add_activate,
-    _add_trust,
-    _add_version,
-    _add_help,
-    _add_daemon,
-    _add_download_worker,
+def _flag(names: str, about: str) -> Option:
+    return _option(names, about, action="store_true")
+
+
+class Command(NamedTuple):
+    """A command of this file: what runs it, and all that is said of it."""
+
+    run: Optional[Callable[[Any], int]]         # None: `help`, which needs this table
+    about: str = ""                             # its line in `help`; "" for one of ours alone
+    description: str = ""
+    options: Tuple[Option, ...] = ()
+    one_of: Tuple[Option, ...] = ()             # options that exclude each other
+    aliases: Tuple[str, ...] = ()
+
+
+_CHANNEL = {"dest": "channel", "action": "store_const", "default": ""}
+_NEXT = _option("--next", "run the queued upgrades (hf_file_next, model_next)",
+                const="next", **_CHANNEL)
+_CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_NEXT says",
+                   const="current", **_CHANNEL)
+_HOST = _option("--host", "address to listen on (models.ini: host)", metavar="H")
+_PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
+                type=_port)
+_JSON = _flag("--json", "for programs")
+_DEMO = _flag("--demo", "the demo's")
+_FORCE = _flag("--force -f", "install it even where that version is there")
+_PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
+                   f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
+                   metavar="NAME", default="")
+_STACK_OPTIONS = (
+    _flag("--detach --no-shell", "daemons only, no shell"),
+    _flag("--demo", "a small model of its own, for a first look on any machine"),
+    _NEXT,
+    _CURRENT,
+    _HOST,
+    _PORT,
+    _flag("--insecure", "thin client: do not verify the router's certificate"),
 )
+COMMANDS = {
+    "setup": Command(
+        _cmd_setup, "from a bare machine to loaded models, step by step",
+        "Look what is missing and bring it: models.ini, llama-server, llama-swap, the models,"
+        " this project's wiring, a first answer. It can be run again at any time: what is done is"
+        " left alone, what failed is tried again. Exit code 1 when a step failed.",
+        (_flag("--skip-download", "fetch no models"),
+         _flag("--skip-wait", "leave the downloads to the background"),
+         _flag("--yes", "ask nothing: bring llama.cpp's server and fetch the models"),
+         _option("--profile", "the tiers for a memory size, in GB, other than this machine's",
+                 metavar="NAME", default=""))),
+    "install": Command(
+        _cmd_install, "give this project its opencode.json",
+        "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
+        " models.ini where there is none. Without an option the channel stays as it is.",
+        (_flag("--insecure", "do not verify that router's certificate"),
+         _PROFILE,
+         _flag("-n --print", "print opencode.json and write nothing")),
+        (_option("--current", "pin the current models", const="current", **_CHANNEL),
+         _option("--next", "pin the queued upgrades (hf_file_next, model_next)", const="next",
+                 **_CHANNEL),
+         _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                 f" {DEFAULT_REMOTE}) instead of one of this project",
+                 metavar="URL", nargs="?", const="")),
+        ("init", "configure")),
+    "install-llama-swap": Command(
+        _cmd_install_llama_swap, "fetch llama-swap's binary",
+        "Fetch the release for this platform, verify its checksum and install it for all projects"
+        " (in LLMSTACK_BIN_DIR, or bin of the data directory). The same version again: nothing is"
+        " done.",
+        (_FORCE,
+         _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
+                 " the latest)", metavar="V", dest="release", default=""))),
+    "start": Command(
+        _cmd_start, "bring the stack up: engine and router",
+        "Bring up the engine (10102) and the router (10101) for this project. A directory without"
+        " .llmstack/ gets one. Running already is fine. On a terminal, where no hook is active"
+        " (see activate), a shell follows in which opencode finds the project.",
+        (_PROFILE, *_STACK_OPTIONS)),
+    "stop": Command(
+        _cmd_stop, "stop this project's daemons",
+        "Stop this project's daemons and the model servers they started, and nothing else.",
+        (_flag("--demo", "stop the demo's"),
+         _flag("--forget", "and delete every parked conversation"))),
+    "restart": Command(
+        _cmd_restart, "stop, then start",
+        "Stop and start again, on the same address and channel unless told otherwise. Loaded"
+        " models are unloaded.",
+        _STACK_OPTIONS),
+    "status": Command(
+        _cmd_status, "what runs, and in what state",
+        "Show the daemons and the tiers, probed now. Exit code 0 when the stack is up, 1 when it is"
+        " not.",
+        (_JSON, _flag("--watch", "go on showing it, until Ctrl-C"), _DEMO)),
+    "reload": Command(
+        _cmd_reload, "let the running router and this shell read the project again",
+        "Check models.ini and have the router read it again: routing changes at once, without a"
+        " restart. Tiers and flags of models need `llmstack restart`. Printed is what the shell is"
+        " to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.",
+        (_DEMO,
+         _option("--shell", "whose language to print (default: that of the hook, of"
+                 " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
+    "why": Command(
+        _cmd_why, "which tier a request would go to, and why",
+        "Print the decision for a request body without sending anything.",
+        (_option("file", "a JSON request body, - for standard input", metavar="FILE"),
+         _option("--path", "the path it would be posted to (default: %(default)s)", metavar="P",
+                 default="/v1/chat/completions"),
+         _JSON)),
+    "download": Command(
+        _cmd_download, "fetch the models, in the background",
+        "Fetch current and queued GGUFs into the hub cache that llama-server reads, one after"
+        " another, in the background; on a terminal, show it until it is done. What was"
+        " interrupted goes on where it ended. HF_TOKEN in the environment opens gated"
+        " repositories.",
+        (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
+         _flag("--next", "the queued upgrades only (hf_file_next)"),
+         _flag("--wait", "wait until all is done, without a terminal, too"),
+         _flag("--stop", "end the background download; what it has is kept")),
+        aliases=("download-models", "pull")),
+    "check": Command(
+        _cmd_check, "configured models against the hub, the disk and what runs",
+        "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
+        " what runs agree with models.ini (DRIFT!), are credentials set. Exit code 1 when something"
+        " needs you.",
+        (_JSON, _flag("--offline", "do not ask the hub")),
+        aliases=("check-models",)),
+    "serve": Command(
+        _cmd_serve, "the router alone, in the foreground",
+        "Run the router in the foreground against any OpenAI-compatible upstream; for launchd,"
+        " systemd, containers and benchmarks. Its first line is its address.",
+        (_option("--upstream", "where requests go (default: this project's engine)",
+                 metavar="URL"),
+         _HOST,
+         _PORT)),
+    "activate": Command(
+        _cmd_activate, "a hook that wires a shell to the project it is in",
+        "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
+        " In the shell's start-up file: eval \"$(llmstack activate zsh)\".",
+        (_option("shell", "whose hook", choices=SHELLS),)),
+    "trust": Command(
+        _cmd_trust, "let a project's .llmstack/ take effect on this machine",
+        "Show what a project's .llmstack/ would put into effect, and trust it as it is now. What"
+        " `install` writes is trusted already; a changed file is to be trusted again.",
+        (_option("directory", "the project (default: the one we are in)", metavar="DIR",
+                 nargs="?"),)),
+    "version": Command(_cmd_version, "print the version"),
+    "help": Command(None, "list the commands, or explain one", options=(
+        _option("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
+    "_daemon": Command(_cmd_daemon, options=(
+        _NEXT,
+        _option("--host", "", required=True),
+        _option("--port", "", type=_port, required=True),
+        _option("--engine", "", required=True))),
+    "_download": Command(_cmd_download_worker),
+}
+
+
+def command_called(name: str) -> str:
+    """The command that a name, or one of its other names, stands for; else the name itself."""
+    for known, command in COMMANDS.items():
+        if name in command.aliases:
+            return known
+    return name
 
 
 def render_examples(prog: str) -> str:
@@ -16839,7 +16616,9 @@ def render_examples(prog: str) -> str:
     except UserError:
         return ""
     mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
-    return "\nexamples:\n" + "".join(mine) if mine else ""
+    if not mine:
+        return ""
+    return "\nexamples:\n" + "".join(mine)
 
 
 def new_parser(prog: str, description: str, **options: Any) -> Any:
@@ -16868,18 +16647,20 @@ def extra_parser(name: str, doc: str) -> Any:
                       formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def make_parser() -> Any:
-    """The command line; `commands` are its subparsers.
+def command_parser(name: str) -> Any:
+    """What reads the words behind a command of COMMANDS.
 
     Errors of usage exit with 2, in one line and a hint.
     """
-    about = "A multi-tier local LLM stack behind one OpenAI-compatible address."
-    parser = new_parser("llmstack", about)
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for add in ADD_COMMANDS:
-        add(commands)
-    parser.commands = commands.choices
-    parser.summaries = {a.dest: a.help for a in commands._choices_actions}
+    command = COMMANDS[name]
+    parser = new_parser("llmstack " + name, command.description)
+    if command.one_of:
+        group = parser.add_mutually_exclusive_group()
+        for option in command.one_of:
+            group.add_argument(*option.names.split(), **option.settings)
+    for option in command.options:
+        parser.add_argument(*option.names.split(), **option.settings)
+    parser.set_defaults(run=command.run)
     return parser
 
 
@@ -16896,12 +16677,19 @@ def extra_summary(name: str) -> str:
     return line[:1].lower() + line[1:]
 
 
-def render_help(summaries: Mapping[str, str]) -> str:
+def _summary(name: str) -> str:
+    """What `help` says of a command, "" where it is not here."""
+    if name in COMMANDS:
+        return COMMANDS[name].about
+    return extra_summary(name)
+
+
+def render_help() -> str:
     """All commands in groups, with a line each."""
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
     for heading, names in command_groups():
-        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names]
+        rows = [(name, _summary(name)) for name in names]
         shown = [f"  {name:<18}  {summary}" for name, summary in rows if summary]
         if shown:
             lines += ["", heading, *shown]
@@ -16910,13 +16698,14 @@ def render_help(summaries: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _say_help(parser: Any, topic: str) -> int:
-    if not topic:
-        say(render_help(parser.summaries))
-    elif topic in parser.commands:
-        say(parser.commands[topic].format_help().rstrip("\n"))
-    else:
+def _say_help(topic: str) -> int:
+    name = command_called(topic)
+    if name in COMMANDS:
+        say(command_parser(name).format_help().rstrip("\n"))
+        return 0
+    if topic:
         return run_extra(topic, ["--help"])
+    say(render_help())
     return 0
 
 
@@ -16926,18 +16715,16 @@ OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version":
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
-    name = OPTION_COMMANDS.get(name, name)
+    name = command_called(OPTION_COMMANDS.get(name, name))
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)
     if not name.startswith("_"):
         leave_stale_project(os.environ)
-    parser = make_parser()
-    command = parser.commands.get(name)
-    if command is None:
+    if name not in COMMANDS:
         return run_extra(name, words)
-    args = command.parse_args(words)
+    args = command_parser(name).parse_args(words)
     if args.run is None:
-        return _say_help(parser, args.topic)
+        return _say_help(args.topic)
     return int(args.run(args))
 
 
