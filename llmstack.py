@@ -4880,13 +4880,18 @@ _LOADER: Any = globals()["__loader__"]
 PROGRAM = os.path.abspath(getattr(_LOADER, "archive", None) or __file__)
 
 
+def _beside(name: str) -> str:
+    """Where a file lies that travels with the program: beside the source, or in the zipapp."""
+    return os.path.join(os.path.dirname(__file__), name)
+
+
 def read_resource(name: str) -> bytes:
-    """A file that travels with the program, from the zipapp or from beside the source.
+    """A file that travels with the program.
 
     importlib.resources fails for a top-level module before 3.13; the loader's get_data does not.
     Errors: UserError where the program has been copied without it.
     """
-    path = os.path.join(os.path.dirname(__file__), name)
+    path = _beside(name)
     try:
         data: bytes = _LOADER.get_data(path)
     except OSError:
@@ -4929,6 +4934,10 @@ class Places(NamedTuple):
 
     def log(self, name: str) -> str:
         return os.path.join(self.state, "logs", name)
+
+    @property
+    def is_demo(self) -> bool:
+        return self.work == os.path.join(self.data, "demo")
 
     @property
     def project(self) -> str:
@@ -6136,21 +6145,26 @@ def owned_process(record: Optional[Record], project: str) -> bool:
     return any(os.path.normcase(path) in command for path in ours)
 
 
-def pid_file_project(path: str) -> str:
-    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
-    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
-
-
-def read_record(path: str) -> Optional[Record]:
-    """The record in a pid file; None where there is none that is this project's.
+def proven_record(text: str, project: str) -> Optional[Record]:
+    """The record in a text; None where there is none that is this project's.
 
     Nor is it one where what runs under its number does not prove to be ours: nobody is to signal
     that, or to send a key to the address beside it.
     """
-    record, project = parse_record(read_text(path)), pid_file_project(path)
+    record = parse_record(text)
     if record is None or not record_is_ours(record, project):
         return None
-    return record if owned_process(record, project) or not record.alive else None
+    if record.alive and not owned_process(record, project):
+        return None
+    return record
+
+
+def read_record(path: str) -> Optional[Record]:
+    """proven_record of a pid file, for the project in whose .llmstack/ that stands.
+
+    A link in the file's place makes it nobody else's.
+    """
+    return proven_record(read_text(path), os.path.dirname(os.path.realpath(os.path.dirname(path))))
 
 
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
@@ -7085,13 +7099,13 @@ def _next_piece(pieces: Iterator[bytes]) -> bytes:
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
 
 
-def asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+def asked_json(upstream: Upstream, path: str) -> Dict[str, Any]:
     """The JSON object that a daemon answers within 2 s, {} where it answers none.
 
     What is in it is another process's word: its types are for the caller to check.
     """
     try:
-        body = upstream.get(path, 2.0, headers=headers, limit_bytes=MAX_ANSWER_BYTES)[1]
+        body = upstream.get(path, 2.0, limit_bytes=MAX_ANSWER_BYTES)[1]
     except (OSError, ValueError):
         return {}
     return parse_json_object(body)
@@ -12089,9 +12103,9 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
     return ports
 
 
-def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = asked_json(upstream, "/running", headers).get("running")
+    rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
     return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
@@ -12116,24 +12130,25 @@ def owner_file(data: str) -> str:
 
 
 def read_stack(places: Places) -> Optional[Record]:
-    """The project's daemon as its pid file says, or, where somebody has deleted .llmstack under a
-    running stack, as its copy in the data directory does; None where there is none of ours."""
+    """The project's daemon as its pid file says, else as its copy in the data directory does.
+
+    The copy is for one whose .llmstack was deleted while it ran. None where there is none of ours.
+    """
     record = read_record(pid_file(places))
     if record is not None:
         return record
     copy = _read_json(owner_file(places.data))
     if copy.get("work") != places.work:
         return None
-    record = parse_record(str(copy.get("record", "")))
-    if record is None or not record_is_ours(record, places.work):
-        return None
-    return record
+    return proven_record(str(copy.get("record", "")), places.work)
 
 
 def running_record(places: Places) -> Optional[Record]:
     """The project's daemon where it lives, None where it does not or is another's."""
     record = read_stack(places)
-    return record if owned_process(record, places.work) else None
+    if not owned_process(record, places.work):
+        return None
+    return record
 
 
 def stack_is_alive(places: Places) -> bool:
@@ -12146,34 +12161,40 @@ def connectable(host: str) -> str:
     return everywhere.get(host, host)
 
 
-def router_upstream(record: Record) -> Upstream:
-    return Upstream(connectable(record.host), record.port)
+def router_upstream(record: Record, env: Mapping[str, str]) -> Upstream:
+    """The router of a daemon, which is given the key of `env`. Errors: UserError for a bad one."""
+    upstream = Upstream(connectable(record.host), record.port)
+    upstream.key = api_key(env)
+    return upstream
 
 
 def engine_upstream(record: Record) -> Upstream:
     return Upstream("127.0.0.1", record.engine_port)
 
 
-def answers(record: Optional[Record], headers: bytes = b"") -> bool:
+def _asked_head(upstream: Upstream, path: str) -> Optional[Response]:
+    """The head of what a daemon answers within 2 s, None where it answers nothing."""
+    try:
+        return upstream.get(path, 2.0)[0]
+    except (OSError, ValueError):
+        return None
+
+
+def answers(record: Record, env: Mapping[str, str]) -> bool:
     """True when a daemon is up: its process is the one we started, and its router says its pid."""
-    if record is None or not record.alive:
+    if not record.alive:
         return False
-    try:
-        response, _ = router_upstream(record).get("/models.ini", 2.0, headers=headers)
-    except (OSError, ValueError):
+    head = _asked_head(router_upstream(record, env), "/models.ini")
+    if head is None:
         return False
-    if response.status != 200:
-        return response.status in (401, 404)
-    return response.header(b"x-llmstack-pid") == str(record.pid)
+    if head.status != 200:
+        return head.status in (401, 404)
+    return head.header(b"x-llmstack-pid") == str(record.pid)
 
 
-def engine_answers(record: Optional[Record]) -> bool:
-    if record is None or not record.alive:
-        return False
-    try:
-        return engine_upstream(record).get("/health", 2.0)[0].status == 200
-    except (OSError, ValueError):
-        return False
+def engine_answers(record: Record) -> bool:
+    head = _asked_head(engine_upstream(record), "/health")
+    return head is not None and head.status == 200
 
 
 def base_url(host: str, port: int) -> str:
@@ -12195,13 +12216,6 @@ def api_key(env: Mapping[str, str]) -> str:
     return key
 
 
-def key_header(env: Mapping[str, str]) -> bytes:
-    key = api_key(env)
-    if not key:
-        return b""
-    return b"X-Api-Key: " + key.encode() + b"\r\n"
-
-
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
     if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
@@ -12218,7 +12232,6 @@ class Plan(NamedTuple):
     host: str
     port: int
     use_next: bool
-    env: Mapping[str, str]
     kind: str = "embedded"                      # of the engine: embedded | llama-swap
 
     @property
@@ -12227,19 +12240,36 @@ class Plan(NamedTuple):
             return "next"
         return "current"
 
+    @property
+    def url(self) -> str:
+        """The router's, without /v1."""
+        return base_url(self.host, self.port)
 
-def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
-    """Tiers with settings of their own -> their llama-server. Errors: UserError."""
-    found = {}
-    for tier in local_tiers(config):
-        if not any(key in SERVER_OPTIONS for key in tier.settings):
-            continue
-        program = find_llama_server(tier_config(config, tier), env, data)
-        refused = probe_flags(program, config, data) if program else frozenset()
-        if program and config.park_gb and "--slot-save-path" not in refused:
-            program = (*program, *parking_flags(data))
-        found[tier.name] = Binary(program, refused)
-    return found
+
+def installed_server(config: Config, places: Places, tier: Optional[Tier] = None) -> Binary:
+    """The llama-server of a configuration, or of a tier with one of its own, and what it refuses.
+
+    Without a program where there is none. Errors: UserError.
+    """
+    own = config
+    if tier is not None:
+        own = tier_config(config, tier)
+    program = find_llama_server(own, places.env, places.data)
+    if not program:
+        return Binary(())
+    return Binary(program, probe_flags(program, config, places.data))
+
+
+def can_park(server: Binary, config: Config) -> bool:
+    return bool(server.program and config.park_gb) and "--slot-save-path" not in server.refused
+
+
+def parking_server(config: Config, places: Places, tier: Optional[Tier] = None) -> Binary:
+    """installed_server with the flags that parking needs, where it can park."""
+    server = installed_server(config, places, tier)
+    if can_park(server, config):
+        return server._replace(program=(*server.program, *parking_flags(places.data)))
+    return server
 
 
 def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
@@ -12253,26 +12283,25 @@ def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = os.environ, local_tiers(config)
-    program = find_llama_server(config, env, places.data)
-    refused = probe_flags(program, config, places.data) if program else frozenset()
+    local = local_tiers(config)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, env, use_next)
+    fits = measure_tiers(config, machine, places.env, use_next)
     config = with_caches(config, fits, machine)
-    config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
-    parks = config.park_gb and "--slot-save-path" not in refused
-    if parks and program:
-        program = (*program, *parking_flags(places.data))
-    own = own_binaries(config, env, places.data)
+    tiers = tuple(_ready_for_swap(tier, places.env, use_next) for tier in config.tiers)
+    config = config._replace(tiers=tiers)
+    server = parking_server(config, places)
+    own = {tier.name: parking_server(config, places, tier) for tier in local_tiers(config)
+           if not SERVER_OPTIONS.keys().isdisjoint(tier.settings)}
     quote = windows_quote if IS_WINDOWS else posix_quote
+    needs = {fit.name: fit.need_gb for fit in fits}
+    weights = {fit.name: fit.memory.weights / 1e9 for fit in fits if fit.memory}
     text = render_llama_swap_yaml(
-        config, program, use_next, refused, quote,
-        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
-        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
-    if parks:
+        config, server.program, use_next, server.refused, quote,
+        free_run(FIRST_SERVER_PORT, len(local)), needs, weights, machine.budget_gb, proxy, own)
+    if can_park(server, config):
         hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
         text = with_stop_hook(text, hook)
-    write_atomic(path, text, 0o600)
+    write_atomic(path, text)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -12290,11 +12319,12 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
 
 def check_plan(plan: Plan) -> None:
     """What can be known to fail before anything is started or stopped. Errors: UserError."""
-    program = find_llama_server(plan.config, plan.env, plan.places.data)
-    if not program and local_tiers(plan.config):
+    places, config = plan.places, plan.config
+    program = find_llama_server(config, places.env, places.data)
+    if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
     if program and plan.kind == "llama-swap":   # its YAML needs to know them
-        probe_flags(program, plan.config, plan.places.data)
+        probe_flags(program, config, places.data)
 
 
 def places_at(data: str, work: str) -> Places:
@@ -12303,14 +12333,13 @@ def places_at(data: str, work: str) -> Places:
     return Places(work, state, os.path.join(state, "models.ini"), data)
 
 
-def other_owner(places: Places) -> str:
-    """The project whose daemon is alive, when that is not this one; "" otherwise."""
+def other_owner(places: Places) -> Optional[Places]:
+    """The project whose daemon is alive, where that is not this one."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
-    if not work or work == places.work:
-        return ""
-    if not stack_is_alive(places_at(places.data, work)):
-        return ""
-    return work
+    other = places_at(places.data, work)
+    if not work or work == places.work or not stack_is_alive(other):
+        return None
+    return other
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -12346,10 +12375,10 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
     Errors: as theirs.
     """
-    if os.path.exists(places.models_ini) or os.environ.get("LLMSTACK_MODELS_INI"):
+    if os.path.exists(places.models_ini) or places.env.get("LLMSTACK_MODELS_INI"):
         return load_config(places, warn)
     seed, _ = seed_text(profile)
-    text = with_ultra(seed, os.environ, places.data).decode("utf-8")
+    text = with_ultra(seed, places.env, places.data).decode("utf-8")
     config, _ = parse_models_ini(text)
     return config
 
@@ -12372,46 +12401,48 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
     Errors: UserError.
     """
     check_state(places)
-    if os.path.exists(places.models_ini):
-        if profile:
-            raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
-                            "edit it, or move it away first")
+    there = os.path.exists(places.models_ini)
+    if there and profile:
+        raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
+                        "edit it, or move it away first")
+    if there:
         return
     why = ""
     if text is None:
         text, why = seed_text(profile)
-        text = with_ultra(text, os.environ, places.data)
+        text = with_ultra(text, places.env, places.data)
     write_atomic(places.models_ini, text)
     say(f"Wrote {places.models_ini}: the tiers of this project, yours to edit")
     if why:
         say(why)
 
 
-def _environment_map(pid: int) -> Dict[str, str]:
+def process_variables(pid: int) -> Dict[str, str]:
     """The environment a process was started with, {} where that cannot be told."""
     pairs = (word.partition("=") for word in process_environment(pid) or [])
     return {name: value for name, found, value in pairs if found}
 
 
-def _project_name(work: str, data: str) -> str:
-    if work == os.path.join(data, "demo"):
-        return "the demo"
-    return work
+def _stack_name(places: Places) -> str:
+    if places.is_demo:
+        return "another llmstack (the demo)"
+    return f"another llmstack ({places.work})"
 
 
-def _stop_advice(work: str, data: str) -> str:
-    if work == os.path.join(data, "demo"):
+def _stop_advice(places: Places) -> str:
+    if places.is_demo:
         return "`llmstack stop --demo` ends it"
-    return f"`llmstack stop` in {work} ends it"
+    return f"`llmstack stop` in {places.work} ends it"
 
 
-def _work_of_listener(port: int) -> str:
-    """The project of the llmstack that listens on `port`; "" for any other program."""
+def _listening_stack(data: str, port: int) -> Optional[Places]:
+    """The project of the llmstack that listens on `port`; None for any other program."""
     for pid in sorted(listeners(port)):
-        env = _environment_map(pid)
-        if env.get(STACK_VARIABLE):
-            return env.get("LLMSTACK_WORK_DIR", "")
-    return ""
+        env = process_variables(pid)
+        work = env.get("LLMSTACK_WORK_DIR")
+        if env.get(STACK_VARIABLE) and work:
+            return places_at(data, work)
+    return None
 
 
 def _and_list(words: Sequence[str]) -> str:
@@ -12424,16 +12455,14 @@ def _and_list(words: Sequence[str]) -> str:
 def _refuse_second_stack(places: Places) -> None:
     """One stack at a time, whatever its ports: two would not fit in memory. Errors: UserError."""
     owner = other_owner(places)
-    if not owner:
+    if owner is None:
         return
-    record = read_stack(places_at(places.data, owner))
+    record = read_stack(owner)
     assert record is not None                   # it is alive
-    ports = [str(record.port), str(record.engine_port)]
     url = base_url(record.host, record.port)
-    hint = (f"`llmstack install --external {url}` uses it from here,"
-            f" {_stop_advice(owner, places.data)}")
-    name = _project_name(owner, places.data)
-    raise UserError(f"another llmstack ({name}) holds {_and_list(ports)}", hint)
+    raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
+                    f"`llmstack install --external {url}` uses it from here,"
+                    f" {_stop_advice(owner)}")
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
@@ -12443,19 +12472,19 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     project's own daemon holds is no obstacle: it is up, or is ended first.
     """
     _refuse_second_stack(places)
-    own: List[int] = []
+    free = [0]
     record = running_record(places)
     if record is not None:
-        own = [record.port, record.engine_port]
+        free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        if not port or port in own or port_is_free(host, port):
+        if port in free or port_is_free(host, port):
             continue
-        work = _work_of_listener(port)
-        if work:
-            holder = f"another llmstack ({_project_name(work, places.data)})"
-            advice.append(_stop_advice(work, places.data))
+        other = _listening_stack(places.data, port)
+        if other is not None:
+            holder = _stack_name(other)
+            advice.append(_stop_advice(other))
         else:
             holder = port_holder(port)
             keys.append(key)
@@ -12484,27 +12513,22 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    config = plan.config
+    places, config = plan.places, plan.config
     wanted = {"router_port": (plan.host, plan.port),
               "engine_port": ("127.0.0.1", config.engine_port)}
-    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
+    if proxy_tier(config) and find_litellm(places.env, places.data):
         wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
     return wanted
 
 
-def _daemon_env(plan: Plan) -> Dict[str, str]:
-    places = plan.places
-    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-            "LLMSTACK_MODELS_INI": places.models_ini}
-
-
-def _await_daemon(plan: Plan, process: Any, record: Record, log: str, before: int) -> None:
+def _await_daemon(plan: Plan, process: Any, record: Record, log_bytes: int) -> None:
     """Return once a daemon answers.
 
-    `before`: bytes of its log before its start. Errors: UserError with what it has written there.
+    `log_bytes`: of its log before its start. Errors: UserError with what it has written there.
     """
+    log = plan.places.log("router.log")
     end = time.monotonic() + START_TIMEOUT_S
-    while not answers(record, key_header(plan.env)):
+    while not answers(record, plan.places.env):
         code = process.poll()
         if code is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -12512,7 +12536,9 @@ def _await_daemon(plan: Plan, process: Any, record: Record, log: str, before: in
         what = f"exited with {code}"
         if code is None:
             what = f"did not answer within {START_TIMEOUT_S} s"
-        tail = ":\n" + tail_of(log) if file_size(log) > before else ""
+        tail = ""
+        if file_size(log) > log_bytes:
+            tail = ":\n" + tail_of(log)
         raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
 
 
@@ -12524,15 +12550,37 @@ def program_name(program: Sequence[str]) -> str:
 
 
 def _say_started(plan: Plan, say: Say) -> None:
-    config, data = plan.config, plan.places.data
-    program = find_llama_server(config, plan.env, data)
-    server = f", llama-server is {program_name(program)}" if program else ""
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
-    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
-    if proxy:
-        when = ", starting; that takes a while" if proxy.preload else ", on demand"
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
+    places, config = plan.places, plan.config
+    engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
+    program = find_llama_server(config, places.env, places.data)
+    if program:
+        engine += f", llama-server is {program_name(program)}"
+    say(f"Router  {plan.url}/v1")
+    say(engine)
+    proxy = plan_proxy(places, config, places.env, plan.use_next)
+    if proxy is None:
+        return
+    when = "on demand"
+    if proxy.preload:
+        when = "starting; that takes a while"
+    say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui, {when}")
+
+
+def _take_down(places: Places) -> int:
+    """Stop all that was started for a project, by record or without; returns how many there were.
+
+    Errors: UserError.
+    """
+    stopped = 0
+    record = read_stack(places)
+    if record is not None:
+        stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+    stopped += stop_project_members(places.work)
+    _remove(pid_file(places))
+    _remove(places.in_state("active-channel"))
+    if _read_json(owner_file(places.data)).get("work") == places.work:
+        _remove(owner_file(places.data))
+    return stopped
 
 
 def _start_daemon(plan: Plan, say: Say) -> None:
@@ -12545,48 +12593,43 @@ def _start_daemon(plan: Plan, say: Say) -> None:
         command.append("--next")
     record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
                     config.engine_port)
-    before = file_size(log)
-    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
-    copy = {"work": places.work, "record": read_text(pid_file(places))}
+    env = {**places.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
+           "LLMSTACK_MODELS_INI": places.models_ini}
+    log_bytes = file_size(log)
+    process, record = spawn_recorded(command, log, env, pid_file(places), record)
     try:
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
-        _await_daemon(plan, process, record, log, before)
+        _await_daemon(plan, process, record, log_bytes)
     except BaseException:                       # Ctrl-C, too: nothing stays up without a word
-        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
-        stop_stack_members(record.stack)
-        _remove(pid_file(places))
-        _remove(owner_file(places.data))
+        _take_down(places)
+        process.wait()
         raise
     process.returncode = 0                      # it stays; Popen is not to warn of that
+    write_atomic(places.in_state("active-channel"), plan.channel + "\n")
     _say_started(plan, say)
 
 
 def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
     """Bring the daemon up; True when it was started, False when it was up.
 
-    `again`: one that runs is stopped first, once everything else is known to be well.
+    `again`: one that runs is taken down first, once everything else is known to be well.
     Errors: UserError.
     """
     places = plan.places
     with stack_lock(places, say):
         _refuse_second_stack(places)
-        record = read_stack(places)
-        alive = owned_process(record, places.work)
-        if alive and not again:
-            assert record is not None
+        record = running_record(places)
+        if record is not None and not again:
             _refuse_other_terms(plan, record)
-            if answers(record, key_header(plan.env)) and engine_answers(record):
+            if answers(record, places.env) and engine_answers(record):
                 return False
         check_plan(plan)
-        if record is not None:
-            if not alive:
-                say("The daemon has died; cleaning up after it and starting it again")
-            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
-        stop_project_members(places.work)       # what a crash has left without a record
-        _remove(pid_file(places))
+        if record is None and read_stack(places) is not None:
+            say("The daemon has died; cleaning up after it and starting it again")
+        _take_down(places)
         check_ports(places, _plan_ports(plan))
         _start_daemon(plan, say)
-        write_atomic(places.in_state("active-channel"), plan.channel + "\n")
         return True
 
 
@@ -12596,15 +12639,13 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
     Errors: UserError.
     """
     try:
-        response, body = router_upstream(record).get(
-            "/llmstack/reload", 10.0, "POST", key_header(env))
-        said = json.loads(body)
-        problem = said.get("problem") if isinstance(said, dict) else None
-    except (OSError, ValueError, RecursionError):
+        response, body = router_upstream(record, env).get("/llmstack/reload", 10.0, "POST")
+    except (OSError, ValueError):
         raise UserError("the router does not answer", "see logs/router.log") from None
     if response.status == 200:
         return ""
-    return visible(str(problem or f"it answers {response.status}"), 2000)
+    problem = parse_json_object(body).get("problem") or f"it answers {response.status}"
+    return visible(str(problem), 2000)
 
 
 def stop_stack(places: Places, say: Say) -> bool:
@@ -12613,16 +12654,7 @@ def stop_stack(places: Places, say: Say) -> bool:
     Errors: UserError.
     """
     with stack_lock(places, say):
-        stopped = 0
-        record = read_stack(places)
-        if record is not None:
-            stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
-        stopped += stop_project_members(places.work)
-        for path in (pid_file(places), places.in_state("active-channel")):
-            _remove(path)
-        if _read_json(owner_file(places.data)).get("work") == places.work:
-            _remove(owner_file(places.data))
-        return stopped > 0
+        return _take_down(places) > 0
 
 
 # ---- what runs, as `status` shows it
@@ -12640,16 +12672,17 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
+    for pid in listeners(int(port.group(1))):
+        return process_age_s(pid)
+    return None
 
 
-def _engine_states(upstream: Upstream,
-                   headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
+def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running", headers).get("running")
+    running = asked_json(upstream, "/running").get("running")
     if not isinstance(running, list):
         return None
     states = {}
@@ -12662,9 +12695,9 @@ def _engine_states(upstream: Upstream,
     return states
 
 
-def _router_states(upstream: Upstream, headers: bytes = b"") -> Dict[str, Dict[str, str]]:
+def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     """Tier -> what a router tells of it: its state, and the reason for that."""
-    told = asked_json(upstream, "/llmstack/state", headers)
+    told = asked_json(upstream, "/llmstack/state")
     return {name: {key: value for key, value in row.items() if isinstance(value, str)}
             for name, row in told.items() if isinstance(row, dict)}
 
@@ -12688,15 +12721,14 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return _environment_map(record.pid) or env
+    return process_variables(record.pid) or env
 
 
-def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
-                  env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what its proxy and the daemon's environment tell."""
-    lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
+def _judge_hosted(rows: Sequence[Dict[str, Any]], lacking: Mapping[str, Sequence[str]],
+                  proxy: Tuple[str, Any]) -> None:
+    """Put into the rows of LiteLLM tiers how its proxy is, and which credentials are `lacking`."""
     words = {"ready": "loaded", "starting": "loading", "": "cold"}
-    for row in rows["tiers"]:
+    for row in rows:
         if row["backend"] != "litellm":
             continue
         row["missing"] = list(lacking.get(row["name"], ()))
@@ -12705,7 +12737,6 @@ def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: T
         settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
         if row["missing"] and not settled:
             row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
-    rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
 
 
 def running_channel(places: Places) -> str:
@@ -12721,7 +12752,7 @@ def running_memory(places: Places) -> Dict[str, Any]:
     record = running_record(places)
     if record is None:
         return {}
-    return asked_json(router_upstream(record), "/llmstack/memory", key_header(os.environ))
+    return asked_json(router_upstream(record, places.env), "/llmstack/memory")
 
 
 def running_machine(places: Places, config: Config) -> Optional[Machine]:
@@ -12738,49 +12769,90 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
                    told.get("cuda") is True, float(host_gb or 0))
 
 
-def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
-    """What runs, probed now; the value `status --json` prints."""
+class _Seen(NamedTuple):
+    """What a project's daemon tells of itself; nothing where it does not run."""
+
+    record: Optional[Record]
+    alive: bool = False
+    router: Optional[Upstream] = None           # where it answers
+    engine: Optional[Upstream] = None
+
+    def part(self, name: str) -> Optional[Dict[str, Any]]:
+        """The row of the router or the engine, None without a daemon."""
+        record = self.record
+        if record is None:
+            return None
+        row = {"kind": "router", "url": base_url(record.host, record.port),
+               "answers": self.router is not None}
+        if name == "engine":
+            row = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
+                   "answers": self.engine is not None}
+        return {**row, "pid": record.pid, "alive": self.alive}
+
+
+def _look_at_stack(places: Places) -> _Seen:
     record = read_stack(places)
-    alive = owned_process(record, places.work)
-    router_up = alive and answers(record, key_header(env))
-    engine_up = alive and engine_answers(record)
-    rows: Dict[str, Any] = {"running": router_up and engine_up, "project": places.work,
-                            "models_ini": places.models_ini, "router": None, "engine": None,
-                            "channel": record.channel if record else None}
-    states, told = None, {}
-    if record is not None:
-        common = {"pid": record.pid, "alive": alive}
-        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
-                          "answers": router_up, **common}
-        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
-                          "answers": engine_up, **common}
-        if engine_up:
-            states = _engine_states(engine_upstream(record))
-        if router_up:
-            told = _router_states(router_upstream(record), key_header(env))
-    if not router_up:
+    if record is None or not owned_process(record, places.work):
+        return _Seen(record)
+    router, engine = None, None
+    if answers(record, places.env):
+        router = router_upstream(record, places.env)
+    if engine_answers(record):
+        engine = engine_upstream(record)
+    return _Seen(record, True, router, engine)
+
+
+def _tier_rows(seen: _Seen, places: Places, config: Config, use_next: bool) -> List[Dict[str, Any]]:
+    states: Dict[str, Tuple[str, Any]] = {}
+    otherwise = ("unknown", None)
+    if seen.engine is not None:
+        states = _engine_states(seen.engine) or {}
+        otherwise = ("stopped", None)
+    if seen.router is not None:
+        told = _router_states(seen.router)
+    else:
         told = {name: {"state": "no credential", "reason": why}
-                for name, why in missing_credentials(config, env).items()}
-    otherwise = ("stopped" if engine_up else "unknown", None)
-    rows["tiers"] = []
+                for name, why in missing_credentials(config, places.env).items()}
+    rows = []
     for tier in config.tiers:
-        known = (states or {}).get(tier.name, otherwise)
-        rows["tiers"].append(
-            _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {})))
-    if any(t.backend == "litellm" for t in config.tiers):
-        proxy = (states or {}).get(PROXY, ("", None))
-        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
+        known = states.get(tier.name, otherwise)
+        rows.append(_tier_row(tier, use_next, known, told.get(tier.name, {})))
+    if any(tier.backend == "litellm" for tier in config.tiers):
+        env = _environment_of(seen.record, places.env)
+        lacking = lacking_credentials(places, config, env, use_next)
+        _judge_hosted(rows, lacking, states.get(PROXY, ("", None)))
     notes = parking_notes(places.data)
-    for row in rows["tiers"]:
+    for row in rows:
         row["parking"] = notes.get(row["name"], "")
-    rows["local_only"] = config.local_only
-    rows["other_owner"] = other_owner(places) or None
-    rows["now"] = None                          # as /llmstack/snapshot tells it
-    if record is not None and router_up:
-        rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
-    rows["memory_pressure"] = ""
-    if router_up:
-        rows["memory_pressure"] = running_memory(places).get("pressure") or ""
+    return rows
+
+
+def stack_status(places: Places, config: Config) -> Dict[str, Any]:
+    """What runs, probed now; the value `status --json` prints."""
+    seen = _look_at_stack(places)
+    channel, now, pressure = None, None, ""     # `now`: as /llmstack/snapshot tells it
+    if seen.record is not None:
+        channel = seen.record.channel
+    if seen.router is not None:
+        now = asked_json(seen.router, "/llmstack/snapshot")
+        pressure = asked_json(seen.router, "/llmstack/memory").get("pressure") or ""
+    owner = other_owner(places)
+    rows = {
+        "running": seen.router is not None and seen.engine is not None,
+        "project": places.work,
+        "models_ini": places.models_ini,
+        "router": seen.part("router"),
+        "engine": seen.part("engine"),
+        "channel": channel,
+        "tiers": _tier_rows(seen, places, config, channel == "next"),
+        "local_only": config.local_only,
+        "other_owner": owner and owner.work,
+        "now": now,
+        "memory_pressure": pressure,
+    }
+    if any(tier.backend == "litellm" for tier in config.tiers):
+        env = _environment_of(seen.record, places.env)
+        rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
 
 
@@ -13044,11 +13116,12 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     if not _SAFE_URL.match(upstream.url):
         raise UserError(f"{url!r} has characters that a shell's prompt could not show",
                         "use letters, digits and . _ ~ - /", 2)
-    where, headers = f"{upstream.url}/models.ini", key_header(env)
+    where = f"{upstream.url}/models.ini"
+    upstream.key = api_key(env)
     try:
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
-        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S,
                                       limit_bytes=MAX_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
@@ -13063,7 +13136,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
             problem = ", it names no tier"
         except ConfigError as exc:
             problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
-    what, hint = _why_no_models_ini(response, body, bool(headers))
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
     if not what.startswith("is no "):
         problem = ""
     raise UserError(f"{where} {what}{problem}", hint)
@@ -13111,15 +13184,15 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         rows["problem"] = f"{exc}; {exc.hint}"
         return rows
     rows["running"] = router["alive"] = router["answers"] = True
-    states = _engine_states(remote.upstream, key_header(env))
-    told = _router_states(remote.upstream, key_header(env))
+    states = _engine_states(remote.upstream)
+    told = _router_states(remote.upstream)
     otherwise = ("unknown" if states is None else "stopped", None)
     for tier in remote.config.tiers:
         state = (states or {}).get(tier.name, otherwise)
         row = _tier_row(tier, False, state, told.get(tier.name, {}))
         shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
         rows["tiers"].append({**row, **shown})
-    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot", key_header(env))
+    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot")
     return rows
 
 
@@ -15268,6 +15341,11 @@ def say(line: str = "") -> None:
     write_out(line + "\n")
 
 
+def as_json(found: Any) -> str:
+    """What `--json` prints."""
+    return json.dumps(found, indent=2, ensure_ascii=False)
+
+
 def _tell(line: str) -> None:
     """A line on standard error, whatever text from elsewhere it holds."""
     sys.stderr.write(visible_lines(as_called(line)) + "\n")
@@ -15293,14 +15371,13 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
     """
     url = trusted_url(places)
     if url:
-        remote = fetch_remote(url, os.environ)
-        remote.upstream.key = api_key(os.environ)
+        remote = fetch_remote(url, places.env)
         return remote.upstream, remote.config
     record = running_record(places)
     if record is None:
         raise UserError("the stack of this project is not running", "run `llmstack start`")
-    upstream = router_upstream(record)
-    upstream.key = api_key(os.environ) or api_key(_environment_of(record, {}))
+    upstream = router_upstream(record, places.env)
+    upstream.key = upstream.key or api_key(_environment_of(record, {}))
     return upstream, load_config(places)
 
 
@@ -15350,7 +15427,7 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     _warn_of_missing(config)
     kind = choose_engine(config, places.env, places.data)
     use_next = wants_next(places, config, args.channel, channel)
-    return Plan(places, config, host, port, use_next, dict(places.env), kind)
+    return Plan(places, config, host, port, use_next, kind)
 
 
 def _port(text: str) -> int:
@@ -15365,20 +15442,23 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
 
     Does not return from it on POSIX.
     """
+    env = places.env
     if args.detach or not _has_person():
         return 0
-    if os.environ.get("LLMSTACK_ACTIVE"):
+    if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
     if not hook_trusted(places):
         _tell(untrusted_line(places))
         return 0
-    if hook_of(os.environ)[0]:
+    if hook_of(env)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
         return 0
-    stays = "" if marker.channel == "external" else ", the daemons stay"
+    stays = ", the daemons stay"
+    if marker.channel == "external":
+        stays = ""
     say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
-    return open_shell(places, os.environ, marker)
+    return open_shell(places, env, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
@@ -15388,11 +15468,6 @@ def _start_external(args: Any, places: Places) -> int:
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
-
-
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, sys.stdout if is_live_terminal() else None)
 
 
 def _check_demo_ports(args: Any, places: Places) -> None:
@@ -15410,12 +15485,13 @@ def _check_demo_ports(args: Any, places: Places) -> None:
 def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
     _check_demo_ports(args, places)
+    terminal = sys.stdout if is_live_terminal() else None
     waiting = "Another start is preparing the demo; waiting for it"
     with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
-        if not find_llama_server(Config(), os.environ, places.data):
+        if not find_llama_server(Config(), places.env, places.data):
             install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, os.environ, progress)
+        with Progress(say, terminal) as progress:
+            model, path = ensure_demo_model(places.data, places.env, progress)
         write_demo_ini(places, model, path)
 
 
@@ -15437,12 +15513,13 @@ def extra_names() -> List[str]:
         if getattr(_LOADER, "archive", None):
             import zipfile
             with zipfile.ZipFile(PROGRAM) as archive:
-                files = [n[7:] for n in archive.namelist() if n.startswith("extras/")]
+                files = archive.namelist()
         else:
-            files = os.listdir(os.path.join(os.path.dirname(__file__), "extras"))
+            files = ["extras/" + name for name in os.listdir(_beside("extras"))]
     except OSError:                             # a copy without them
         pass
-    return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
+    found = (re.match(r"extras/([a-z_]+)\.py\Z", file) for file in files)
+    return sorted(match.group(1).replace("_", "-") for match in found if match)
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
@@ -15478,20 +15555,17 @@ def command_names() -> List[str]:
 
 def load_extra(name: str) -> Any:
     """The module of a command in extras/. Errors: UserError where there is none."""
-    source = None
-    if re.match(r"[a-z-]+\Z", name):
-        try:
-            source = read_resource(extra_file(name))
-        except UserError:
-            pass
-    if source is None and name in command_names():
-        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
-                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2)
-    if source is None:
-        raise UserError(f"there is no command {unknown_word(name, command_names())}",
+    names = command_names()
+    if name not in names:
+        raise UserError(f"there is no command {unknown_word(name, names)}",
                         "`llmstack help` lists the commands", 2)
+    try:
+        source = read_resource(extra_file(name))
+    except UserError:
+        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
+                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2) from None
     module: Any = type(sys)("llmstack_" + name.replace("-", "_"))
-    module.__file__ = os.path.join(os.path.dirname(__file__), extra_file(name))
+    module.__file__ = _beside(extra_file(name))
     code = compile(source, module.__file__, "exec", dont_inherit=True)
     exec(code, module.__dict__)  # noqa: S102
     return module
@@ -15529,7 +15603,7 @@ def _never_ask(_: str) -> Optional[bool]:
 def _warn_unserved(places: Places, config: Config,
                    ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
-    why = prepare_hosted(places, config, os.environ, say, ask)
+    why = prepare_hosted(places, config, places.env, say, ask)
     if why:
         warn(f"hosted tiers are not served: {why}")
 
@@ -15540,7 +15614,7 @@ def _bring_up(args: Any, again: bool) -> int:
     Everything is checked before anything is written or stopped.
     """
     places = _places(args)
-    profile = getattr(args, "profile", "")      # restart has none
+    profile = getattr(args, "profile", "")      # `restart` has none
     if args.demo:
         _prepare_demo(args, places)
     else:
@@ -15557,12 +15631,11 @@ def _bring_up(args: Any, again: bool) -> int:
         plan = plan._replace(config=load_config(places))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, say, again)
-    url = base_url(plan.host, plan.port)
     if not started:
-        say(f"Running already: {url}/v1, the {plan.channel} channel")
+        say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return _show_demo(places, url)
-    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
+        return _show_demo(places, plan.url)
+    rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     return _enter_shell(args, places, Marker(plan.channel))
@@ -15572,18 +15645,20 @@ def _cmd_start(args: Any) -> int:
     return _bring_up(args, again=False)
 
 
-def _other_stack(places: Places) -> str:
-    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+def _say_idle(places: Places) -> None:
+    """That there was nothing to stop, and whose stack it is that has this project's ports."""
     try:
         config = planned_config(places)
     except UserError:                           # another user's project, say
         config = Config()
     for port in (config.router_port, config.engine_port):
-        if not port_is_free("127.0.0.1", port):
-            holder = port_holder(port)
-            if "llmstack" in holder:
-                return f": port {port} is taken by {holder}"
-    return ""
+        if port_is_free("127.0.0.1", port):
+            continue
+        holder = port_holder(port)
+        if "llmstack" in holder:
+            say(f"Nothing of this project is running: port {port} is taken by {holder}.")
+            return
+    say("Nothing is running.")
 
 
 def say_forgotten(places: Places) -> None:
@@ -15599,24 +15674,18 @@ def _cmd_stop(args: Any) -> int:
     stopped = stop_stack(places, say)
     if args.forget:
         say_forgotten(places)
+    url, owner = pinned_url(places), other_owner(places)
     if stopped:
         say("Stopped.")
-        return 0
-    url = pinned_url(places)
-    if url:
+    elif url:
         say(f"There is nothing local to stop: this project uses the router at {url}.")
-        return 0
-    owner = other_owner(places)
-    if owner:
-        where = f"run it in {owner}"
-        if owner == os.path.join(places.data, "demo"):
+    elif owner is not None:
+        where = f"run it in {owner.work}"
+        if owner.is_demo:
             where = "run `llmstack stop --demo`"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
-    other = _other_stack(places)
-    if other:
-        say(f"Nothing of this project is running{other}.")
     else:
-        say("Nothing is running.")
+        _say_idle(places)
     return 0
 
 
@@ -15626,9 +15695,8 @@ def _cmd_restart(args: Any) -> int:
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     if pinned_url(places):
-        return {**external_status(places, os.environ), "downloads": []}
-    rows = stack_status(places, config, os.environ)
-    return {**rows, "downloads": download_rows(places)}
+        return {**external_status(places, places.env), "downloads": []}
+    return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
 def _columns() -> int:
@@ -15645,24 +15713,22 @@ def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     return notes + [f"Note: {name}: parking {why}" for name, why in parking]
 
 
-def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
-    """The line of the router or the engine; none for the engine of another machine."""
-    row, title = rows[name], f"{name.capitalize():<8}"
-    if rows.get("problem"):
-        problem = f"{title} {paint('not reached', '31')}, {rows['problem']}"
-        return [problem] if name == "router" else []
+def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
+    """The line of the router or the engine."""
+    title = f"{name.capitalize():<8}"
     if row is None:
-        if rows["channel"] == "external":
-            return []
-        return [f"{title} {paint('not running', '33')}"]
+        return f"{title} {paint('not running', '33')}"
     health = paint("died", "31")
     if row["answers"]:
         health = paint("up", "32")
     elif row["alive"]:
         health = paint("alive, but does not answer", "31")
-    kind = "" if name == "router" else f", {row['kind']}"
-    pid = f", pid {row['pid']}{kind}" if row["pid"] else ""
-    return [f"{title} {health}, {row['url']}{pid}"]
+    words = [f"{title} {health}", row["url"]]
+    if row["pid"]:
+        words.append(f"pid {row['pid']}")
+    if row["pid"] and name == "engine":
+        words.append(row["kind"])
+    return ", ".join(words)
 
 
 # llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
@@ -15670,52 +15736,64 @@ _STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded
                 "unknown": "not running"}
 
 
-def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
+def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
+             config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
     tier = config.by_name(row["name"])
     row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
     if tier is not None and tier.backend == "gguf" and not rows["running"]:
         use_next = rows["channel"] == "next"
-        if not cached_model(weights_for(tier, use_next), os.environ):
+        if not cached_model(weights_for(tier, use_next), places.env):
             row.update(state="not here", reason=fetching_words(tier, use_next))
     return row
 
 
-def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
+def _download_line(row: Mapping[str, Any]) -> str:
+    what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
+    return f"Download {row['tier']}-{row['label']}: {paint(row['state'], '33')}, {what}"
+
+
+def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
+    """What there is to do where the stack does not run."""
+    if rows["other_owner"]:
+        return f"The daemons of this machine belong to {rows['other_owner']}."
+    if places.is_demo:
+        return "Bring it up with `llmstack start --demo`."
+    return "Bring it up with `llmstack start`."
+
+
+def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
     """What there is to say of a stack that is down, ailing or older than this program."""
-    channel = f" ({rows['channel']})" if rows["channel"] else ""
-    lines = [f"Project  {rows['project']}{channel}"]
-    for name in ("router", "engine"):
-        lines += _part_line(name, rows)
+    lines = [f"Project  {rows['project']}"]
+    if rows["channel"]:
+        lines[0] += f" ({rows['channel']})"
     if rows.get("problem"):
-        return lines
-    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
+        return [*lines, f"Router   {paint('not reached', '31')}, {rows['problem']}"]
+    lines.append(_part_line("router", rows["router"]))
+    if rows["channel"] != "external":           # its engine is on another machine
+        lines.append(_part_line("engine", rows["engine"]))
+    tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
+             for row in rows["tiers"]]
     if tiers:
-        lines += ["", *render_tiers(tiers, width, paint)]
+        lines += ["", *render_tiers(tiers, _columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-            state = paint(row["state"], "33")
-            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
+    lines += [_download_line(row) for row in rows["downloads"] if row["state"] != "done"]
     if not rows["running"]:
-        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
-        if rows["other_owner"]:
-            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
+        lines += ["", _idle_line(rows, places)]
     return lines
 
 
-def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
-    width, now = _columns(), rows.get("now") or {}
-    if not (rows["running"] and dicts_in(now, "tiers")):
-        return _status_of_parts(rows, config, width, demo)
-    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
-                            time.time(), paint)
+def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
+    now = rows.get("now") or {}
+    if not rows["running"] or not dicts_in(now, "tiers"):
+        return _status_of_parts(rows, places, config)
+    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"],
+                            _columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -15767,20 +15845,20 @@ def _cmd_status(args: Any) -> int:
     except UserError as exc:                    # what runs is of interest all the more
         broken = exc
     rows = _status_rows(places, config)
+    lines = _status_lines(rows, places, config)
     if args.json:
-        say(json.dumps(rows, indent=2, ensure_ascii=False))
-    else:
-        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
-            say(line)
+        lines = [as_json(rows)]
+    for line in lines:
+        say(line)
     if broken:
         raise broken
-    return 0 if rows["running"] else 1
+    return int(not rows["running"])
 
 
-def _shell_in_use() -> str:
+def _shell_in_use(env: Mapping[str, str]) -> str:
     """The shell that reads our output: the hook's, else the user's."""
-    hooked, _ = hook_of(os.environ)
-    return hooked or shell_name(shell_program(os.environ)) or "bash"
+    hooked, _ = hook_of(env)
+    return hooked or shell_name(shell_program(env)) or "bash"
 
 
 def _say_raw(text: str) -> None:
@@ -15798,9 +15876,12 @@ def _say_raw(text: str) -> None:
 def _cmd_reload(args: Any) -> int:
     """The shell's part first: it is of use with the router down, too."""
     places = _places(args)
-    tell = say if sys.stdout.isatty() else _tell
+    tell = _tell
+    if sys.stdout.isatty():
+        tell = say
     if not args.demo:
-        _say_raw(shell_lines(places, args.shell or _shell_in_use(), os.environ))
+        shell = args.shell or _shell_in_use(places.env)
+        _say_raw(shell_lines(places, shell, places.env))
         if not hook_trusted(places):
             tell(untrusted_line(places))
         if pinned_url(places):
@@ -15810,7 +15891,7 @@ def _cmd_reload(args: Any) -> int:
     record = running_record(places)
     if record is None:
         raise UserError("the router of this project is not running", "run `llmstack start`")
-    problem = ask_reload(record, os.environ)
+    problem = ask_reload(record, places.env)
     if problem:
         raise UserError(f"the router keeps its old models.ini: {problem}", "mend it, then again")
     tell("models.ini is read again. Changed tiers need `llmstack restart`.")
@@ -15822,7 +15903,9 @@ def _cmd_activate(args: Any) -> int:
     if sys.stdout.isatty():
         _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up"
               f" file:\n  {activate_line(args.shell)}")
-    source = "." if args.shell == "powershell" else "source"
+    source = "source"
+    if args.shell == "powershell":
+        source = "."
     _say_raw(f"{source} {shell_quote(args.shell, path)}\n")
     return 0
 
@@ -15833,7 +15916,7 @@ def _cmd_hook(shell: str, directory: str) -> int:
     It does without argparse, whose import takes longer than all of it.
     """
     places = places_at(data_dir(os.environ), os.path.realpath(directory))
-    _say_raw(hook_answer(places, shell, os.environ, _tell))
+    _say_raw(hook_answer(places, shell, places.env, _tell))
     return 0
 
 
@@ -15858,7 +15941,8 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-DEFAULT_REMOTE = f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+def _default_remote() -> str:
+    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
 def _external_url(args: Any, places: Places) -> str:
@@ -15867,7 +15951,7 @@ def _external_url(args: Any, places: Places) -> str:
         return ""
     named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
     if args.external is not None:
-        return args.external or named or DEFAULT_REMOTE
+        return args.external or named or _default_remote()
     return named or trusted_url(places)
 
 
@@ -15879,8 +15963,8 @@ def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) ->
 
 
 def _install_external(args: Any, places: Places, url: str) -> int:
-    remote = fetch_remote(url, os.environ, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    remote = fetch_remote(url, places.env, args.insecure)
+    text = project_opencode_json(places, remote.config, remote.url, places.env, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
@@ -15895,13 +15979,7 @@ def _install_external(args: Any, places: Places, url: str) -> int:
     return 0
 
 
-def _cmd_install(args: Any) -> int:
-    places = _places(args)
-    if not args.print:
-        offer_trust(places, say, _ask)
-    url = _external_url(args, places)
-    if url:
-        return _install_external(args, places, url)
+def _install_local(args: Any, places: Places) -> int:
     if args.insecure:
         raise UserError("--insecure is for --external https://...", "leave it out", 2)
     if not args.print:
@@ -15912,11 +15990,13 @@ def _cmd_install(args: Any) -> int:
     use_next = wants_next(places, config, args.channel)
     config = true_config(config, places, use_next, warn)
     url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, os.environ)
+    text = project_opencode_json(places, config, url, places.env)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    channel = "next" if use_next else "current"
+    channel = "current"
+    if use_next:
+        channel = "next"
     _wire(places, Marker(channel), text, config)
     running = running_channel(places)
     if not running:
@@ -15926,11 +16006,21 @@ def _cmd_install(args: Any) -> int:
     return 0
 
 
+def _cmd_install(args: Any) -> int:
+    places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
+    url = _external_url(args, places)
+    if url:
+        return _install_external(args, places, url)
+    return _install_local(args, places)
+
+
 def _why_config(places: Places) -> Config:
     """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
     url = trusted_url(places)
     if url:
-        return fetch_remote(url, os.environ).config
+        return fetch_remote(url, places.env).config
     config = planned_config(places, warn)
     return true_config(config, places, running_channel(places) == "next", warn)
 
@@ -15977,8 +16067,8 @@ def _why_decision(args: Any, places: Places, config: Config,
     Errors: UserError.
     """
     body, renamed = _as_resolved(config, path, _read_body(args.file))
-    barred = {**missing_credentials(config, os.environ),
-              **unserved_hosted(places, config, os.environ, False)}
+    barred = {**missing_credentials(config, places.env),
+              **unserved_hosted(places, config, places.env, False)}
     try:
         facts = read_facts(path, body, config.routing.ultra_triggers)
         return decide(facts, config, barred=barred), renamed
@@ -16008,7 +16098,7 @@ def _cmd_why(args: Any) -> int:
     if args.json:
         found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
                  "reason": why, "refused": refused, "nearest": decision.nearest or None}
-        say(json.dumps(found, indent=2, ensure_ascii=False))
+        say(as_json(found))
         return 0
     say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
     for name, reason in refused.items():
@@ -16028,56 +16118,47 @@ class RouterPlan(NamedTuple):
     local: bool                                 # the project's own engine is behind it
     remedy: str                                 # what helps when that does not answer
 
-
-def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
-    """What says of a later configuration which tiers the engine does not serve, and why."""
-    known = {t.name for t in plan.config.tiers if t.backend != "openai"}
-
-    def unserved(config: Config) -> Dict[str, str]:
-        found = unserved_hosted(plan.places, config, os.environ, plan.use_next)
+    def unserved(self, config: Config) -> Dict[str, str]:
+        """The tiers of a later configuration that the engine does not serve, and why."""
+        known = {tier.name for tier in self.config.tiers if tier.backend != "openai"}
+        found = unserved_hosted(self.places, config, self.places.env, self.use_next)
         for tier in config.tiers:
             if tier.backend != "openai" and tier.name not in known:
                 found[tier.name] = "the engine does not know it before `llmstack restart`"
         return found
 
-    return unserved
+    def reload(self, warn: Callable[[str], None]) -> Config:
+        """models.ini as it is now. Errors: UserError."""
+        places = self.places
+        if not places.is_demo:                  # whose model is of another place by design
+            check_run_trust(places)
+        config = load_config(places, warn)
+        if not self.local:
+            return config
+        return true_config(config, places, self.use_next, warn)
 
 
 def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
     places = plan.places
-    unserved: Optional[Callable[[Config], Dict[str, str]]] = None
     record: Optional[Recorder] = None
-    foreign_logs: Tuple[str, ...] = ()
+    if plan.local and plan.config.decision_log:
+        record = Recorder(places.log("decisions.jsonl"))
     bundled = b""
-    if plan.local:
-        unserved = _unserved_by(plan)
-        foreign_logs = (places.log("llama-swap.log"),)
-        if plan.config.decision_log:
-            record = Recorder(places.log("decisions.jsonl"))
-    elif not os.path.exists(places.models_ini):
+    if not plan.local and not os.path.exists(places.models_ini):
         bundled = read_resource("models.ini")
-
-    def reload() -> Config:
-        if places.work != demo_dir(places.data):    # whose model is of another place by design
-            check_run_trust(places)
-        config = load_config(places, log.warning)
-        if not plan.local:
-            return config
-        return true_config(config, places, plan.use_next, log.warning)
-
     app = RouterApp(
         plan.config, behind, log,
         loopback=is_loopback(plan.host),
-        key=api_key(os.environ),
+        key=api_key(places.env),
         models_ini=places.models_ini,
         bundled=bundled,
-        reload=reload,
+        reload=lambda: plan.reload(log.warning),
         use_next=plan.use_next,
-        unserved=unserved,
+        unserved=plan.unserved if plan.local else None,
         remedy=plan.remedy,
-        env=os.environ,
+        env=places.env,
         record=record,
-        foreign_logs=foreign_logs,
+        foreign_logs=(places.log("llama-swap.log"),) if plan.local else (),
     )
     if plan.local:
         app.events.sources.append(lambda: {"downloads": download_rows(places)})
@@ -16127,22 +16208,27 @@ def _run_until_signal(server: Any, app: RouterApp) -> None:
         server.server_close()
 
 
+def _serve_upstream(url: str, config: Config) -> Upstream:
+    """What `serve --upstream` names. Errors: UserError where local_only forbids it."""
+    if config.local_only and not _LOCAL_URL.match(url):
+        raise UserError(f"{url} is not on this machine, and {LOCAL_ONLY}",
+                        "take local_only out, or name another", 2)
+    return parse_upstream(url)
+
+
 def _cmd_serve(args: Any) -> int:
     places = _places(args)
     check_run_trust(places)
     config = load_config(places, warn)
-    host = args.host or config.host
-    port = config.router_port if args.port is None else args.port
-    check_exposure(host, config, os.environ)
-    upstream = Upstream("127.0.0.1", config.engine_port)
-    remedy = "run `llmstack start`"
+    host, port = args.host or config.host, args.port
+    if port is None:
+        port = config.router_port
+    check_exposure(host, config, places.env)
+    upstream, remedy = Upstream("127.0.0.1", config.engine_port), "run `llmstack start`"
     if args.upstream:
-        if config.local_only and not _LOCAL_URL.match(args.upstream):
-            raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}",
-                            "take local_only out, or name another", 2)
-        upstream = parse_upstream(args.upstream)
+        upstream = _serve_upstream(args.upstream, config)
         remedy = "start it, or name another --upstream"
-    log = Log("", os.environ.get("LOG_LEVEL", "info"))
+    log = Log("", places.env.get("LOG_LEVEL", "info"))
     use_next = wants_next(places, config)
     plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
     app = _router_app(plan, upstream, log)
@@ -16170,65 +16256,64 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
 
 def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
+    env, data = places.env, places.data
+    program = find_llama_server(config, env, data)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, use_next)
+    fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
-    parking = open_parking(places.data, config, log)
+    parking = open_parking(data, config, log)
     refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
     probing = threading.Lock()
 
     def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
         with probing:                           # at the first load: the daemon is up before that
             if server not in refused:
-                refused[server] = probe_flags(server, config, places.data)
+                refused[server] = probe_flags(server, config, data)
                 for said in refused_settings(config, refused[server]):
                     log.warning(said)
         return refused[server]
 
     def command(tier: Tier, port: int) -> List[str]:
-        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
+        server = find_llama_server(tier_config(config, tier), env, data)
         flags = probe(server)
-        tier = ready_tier(tier, os.environ, use_next)
+        tier = ready_tier(tier, env, use_next)
         words = server_command(server, tier, config, port, use_next, flags)
-        if parking is not None and "--slot-save-path" not in flags:
-            words += parking_flags(places.data)
+        if can_park(Binary(server, flags), config):
+            words += parking_flags(data)
         return words
 
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
-                    _without_our_key(os.environ), machine.budget_gb, use_next, fits=fits,
-                    proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
+                    _without_our_key(env), machine.budget_gb, use_next, fits=fits,
+                    proxy=plan_proxy(places, config, env, use_next), parking=parking)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
 def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
     data = places.data
-    env = _without_our_key(os.environ)
+    env = _without_our_key(places.env)
     proxy = plan_proxy(places, config, env, use_next)
     if proxy:
         env = litellm_env(env)
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, use_next, proxy, path)
     program = find_llama_swap(env, data)
+    server = installed_server(config, places)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
-    parking = open_parking(data, config, log)
-    bays = None
-    refused = probe_flags(server, config, data) if server else frozenset()
-
     def identify(tier: Tier) -> str:
-        words = server_command(server, tier, config, 0, use_next, refused)
+        words = server_command(server.program, tier, config, 0, use_next, server.refused)
         weights = cached_model(weights_for(tier, use_next), env)
         return parking_identity([*words, *parking_flags(data)], weights, env)
 
-    if parking is not None and server and "--slot-save-path" not in refused:
+    bays = None
+    parking = open_parking(data, config, log)
+    if parking is not None and can_park(server, config):
         bays = SwapBays(parking, local_tiers(config), identify, log)
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
@@ -16237,21 +16322,19 @@ def _cmd_daemon(args: Any) -> int:
     """The process behind `start`: the router, and the engine with all its children."""
     places = find_places(os.environ)
     use_next = args.channel == "next"
-    level = os.environ.get("LOG_LEVEL", "info")
+    level = places.env.get("LOG_LEVEL", "info")
     log = Log(places.log("router.log"), level)
     engine_log = Log(places.log("engine.log"), level)
     config = true_config(load_config(places), places, use_next, engine_log.warning)
     remedy = "run `llmstack start`"
-    if places.work == os.path.join(places.data, "demo"):
+    if places.is_demo:
         remedy = "run `llmstack start --demo`"
     more_files()
-    behind: Union[EngineApp, SwapApp]
+    make_app: Callable[..., Union[EngineApp, SwapApp]] = _embedded_app
     if args.engine == "llama-swap":
-        behind = _swap_app(places, config, use_next, engine_log)
-    else:
-        behind = _embedded_app(places, config, use_next, engine_log)
-    plan = RouterPlan(places, config, args.host, use_next, True, remedy)
-    app = _router_app(plan, behind, log)
+        make_app = _swap_app
+    behind = make_app(places, config, use_next, engine_log)
+    app = _router_app(RouterPlan(places, config, args.host, use_next, True, remedy), behind, log)
     try:
         _on_signals(lambda: None)               # from here on there are children to end
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
@@ -16314,7 +16397,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask = _always_yes if args.yes else _ask
-    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
+    failed = run_setup(Setup(places, places.env, args, _say_indented, ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from"
@@ -16343,17 +16426,20 @@ def _cmd_download(args: Any) -> int:
         return _stop_download(args, places)
     seed_project(places, say)
     config = load_config(places, warn)
-    both = ("current", "next")
-    labels = ("next",) if args.next else both
+    labels: Sequence[str] = ("current", "next")
+    known, _ = plan_downloads(config, (), labels)
+    if args.next:
+        labels = ("next",)
     jobs, skipped = plan_downloads(config, args.tiers, labels)
     for line in skipped:
         say(line)
     if not jobs:
         say("Nothing to download.")
         return 0
-    known, _ = plan_downloads(config, (), both)
-    pid = start_downloads(places, jobs, known, os.environ, say)
-    many = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} models"
+    pid = start_downloads(places, jobs, known, places.env, say)
+    many = jobs[0].name
+    if len(jobs) > 1:
+        many = f"{len(jobs)} models"
     logs = places.log("dl-TIER-LABEL.log")
     say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
     if not args.wait and not sys.stdout.isatty():
@@ -16374,7 +16460,7 @@ def _cmd_download_worker(_: Any) -> int:
 def _cmd_install_llama_swap(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
-    install_llama_swap(os.environ, places.data, args.release, args.force, say)
+    install_llama_swap(places.env, places.data, args.release, args.force, say)
     return 0
 
 
@@ -16412,10 +16498,10 @@ def _cmd_check(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline)
+    found = check_stack(places, config, places.env, args.offline)
     code = 0 if found["ok"] else 1
     if args.json:
-        say(json.dumps(found, indent=2, ensure_ascii=False))
+        say(as_json(found))
         return code
     for row in found["tiers"]:
         _say_check(row)
@@ -16434,18 +16520,18 @@ def _cmd_version(args: Any) -> int:
     return 0
 
 
-class Option(NamedTuple):
+class Argument(NamedTuple):
     """An option or an argument of a command."""
 
     names: str                                  # its spellings, with blanks between them
     settings: Mapping[str, Any]                 # as argparse takes them
 
 
-def _option(names: str, about: str, **settings: Any) -> Option:
-    return Option(names, {"help": about, **settings})
+def _option(names: str, about: str, **settings: Any) -> Argument:
+    return Argument(names, {"help": about, **settings})
 
 
-def _flag(names: str, about: str) -> Option:
+def _flag(names: str, about: str) -> Argument:
     return _option(names, about, action="store_true")
 
 
@@ -16455,12 +16541,12 @@ class Command(NamedTuple):
     run: Optional[Callable[[Any], int]]         # None: `help`, which needs this table
     about: str = ""                             # its line in `help`; "" for one of ours alone
     description: str = ""
-    options: Tuple[Option, ...] = ()
-    one_of: Tuple[Option, ...] = ()             # options that exclude each other
+    arguments: Tuple[Argument, ...] = ()
+    one_of: Tuple[Argument, ...] = ()             # options that exclude each other
     aliases: Tuple[str, ...] = ()
 
 
-_CHANNEL = {"dest": "channel", "action": "store_const", "default": ""}
+_CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
 _NEXT = _option("--next", "run the queued upgrades (hf_file_next, model_next)",
                 const="next", **_CHANNEL)
 _CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_NEXT says",
@@ -16505,7 +16591,7 @@ COMMANDS = {
          _option("--next", "pin the queued upgrades (hf_file_next, model_next)", const="next",
                  **_CHANNEL),
          _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                 f" {DEFAULT_REMOTE}) instead of one of this project",
+                 f" {_default_remote()}) instead of one of this project",
                  metavar="URL", nargs="?", const="")),
         ("init", "configure")),
     "install-llama-swap": Command(
@@ -16590,9 +16676,9 @@ COMMANDS = {
         (_option("directory", "the project (default: the one we are in)", metavar="DIR",
                  nargs="?"),)),
     "version": Command(_cmd_version, "print the version"),
-    "help": Command(None, "list the commands, or explain one", options=(
+    "help": Command(None, "list the commands, or explain one", arguments=(
         _option("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
-    "_daemon": Command(_cmd_daemon, options=(
+    "_daemon": Command(_cmd_daemon, arguments=(
         _NEXT,
         _option("--host", "", required=True),
         _option("--port", "", type=_port, required=True),
@@ -16658,7 +16744,7 @@ def command_parser(name: str) -> Any:
         group = parser.add_mutually_exclusive_group()
         for option in command.one_of:
             group.add_argument(*option.names.split(), **option.settings)
-    for option in command.options:
+    for option in command.arguments:
         parser.add_argument(*option.names.split(), **option.settings)
     parser.set_defaults(run=command.run)
     return parser
@@ -16670,10 +16756,7 @@ def extra_summary(name: str) -> str:
         text = read_resource(extra_file(name)).decode("utf-8")
     except UserError:
         return ""
-    found = re.search('"""(.*)', text)
-    if not found:
-        return ""
-    line = found.group(1).rstrip('".')
+    line = text.partition("\n")[0].strip('".')
     return line[:1].lower() + line[1:]
 
 
