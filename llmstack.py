@@ -5027,8 +5027,8 @@ def _close_open_file(handle: int) -> None:
     if IS_WINDOWS:
         return
     status = os.fstat(handle)
-    is_file = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    if not is_file or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    if not is_plain or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
         return
     try:
         os.fchmod(handle, status.st_mode & 0o700)
@@ -5061,26 +5061,36 @@ def close_places(places: Places) -> None:
 
 def replace_file(source: str, target: str) -> None:
     """os.replace, on Windows tried for a second while somebody reads `target`. Errors: OSError."""
-    for _ in range(20 if IS_WINDOWS else 0):
+    end = time.monotonic() + 1
+    while True:
         try:
             os.replace(source, target)
             return
         except PermissionError:
-            time.sleep(0.05)
-    os.replace(source, target)
+            if not IS_WINDOWS or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
 
 
 def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
-    raw = data.encode("utf-8") if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = data.encode("utf-8")
     directory = os.path.dirname(path)
     try:
         make_private_dir(directory)
         handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(raw)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, mode)
@@ -5090,13 +5100,6 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
             raise
     except OSError as exc:
         raise UserError(f"cannot write {path}: {exc.strerror or exc}", path_hint(exc)) from None
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -5135,7 +5138,9 @@ def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    return value
 
 
 def _read_json(path: str) -> Dict[str, Any]:
@@ -5148,17 +5153,19 @@ def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     try:
         data = read_regular(path, MAX_INI_BYTES)
     except FileNotFoundError:
-        if os.environ.get("LLMSTACK_MODELS_INI"):
+        if places.env.get("LLMSTACK_MODELS_INI"):
             what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
             raise UserError(what, "correct it", 2) from None
         return read_resource("models.ini"), "models.ini"
     except OSError as exc:
         raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
-    return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
+    if path.startswith(os.getcwd()):
+        path = os.path.relpath(path)
+    return data, path
 
 
 def _path_from(base: str, path: str) -> str:
-    """A path of models.ini, which lies in `base`; `auto` and what is on the hub stay as they are."""
+    """A path of a models.ini in `base`; `auto` and what is on the hub stay as they are."""
     if path == "auto" or _HUB_REFERENCE.match(path):
         return path
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
@@ -5168,17 +5175,17 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
     """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
     config, warnings = parse_models_ini(decode_models_ini(data, source), source)
-    if warn:
+    if warn is not None:
         for warning in warnings:
             warn(warning)
     if not config.tiers:
         raise ConfigError([f"{source}:1: names no tier"])
-    base = os.path.dirname(places.models_ini)
+    place = functools.partial(_path_from, os.path.dirname(places.models_ini))
     tiers = []
     for tier in config.tiers:
         if tier.path:
-            tier = tier._replace(path=_path_from(base, tier.path))
-        tiers.append(with_files(tier, functools.partial(_path_from, base)))
+            tier = tier._replace(path=place(tier.path))
+        tiers.append(with_files(tier, place))
     return config._replace(tiers=tuple(tiers))
 
 
@@ -5204,25 +5211,34 @@ def _output(command: Sequence[str]) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
+def _windows_memory_gb() -> float:
+    import ctypes
+    status = ctypes.create_string_buffer(64)            # MEMORYSTATUSEX
+    ctypes.memmove(status, (64).to_bytes(4, "little"), 4)
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
+        return 0.0
+    return int.from_bytes(status.raw[8:16], "little") / 1e9
+
+
 def total_memory_gb() -> float:
     """Physical memory, or a container's share of it, in GB; 0.0 when it cannot be told."""
     if IS_WINDOWS:
-        import ctypes
-        status = ctypes.create_string_buffer(64)        # MEMORYSTATUSEX
-        ctypes.memmove(status, (64).to_bytes(4, "little"), 4)
-        if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
-            return 0.0
-        return int.from_bytes(status.raw[8:16], "little") / 1e9
+        return _windows_memory_gb()
     try:
-        memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 0.0
     share = read_text("/sys/fs/cgroup/memory.max").strip()
-    return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
+    if share.isdigit():
+        total_bytes = min(total_bytes, int(share))
+    return total_bytes / 1e9
 
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
+
+
+HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
 # Which cards a process may see, by number or by the beginning of a UUID; of more than one
@@ -5262,6 +5278,13 @@ class Card(NamedTuple):
     used_gb: float
 
 
+def _mib_gb(text: str) -> float:
+    """Mebibytes in GB, 0 for [N/A]."""
+    if not text.isdigit():
+        return 0.0
+    return int(text) * MIB / 1e9
+
+
 def nvidia_cards() -> List[Card]:
     """What nvidia-smi tells of each card, in its order."""
     fields = "uuid,memory.total,memory.reserved,memory.used"
@@ -5270,7 +5293,7 @@ def nvidia_cards() -> List[Card]:
     for line in _output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
-            total, reserved, used = (int(w) * MIB / 1e9 if w.isdigit() else 0.0 for w in words[1:])
+            total, reserved, used = map(_mib_gb, words[1:])
             cards.append(Card(words[0], max(0.0, total - reserved), used))
     return cards
 
@@ -5297,15 +5320,17 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     cards = _seen_nvidia_cards(env)
     if not cards:
         return None
+    share_gb = total_gb * HOST_SHARE
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
-        share_gb = total_gb * 0.75
         return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
     held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
-    source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card{'s' if len(cards) > 1 else ''}"
+    source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
+    if len(cards) > 1:
+        source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, total_gb * 0.75)
+    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -5317,16 +5342,16 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     own = _amd_memory_gb("vram")
     seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
     sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
+    share_gb = total_gb * HOST_SHARE
     if sizes:
-        usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+        usable_gb = sum(size - CARD_RESERVE_GB for size in sizes)
         source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
-        return Machine(usable, source, True, host_gb=total_gb * 0.75)
+        return Machine(usable_gb, source, True, host_gb=share_gb)
     shared = sum(own) + sum(_amd_memory_gb("gtt"))
     if not seen or not shared:
         return None
-    usable = min(shared, total_gb * 0.75)
     source = f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return Machine(usable, source, True)
+    return Machine(min(shared, share_gb), source, True)
 
 
 def _mac_gpu(total_gb: float) -> Machine:
@@ -5335,10 +5360,12 @@ def _mac_gpu(total_gb: float) -> Machine:
     That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
     51.5 of 64.
     """
-    limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
-    if limit.isdigit() and int(limit) > 0:
-        return Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
-    share = 2 / 3 if 0 < total_gb < 38 else 0.75
+    limit_gb = _mib_gb(_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
+    if limit_gb:
+        return Machine(limit_gb, "the GPU's wired limit", True)
+    share = HOST_SHARE
+    if total_gb < 38:
+        share = 2 / 3
     source = f"{share:.0%} of {total_gb:.1f} GB, what macOS gives the GPU"
     return Machine(total_gb * share, source, True)
 
@@ -5348,19 +5375,28 @@ def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
 
     `ours_gb`: what servers of ours hold of cards now.
     """
-    total = total_memory_gb()
+    total_gb = total_memory_gb()
     found: Optional[Machine] = None
     if IS_MAC:
-        found = _mac_gpu(total)
+        found = _mac_gpu(total_gb)
     elif config.n_gpu_layers != "0":
-        found = _nvidia_machine(total, os.environ, ours_gb) or _amd_machine(total, os.environ)
+        found = _nvidia_machine(total_gb, os.environ, ours_gb)
+        found = found or _amd_machine(total_gb, os.environ)
     if found is None:
-        found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+        found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
     if not found.budget_gb:                     # it cannot be told
         return found._replace(budget_gb=1e9)
     return found
+
+
+def _number(pattern: str, text: str, otherwise: float = 0.0) -> float:
+    """The number that a pattern finds in a text."""
+    found = re.search(pattern, text, re.MULTILINE)
+    if not found:
+        return otherwise
+    return float(found.group(1))
 
 
 def read_memory_state(cards: bool) -> MemoryState:
@@ -5372,16 +5408,18 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        out = re.search(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
-        swapped = int(out.group(1)) * 16_384 if out else 0
-        return MemoryState(swapped_bytes=swapped, critical=level == "4", card_free_gb=free_gb)
-    kib = dict(re.findall(r"(\w+): +([0-9]+) kB", read_text("/proc/meminfo")))
-    pages = re.search(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"), re.MULTILINE)
-    stalled = re.search(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory"))
-    available = int(kib["MemAvailable"]) * 1024 / 1e9 if "MemAvailable" in kib else -1.0
-    return MemoryState(float(stalled.group(1)) if stalled else 0.0, available,
-                       int(kib.get("MemTotal", 0)) * 1024 / 1e9,
-                       int(pages.group(1)) * 4096 if pages else 0, False, free_gb)
+        pages = _number(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
+                           card_free_gb=free_gb)
+    memory = read_text("/proc/meminfo")
+    pages = _number(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    return MemoryState(
+        stalled_pct=_number(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
+        available_gb=_number(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
+        total_gb=_number(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
+        swapped_bytes=int(pages) * 4096,
+        card_free_gb=free_gb,
+    )
 
 
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
@@ -5408,9 +5446,11 @@ def visible_lines(text: str) -> str:
 def visible_colours(text: str) -> str:
     """As visible_lines, with the colours that paint() gives; none of them outlives the text."""
     parts = _COLOUR.split(text)
+    if len(parts) == 1:
+        return visible_lines(text)
     shown = [visible_lines(part) for part in parts]
     shown[1::2] = parts[1::2]
-    return "".join(shown) + ("\x1b[0m" if len(parts) > 1 else "")
+    return "".join([*shown, "\x1b[0m"])
 
 
 def open_log(path: str) -> int:
@@ -5432,10 +5472,10 @@ def file_size(path: str) -> int:
 
 def shift_logs(path: str, newest: str = "") -> None:
     """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
-    for number in range(LOGS_KEPT, 0, -1):
-        older = f"{path}.{number - 1}" if number > 1 else newest or path
+    names = [newest or path, *(f"{path}.{number}" for number in range(1, LOGS_KEPT + 1))]
+    for younger, older in reversed(list(zip(names, names[1:]))):
         try:
-            os.replace(older, f"{path}.{number}")
+            os.replace(younger, older)
         except OSError:
             pass
 
@@ -5582,12 +5622,13 @@ def more_files() -> None:
         return
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    want = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-    if soft < want:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
-        except (OSError, ValueError):
-            pass
+    want = 4096
+    if hard != resource.RLIM_INFINITY:
+        want = min(want, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, want), hard))
+    except (OSError, ValueError):
+        pass
 
 
 class FileLock:
@@ -5692,14 +5733,19 @@ class Progress:
 
 
 class Marker(NamedTuple):
-    """What a project is pinned to (default-channel) or runs (active-channel): `<channel>[ <url>]`, as the peer writes it."""
+    """What a project is pinned to (default-channel) or runs (active-channel).
+
+    In the file `CHANNEL` or `external URL`, as llmstack 0.12 writes it.
+    """
 
     channel: str                                # current | next | external
     url: str = ""                               # external: the router's, without /v1
 
 
-# What a shell prompt, a variable and a JSON file may hold as it is: no quote, blank, $, %, backslash or control character.
-_SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]{0,512})?\Z")
+# What a shell prompt, a variable and a JSON file may hold as it is: no quote, blank, $, %,
+# backslash or control character.
+_SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
+                       r"(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]{0,512})?\Z")
 
 
 def parse_marker(text: str) -> Optional[Marker]:
@@ -5720,13 +5766,14 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
-# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what
+# `start` would run or send credentials to, takes effect only as it was when `install` wrote it
 # here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
+# LiteLLM imports the Python modules that its configuration names.
+_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -5746,7 +5793,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path, MAX_STATE_BYTES)
+        return read_regular(path)
     except OSError:
         return b""
 
@@ -5758,7 +5805,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -5781,18 +5828,23 @@ def _ini_effects(places: Places) -> List[Effect]:
             for key, value in config_effects(config)]
 
 
-def _log_links(places: Places) -> List[Tuple[str, str]]:
+def _link_effects(places: Places) -> List[Effect]:
     """Symbolic links where logs are written, with where they lead.
 
     Other files of ours replace a link that they find.
     """
     logs = places.in_state("logs")
+    paths = [logs]
     try:
-        paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
+        paths += [os.path.join(logs, name) for name in sorted(os.listdir(logs))]
     except OSError:                             # none yet, or a link to no directory
-        paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path))
-            for path in paths if os.path.islink(path)]
+        pass
+    effects = []
+    for path in filter(os.path.islink, paths):
+        target = os.readlink(path)
+        name = os.path.relpath(path, places.state)
+        effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
+    return effects
 
 
 def _hook_effects(places: Places) -> List[Effect]:
@@ -5800,8 +5852,7 @@ def _hook_effects(places: Places) -> List[Effect]:
 
 
 def _run_effects(places: Places) -> List[Effect]:
-    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
-    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *_link_effects(places)]
 
 
 # "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
@@ -5810,7 +5861,7 @@ _PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "r
 
 
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
-    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
+    """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
     return {part: effects(places) for part, effects in _PARTS.items()}
 
 
@@ -5823,18 +5874,27 @@ def trust_lock(places: Places) -> FileLock:
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
+def _ledgers(places: Places) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """(the ledger, what it has of this project)."""
+    ledger = _read_json(trust_file(places.data))
+    project = ledger.get(os.path.realpath(places.state))
+    if not isinstance(project, dict):
+        project = {}
+    return ledger, project
+
+
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    known = project.get(what) if isinstance(project, dict) else None
-    return known if isinstance(known, dict) else {}
+    known = _ledgers(places)[1].get(what)
+    if not isinstance(known, dict):
+        return {}
+    return known
 
 
 def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
-    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
-    project = ledger.get(key)
-    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
+    ledger, project = _ledgers(places)
+    ledger[os.path.realpath(places.state)] = {**project, what: dict(known)}
     ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
     write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
 
@@ -5851,8 +5911,11 @@ def is_trusted(places: Places, part: str) -> bool:
 
 
 def check_links(places: Places) -> None:
-    """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
-    if _log_links(places) and not is_trusted(places, "run"):
+    """Before anything is written below .llmstack/ at all.
+
+    Errors: UserError where a link may lead out of it.
+    """
+    if _link_effects(places) and not is_trusted(places, "run"):
         raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
                         " not trusted here", "look at it, then run `llmstack trust`")
 
@@ -5915,46 +5978,9 @@ def _marked_project(mark: str) -> str:
     return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
 
 
-def process_started(pid: int) -> str:
-    """When process `pid` started, in a form that tells it from a later one of the same number.
-
-    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
-    """
-    if pid <= 0:
-        return ""
-    if IS_WINDOWS:
-        return _windows_started(pid)
-    fields = _linux_stat(pid)
-    if fields:
-        if fields[0] in "ZX" and _is_empty_shell(pid):
-            return ""
-        boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-        return f"{boot}-{fields[19]}"
-    if sys.platform.startswith("linux"):
-        return ""
-    state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
-    if len(state) < 2 or state[0].startswith("Z"):
-        return ""
-    return " ".join(state[1].split())
-
-
 def _linux_stat(pid: int) -> List[str]:
     """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
     return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-
-
-def process_age_s(pid: int) -> Optional[float]:
-    """How long process `pid` has been there; None where that cannot be told."""
-    fields = _linux_stat(pid)
-    if fields:
-        up_s = float(read_text("/proc/uptime").split()[0])
-        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    age = _output(["ps", "-o", "etime=", "-p", str(pid)])
-    found = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", age)
-    if not found:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -5963,6 +5989,14 @@ def _is_empty_shell(pid: int) -> bool:
         return len(os.listdir(f"/proc/{pid}/task")) <= 1
     except OSError:
         return True
+
+
+def _linux_started(pid: int) -> str:
+    fields = _linux_stat(pid)
+    if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
+        return ""
+    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
+    return f"{boot}-{fields[19]}"
 
 
 def _windows_started(pid: int) -> str:
@@ -5976,7 +6010,43 @@ def _windows_started(pid: int) -> str:
     known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times))
     known = known and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
-    return str(times[0].value) if known and code.value == 259 else ""   # STILL_ACTIVE
+    if not known or code.value != 259:          # STILL_ACTIVE
+        return ""
+    return str(times[0].value)
+
+
+def _ps_says(pid: int, field: str) -> str:
+    """What ps tells of one process, "" where it is gone."""
+    return _output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+
+
+def process_started(pid: int) -> str:
+    """When process `pid` started, in a form that tells it from a later one of the same number.
+
+    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
+    """
+    if pid <= 0:
+        return ""
+    if IS_WINDOWS:
+        return _windows_started(pid)
+    if sys.platform.startswith("linux"):
+        return _linux_started(pid)
+    if _ps_says(pid, "stat").startswith("Z"):
+        return ""
+    return " ".join(_ps_says(pid, "lstart").split())
+
+
+def process_age_s(pid: int) -> Optional[float]:
+    """How long process `pid` has been there; None where that cannot be told."""
+    fields = _linux_stat(pid)
+    if fields:
+        up_s = float(read_text("/proc/uptime").split()[0])
+        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    found = re.match(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\Z", _ps_says(pid, "etime"))
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _all_pids() -> List[int]:
@@ -6028,7 +6098,7 @@ def process_command(pid: int) -> List[str]:
         query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
         return _output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
-        return _output(["ps", "-ww", "-o", "command=", "-p", str(pid)]).split()
+        return _ps_says(pid, "command").split()
     try:
         return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
     except OSError:
@@ -6042,26 +6112,30 @@ def process_user(pid: int) -> Optional[int]:
     found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
     if found:
         return int(found.group(1))
-    uid = _output(["ps", "-o", "uid=", "-p", str(pid)]).strip()
-    return int(uid) if uid.isdigit() else None
+    uid = _ps_says(pid, "uid")
+    if not uid.isdigit():
+        return None
+    return int(uid)
 
 
 def _mark_in(words: Optional[Iterable[str]]) -> str:
     """The mark in an environment, "" for none."""
-    start = STACK_VARIABLE + "="
-    return next((word[len(start):] for word in words or () if word.startswith(start)), "")
+    for word in words or ():
+        name, _, mark = word.partition("=")
+        if name == STACK_VARIABLE:
+            return mark
+    return ""
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    if IS_WINDOWS:
-        return {}
+    environments: Mapping[int, Optional[List[str]]] = {}
     if _has_proc():
-        found = {pid: _mark_in(process_environment(pid)) for pid in _all_pids()}
-    else:
-        found = {pid: _mark_in(words) for pid, words in _ps_environments("-ax").items()}
-        found.pop(os.getpid(), None)
-    return {pid: mark for pid, mark in found.items() if mark}
+        environments = {pid: process_environment(pid) for pid in _all_pids()}
+    elif not IS_WINDOWS:
+        environments = _ps_environments("-ax")
+    marks = {pid: _mark_in(words) for pid, words in environments.items()}
+    return {pid: mark for pid, mark in marks.items() if mark and pid != os.getpid()}
 
 
 def stack_members(stack: str) -> Dict[int, str]:
@@ -6104,24 +6178,24 @@ def record_is_ours(record: Record, project: str) -> bool:
 
 
 MAX_PID = 2 ** 32 - 1
-_RECORD_TEXTS = ("started", "stack", "host", "kind", "channel")
 
 
 def parse_record(text: str) -> Optional[Record]:
     """A pid file's record; None where any of it is not what we write."""
     number, _, rest = text.partition("\n")
-    values = parse_json_object(rest)
     if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
         return None
-    texts = {name: values[name] for name in _RECORD_TEXTS if name in values}
-    if not all(isinstance(value, str) and value.isprintable() for value in texts.values()):
+    values = {**Record._field_defaults, **parse_json_object(rest)}
+    fields = {name: values.get(name) for name in Record._fields if name != "pid"}
+    for name, value in fields.items():
+        if name in ("port", "engine_port"):
+            if type(value) is not int or not 0 <= value < 65_536:   # a bool is an int, too
+                return None
+        elif not isinstance(value, str) or not value.isprintable():
+            return None
+    if not fields["started"] or not fields["stack"]:
         return None
-    ports = {name: values.get(name, 0) for name in ("port", "engine_port")}
-    if any(type(p) is not int or not 0 <= p < 65_536 for p in ports.values()):
-        return None                             # a bool is an int, too
-    if not texts.get("started") or not texts.get("stack"):
-        return None
-    return Record(int(number), **ports, **texts)
+    return Record(int(number), **fields)
 
 
 def write_record(path: str, record: Record) -> None:
@@ -6167,19 +6241,27 @@ def read_record(path: str) -> Optional[Record]:
     return proven_record(read_text(path), os.path.dirname(os.path.realpath(os.path.dirname(path))))
 
 
+def _signal_process(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
     """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
         _output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
-    number = signal.SIGKILL if force else signal.SIGTERM
-    for send in (os.killpg, os.kill) if alone else (os.killpg,):
-        try:
-            send(pid, number)
-            return
-        except (ProcessLookupError, PermissionError):
-            continue
+    number = signal.SIGTERM
+    if force:
+        number = signal.SIGKILL
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        if alone:
+            _signal_process(pid, number)
 
 
 def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
@@ -6222,29 +6304,33 @@ def spawn_recorded(command: Sequence[str], log: str, env: Mapping[str, str], pat
     return process, record
 
 
-def _end_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
-    """TERM, then KILL after `grace_s`; True when it is gone. For those who have proof."""
+def _is_gone(pid: int, started: str, patience_s: float, reap: Callable[[], Any]) -> bool:
+    """True when a process ends within `patience_s`."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        reap()
+        if process_started(pid) != started:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any] = bool) -> bool:
+    """TERM, then KILL after `grace_s`; True when it is gone. `reap` collects the exit of a child.
+
+    For those who have proof that the process is ours: the pid of a child that nobody has reaped is
+    nobody else's.
+    """
     if not started or process_started(pid) != started:
         return True
     for force, patience_s in ((False, grace_s), (True, 10.0)):
         _signal_group(pid, force)
-        end = time.monotonic() + patience_s
-        while time.monotonic() < end:
-            reap()
-            if process_started(pid) != started:
-                if not IS_WINDOWS:              # a wrapper ends at once; what it wrapped may hang
-                    _signal_group(pid, True, alone=False)
-                return True
-            time.sleep(0.02)
+        if _is_gone(pid, started, patience_s, reap):
+            # A wrapper ends at once; what it wrapped may hang.
+            if not IS_WINDOWS:
+                _signal_group(pid, True, alone=False)
+            return True
     return False
-
-
-def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
-    """Stop a child of this process; True when it is gone. `reap` collects its exit.
-
-    The pid of a child that nobody has reaped is nobody else's.
-    """
-    return _end_process(pid, started, grace_s, reap)
 
 
 def _stop_marked(marks: Mapping[int, str]) -> int:
@@ -6252,7 +6338,7 @@ def _stop_marked(marks: Mapping[int, str]) -> int:
     started = {pid: process_started(pid) for pid in marks}
     found = [pid for pid in marks if _mark_in(process_environment(pid)) == marks[pid]]
     for pid in found:
-        _end_process(pid, started[pid], 2.0, bool)
+        stop_process(pid, started[pid], 2.0)
     return len(found)
 
 
@@ -6274,12 +6360,10 @@ def stop_recorded(record: Record, project: str, grace_s: float) -> int:
     """
     if not record_is_ours(record, project):
         return 0
-    stopped = 0
-    if owned_process(record, project):
-        stopped = 1
-        if not _end_process(record.pid, record.started, grace_s, bool):
-            raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
-                            f"end it by hand: kill -9 {record.pid}")
+    stopped = int(owned_process(record, project))
+    if stopped and not stop_process(record.pid, record.started, grace_s):
+        raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
+                        f"end it by hand: kill -9 {record.pid}")
     return stopped + stop_stack_members(record.stack)
 
 
@@ -6290,12 +6374,14 @@ def _group_of(pid: int) -> int:
         return 0
 
 
-def port_is_free(host: str, port: int) -> bool:
-    """True when `port` can be listened on now.
+def _listen_once(host: str, port: int) -> int:
+    """The port that can be listened on now: this one, of 0 any; 0 where it is taken.
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -6304,22 +6390,20 @@ def port_is_free(host: str, port: int) -> bool:
         except OSError as exc:
             taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
             if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
-                return False
+                return 0
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
-    return True
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """True when `port` can be listened on now. Errors: UserError."""
+    return _listen_once(host, port) > 0
 
 
 def free_port(host: str) -> int:
     """A port that nobody listens on now. Errors: UserError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as exc:
-            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
-                            "choose an address of this machine", 2) from None
-        return int(probe.getsockname()[1])
+    return _listen_once(host, 0)
 
 
 def free_run(first: int, count: int) -> int:
@@ -6332,27 +6416,6 @@ def free_run(first: int, count: int) -> int:
             return start
     raise UserError(f"there are no {count} free ports in a row above {first}",
                     "stop something that listens on them")
-
-
-def listeners(port: int) -> Set[int]:
-    """The pids of those who listen on `port` of an address of this machine's own or of every one.
-
-    As far as that can be told: of another user's processes mostly not.
-    """
-    if os.path.exists("/proc/net/tcp"):
-        return _linux_listeners(port)
-    if IS_WINDOWS:
-        return _windows_listeners(_output(["netstat", "-ano"]), port)
-    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
-    return {int(pid) for pid in listed.split() if pid.isdigit()}
-
-
-def _windows_listeners(netstat: str, port: int) -> Set[int]:
-    """Whose foreign end has no port listens; the word for that state is in the user's language."""
-    rows = [line.split() for line in netstat.splitlines()]
-    return {int(row[-1]) for row in rows
-            if len(row) >= 5 and row[0] == "TCP" and row[1].endswith(f":{port}")
-            and row[2].endswith(":0") and row[-1].isdigit()}
 
 
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
@@ -6393,20 +6456,23 @@ def _open_files(pid: int) -> Iterator[str]:
             continue
 
 
-def port_holder(port: int) -> str:
-    """Who listens on `port`, in words that end a sentence."""
-    pid = min(listeners(port), default=0)
-    if not pid:
-        return _hidden_holder(port)
-    user = process_user(pid)
-    if user is not None and user != os.geteuid():
-        return _another_users(pid)
-    project = _marked_project(_mark_in(process_environment(pid)))
-    if project:
-        return f"the llmstack of {visible(project)} (pid {pid})"
-    name = read_text(f"/proc/{pid}/comm").strip()
-    name = name or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
-    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+def _windows_listeners(netstat: str, port: int) -> Set[int]:
+    """Whose foreign end has no port listens; the word for that state is in the user's language."""
+    found = re.findall(rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$", netstat, re.MULTILINE)
+    return {int(pid) for pid in found}
+
+
+def listeners(port: int) -> Set[int]:
+    """The pids of those who listen on `port` of an address of this machine's own or of every one.
+
+    As far as that can be told: of another user's processes mostly not.
+    """
+    if os.path.exists("/proc/net/tcp"):
+        return _linux_listeners(port)
+    if IS_WINDOWS:
+        return _windows_listeners(_output(["netstat", "-ano"]), port)
+    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+    return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
 def _is_llmstack(pid: int) -> bool:
@@ -6415,21 +6481,35 @@ def _is_llmstack(pid: int) -> bool:
     return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
 
 
-def _another_users(pid: int) -> str:
-    return f"another user's {'llmstack' if _is_llmstack(pid) else 'program'} (pid {pid})"
-
-
 def _hidden_holder(port: int) -> str:
     """Of what another user runs the kernel says whose it is, and anybody may read command lines."""
-    if not _has_proc():
-        return "another program"
-    users = set(_linux_sockets(port).values()) - {os.geteuid()}
+    users: Set[int] = set()
+    if _has_proc():
+        users = set(_linux_sockets(port).values()) - {os.geteuid()}
     if not users:
         return "another program"
     for pid in _all_pids():
         if process_user(pid) in users and _is_llmstack(pid) and str(port) in process_command(pid):
-            return _another_users(pid)
+            return f"another user's llmstack (pid {pid})"
     return "another user's program"
+
+
+def port_holder(port: int) -> str:
+    """Who listens on `port`, in words that end a sentence."""
+    pid = min(listeners(port), default=0)
+    if not pid:
+        return _hidden_holder(port)
+    user = process_user(pid)
+    if user is not None and user != os.geteuid():
+        what = "program"
+        if _is_llmstack(pid):
+            what = "llmstack"
+        return f"another user's {what} (pid {pid})"
+    project = _marked_project(_mark_in(process_environment(pid)))
+    if project:
+        return f"the llmstack of {visible(project)} (pid {pid})"
+    name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_ps_says(pid, "comm"))
+    return f"{visible(name, 80) or 'a program'} (pid {pid})"
 
 
 # ==================================================================================================
@@ -6454,7 +6534,7 @@ def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
 
 
 class PrivateEnvironment(NamedTuple):
-    """Pinned packages of PyPI's in a virtual environment of llmstack's, never in the user's Python."""
+    """Pinned packages of PyPI's in a virtual environment of llmstack's own."""
 
     name: str                                   # its directory, with the version below it
     version: str
@@ -6485,18 +6565,19 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
     """A program of the environment, whether or not that is there."""
-    folder = "Scripts" if IS_WINDOWS else "bin"
+    folder = "bin"
+    if IS_WINDOWS:
+        folder = "Scripts"
     return os.path.join(environment_dir(wanted, data), folder, program + EXE)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     """True where an environment was finished, and the Python that it stands on is still there."""
     directory, python = environment_dir(wanted, data), environment_program(wanted, data)
-    if not os.path.exists(os.path.join(directory, "ready")):
-        return False
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
-    home = re.search(r"^home *= *(.+)$", settings, re.MULTILINE)
-    if home is None or not os.path.isdir(home.group(1).strip()) or not os.path.exists(python):
+    home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
+    finished = os.path.exists(os.path.join(directory, "ready"))
+    if not finished or not home or not os.path.isdir(home.group(1)) or not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
@@ -6506,10 +6587,9 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
 
 def _launched_python(minor: int) -> str:
     """Python 3.`minor` of Windows, which has no python3.N.exe: the launcher knows what is there."""
-    launcher = find_program("py" + EXE) if IS_WINDOWS else ""
-    if not launcher:
+    if not IS_WINDOWS:
         return ""
-    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+    return _output(["py", f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
@@ -6519,9 +6599,8 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
-        if not python:
-            continue
-        if _output([python, "-c", ask]).strip() == str(minor):  # a manager's stub may stand there
+        # A version manager's stub may stand there.
+        if python and _output([python, "-c", ask]).strip() == str(minor):
             return python
     return ""
 
@@ -6544,6 +6623,17 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
             _make_environment(wanted, data, python, say)
 
 
+def _why_not_installed(what: str, output: str, otherwise: str) -> UserError:
+    lines = [line for line in output.splitlines() if line.strip()]
+    reason = "no reason given"
+    if lines:
+        reason = lines[-1]
+    hint = "see that PyPI can be reached, then again"
+    if "ensurepip" in output:
+        hint = "apt install python3-venv, then again"
+    return UserError(f"the {what} failed: {reason}", f"{hint}; {otherwise}".rstrip("; "))
+
+
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
                       say: Callable[[str], None]) -> None:
     """All of it anew: what an interrupted try or another Python has left is of no use."""
@@ -6555,23 +6645,26 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     shutil.rmtree(directory, ignore_errors=True)
     inside = environment_program(wanted, data)
     pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
-    steps = (
-        ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [*pip, *wanted.requirements]),
-        ("first start", [inside, "-c", f"import {wanted.module}"]),
-    )
-    for what, command in steps:
+    steps = {
+        "environment": [python, "-m", "venv", directory],
+        "download and install": [*pip, *wanted.requirements],
+        "first start": [inside, "-c", f"import {wanted.module}"],
+    }
+    for what, command in steps.items():
         output = _run_with_progress(what, command, say)
-        if output is None:
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        lines = [line for line in output.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
-        hint = "see that PyPI can be reached, then again"
-        if "ensurepip" in output:
-            hint = "apt install python3-venv, then again"
-        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
+        if output is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise _why_not_installed(what, output, wanted.otherwise)
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
+
+
+def _ends_within(process: Any, patience_s: float) -> bool:
+    import subprocess
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _run_with_progress(what: str, command: Sequence[str],
@@ -6579,27 +6672,24 @@ def _run_with_progress(what: str, command: Sequence[str],
     """Run a long command, saying every few seconds that it goes on; its output when it failed."""
     import subprocess
     import tempfile
-    began, said = time.monotonic(), 0.0
+    began = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
-            while process.poll() is None:
-                passed = time.monotonic() - began
-                if passed - said >= 3:
-                    said = passed
-                    say(f"  {what}: {passed:.0f} s")
-                time.sleep(0.05)
+            while not _ends_within(process, 3):
+                say(f"  {what}: {time.monotonic() - began:.0f} s")
         except BaseException:
-            _signal_group(process.pid, True)    # pip and ensurepip have children of their own
+            # pip and ensurepip have children of their own.
+            _signal_group(process.pid, True)
             process.wait()
             raise
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
-    if process.returncode == 0:
-        say(f"  {what}: done in {time.monotonic() - began:.0f} s")
-        return None
-    return text
+    if process.returncode:
+        return text
+    say(f"  {what}: done in {time.monotonic() - began:.0f} s")
+    return None
 
 
 # ==================================================================================================
