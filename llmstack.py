@@ -12837,28 +12837,6 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-def running_memory(places: Places) -> Dict[str, Any]:
-    """What the project's daemon tells of memory, {} where there is none."""
-    record = running_record(places)
-    if record is None:
-        return {}
-    return asked_json(router_upstream(record, places.env), "/llmstack/memory")
-
-
-def running_machine(places: Places, config: Config) -> Optional[Machine]:
-    """The budget that the project's daemon goes by, None where there is none.
-
-    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
-    """
-    told = running_memory(places)
-    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
-        return None
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0))
-
-
 class _Seen(NamedTuple):
     """What a project's daemon tells of itself; nothing where it does not run."""
 
