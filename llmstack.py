@@ -5147,55 +5147,6 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
-    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
-    path = places.models_ini
-    try:
-        data = read_regular(path, MAX_INI_BYTES)
-    except FileNotFoundError:
-        if places.env.get("LLMSTACK_MODELS_INI"):
-            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
-            raise UserError(what, "correct it", 2) from None
-        return read_resource("models.ini"), "models.ini"
-    except OSError as exc:
-        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
-    if path.startswith(os.getcwd()):
-        path = os.path.relpath(path)
-    return data, path
-
-
-def _path_from(base: str, path: str) -> str:
-    """A path of a models.ini in `base`; `auto` and what is on the hub stay as they are."""
-    if path == "auto" or _HUB_REFERENCE.match(path):
-        return path
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
-
-
-def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
-    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
-    data, source = _models_ini_bytes(places)
-    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
-    if warn is not None:
-        for warning in warnings:
-            warn(warning)
-    if not config.tiers:
-        raise ConfigError([f"{source}:1: names no tier"])
-    place = functools.partial(_path_from, os.path.dirname(places.models_ini))
-    tiers = []
-    for tier in config.tiers:
-        if tier.path:
-            tier = tier._replace(path=place(tier.path))
-        tiers.append(with_files(tier, place))
-    return config._replace(tiers=tuple(tiers))
-
-
-def ini_line(places: Places, section: str, key: str) -> str:
-    """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
-    data, source = _models_ini_bytes(places)
-    reader = _Reader(decode_models_ini(data, source), source)
-    return f"{source}:{reader.line_of(section, key) or reader.line_of(section)}"
-
-
 def _output(command: Sequence[str]) -> str:
     """What a small system program prints, "" when it is missing or fails.
 
@@ -5451,6 +5402,123 @@ def visible_colours(text: str) -> str:
     shown = [visible_lines(part) for part in parts]
     shown[1::2] = parts[1::2]
     return "".join([*shown, "\x1b[0m"])
+
+
+USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxbrew/.linuxbrew/bin")
+
+
+def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
+    """A program on PATH or in its usual places, "" when there is none."""
+    import shutil
+    found = shutil.which(name)
+    if found:
+        return found
+    paths = (os.path.join(directory, name) for directory in places)
+    return next((path for path in paths if os.access(path, os.X_OK)), "")
+
+
+def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
+    """(shell, its project) of the hook that is active in the very shell we were started from.
+
+    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
+    without the hook stands between.
+    """
+    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    shell, _, project = rest.partition(":")
+    if shell in SHELLS and level == env.get("SHLVL", ""):
+        return shell, project
+    return "", ""
+
+
+def is_live_terminal() -> bool:
+    """True where standard output is a terminal on which a line can be written over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class _OutputFailed(Exception):  # noqa: N818
+    """Standard output is closed or full; `message` is "" where that is the reader's will."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def may_paint() -> bool:
+    """True on a terminal, and not under NO_COLOR."""
+    return is_live_terminal() and not os.environ.get("NO_COLOR")
+
+
+def paint(text: str, code: str) -> str:
+    if not may_paint():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def write_out(text: str) -> None:
+    """Text as it is on standard output, at once: who pipes us sees progress."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise _OutputFailed("") from None
+    except OSError as exc:
+        raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
+
+
+def called_as() -> str:
+    """What runs this program where its user is: llmstack, else what was typed."""
+    shell = os.environ.get("LLMSTACK_ACTIVE") or hook_of(os.environ)[0]
+    typed = sys.argv[0]
+    if shell or find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
+        return "llmstack"
+    python = getattr(sys, "orig_argv", ["python3"])[0]      # since Python 3.10
+    return f"{os.path.basename(python)} {posix_quote(typed)}"
+
+
+def as_called(text: str) -> str:
+    """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
+    if "`llmstack " not in text or text.startswith("{"):
+        return text
+    return text.replace("`llmstack ", f"`{called_as()} ")
+
+
+def say(line: str = "") -> None:
+    """A line on standard output, whatever text from elsewhere it holds."""
+    line = as_called(line)
+    line = visible_colours(line) if may_paint() else visible_lines(line)
+    write_out(line + "\n")
+
+
+def as_json(found: Any) -> str:
+    """What `--json` prints."""
+    return json.dumps(found, indent=2, ensure_ascii=False)
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, whatever text from elsewhere it holds."""
+    sys.stderr.write(visible_lines(as_called(line)) + "\n")
+
+
+def warn(line: str) -> None:
+    _tell(f"llmstack: warning: {line}")
+
+
+def _has_person() -> bool:
+    """True where somebody is there to be asked."""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+
+
+def _ask(question: str) -> Optional[bool]:
+    """A yes or no from the terminal; None where there is none."""
+    if not _has_person():
+        return None
+    write_out(visible_lines(question))
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _never_ask(_: str) -> Optional[bool]:
+    """The answer where nobody is to be asked."""
+    return None
 
 
 def open_log(path: str) -> int:
@@ -5727,6 +5795,55 @@ class Progress:
         self._shown = ""
 
 
+def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
+    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
+    path = places.models_ini
+    try:
+        data = read_regular(path, MAX_INI_BYTES)
+    except FileNotFoundError:
+        if places.env.get("LLMSTACK_MODELS_INI"):
+            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
+            raise UserError(what, "correct it", 2) from None
+        return read_resource("models.ini"), "models.ini"
+    except OSError as exc:
+        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
+    if path.startswith(os.getcwd()):
+        path = os.path.relpath(path)
+    return data, path
+
+
+def _path_from(base: str, path: str) -> str:
+    """A path of a models.ini in `base`; `auto` and what is on the hub stay as they are."""
+    if path == "auto" or _HUB_REFERENCE.match(path):
+        return path
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
+def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
+    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
+    data, source = _models_ini_bytes(places)
+    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
+    if warn is not None:
+        for warning in warnings:
+            warn(warning)
+    if not config.tiers:
+        raise ConfigError([f"{source}:1: names no tier"])
+    place = functools.partial(_path_from, os.path.dirname(places.models_ini))
+    tiers = []
+    for tier in config.tiers:
+        if tier.path:
+            tier = tier._replace(path=place(tier.path))
+        tiers.append(with_files(tier, place))
+    return config._replace(tiers=tuple(tiers))
+
+
+def ini_line(places: Places, section: str, key: str) -> str:
+    """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
+    data, source = _models_ini_bytes(places)
+    reader = _Reader(decode_models_ini(data, source), source)
+    return f"{source}:{reader.line_of(section, key) or reader.line_of(section)}"
+
+
 # ==================================================================================================
 # PROJECTS
 # ==================================================================================================
@@ -5762,6 +5879,19 @@ def render_marker(marker: Marker) -> str:
     return f"{marker.channel} {marker.url}".rstrip() + "\n"
 
 
+def _digest(data: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_bytes(path: str) -> bytes:
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
+    try:
+        return read_regular(path)
+    except OSError:
+        return b""
+
+
 def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
@@ -5783,19 +5913,6 @@ class Effect(NamedTuple):
     data: bytes = b""                           # what is trusted, to the byte
     shown: str = ""                             # as `trust` shows it; "": by the file's kind
     problem: str = ""                           # why it cannot be trusted: it is not read whole
-
-
-def _digest(data: bytes) -> str:
-    import hashlib
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
-    try:
-        return read_regular(path)
-    except OSError:
-        return b""
 
 
 def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
@@ -6435,14 +6552,6 @@ def _linux_sockets(port: int) -> Dict[str, int]:
     return found
 
 
-def _linux_listeners(port: int) -> Set[int]:
-    sockets = _linux_sockets(port)
-    if not sockets:
-        return set()
-    pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
-
-
 def _open_files(pid: int) -> Iterator[str]:
     """Where a process's descriptors lead; one that it closes meanwhile hides no other."""
     try:
@@ -6454,6 +6563,14 @@ def _open_files(pid: int) -> Iterator[str]:
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
+
+
+def _linux_listeners(port: int) -> Set[int]:
+    sockets = _linux_sockets(port)
+    if not sockets:
+        return set()
+    pids = [*_all_pids(), os.getpid()]
+    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
 
 
 def _windows_listeners(netstat: str, port: int) -> Set[int]:
@@ -6516,21 +6633,9 @@ def port_holder(port: int) -> str:
 # PROGRAMS
 # ==================================================================================================
 
-USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxbrew/.linuxbrew/bin")
-
 
 def _expand(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
-
-
-def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
-    """A program on PATH or in its usual places, "" when there is none."""
-    import shutil
-    found = shutil.which(name)
-    if found:
-        return found
-    paths = (os.path.join(directory, name) for directory in places)
-    return next((path for path in paths if os.access(path, os.X_OK)), "")
 
 
 class PrivateEnvironment(NamedTuple):
@@ -6605,22 +6710,38 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     return ""
 
 
-def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
-    """Make a private environment where none is ready; wheels only, nothing is built.
+def _ends_within(process: Any, patience_s: float) -> bool:
+    import subprocess
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
-    One process does it at a time; the others wait and find it done. Errors: UserError.
-    """
-    if environment_ready(wanted, data):
-        return
-    python = suitable_python(wanted)
-    if not python:
-        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
-        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
-                        " and there is none on PATH", wanted.otherwise)
-    lock = os.path.join(data, wanted.name, "lock")
-    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
-        if not environment_ready(wanted, data):
-            _make_environment(wanted, data, python, say)
+
+def _run_with_progress(what: str, command: Sequence[str],
+                       say: Callable[[str], None]) -> Optional[str]:
+    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
+    import subprocess
+    import tempfile
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=not IS_WINDOWS)
+        try:
+            while not _ends_within(process, 3):
+                say(f"  {what}: {time.monotonic() - began:.0f} s")
+        except BaseException:
+            # pip and ensurepip have children of their own.
+            _signal_group(process.pid, True)
+            process.wait()
+            raise
+        output.seek(0)
+        text = output.read().decode("utf-8", "replace")
+    if process.returncode:
+        return text
+    say(f"  {what}: done in {time.monotonic() - began:.0f} s")
+    return None
 
 
 def _why_not_installed(what: str, output: str, otherwise: str) -> UserError:
@@ -6658,38 +6779,22 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
-def _ends_within(process: Any, patience_s: float) -> bool:
-    import subprocess
-    try:
-        process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
+    """Make a private environment where none is ready; wheels only, nothing is built.
 
-
-def _run_with_progress(what: str, command: Sequence[str],
-                       say: Callable[[str], None]) -> Optional[str]:
-    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
-    import subprocess
-    import tempfile
-    began = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, start_new_session=not IS_WINDOWS)
-        try:
-            while not _ends_within(process, 3):
-                say(f"  {what}: {time.monotonic() - began:.0f} s")
-        except BaseException:
-            # pip and ensurepip have children of their own.
-            _signal_group(process.pid, True)
-            process.wait()
-            raise
-        output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-    if process.returncode:
-        return text
-    say(f"  {what}: done in {time.monotonic() - began:.0f} s")
-    return None
+    One process does it at a time; the others wait and find it done. Errors: UserError.
+    """
+    if environment_ready(wanted, data):
+        return
+    python = suitable_python(wanted)
+    if not python:
+        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
+        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
+                        " and there is none on PATH", wanted.otherwise)
+    lock = os.path.join(data, wanted.name, "lock")
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+        if not environment_ready(wanted, data):
+            _make_environment(wanted, data, python, say)
 
 
 # ==================================================================================================
@@ -12251,6 +12356,18 @@ def connectable(host: str) -> str:
     return everywhere.get(host, host)
 
 
+def api_key(env: Mapping[str, str]) -> str:
+    """LLMSTACK_API_KEY without the newline its file ended with.
+
+    Errors: UserError where no header can carry it.
+    """
+    key = env.get("LLMSTACK_API_KEY", "").strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
+                        "set it to one plain line", 2)
+    return key
+
+
 def router_upstream(record: Record, env: Mapping[str, str]) -> Upstream:
     """The router of a daemon, which is given the key of `env`. Errors: UserError for a bad one."""
     upstream = Upstream(connectable(record.host), record.port)
@@ -12292,18 +12409,6 @@ def base_url(host: str, port: int) -> str:
     if ":" in name:
         name = f"[{name}]"
     return f"http://{name}:{port}"
-
-
-def api_key(env: Mapping[str, str]) -> str:
-    """LLMSTACK_API_KEY without the newline its file ended with.
-
-    Errors: UserError where no header can carry it.
-    """
-    key = env.get("LLMSTACK_API_KEY", "").strip()
-    if key and not (key.isascii() and key.isprintable()):
-        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
-                        "set it to one plain line", 2)
-    return key
 
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
@@ -13577,11 +13682,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     return rows
 
 
-def is_live_terminal() -> bool:
-    """True where standard output is a terminal on which a line can be written over."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-
-
 class _Bar:
     """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
 
@@ -14104,19 +14204,6 @@ def project_above(directory: str) -> str:
             return ""
         directory = above
     return directory
-
-
-def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
-    """(shell, its project) of the hook that is active in the very shell we were started from.
-
-    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
-    without the hook stands between.
-    """
-    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
-    shell, _, project = rest.partition(":")
-    if shell in SHELLS and level == env.get("SHLVL", ""):
-        return shell, project
-    return "", ""
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -15355,79 +15442,6 @@ def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
 # ==================================================================================================
 
 
-class _OutputFailed(Exception):  # noqa: N818
-    """Standard output is closed or full; `message` is "" where that is the reader's will."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-def may_paint() -> bool:
-    """True on a terminal, and not under NO_COLOR."""
-    return is_live_terminal() and not os.environ.get("NO_COLOR")
-
-
-def paint(text: str, code: str) -> str:
-    if not may_paint():
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
-
-
-def write_out(text: str) -> None:
-    """Text as it is on standard output, at once: who pipes us sees progress."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise _OutputFailed("") from None
-    except OSError as exc:
-        raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
-
-
-def called_as() -> str:
-    """What runs this program where its user is: llmstack, else what was typed."""
-    shell = os.environ.get("LLMSTACK_ACTIVE") or hook_of(os.environ)[0]
-    typed = sys.argv[0]
-    if shell or find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
-        return "llmstack"
-    python = getattr(sys, "orig_argv", ["python3"])[0]      # since Python 3.10
-    return f"{os.path.basename(python)} {posix_quote(typed)}"
-
-
-def as_called(text: str) -> str:
-    """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    if "`llmstack " not in text or text.startswith("{"):
-        return text
-    return text.replace("`llmstack ", f"`{called_as()} ")
-
-
-def say(line: str = "") -> None:
-    """A line on standard output, whatever text from elsewhere it holds."""
-    line = as_called(line)
-    line = visible_colours(line) if may_paint() else visible_lines(line)
-    write_out(line + "\n")
-
-
-def as_json(found: Any) -> str:
-    """What `--json` prints."""
-    return json.dumps(found, indent=2, ensure_ascii=False)
-
-
-def _tell(line: str) -> None:
-    """A line on standard error, whatever text from elsewhere it holds."""
-    sys.stderr.write(visible_lines(as_called(line)) + "\n")
-
-
-def warn(line: str) -> None:
-    _tell(f"llmstack: warning: {line}")
-
-
-def _has_person() -> bool:
-    """True where somebody is there to be asked."""
-    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
-
-
 def _places(args: Any) -> Places:
     return find_places(os.environ, getattr(args, "demo", False))
 
@@ -15653,19 +15667,6 @@ def _show_demo(places: Places, url: str) -> int:
     say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
     os.environ["LLMSTACK_WORK_DIR"] = places.work
     return run_extra("run", [])
-
-
-def _ask(question: str) -> Optional[bool]:
-    """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
-        return None
-    write_out(visible_lines(question))
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _never_ask(_: str) -> Optional[bool]:
-    """The answer where nobody is to be asked."""
-    return None
 
 
 def _warn_unserved(places: Places, config: Config,
