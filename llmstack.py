@@ -76,7 +76,7 @@ Map of the file, bottom-up; each section is built from those above it:
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
     SETUP                what stands and what does not; from a bare machine to a first answer
     STATUS               what runs, as people read it, and as it changes
-    COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
+    COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
 for opencode and for shells: opencode.json, AGENTS.md, default-channel, llmstack.bashrc, zdotdir/.
@@ -4948,11 +4948,10 @@ class Places(NamedTuple):
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
         return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
-    home = os.path.expanduser("~")
+    variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
-        root = env.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-    else:
-        root = env.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share")
+        variable, usual = "LOCALAPPDATA", "~/AppData/Local"
+    root = env.get(variable) or os.path.expanduser(usual)
     return os.path.join(os.path.abspath(root), "llmstack")
 
 
@@ -5258,11 +5257,12 @@ def _seen_nvidia_cards(env: Mapping[str, str]) -> List[Card]:
 def _amd_memory_gb(which: str) -> List[float]:
     """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
     try:
-        cards = sorted(name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name))
+        names = sorted(os.listdir(DRM))
     except OSError:
         return []
-    files = (os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards)
-    sizes = (read_text(path).strip() for path in files)
+    cards = [name for name in names if re.match(r"card[0-9]+\Z", name)]
+    files = [os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards]
+    sizes = [read_text(path).strip() for path in files]
     return [int(size) / 1e9 for size in sizes if size.isdigit()]
 
 
@@ -5380,13 +5380,19 @@ def read_memory_state(cards: bool) -> MemoryState:
 _COLOUR = re.compile(r"(\x1b\[(?:0|1|2|3[0-7])m)")
 
 
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return json.dumps(character)[1:-1]
+
+
 def visible(text: str, limit: int = 300) -> str:
     """`text` in one line without anything that steers a terminal; at most `limit` characters."""
     if len(text) > limit:
         text = text[:limit] + "..."
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return "".join(_escaped(character) for character in text)
 
 
 def visible_lines(text: str) -> str:
@@ -5467,11 +5473,13 @@ def write_out(text: str) -> None:
 
 def called_as() -> str:
     """What runs this program where its user is: llmstack, else what was typed."""
-    shell = os.environ.get("LLMSTACK_ACTIVE") or hook_of(os.environ)[0]
-    typed = sys.argv[0]
-    if shell or find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
+    env, typed = os.environ, sys.argv[0]
+    if env.get("LLMSTACK_ACTIVE") or hook_of(env)[0] or find_program("llmstack" + EXE):
         return "llmstack"
-    python = getattr(sys, "orig_argv", ["python3"])[0]      # since Python 3.10
+    if os.path.abspath(typed) != PROGRAM:
+        return "llmstack"
+    # Python has orig_argv since 3.10.
+    python = getattr(sys, "orig_argv", ["python3"])[0]
     return f"{os.path.basename(python)} {posix_quote(typed)}"
 
 
@@ -5525,7 +5533,8 @@ def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    for name in ("O_NONBLOCK", "O_BINARY"):     # not every platform has them
+        flags |= getattr(os, name, 0)
     handle = os.open(path, flags, 0o600)
     _close_open_file(handle)
     return handle
@@ -5540,10 +5549,12 @@ def file_size(path: str) -> int:
 
 def shift_logs(path: str, newest: str = "") -> None:
     """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
-    names = [newest or path, *(f"{path}.{number}" for number in range(1, LOGS_KEPT + 1))]
-    for younger, older in reversed(list(zip(names, names[1:]))):
+    for number in range(LOGS_KEPT, 0, -1):
+        younger = f"{path}.{number - 1}"
+        if number == 1:
+            younger = newest or path
         try:
-            os.replace(younger, older)
+            os.replace(younger, f"{path}.{number}")
         except OSError:
             pass
 
@@ -5991,18 +6002,21 @@ def trust_lock(places: Places) -> FileLock:
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
-def _ledgers(places: Places) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """(the ledger, what it has of this project)."""
-    ledger = _read_json(trust_file(places.data))
+def _ledger(places: Places) -> Dict[str, Any]:
+    return _read_json(trust_file(places.data))
+
+
+def _of_project(ledger: Mapping[str, Any], places: Places) -> Dict[str, Any]:
+    """What the ledger has of a project, part by part."""
     project = ledger.get(os.path.realpath(places.state))
     if not isinstance(project, dict):
-        project = {}
-    return ledger, project
+        return {}
+    return project
 
 
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    known = _ledgers(places)[1].get(what)
+    known = _of_project(_ledger(places), places).get(what)
     if not isinstance(known, dict):
         return {}
     return known
@@ -6010,9 +6024,12 @@ def _known(places: Places, what: str) -> Dict[str, Any]:
 
 def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
-    ledger, project = _ledgers(places)
-    ledger[os.path.realpath(places.state)] = {**project, what: dict(known)}
-    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
+    ledger = _ledger(places)
+    project = _of_project(ledger, places)
+    project[what] = dict(known)
+    ledger[os.path.realpath(places.state)] = project
+    # The second line of the file: there shell hooks look for news.
+    ledger[""] = f"{time.time():.6f}"
     write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
 
 
@@ -6159,11 +6176,12 @@ def process_age_s(pid: int) -> Optional[float]:
     if fields:
         up_s = float(read_text("/proc/uptime").split()[0])
         return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    found = re.match(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\Z", _ps_says(pid, "etime"))
-    if not found:
+    # Of macOS: DAYS-HOURS:MINUTES:SECONDS, without what is nothing.
+    words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
+    if not words:
         return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+    units_s = (1, 60, 3600, 86_400)
+    return float(sum(int(word) * unit_s for word, unit_s in zip(reversed(words), units_s)))
 
 
 def _all_pids() -> List[int]:
@@ -6262,9 +6280,8 @@ def stack_members(stack: str) -> Dict[int, str]:
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    start, end = kind + "-", ":" + _project_code(project)
-    return {pid: mark for pid, mark in _marks().items()
-            if mark.startswith(start) and mark.endswith(end)}
+    mark_of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    return {pid: mark for pid, mark in _marks().items() if mark_of_project.fullmatch(mark)}
 
 
 class Record(NamedTuple):
@@ -6297,20 +6314,27 @@ def record_is_ours(record: Record, project: str) -> bool:
 MAX_PID = 2 ** 32 - 1
 
 
+_IS_PORT = ("port", "engine_port")
+
+
+def _is_recorded(name: str, value: Any) -> bool:
+    """True for a value that we write into a pid file."""
+    if name in _IS_PORT:
+        # A bool is an int, too.
+        return type(value) is int and 0 <= value < 65_536
+    if name in ("started", "stack") and not value:
+        return False
+    return isinstance(value, str) and value.isprintable()
+
+
 def parse_record(text: str) -> Optional[Record]:
     """A pid file's record; None where any of it is not what we write."""
     number, _, rest = text.partition("\n")
     if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
         return None
-    values = {**Record._field_defaults, **parse_json_object(rest)}
-    fields = {name: values.get(name) for name in Record._fields if name != "pid"}
-    for name, value in fields.items():
-        if name in ("port", "engine_port"):
-            if type(value) is not int or not 0 <= value < 65_536:   # a bool is an int, too
-                return None
-        elif not isinstance(value, str) or not value.isprintable():
-            return None
-    if not fields["started"] or not fields["stack"]:
+    values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
+    fields = {name: values[name] for name in Record._fields if name != "pid"}
+    if not all(_is_recorded(name, value) for name, value in fields.items()):
         return None
     return Record(int(number), **fields)
 
@@ -6452,11 +6476,14 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]
 
 def _stop_marked(marks: Mapping[int, str]) -> int:
     """Stop processes that were found by their mark; returns how many there were."""
-    started = {pid: process_started(pid) for pid in marks}
-    found = [pid for pid in marks if _mark_in(process_environment(pid)) == marks[pid]]
-    for pid in found:
-        stop_process(pid, started[pid], 2.0)
-    return len(found)
+    stopped = 0
+    for pid, mark in marks.items():
+        started = process_started(pid)
+        # Meanwhile another process may have got the number.
+        if _mark_in(process_environment(pid)) == mark:
+            stop_process(pid, started, 2.0)
+            stopped += 1
+    return stopped
 
 
 def stop_stack_members(stack: str) -> int:
@@ -6511,6 +6538,26 @@ def _listen_once(host: str, port: int) -> int:
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
         return int(probe.getsockname()[1])
+
+
+def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, log_bytes: int,
+                 patience_s: int) -> None:
+    """Return once a process that was just started answers.
+
+    `log_bytes`: of its log before its start. Errors: UserError with what it has written there.
+    """
+    end = time.monotonic() + patience_s
+    while not is_up():
+        code = process.poll()
+        if code is None and time.monotonic() < end:
+            time.sleep(0.02)
+            continue
+        problem = f"exited with {code}"
+        if code is None:
+            problem = f"did not answer within {patience_s} s"
+        if file_size(log) > log_bytes:
+            raise UserError(f"{what} {problem} at start:\n{tail_of(log)}", f"see {log}")
+        raise UserError(f"{what} {problem} at start", f"see {log}")
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -6676,36 +6723,50 @@ def environment_program(wanted: PrivateEnvironment, data: str, program: str = "p
     return os.path.join(environment_dir(wanted, data), folder, program + EXE)
 
 
-def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
-    """True where an environment was finished, and the Python that it stands on is still there."""
-    directory, python = environment_dir(wanted, data), environment_program(wanted, data)
+def _has_its_python(directory: str, python: str) -> bool:
+    """True where the Python that an environment stands on is the one it was made with."""
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
     home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
-    finished = os.path.exists(os.path.join(directory, "ready"))
-    if not finished or not home or not os.path.isdir(home.group(1)) or not os.path.exists(python):
+    if not home or not os.path.isdir(home.group(1)) or not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
-    packages = os.path.join(directory, "lib", name)
-    return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
+    if not re.match(r"python3\.[0-9]+t?\Z", name):
+        return True
+    return os.path.isdir(os.path.join(directory, "lib", name))
+
+
+def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
+    """True where an environment was finished, and the Python that it stands on is still there."""
+    directory = environment_dir(wanted, data)
+    if not os.path.exists(os.path.join(directory, "ready")):
+        return False
+    return _has_its_python(directory, environment_program(wanted, data))
 
 
 def _launched_python(minor: int) -> str:
     """Python 3.`minor` of Windows, which has no python3.N.exe: the launcher knows what is there."""
     if not IS_WINDOWS:
         return ""
-    return _output(["py", f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+    launcher = find_program("py" + EXE)
+    if not launcher:
+        return ""
+    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+
+
+def _is_python(program: str, minor: int) -> bool:
+    """True where a program is that Python, and no stub of a version manager's."""
+    said = _output([program, "-c", "import sys; print(sys.version_info[1])"])
+    return said.strip() == str(minor)
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
     """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
-    ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
-        # A version manager's stub may stand there.
-        if python and _output([python, "-c", ask]).strip() == str(minor):
+        if python and _is_python(python, minor):
             return python
     return ""
 
@@ -12211,17 +12272,13 @@ class SwapApp(UpstreamApp):
 
     def start(self) -> None:
         """Spawn llama-swap and wait until it answers. Errors: UserError with its last words."""
-        before = file_size(self._output)
+        log_bytes = file_size(self._output)
         self._spawn()
-        end = time.monotonic() + 60
-        while not self._healthy():
-            code = self._process.poll()
-            if code is not None or time.monotonic() > end:
-                self.close()
-                what = f"exited with {code}" if code is not None else "did not answer within 60 s"
-                tail = ":\n" + tail_of(self._output) if file_size(self._output) > before else ""
-                raise UserError(f"llama-swap {what} at start{tail}", f"see {self._output}")
-            time.sleep(0.02)
+        try:
+            await_answer("llama-swap", self._process, self._healthy, self._output, log_bytes, 60)
+        except UserError:
+            self.close()
+            raise
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
@@ -12475,24 +12532,30 @@ def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
         return tier
 
 
+def _own_servers(config: Config, places: Places) -> Dict[str, Binary]:
+    """Tiers with settings of their own -> their llama-server. Errors: UserError."""
+    return {tier.name: parking_server(config, places, tier) for tier in local_tiers(config)
+            if not SERVER_OPTIONS.keys().isdisjoint(tier.settings)}
+
+
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    local = local_tiers(config)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, places.env, use_next)
     config = with_caches(config, fits, machine)
-    tiers = tuple(_ready_for_swap(tier, places.env, use_next) for tier in config.tiers)
-    config = config._replace(tiers=tiers)
+    tiers = [_ready_for_swap(tier, places.env, use_next) for tier in config.tiers]
+    config = config._replace(tiers=tuple(tiers))
     server = parking_server(config, places)
-    own = {tier.name: parking_server(config, places, tier) for tier in local_tiers(config)
-           if not SERVER_OPTIONS.keys().isdisjoint(tier.settings)}
-    quote = windows_quote if IS_WINDOWS else posix_quote
+    own = _own_servers(config, places)
+    quote = posix_quote
+    if IS_WINDOWS:
+        quote = windows_quote
+    first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
     needs = {fit.name: fit.need_gb for fit in fits}
     weights = {fit.name: fit.memory.weights / 1e9 for fit in fits if fit.memory}
-    text = render_llama_swap_yaml(
-        config, server.program, use_next, server.refused, quote,
-        free_run(FIRST_SERVER_PORT, len(local)), needs, weights, machine.budget_gb, proxy, own)
+    text = render_llama_swap_yaml(config, server.program, use_next, server.refused, quote,
+                                  first_port, needs, weights, machine.budget_gb, proxy, own)
     if can_park(server, config):
         hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
         text = with_stop_hook(text, hook)
@@ -12691,9 +12754,9 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
         raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
 
 
-def stack_lock(places: Places, say: Say) -> FileLock:
+def stack_lock(places: Places, tell: Say = say) -> FileLock:
     return FileLock(os.path.join(places.data, "lock"),
-                    lambda: say("Another start or stop is under way; waiting for it"))
+                    lambda: tell("Another start or stop is under way; waiting for it"))
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
@@ -12701,40 +12764,22 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
+    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
-        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
+        raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
     places, config = plan.places, plan.config
-    wanted = {"router_port": (plan.host, plan.port),
-              "engine_port": ("127.0.0.1", config.engine_port)}
+    wanted = {
+        "router_port": (plan.host, plan.port),
+        "engine_port": ("127.0.0.1", config.engine_port),
+    }
     if proxy_tier(config) and find_litellm(places.env, places.data):
         wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
     return wanted
-
-
-def _await_daemon(plan: Plan, process: Any, record: Record, log_bytes: int) -> None:
-    """Return once a daemon answers.
-
-    `log_bytes`: of its log before its start. Errors: UserError with what it has written there.
-    """
-    log = plan.places.log("router.log")
-    end = time.monotonic() + START_TIMEOUT_S
-    while not answers(record, plan.places.env):
-        code = process.poll()
-        if code is None and time.monotonic() < end:
-            time.sleep(0.02)
-            continue
-        what = f"exited with {code}"
-        if code is None:
-            what = f"did not answer within {START_TIMEOUT_S} s"
-        tail = ""
-        if file_size(log) > log_bytes:
-            tail = ":\n" + tail_of(log)
-        raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
 
 
 def program_name(program: Sequence[str]) -> str:
@@ -12744,15 +12789,15 @@ def program_name(program: Sequence[str]) -> str:
     return f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
-def _say_started(plan: Plan, say: Say) -> None:
+def _say_started(plan: Plan) -> None:
     places, config = plan.places, plan.config
-    engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
     program = find_llama_server(config, places.env, places.data)
+    proxy = plan_proxy(places, config, places.env, plan.use_next)
+    engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
     if program:
         engine += f", llama-server is {program_name(program)}"
     say(f"Router  {plan.url}/v1")
     say(engine)
-    proxy = plan_proxy(places, config, places.env, plan.use_next)
     if proxy is None:
         return
     when = "on demand"
@@ -12778,41 +12823,52 @@ def _take_down(places: Places) -> int:
     return stopped
 
 
-def _start_daemon(plan: Plan, say: Say) -> None:
-    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
-    places, config = plan.places, plan.config
-    log = places.log("router.log")
-    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-               "--engine", plan.kind]
+def _daemon_command(plan: Plan) -> List[str]:
+    words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
+             "--engine", plan.kind]
     if plan.use_next:
-        command.append("--next")
-    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-                    config.engine_port)
-    env = {**places.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-           "LLMSTACK_MODELS_INI": places.models_ini}
+        words.append("--next")
+    return words
+
+
+def _start_daemon(plan: Plan) -> None:
+    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
+    places = plan.places
+    log = places.log("router.log")
     log_bytes = file_size(log)
-    process, record = spawn_recorded(command, log, env, pid_file(places), record)
+    blank = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+                   plan.config.engine_port)
+    env = {
+        **places.env,
+        "LLMSTACK_WORK_DIR": places.work,
+        "LLMSTACK_DATA_DIR": places.data,
+        "LLMSTACK_MODELS_INI": places.models_ini,
+    }
+    process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
         copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
-        _await_daemon(plan, process, record, log_bytes)
-    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
+        await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
+                     START_TIMEOUT_S)
+    except BaseException:
+        # After Ctrl-C, too, nothing stays up without a word.
         _take_down(places)
         process.wait()
         raise
-    process.returncode = 0                      # it stays; Popen is not to warn of that
+    # The daemon stays; Popen is not to warn of that.
+    process.returncode = 0
     write_atomic(places.in_state("active-channel"), plan.channel + "\n")
-    _say_started(plan, say)
+    _say_started(plan)
 
 
-def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
+def start_stack(plan: Plan, again: bool = False) -> bool:
     """Bring the daemon up; True when it was started, False when it was up.
 
     `again`: one that runs is taken down first, once everything else is known to be well.
     Errors: UserError.
     """
     places = plan.places
-    with stack_lock(places, say):
+    with stack_lock(places):
         _refuse_second_stack(places)
         record = running_record(places)
         if record is not None and not again:
@@ -12824,7 +12880,7 @@ def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
             say("The daemon has died; cleaning up after it and starting it again")
         _take_down(places)
         check_ports(places, _plan_ports(plan))
-        _start_daemon(plan, say)
+        _start_daemon(plan)
         return True
 
 
@@ -12843,12 +12899,12 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
     return visible(str(problem), 2000)
 
 
-def stop_stack(places: Places, say: Say) -> bool:
+def stop_stack(places: Places) -> bool:
     """Stop this project's daemon and all it has started; True when something was running.
 
     Errors: UserError.
     """
-    with stack_lock(places, say):
+    with stack_lock(places):
         return _take_down(places) > 0
 
 
@@ -12890,11 +12946,14 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     return states
 
 
+def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
+    return {key: value for key, value in row.items() if isinstance(value, str)}
+
+
 def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     """Tier -> what a router tells of it: its state, and the reason for that."""
     told = asked_json(upstream, "/llmstack/state")
-    return {name: {key: value for key, value in row.items() if isinstance(value, str)}
-            for name, row in told.items() if isinstance(row, dict)}
+    return {name: _texts_of(row) for name, row in told.items() if isinstance(row, dict)}
 
 
 def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
@@ -12902,14 +12961,23 @@ def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
     """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
-    model = weights.path or weights.file
+    model, channel = weights.path or weights.file, "current"
     if tier.backend != "gguf":
         model = hosted_model(tier, use_next)
         state, since_s = told.get("state", "unknown"), None
-    channel = "next" if use_next and tier.has_next else "current"
-    return {"name": tier.name, "role": tier.role, "backend": tier.backend,
-            "ctx_size": tier.ctx_size, "model": model, "channel": channel, "state": state,
-            "reason": told.get("reason", ""), "since_s": since_s}
+    if use_next and tier.has_next:
+        channel = "next"
+    return {
+        "name": tier.name,
+        "role": tier.role,
+        "backend": tier.backend,
+        "ctx_size": tier.ctx_size,
+        "model": model,
+        "channel": channel,
+        "state": state,
+        "reason": told.get("reason", ""),
+        "since_s": since_s,
+    }
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
@@ -12919,19 +12987,20 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     return process_variables(record.pid) or env
 
 
-def _judge_hosted(rows: Sequence[Dict[str, Any]], lacking: Mapping[str, Sequence[str]],
-                  proxy: Tuple[str, Any]) -> None:
-    """Put into the rows of LiteLLM tiers how its proxy is, and which credentials are `lacking`."""
-    words = {"ready": "loaded", "starting": "loading", "": "cold"}
-    for row in rows:
-        if row["backend"] != "litellm":
-            continue
-        row["missing"] = list(lacking.get(row["name"], ()))
-        if row["state"] == "available":
-            row["state"], row["since_s"] = words.get(proxy[0], proxy[0]), proxy[1]
-        settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
-        if row["missing"] and not settled:
-            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
+# llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
+_PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
+
+
+def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
+    """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
+    row["missing"] = list(missing)
+    if row["state"] == "available":
+        state, row["since_s"] = proxy
+        row["state"] = _PROXY_WORDS.get(state, state)
+    settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
+    if missing and not settled:
+        row["state"] = "no credential"
+        row["reason"] = f"missing {', '.join(missing)}"
 
 
 def running_channel(places: Places) -> str:
@@ -12942,90 +13011,73 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-class _Seen(NamedTuple):
-    """What a project's daemon tells of itself; nothing where it does not run."""
-
-    record: Optional[Record]
-    alive: bool = False
-    router: Optional[Upstream] = None           # where it answers
-    engine: Optional[Upstream] = None
-
-    def part(self, name: str) -> Optional[Dict[str, Any]]:
-        """The row of the router or the engine, None without a daemon."""
-        record = self.record
-        if record is None:
-            return None
-        row = {"kind": "router", "url": base_url(record.host, record.port),
-               "answers": self.router is not None}
-        if name == "engine":
-            row = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
-                   "answers": self.engine is not None}
-        return {**row, "pid": record.pid, "alive": self.alive}
-
-
-def _look_at_stack(places: Places) -> _Seen:
-    record = read_stack(places)
-    if record is None or not owned_process(record, places.work):
-        return _Seen(record)
-    router, engine = None, None
-    if answers(record, places.env):
-        router = router_upstream(record, places.env)
-    if engine_answers(record):
-        engine = engine_upstream(record)
-    return _Seen(record, True, router, engine)
-
-
-def _tier_rows(seen: _Seen, places: Places, config: Config, use_next: bool) -> List[Dict[str, Any]]:
-    states: Dict[str, Tuple[str, Any]] = {}
-    otherwise = ("unknown", None)
-    if seen.engine is not None:
-        states = _engine_states(seen.engine) or {}
-        otherwise = ("stopped", None)
-    if seen.router is not None:
-        told = _router_states(seen.router)
-    else:
-        told = {name: {"state": "no credential", "reason": why}
-                for name, why in missing_credentials(config, places.env).items()}
+def _tier_rows(places: Places, config: Config, record: Optional[Record],
+               router: Optional[Upstream], engine: Optional[Upstream]) -> List[Dict[str, Any]]:
+    """The tiers, as the router and the engine tell of them where they answer."""
+    use_next = record is not None and record.channel == "next"
+    states, otherwise = {}, ("unknown", None)
+    if engine is not None:
+        states, otherwise = _engine_states(engine) or {}, ("stopped", None)
+    told = {name: {"state": "no credential", "reason": why}
+            for name, why in missing_credentials(config, places.env).items()}
+    if router is not None:
+        told = _router_states(router)
+    env = _environment_of(record, places.env)
+    lacking = lacking_credentials(places, config, env, use_next)
+    parking = parking_notes(places.data)
     rows = []
     for tier in config.tiers:
         known = states.get(tier.name, otherwise)
-        rows.append(_tier_row(tier, use_next, known, told.get(tier.name, {})))
-    if any(tier.backend == "litellm" for tier in config.tiers):
-        env = _environment_of(seen.record, places.env)
-        lacking = lacking_credentials(places, config, env, use_next)
-        _judge_hosted(rows, lacking, states.get(PROXY, ("", None)))
-    notes = parking_notes(places.data)
-    for row in rows:
-        row["parking"] = notes.get(row["name"], "")
+        row = _tier_row(tier, use_next, known, told.get(tier.name, {}))
+        row["parking"] = parking.get(tier.name, "")
+        if tier.backend == "litellm":
+            _judge_hosted(row, lacking.get(tier.name, ()), states.get(PROXY, ("", None)))
+        rows.append(row)
     return rows
+
+
+def _daemon_row(record: Record, alive: bool, kind: str, url: str, up: object) -> Dict[str, Any]:
+    return {"kind": kind, "url": url, "answers": up is not None, "pid": record.pid, "alive": alive}
 
 
 def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
-    seen = _look_at_stack(places)
-    channel, now, pressure = None, None, ""     # `now`: as /llmstack/snapshot tells it
-    if seen.record is not None:
-        channel = seen.record.channel
-    if seen.router is not None:
-        now = asked_json(seen.router, "/llmstack/snapshot")
-        pressure = asked_json(seen.router, "/llmstack/memory").get("pressure") or ""
-    owner = other_owner(places)
-    rows = {
-        "running": seen.router is not None and seen.engine is not None,
+    record = read_stack(places)
+    alive = owned_process(record, places.work)
+    router: Optional[Upstream] = None           # both only where they answer
+    engine: Optional[Upstream] = None
+    rows: Dict[str, Any] = {
         "project": places.work,
         "models_ini": places.models_ini,
-        "router": seen.part("router"),
-        "engine": seen.part("engine"),
-        "channel": channel,
-        "tiers": _tier_rows(seen, places, config, channel == "next"),
+        "router": None,
+        "engine": None,
+        "channel": None,
         "local_only": config.local_only,
-        "other_owner": owner and owner.work,
-        "now": now,
-        "memory_pressure": pressure,
+        "other_owner": None,
+        "now": None,
+        "memory_pressure": "",
     }
+    if record is not None:
+        if alive and answers(record, places.env):
+            router = router_upstream(record, places.env)
+        if alive and engine_answers(record):
+            engine = engine_upstream(record)
+        router_url = base_url(record.host, record.port)
+        engine_url = base_url("127.0.0.1", record.engine_port)
+        rows["router"] = _daemon_row(record, alive, "router", router_url, router)
+        rows["engine"] = _daemon_row(record, alive, record.kind, engine_url, engine)
+        rows["channel"] = record.channel
+    if router is not None:
+        rows["now"] = asked_json(router, "/llmstack/snapshot")
+        rows["memory_pressure"] = asked_json(router, "/llmstack/memory").get("pressure") or ""
+    owner = other_owner(places)
+    if owner is not None:
+        rows["other_owner"] = owner.work
+    rows["running"] = router is not None and engine is not None
+    rows["tiers"] = _tier_rows(places, config, record, router, engine)
     if any(tier.backend == "litellm" for tier in config.tiers):
-        env = _environment_of(seen.record, places.env)
-        rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
+        file = read_litellm_file(places, _environment_of(record, places.env))
+        rows["differences"] = litellm_differences(config, file)
     return rows
 
 
@@ -13328,7 +13380,7 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
                         "run `install --external` in another project; to use another router here,"
                         " name its URL")
     say(f"Stopping this project's daemons: from now on it uses {remote.url}")
-    stop_stack(places, say)
+    stop_stack(places)
 
 
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
@@ -15627,8 +15679,10 @@ COMMAND_GROUPS = (
 def command_groups() -> List[Tuple[str, List[str]]]:
     """COMMAND_GROUPS, and the extras that it does not know."""
     groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
-    listed = [name for _, names in groups for name in names]
-    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
+    more = extra_names()
+    for _, names in groups:
+        more = [name for name in more if name not in names]
+    return [*groups, ("More", more)]
 
 
 def command_names() -> List[str]:
@@ -15699,7 +15753,7 @@ def _bring_up(args: Any, again: bool) -> int:
         seed_project(places, say, profile=profile)   # which says that a profile replaces nothing
         plan = plan._replace(config=load_config(places))
     _warn_unserved(places, plan.config)
-    started = start_stack(plan, say, again)
+    started = start_stack(plan, again)
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
@@ -15740,7 +15794,7 @@ def say_forgotten(places: Places) -> None:
 
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
-    stopped = stop_stack(places, say)
+    stopped = stop_stack(places)
     if args.forget:
         say_forgotten(places)
     url, owner = pinned_url(places), other_owner(places)
@@ -15778,8 +15832,10 @@ def _columns() -> int:
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
-    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
+    for row in rows["tiers"]:
+        if row.get("parking"):
+            notes.append(f"Note: {row['name']}: parking {row['parking']}")
+    return notes
 
 
 def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
@@ -15808,12 +15864,13 @@ _STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    tier = config.by_name(row["name"])
     row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
-    if tier is not None and tier.backend == "gguf" and not rows["running"]:
-        use_next = rows["channel"] == "next"
-        if not cached_model(weights_for(tier, use_next), places.env):
-            row.update(state="not here", reason=fetching_words(tier, use_next))
+    tier = config.by_name(row["name"])
+    if rows["running"] or tier is None or tier.backend != "gguf":
+        return row
+    use_next = rows["channel"] == "next"
+    if not cached_model(weights_for(tier, use_next), places.env):
+        row.update(state="not here", reason=fetching_words(tier, use_next))
     return row
 
 
