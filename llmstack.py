@@ -5016,7 +5016,8 @@ def make_private_dir(path: str) -> None:
     make_private_dir(os.path.dirname(path))
     try:
         os.mkdir(path, 0o700)
-    except FileExistsError:                     # another process was quicker, or it is a file
+    except FileExistsError:
+        # Another process was quicker, or a file stands there.
         if not os.path.isdir(path):
             raise
 
@@ -5031,7 +5032,8 @@ def _close_open_file(handle: int) -> None:
         return
     try:
         os.fchmod(handle, status.st_mode & 0o700)
-    except OSError:                             # a file system without permissions
+    except OSError:
+        # Some file systems have no permissions.
         pass
 
 
@@ -5115,7 +5117,8 @@ def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         parts, size = [], 0
-        for part in iter(lambda: file.read(RECV_BYTES), b""):   # /proc/sys refuses to fill megabytes
+        # In pieces: /proc/sys refuses to fill megabytes.
+        for part in iter(lambda: file.read(RECV_BYTES), b""):
             parts.append(part)
             size += len(part)
             if size > limit:
@@ -5163,7 +5166,8 @@ def _output(command: Sequence[str]) -> str:
 
 def _windows_memory_gb() -> float:
     import ctypes
-    status = ctypes.create_string_buffer(64)            # MEMORYSTATUSEX
+    # The structure is MEMORYSTATUSEX, whose first word is its size.
+    status = ctypes.create_string_buffer(64)
     ctypes.memmove(status, (64).to_bytes(4, "little"), 4)
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
         return 0.0
@@ -5337,12 +5341,13 @@ def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
         found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
-    if not found.budget_gb:                     # it cannot be told
+    # Where nothing can be told, a budget would only stop what may work.
+    if not found.budget_gb:
         return found._replace(budget_gb=1e9)
     return found
 
 
-def _number(pattern: str, text: str, otherwise: float = 0.0) -> float:
+def number_found(pattern: str, text: str, otherwise: float = 0.0) -> float:
     """The number that a pattern finds in a text."""
     found = re.search(pattern, text, re.MULTILINE)
     if not found:
@@ -5359,15 +5364,15 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = _number(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        pages = number_found(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
         return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
                            card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
-    pages = _number(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    pages = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
     return MemoryState(
-        stalled_pct=_number(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
-        available_gb=_number(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
-        total_gb=_number(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
+        stalled_pct=number_found(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
+        available_gb=number_found(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
+        total_gb=number_found(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
         swapped_bytes=int(pages) * 4096,
         card_free_gb=free_gb,
     )
@@ -5533,7 +5538,8 @@ def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for name in ("O_NONBLOCK", "O_BINARY"):     # not every platform has them
+    # Not every platform has both of them.
+    for name in ("O_NONBLOCK", "O_BINARY"):
         flags |= getattr(os, name, 0)
     handle = os.open(path, flags, 0o600)
     _close_open_file(handle)
@@ -5621,17 +5627,20 @@ class Log:
             self._written_s = time.time()
             try:
                 os.write(self._fd, "".join(lines).encode("utf-8", "replace"))
-            except OSError:                     # a full disk must not stop the relay
+            except OSError:
+                # A full disk must not stop the relay.
                 pass
 
     def rotate(self) -> None:
         """Start a new file when this one has grown over its size."""
         with self._lock:
             if self._fd != 2 and file_size(self._path) > LOG_BYTES:
-                os.close(self._fd)              # first: Windows renames no open file
+                # First it is closed: Windows renames no open file.
+                os.close(self._fd)
                 self._fd = 2
                 shift_logs(self._path)
-            if self._path and self._fd == 2:    # standard error until the file can be opened again
+            # Until the file can be opened again, lines go to standard error.
+            if self._path and self._fd == 2:
                 try:
                     self._fd = open_log(self._path)
                 except OSError:
@@ -5784,7 +5793,8 @@ class Progress:
         """The state is `text` now."""
         if self._terminal is not None:
             columns = terminal_columns(self._terminal)
-            text = text[:columns - 1]           # a line that wraps cannot be taken back
+            # A line that wraps cannot be taken back.
+            text = text[:columns - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -5852,7 +5862,8 @@ def ini_line(places: Places, section: str, key: str) -> str:
     """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
     data, source = _models_ini_bytes(places)
     reader = _Reader(decode_models_ini(data, source), source)
-    return f"{source}:{reader.line_of(section, key) or reader.line_of(section)}"
+    line = reader.line_of(section, key) or reader.line_of(section)
+    return f"{source}:{line}"
 
 
 # ==================================================================================================
@@ -5965,7 +5976,8 @@ def _link_effects(places: Places) -> List[Effect]:
     paths = [logs]
     try:
         paths += [os.path.join(logs, name) for name in sorted(os.listdir(logs))]
-    except OSError:                             # none yet, or a link to no directory
+    except OSError:
+        # There are no logs yet, or a link leads to no directory.
         pass
     effects = []
     for path in filter(os.path.islink, paths):
@@ -6036,7 +6048,11 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
 def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
     """Those of a part's effects that are new, other than as they were trusted, or not readable."""
     known = _known(places, part)
-    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+    new = []
+    for effect in effects:
+        if effect.problem or known.get(effect.name) != _digest(effect.data):
+            new.append(effect)
+    return new
 
 
 def is_trusted(places: Places, part: str) -> bool:
@@ -6136,7 +6152,8 @@ def _linux_started(pid: int) -> str:
 def _windows_started(pid: int) -> str:
     import ctypes
     kernel = ctypes.windll.kernel32             # type: ignore[attr-defined]
-    handle = kernel.OpenProcess(0x1000, False, pid)     # PROCESS_QUERY_LIMITED_INFORMATION
+    # 0x1000 is PROCESS_QUERY_LIMITED_INFORMATION.
+    handle = kernel.OpenProcess(0x1000, False, pid)
     if not handle:
         return ""
     times = [ctypes.c_ulonglong() for _ in range(4)]
@@ -6144,7 +6161,8 @@ def _windows_started(pid: int) -> str:
     known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times))
     known = known and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
-    if not known or code.value != 259:          # STILL_ACTIVE
+    # 259 is STILL_ACTIVE.
+    if not known or code.value != 259:
         return ""
     return str(times[0].value)
 
@@ -6207,11 +6225,13 @@ def _ps(*options: str) -> Dict[int, str]:
 def _ps_environments(*which: str) -> Dict[int, List[str]]:
     """Process -> the words of its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
+    whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
-    for pid, text in _ps("-wwE", *which, "-o", "pid=,command=").items():
-        command = bare.get(pid)
-        if command is not None and text.startswith(command) and len(text) > len(command):
-            found[pid] = text[len(command):].split()
+    for pid, text in whole.items():
+        command = bare.get(pid, text)
+        words = text[len(command):].split()
+        if words and text.startswith(command):
+            found[pid] = words
     return found
 
 
@@ -6280,8 +6300,12 @@ def stack_members(stack: str) -> Dict[int, str]:
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    mark_of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
-    return {pid: mark for pid, mark in _marks().items() if mark_of_project.fullmatch(mark)}
+    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    found = {}
+    for pid, mark in _marks().items():
+        if of_project.fullmatch(mark):
+            found[pid] = mark
+    return found
 
 
 class Record(NamedTuple):
@@ -6330,13 +6354,15 @@ def _is_recorded(name: str, value: Any) -> bool:
 def parse_record(text: str) -> Optional[Record]:
     """A pid file's record; None where any of it is not what we write."""
     number, _, rest = text.partition("\n")
-    if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
+    if not re.match(r"[0-9]{1,10}\Z", number):
         return None
+    pid = int(number)
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
     fields = {name: values[name] for name in Record._fields if name != "pid"}
-    if not all(_is_recorded(name, value) for name, value in fields.items()):
+    whole = all(_is_recorded(name, value) for name, value in fields.items())
+    if not whole or not 1 < pid <= MAX_PID:
         return None
-    return Record(int(number), **fields)
+    return Record(pid, **fields)
 
 
 def write_record(path: str, record: Record) -> None:
@@ -6414,7 +6440,8 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     import subprocess
     flags: Dict[str, Any] = {"start_new_session": True}
     if IS_WINDOWS:
-        flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+        # DETACHED_PROCESS and CREATE_NEW_PROCESS_GROUP.
+        flags = {"creationflags": 0x208}
     try:
         output = os.fdopen(open_log(log), "ab")
     except OSError as exc:
@@ -6641,8 +6668,10 @@ def listeners(port: int) -> Set[int]:
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
-    names = [os.path.basename(word) for word in process_command(pid)[:2]]
-    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
+    for word in process_command(pid)[:2]:
+        if re.match(r"llmstack(\.pyz?)?\Z", os.path.basename(word)):
+            return True
+    return False
 
 
 def _hidden_holder(port: int) -> str:
@@ -12581,7 +12610,8 @@ def check_plan(plan: Plan) -> None:
     program = find_llama_server(config, places.env, places.data)
     if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
-    if program and plan.kind == "llama-swap":   # its YAML needs to know them
+    # llama-swap's YAML needs to know which flags there are.
+    if program and plan.kind == "llama-swap":
         probe_flags(program, config, places.data)
 
 
@@ -12677,8 +12707,12 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
 
 def process_variables(pid: int) -> Dict[str, str]:
     """The environment a process was started with, {} where that cannot be told."""
-    pairs = (word.partition("=") for word in process_environment(pid) or [])
-    return {name: value for name, found, value in pairs if found}
+    variables = {}
+    for word in process_environment(pid) or []:
+        name, found, value = word.partition("=")
+        if found:
+            variables[name] = value
+    return variables
 
 
 def _stack_name(places: Places) -> str:
@@ -13011,27 +13045,43 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-def _tier_rows(places: Places, config: Config, record: Optional[Record],
-               router: Optional[Upstream], engine: Optional[Upstream]) -> List[Dict[str, Any]]:
-    """The tiers, as the router and the engine tell of them where they answer."""
-    use_next = record is not None and record.channel == "next"
-    states, otherwise = {}, ("unknown", None)
+class _Told(NamedTuple):
+    """What a running stack tells of its tiers, by name; nothing where it does not run."""
+
+    use_next: bool
+    states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
+    otherwise: str                              # the state of one that the engine does not name
+    hosted: Dict[str, Dict[str, str]]           # by the router
+
+
+def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: Optional[Upstream],
+               engine: Optional[Upstream]) -> _Told:
+    states, otherwise = {}, "unknown"
     if engine is not None:
-        states, otherwise = _engine_states(engine) or {}, ("stopped", None)
-    told = {name: {"state": "no credential", "reason": why}
-            for name, why in missing_credentials(config, places.env).items()}
+        states = _engine_states(engine) or {}
+        otherwise = "stopped"
     if router is not None:
-        told = _router_states(router)
-    env = _environment_of(record, places.env)
-    lacking = lacking_credentials(places, config, env, use_next)
+        hosted = _router_states(router)
+    else:
+        lacking = missing_credentials(config, places.env)
+        hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
+    return _Told(channel == "next", states, otherwise, hosted)
+
+
+def _tier_rows(places: Places, config: Config, told: _Told,
+               env: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """The rows of `status`; `env`: that of the daemon, whose credentials count."""
+    lacking = lacking_credentials(places, config, env, told.use_next)
     parking = parking_notes(places.data)
+    proxy = told.states.get(PROXY, ("", None))
     rows = []
     for tier in config.tiers:
-        known = states.get(tier.name, otherwise)
-        row = _tier_row(tier, use_next, known, told.get(tier.name, {}))
-        row["parking"] = parking.get(tier.name, "")
+        name = tier.name
+        known = told.states.get(name, (told.otherwise, None))
+        row = _tier_row(tier, told.use_next, known, told.hosted.get(name, {}))
+        row["parking"] = parking.get(name, "")
         if tier.backend == "litellm":
-            _judge_hosted(row, lacking.get(tier.name, ()), states.get(PROXY, ("", None)))
+            _judge_hosted(row, lacking.get(name, ()), proxy)
         rows.append(row)
     return rows
 
@@ -13040,11 +13090,17 @@ def _daemon_row(record: Record, alive: bool, kind: str, url: str, up: object) ->
     return {"kind": kind, "url": url, "answers": up is not None, "pid": record.pid, "alive": alive}
 
 
+def _daemon_row(record: Record, alive: bool, kind: str, url: str, up: object) -> Dict[str, Any]:
+    return {"kind": kind, "url": url, "answers": up is not None, "pid": record.pid, "alive": alive}
+
+
 def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
+    env = places.env
     record = read_stack(places)
     alive = owned_process(record, places.work)
-    router: Optional[Upstream] = None           # both only where they answer
+    # Each is here only where it answers.
+    router: Optional[Upstream] = None
     engine: Optional[Upstream] = None
     rows: Dict[str, Any] = {
         "project": places.work,
@@ -13058,8 +13114,8 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         "memory_pressure": "",
     }
     if record is not None:
-        if alive and answers(record, places.env):
-            router = router_upstream(record, places.env)
+        if alive and answers(record, env):
+            router = router_upstream(record, env)
         if alive and engine_answers(record):
             engine = engine_upstream(record)
         router_url = base_url(record.host, record.port)
@@ -13067,6 +13123,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         rows["router"] = _daemon_row(record, alive, "router", router_url, router)
         rows["engine"] = _daemon_row(record, alive, record.kind, engine_url, engine)
         rows["channel"] = record.channel
+        env = _environment_of(record, env)
     if router is not None:
         rows["now"] = asked_json(router, "/llmstack/snapshot")
         rows["memory_pressure"] = asked_json(router, "/llmstack/memory").get("pressure") or ""
@@ -13074,10 +13131,10 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     if owner is not None:
         rows["other_owner"] = owner.work
     rows["running"] = router is not None and engine is not None
-    rows["tiers"] = _tier_rows(places, config, record, router, engine)
-    if any(tier.backend == "litellm" for tier in config.tiers):
-        file = read_litellm_file(places, _environment_of(record, places.env))
-        rows["differences"] = litellm_differences(config, file)
+    told = _ask_tiers(places, config, rows["channel"], router, engine)
+    rows["tiers"] = _tier_rows(places, config, told, env)
+    if litellm_tiers(config):
+        rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
 
 
@@ -15555,7 +15612,8 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
         host, port, channel = record.host, record.port, record.channel
     host = args.host or host
     port = args.port or port
-    if args.port == 0 and record is None:       # 0: any
+    # Port 0 is any free one; what runs has found its own already.
+    if args.port == 0 and record is None:
         port = free_port(host)
     check_exposure(host, config, places.env)
     _warn_of_missing(config)
@@ -15565,10 +15623,10 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
 
 
 def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= 65_535:
-        import argparse
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
-    return int(text)
+    if text.isascii() and text.isdigit() and int(text) <= 65_535:
+        return int(text)
+    import argparse
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port")
 
 
 def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
@@ -15616,15 +15674,22 @@ def _check_demo_ports(args: Any, places: Places) -> None:
     })
 
 
+def _progress() -> Progress:
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
+    if is_live_terminal():
+        return Progress(say, sys.stdout)
+    return Progress(say)
+
+
 def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
     _check_demo_ports(args, places)
-    terminal = sys.stdout if is_live_terminal() else None
+    lock = os.path.join(places.data, "demo.lock")
     waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
+    with FileLock(lock, lambda: say(waiting)):
         if not find_llama_server(Config(), places.env, places.data):
             install_environment(LLAMA_CPP, places.data, say)
-        with Progress(say, terminal) as progress:
+        with _progress() as progress:
             model, path = ensure_demo_model(places.data, places.env, progress)
         write_demo_ini(places, model, path)
 
@@ -15650,7 +15715,8 @@ def extra_names() -> List[str]:
                 files = archive.namelist()
         else:
             files = ["extras/" + name for name in os.listdir(_beside("extras"))]
-    except OSError:                             # a copy without them
+    except OSError:
+        # A copy of this file alone has none.
         pass
     found = (re.match(r"extras/([a-z_]+)\.py\Z", file) for file in files)
     return sorted(match.group(1).replace("_", "-") for match in found if match)
@@ -15750,7 +15816,8 @@ def _bring_up(args: Any, again: bool) -> int:
     plan = _plan_start(args, places, planned_config(places, warn, profile))
     check_plan(plan)
     if profile or not os.path.exists(places.models_ini):
-        seed_project(places, say, profile=profile)   # which says that a profile replaces nothing
+        # It refuses a profile where models.ini is there: nothing is replaced.
+        seed_project(places, say, profile=profile)
         plan = plan._replace(config=load_config(places))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
@@ -15772,7 +15839,8 @@ def _say_idle(places: Places) -> None:
     """That there was nothing to stop, and whose stack it is that has this project's ports."""
     try:
         config = planned_config(places)
-    except UserError:                           # another user's project, say
+    except UserError:
+        # Its models.ini may be another user's, or broken.
         config = Config()
     for port in (config.router_port, config.engine_port):
         if port_is_free("127.0.0.1", port):
@@ -15875,8 +15943,10 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
 
 
 def _download_line(row: Mapping[str, Any]) -> str:
+    name = f"{row['tier']}-{row['label']}"
+    state = paint(row["state"], "33")
     what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-    return f"Download {row['tier']}-{row['label']}: {paint(row['state'], '33')}, {what}"
+    return f"Download {name}: {state}, {what}"
 
 
 def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
@@ -15896,7 +15966,8 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
     if rows.get("problem"):
         return [*lines, f"Router   {paint('not reached', '31')}, {rows['problem']}"]
     lines.append(_part_line("router", rows["router"]))
-    if rows["channel"] != "external":           # its engine is on another machine
+    # The engine of a thin client is on another machine.
+    if rows["channel"] != "external":
         lines.append(_part_line("engine", rows["engine"]))
     tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
              for row in rows["tiers"]]
@@ -15918,8 +15989,9 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
     now = rows.get("now") or {}
     if not rows["running"] or not dicts_in(now, "tiers"):
         return _status_of_parts(rows, places, config)
-    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"],
-                            _columns(), time.time(), paint)
+    now = {**now, "downloads": rows["downloads"]}
+    url = rows["router"]["url"]
+    lines = render_snapshot(now, url, _columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -15968,7 +16040,8 @@ def _cmd_status(args: Any) -> int:
         if not pinned_url(places):
             config = planned_config(places)
             config = true_config(config, places, running_channel(places) == "next")
-    except UserError as exc:                    # what runs is of interest all the more
+    except UserError as exc:
+        # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
     lines = _status_lines(rows, places, config)
@@ -15991,7 +16064,8 @@ def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
     if not text:
         return
-    if sys.stdout.isatty():                     # shown, and not evaluated
+    # On a terminal the text is shown, and not evaluated.
+    if sys.stdout.isatty():
         say(text.rstrip("\n"))
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -16012,7 +16086,8 @@ def _cmd_reload(args: Any) -> int:
             tell(untrusted_line(places))
         if pinned_url(places):
             return 0
-        check_run_trust(places)                 # credentials would go to what the file names
+        # Credentials would go to the hosts that the file names.
+        check_run_trust(places)
     load_config(places, warn)
     record = running_record(places)
     if record is None:
@@ -16054,7 +16129,8 @@ def _cmd_trust(args: Any) -> int:
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}",
                         "run `llmstack install` there")
-    effects = project_effects(places)           # first: what changes behind it is not trusted
+    # Read first: what changes behind the showing is not trusted.
+    effects = project_effects(places)
     every = [effect for part in effects.values() for effect in part]
     for line in trust_facts(places, every):
         say(line)
@@ -16256,7 +16332,8 @@ class RouterPlan(NamedTuple):
     def reload(self, warn: Callable[[str], None]) -> Config:
         """models.ini as it is now. Errors: UserError."""
         places = self.places
-        if not places.is_demo:                  # whose model is of another place by design
+        # The demo's model lies elsewhere by design.
+        if not places.is_demo:
             check_run_trust(places)
         config = load_config(places, warn)
         if not self.local:
@@ -16316,7 +16393,8 @@ def _on_signals(hangup: Callable[[], None],
     import signal
 
     def terminate(*_: object) -> None:
-        shutdown()                              # an exception in a finalizer would be lost
+        # An exception in a finalizer would be lost, and the loop would go on.
+        shutdown()
         raise _Terminated
 
     signal.signal(signal.SIGTERM, terminate)
@@ -16380,6 +16458,25 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
+class _Probed:
+    """Which flags each llama-server refuses, asked at the first load that it serves."""
+
+    def __init__(self, config: Config, data: str, log: Log) -> None:
+        self._config, self._data, self._log = config, data, log
+        self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
+        self._lock = threading.Lock()
+
+    def refused(self, program: Tuple[str, ...]) -> FrozenSet[str]:
+        # Not before the first load, so that the daemon is up before the probing.
+        with self._lock:
+            if program not in self._refused:
+                refused = probe_flags(program, self._config, self._data)
+                for said in refused_settings(self._config, refused):
+                    self._log.warning(said)
+                self._refused[program] = refused
+            return self._refused[program]
+
+
 def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     env, data = places.env, places.data
@@ -16387,32 +16484,29 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
-    parking = open_parking(data, config, log)
-    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
-    probing = threading.Lock()
-
-    def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
-        with probing:                           # at the first load: the daemon is up before that
-            if server not in refused:
-                refused[server] = probe_flags(server, config, data)
-                for said in refused_settings(config, refused[server]):
-                    log.warning(said)
-        return refused[server]
+    probed = _Probed(config, data, log)
 
     def command(tier: Tier, port: int) -> List[str]:
-        server = find_llama_server(tier_config(config, tier), env, data)
-        flags = probe(server)
+        program = find_llama_server(tier_config(config, tier), env, data)
+        server = Binary(program, probed.refused(program))
         tier = ready_tier(tier, env, use_next)
-        words = server_command(server, tier, config, port, use_next, flags)
-        if can_park(Binary(server, flags), config):
+        words = server_command(program, tier, config, port, use_next, server.refused)
+        if can_park(server, config):
             words += parking_flags(data)
         return words
 
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
-                    _without_our_key(env), machine.budget_gb, use_next, fits=fits,
-                    proxy=plan_proxy(places, config, env, use_next), parking=parking)
+    engine = Engine(
+        config, command, log,
+        lambda name: places.log(f"{name}.log"),
+        _without_our_key(env),
+        machine.budget_gb,
+        use_next,
+        fits=fits,
+        proxy=plan_proxy(places, config, env, use_next),
+        parking=open_parking(data, config, log),
+    )
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
@@ -16423,7 +16517,8 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     proxy = plan_proxy(places, config, env, use_next)
     if proxy:
         env = litellm_env(env)
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    # The key of llama-swap and of its servers, which nobody else is to know.
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()
     path = places.in_state("llama-swap.yaml")
     write_swap_yaml(places, config, use_next, proxy, path)
     program = find_llama_swap(env, data)
@@ -16462,7 +16557,8 @@ def _cmd_daemon(args: Any) -> int:
     behind = make_app(places, config, use_next, engine_log)
     app = _router_app(RouterPlan(places, config, args.host, use_next, True, remedy), behind, log)
     try:
-        _on_signals(lambda: None)               # from here on there are children to end
+        # From here on there are children to end.
+        _on_signals(lambda: None)
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
         server = _listen(args.host, args.port, app)
         behind.page_url = base_url(args.host, server.server_port) + "/"
@@ -16668,7 +16764,7 @@ class Command(NamedTuple):
     about: str = ""                             # its line in `help`; "" for one of ours alone
     description: str = ""
     arguments: Tuple[Argument, ...] = ()
-    one_of: Tuple[Argument, ...] = ()             # options that exclude each other
+    one_of: Tuple[Argument, ...] = ()           # options that exclude each other
     aliases: Tuple[str, ...] = ()
 
 
@@ -16940,7 +17036,8 @@ def run_command(argv: Sequence[str]) -> int:
 def _mend_streams() -> None:
     """See that both output streams take whatever is written to them."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:          # `llmstack status >&-` leaves none
+        # `llmstack status >&-` leaves none.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -16969,7 +17066,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except _OutputFailed as exc:
         # What is buffered must not fail again at the end of the process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if exc.message:                         # not for `llmstack status | head`
+        # `llmstack status | head` closes its output and wants no message.
+        if exc.message:
             _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
 
