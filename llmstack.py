@@ -6668,10 +6668,8 @@ def listeners(port: int) -> Set[int]:
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
-    for word in process_command(pid)[:2]:
-        if re.match(r"llmstack(\.pyz?)?\Z", os.path.basename(word)):
-            return True
-    return False
+    names = [os.path.basename(word) for word in process_command(pid)[:2]]
+    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
 
 
 def _hidden_holder(port: int) -> str:
@@ -15622,7 +15620,7 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     return Plan(places, config, host, port, use_next, kind)
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
     if text.isascii() and text.isdigit() and int(text) <= 65_535:
         return int(text)
     import argparse
@@ -16310,65 +16308,57 @@ def _cmd_why(args: Any) -> int:
     return 0
 
 
-class RouterPlan(NamedTuple):
-    """What a router is to be, whatever stands behind it."""
+class Unserved:
+    """Says of a later configuration which tiers the engine does not serve, and why."""
 
-    places: Places
-    config: Config
-    host: str
-    use_next: bool
-    local: bool                                 # the project's own engine is behind it
-    remedy: str                                 # what helps when that does not answer
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
 
-    def unserved(self, config: Config) -> Dict[str, str]:
-        """The tiers of a later configuration that the engine does not serve, and why."""
-        known = {tier.name for tier in self.config.tiers if tier.backend != "openai"}
-        found = unserved_hosted(self.places, config, self.places.env, self.use_next)
+    def __call__(self, config: Config) -> Dict[str, str]:
+        places = self._plan.places
+        found = unserved_hosted(places, config, places.env, self._plan.use_next)
         for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in known:
+            if tier.backend != "openai" and tier.name not in self._known:
                 found[tier.name] = "the engine does not know it before `llmstack restart`"
         return found
 
-    def reload(self, warn: Callable[[str], None]) -> Config:
-        """models.ini as it is now. Errors: UserError."""
-        places = self.places
+
+def router_app(plan: Plan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+    """The router before this project's own engine."""
+    places = plan.places
+    record: Optional[Recorder] = None
+    if plan.config.decision_log:
+        record = Recorder(places.log("decisions.jsonl"))
+    remedy = "run `llmstack start`"
+    if places.is_demo:
+        remedy = "run `llmstack start --demo`"
+
+    def reload() -> Config:
         # The demo's model lies elsewhere by design.
         if not places.is_demo:
             check_run_trust(places)
-        config = load_config(places, warn)
-        if not self.local:
-            return config
-        return true_config(config, places, self.use_next, warn)
+        config = load_config(places, log.warning)
+        return true_config(config, places, plan.use_next, log.warning)
 
-
-def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
-    places = plan.places
-    record: Optional[Recorder] = None
-    if plan.local and plan.config.decision_log:
-        record = Recorder(places.log("decisions.jsonl"))
-    bundled = b""
-    if not plan.local and not os.path.exists(places.models_ini):
-        bundled = read_resource("models.ini")
     app = RouterApp(
         plan.config, behind, log,
         loopback=is_loopback(plan.host),
         key=api_key(places.env),
         models_ini=places.models_ini,
-        bundled=bundled,
-        reload=lambda: plan.reload(log.warning),
+        reload=reload,
         use_next=plan.use_next,
-        unserved=plan.unserved if plan.local else None,
-        remedy=plan.remedy,
+        unserved=Unserved(plan),
+        remedy=remedy,
         env=places.env,
         record=record,
-        foreign_logs=(places.log("llama-swap.log"),) if plan.local else (),
+        foreign_logs=(places.log("llama-swap.log"),),
     )
-    if plan.local:
-        app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
 
-def _listen(host: str, port: int, app: App) -> Any:
+def listen(host: str, port: int, app: App) -> Any:
     """A listening server. Errors: UserError, who has the port."""
     try:
         return make_server(host, port, app)
@@ -16402,7 +16392,7 @@ def _on_signals(hangup: Callable[[], None],
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def _run_until_signal(server: Any, app: RouterApp) -> None:
+def run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
     try:
@@ -16410,37 +16400,6 @@ def _run_until_signal(server: Any, app: RouterApp) -> None:
     finally:
         app.log.flush()
         server.server_close()
-
-
-def _serve_upstream(url: str, config: Config) -> Upstream:
-    """What `serve --upstream` names. Errors: UserError where local_only forbids it."""
-    if config.local_only and not _LOCAL_URL.match(url):
-        raise UserError(f"{url} is not on this machine, and {LOCAL_ONLY}",
-                        "take local_only out, or name another", 2)
-    return parse_upstream(url)
-
-
-def _cmd_serve(args: Any) -> int:
-    places = _places(args)
-    check_run_trust(places)
-    config = load_config(places, warn)
-    host, port = args.host or config.host, args.port
-    if port is None:
-        port = config.router_port
-    check_exposure(host, config, places.env)
-    upstream, remedy = Upstream("127.0.0.1", config.engine_port), "run `llmstack start`"
-    if args.upstream:
-        upstream = _serve_upstream(args.upstream, config)
-        remedy = "start it, or name another --upstream"
-    log = Log("", places.env.get("LOG_LEVEL", "info"))
-    use_next = wants_next(places, config)
-    plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
-    app = _router_app(plan, upstream, log)
-    more_files()
-    server = _listen(host, port, app)
-    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
-    _run_until_signal(server, app)
-    return 0
 
 
 def _ignore_signals() -> None:
@@ -16477,13 +16436,14 @@ class _Probed:
             return self._refused[program]
 
 
-def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+def _embedded_app(plan: Plan, log: Log) -> EngineApp:
     """The embedded engine. Errors: UserError."""
+    places, use_next = plan.places, plan.use_next
     env, data = places.env, places.data
-    program = find_llama_server(config, env, data)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, env, use_next)
-    config = with_caches(config, fits, machine)
+    program = find_llama_server(plan.config, env, data)
+    machine = this_machine(plan.config)
+    fits = measure_tiers(plan.config, machine, env, use_next)
+    config = with_caches(plan.config, fits, machine)
     probed = _Probed(config, data, log)
 
     def command(tier: Tier, port: int) -> List[str]:
@@ -16510,8 +16470,9 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+def _swap_app(plan: Plan, log: Log) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
+    places, config, use_next = plan.places, plan.config, plan.use_next
     data = places.data
     env = _without_our_key(places.env)
     proxy = plan_proxy(places, config, env, use_next)
@@ -16539,38 +16500,47 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
-def _cmd_daemon(args: Any) -> int:
-    """The process behind `start`: the router, and the engine with all its children."""
+def _daemon_plan(args: Any, log: Log) -> Plan:
+    """What the daemon is to be; `start` has checked it. Errors: UserError."""
     places = find_places(os.environ)
     use_next = args.channel == "next"
-    level = places.env.get("LOG_LEVEL", "info")
-    log = Log(places.log("router.log"), level)
-    engine_log = Log(places.log("engine.log"), level)
-    config = true_config(load_config(places), places, use_next, engine_log.warning)
-    remedy = "run `llmstack start`"
-    if places.is_demo:
-        remedy = "run `llmstack start --demo`"
-    more_files()
-    make_app: Callable[..., Union[EngineApp, SwapApp]] = _embedded_app
-    if args.engine == "llama-swap":
-        make_app = _swap_app
-    behind = make_app(places, config, use_next, engine_log)
-    app = _router_app(RouterPlan(places, config, args.host, use_next, True, remedy), behind, log)
+    config = true_config(load_config(places), places, use_next, log.warning)
+    return Plan(places, config, args.host, args.port, use_next, args.engine)
+
+
+def _serve_plan(plan: Plan, behind: Union[EngineApp, SwapApp], log: Log) -> None:
+    """Listen for clients and for the engine's own, until a signal says to stop."""
+    app = router_app(plan, behind, log)
     try:
         # From here on there are children to end.
         _on_signals(lambda: None)
-        engine_server = _listen("127.0.0.1", config.engine_port, behind)
-        server = _listen(args.host, args.port, app)
-        behind.page_url = base_url(args.host, server.server_port) + "/"
+        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        server = listen(plan.host, plan.port, app)
+        behind.page_url = base_url(plan.host, server.server_port) + "/"
         behind.start()
         threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
                          daemon=True).start()
-        url = base_url(args.host, args.port)
-        log.info(f"llmstack {VERSION} on {url}, engine {args.engine}")
-        _run_until_signal(server, app)
+        log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
+        run_until_signal(server, app)
     finally:
         _ignore_signals()
         behind.close()
+
+
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
+    places = find_places(os.environ)
+    level = places.env.get("LOG_LEVEL", "info")
+    log = Log(places.log("router.log"), level)
+    engine_log = Log(places.log("engine.log"), level)
+    plan = _daemon_plan(args, engine_log)
+    more_files()
+    try:
+        if plan.kind == "llama-swap":
+            _serve_plan(plan, _swap_app(plan, engine_log), log)
+        else:
+            _serve_plan(plan, _embedded_app(plan, engine_log), log)
+    finally:
         log.flush()
         engine_log.flush()
     return 0
@@ -16775,7 +16745,7 @@ _CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_N
                    const="current", **_CHANNEL)
 _HOST = _option("--host", "address to listen on (models.ini: host)", metavar="H")
 _PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
-                type=_port)
+                type=port_number)
 _JSON = _flag("--json", "for programs")
 _DEMO = _flag("--demo", "the demo's")
 _FORCE = _flag("--force -f", "install it even where that version is there")
@@ -16878,14 +16848,6 @@ COMMANDS = {
         " needs you.",
         (_JSON, _flag("--offline", "do not ask the hub")),
         aliases=("check-models",)),
-    "serve": Command(
-        _cmd_serve, "the router alone, in the foreground",
-        "Run the router in the foreground against any OpenAI-compatible upstream; for launchd,"
-        " systemd, containers and benchmarks. Its first line is its address.",
-        (_option("--upstream", "where requests go (default: this project's engine)",
-                 metavar="URL"),
-         _HOST,
-         _PORT)),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
@@ -16903,7 +16865,7 @@ COMMANDS = {
     "_daemon": Command(_cmd_daemon, arguments=(
         _NEXT,
         _option("--host", "", required=True),
-        _option("--port", "", type=_port, required=True),
+        _option("--port", "", type=port_number, required=True),
         _option("--engine", "", required=True))),
     "_download": Command(_cmd_download_worker),
 }
