@@ -4870,7 +4870,11 @@ def weights_drift(weights: Weights, command: str) -> str:
 # ==================================================================================================
 # SYSTEM EDGE
 # ==================================================================================================
+# The room of what differs between systems: directories and files, the memory there is, logs, locks,
+# and how to speak to the user. It may touch the disk and run small system programs; it starts
+# nothing that stays, opens no socket and knows nothing of a stack.
 
+# Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
 IS_MAC = sys.platform == "darwin"
 EXE = ".exe" if IS_WINDOWS else ""
@@ -4966,6 +4970,7 @@ def find_project(directory: str) -> str:
     above = directory
     while True:
         state = os.path.join(above, ".llmstack")
+        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
         if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
             return above
         if os.path.dirname(above) == above:
@@ -4989,6 +4994,7 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
             raise UserError("the current directory is gone", "cd into another") from None
     state = os.path.join(work, ".llmstack")
     models_ini = os.path.join(state, "models.ini")
+    # The demo brings a models.ini of its own, whatever the environment names.
     if env.get("LLMSTACK_MODELS_INI") and not demo:
         models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
     return Places(work, state, models_ini, data, env)
@@ -5088,6 +5094,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
     directory = os.path.dirname(path)
     try:
         make_private_dir(directory)
+        # In the same directory: os.replace is atomic only within one file system.
         handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -5155,6 +5162,7 @@ def _output(command: Sequence[str]) -> str:
     In C and UTC: ps prints local times.
     """
     import subprocess
+    # A translated answer would not be understood, and ps prints local times.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -5182,6 +5190,7 @@ def total_memory_gb() -> float:
         total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 0.0
+    # In a container the kernel tells the whole machine's memory; the limit stands here.
     share = read_text("/sys/fs/cgroup/memory.max").strip()
     if share.isdigit():
         total_bytes = min(total_bytes, int(share))
@@ -5217,6 +5226,7 @@ def visible_cards(uuids: Sequence[str], variables: Sequence[str],
             found = [i for i in seen if name and uuids[i].startswith(name)]
             if name.isdigit():
                 found = seen[int(name):int(name) + 1]
+            # A name that fits two cards, or a card named twice, ends the list as an unknown one does.
             if len(found) != 1 or found[0] in chosen:
                 break
             chosen += found
@@ -5421,6 +5431,7 @@ USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxb
 def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     """A program on PATH or in its usual places, "" when there is none."""
     import shutil
+    # launchd and a desktop's menu give a PATH without Homebrew's places.
     found = shutil.which(name)
     if found:
         return found
@@ -5468,6 +5479,7 @@ def paint(text: str, code: str) -> str:
 def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
+        # Flushed line by line: who pipes us sees progress.
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -5490,6 +5502,7 @@ def called_as() -> str:
 
 def as_called(text: str) -> str:
     """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
+    # Most lines name no command, and JSON is for programs.
     if "`llmstack " not in text or text.startswith("{"):
         return text
     return text.replace("`llmstack ", f"`{called_as()} ")
@@ -5744,6 +5757,7 @@ class FileLock:
         except OSError as exc:
             raise UserError(f"cannot open {self._path}: {exc.strerror}", path_hint(exc)) from None
         if not self._try():
+            # Waiting is said once, before it begins: a silent program looks hung.
             self._waiting()
             while not self._try():
                 time.sleep(0.05)
@@ -5798,6 +5812,7 @@ class Progress:
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
+        # Where no line can be rewritten, a line every few seconds is enough for a log.
         elif time.monotonic() < self._due_s:
             self._shown = text
         else:
@@ -5848,6 +5863,7 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
         for warning in warnings:
             warn(warning)
     if not config.tiers:
+        # A stack without tiers would answer every request with an error.
         raise ConfigError([f"{source}:1: names no tier"])
     place = functools.partial(_path_from, os.path.dirname(places.models_ini))
     tiers = []
@@ -5869,6 +5885,8 @@ def ini_line(places: Places, section: str, key: str) -> str:
 # ==================================================================================================
 # PROJECTS
 # ==================================================================================================
+# The room of what a project says of itself: its channel, and whether its files may take effect. It
+# reads and writes below .llmstack/ and in trust.json, and starts nothing.
 
 
 class Marker(NamedTuple):
@@ -5941,6 +5959,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
     effects = []
     for name in names:
         path = places.in_state(name)
+        # A file that is not there takes no effect; a link that leads nowhere may, later.
         if not os.path.lexists(path):
             continue
         try:
@@ -6112,6 +6131,7 @@ STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see
 
 def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
+    # Two spellings of one directory are one project.
     path = os.fsencode(os.path.normcase(os.path.realpath(project)))
     code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % found.group()[0], path)
     return code.decode("ascii")
@@ -6145,6 +6165,7 @@ def _linux_started(pid: int) -> str:
     fields = _linux_stat(pid)
     if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
         return ""
+    # Ticks since boot come again after the next boot; the boot's own id does not.
     boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
     return f"{boot}-{fields[19]}"
 
@@ -6230,6 +6251,7 @@ def _ps_environments(*which: str) -> Dict[int, List[str]]:
     for pid, text in whole.items():
         command = bare.get(pid, text)
         words = text[len(command):].split()
+        # A process that hides its environment prints the same text both times.
         if words and text.startswith(command):
             found[pid] = words
     return found
@@ -6380,6 +6402,7 @@ def owned_process(record: Optional[Record], project: str) -> bool:
         return False
     environment = process_environment(record.pid)
     if environment is not None:
+        # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
     command = os.path.normcase(" ".join(process_command(record.pid)))
     ours = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
@@ -6446,6 +6469,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
         output = os.fdopen(open_log(log), "ab")
     except OSError as exc:
         raise UserError(f"cannot write {log}: {exc.strerror}", path_hint(exc)) from None
+    # The child has its own copy of the descriptor.
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
@@ -6491,6 +6515,7 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]
     """
     if not started or process_started(pid) != started:
         return True
+    # A server that is loading may ignore TERM; nothing ignores KILL but a broken disk.
     for force, patience_s in ((False, grace_s), (True, 10.0)):
         _signal_group(pid, force)
         if _is_gone(pid, started, patience_s, reap):
@@ -6555,6 +6580,7 @@ def _listen_once(host: str, port: int) -> int:
         family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
+            # What is in TIME_WAIT is free. On Windows the option would share a port in use.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -6634,6 +6660,7 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
+            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
@@ -6658,6 +6685,7 @@ def listeners(port: int) -> Set[int]:
 
     As far as that can be told: of another user's processes mostly not.
     """
+    # Without a program: lsof is not on every Linux.
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
@@ -6706,6 +6734,8 @@ def port_holder(port: int) -> str:
 # ==================================================================================================
 # PROGRAMS
 # ==================================================================================================
+# The room of programs that are not ours: where they lie, and the packages of PyPI's that a private
+# environment brings. Nothing is ever put into the user's own Python.
 
 
 def _expand(path: str) -> str:
@@ -6852,6 +6882,7 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
+    # pip of the environment itself: the user's may be old or missing.
     inside = environment_program(wanted, data)
     pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
     steps = {
@@ -6864,6 +6895,7 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         if output is not None:
             shutil.rmtree(directory, ignore_errors=True)
             raise _why_not_installed(what, output, wanted.otherwise)
+    # Written last, so that an interrupted try is not taken for a finished one.
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
@@ -12394,6 +12426,8 @@ def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
 # STACK
 # ==================================================================================================
 # One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
+# This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
+# stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
 LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
                      " install llama.cpp), or try `llmstack start --demo`, which brings its own")
@@ -12436,6 +12470,7 @@ def stack_is_alive(places: Places) -> bool:
 
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
+    # An address that means every interface can be listened on, but not connected to everywhere.
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
     return everywhere.get(host, host)
 
@@ -12478,8 +12513,10 @@ def answers(record: Record, env: Mapping[str, str]) -> bool:
     head = _asked_head(router_upstream(record, env), "/models.ini")
     if head is None:
         return False
+    # A router that wants a key, or one without a models.ini, is up all the same.
     if head.status != 200:
         return head.status in (401, 404)
+    # Another router may have taken the port after ours died.
     return head.header(b"x-llmstack-pid") == str(record.pid)
 
 
@@ -12591,6 +12628,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
     """Which engine is to serve: embedded | llama-swap. Errors: UserError."""
+    # `auto` takes llama-swap where it is found, as llmstack 0.12 does.
     if config.engine == "embedded":
         return "embedded"
     if find_llama_swap(env, data):
@@ -12676,6 +12714,7 @@ def check_state(places: Places) -> None:
     """
     close_places(places)
     target = os.path.realpath(places.state)
+    # A link to another project's .llmstack is how worktrees share one.
     if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
@@ -12697,6 +12736,7 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
     if text is None:
         text, why = seed_text(profile)
         text = with_ultra(text, places.env, places.data)
+    # Nothing of a user's is overwritten: the file was not there a moment ago.
     write_atomic(places.models_ini, text)
     say(f"Wrote {places.models_ini}: the tiers of this project, yours to edit")
     if why:
@@ -12769,6 +12809,7 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
+        # All ports are looked at before anything is said: one message names them all.
         if port in free or port_is_free(host, port):
             continue
         other = _listening_stack(places.data, port)
@@ -12879,6 +12920,7 @@ def _start_daemon(plan: Plan) -> None:
     process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
         copy = {"work": places.work, "record": read_text(pid_file(places))}
+        # The copy is what finds the daemon when .llmstack is deleted under it.
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -12907,9 +12949,11 @@ def start_stack(plan: Plan, again: bool = False) -> bool:
             _refuse_other_terms(plan, record)
             if answers(record, places.env) and engine_answers(record):
                 return False
+        # A restart that cannot succeed must leave what runs alone.
         check_plan(plan)
         if record is None and read_stack(places) is not None:
             say("The daemon has died; cleaning up after it and starting it again")
+        # What a crash has left would hold the ports.
         _take_down(places)
         check_ports(places, _plan_ports(plan))
         _start_daemon(plan)
@@ -13026,6 +13070,7 @@ _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
     """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
     row["missing"] = list(missing)
+    # The router calls a hosted tier available; whether its proxy is up, the engine knows.
     if row["state"] == "available":
         state, row["since_s"] = proxy
         row["state"] = _PROXY_WORDS.get(state, state)
@@ -13121,6 +13166,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         rows["router"] = _daemon_row(record, alive, "router", router_url, router)
         rows["engine"] = _daemon_row(record, alive, record.kind, engine_url, engine)
         rows["channel"] = record.channel
+        # The credentials that count are those of the daemon's terminal, not of this one.
         env = _environment_of(record, env)
     if router is not None:
         rows["now"] = asked_json(router, "/llmstack/snapshot")
@@ -15547,6 +15593,8 @@ def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
 # ==================================================================================================
 # COMMANDS
 # ==================================================================================================
+# The room of the command line: each command reads its arguments, calls the rooms above and says what
+# came of it. Here alone os.environ becomes the environment that travels with the places.
 
 
 def _places(args: Any) -> Places:
@@ -15575,6 +15623,7 @@ def wants_next(places: Places, config: Config, asked: str = "", running: str = "
 
     Errors: UserError where nothing is queued.
     """
+    # What is asked on the command line goes before the environment, that before what runs.
     use_next = places.env.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
     if asked == "current":
         return False
@@ -15613,6 +15662,7 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     # Port 0 is any free one; what runs has found its own already.
     if args.port == 0 and record is None:
         port = free_port(host)
+    # Before anything is started: others could reach it from its first second.
     check_exposure(host, config, places.env)
     _warn_of_missing(config)
     kind = choose_engine(config, places.env, places.data)
@@ -15639,6 +15689,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
     if not hook_trusted(places):
+        # opencode would obey what the project says.
         _tell(untrusted_line(places))
         return 0
     if hook_of(env)[0]:
@@ -15766,6 +15817,7 @@ def load_extra(name: str) -> Any:
                         "copy extras/ beside llmstack.py, or use llmstack.pyz", 2) from None
     module: Any = type(sys)("llmstack_" + name.replace("-", "_"))
     module.__file__ = _beside(extra_file(name))
+    # Without this file's own __future__ flags: an extra says which it wants.
     code = compile(source, module.__file__, "exec", dont_inherit=True)
     exec(code, module.__dict__)  # noqa: S102
     return module
@@ -15783,6 +15835,7 @@ def _show_demo(places: Places, url: str) -> int:
         return 0
     say("")
     say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
+    # The chat looks for its project as every command does.
     os.environ["LLMSTACK_WORK_DIR"] = places.work
     return run_extra("run", [])
 
@@ -15840,6 +15893,7 @@ def _say_idle(places: Places) -> None:
     except UserError:
         # Its models.ini may be another user's, or broken.
         config = Config()
+    # Whoever typed `stop` wants the ports free, and wonders why they are not.
     for port in (config.router_port, config.engine_port):
         if port_is_free("127.0.0.1", port):
             continue
@@ -16002,6 +16056,7 @@ def _draw(lines: Sequence[str], in_place: bool) -> None:
             say(line)
         return
     import shutil
+    # What does not fit would scroll, and the next picture would land elsewhere.
     most = max(shutil.get_terminal_size().lines - 1, 1)
     shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
     write_out(f"\x1b[H{shown}\x1b[J")
@@ -16023,6 +16078,7 @@ def _watch(places: Places) -> int:
     try:
         while True:
             _watch_once(upstream, is_live_terminal())
+            # A router that is being restarted is back soon.
             time.sleep(1)
     except KeyboardInterrupt:
         return 0
@@ -16067,6 +16123,7 @@ def _say_raw(text: str) -> None:
         say(text.rstrip("\n"))
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold bytes that are no text, and the shell needs them as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
     write_out(text.rstrip("\n") + "\n")
 
@@ -16387,6 +16444,7 @@ def _on_signals(hangup: Callable[[], None],
         shutdown()
         raise _Terminated
 
+    # TERM is what `stop`, systemd and launchd send.
     signal.signal(signal.SIGTERM, terminate)
     if not IS_WINDOWS:
         signal.signal(signal.SIGHUP, lambda *_: hangup())
@@ -16897,6 +16955,7 @@ def new_parser(prog: str, description: str, **options: Any) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
+            # argparse names what is wrong, not what was meant.
             unknown = re.match("unrecognized arguments: ([^ =]*)", message)
             if unknown:
                 what = unknown_word(unknown.group(1), self._option_string_actions)
@@ -16986,6 +17045,7 @@ def run_command(argv: Sequence[str]) -> int:
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)
     if not name.startswith("_"):
+        # A hook that runs at the prompt has not seen the `cd` of this very line.
         leave_stale_project(os.environ)
     if name not in COMMANDS:
         return run_extra(name, words)
@@ -17014,6 +17074,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return run_command(sys.argv[1:] if argv is None else argv)
     except UserError as exc:
         sys.stdout.flush()
+        # A models.ini has all its problems shown at once.
         problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
         for problem in problems:
             _tell(f"llmstack: error: {problem}")
