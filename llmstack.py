@@ -5034,7 +5034,9 @@ def _close_open_file(handle: int) -> None:
         return
     status = os.fstat(handle)
     is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    if not is_plain or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+    if not is_plain or status.st_uid != os.geteuid():
+        return
+    if not status.st_mode & 0o077:
         return
     try:
         os.fchmod(handle, status.st_mode & 0o700)
@@ -5257,8 +5259,9 @@ def nvidia_cards() -> List[Card]:
     for line in _output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
-            total, reserved, used = map(_mib_gb, words[1:])
-            cards.append(Card(words[0], max(0.0, total - reserved), used))
+            total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
+            usable_gb = max(0.0, total_gb - reserved_gb)
+            cards.append(Card(words[0], usable_gb, used_gb))
     return cards
 
 
@@ -5275,9 +5278,12 @@ def _amd_memory_gb(which: str) -> List[float]:
     except OSError:
         return []
     cards = [name for name in names if re.match(r"card[0-9]+\Z", name)]
-    files = [os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards]
-    sizes = [read_text(path).strip() for path in files]
-    return [int(size) / 1e9 for size in sizes if size.isdigit()]
+    sizes_gb = []
+    for card in cards:
+        size = read_text(f"{DRM}/{card}/device/mem_info_{which}_total").strip()
+        if size.isdigit():
+            sizes_gb.append(int(size) / 1e9)
+    return sizes_gb
 
 
 def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
@@ -5412,7 +5418,8 @@ def visible(text: str, limit: int = 300) -> str:
 
 def visible_lines(text: str) -> str:
     """As visible, for a text of many lines, of any length."""
-    return "\n".join(visible(line.expandtabs(), sys.maxsize) for line in text.split("\n"))
+    lines = text.expandtabs().split("\n")
+    return "\n".join(visible(line, sys.maxsize) for line in lines)
 
 
 def visible_colours(text: str) -> str:
@@ -5685,7 +5692,8 @@ def tail_of(path: str, lines: int = 12) -> str:
     except OSError:
         return ""
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
+    last = plain.splitlines()[-lines:]
+    return "\n".join(visible_lines(line) for line in last)
 
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
@@ -5827,7 +5835,8 @@ class Progress:
 
     def _clear(self) -> None:
         if self._terminal is not None and self._shown:
-            self._terminal.write("\r" + " " * len(self._shown) + "\r")
+            blank = " " * len(self._shown)
+            self._terminal.write(f"\r{blank}\r")
         self._shown = ""
 
 
@@ -5994,7 +6003,8 @@ def _link_effects(places: Places) -> List[Effect]:
     logs = places.in_state("logs")
     paths = [logs]
     try:
-        paths += [os.path.join(logs, name) for name in sorted(os.listdir(logs))]
+        names = sorted(os.listdir(logs))
+        paths += [os.path.join(logs, name) for name in names]
     except OSError:
         # There are no logs yet, or a link leads to no directory.
         pass
@@ -6061,7 +6071,8 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     ledger[os.path.realpath(places.state)] = project
     # The second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
-    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+    text = json.dumps(ledger, indent=1, sort_keys=True)
+    write_atomic(trust_file(places.data), text)
 
 
 def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
@@ -6091,7 +6102,8 @@ def check_links(places: Places) -> None:
 
 def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
     """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
-    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+    whole = [effect for effect in effects if not effect.problem]
+    _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
 
 
 def record_trust(places: Places, *parts: str) -> None:
@@ -6219,8 +6231,10 @@ def process_age_s(pid: int) -> Optional[float]:
     words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
     if not words:
         return None
-    units_s = (1, 60, 3600, 86_400)
-    return float(sum(int(word) * unit_s for word, unit_s in zip(reversed(words), units_s)))
+    age_s = 0.0
+    for word, unit_s in zip(reversed(words), (1, 60, 3600, 86_400)):
+        age_s += int(word) * unit_s
+    return age_s
 
 
 def _all_pids() -> List[int]:
@@ -6311,8 +6325,12 @@ def _marks() -> Dict[int, str]:
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
-    marks = {pid: _mark_in(words) for pid, words in environments.items()}
-    return {pid: mark for pid, mark in marks.items() if mark and pid != os.getpid()}
+    marks = {}
+    for pid, words in environments.items():
+        mark = _mark_in(words)
+        if mark and pid != os.getpid():
+            marks[pid] = mark
+    return marks
 
 
 def stack_members(stack: str) -> Dict[int, str]:
@@ -6380,9 +6398,11 @@ def parse_record(text: str) -> Optional[Record]:
         return None
     pid = int(number)
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
-    fields = {name: values[name] for name in Record._fields if name != "pid"}
-    whole = all(_is_recorded(name, value) for name, value in fields.items())
-    if not whole or not 1 < pid <= MAX_PID:
+    fields = {name: values[name] for name in Record._fields[1:]}
+    for name, value in fields.items():
+        if not _is_recorded(name, value):
+            return None
+    if not 1 < pid <= MAX_PID:
         return None
     return Record(pid, **fields)
 
@@ -6405,8 +6425,9 @@ def owned_process(record: Optional[Record], project: str) -> bool:
         # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
     command = os.path.normcase(" ".join(process_command(record.pid)))
-    ours = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
-    return any(os.path.normcase(path) in command for path in ours)
+    program = os.path.normcase(os.path.basename(PROGRAM))
+    state = os.path.normcase(os.path.join(record.project, ".llmstack"))
+    return program in command or state in command
 
 
 def proven_record(text: str, project: str) -> Optional[Record]:
@@ -6428,7 +6449,8 @@ def read_record(path: str) -> Optional[Record]:
 
     A link in the file's place makes it nobody else's.
     """
-    return proven_record(read_text(path), os.path.dirname(os.path.realpath(os.path.dirname(path))))
+    state = os.path.realpath(os.path.dirname(path))
+    return proven_record(read_text(path), os.path.dirname(state))
 
 
 def _signal_process(pid: int, number: int) -> None:
@@ -6696,8 +6718,8 @@ def listeners(port: int) -> Set[int]:
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
-    names = [os.path.basename(word) for word in process_command(pid)[:2]]
-    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
+    words = process_command(pid)[:2]
+    return any(re.search(r"(^|[/\\])llmstack(\.pyz?)?\Z", word) for word in words)
 
 
 def _hidden_holder(port: int) -> str:
@@ -6708,7 +6730,9 @@ def _hidden_holder(port: int) -> str:
     if not users:
         return "another program"
     for pid in _all_pids():
-        if process_user(pid) in users and _is_llmstack(pid) and str(port) in process_command(pid):
+        if process_user(pid) not in users or not _is_llmstack(pid):
+            continue
+        if str(port) in process_command(pid):
             return f"another user's llmstack (pid {pid})"
     return "another user's program"
 
@@ -6727,7 +6751,9 @@ def port_holder(port: int) -> str:
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
         return f"the llmstack of {visible(project)} (pid {pid})"
-    name = read_text(f"/proc/{pid}/comm").strip() or os.path.basename(_ps_says(pid, "comm"))
+    name = read_text(f"/proc/{pid}/comm").strip()
+    if not name:
+        name = os.path.basename(_ps_says(pid, "comm"))
     return f"{visible(name, 80) or 'a program'} (pid {pid})"
 
 
@@ -6784,7 +6810,9 @@ def _has_its_python(directory: str, python: str) -> bool:
     """True where the Python that an environment stands on is the one it was made with."""
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
     home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
-    if not home or not os.path.isdir(home.group(1)) or not os.path.exists(python):
+    if home is None or not os.path.isdir(home.group(1)):
+        return False
+    if not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
@@ -6863,10 +6891,8 @@ def _run_with_progress(what: str, command: Sequence[str],
 
 
 def _why_not_installed(what: str, output: str, otherwise: str) -> UserError:
-    lines = [line for line in output.splitlines() if line.strip()]
-    reason = "no reason given"
-    if lines:
-        reason = lines[-1]
+    lines = output.strip().splitlines() or ["no reason given"]
+    reason = lines[-1]
     hint = "see that PyPI can be reached, then again"
     if "ensurepip" in output:
         hint = "apt install python3-venv, then again"
@@ -6908,7 +6934,8 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
         return
     python = suitable_python(wanted)
     if not python:
-        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
+        oldest = "%d.%d" % wanted.oldest
+        newest = "%d.%d" % wanted.newest
         raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
@@ -12534,10 +12561,11 @@ def base_url(host: str, port: int) -> str:
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
-        raise UserError(f"{host} can be reached by others, and no API key is set",
-                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
-                        " in models.ini", 2)
+    if is_loopback(host) or api_key(env) or config.allow_unauthenticated:
+        return
+    raise UserError(f"{host} can be reached by others, and no API key is set",
+                    "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                    " in models.ini", 2)
 
 
 class Plan(NamedTuple):
@@ -12577,7 +12605,9 @@ def installed_server(config: Config, places: Places, tier: Optional[Tier] = None
 
 
 def can_park(server: Binary, config: Config) -> bool:
-    return bool(server.program and config.park_gb) and "--slot-save-path" not in server.refused
+    if not server.program or not config.park_gb:
+        return False
+    return "--slot-save-path" not in server.refused
 
 
 def parking_server(config: Config, places: Places, tier: Optional[Tier] = None) -> Binary:
@@ -12777,9 +12807,10 @@ def _listening_stack(data: str, port: int) -> Optional[Places]:
 
 def _and_list(words: Sequence[str]) -> str:
     """a, b and c."""
-    if len(words) < 2:
-        return "".join(words)
-    return ", ".join(words[:-1]) + " and " + words[-1]
+    *first, last = words
+    if not first:
+        return last
+    return f"{', '.join(first)} and {last}"
 
 
 def _refuse_second_stack(places: Places) -> None:
@@ -12824,7 +12855,9 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
         advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
     if holders:
         held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
-        raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
+        # Two ports of one stack need its advice once.
+        once = dict.fromkeys(advice)
+        raise UserError("; ".join(held), "; ".join(once))
 
 
 def stack_lock(places: Places, tell: Say = say) -> FileLock:
@@ -13130,11 +13163,13 @@ def _tier_rows(places: Places, config: Config, told: _Told,
 
 
 def _daemon_row(record: Record, alive: bool, kind: str, url: str, up: object) -> Dict[str, Any]:
-    return {"kind": kind, "url": url, "answers": up is not None, "pid": record.pid, "alive": alive}
-
-
-def _daemon_row(record: Record, alive: bool, kind: str, url: str, up: object) -> Dict[str, Any]:
-    return {"kind": kind, "url": url, "answers": up is not None, "pid": record.pid, "alive": alive}
+    return {
+        "kind": kind,
+        "url": url,
+        "answers": up is not None,
+        "pid": record.pid,
+        "alive": alive,
+    }
 
 
 def stack_status(places: Places, config: Config) -> Dict[str, Any]:
@@ -15624,10 +15659,10 @@ def wants_next(places: Places, config: Config, asked: str = "", running: str = "
     Errors: UserError where nothing is queued.
     """
     # What is asked on the command line goes before the environment, that before what runs.
-    use_next = places.env.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE
+    use_next = places.env.get("LLMSTACK_USE_NEXT", "")
     if asked == "current":
         return False
-    if asked == "next" or use_next:
+    if asked == "next" or use_next.strip().lower() in _TRUE:
         check_queued(config)
         return True
     marker = read_marker(places)
@@ -16031,7 +16066,9 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    lines += [_download_line(row) for row in rows["downloads"] if row["state"] != "done"]
+    for row in rows["downloads"]:
+        if row["state"] != "done":
+            lines.append(_download_line(row))
     if not rows["running"]:
         lines += ["", _idle_line(rows, places)]
     return lines
@@ -16058,8 +16095,8 @@ def _draw(lines: Sequence[str], in_place: bool) -> None:
     import shutil
     # What does not fit would scroll, and the next picture would land elsewhere.
     most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
-    write_out(f"\x1b[H{shown}\x1b[J")
+    shown = [f"{visible_colours(line)}\x1b[K\n" for line in lines[:most]]
+    write_out("".join(["\x1b[H", *shown, "\x1b[J"]))
 
 
 def _watch_once(upstream: Upstream, in_place: bool) -> None:
@@ -17015,10 +17052,11 @@ def render_help() -> str:
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
     for heading, names in command_groups():
-        rows = [(name, _summary(name)) for name in names]
-        shown = [f"  {name:<18}  {summary}" for name, summary in rows if summary]
-        if shown:
-            lines += ["", heading, *shown]
+        summaries = {name: _summary(name) for name in names}
+        here = [name for name in names if summaries[name]]
+        if here:
+            lines += ["", heading]
+        lines += [f"  {name:<18}  {summaries[name]}" for name in here]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -17088,7 +17126,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     except _OutputFailed as exc:
         # What is buffered must not fail again at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         # `llmstack status | head` closes its output and wants no message.
         if exc.message:
             _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
