@@ -5585,7 +5585,7 @@ def shift_logs(path: str, newest: str = "") -> None:
             pass
 
 
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50}
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 40}
 
 
 class Log:
@@ -5601,41 +5601,39 @@ class Log:
         self.is_verbose = self._level <= 10
         self._lock = threading.Lock()
         self._fd = 2
-        self._second, self._stamp = 0, ""
+        self._second = 0
+        self._stamp = ""                        # of that second, as it is written
         self._waiting: Any = collections.deque()
         self._written_s = 0.0
         if path:
             self._fd = open_log(path)
 
     def debug(self, message: str) -> None:
-        if self._level <= 10:
-            self._write("DEBUG", message)
+        self._write("debug", message)
 
     def info(self, message: str) -> None:
-        if self._level <= 20:
-            self._write("INFO", message)
+        self._write("info", message)
 
     def warning(self, message: str) -> None:
-        if self._level <= 30:
-            self._write("WARNING", message)
-            self.flush()
+        self._write("warning", message)
 
     def error(self, message: str) -> None:
-        self._write("ERROR", message)
-        self.flush()
+        self._write("error", message)
 
     def _write(self, level: str, message: str) -> None:
-        """Lines of a busy quarter of a second go out together: a write lets go of the GIL.
-
-        What follows a line end is indented: no text from outside makes up a line of its own.
-        """
+        """A line; what follows a line end is indented: no text from outside is one of its own."""
+        rank = LEVELS[level]
+        if rank < self._level:
+            return
         now = time.time()
         if int(now) != self._second:
-            self._second, self._stamp = int(now), time.strftime("%Y-%m-%dT%H:%M:%S")
+            self._second = int(now)
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         if not message.isprintable():
             message = visible_lines(message).replace("\n", "\n    ")
-        self._waiting.append(f"{self._stamp} {level} {message}\n")
-        if not 0 <= now - self._written_s < 0.25:
+        self._waiting.append(f"{self._stamp} {level.upper()} {message}\n")
+        # Lines of a busy quarter of a second go out together: a write lets go of the GIL.
+        if rank >= LEVELS["warning"] or not 0 <= now - self._written_s < 0.25:
             self.flush()
 
     def flush(self) -> None:
@@ -5744,7 +5742,9 @@ class FileLock:
     """An exclusive lock between processes, freed by the system when its holder dies."""
 
     def __init__(self, path: str, waiting: Callable[[], None]) -> None:
-        self._path, self._waiting, self._file = path, waiting, -1
+        self._path = path
+        self._waiting = waiting                 # says, once, that somebody else has it
+        self._file = -1
 
     def _try(self) -> bool:
         try:
@@ -12969,10 +12969,9 @@ def _start_daemon(plan: Plan) -> None:
 
 
 def start_stack(plan: Plan, again: bool = False) -> bool:
-    """Bring the daemon up; True when it was started, False when it was up.
+    """Bring up what check_plan has passed; True when it was started, False when it was up.
 
-    `again`: one that runs is taken down first, once everything else is known to be well.
-    Errors: UserError.
+    `again`: a daemon that runs is taken down first. Errors: UserError.
     """
     places = plan.places
     with stack_lock(places):
@@ -12982,8 +12981,6 @@ def start_stack(plan: Plan, again: bool = False) -> bool:
             _refuse_other_terms(plan, record)
             if answers(record, places.env) and engine_answers(record):
                 return False
-        # A restart that cannot succeed must leave what runs alone.
-        check_plan(plan)
         if record is None and read_stack(places) is not None:
             say("The daemon has died; cleaning up after it and starting it again")
         # What a crash has left would hold the ports.
@@ -15900,6 +15897,7 @@ def _bring_up(args: Any, again: bool) -> int:
         check_pin(places)
         check_state(places)
     plan = _plan_start(args, places, planned_config(places, warn, profile))
+    # A start that cannot succeed writes nothing, and a restart leaves what runs alone.
     check_plan(plan)
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
