@@ -106,6 +106,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     chosen = chosen_tiers(config, args.tiers, llmstack)
     use_next = llmstack.wants_next(places, config, args.next)
     config = llmstack.true_config(config, places, use_next, llmstack.warn)
+    config = llmstack.with_served_contexts(config, {})
     machine = running_machine(places, config, llmstack) or llmstack.this_machine(config)
     fits = llmstack.measure_tiers(config, machine, os.environ, use_next, True)
     fits = [fit for fit in fits if fit.name in chosen]

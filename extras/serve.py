@@ -16,10 +16,11 @@ from typing import Any, Sequence
 
 def named_upstream(url: str, config: Any, llmstack: Any) -> Any:
     """What --upstream names. Errors: UserError where local_only forbids it."""
-    if config.local_only and not llmstack._LOCAL_URL.match(url):
+    upstream = llmstack.parse_upstream(url)
+    if config.local_only and not llmstack.is_loopback(upstream.host):
         raise llmstack.UserError(f"{url} is not on this machine, and {llmstack.LOCAL_ONLY}",
                                  "take local_only out, or name another", 2)
-    return llmstack.parse_upstream(url)
+    return upstream
 
 
 def router_before(upstream: Any, places: Any, config: Any, host: str, llmstack: Any) -> Any:
@@ -71,6 +72,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         plan = llmstack.Plan(places, config, host, port, use_next)
         app = llmstack.router_app(plan, upstream, log)
     llmstack.more_files()
+    llmstack.hold_little_memory()
     server = llmstack.listen(host, port, app)
     address = llmstack.base_url(host, server.server_port)
     llmstack.say(f"{address} is the router, upstream {upstream.url}")

@@ -1304,7 +1304,7 @@ def test_models_ini_read_again_changes_the_routing(start: Start) -> None:
 
 def test_no_tier_of_the_ladder_is_a_400(start: Start) -> None:
     rig = start()
-    rig.app._snapshot = rig.app._adopt(CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan")), {})
+    rig.app._snapshot = rig.app._adopt(CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan")), {}, {})
     assert "auto" in error_of(rig.ask(chat()))["message"]
 
 
