@@ -16437,7 +16437,7 @@ def _why_config(places: Places) -> Config:
     """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
     url = trusted_url(places)
     if url:
-        return fetch_remote(url, places.env).config
+        return fetch_remote(url, os.environ).config
     config = planned_config(places, warn)
     return true_config(config, places, running_channel(places) == "next", warn)
 
@@ -16484,8 +16484,8 @@ def _why_decision(args: Any, places: Places, config: Config,
     Errors: UserError.
     """
     body, renamed = _as_resolved(config, path, _read_body(args.file))
-    barred = {**missing_credentials(config, places.env),
-              **unserved_hosted(places, config, places.env, False)}
+    barred = {**missing_credentials(config, os.environ),
+              **unserved_hosted(places, config, os.environ, False)}
     try:
         facts = read_facts(path, body, config.routing.ultra_triggers)
         return decide(facts, config, barred=barred), renamed
@@ -16515,7 +16515,7 @@ def _cmd_why(args: Any) -> int:
     if args.json:
         found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
                  "reason": why, "refused": refused, "nearest": decision.nearest or None}
-        say(as_json(found))
+        say(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
     say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
     for name, reason in refused.items():
@@ -16808,7 +16808,7 @@ def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     ask = _always_yes if args.yes else _ask
-    failed = run_setup(Setup(places, places.env, args, _say_indented, ask, [], []))
+    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
                         "mend what is said there, then run `llmstack setup` again: it goes on from"
@@ -16909,10 +16909,10 @@ def _cmd_check(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
-    found = check_stack(places, config, places.env, args.offline)
+    found = check_stack(places, config, os.environ, args.offline)
     code = 0 if found["ok"] else 1
     if args.json:
-        say(as_json(found))
+        say(json.dumps(found, indent=2, ensure_ascii=False))
         return code
     for row in found["tiers"]:
         _say_check(row)
