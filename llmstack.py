@@ -6993,9 +6993,7 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
         return
     python = suitable_python(wanted)
     if not python:
-        oldest = "%d.%d" % wanted.oldest
-        newest = "%d.%d" % wanted.newest
-        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
+        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest[1]} to 3.{wanted.newest[1]},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
     with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
