@@ -12712,32 +12712,18 @@ class Plan(NamedTuple):
         return base_url(self.host, self.port)
 
 
-def installed_server(config: Config, places: Places, tier: Optional[Tier] = None) -> Binary:
-    """The llama-server of a configuration, or of a tier with one of its own, and what it refuses.
-
-    Without a program where there is none. Errors: UserError.
-    """
-    own = config
-    if tier is not None:
-        own = tier_config(config, tier)
-    program = find_llama_server(own, places.env, places.data)
-    if not program:
-        return Binary(())
-    return Binary(program, probe_flags(program, config, places.data))
-
-
-def can_park(server: Binary, config: Config) -> bool:
-    if not server.program or not config.park_gb:
-        return False
-    return "--slot-save-path" not in server.refused
-
-
-def parking_server(config: Config, places: Places, tier: Optional[Tier] = None) -> Binary:
-    """installed_server with the flags that parking needs, where it can park."""
-    server = installed_server(config, places, tier)
-    if can_park(server, config):
-        return server._replace(program=(*server.program, *parking_flags(places.data)))
-    return server
+def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
+    """Tiers with settings of their own -> their llama-server. Errors: UserError."""
+    found = {}
+    for tier in local_tiers(config):
+        if not any(key in SERVER_OPTIONS for key in tier.settings):
+            continue
+        program = find_llama_server(tier_config(config, tier), env, data)
+        refused = probe_flags(program, config, data) if program else frozenset()
+        if program and config.park_gb and "--slot-save-path" not in refused:
+            program = (*program, *parking_flags(data))
+        found[tier.name] = Binary(program, refused)
+    return found
 
 
 def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
@@ -12748,34 +12734,29 @@ def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
         return tier
 
 
-def _own_servers(config: Config, places: Places) -> Dict[str, Binary]:
-    """Tiers with settings of their own -> their llama-server. Errors: UserError."""
-    return {tier.name: parking_server(config, places, tier) for tier in local_tiers(config)
-            if not SERVER_OPTIONS.keys().isdisjoint(tier.settings)}
-
-
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
+    env, local = os.environ, local_tiers(config)
+    program = find_llama_server(config, env, places.data)
+    refused = probe_flags(program, config, places.data) if program else frozenset()
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, places.env, use_next)
+    fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
-    tiers = [_ready_for_swap(tier, places.env, use_next) for tier in config.tiers]
-    config = config._replace(tiers=tuple(tiers))
-    server = parking_server(config, places)
-    own = _own_servers(config, places)
-    quote = posix_quote
-    if IS_WINDOWS:
-        quote = windows_quote
-    first_port = free_run(FIRST_SERVER_PORT, len(local_tiers(config)))
-    needs = {fit.name: fit.need_gb for fit in fits}
-    weights = {fit.name: fit.memory.weights / 1e9 for fit in fits if fit.memory}
-    text = render_llama_swap_yaml(config, server.program, use_next, server.refused, quote,
-                                  first_port, needs, weights, machine.budget_gb, proxy, own)
-    if can_park(server, config):
+    config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
+    parks = config.park_gb and "--slot-save-path" not in refused
+    if parks and program:
+        program = (*program, *parking_flags(places.data))
+    own = own_binaries(config, env, places.data)
+    quote = windows_quote if IS_WINDOWS else posix_quote
+    text = render_llama_swap_yaml(
+        config, program, use_next, refused, quote,
+        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
+    if parks:
         hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
         text = with_stop_hook(text, hook)
-    write_atomic(path, text)
+    write_atomic(path, text, 0o600)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -16633,99 +16614,81 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
-class _Probed:
-    """Which flags each llama-server refuses, asked at the first load that it serves."""
-
-    def __init__(self, config: Config, data: str, log: Log) -> None:
-        self._config, self._data, self._log = config, data, log
-        self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
-        self._lock = threading.Lock()
-
-    def refused(self, program: Tuple[str, ...]) -> FrozenSet[str]:
-        # Not before the first load, so that the daemon is up before the probing.
-        with self._lock:
-            if program not in self._refused:
-                refused = probe_flags(program, self._config, self._data)
-                for said in refused_settings(self._config, refused):
-                    self._log.warning(said)
-                self._refused[program] = refused
-            return self._refused[program]
-
-
-def _embedded_app(plan: Plan, log: Log) -> EngineApp:
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    places, use_next = plan.places, plan.use_next
-    env, data = places.env, places.data
-    program = find_llama_server(plan.config, env, data)
-    machine = this_machine(plan.config)
-    fits = measure_tiers(plan.config, machine, env, use_next)
-    config = with_caches(plan.config, fits, machine)
-    probed = _Probed(config, data, log)
+    program = find_llama_server(config, os.environ, places.data)
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, os.environ, use_next)
+    config = with_caches(config, fits, machine)
+    parking = open_parking(places.data, config, log)
+    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
+    probing = threading.Lock()
+
+    def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
+        with probing:                           # at the first load: the daemon is up before that
+            if server not in refused:
+                refused[server] = probe_flags(server, config, places.data)
+                for said in refused_settings(config, refused[server]):
+                    log.warning(said)
+        return refused[server]
 
     def command(tier: Tier, port: int) -> List[str]:
-        program = find_llama_server(tier_config(config, tier), env, data)
-        server = Binary(program, probed.refused(program))
-        tier = ready_tier(tier, env, use_next)
-        words = server_command(program, tier, config, port, use_next, server.refused)
-        if can_park(server, config):
-            words += parking_flags(data)
+        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
+        flags = probe(server)
+        tier = ready_tier(tier, os.environ, use_next)
+        words = server_command(server, tier, config, port, use_next, flags)
+        if parking is not None and "--slot-save-path" not in flags:
+            words += parking_flags(places.data)
         return words
 
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
-    engine = Engine(
-        config, command, log,
-        lambda name: places.log(f"{name}.log"),
-        _without_our_key(env),
-        machine.budget_gb,
-        use_next,
-        fits=fits,
-        proxy=plan_proxy(places, config, env, use_next),
-        parking=open_parking(data, config, log),
-    )
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
+                    _without_our_key(os.environ), machine.budget_gb, use_next, fits=fits,
+                    proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(plan: Plan, log: Log) -> SwapApp:
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    places, config, use_next = plan.places, plan.config, plan.use_next
     data = places.data
-    env = _without_our_key(places.env)
+    env = _without_our_key(os.environ)
     proxy = plan_proxy(places, config, env, use_next)
     if proxy:
         env = litellm_env(env)
-    # The key of llama-swap and of its servers, which nobody else is to know.
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
+    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, use_next, proxy, path)
     program = find_llama_swap(env, data)
-    server = installed_server(config, places)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
+    parking = open_parking(data, config, log)
+    bays = None
+    refused = probe_flags(server, config, data) if server else frozenset()
+
     def identify(tier: Tier) -> str:
-        words = server_command(server.program, tier, config, 0, use_next, server.refused)
+        words = server_command(server, tier, config, 0, use_next, refused)
         weights = cached_model(weights_for(tier, use_next), env)
         return parking_identity([*words, *parking_flags(data)], weights, env)
 
-    bays = None
-    parking = open_parking(data, config, log)
-    if parking is not None and can_park(server, config):
+    if parking is not None and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
-def _daemon_plan(args: Any, log: Log) -> Plan:
-    """What the daemon is to be; `start` has checked it. Errors: UserError."""
-    places = find_places(os.environ)
-    use_next = args.channel == "next"
-    config = true_config(load_config(places), places, use_next, log.warning)
-    return Plan(places, config, args.host, args.port, use_next, args.engine)
+def _engine_app(plan: Plan, log: Log) -> Union[EngineApp, SwapApp]:
+    """What is behind the router. Errors: UserError."""
+    if plan.kind == "llama-swap":
+        return _swap_app(plan.places, plan.config, plan.use_next, log)
+    return _embedded_app(plan.places, plan.config, plan.use_next, log)
 
 
-def _serve_plan(plan: Plan, behind: Union[EngineApp, SwapApp], log: Log) -> None:
+def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
+    behind = _engine_app(plan, engine_log)
     app = router_app(plan, behind, log)
     try:
         # From here on there are children to end.
@@ -16749,14 +16712,13 @@ def _cmd_daemon(args: Any) -> int:
     level = places.env.get("LOG_LEVEL", "info")
     log = Log(places.log("router.log"), level)
     engine_log = Log(places.log("engine.log"), level)
-    plan = _daemon_plan(args, engine_log)
+    use_next = args.channel == "next"
+    config = true_config(load_config(places), places, use_next, engine_log.warning)
+    plan = Plan(places, config, args.host, args.port, use_next, args.engine)
     more_files()
     hold_little_memory()
     try:
-        if plan.kind == "llama-swap":
-            _serve_plan(plan, _swap_app(plan, engine_log), log)
-        else:
-            _serve_plan(plan, _embedded_app(plan, engine_log), log)
+        _serve_plan(plan, log, engine_log)
     finally:
         log.flush()
         engine_log.flush()
