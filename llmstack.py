@@ -4976,7 +4976,8 @@ def guest_command(python: str, name: str) -> List[str]:
     """
     if getattr(_LOADER, "archive", None):
         return [python, PROGRAM, "_guest", name]
-    path = os.path.join(os.path.dirname(PROGRAM), "share", "guests", name + ".py")
+    folder = os.path.dirname(PROGRAM)
+    path = os.path.join(folder, "share", "guests", name + ".py")
     if not os.path.isfile(path):
         raise UserError(f"there is no {path}",
                         "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
@@ -5059,15 +5060,28 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     return Places(work, state, models_ini, data, env)
 
 
+_IN_ITS_PLACE = "move away what stands in its place"
+_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
+_PATH_HINTS = {
+    errno.EISDIR: _IN_ITS_PLACE,
+    errno.ENOTDIR: _IN_ITS_PLACE,
+    errno.EEXIST: _IN_ITS_PLACE,
+    errno.EINVAL: _IN_ITS_PLACE,
+    errno.EFBIG: "make it smaller",
+    errno.ENOSPC: "free some room",
+}
+
+
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
-        return "move away what stands in its place"
-    if exc.errno == errno.EFBIG:
-        return "make it smaller"
-    if exc.errno == errno.ENOSPC:
-        return "free some room"
-    return "mend its permissions, or those of its directory"
+    if exc.errno is None:
+        return _USUAL_PATH_HINT
+    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+
+
+def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
+    """`cannot VERB path: why`, and what to do about it."""
+    return UserError(f"cannot {verb} {path}: {exc.strerror or exc}", path_hint(exc), exit_code)
 
 
 # Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
@@ -5168,7 +5182,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
             _remove(temporary)
             raise
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror or exc}", path_hint(exc)) from None
+        raise path_error("write", path, exc) from None
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -5284,9 +5298,11 @@ def visible_cards(uuids: Sequence[str], variables: Sequence[str],
         chosen: List[int] = []
         for name in env[variable].split(","):
             name = name.strip()
-            found = [i for i in seen if name and uuids[i].startswith(name)]
+            found = []
             if name.isdigit():
                 found = seen[int(name):int(name) + 1]
+            elif name:
+                found = [i for i in seen if uuids[i].startswith(name)]
             # A name that fits two cards, or a card named twice, ends the list as an unknown one does.
             if len(found) != 1 or found[0] in chosen:
                 break
@@ -5501,8 +5517,11 @@ def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     found = shutil.which(name)
     if found:
         return found
-    paths = (os.path.join(directory, name) for directory in places)
-    return next((path for path in paths if os.access(path, os.X_OK)), "")
+    for directory in places:
+        path = os.path.join(directory, name)
+        if os.access(path, os.X_OK):
+            return path
+    return ""
 
 
 def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
@@ -5597,7 +5616,9 @@ def warn(line: str) -> None:
 
 def _has_person() -> bool:
     """True where somebody is there to be asked."""
-    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+    if sys.stdin is None:
+        return False
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _ask(question: str) -> Optional[bool]:
@@ -5692,7 +5713,8 @@ class Log:
             message = visible_lines(message).replace("\n", "\n    ")
         self._waiting.append(f"{self._stamp} {level.upper()} {message}\n")
         # Lines of a busy quarter of a second go out together: a write lets go of the GIL.
-        if rank >= LEVELS["warning"] or not 0 <= now - self._written_s < 0.25:
+        is_busy = 0 <= now - self._written_s < 0.25
+        if rank >= LEVELS["warning"] or not is_busy:
             self.flush()
 
     def flush(self) -> None:
@@ -5822,7 +5844,7 @@ class FileLock:
             make_private_dir(os.path.dirname(self._path))
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise UserError(f"cannot open {self._path}: {exc.strerror}", path_hint(exc)) from None
+            raise path_error("open", self._path, exc) from None
         if not self._try():
             # Waiting is said once, before it begins: a silent program looks hung.
             self._waiting()
@@ -5910,7 +5932,7 @@ def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
             raise UserError(what, "correct it", 2) from None
         return read_resource("models.ini"), "models.ini"
     except OSError as exc:
-        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
+        raise path_error("read", path, exc, 2) from None
     if path.startswith(os.getcwd()):
         path = os.path.relpath(path)
     return data, path
@@ -5920,7 +5942,8 @@ def _path_from(base: str, path: str) -> str:
     """A path of a models.ini in `base`; `auto` and what is on the hub stay as they are."""
     if path == "auto" or _HUB_REFERENCE.match(path):
         return path
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+    path = os.path.expanduser(path)
+    return os.path.normpath(os.path.join(base, path))
 
 
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
@@ -5978,9 +6001,11 @@ def parse_marker(text: str) -> Optional[Marker]:
     words = text.split()
     if words in (["current"], ["next"]):
         return Marker(words[0])
-    if len(words) == 2 and words[0] == "external" and _SAFE_URL.match(words[1]):
-        return Marker("external", words[1])
-    return None
+    if len(words) != 2 or words[0] != "external":
+        return None
+    if not _SAFE_URL.match(words[1]):
+        return None
+    return Marker("external", words[1])
 
 
 def render_marker(marker: Marker) -> str:
@@ -6080,7 +6105,10 @@ def _hook_effects(places: Places) -> List[Effect]:
 
 
 def _run_effects(places: Places) -> List[Effect]:
-    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *_link_effects(places)]
+    effects = _ini_effects(places)
+    effects += _file_effects(places, _RUN_FILES)
+    effects += _link_effects(places)
+    return effects
 
 
 # "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
@@ -6204,7 +6232,7 @@ def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
     # Two spellings of one directory are one project.
     path = os.fsencode(os.path.normcase(os.path.realpath(project)))
-    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % found.group()[0], path)
+    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % ord(found.group()), path)
     return code.decode("ascii")
 
 
@@ -6298,8 +6326,9 @@ def process_age_s(pid: int) -> Optional[float]:
 
 def _all_pids() -> List[int]:
     """Every process of this machine but this one, on Linux."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if pid != os.getpid()]
+    names = os.listdir("/proc")
+    pids = {int(name) for name in names if name.isdigit()}
+    return sorted(pids - {os.getpid()})
 
 
 def _has_proc() -> bool:
@@ -6394,7 +6423,8 @@ def _marks() -> Dict[int, str]:
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    return {pid: mark for pid, mark in _marks().items() if mark == stack}
+    marks = _marks()
+    return {pid: mark for pid, mark in marks.items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
@@ -6421,7 +6451,9 @@ class Record(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        return bool(self.started) and process_started(self.pid) == self.started
+        if not self.started:
+            return False
+        return process_started(self.pid) == self.started
 
     @property
     def project(self) -> str:
@@ -6468,7 +6500,8 @@ def parse_record(text: str) -> Optional[Record]:
 
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
-    write_atomic(path, f"{values.pop('pid')}\n{json.dumps(values)}\n")
+    pid = values.pop("pid")
+    write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
 def owned_process(record: Optional[Record], project: str) -> bool:
@@ -6549,7 +6582,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     try:
         output = os.fdopen(open_log(log), "ab")
     except OSError as exc:
-        raise UserError(f"cannot write {log}: {exc.strerror}", path_hint(exc)) from None
+        raise path_error("write", log, exc) from None
     # The child has its own copy of the descriptor.
     with output:
         try:
@@ -6727,9 +6760,11 @@ def _linux_sockets(port: int) -> Dict[str, int]:
         for row in read_text(table).splitlines()[1:]:
             fields = row.split()
             address, _, number = fields[1].rpartition(":")
+            # 0A is LISTEN.
             listens = fields[3] == "0A" and int(number, 16) == port
             if listens and address in _LOCAL_ADDRESSES:
-                found[f"socket:[{fields[9]}]"] = int(fields[7])
+                user, inode = int(fields[7]), fields[9]
+                found[f"socket:[{inode}]"] = user
     return found
 
 
@@ -6752,7 +6787,7 @@ def _linux_listeners(port: int) -> Set[int]:
     if not sockets:
         return set()
     pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
+    return {pid for pid in pids if sockets.keys() & set(_open_files(pid))}
 
 
 def _windows_listeners(netstat: str, port: int) -> Set[int]:
@@ -6862,7 +6897,8 @@ def environment_program(wanted: PrivateEnvironment, data: str, program: str = "p
     folder = "bin"
     if IS_WINDOWS:
         folder = "Scripts"
-    return os.path.join(environment_dir(wanted, data), folder, program + EXE)
+    directory = environment_dir(wanted, data)
+    return os.path.join(directory, folder, program + EXE)
 
 
 def _has_its_python(directory: str, python: str) -> bool:
@@ -6955,7 +6991,9 @@ def _why_not_installed(what: str, output: str, otherwise: str) -> UserError:
     hint = "see that PyPI can be reached, then again"
     if "ensurepip" in output:
         hint = "apt install python3-venv, then again"
-    return UserError(f"the {what} failed: {reason}", f"{hint}; {otherwise}".rstrip("; "))
+    if otherwise:
+        hint = f"{hint}; {otherwise}"
+    return UserError(f"the {what} failed: {reason}", hint)
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
@@ -11202,7 +11240,7 @@ def forget_parked(data: str) -> int:
         except FileNotFoundError:
             pass
         except OSError as exc:
-            raise UserError(f"cannot delete {path}: {exc.strerror}", path_hint(exc)) from None
+            raise path_error("delete", path, exc) from None
     return freed
 
 
@@ -12848,7 +12886,9 @@ def check_state(places: Places) -> None:
     close_places(places)
     target = os.path.realpath(places.state)
     # A link to another project's .llmstack is how worktrees share one.
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
+    if not os.path.islink(places.state):
+        return
+    if os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
