@@ -5303,7 +5303,8 @@ def visible_cards(uuids: Sequence[str], variables: Sequence[str],
                 found = seen[int(name):int(name) + 1]
             elif name:
                 found = [i for i in seen if uuids[i].startswith(name)]
-            # A name that fits two cards, or a card named twice, ends the list as an unknown one does.
+            # A name that fits two cards ends the list as an unknown one does; so does a second
+            # mention of a card.
             if len(found) != 1 or found[0] in chosen:
                 break
             chosen += found
@@ -12638,6 +12639,7 @@ def read_stack(places: Places) -> Optional[Record]:
     if record is not None:
         return record
     copy = _read_json(owner_file(places.data))
+    # One copy serves all projects: it is of the last one that was started.
     if copy.get("work") != places.work:
         return None
     return proven_record(str(copy.get("record", "")), places.work)
@@ -12668,6 +12670,7 @@ def api_key(env: Mapping[str, str]) -> str:
     Errors: UserError where no header can carry it.
     """
     key = env.get("LLMSTACK_API_KEY", "").strip()
+    # A header is one line of ASCII; a key from a file on Windows may hold a mark of its encoding.
     if key and not (key.isascii() and key.isprintable()):
         raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
                         "set it to one plain line", 2)
@@ -12844,6 +12847,7 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
+    # What this machine holds decides, unless the user knows better.
     name = choose_profile(machine.budget_gb)
     if profile:
         name = find_profile(profile)
@@ -12853,6 +12857,7 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     except UserError as exc:
         if profile:
             raise
+        # A copy without share/ still starts: with the profile that lies beside it.
         lacking = f"{exc}; taken instead: "
         name = BUNDLED_PROFILE
         text = read_resource(profile_file(name))
@@ -12940,6 +12945,7 @@ def _stop_advice(places: Places) -> str:
 
 def _listening_stack(data: str, port: int) -> Optional[Places]:
     """The project of the llmstack that listens on `port`; None for any other program."""
+    # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
         env = process_variables(pid)
         work = env.get("LLMSTACK_WORK_DIR")
@@ -12978,6 +12984,7 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     _refuse_second_stack(places)
     free = [0]
     record = running_record(places)
+    # What this project's own daemon holds is free once that is ended.
     if record is not None:
         free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
@@ -13026,6 +13033,7 @@ def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
         "router_port": (plan.host, plan.port),
         "engine_port": ("127.0.0.1", config.engine_port),
     }
+    # Without LiteLLM nothing will listen there.
     if proxy_tier(config) and find_litellm(places.env, places.data):
         wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
     return wanted
@@ -13064,6 +13072,7 @@ def _take_down(places: Places) -> int:
     record = read_stack(places)
     if record is not None:
         stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+    # What a crash has left has no record any more, but its mark.
     stopped += stop_project_members(places.work)
     _remove(pid_file(places))
     _remove(places.in_state("active-channel"))
@@ -13170,6 +13179,7 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
     port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
     for pid in listeners(int(port.group(1))):
@@ -13211,6 +13221,7 @@ def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
     state, since_s = known
     weights = weights_for(tier, use_next)
     model, channel = weights.path or weights.file, "current"
+    # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
         model = hosted_model(tier, use_next)
         state, since_s = told.get("state", "unknown"), None
@@ -13247,6 +13258,7 @@ def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str,
     if row["state"] == "available":
         state, row["since_s"] = proxy
         row["state"] = _PROXY_WORDS.get(state, state)
+    # A worse reason than a missing credential stays.
     settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
     if missing and not settled:
         row["state"] = "no credential"
@@ -15769,8 +15781,8 @@ def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
 # ==================================================================================================
 # COMMANDS
 # ==================================================================================================
-# The room of the command line: each command reads its arguments, calls the rooms above and says what
-# came of it. Here alone os.environ becomes the environment that travels with the places.
+# The room of the command line: each command reads its arguments, calls the rooms above and says
+# what came of it. Here os.environ becomes the environment that travels with the places.
 
 
 def _places(args: Any) -> Places:
@@ -15819,6 +15831,7 @@ def wants_next(places: Places, config: Config, asked: str = "", running: str = "
 
 def _warn_of_missing(config: Config) -> None:
     """Say which models are not on the disk; a tier whose file comes later works then."""
+    # Only a warning: the file may be on a disk that is not mounted yet.
     for tier in config.tiers:
         if tier.path and not os.path.exists(tier.path):
             warn(f"[{tier.name}] there is no {tier.path}")
@@ -15879,6 +15892,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
 
 
 def _start_external(args: Any, places: Places) -> int:
+    # What is asked for would be silently ignored.
     if args.channel or args.host or args.port:
         raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and"
                         " address are not decided here",
@@ -16006,6 +16020,7 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
 
 def _show_demo(places: Places, url: str) -> int:
     """What follows the demo's start: on a terminal a chat, else what to type."""
+    # A chat needs somebody to chat, and the extra that chats.
     if not _has_person() or "run" not in extra_names():
         _say_demo(url)
         return 0
@@ -16054,13 +16069,10 @@ def _bring_up(args: Any, again: bool) -> int:
     if args.demo:
         return _show_demo(places, plan.url)
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
+    # Whoever restarts knows these two.
     if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     return _enter_shell(args, places, Marker(plan.channel))
-
-
-def _cmd_start(args: Any) -> int:
-    return _bring_up(args, again=False)
 
 
 def _say_idle(places: Places) -> None:
@@ -16107,10 +16119,6 @@ def _cmd_stop(args: Any) -> int:
     else:
         _say_idle(places)
     return 0
-
-
-def _cmd_restart(args: Any) -> int:
-    return _bring_up(args, again=True)
 
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
@@ -16200,6 +16208,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
         lines.append(_part_line("engine", rows["engine"]))
     tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
              for row in rows["tiers"]]
+    # A thin client whose router is down has no tiers to show.
     if tiers:
         lines += ["", *render_tiers(tiers, _columns(), paint)]
     lines += _status_notes(rows)
@@ -16218,6 +16227,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
 
 def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
     now = rows.get("now") or {}
+    # A router of an older version tells no snapshot.
     if not rows["running"] or not dicts_in(now, "tiers"):
         return _status_of_parts(rows, places, config)
     now = {**now, "downloads": rows["downloads"]}
@@ -16282,6 +16292,7 @@ def _cmd_status(args: Any) -> int:
         lines = [as_json(rows)]
     for line in lines:
         say(line)
+    # Its problems come last, where they are read.
     if broken:
         raise broken
     return int(not rows["running"])
@@ -16357,6 +16368,7 @@ def _cmd_hook(shell: str, directory: str) -> int:
 
 def _cmd_trust(args: Any) -> int:
     places = _places(args)
+    # In a directory below a project, its hook speaks of the project above.
     if args.directory or not os.path.isdir(places.state):
         work = args.directory or project_above(places.work) or places.work
         places = places_at(places.data, os.path.abspath(work))
@@ -16386,6 +16398,7 @@ def _external_url(args: Any, places: Places) -> str:
     if args.channel:
         return ""
     named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
+    # --external without a URL is the environment's, else the usual address.
     if args.external is not None:
         return args.external or named or _default_remote()
     return named or trusted_url(places)
@@ -16418,6 +16431,7 @@ def _install_external(args: Any, places: Places, url: str) -> int:
 def _install_local(args: Any, places: Places) -> int:
     if args.insecure:
         raise UserError("--insecure is for --external https://...", "leave it out", 2)
+    # --print writes nothing, not even a models.ini.
     if not args.print:
         seed_project(places, say, profile=args.profile)
     config = planned_config(places, warn, args.profile)
@@ -16599,6 +16613,7 @@ def listen(host: str, port: int, app: App) -> Any:
     try:
         return make_server(host, port, app)
     except OSError as exc:
+        # Who holds the port helps more than the number of the error.
         holder = exc.strerror
         if port and not port_is_free(host, port):
             holder = f"taken by {port_holder(port)}"
@@ -16632,6 +16647,7 @@ def _on_signals(hangup: Callable[[], None],
 def run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
+    # Once a second the loop also does the housekeeping of its application.
     try:
         server.serve_forever(1.0)
     finally:
@@ -16853,6 +16869,7 @@ def _cmd_download(args: Any) -> int:
         many = f"{len(jobs)} models"
     logs = places.log("dl-TIER-LABEL.log")
     say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
+    # A script goes on at once; a person watches.
     if not args.wait and not sys.stdout.isatty():
         return 0
     failed = follow_downloads(places, [job.name for job in jobs], say)
@@ -17014,7 +17031,7 @@ COMMANDS = {
          _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
                  " the latest)", metavar="V", dest="release", default=""))),
     "start": Command(
-        _cmd_start, "bring the stack up: engine and router",
+        functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
         " .llmstack/ gets one. Running already is fine. On a terminal, where no hook is active"
         " (see activate), a shell follows in which opencode finds the project.",
@@ -17025,7 +17042,7 @@ COMMANDS = {
         (_flag("--demo", "stop the demo's"),
          _flag("--forget", "and delete every parked conversation"))),
     "restart": Command(
-        _cmd_restart, "stop, then start",
+        functools.partial(_bring_up, again=True), "stop, then start",
         "Stop and start again, on the same address and channel unless told otherwise. Loaded"
         " models are unloaded.",
         _STACK_OPTIONS),
@@ -17204,6 +17221,7 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
     name = command_called(OPTION_COMMANDS.get(name, name))
+    # A prompt waits for this one: it goes before all that costs time.
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)
     if not name.startswith("_"):
@@ -17223,6 +17241,7 @@ def _mend_streams() -> None:
         # `llmstack status >&-` leaves none.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
+    # Tests put other objects there, which take any text.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without Unicode shows \u2192 rather than a traceback.
