@@ -5216,15 +5216,19 @@ def read_text(path: str) -> str:
         return ""
 
 
-def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
-    """What another process or an older version wrote, {} where it is no JSON object."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
+def dict_of(value: object) -> Dict[str, Any]:
+    """A value that should be an object; {} for any other."""
     if not isinstance(value, dict):
         return {}
     return value
+
+
+def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
+    """What another process or an older version wrote, {} where it is no JSON object."""
+    try:
+        return dict_of(json.loads(data))
+    except (ValueError, RecursionError):
+        return {}
 
 
 def _read_json(path: str) -> Dict[str, Any]:
@@ -6137,18 +6141,12 @@ def _ledger(places: Places) -> Dict[str, Any]:
 
 def _of_project(ledger: Mapping[str, Any], places: Places) -> Dict[str, Any]:
     """What the ledger has of a project, part by part."""
-    project = ledger.get(os.path.realpath(places.state))
-    if not isinstance(project, dict):
-        return {}
-    return project
+    return dict_of(ledger.get(os.path.realpath(places.state)))
 
 
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    known = _of_project(_ledger(places), places).get(what)
-    if not isinstance(known, dict):
-        return {}
-    return known
+    return dict_of(_of_project(_ledger(places), places).get(what))
 
 
 def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
@@ -9077,11 +9075,6 @@ def ollama_path(path: str) -> str:
 
 def _list_of(value: object) -> List[Any]:
     return value if isinstance(value, list) else []
-
-
-def dict_of(value: object) -> Dict[str, Any]:
-    """A value that should be an object; {} for any other."""
-    return value if isinstance(value, dict) else {}
 
 
 def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
@@ -13196,9 +13189,7 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     if not isinstance(running, list):
         return None
     states = {}
-    for row in running:
-        if not isinstance(row, dict):
-            continue
+    for row in map(dict_of, running):
         model, state = row.get("model"), row.get("state")
         if isinstance(model, str) and isinstance(state, str):
             states[model] = state, _since_s(upstream, row)
