@@ -6984,17 +6984,6 @@ def _run_with_progress(what: str, command: Sequence[str],
     return None
 
 
-def _why_not_installed(what: str, output: str, otherwise: str) -> UserError:
-    lines = output.strip().splitlines() or ["no reason given"]
-    reason = lines[-1]
-    hint = "see that PyPI can be reached, then again"
-    if "ensurepip" in output:
-        hint = "apt install python3-venv, then again"
-    if otherwise:
-        hint = f"{hint}; {otherwise}"
-    return UserError(f"the {what} failed: {reason}", hint)
-
-
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
                       say: Callable[[str], None]) -> None:
     """All of it anew: what an interrupted try or another Python has left is of no use."""
@@ -7004,20 +6993,24 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    # pip of the environment itself: the user's may be old or missing.
     inside = environment_program(wanted, data)
     pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
-    steps = {
-        "environment": [python, "-m", "venv", directory],
-        "download and install": [*pip, *wanted.requirements],
-        "first start": [inside, "-c", f"import {wanted.module}"],
-    }
-    for what, command in steps.items():
+    steps = (
+        ("environment", [python, "-m", "venv", directory]),
+        ("download and install", [*pip, *wanted.requirements]),
+        ("first start", [inside, "-c", f"import {wanted.module}"]),
+    )
+    for what, command in steps:
         output = _run_with_progress(what, command, say)
-        if output is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise _why_not_installed(what, output, wanted.otherwise)
-    # Written last, so that an interrupted try is not taken for a finished one.
+        if output is None:
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        lines = [line for line in output.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        hint = "see that PyPI can be reached, then again"
+        if "ensurepip" in output:
+            hint = "apt install python3-venv, then again"
+        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
