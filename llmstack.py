@@ -76,7 +76,7 @@ Map of the file, bottom-up; each section is built from those above it:
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
     SETUP                what stands and what does not; from a bare machine to a first answer
     STATUS               what runs, as people read it, and as it changes
-    COMMANDS             one _add_/_cmd_ pair a subcommand, and main()
+    COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
 for opencode and for shells: opencode.json, AGENTS.md, default-channel, llmstack.bashrc, zdotdir/.
@@ -4929,7 +4929,11 @@ def weights_drift(weights: Weights, command: str) -> str:
 # ==================================================================================================
 # SYSTEM EDGE
 # ==================================================================================================
+# The room of what differs between systems: directories and files, the memory there is, logs, locks,
+# and how to speak to the user. It may touch the disk and run small system programs; it starts
+# nothing that stays, opens no socket and knows nothing of a stack.
 
+# Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
 IS_MAC = sys.platform == "darwin"
 EXE = ".exe" if IS_WINDOWS else ""
@@ -4939,13 +4943,18 @@ _LOADER: Any = globals()["__loader__"]
 PROGRAM = os.path.abspath(getattr(_LOADER, "archive", None) or __file__)
 
 
+def _beside(name: str) -> str:
+    """Where a file lies that travels with the program: beside the source, or in the zipapp."""
+    return os.path.join(os.path.dirname(__file__), name)
+
+
 def read_resource(name: str) -> bytes:
-    """A file that travels with the program, from the zipapp or from beside the source.
+    """A file that travels with the program.
 
     importlib.resources fails for a top-level module before 3.13; the loader's get_data does not.
     Errors: UserError where the program has been copied without it.
     """
-    path = os.path.join(os.path.dirname(__file__), name)
+    path = _beside(name)
     try:
         data: bytes = _LOADER.get_data(path)
     except OSError:
@@ -4967,7 +4976,8 @@ def guest_command(python: str, name: str) -> List[str]:
     """
     if getattr(_LOADER, "archive", None):
         return [python, PROGRAM, "_guest", name]
-    path = os.path.join(os.path.dirname(PROGRAM), "share", "guests", name + ".py")
+    folder = os.path.dirname(PROGRAM)
+    path = os.path.join(folder, "share", "guests", name + ".py")
     if not os.path.isfile(path):
         raise UserError(f"there is no {path}",
                         "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
@@ -4975,18 +4985,23 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute."""
+    """Directories and files of one invocation, absolute, and the environment it works in."""
 
     work: str                                   # the project
     state: str                                  # its .llmstack
     models_ini: str
     data: str                                   # shared by all projects of this user
+    env: Mapping[str, str] = os.environ
 
     def in_state(self, name: str) -> str:
         return os.path.join(self.state, name)
 
     def log(self, name: str) -> str:
         return os.path.join(self.state, "logs", name)
+
+    @property
+    def is_demo(self) -> bool:
+        return self.work == os.path.join(self.data, "demo")
 
     @property
     def project(self) -> str:
@@ -4997,11 +5012,10 @@ class Places(NamedTuple):
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
         return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
-    home = os.path.expanduser("~")
+    variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
-        root = env.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-    else:
-        root = env.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share")
+        variable, usual = "LOCALAPPDATA", "~/AppData/Local"
+    root = env.get(variable) or os.path.expanduser(usual)
     return os.path.join(os.path.abspath(root), "llmstack")
 
 
@@ -5016,6 +5030,7 @@ def find_project(directory: str) -> str:
     above = directory
     while True:
         state = os.path.join(above, ".llmstack")
+        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
         if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
             return above
         if os.path.dirname(above) == above:
@@ -5039,20 +5054,34 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
             raise UserError("the current directory is gone", "cd into another") from None
     state = os.path.join(work, ".llmstack")
     models_ini = os.path.join(state, "models.ini")
+    # The demo brings a models.ini of its own, whatever the environment names.
     if env.get("LLMSTACK_MODELS_INI") and not demo:
         models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data)
+    return Places(work, state, models_ini, data, env)
+
+
+_IN_ITS_PLACE = "move away what stands in its place"
+_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
+_PATH_HINTS = {
+    errno.EISDIR: _IN_ITS_PLACE,
+    errno.ENOTDIR: _IN_ITS_PLACE,
+    errno.EEXIST: _IN_ITS_PLACE,
+    errno.EINVAL: _IN_ITS_PLACE,
+    errno.EFBIG: "make it smaller",
+    errno.ENOSPC: "free some room",
+}
 
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL):
-        return "move away what stands in its place"
-    if exc.errno == errno.EFBIG:
-        return "make it smaller"
-    if exc.errno == errno.ENOSPC:
-        return "free some room"
-    return "mend its permissions, or those of its directory"
+    if exc.errno is None:
+        return _USUAL_PATH_HINT
+    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+
+
+def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
+    """`cannot VERB path: why`, and what to do about it."""
+    return UserError(f"cannot {verb} {path}: {exc.strerror or exc}", path_hint(exc), exit_code)
 
 
 # Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
@@ -5066,7 +5095,8 @@ def make_private_dir(path: str) -> None:
     make_private_dir(os.path.dirname(path))
     try:
         os.mkdir(path, 0o700)
-    except FileExistsError:                     # another process was quicker, or it is a file
+    except FileExistsError:
+        # Another process was quicker, or a file stands there.
         if not os.path.isdir(path):
             raise
 
@@ -5076,12 +5106,15 @@ def _close_open_file(handle: int) -> None:
     if IS_WINDOWS:
         return
     status = os.fstat(handle)
-    is_file = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    if not is_file or status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    if not is_plain or status.st_uid != os.geteuid():
+        return
+    if not status.st_mode & 0o077:
         return
     try:
         os.fchmod(handle, status.st_mode & 0o700)
-    except OSError:                             # a file system without permissions
+    except OSError:
+        # Some file systems have no permissions.
         pass
 
 
@@ -5110,26 +5143,37 @@ def close_places(places: Places) -> None:
 
 def replace_file(source: str, target: str) -> None:
     """os.replace, on Windows tried for a second while somebody reads `target`. Errors: OSError."""
-    for _ in range(20 if IS_WINDOWS else 0):
+    end = time.monotonic() + 1
+    while True:
         try:
             os.replace(source, target)
             return
         except PermissionError:
-            time.sleep(0.05)
-    os.replace(source, target)
+            if not IS_WINDOWS or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
 
 
 def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
     """Write a file whole or not at all. Errors: UserError."""
     import tempfile
-    raw = data.encode("utf-8") if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = data.encode("utf-8")
     directory = os.path.dirname(path)
     try:
         make_private_dir(directory)
+        # In the same directory: os.replace is atomic only within one file system.
         handle, temporary = tempfile.mkstemp(dir=directory, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(raw)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, mode)
@@ -5138,14 +5182,7 @@ def write_atomic(path: str, data: Union[str, bytes], mode: int = 0o600) -> None:
             _remove(temporary)
             raise
     except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror or exc}", path_hint(exc)) from None
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
+        raise path_error("write", path, exc) from None
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -5162,7 +5199,8 @@ def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         parts, size = [], 0
-        for part in iter(lambda: file.read(RECV_BYTES), b""):   # /proc/sys refuses to fill megabytes
+        # In pieces: /proc/sys refuses to fill megabytes.
+        for part in iter(lambda: file.read(RECV_BYTES), b""):
             parts.append(part)
             size += len(part)
             if size > limit:
@@ -5178,64 +5216,23 @@ def read_text(path: str) -> str:
         return ""
 
 
+def dict_of(value: object) -> Dict[str, Any]:
+    """A value that should be an object; {} for any other."""
+    if not isinstance(value, dict):
+        return {}
+    return value
+
+
 def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
     """What another process or an older version wrote, {} where it is no JSON object."""
     try:
-        value = json.loads(data)
+        return dict_of(json.loads(data))
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
-
-
-def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
-    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
-    path = places.models_ini
-    try:
-        data = read_regular(path, MAX_INI_BYTES)
-    except FileNotFoundError:
-        if os.environ.get("LLMSTACK_MODELS_INI"):
-            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
-            raise UserError(what, "correct it", 2) from None
-        return read_resource("models.ini"), "models.ini"
-    except OSError as exc:
-        raise UserError(f"cannot read {path}: {exc.strerror}", path_hint(exc), 2) from None
-    return data, os.path.relpath(path) if path.startswith(os.getcwd()) else path
-
-
-def _path_from(base: str, path: str) -> str:
-    """A path of models.ini, which lies in `base`; `auto` and what is on the hub stay as they are."""
-    if path == "auto" or _HUB_REFERENCE.match(path):
-        return path
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
-
-
-def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
-    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
-    data, source = _models_ini_bytes(places)
-    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
-    if warn:
-        for warning in warnings:
-            warn(warning)
-    if not config.tiers:
-        raise ConfigError([f"{source}:1: names no tier"])
-    base = os.path.dirname(places.models_ini)
-    tiers = []
-    for tier in config.tiers:
-        if tier.path:
-            tier = tier._replace(path=_path_from(base, tier.path))
-        tiers.append(with_files(tier, functools.partial(_path_from, base)))
-    return config._replace(tiers=tuple(tiers))
-
-
-def ini_line(places: Places, section: str, key: str) -> str:
-    """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
-    data, source = _models_ini_bytes(places)
-    reader = _Reader(decode_models_ini(data, source), source)
-    return f"{source}:{reader.line_of(section, key) or reader.line_of(section)}"
 
 
 def _output(command: Sequence[str]) -> str:
@@ -5244,6 +5241,7 @@ def _output(command: Sequence[str]) -> str:
     In C and UTC: ps prints local times.
     """
     import subprocess
+    # A translated answer would not be understood, and ps prints local times.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -5253,25 +5251,36 @@ def _output(command: Sequence[str]) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
+def _windows_memory_gb() -> float:
+    import ctypes
+    # The structure is MEMORYSTATUSEX, whose first word is its size.
+    status = ctypes.create_string_buffer(64)
+    ctypes.memmove(status, (64).to_bytes(4, "little"), 4)
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
+        return 0.0
+    return int.from_bytes(status.raw[8:16], "little") / 1e9
+
+
 def total_memory_gb() -> float:
     """Physical memory, or a container's share of it, in GB; 0.0 when it cannot be told."""
     if IS_WINDOWS:
-        import ctypes
-        status = ctypes.create_string_buffer(64)        # MEMORYSTATUSEX
-        ctypes.memmove(status, (64).to_bytes(4, "little"), 4)
-        if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
-            return 0.0
-        return int.from_bytes(status.raw[8:16], "little") / 1e9
+        return _windows_memory_gb()
     try:
-        memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 0.0
+    # In a container the kernel tells the whole machine's memory; the limit stands here.
     share = read_text("/sys/fs/cgroup/memory.max").strip()
-    return min(memory_gb, int(share) / 1e9) if share.isdigit() else memory_gb
+    if share.isdigit():
+        total_bytes = min(total_bytes, int(share))
+    return total_bytes / 1e9
 
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
+
+
+HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
 # Which cards a process may see, by number or by the beginning of a UUID; of more than one
@@ -5293,9 +5302,13 @@ def visible_cards(uuids: Sequence[str], variables: Sequence[str],
         chosen: List[int] = []
         for name in env[variable].split(","):
             name = name.strip()
-            found = [i for i in seen if name and uuids[i].startswith(name)]
+            found = []
             if name.isdigit():
                 found = seen[int(name):int(name) + 1]
+            elif name:
+                found = [i for i in seen if uuids[i].startswith(name)]
+            # A name that fits two cards ends the list as an unknown one does; so does a second
+            # mention of a card.
             if len(found) != 1 or found[0] in chosen:
                 break
             chosen += found
@@ -5311,6 +5324,13 @@ class Card(NamedTuple):
     used_gb: float
 
 
+def _mib_gb(text: str) -> float:
+    """Mebibytes in GB, 0 for [N/A]."""
+    if not text.isdigit():
+        return 0.0
+    return int(text) * MIB / 1e9
+
+
 def nvidia_cards() -> List[Card]:
     """What nvidia-smi tells of each card, in its order."""
     fields = "uuid,memory.total,memory.reserved,memory.used"
@@ -5319,8 +5339,9 @@ def nvidia_cards() -> List[Card]:
     for line in _output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
-            total, reserved, used = (int(w) * MIB / 1e9 if w.isdigit() else 0.0 for w in words[1:])
-            cards.append(Card(words[0], max(0.0, total - reserved), used))
+            total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
+            usable_gb = max(0.0, total_gb - reserved_gb)
+            cards.append(Card(words[0], usable_gb, used_gb))
     return cards
 
 
@@ -5333,12 +5354,16 @@ def _seen_nvidia_cards(env: Mapping[str, str]) -> List[Card]:
 def _amd_memory_gb(which: str) -> List[float]:
     """What each AMD card has of its own memory ("vram"), or may use of the machine's ("gtt")."""
     try:
-        cards = sorted(name for name in os.listdir(DRM) if re.match(r"card[0-9]+\Z", name))
+        names = sorted(os.listdir(DRM))
     except OSError:
         return []
-    files = (os.path.join(DRM, card, "device", f"mem_info_{which}_total") for card in cards)
-    sizes = (read_text(path).strip() for path in files)
-    return [int(size) / 1e9 for size in sizes if size.isdigit()]
+    cards = [name for name in names if re.match(r"card[0-9]+\Z", name)]
+    sizes_gb = []
+    for card in cards:
+        size = read_text(f"{DRM}/{card}/device/mem_info_{which}_total").strip()
+        if size.isdigit():
+            sizes_gb.append(int(size) / 1e9)
+    return sizes_gb
 
 
 def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
@@ -5346,15 +5371,17 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     cards = _seen_nvidia_cards(env)
     if not cards:
         return None
+    share_gb = total_gb * HOST_SHARE
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
-        share_gb = total_gb * 0.75
         return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
     held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
-    source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card{'s' if len(cards) > 1 else ''}"
+    source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
+    if len(cards) > 1:
+        source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, total_gb * 0.75)
+    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -5366,16 +5393,16 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     own = _amd_memory_gb("vram")
     seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
     sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
+    share_gb = total_gb * HOST_SHARE
     if sizes:
-        usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+        usable_gb = sum(size - CARD_RESERVE_GB for size in sizes)
         source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
-        return Machine(usable, source, True, host_gb=total_gb * 0.75)
+        return Machine(usable_gb, source, True, host_gb=share_gb)
     shared = sum(own) + sum(_amd_memory_gb("gtt"))
     if not seen or not shared:
         return None
-    usable = min(shared, total_gb * 0.75)
     source = f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return Machine(usable, source, True)
+    return Machine(min(shared, share_gb), source, True)
 
 
 def _mac_gpu(total_gb: float) -> Machine:
@@ -5384,10 +5411,12 @@ def _mac_gpu(total_gb: float) -> Machine:
     That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
     51.5 of 64.
     """
-    limit = _output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip()
-    if limit.isdigit() and int(limit) > 0:
-        return Machine(int(limit) * 1_048_576 / 1e9, "the GPU's wired limit", True)
-    share = 2 / 3 if 0 < total_gb < 38 else 0.75
+    limit_gb = _mib_gb(_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
+    if limit_gb:
+        return Machine(limit_gb, "the GPU's wired limit", True)
+    share = HOST_SHARE
+    if total_gb < 38:
+        share = 2 / 3
     source = f"{share:.0%} of {total_gb:.1f} GB, what macOS gives the GPU"
     return Machine(total_gb * share, source, True)
 
@@ -5397,19 +5426,29 @@ def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
 
     `ours_gb`: what servers of ours hold of cards now.
     """
-    total = total_memory_gb()
+    total_gb = total_memory_gb()
     found: Optional[Machine] = None
     if IS_MAC:
-        found = _mac_gpu(total)
+        found = _mac_gpu(total_gb)
     elif config.n_gpu_layers != "0":
-        found = _nvidia_machine(total, os.environ, ours_gb) or _amd_machine(total, os.environ)
+        found = _nvidia_machine(total_gb, os.environ, ours_gb)
+        found = found or _amd_machine(total_gb, os.environ)
     if found is None:
-        found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
+        found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
     if config.memory_gb:
         return found._replace(budget_gb=config.memory_gb, source="memory_gb in models.ini")
-    if not found.budget_gb:                     # it cannot be told
+    # Where nothing can be told, a budget would only stop what may work.
+    if not found.budget_gb:
         return found._replace(budget_gb=1e9)
     return found
+
+
+def number_found(pattern: str, text: str, otherwise: float = 0.0) -> float:
+    """The number that a pattern finds in a text."""
+    found = re.search(pattern, text, re.MULTILINE)
+    if not found:
+        return otherwise
+    return float(found.group(1))
 
 
 def read_memory_state(cards: bool) -> MemoryState:
@@ -5421,16 +5460,18 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        out = re.search(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
-        swapped = int(out.group(1)) * 16_384 if out else 0
-        return MemoryState(swapped_bytes=swapped, critical=level == "4", card_free_gb=free_gb)
-    kib = dict(re.findall(r"(\w+): +([0-9]+) kB", read_text("/proc/meminfo")))
-    pages = re.search(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"), re.MULTILINE)
-    stalled = re.search(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory"))
-    available = int(kib["MemAvailable"]) * 1024 / 1e9 if "MemAvailable" in kib else -1.0
-    return MemoryState(float(stalled.group(1)) if stalled else 0.0, available,
-                       int(kib.get("MemTotal", 0)) * 1024 / 1e9,
-                       int(pages.group(1)) * 4096 if pages else 0, False, free_gb)
+        pages = number_found(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
+                           card_free_gb=free_gb)
+    memory = read_text("/proc/meminfo")
+    pages = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    return MemoryState(
+        stalled_pct=number_found(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
+        available_gb=number_found(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
+        total_gb=number_found(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
+        swapped_bytes=int(pages) * 4096,
+        card_free_gb=free_gb,
+    )
 
 
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
@@ -5440,33 +5481,171 @@ def read_memory_state(cards: bool) -> MemoryState:
 _COLOUR = re.compile(r"(\x1b\[(?:0|1|2|3[0-7])m)")
 
 
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return json.dumps(character)[1:-1]
+
+
 def visible(text: str, limit: int = 300) -> str:
     """`text` in one line without anything that steers a terminal; at most `limit` characters."""
     if len(text) > limit:
         text = text[:limit] + "..."
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return "".join(_escaped(character) for character in text)
 
 
 def visible_lines(text: str) -> str:
     """As visible, for a text of many lines, of any length."""
-    return "\n".join(visible(line.expandtabs(), sys.maxsize) for line in text.split("\n"))
+    lines = text.expandtabs().split("\n")
+    return "\n".join(visible(line, sys.maxsize) for line in lines)
 
 
 def visible_colours(text: str) -> str:
     """As visible_lines, with the colours that paint() gives; none of them outlives the text."""
     parts = _COLOUR.split(text)
+    if len(parts) == 1:
+        return visible_lines(text)
     shown = [visible_lines(part) for part in parts]
     shown[1::2] = parts[1::2]
-    return "".join(shown) + ("\x1b[0m" if len(parts) > 1 else "")
+    return "".join([*shown, "\x1b[0m"])
+
+
+USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxbrew/.linuxbrew/bin")
+
+
+def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
+    """A program on PATH or in its usual places, "" when there is none."""
+    import shutil
+    # launchd and a desktop's menu give a PATH without Homebrew's places.
+    found = shutil.which(name)
+    if found:
+        return found
+    for directory in places:
+        path = os.path.join(directory, name)
+        if os.access(path, os.X_OK):
+            return path
+    return ""
+
+
+def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
+    """(shell, its project) of the hook that is active in the very shell we were started from.
+
+    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
+    without the hook stands between.
+    """
+    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    shell, _, project = rest.partition(":")
+    if shell in SHELLS and level == env.get("SHLVL", ""):
+        return shell, project
+    return "", ""
+
+
+def is_live_terminal() -> bool:
+    """True where standard output is a terminal on which a line can be written over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class _OutputFailed(Exception):  # noqa: N818
+    """Standard output is closed or full; `message` is "" where that is the reader's will."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def may_paint() -> bool:
+    """True on a terminal, and not under NO_COLOR."""
+    return is_live_terminal() and not os.environ.get("NO_COLOR")
+
+
+def paint(text: str, code: str) -> str:
+    if not may_paint():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def write_out(text: str) -> None:
+    """Text as it is on standard output, at once: who pipes us sees progress."""
+    try:
+        # Flushed line by line: who pipes us sees progress.
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise _OutputFailed("") from None
+    except OSError as exc:
+        raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
+
+
+def called_as() -> str:
+    """What runs this program where its user is: llmstack, else what was typed."""
+    env, typed = os.environ, sys.argv[0]
+    if env.get("LLMSTACK_ACTIVE") or hook_of(env)[0] or find_program("llmstack" + EXE):
+        return "llmstack"
+    if os.path.abspath(typed) != PROGRAM:
+        return "llmstack"
+    # Python has orig_argv since 3.10.
+    python = getattr(sys, "orig_argv", ["python3"])[0]
+    return f"{os.path.basename(python)} {posix_quote(typed)}"
+
+
+def as_called(text: str) -> str:
+    """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
+    # Most lines name no command, and JSON is for programs.
+    if "`llmstack " not in text or text.startswith("{"):
+        return text
+    return text.replace("`llmstack ", f"`{called_as()} ")
+
+
+def say(line: str = "") -> None:
+    """A line on standard output, whatever text from elsewhere it holds."""
+    line = as_called(line)
+    line = visible_colours(line) if may_paint() else visible_lines(line)
+    write_out(line + "\n")
+
+
+def as_json(found: Any) -> str:
+    """What `--json` prints."""
+    return json.dumps(found, indent=2, ensure_ascii=False)
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, whatever text from elsewhere it holds."""
+    sys.stderr.write(visible_lines(as_called(line)) + "\n")
+
+
+def warn(line: str) -> None:
+    _tell(f"llmstack: warning: {line}")
+
+
+def _has_person() -> bool:
+    """True where somebody is there to be asked."""
+    if sys.stdin is None:
+        return False
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _ask(question: str) -> Optional[bool]:
+    """A yes or no from the terminal; None where there is none."""
+    if not _has_person():
+        return None
+    write_out(visible_lines(question))
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _never_ask(_: str) -> Optional[bool]:
+    """The answer where nobody is to be asked."""
+    return None
 
 
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    # Not every platform has both of them.
+    for name in ("O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, name, 0)
     handle = os.open(path, flags, 0o600)
     _close_open_file(handle)
     return handle
@@ -5482,14 +5661,16 @@ def file_size(path: str) -> int:
 def shift_logs(path: str, newest: str = "") -> None:
     """path (or `newest`) -> path.1 -> path.2 -> path.3, the oldest falls away."""
     for number in range(LOGS_KEPT, 0, -1):
-        older = f"{path}.{number - 1}" if number > 1 else newest or path
+        younger = f"{path}.{number - 1}"
+        if number == 1:
+            younger = newest or path
         try:
-            os.replace(older, f"{path}.{number}")
+            os.replace(younger, f"{path}.{number}")
         except OSError:
             pass
 
 
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 50}
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "warn": 30, "error": 40, "critical": 40}
 
 
 class Log:
@@ -5505,41 +5686,40 @@ class Log:
         self.is_verbose = self._level <= 10
         self._lock = threading.Lock()
         self._fd = 2
-        self._second, self._stamp = 0, ""
+        self._second = 0
+        self._stamp = ""                        # of that second, as it is written
         self._waiting: Any = collections.deque()
         self._written_s = 0.0
         if path:
             self._fd = open_log(path)
 
     def debug(self, message: str) -> None:
-        if self._level <= 10:
-            self._write("DEBUG", message)
+        self._write("debug", message)
 
     def info(self, message: str) -> None:
-        if self._level <= 20:
-            self._write("INFO", message)
+        self._write("info", message)
 
     def warning(self, message: str) -> None:
-        if self._level <= 30:
-            self._write("WARNING", message)
-            self.flush()
+        self._write("warning", message)
 
     def error(self, message: str) -> None:
-        self._write("ERROR", message)
-        self.flush()
+        self._write("error", message)
 
     def _write(self, level: str, message: str) -> None:
-        """Lines of a busy quarter of a second go out together: a write lets go of the GIL.
-
-        What follows a line end is indented: no text from outside makes up a line of its own.
-        """
+        """A line; what follows a line end is indented: no text from outside is one of its own."""
+        rank = LEVELS[level]
+        if rank < self._level:
+            return
         now = time.time()
         if int(now) != self._second:
-            self._second, self._stamp = int(now), time.strftime("%Y-%m-%dT%H:%M:%S")
+            self._second = int(now)
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         if not message.isprintable():
             message = visible_lines(message).replace("\n", "\n    ")
-        self._waiting.append(f"{self._stamp} {level} {message}\n")
-        if not 0 <= now - self._written_s < 0.25:
+        self._waiting.append(f"{self._stamp} {level.upper()} {message}\n")
+        # Lines of a busy quarter of a second go out together: a write lets go of the GIL.
+        is_busy = 0 <= now - self._written_s < 0.25
+        if rank >= LEVELS["warning"] or not is_busy:
             self.flush()
 
     def flush(self) -> None:
@@ -5551,17 +5731,20 @@ class Log:
             self._written_s = time.time()
             try:
                 os.write(self._fd, "".join(lines).encode("utf-8", "replace"))
-            except OSError:                     # a full disk must not stop the relay
+            except OSError:
+                # A full disk must not stop the relay.
                 pass
 
     def rotate(self) -> None:
         """Start a new file when this one has grown over its size."""
         with self._lock:
             if self._fd != 2 and file_size(self._path) > LOG_BYTES:
-                os.close(self._fd)              # first: Windows renames no open file
+                # First it is closed: Windows renames no open file.
+                os.close(self._fd)
                 self._fd = 2
                 shift_logs(self._path)
-            if self._path and self._fd == 2:    # standard error until the file can be opened again
+            # Until the file can be opened again, lines go to standard error.
+            if self._path and self._fd == 2:
                 try:
                     self._fd = open_log(self._path)
                 except OSError:
@@ -5593,7 +5776,8 @@ def tail_of(path: str, lines: int = 12) -> str:
     except OSError:
         return ""
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    return "\n".join(visible_lines(line) for line in plain.splitlines()[-lines:])
+    last = plain.splitlines()[-lines:]
+    return "\n".join(visible_lines(line) for line in last)
 
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
@@ -5631,19 +5815,22 @@ def more_files() -> None:
         return
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    want = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-    if soft < want:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
-        except (OSError, ValueError):
-            pass
+    want = 4096
+    if hard != resource.RLIM_INFINITY:
+        want = min(want, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, want), hard))
+    except (OSError, ValueError):
+        pass
 
 
 class FileLock:
     """An exclusive lock between processes, freed by the system when its holder dies."""
 
     def __init__(self, path: str, waiting: Callable[[], None]) -> None:
-        self._path, self._waiting, self._file = path, waiting, -1
+        self._path = path
+        self._waiting = waiting                 # says, once, that somebody else has it
+        self._file = -1
 
     def _try(self) -> bool:
         try:
@@ -5662,8 +5849,9 @@ class FileLock:
             make_private_dir(os.path.dirname(self._path))
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise UserError(f"cannot open {self._path}: {exc.strerror}", path_hint(exc)) from None
+            raise path_error("open", self._path, exc) from None
         if not self._try():
+            # Waiting is said once, before it begins: a silent program looks hung.
             self._waiting()
             while not self._try():
                 time.sleep(0.05)
@@ -5713,10 +5901,12 @@ class Progress:
         """The state is `text` now."""
         if self._terminal is not None:
             columns = terminal_columns(self._terminal)
-            text = text[:columns - 1]           # a line that wraps cannot be taken back
+            # A line that wraps cannot be taken back.
+            text = text[:columns - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
+        # Where no line can be rewritten, a line every few seconds is enough for a log.
         elif time.monotonic() < self._due_s:
             self._shown = text
         else:
@@ -5731,24 +5921,84 @@ class Progress:
 
     def _clear(self) -> None:
         if self._terminal is not None and self._shown:
-            self._terminal.write("\r" + " " * len(self._shown) + "\r")
+            blank = " " * len(self._shown)
+            self._terminal.write(f"\r{blank}\r")
         self._shown = ""
+
+
+def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
+    """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
+    path = places.models_ini
+    try:
+        data = read_regular(path, MAX_INI_BYTES)
+    except FileNotFoundError:
+        if places.env.get("LLMSTACK_MODELS_INI"):
+            what = f"LLMSTACK_MODELS_INI names {path}, which is not there"
+            raise UserError(what, "correct it", 2) from None
+        return read_resource("models.ini"), "models.ini"
+    except OSError as exc:
+        raise path_error("read", path, exc, 2) from None
+    if path.startswith(os.getcwd()):
+        path = os.path.relpath(path)
+    return data, path
+
+
+def _path_from(base: str, path: str) -> str:
+    """A path of a models.ini in `base`; `auto` and what is on the hub stay as they are."""
+    if path == "auto" or _HUB_REFERENCE.match(path):
+        return path
+    path = os.path.expanduser(path)
+    return os.path.normpath(os.path.join(base, path))
+
+
+def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
+    """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
+    data, source = _models_ini_bytes(places)
+    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
+    if warn is not None:
+        for warning in warnings:
+            warn(warning)
+    if not config.tiers:
+        # A stack without tiers would answer every request with an error.
+        raise ConfigError([f"{source}:1: names no tier"])
+    place = functools.partial(_path_from, os.path.dirname(places.models_ini))
+    tiers = []
+    for tier in config.tiers:
+        if tier.path:
+            tier = tier._replace(path=place(tier.path))
+        tiers.append(with_files(tier, place))
+    return config._replace(tiers=tuple(tiers))
+
+
+def ini_line(places: Places, section: str, key: str) -> str:
+    """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
+    data, source = _models_ini_bytes(places)
+    reader = _Reader(decode_models_ini(data, source), source)
+    line = reader.line_of(section, key) or reader.line_of(section)
+    return f"{source}:{line}"
 
 
 # ==================================================================================================
 # PROJECTS
 # ==================================================================================================
+# The room of what a project says of itself: its channel, and whether its files may take effect. It
+# reads and writes below .llmstack/ and in trust.json, and starts nothing.
 
 
 class Marker(NamedTuple):
-    """What a project is pinned to (default-channel) or runs (active-channel): `<channel>[ <url>]`, as the peer writes it."""
+    """What a project is pinned to (default-channel) or runs (active-channel).
+
+    In the file `CHANNEL` or `external URL`, as llmstack 0.12 writes it.
+    """
 
     channel: str                                # current | next | external
     url: str = ""                               # external: the router's, without /v1
 
 
-# What a shell prompt, a variable and a JSON file may hold as it is: no quote, blank, $, %, backslash or control character.
-_SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]{0,512})?\Z")
+# What a shell prompt, a variable and a JSON file may hold as it is: no quote, blank, $, %,
+# backslash or control character.
+_SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
+                       r"(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~/-]{0,512})?\Z")
 
 
 def parse_marker(text: str) -> Optional[Marker]:
@@ -5756,26 +6006,42 @@ def parse_marker(text: str) -> Optional[Marker]:
     words = text.split()
     if words in (["current"], ["next"]):
         return Marker(words[0])
-    if len(words) == 2 and words[0] == "external" and _SAFE_URL.match(words[1]):
-        return Marker("external", words[1])
-    return None
+    if len(words) != 2 or words[0] != "external":
+        return None
+    if not _SAFE_URL.match(words[1]):
+        return None
+    return Marker("external", words[1])
 
 
 def render_marker(marker: Marker) -> str:
     return f"{marker.channel} {marker.url}".rstrip() + "\n"
 
 
+def _digest(data: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_bytes(path: str) -> bytes:
+    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
+    try:
+        return read_regular(path)
+    except OSError:
+        return b""
+
+
 def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
     return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
 
 
-# Trust. A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode,
-# and what `start` would run or send credentials to, takes effect only as it was when `install` wrote it
+# A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what
+# `start` would run or send credentials to, takes effect only as it was when `install` wrote it
 # here or the user said `llmstack trust`. The ledger, trust.json, lies outside the project, in the
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-_RUN_FILES = ("litellm_config.yaml",)           # LiteLLM imports the Python modules it names
+# LiteLLM imports the Python modules that its configuration names.
+_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -5787,27 +6053,15 @@ class Effect(NamedTuple):
     problem: str = ""                           # why it cannot be trusted: it is not read whole
 
 
-def _digest(data: bytes) -> str:
-    import hashlib
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read_bytes(path: str) -> bytes:
-    """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
-    try:
-        return read_regular(path, MAX_STATE_BYTES)
-    except OSError:
-        return b""
-
-
 def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
     effects = []
     for name in names:
         path = places.in_state(name)
+        # A file that is not there takes no effect; a link that leads nowhere may, later.
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -5830,18 +6084,25 @@ def _ini_effects(places: Places) -> List[Effect]:
             for key, value in config_effects(config)]
 
 
-def _log_links(places: Places) -> List[Tuple[str, str]]:
+def _link_effects(places: Places) -> List[Effect]:
     """Symbolic links where logs are written, with where they lead.
 
     Other files of ours replace a link that they find.
     """
     logs = places.in_state("logs")
+    paths = [logs]
     try:
-        paths = [logs, *(os.path.join(logs, name) for name in sorted(os.listdir(logs)))]
-    except OSError:                             # none yet, or a link to no directory
-        paths = [logs]
-    return [(os.path.relpath(path, places.state), os.readlink(path))
-            for path in paths if os.path.islink(path)]
+        names = sorted(os.listdir(logs))
+        paths += [os.path.join(logs, name) for name in names]
+    except OSError:
+        # There are no logs yet, or a link leads to no directory.
+        pass
+    effects = []
+    for path in filter(os.path.islink, paths):
+        target = os.readlink(path)
+        name = os.path.relpath(path, places.state)
+        effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
+    return effects
 
 
 def _hook_effects(places: Places) -> List[Effect]:
@@ -5849,8 +6110,10 @@ def _hook_effects(places: Places) -> List[Effect]:
 
 
 def _run_effects(places: Places) -> List[Effect]:
-    links = [Effect(name, os.fsencode(to), f"leads to {to}") for name, to in _log_links(places)]
-    return [*_ini_effects(places), *_file_effects(places, _RUN_FILES), *links]
+    effects = _ini_effects(places)
+    effects += _file_effects(places, _RUN_FILES)
+    effects += _link_effects(places)
+    return effects
 
 
 # "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
@@ -5859,7 +6122,7 @@ _PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "r
 
 
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
-    """What takes effect now, by part. Read once: who shows it and trusts it, trusts what is shown."""
+    """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
     return {part: effects(places) for part, effects in _PARTS.items()}
 
 
@@ -5872,26 +6135,40 @@ def trust_lock(places: Places) -> FileLock:
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
+def _ledger(places: Places) -> Dict[str, Any]:
+    return _read_json(trust_file(places.data))
+
+
+def _of_project(ledger: Mapping[str, Any], places: Places) -> Dict[str, Any]:
+    """What the ledger has of a project, part by part."""
+    return dict_of(ledger.get(os.path.realpath(places.state)))
+
+
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    project = _read_json(trust_file(places.data)).get(os.path.realpath(places.state))
-    known = project.get(what) if isinstance(project, dict) else None
-    return known if isinstance(known, dict) else {}
+    return dict_of(_of_project(_ledger(places), places).get(what))
 
 
 def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
-    ledger, key = _read_json(trust_file(places.data)), os.path.realpath(places.state)
-    project = ledger.get(key)
-    ledger[key] = {**(project if isinstance(project, dict) else {}), what: dict(known)}
-    ledger[""] = f"{time.time():.6f}"           # on the second line, where shell hooks look for news
-    write_atomic(trust_file(places.data), json.dumps(ledger, indent=1, sort_keys=True))
+    ledger = _ledger(places)
+    project = _of_project(ledger, places)
+    project[what] = dict(known)
+    ledger[os.path.realpath(places.state)] = project
+    # The second line of the file: there shell hooks look for news.
+    ledger[""] = f"{time.time():.6f}"
+    text = json.dumps(ledger, indent=1, sort_keys=True)
+    write_atomic(trust_file(places.data), text)
 
 
 def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effect]:
     """Those of a part's effects that are new, other than as they were trusted, or not readable."""
     known = _known(places, part)
-    return [e for e in effects if e.problem or known.get(e.name) != _digest(e.data)]
+    new = []
+    for effect in effects:
+        if effect.problem or known.get(effect.name) != _digest(effect.data):
+            new.append(effect)
+    return new
 
 
 def is_trusted(places: Places, part: str) -> bool:
@@ -5900,15 +6177,19 @@ def is_trusted(places: Places, part: str) -> bool:
 
 
 def check_links(places: Places) -> None:
-    """Before anything is written below .llmstack/ at all. Errors: UserError where a link may lead out of it."""
-    if _log_links(places) and not is_trusted(places, "run"):
+    """Before anything is written below .llmstack/ at all.
+
+    Errors: UserError where a link may lead out of it.
+    """
+    if _link_effects(places) and not is_trusted(places, "run"):
         raise UserError(f".llmstack of {visible(places.work)} has links that lead elsewhere, and is"
                         " not trusted here", "look at it, then run `llmstack trust`")
 
 
 def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
     """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
-    _note(places, part, {e.name: _digest(e.data) for e in effects if not e.problem})
+    whole = [effect for effect in effects if not effect.problem]
+    _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
 
 
 def record_trust(places: Places, *parts: str) -> None:
@@ -5948,8 +6229,9 @@ STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see
 
 def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
+    # Two spellings of one directory are one project.
     path = os.fsencode(os.path.normcase(os.path.realpath(project)))
-    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % found.group()[0], path)
+    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % ord(found.group()), path)
     return code.decode("ascii")
 
 
@@ -5964,46 +6246,9 @@ def _marked_project(mark: str) -> str:
     return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
 
 
-def process_started(pid: int) -> str:
-    """When process `pid` started, in a form that tells it from a later one of the same number.
-
-    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
-    """
-    if pid <= 0:
-        return ""
-    if IS_WINDOWS:
-        return _windows_started(pid)
-    fields = _linux_stat(pid)
-    if fields:
-        if fields[0] in "ZX" and _is_empty_shell(pid):
-            return ""
-        boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-        return f"{boot}-{fields[19]}"
-    if sys.platform.startswith("linux"):
-        return ""
-    state = _output(["ps", "-o", "stat=,lstart=", "-p", str(pid)]).split(None, 1)
-    if len(state) < 2 or state[0].startswith("Z"):
-        return ""
-    return " ".join(state[1].split())
-
-
 def _linux_stat(pid: int) -> List[str]:
     """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
     return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-
-
-def process_age_s(pid: int) -> Optional[float]:
-    """How long process `pid` has been there; None where that cannot be told."""
-    fields = _linux_stat(pid)
-    if fields:
-        up_s = float(read_text("/proc/uptime").split()[0])
-        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    age = _output(["ps", "-o", "etime=", "-p", str(pid)])
-    found = re.match(r"\s*(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)\s*\Z", age)
-    if not found:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -6014,10 +6259,20 @@ def _is_empty_shell(pid: int) -> bool:
         return True
 
 
+def _linux_started(pid: int) -> str:
+    fields = _linux_stat(pid)
+    if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
+        return ""
+    # Ticks since boot come again after the next boot; the boot's own id does not.
+    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
+    return f"{boot}-{fields[19]}"
+
+
 def _windows_started(pid: int) -> str:
     import ctypes
     kernel = ctypes.windll.kernel32             # type: ignore[attr-defined]
-    handle = kernel.OpenProcess(0x1000, False, pid)     # PROCESS_QUERY_LIMITED_INFORMATION
+    # 0x1000 is PROCESS_QUERY_LIMITED_INFORMATION.
+    handle = kernel.OpenProcess(0x1000, False, pid)
     if not handle:
         return ""
     times = [ctypes.c_ulonglong() for _ in range(4)]
@@ -6025,13 +6280,54 @@ def _windows_started(pid: int) -> str:
     known = kernel.GetProcessTimes(handle, *map(ctypes.byref, times))
     known = known and kernel.GetExitCodeProcess(handle, ctypes.byref(code))
     kernel.CloseHandle(handle)
-    return str(times[0].value) if known and code.value == 259 else ""   # STILL_ACTIVE
+    # 259 is STILL_ACTIVE.
+    if not known or code.value != 259:
+        return ""
+    return str(times[0].value)
+
+
+def _ps_says(pid: int, field: str) -> str:
+    """What ps tells of one process, "" where it is gone."""
+    return _output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+
+
+def process_started(pid: int) -> str:
+    """When process `pid` started, in a form that tells it from a later one of the same number.
+
+    "" when it is gone. A zombie counts as gone: kill(pid, 0) would not say so.
+    """
+    if pid <= 0:
+        return ""
+    if IS_WINDOWS:
+        return _windows_started(pid)
+    if sys.platform.startswith("linux"):
+        return _linux_started(pid)
+    if _ps_says(pid, "stat").startswith("Z"):
+        return ""
+    return " ".join(_ps_says(pid, "lstart").split())
+
+
+def process_age_s(pid: int) -> Optional[float]:
+    """How long process `pid` has been there; None where that cannot be told."""
+    fields = _linux_stat(pid)
+    if fields:
+        up_s = float(read_text("/proc/uptime").split()[0])
+        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    # Of macOS: DAYS-HOURS:MINUTES:SECONDS, without what is nothing.
+    words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
+    if not words:
+        return None
+    age_s = 0.0
+    for word, unit_s in zip(reversed(words), (1, 60, 3600, 86_400)):
+        age_s += int(word) * unit_s
+    return age_s
 
 
 def _all_pids() -> List[int]:
     """Every process of this machine but this one, on Linux."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if pid != os.getpid()]
+    names = os.listdir("/proc")
+    pids = {int(name) for name in names if name.isdigit()}
+    return sorted(pids - {os.getpid()})
 
 
 def _has_proc() -> bool:
@@ -6051,11 +6347,14 @@ def _ps(*options: str) -> Dict[int, str]:
 def _ps_environments(*which: str) -> Dict[int, List[str]]:
     """Process -> the words of its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
+    whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
-    for pid, text in _ps("-wwE", *which, "-o", "pid=,command=").items():
-        command = bare.get(pid)
-        if command is not None and text.startswith(command) and len(text) > len(command):
-            found[pid] = text[len(command):].split()
+    for pid, text in whole.items():
+        command = bare.get(pid, text)
+        words = text[len(command):].split()
+        # A process that hides its environment prints the same text both times.
+        if words and text.startswith(command):
+            found[pid] = words
     return found
 
 
@@ -6077,7 +6376,7 @@ def process_command(pid: int) -> List[str]:
         query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
         return _output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
-        return _output(["ps", "-ww", "-o", "command=", "-p", str(pid)]).split()
+        return _ps_says(pid, "command").split()
     try:
         return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
     except OSError:
@@ -6091,38 +6390,50 @@ def process_user(pid: int) -> Optional[int]:
     found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
     if found:
         return int(found.group(1))
-    uid = _output(["ps", "-o", "uid=", "-p", str(pid)]).strip()
-    return int(uid) if uid.isdigit() else None
+    uid = _ps_says(pid, "uid")
+    if not uid.isdigit():
+        return None
+    return int(uid)
 
 
 def _mark_in(words: Optional[Iterable[str]]) -> str:
     """The mark in an environment, "" for none."""
-    start = STACK_VARIABLE + "="
-    return next((word[len(start):] for word in words or () if word.startswith(start)), "")
+    for word in words or ():
+        name, _, mark = word.partition("=")
+        if name == STACK_VARIABLE:
+            return mark
+    return ""
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    if IS_WINDOWS:
-        return {}
+    environments: Mapping[int, Optional[List[str]]] = {}
     if _has_proc():
-        found = {pid: _mark_in(process_environment(pid)) for pid in _all_pids()}
-    else:
-        found = {pid: _mark_in(words) for pid, words in _ps_environments("-ax").items()}
-        found.pop(os.getpid(), None)
-    return {pid: mark for pid, mark in found.items() if mark}
+        environments = {pid: process_environment(pid) for pid in _all_pids()}
+    elif not IS_WINDOWS:
+        environments = _ps_environments("-ax")
+    marks = {}
+    for pid, words in environments.items():
+        mark = _mark_in(words)
+        if mark and pid != os.getpid():
+            marks[pid] = mark
+    return marks
 
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    return {pid: mark for pid, mark in _marks().items() if mark == stack}
+    marks = _marks()
+    return {pid: mark for pid, mark in marks.items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    start, end = kind + "-", ":" + _project_code(project)
-    return {pid: mark for pid, mark in _marks().items()
-            if mark.startswith(start) and mark.endswith(end)}
+    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    found = {}
+    for pid, mark in _marks().items():
+        if of_project.fullmatch(mark):
+            found[pid] = mark
+    return found
 
 
 class Record(NamedTuple):
@@ -6139,7 +6450,9 @@ class Record(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        return bool(self.started) and process_started(self.pid) == self.started
+        if not self.started:
+            return False
+        return process_started(self.pid) == self.started
 
     @property
     def project(self) -> str:
@@ -6153,29 +6466,41 @@ def record_is_ours(record: Record, project: str) -> bool:
 
 
 MAX_PID = 2 ** 32 - 1
-_RECORD_TEXTS = ("started", "stack", "host", "kind", "channel")
+
+
+_IS_PORT = ("port", "engine_port")
+
+
+def _is_recorded(name: str, value: Any) -> bool:
+    """True for a value that we write into a pid file."""
+    if name in _IS_PORT:
+        # A bool is an int, too.
+        return type(value) is int and 0 <= value < 65_536
+    if name in ("started", "stack") and not value:
+        return False
+    return isinstance(value, str) and value.isprintable()
 
 
 def parse_record(text: str) -> Optional[Record]:
     """A pid file's record; None where any of it is not what we write."""
     number, _, rest = text.partition("\n")
-    values = parse_json_object(rest)
-    if not re.match(r"[0-9]{1,10}\Z", number) or not 1 < int(number) <= MAX_PID:
+    if not re.match(r"[0-9]{1,10}\Z", number):
         return None
-    texts = {name: values[name] for name in _RECORD_TEXTS if name in values}
-    if not all(isinstance(value, str) and value.isprintable() for value in texts.values()):
+    pid = int(number)
+    values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
+    fields = {name: values[name] for name in Record._fields[1:]}
+    for name, value in fields.items():
+        if not _is_recorded(name, value):
+            return None
+    if not 1 < pid <= MAX_PID:
         return None
-    ports = {name: values.get(name, 0) for name in ("port", "engine_port")}
-    if any(type(p) is not int or not 0 <= p < 65_536 for p in ports.values()):
-        return None                             # a bool is an int, too
-    if not texts.get("started") or not texts.get("stack"):
-        return None
-    return Record(int(number), **ports, **texts)
+    return Record(pid, **fields)
 
 
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
-    write_atomic(path, f"{values.pop('pid')}\n{json.dumps(values)}\n")
+    pid = values.pop("pid")
+    write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
 def owned_process(record: Optional[Record], project: str) -> bool:
@@ -6188,27 +6513,42 @@ def owned_process(record: Optional[Record], project: str) -> bool:
         return False
     environment = process_environment(record.pid)
     if environment is not None:
+        # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
     command = os.path.normcase(" ".join(process_command(record.pid)))
-    ours = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
-    return any(os.path.normcase(path) in command for path in ours)
+    program = os.path.normcase(os.path.basename(PROGRAM))
+    state = os.path.normcase(os.path.join(record.project, ".llmstack"))
+    return program in command or state in command
 
 
-def pid_file_project(path: str) -> str:
-    """Whose .llmstack/ a pid file stands in; a link in its place makes it nobody else's."""
-    return os.path.dirname(os.path.realpath(os.path.dirname(path)))
-
-
-def read_record(path: str) -> Optional[Record]:
-    """The record in a pid file; None where there is none that is this project's.
+def proven_record(text: str, project: str) -> Optional[Record]:
+    """The record in a text; None where there is none that is this project's.
 
     Nor is it one where what runs under its number does not prove to be ours: nobody is to signal
     that, or to send a key to the address beside it.
     """
-    record, project = parse_record(read_text(path)), pid_file_project(path)
+    record = parse_record(text)
     if record is None or not record_is_ours(record, project):
         return None
-    return record if owned_process(record, project) or not record.alive else None
+    if record.alive and not owned_process(record, project):
+        return None
+    return record
+
+
+def read_record(path: str) -> Optional[Record]:
+    """proven_record of a pid file, for the project in whose .llmstack/ that stands.
+
+    A link in the file's place makes it nobody else's.
+    """
+    state = os.path.realpath(os.path.dirname(path))
+    return proven_record(read_text(path), os.path.dirname(state))
+
+
+def _signal_process(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
@@ -6217,13 +6557,14 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
         _output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
-    number = signal.SIGKILL if force else signal.SIGTERM
-    for send in (os.killpg, os.kill) if alone else (os.killpg,):
-        try:
-            send(pid, number)
-            return
-        except (ProcessLookupError, PermissionError):
-            continue
+    number = signal.SIGTERM
+    if force:
+        number = signal.SIGKILL
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        if alone:
+            _signal_process(pid, number)
 
 
 def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
@@ -6235,11 +6576,13 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     import subprocess
     flags: Dict[str, Any] = {"start_new_session": True}
     if IS_WINDOWS:
-        flags = {"creationflags": 0x208}        # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+        # DETACHED_PROCESS and CREATE_NEW_PROCESS_GROUP.
+        flags = {"creationflags": 0x208}
     try:
         output = os.fdopen(open_log(log), "ab")
     except OSError as exc:
-        raise UserError(f"cannot write {log}: {exc.strerror}", path_hint(exc)) from None
+        raise path_error("write", log, exc) from None
+    # The child has its own copy of the descriptor.
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
@@ -6266,38 +6609,46 @@ def spawn_recorded(command: Sequence[str], log: str, env: Mapping[str, str], pat
     return process, record
 
 
-def _end_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
-    """TERM, then KILL after `grace_s`; True when it is gone. For those who have proof."""
-    if not started or process_started(pid) != started:
-        return True
-    for force, patience_s in ((False, grace_s), (True, 10.0)):
-        _signal_group(pid, force)
-        end = time.monotonic() + patience_s
-        while time.monotonic() < end:
-            reap()
-            if process_started(pid) != started:
-                if not IS_WINDOWS:              # a wrapper ends at once; what it wrapped may hang
-                    _signal_group(pid, True, alone=False)
-                return True
-            time.sleep(0.02)
+def _is_gone(pid: int, started: str, patience_s: float, reap: Callable[[], Any]) -> bool:
+    """True when a process ends within `patience_s`."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        reap()
+        if process_started(pid) != started:
+            return True
+        time.sleep(0.02)
     return False
 
 
-def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]) -> bool:
-    """Stop a child of this process; True when it is gone. `reap` collects its exit.
+def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any] = bool) -> bool:
+    """TERM, then KILL after `grace_s`; True when it is gone. `reap` collects the exit of a child.
 
-    The pid of a child that nobody has reaped is nobody else's.
+    For those who have proof that the process is ours: the pid of a child that nobody has reaped is
+    nobody else's.
     """
-    return _end_process(pid, started, grace_s, reap)
+    if not started or process_started(pid) != started:
+        return True
+    # A server that is loading may ignore TERM; nothing ignores KILL but a broken disk.
+    for force, patience_s in ((False, grace_s), (True, 10.0)):
+        _signal_group(pid, force)
+        if _is_gone(pid, started, patience_s, reap):
+            # A wrapper ends at once; what it wrapped may hang.
+            if not IS_WINDOWS:
+                _signal_group(pid, True, alone=False)
+            return True
+    return False
 
 
 def _stop_marked(marks: Mapping[int, str]) -> int:
     """Stop processes that were found by their mark; returns how many there were."""
-    started = {pid: process_started(pid) for pid in marks}
-    found = [pid for pid in marks if _mark_in(process_environment(pid)) == marks[pid]]
-    for pid in found:
-        _end_process(pid, started[pid], 2.0, bool)
-    return len(found)
+    stopped = 0
+    for pid, mark in marks.items():
+        started = process_started(pid)
+        # Meanwhile another process may have got the number.
+        if _mark_in(process_environment(pid)) == mark:
+            stop_process(pid, started, 2.0)
+            stopped += 1
+    return stopped
 
 
 def stop_stack_members(stack: str) -> int:
@@ -6318,12 +6669,10 @@ def stop_recorded(record: Record, project: str, grace_s: float) -> int:
     """
     if not record_is_ours(record, project):
         return 0
-    stopped = 0
-    if owned_process(record, project):
-        stopped = 1
-        if not _end_process(record.pid, record.started, grace_s, bool):
-            raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
-                            f"end it by hand: kill -9 {record.pid}")
+    stopped = int(owned_process(record, project))
+    if stopped and not stop_process(record.pid, record.started, grace_s):
+        raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
+                        f"end it by hand: kill -9 {record.pid}")
     return stopped + stop_stack_members(record.stack)
 
 
@@ -6334,36 +6683,57 @@ def _group_of(pid: int) -> int:
         return 0
 
 
-def port_is_free(host: str, port: int) -> bool:
-    """True when `port` can be listened on now.
+def _listen_once(host: str, port: int) -> int:
+    """The port that can be listened on now: this one, of 0 any; 0 where it is taken.
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
+            # What is in TIME_WAIT is free. On Windows the option would share a port in use.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as exc:
             taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
             if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
-                return False
+                return 0
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
-    return True
+        return int(probe.getsockname()[1])
+
+
+def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, log_bytes: int,
+                 patience_s: int) -> None:
+    """Return once a process that was just started answers.
+
+    `log_bytes`: of its log before its start. Errors: UserError with what it has written there.
+    """
+    end = time.monotonic() + patience_s
+    while not is_up():
+        code = process.poll()
+        if code is None and time.monotonic() < end:
+            time.sleep(0.02)
+            continue
+        problem = f"exited with {code}"
+        if code is None:
+            problem = f"did not answer within {patience_s} s"
+        if file_size(log) > log_bytes:
+            raise UserError(f"{what} {problem} at start:\n{tail_of(log)}", f"see {log}")
+        raise UserError(f"{what} {problem} at start", f"see {log}")
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """True when `port` can be listened on now. Errors: UserError."""
+    return _listen_once(host, port) > 0
 
 
 def free_port(host: str) -> int:
     """A port that nobody listens on now. Errors: UserError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as exc:
-            raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
-                            "choose an address of this machine", 2) from None
-        return int(probe.getsockname()[1])
+    return _listen_once(host, 0)
 
 
 def free_run(first: int, count: int) -> int:
@@ -6378,27 +6748,6 @@ def free_run(first: int, count: int) -> int:
                     "stop something that listens on them")
 
 
-def listeners(port: int) -> Set[int]:
-    """The pids of those who listen on `port` of an address of this machine's own or of every one.
-
-    As far as that can be told: of another user's processes mostly not.
-    """
-    if os.path.exists("/proc/net/tcp"):
-        return _linux_listeners(port)
-    if IS_WINDOWS:
-        return _windows_listeners(_output(["netstat", "-ano"]), port)
-    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
-    return {int(pid) for pid in listed.split() if pid.isdigit()}
-
-
-def _windows_listeners(netstat: str, port: int) -> Set[int]:
-    """Whose foreign end has no port listens; the word for that state is in the user's language."""
-    rows = [line.split() for line in netstat.splitlines()]
-    return {int(row[-1]) for row in rows
-            if len(row) >= 5 and row[0] == "TCP" and row[1].endswith(f":{port}")
-            and row[2].endswith(":0") and row[-1].isdigit()}
-
-
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
                     "00000000000000000000000001000000")
 
@@ -6410,18 +6759,12 @@ def _linux_sockets(port: int) -> Dict[str, int]:
         for row in read_text(table).splitlines()[1:]:
             fields = row.split()
             address, _, number = fields[1].rpartition(":")
+            # 0A is LISTEN.
             listens = fields[3] == "0A" and int(number, 16) == port
             if listens and address in _LOCAL_ADDRESSES:
-                found[f"socket:[{fields[9]}]"] = int(fields[7])
+                user, inode = int(fields[7]), fields[9]
+                found[f"socket:[{inode}]"] = user
     return found
-
-
-def _linux_listeners(port: int) -> Set[int]:
-    sockets = _linux_sockets(port)
-    if not sockets:
-        return set()
-    pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if not sockets.keys().isdisjoint(_open_files(pid))}
 
 
 def _open_files(pid: int) -> Iterator[str]:
@@ -6432,9 +6775,59 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
+            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
+
+
+def _linux_listeners(port: int) -> Set[int]:
+    sockets = _linux_sockets(port)
+    if not sockets:
+        return set()
+    pids = [*_all_pids(), os.getpid()]
+    return {pid for pid in pids if sockets.keys() & set(_open_files(pid))}
+
+
+def _windows_listeners(netstat: str, port: int) -> Set[int]:
+    """Whose foreign end has no port listens; the word for that state is in the user's language."""
+    found = re.findall(rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$", netstat, re.MULTILINE)
+    return {int(pid) for pid in found}
+
+
+def listeners(port: int) -> Set[int]:
+    """The pids of those who listen on `port` of an address of this machine's own or of every one.
+
+    As far as that can be told: of another user's processes mostly not.
+    """
+    # Without a program: lsof is not on every Linux.
+    if os.path.exists("/proc/net/tcp"):
+        return _linux_listeners(port)
+    if IS_WINDOWS:
+        return _windows_listeners(_output(["netstat", "-ano"]), port)
+    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+    return {int(pid) for pid in listed.split() if pid.isdigit()}
+
+
+def _is_llmstack(pid: int) -> bool:
+    """True for a daemon of ours, whosever, by the first words of its command line."""
+    words = process_command(pid)[:2]
+    return any(re.search(r"(^|[/\\])llmstack(\.pyz?)?\Z", word) for word in words)
+
+
+def _hidden_holder(port: int) -> str:
+    """Of what another user runs the kernel says whose it is, and anybody may read command lines."""
+    users: Set[int] = set()
+    if _has_proc():
+        users = set(_linux_sockets(port).values()) - {os.geteuid()}
+    if not users:
+        return "another program"
+    for pid in _all_pids():
+        if process_user(pid) not in users or not _is_llmstack(pid):
+            continue
+        if str(port) in process_command(pid):
+            return f"another user's llmstack (pid {pid})"
+    return "another user's program"
 
 
 def port_holder(port: int) -> str:
@@ -6444,61 +6837,32 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        return _another_users(pid)
+        what = "program"
+        if _is_llmstack(pid):
+            what = "llmstack"
+        return f"another user's {what} (pid {pid})"
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
         return f"the llmstack of {visible(project)} (pid {pid})"
     name = read_text(f"/proc/{pid}/comm").strip()
-    name = name or os.path.basename(_output(["ps", "-o", "comm=", "-p", str(pid)]).strip())
+    if not name:
+        name = os.path.basename(_ps_says(pid, "comm"))
     return f"{visible(name, 80) or 'a program'} (pid {pid})"
-
-
-def _is_llmstack(pid: int) -> bool:
-    """True for a daemon of ours, whosever, by the first words of its command line."""
-    names = [os.path.basename(word) for word in process_command(pid)[:2]]
-    return any(re.match(r"llmstack(\.pyz?)?\Z", name) for name in names)
-
-
-def _another_users(pid: int) -> str:
-    return f"another user's {'llmstack' if _is_llmstack(pid) else 'program'} (pid {pid})"
-
-
-def _hidden_holder(port: int) -> str:
-    """Of what another user runs the kernel says whose it is, and anybody may read command lines."""
-    if not _has_proc():
-        return "another program"
-    users = set(_linux_sockets(port).values()) - {os.geteuid()}
-    if not users:
-        return "another program"
-    for pid in _all_pids():
-        if process_user(pid) in users and _is_llmstack(pid) and str(port) in process_command(pid):
-            return _another_users(pid)
-    return "another user's program"
 
 
 # ==================================================================================================
 # PROGRAMS
 # ==================================================================================================
-
-USUAL_PLACES = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/home/linuxbrew/.linuxbrew/bin")
+# The room of programs that are not ours: where they lie, and the packages of PyPI's that a private
+# environment brings. Nothing is ever put into the user's own Python.
 
 
 def _expand(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
-    """A program on PATH or in its usual places, "" when there is none."""
-    import shutil
-    found = shutil.which(name)
-    if found:
-        return found
-    paths = (os.path.join(directory, name) for directory in places)
-    return next((path for path in paths if os.access(path, os.X_OK)), "")
-
-
 class PrivateEnvironment(NamedTuple):
-    """Pinned packages of PyPI's in a virtual environment of llmstack's, never in the user's Python."""
+    """Pinned packages of PyPI's in a virtual environment of llmstack's own."""
 
     name: str                                   # its directory, with the version below it
     version: str
@@ -6529,63 +6893,95 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
     """A program of the environment, whether or not that is there."""
-    folder = "Scripts" if IS_WINDOWS else "bin"
-    return os.path.join(environment_dir(wanted, data), folder, program + EXE)
+    folder = "bin"
+    if IS_WINDOWS:
+        folder = "Scripts"
+    directory = environment_dir(wanted, data)
+    return os.path.join(directory, folder, program + EXE)
+
+
+def _has_its_python(directory: str, python: str) -> bool:
+    """True where the Python that an environment stands on is the one it was made with."""
+    settings = read_text(os.path.join(directory, "pyvenv.cfg"))
+    home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
+    if home is None or not os.path.isdir(home.group(1)):
+        return False
+    if not os.path.exists(python):
+        return False
+    # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
+    name = os.path.basename(os.path.realpath(python))
+    if not re.match(r"python3\.[0-9]+t?\Z", name):
+        return True
+    return os.path.isdir(os.path.join(directory, "lib", name))
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     """True where an environment was finished, and the Python that it stands on is still there."""
-    directory, python = environment_dir(wanted, data), environment_program(wanted, data)
+    directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    settings = read_text(os.path.join(directory, "pyvenv.cfg"))
-    home = re.search(r"^home *= *(.+)$", settings, re.MULTILINE)
-    if home is None or not os.path.isdir(home.group(1).strip()) or not os.path.exists(python):
-        return False
-    # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
-    name = os.path.basename(os.path.realpath(python))
-    packages = os.path.join(directory, "lib", name)
-    return not re.match(r"python3\.[0-9]+t?\Z", name) or os.path.isdir(packages)
+    return _has_its_python(directory, environment_program(wanted, data))
 
 
 def _launched_python(minor: int) -> str:
     """Python 3.`minor` of Windows, which has no python3.N.exe: the launcher knows what is there."""
-    launcher = find_program("py" + EXE) if IS_WINDOWS else ""
+    if not IS_WINDOWS:
+        return ""
+    launcher = find_program("py" + EXE)
     if not launcher:
         return ""
     return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+
+
+def _is_python(program: str, minor: int) -> bool:
+    """True where a program is that Python, and no stub of a version manager's."""
+    said = _output([program, "-c", "import sys; print(sys.version_info[1])"])
+    return said.strip() == str(minor)
 
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
     """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
     if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
         return sys.executable
-    ask = "import sys; print(sys.version_info[1])"
     for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
-        if not python:
-            continue
-        if _output([python, "-c", ask]).strip() == str(minor):  # a manager's stub may stand there
+        if python and _is_python(python, minor):
             return python
     return ""
 
 
-def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
-    """Make a private environment where none is ready; wheels only, nothing is built.
+def _ends_within(process: Any, patience_s: float) -> bool:
+    import subprocess
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
-    One process does it at a time; the others wait and find it done. Errors: UserError.
-    """
-    if environment_ready(wanted, data):
-        return
-    python = suitable_python(wanted)
-    if not python:
-        oldest, newest = (".".join(map(str, version)) for version in (wanted.oldest, wanted.newest))
-        raise UserError(f"{wanted.what} needs Python {oldest} to {newest},"
-                        " and there is none on PATH", wanted.otherwise)
-    lock = os.path.join(data, wanted.name, "lock")
-    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
-        if not environment_ready(wanted, data):
-            _make_environment(wanted, data, python, say)
+
+def _run_with_progress(what: str, command: Sequence[str],
+                       say: Callable[[str], None]) -> Optional[str]:
+    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
+    import subprocess
+    import tempfile
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=not IS_WINDOWS)
+        try:
+            while not _ends_within(process, 3):
+                say(f"  {what}: {time.monotonic() - began:.0f} s")
+        except BaseException:
+            # pip and ensurepip have children of their own.
+            _signal_group(process.pid, True)
+            process.wait()
+            raise
+        output.seek(0)
+        text = output.read().decode("utf-8", "replace")
+    if process.returncode:
+        return text
+    say(f"  {what}: done in {time.monotonic() - began:.0f} s")
+    return None
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
@@ -6618,32 +7014,21 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
 
 
-def _run_with_progress(what: str, command: Sequence[str],
-                       say: Callable[[str], None]) -> Optional[str]:
-    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
-    import subprocess
-    import tempfile
-    began, said = time.monotonic(), 0.0
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, start_new_session=not IS_WINDOWS)
-        try:
-            while process.poll() is None:
-                passed = time.monotonic() - began
-                if passed - said >= 3:
-                    said = passed
-                    say(f"  {what}: {passed:.0f} s")
-                time.sleep(0.05)
-        except BaseException:
-            _signal_group(process.pid, True)    # pip and ensurepip have children of their own
-            process.wait()
-            raise
-        output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-    if process.returncode == 0:
-        say(f"  {what}: done in {time.monotonic() - began:.0f} s")
-        return None
-    return text
+def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
+    """Make a private environment where none is ready; wheels only, nothing is built.
+
+    One process does it at a time; the others wait and find it done. Errors: UserError.
+    """
+    if environment_ready(wanted, data):
+        return
+    python = suitable_python(wanted)
+    if not python:
+        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest[1]} to 3.{wanted.newest[1]},"
+                        " and there is none on PATH", wanted.otherwise)
+    lock = os.path.join(data, wanted.name, "lock")
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+        if not environment_ready(wanted, data):
+            _make_environment(wanted, data, python, say)
 
 
 # ==================================================================================================
@@ -7153,13 +7538,13 @@ def _next_piece(pieces: Iterator[bytes]) -> bytes:
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
 
 
-def asked_json(upstream: Upstream, path: str, headers: bytes = b"") -> Dict[str, Any]:
+def asked_json(upstream: Upstream, path: str) -> Dict[str, Any]:
     """The JSON object that a daemon answers within 2 s, {} where it answers none.
 
     What is in it is another process's word: its types are for the caller to check.
     """
     try:
-        body = upstream.get(path, 2.0, headers=headers, limit_bytes=MAX_ANSWER_BYTES)[1]
+        body = upstream.get(path, 2.0, limit_bytes=MAX_ANSWER_BYTES)[1]
     except (OSError, ValueError):
         return {}
     return parse_json_object(body)
@@ -8707,11 +9092,6 @@ def ollama_path(path: str) -> str:
 
 def _list_of(value: object) -> List[Any]:
     return value if isinstance(value, list) else []
-
-
-def dict_of(value: object) -> Dict[str, Any]:
-    """A value that should be an object; {} for any other."""
-    return value if isinstance(value, dict) else {}
 
 
 def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
@@ -10878,7 +11258,7 @@ def forget_parked(data: str) -> int:
         except FileNotFoundError:
             pass
         except OSError as exc:
-            raise UserError(f"cannot delete {path}: {exc.strerror}", path_hint(exc)) from None
+            raise path_error("delete", path, exc) from None
     return freed
 
 
@@ -12156,17 +12536,13 @@ class SwapApp(UpstreamApp):
 
     def start(self) -> None:
         """Spawn llama-swap and wait until it answers. Errors: UserError with its last words."""
-        before = file_size(self._output)
+        log_bytes = file_size(self._output)
         self._spawn()
-        end = time.monotonic() + 60
-        while not self._healthy():
-            code = self._process.poll()
-            if code is not None or time.monotonic() > end:
-                self.close()
-                what = f"exited with {code}" if code is not None else "did not answer within 60 s"
-                tail = ":\n" + tail_of(self._output) if file_size(self._output) > before else ""
-                raise UserError(f"llama-swap {what} at start{tail}", f"see {self._output}")
-            time.sleep(0.02)
+        try:
+            await_answer("llama-swap", self._process, self._healthy, self._output, log_bytes, 60)
+        except UserError:
+            self.close()
+            raise
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
@@ -12243,9 +12619,9 @@ def swap_ports(upstream: Upstream) -> Dict[str, int]:
     return ports
 
 
-def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = asked_json(upstream, "/running", headers).get("running")
+    rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
     return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
@@ -12255,6 +12631,8 @@ def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[st
 # STACK
 # ==================================================================================================
 # One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
+# This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
+# stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
 LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
                      " install llama.cpp), or try `llmstack start --demo`, which brings its own")
@@ -12270,24 +12648,26 @@ def owner_file(data: str) -> str:
 
 
 def read_stack(places: Places) -> Optional[Record]:
-    """The project's daemon as its pid file says, or, where somebody has deleted .llmstack under a
-    running stack, as its copy in the data directory does; None where there is none of ours."""
+    """The project's daemon as its pid file says, else as its copy in the data directory does.
+
+    The copy is for one whose .llmstack was deleted while it ran. None where there is none of ours.
+    """
     record = read_record(pid_file(places))
     if record is not None:
         return record
     copy = _read_json(owner_file(places.data))
+    # One copy serves all projects: it is of the last one that was started.
     if copy.get("work") != places.work:
         return None
-    record = parse_record(str(copy.get("record", "")))
-    if record is None or not record_is_ours(record, places.work):
-        return None
-    return record
+    return proven_record(str(copy.get("record", "")), places.work)
 
 
 def running_record(places: Places) -> Optional[Record]:
     """The project's daemon where it lives, None where it does not or is another's."""
     record = read_stack(places)
-    return record if owned_process(record, places.work) else None
+    if not owned_process(record, places.work):
+        return None
+    return record
 
 
 def stack_is_alive(places: Places) -> bool:
@@ -12296,38 +12676,60 @@ def stack_is_alive(places: Places) -> bool:
 
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
+    # An address that means every interface can be listened on, but not connected to everywhere.
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
     return everywhere.get(host, host)
 
 
-def router_upstream(record: Record) -> Upstream:
-    return Upstream(connectable(record.host), record.port)
+def api_key(env: Mapping[str, str]) -> str:
+    """LLMSTACK_API_KEY without the newline its file ended with.
+
+    Errors: UserError where no header can carry it.
+    """
+    key = env.get("LLMSTACK_API_KEY", "").strip()
+    # A header is one line of ASCII; a key from a file on Windows may hold a mark of its encoding.
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
+                        "set it to one plain line", 2)
+    return key
+
+
+def router_upstream(record: Record, env: Mapping[str, str]) -> Upstream:
+    """The router of a daemon, which is given the key of `env`. Errors: UserError for a bad one."""
+    upstream = Upstream(connectable(record.host), record.port)
+    upstream.key = api_key(env)
+    return upstream
 
 
 def engine_upstream(record: Record) -> Upstream:
     return Upstream("127.0.0.1", record.engine_port)
 
 
-def answers(record: Optional[Record], headers: bytes = b"") -> bool:
+def _asked_head(upstream: Upstream, path: str) -> Optional[Response]:
+    """The head of what a daemon answers within 2 s, None where it answers nothing."""
+    try:
+        return upstream.get(path, 2.0)[0]
+    except (OSError, ValueError):
+        return None
+
+
+def answers(record: Record, env: Mapping[str, str]) -> bool:
     """True when a daemon is up: its process is the one we started, and its router says its pid."""
-    if record is None or not record.alive:
+    if not record.alive:
         return False
-    try:
-        response, _ = router_upstream(record).get("/models.ini", 2.0, headers=headers)
-    except (OSError, ValueError):
+    head = _asked_head(router_upstream(record, env), "/models.ini")
+    if head is None:
         return False
-    if response.status != 200:
-        return response.status in (401, 404)
-    return response.header(b"x-llmstack-pid") == str(record.pid)
+    # A router that wants a key, or one without a models.ini, is up all the same.
+    if head.status != 200:
+        return head.status in (401, 404)
+    # Another router may have taken the port after ours died.
+    return head.header(b"x-llmstack-pid") == str(record.pid)
 
 
-def engine_answers(record: Optional[Record]) -> bool:
-    if record is None or not record.alive:
-        return False
-    try:
-        return engine_upstream(record).get("/health", 2.0)[0].status == 200
-    except (OSError, ValueError):
-        return False
+def engine_answers(record: Record) -> bool:
+    head = _asked_head(engine_upstream(record), "/health")
+    return head is not None and head.status == 200
 
 
 def base_url(host: str, port: int) -> str:
@@ -12337,31 +12739,13 @@ def base_url(host: str, port: int) -> str:
     return f"http://{name}:{port}"
 
 
-def api_key(env: Mapping[str, str]) -> str:
-    """LLMSTACK_API_KEY without the newline its file ended with.
-
-    Errors: UserError where no header can carry it.
-    """
-    key = env.get("LLMSTACK_API_KEY", "").strip()
-    if key and not (key.isascii() and key.isprintable()):
-        raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
-                        "set it to one plain line", 2)
-    return key
-
-
-def key_header(env: Mapping[str, str]) -> bytes:
-    key = api_key(env)
-    if not key:
-        return b""
-    return b"X-Api-Key: " + key.encode() + b"\r\n"
-
-
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if not is_loopback(host) and not api_key(env) and not config.allow_unauthenticated:
-        raise UserError(f"{host} can be reached by others, and no API key is set",
-                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
-                        " in models.ini", 2)
+    if is_loopback(host) or api_key(env) or config.allow_unauthenticated:
+        return
+    raise UserError(f"{host} can be reached by others, and no API key is set",
+                    "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                    " in models.ini", 2)
 
 
 class Plan(NamedTuple):
@@ -12372,7 +12756,6 @@ class Plan(NamedTuple):
     host: str
     port: int
     use_next: bool
-    env: Mapping[str, str]
     kind: str = "embedded"                      # of the engine: embedded | llama-swap
 
     @property
@@ -12380,6 +12763,11 @@ class Plan(NamedTuple):
         if self.use_next:
             return "next"
         return "current"
+
+    @property
+    def url(self) -> str:
+        """The router's, without /v1."""
+        return base_url(self.host, self.port)
 
 
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
@@ -12431,6 +12819,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
     """Which engine is to serve: embedded | llama-swap. Errors: UserError."""
+    # `auto` takes llama-swap where it is found, as llmstack 0.12 does.
     if config.engine == "embedded":
         return "embedded"
     if find_llama_swap(env, data):
@@ -12444,11 +12833,13 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
 
 def check_plan(plan: Plan) -> None:
     """What can be known to fail before anything is started or stopped. Errors: UserError."""
-    program = find_llama_server(plan.config, plan.env, plan.places.data)
-    if not program and local_tiers(plan.config):
+    places, config = plan.places, plan.config
+    program = find_llama_server(config, places.env, places.data)
+    if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
-    if program and plan.kind == "llama-swap":   # its YAML needs to know them
-        probe_flags(program, plan.config, plan.places.data)
+    # llama-swap's YAML needs to know which flags there are.
+    if program and plan.kind == "llama-swap":
+        probe_flags(program, config, places.data)
 
 
 def places_at(data: str, work: str) -> Places:
@@ -12457,14 +12848,13 @@ def places_at(data: str, work: str) -> Places:
     return Places(work, state, os.path.join(state, "models.ini"), data)
 
 
-def other_owner(places: Places) -> str:
-    """The project whose daemon is alive, when that is not this one; "" otherwise."""
+def other_owner(places: Places) -> Optional[Places]:
+    """The project whose daemon is alive, where that is not this one."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
-    if not work or work == places.work:
-        return ""
-    if not stack_is_alive(places_at(places.data, work)):
-        return ""
-    return work
+    other = places_at(places.data, work)
+    if not work or work == places.work or not stack_is_alive(other):
+        return None
+    return other
 
 
 def seed_text(profile: str = "") -> Tuple[bytes, str]:
@@ -12474,6 +12864,7 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     Errors: UserError for a profile that there is not, or that this copy of the program lacks.
     """
     machine = this_machine(Config())
+    # What this machine holds decides, unless the user knows better.
     name = choose_profile(machine.budget_gb)
     if profile:
         name = find_profile(profile)
@@ -12483,6 +12874,7 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     except UserError as exc:
         if profile:
             raise
+        # A copy without share/ still starts: with the profile that lies beside it.
         lacking = f"{exc}; taken instead: "
         name = BUNDLED_PROFILE
         text = read_resource(profile_file(name))
@@ -12500,10 +12892,10 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
     Errors: as theirs.
     """
-    if os.path.exists(places.models_ini) or os.environ.get("LLMSTACK_MODELS_INI"):
+    if os.path.exists(places.models_ini) or places.env.get("LLMSTACK_MODELS_INI"):
         return load_config(places, warn)
     seed, _ = seed_text(profile)
-    text = with_ultra(seed, os.environ, places.data).decode("utf-8")
+    text = with_ultra(seed, places.env, places.data).decode("utf-8")
     config, _ = parse_models_ini(text)
     return config
 
@@ -12515,7 +12907,10 @@ def check_state(places: Places) -> None:
     """
     close_places(places)
     target = os.path.realpath(places.state)
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
+    # A link to another project's .llmstack is how worktrees share one.
+    if not os.path.islink(places.state):
+        return
+    if os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
@@ -12526,68 +12921,75 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
     Errors: UserError.
     """
     check_state(places)
-    if os.path.exists(places.models_ini):
-        if profile:
-            raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
-                            "edit it, or move it away first")
+    there = os.path.exists(places.models_ini)
+    if there and profile:
+        raise UserError(f"{places.models_ini} is there already, and --profile would replace it",
+                        "edit it, or move it away first")
+    if there:
         return
     why = ""
     if text is None:
         text, why = seed_text(profile)
-        text = with_ultra(text, os.environ, places.data)
+        text = with_ultra(text, places.env, places.data)
+    # Nothing of a user's is overwritten: the file was not there a moment ago.
     write_atomic(places.models_ini, text)
     say(f"Wrote {places.models_ini}: the tiers of this project, yours to edit")
     if why:
         say(why)
 
 
-def _environment_map(pid: int) -> Dict[str, str]:
+def process_variables(pid: int) -> Dict[str, str]:
     """The environment a process was started with, {} where that cannot be told."""
-    pairs = (word.partition("=") for word in process_environment(pid) or [])
-    return {name: value for name, found, value in pairs if found}
+    variables = {}
+    for word in process_environment(pid) or []:
+        name, found, value = word.partition("=")
+        if found:
+            variables[name] = value
+    return variables
 
 
-def _project_name(work: str, data: str) -> str:
-    if work == os.path.join(data, "demo"):
-        return "the demo"
-    return work
+def _stack_name(places: Places) -> str:
+    if places.is_demo:
+        return "another llmstack (the demo)"
+    return f"another llmstack ({places.work})"
 
 
-def _stop_advice(work: str, data: str) -> str:
-    if work == os.path.join(data, "demo"):
+def _stop_advice(places: Places) -> str:
+    if places.is_demo:
         return "`llmstack stop --demo` ends it"
-    return f"`llmstack stop` in {work} ends it"
+    return f"`llmstack stop` in {places.work} ends it"
 
 
-def _work_of_listener(port: int) -> str:
-    """The project of the llmstack that listens on `port`; "" for any other program."""
+def _listening_stack(data: str, port: int) -> Optional[Places]:
+    """The project of the llmstack that listens on `port`; None for any other program."""
+    # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
-        env = _environment_map(pid)
-        if env.get(STACK_VARIABLE):
-            return env.get("LLMSTACK_WORK_DIR", "")
-    return ""
+        env = process_variables(pid)
+        work = env.get("LLMSTACK_WORK_DIR")
+        if env.get(STACK_VARIABLE) and work:
+            return places_at(data, work)
+    return None
 
 
 def _and_list(words: Sequence[str]) -> str:
     """a, b and c."""
-    if len(words) < 2:
-        return "".join(words)
-    return ", ".join(words[:-1]) + " and " + words[-1]
+    *first, last = words
+    if not first:
+        return last
+    return f"{', '.join(first)} and {last}"
 
 
 def _refuse_second_stack(places: Places) -> None:
     """One stack at a time, whatever its ports: two would not fit in memory. Errors: UserError."""
     owner = other_owner(places)
-    if not owner:
+    if owner is None:
         return
-    record = read_stack(places_at(places.data, owner))
+    record = read_stack(owner)
     assert record is not None                   # it is alive
-    ports = [str(record.port), str(record.engine_port)]
     url = base_url(record.host, record.port)
-    hint = (f"`llmstack install --external {url}` uses it from here,"
-            f" {_stop_advice(owner, places.data)}")
-    name = _project_name(owner, places.data)
-    raise UserError(f"another llmstack ({name}) holds {_and_list(ports)}", hint)
+    raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
+                    f"`llmstack install --external {url}` uses it from here,"
+                    f" {_stop_advice(owner)}")
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
@@ -12597,19 +12999,21 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     project's own daemon holds is no obstacle: it is up, or is ended first.
     """
     _refuse_second_stack(places)
-    own: List[int] = []
+    free = [0]
     record = running_record(places)
+    # What this project's own daemon holds is free once that is ended.
     if record is not None:
-        own = [record.port, record.engine_port]
+        free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        if not port or port in own or port_is_free(host, port):
+        # All ports are looked at before anything is said: one message names them all.
+        if port in free or port_is_free(host, port):
             continue
-        work = _work_of_listener(port)
-        if work:
-            holder = f"another llmstack ({_project_name(work, places.data)})"
-            advice.append(_stop_advice(work, places.data))
+        other = _listening_stack(places.data, port)
+        if other is not None:
+            holder = _stack_name(other)
+            advice.append(_stop_advice(other))
         else:
             holder = port_holder(port)
             keys.append(key)
@@ -12618,12 +13022,14 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
         advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
     if holders:
         held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
-        raise UserError("; ".join(held), "; ".join(dict.fromkeys(advice)))
+        # Two ports of one stack need its advice once.
+        once = dict.fromkeys(advice)
+        raise UserError("; ".join(held), "; ".join(once))
 
 
-def stack_lock(places: Places, say: Say) -> FileLock:
+def stack_lock(places: Places, tell: Say = say) -> FileLock:
     return FileLock(os.path.join(places.data, "lock"),
-                    lambda: say("Another start or stop is under way; waiting for it"))
+                    lambda: tell("Another start or stop is under way; waiting for it"))
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
@@ -12631,43 +13037,23 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
+    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
-        raise UserError(f"the router is running on {base_url(record.host, record.port)}",
+        raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    config = plan.config
-    wanted = {"router_port": (plan.host, plan.port),
-              "engine_port": ("127.0.0.1", config.engine_port)}
-    if proxy_tier(config) and find_litellm(plan.env, plan.places.data):
+    places, config = plan.places, plan.config
+    wanted = {
+        "router_port": (plan.host, plan.port),
+        "engine_port": ("127.0.0.1", config.engine_port),
+    }
+    # Without LiteLLM nothing will listen there.
+    if proxy_tier(config) and find_litellm(places.env, places.data):
         wanted["litellm_port"] = ("127.0.0.1", config.litellm_port)
     return wanted
-
-
-def _daemon_env(plan: Plan) -> Dict[str, str]:
-    places = plan.places
-    return {**plan.env, "LLMSTACK_WORK_DIR": places.work, "LLMSTACK_DATA_DIR": places.data,
-            "LLMSTACK_MODELS_INI": places.models_ini}
-
-
-def _await_daemon(plan: Plan, process: Any, record: Record, log: str, before: int) -> None:
-    """Return once a daemon answers.
-
-    `before`: bytes of its log before its start. Errors: UserError with what it has written there.
-    """
-    end = time.monotonic() + START_TIMEOUT_S
-    while not answers(record, key_header(plan.env)):
-        code = process.poll()
-        if code is None and time.monotonic() < end:
-            time.sleep(0.02)
-            continue
-        what = f"exited with {code}"
-        if code is None:
-            what = f"did not answer within {START_TIMEOUT_S} s"
-        tail = ":\n" + tail_of(log) if file_size(log) > before else ""
-        raise UserError(f"the daemon {what} at start{tail}", f"see {log}")
 
 
 def program_name(program: Sequence[str]) -> str:
@@ -12677,70 +13063,99 @@ def program_name(program: Sequence[str]) -> str:
     return f"xllamacpp {LLAMA_CPP_PIN} from PyPI"
 
 
-def _say_started(plan: Plan, say: Say) -> None:
-    config, data = plan.config, plan.places.data
-    program = find_llama_server(config, plan.env, data)
-    server = f", llama-server is {program_name(program)}" if program else ""
-    say(f"Router  {base_url(plan.host, plan.port)}/v1")
-    say(f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}{server}")
-    proxy = plan_proxy(plan.places, config, plan.env, plan.use_next)
-    if proxy:
-        when = ", starting; that takes a while" if proxy.preload else ", on demand"
-        say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui{when}")
-
-
-def _start_daemon(plan: Plan, say: Say) -> None:
-    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
+def _say_started(plan: Plan) -> None:
     places, config = plan.places, plan.config
-    log = places.log("router.log")
-    command = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-               "--engine", plan.kind]
-    if plan.use_next:
-        command.append("--next")
-    record = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-                    config.engine_port)
-    before = file_size(log)
-    process, record = spawn_recorded(command, log, _daemon_env(plan), pid_file(places), record)
-    copy = {"work": places.work, "record": read_text(pid_file(places))}
-    try:
-        write_atomic(owner_file(places.data), json.dumps(copy))
-        _await_daemon(plan, process, record, log, before)
-    except BaseException:                       # Ctrl-C, too: nothing stays up without a word
-        stop_process(record.pid, record.started, STOP_GRACE_S, process.poll)
-        stop_stack_members(record.stack)
-        _remove(pid_file(places))
-        _remove(owner_file(places.data))
-        raise
-    process.returncode = 0                      # it stays; Popen is not to warn of that
-    _say_started(plan, say)
+    program = find_llama_server(config, places.env, places.data)
+    proxy = plan_proxy(places, config, places.env, plan.use_next)
+    engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
+    if program:
+        engine += f", llama-server is {program_name(program)}"
+    say(f"Router  {plan.url}/v1")
+    say(engine)
+    if proxy is None:
+        return
+    when = "on demand"
+    if proxy.preload:
+        when = "starting; that takes a while"
+    say(f"LiteLLM http://127.0.0.1:{proxy.port}/ui, {when}")
 
 
-def start_stack(plan: Plan, say: Say, again: bool = False) -> bool:
-    """Bring the daemon up; True when it was started, False when it was up.
+def _take_down(places: Places) -> int:
+    """Stop all that was started for a project, by record or without; returns how many there were.
 
-    `again`: one that runs is stopped first, once everything else is known to be well.
     Errors: UserError.
     """
+    stopped = 0
+    record = read_stack(places)
+    if record is not None:
+        stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
+    # What a crash has left has no record any more, but its mark.
+    stopped += stop_project_members(places.work)
+    _remove(pid_file(places))
+    _remove(places.in_state("active-channel"))
+    if _read_json(owner_file(places.data)).get("work") == places.work:
+        _remove(owner_file(places.data))
+    return stopped
+
+
+def _daemon_command(plan: Plan) -> List[str]:
+    words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
+             "--engine", plan.kind]
+    if plan.use_next:
+        words.append("--next")
+    return words
+
+
+def _start_daemon(plan: Plan) -> None:
+    """Spawn the daemon and wait until it answers. Errors: UserError with the tail of its log."""
     places = plan.places
-    with stack_lock(places, say):
+    log = places.log("router.log")
+    log_bytes = file_size(log)
+    blank = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+                   plan.config.engine_port)
+    env = {
+        **places.env,
+        "LLMSTACK_WORK_DIR": places.work,
+        "LLMSTACK_DATA_DIR": places.data,
+        "LLMSTACK_MODELS_INI": places.models_ini,
+    }
+    process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
+    try:
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
+        # The copy is what finds the daemon when .llmstack is deleted under it.
+        write_atomic(owner_file(places.data), json.dumps(copy))
+        await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
+                     START_TIMEOUT_S)
+    except BaseException:
+        # After Ctrl-C, too, nothing stays up without a word.
+        _take_down(places)
+        process.wait()
+        raise
+    # The daemon stays; Popen is not to warn of that.
+    process.returncode = 0
+    write_atomic(places.in_state("active-channel"), plan.channel + "\n")
+    _say_started(plan)
+
+
+def start_stack(plan: Plan, again: bool = False) -> bool:
+    """Bring up what check_plan has passed; True when it was started, False when it was up.
+
+    `again`: a daemon that runs is taken down first. Errors: UserError.
+    """
+    places = plan.places
+    with stack_lock(places):
         _refuse_second_stack(places)
-        record = read_stack(places)
-        alive = owned_process(record, places.work)
-        if alive and not again:
-            assert record is not None
+        record = running_record(places)
+        if record is not None and not again:
             _refuse_other_terms(plan, record)
-            if answers(record, key_header(plan.env)) and engine_answers(record):
+            if answers(record, places.env) and engine_answers(record):
                 return False
-        check_plan(plan)
-        if record is not None:
-            if not alive:
-                say("The daemon has died; cleaning up after it and starting it again")
-            stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
-        stop_project_members(places.work)       # what a crash has left without a record
-        _remove(pid_file(places))
+        if record is None and read_stack(places) is not None:
+            say("The daemon has died; cleaning up after it and starting it again")
+        # What a crash has left would hold the ports.
+        _take_down(places)
         check_ports(places, _plan_ports(plan))
-        _start_daemon(plan, say)
-        write_atomic(places.in_state("active-channel"), plan.channel + "\n")
+        _start_daemon(plan)
         return True
 
 
@@ -12750,33 +13165,22 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
     Errors: UserError.
     """
     try:
-        response, body = router_upstream(record).get(
-            "/llmstack/reload", 10.0, "POST", key_header(env))
-        said = json.loads(body)
-        problem = said.get("problem") if isinstance(said, dict) else None
-    except (OSError, ValueError, RecursionError):
+        response, body = router_upstream(record, env).get("/llmstack/reload", 10.0, "POST")
+    except (OSError, ValueError):
         raise UserError("the router does not answer", "see logs/router.log") from None
     if response.status == 200:
         return ""
-    return visible(str(problem or f"it answers {response.status}"), 2000)
+    problem = parse_json_object(body).get("problem") or f"it answers {response.status}"
+    return visible(str(problem), 2000)
 
 
-def stop_stack(places: Places, say: Say) -> bool:
+def stop_stack(places: Places) -> bool:
     """Stop this project's daemon and all it has started; True when something was running.
 
     Errors: UserError.
     """
-    with stack_lock(places, say):
-        stopped = 0
-        record = read_stack(places)
-        if record is not None:
-            stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
-        stopped += stop_project_members(places.work)
-        for path in (pid_file(places), places.in_state("active-channel")):
-            _remove(path)
-        if _read_json(owner_file(places.data)).get("work") == places.work:
-            _remove(owner_file(places.data))
-        return stopped > 0
+    with stack_lock(places):
+        return _take_down(places) > 0
 
 
 # ---- what runs, as `status` shows it
@@ -12792,35 +13196,38 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
     port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    return next((process_age_s(pid) for pid in listeners(int(port.group(1)))), None)
+    for pid in listeners(int(port.group(1))):
+        return process_age_s(pid)
+    return None
 
 
-def _engine_states(upstream: Upstream,
-                   headers: bytes = b"") -> Optional[Dict[str, Tuple[str, Any]]]:
+def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     """Tier -> (state, since how many seconds), as an engine, or a router before one, tells.
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running", headers).get("running")
+    running = asked_json(upstream, "/running").get("running")
     if not isinstance(running, list):
         return None
     states = {}
-    for row in running:
-        if not isinstance(row, dict):
-            continue
+    for row in map(dict_of, running):
         model, state = row.get("model"), row.get("state")
         if isinstance(model, str) and isinstance(state, str):
             states[model] = state, _since_s(upstream, row)
     return states
 
 
-def _router_states(upstream: Upstream, headers: bytes = b"") -> Dict[str, Dict[str, str]]:
+def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
+    return {key: value for key, value in row.items() if isinstance(value, str)}
+
+
+def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     """Tier -> what a router tells of it: its state, and the reason for that."""
-    told = asked_json(upstream, "/llmstack/state", headers)
-    return {name: {key: value for key, value in row.items() if isinstance(value, str)}
-            for name, row in told.items() if isinstance(row, dict)}
+    told = asked_json(upstream, "/llmstack/state")
+    return {name: _texts_of(row) for name, row in told.items() if isinstance(row, dict)}
 
 
 def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
@@ -12828,38 +13235,49 @@ def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
     """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
     weights = weights_for(tier, use_next)
-    model = weights.path or weights.file
+    model, channel = weights.path or weights.file, "current"
+    # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
         model = hosted_model(tier, use_next)
         state, since_s = told.get("state", "unknown"), None
-    channel = "next" if use_next and tier.has_next else "current"
-    return {"name": tier.name, "role": tier.role, "backend": tier.backend,
-            "ctx_size": tier.ctx_size, "model": model, "channel": channel, "state": state,
-            "reason": told.get("reason", ""), "since_s": since_s}
+    if use_next and tier.has_next:
+        channel = "next"
+    return {
+        "name": tier.name,
+        "role": tier.role,
+        "backend": tier.backend,
+        "ctx_size": tier.ctx_size,
+        "model": model,
+        "channel": channel,
+        "state": state,
+        "reason": told.get("reason", ""),
+        "since_s": since_s,
+    }
 
 
 def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping[str, str]:
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return _environment_map(record.pid) or env
+    return process_variables(record.pid) or env
 
 
-def _judge_hosted(rows: Dict[str, Any], places: Places, config: Config, proxy: Tuple[str, Any],
-                  env: Mapping[str, str]) -> None:
-    """Put into the rows of LiteLLM tiers what its proxy and the daemon's environment tell."""
-    lacking = lacking_credentials(places, config, env, rows["channel"] == "next")
-    words = {"ready": "loaded", "starting": "loading", "": "cold"}
-    for row in rows["tiers"]:
-        if row["backend"] != "litellm":
-            continue
-        row["missing"] = list(lacking.get(row["name"], ()))
-        if row["state"] == "available":
-            row["state"], row["since_s"] = words.get(proxy[0], proxy[0]), proxy[1]
-        settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
-        if row["missing"] and not settled:
-            row.update(state="no credential", reason=f"missing {', '.join(row['missing'])}")
-    rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
+# llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
+_PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
+
+
+def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
+    """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
+    row["missing"] = list(missing)
+    # The router calls a hosted tier available; whether its proxy is up, the engine knows.
+    if row["state"] == "available":
+        state, row["since_s"] = proxy
+        row["state"] = _PROXY_WORDS.get(state, state)
+    # A worse reason than a missing credential stays.
+    settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
+    if missing and not settled:
+        row["state"] = "no credential"
+        row["reason"] = f"missing {', '.join(missing)}"
 
 
 def running_channel(places: Places) -> str:
@@ -12870,71 +13288,99 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-def running_memory(places: Places) -> Dict[str, Any]:
-    """What the project's daemon tells of memory, {} where there is none."""
-    record = running_record(places)
-    if record is None:
-        return {}
-    return asked_json(router_upstream(record), "/llmstack/memory", key_header(os.environ))
+class _Told(NamedTuple):
+    """What a running stack tells of its tiers, by name; nothing where it does not run."""
+
+    use_next: bool
+    states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
+    otherwise: str                              # the state of one that the engine does not name
+    hosted: Dict[str, Dict[str, str]]           # by the router
 
 
-def running_machine(places: Places, config: Config) -> Optional[Machine]:
-    """The budget that the project's daemon goes by, None where there is none.
+def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: Optional[Upstream],
+               engine: Optional[Upstream]) -> _Told:
+    states, otherwise = {}, "unknown"
+    if engine is not None:
+        states = _engine_states(engine) or {}
+        otherwise = "stopped"
+    if router is not None:
+        hosted = _router_states(router)
+    else:
+        lacking = missing_credentials(config, places.env)
+        hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
+    return _Told(channel == "next", states, otherwise, hosted)
 
-    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
-    """
-    told = running_memory(places)
-    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
-        return None
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0))
+
+def _tier_rows(places: Places, config: Config, told: _Told,
+               env: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """The rows of `status`; `env`: that of the daemon, whose credentials count."""
+    lacking = lacking_credentials(places, config, env, told.use_next)
+    parking = parking_notes(places.data)
+    proxy = told.states.get(PROXY, ("", None))
+    rows = []
+    for tier in config.tiers:
+        name = tier.name
+        known = told.states.get(name, (told.otherwise, None))
+        row = _tier_row(tier, told.use_next, known, told.hosted.get(name, {}))
+        row["parking"] = parking.get(name, "")
+        if tier.backend == "litellm":
+            _judge_hosted(row, lacking.get(name, ()), proxy)
+        rows.append(row)
+    return rows
 
 
-def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
+def _daemon_row(record: Record, alive: bool, kind: str, url: str, up: object) -> Dict[str, Any]:
+    return {
+        "kind": kind,
+        "url": url,
+        "answers": up is not None,
+        "pid": record.pid,
+        "alive": alive,
+    }
+
+
+def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     """What runs, probed now; the value `status --json` prints."""
+    env = places.env
     record = read_stack(places)
     alive = owned_process(record, places.work)
-    router_up = alive and answers(record, key_header(env))
-    engine_up = alive and engine_answers(record)
-    rows: Dict[str, Any] = {"running": router_up and engine_up, "project": places.work,
-                            "models_ini": places.models_ini, "router": None, "engine": None,
-                            "channel": record.channel if record else None}
-    states, told = None, {}
+    # Each is here only where it answers.
+    router: Optional[Upstream] = None
+    engine: Optional[Upstream] = None
+    rows: Dict[str, Any] = {
+        "project": places.work,
+        "models_ini": places.models_ini,
+        "router": None,
+        "engine": None,
+        "channel": None,
+        "local_only": config.local_only,
+        "other_owner": None,
+        "now": None,
+        "memory_pressure": "",
+    }
     if record is not None:
-        common = {"pid": record.pid, "alive": alive}
-        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
-                          "answers": router_up, **common}
-        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
-                          "answers": engine_up, **common}
-        if engine_up:
-            states = _engine_states(engine_upstream(record))
-        if router_up:
-            told = _router_states(router_upstream(record), key_header(env))
-    if not router_up:
-        told = {name: {"state": "no credential", "reason": why}
-                for name, why in missing_credentials(config, env).items()}
-    otherwise = ("stopped" if engine_up else "unknown", None)
-    rows["tiers"] = []
-    for tier in config.tiers:
-        known = (states or {}).get(tier.name, otherwise)
-        rows["tiers"].append(
-            _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {})))
-    if any(t.backend == "litellm" for t in config.tiers):
-        proxy = (states or {}).get(PROXY, ("", None))
-        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
-    notes = parking_notes(places.data)
-    for row in rows["tiers"]:
-        row["parking"] = notes.get(row["name"], "")
-    rows["local_only"] = config.local_only
-    rows["other_owner"] = other_owner(places) or None
-    rows["now"] = None                          # as /llmstack/snapshot tells it
-    if record is not None and router_up:
-        rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
-    rows["memory_pressure"] = ""
-    if router_up:
-        rows["memory_pressure"] = running_memory(places).get("pressure") or ""
+        if alive and answers(record, env):
+            router = router_upstream(record, env)
+        if alive and engine_answers(record):
+            engine = engine_upstream(record)
+        router_url = base_url(record.host, record.port)
+        engine_url = base_url("127.0.0.1", record.engine_port)
+        rows["router"] = _daemon_row(record, alive, "router", router_url, router)
+        rows["engine"] = _daemon_row(record, alive, record.kind, engine_url, engine)
+        rows["channel"] = record.channel
+        # The credentials that count are those of the daemon's terminal, not of this one.
+        env = _environment_of(record, env)
+    if router is not None:
+        rows["now"] = asked_json(router, "/llmstack/snapshot")
+        rows["memory_pressure"] = asked_json(router, "/llmstack/memory").get("pressure") or ""
+    owner = other_owner(places)
+    if owner is not None:
+        rows["other_owner"] = owner.work
+    rows["running"] = router is not None and engine is not None
+    told = _ask_tiers(places, config, rows["channel"], router, engine)
+    rows["tiers"] = _tier_rows(places, config, told, env)
+    if litellm_tiers(config):
+        rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
 
 
@@ -13199,11 +13645,12 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     if not _SAFE_URL.match(upstream.url):
         raise UserError(f"{url!r} has characters that a shell's prompt could not show",
                         "use letters, digits and . _ ~ - /", 2)
-    where, headers = f"{upstream.url}/models.ini", key_header(env)
+    where = f"{upstream.url}/models.ini"
+    upstream.key = api_key(env)
     try:
         if upstream.url.startswith("https"):
             upstream.use_tls(_client_tls(env, insecure))
-        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S, headers=headers,
+        response, body = upstream.get("/models.ini", REMOTE_PATIENCE_S,
                                       limit_bytes=MAX_INI_BYTES)
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
@@ -13218,7 +13665,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
             problem = ", it names no tier"
         except ConfigError as exc:
             problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
-    what, hint = _why_no_models_ini(response, body, bool(headers))
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
     if not what.startswith("is no "):
         problem = ""
     raise UserError(f"{where} {what}{problem}", hint)
@@ -13237,7 +13684,7 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
                         "run `install --external` in another project; to use another router here,"
                         " name its URL")
     say(f"Stopping this project's daemons: from now on it uses {remote.url}")
-    stop_stack(places, say)
+    stop_stack(places)
 
 
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
@@ -13266,15 +13713,15 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         rows["problem"] = f"{exc}; {exc.hint}"
         return rows
     rows["running"] = router["alive"] = router["answers"] = True
-    states = _engine_states(remote.upstream, key_header(env))
-    told = _router_states(remote.upstream, key_header(env))
+    states = _engine_states(remote.upstream)
+    told = _router_states(remote.upstream)
     otherwise = ("unknown" if states is None else "stopped", None)
     for tier in remote.config.tiers:
         state = (states or {}).get(tier.name, otherwise)
         row = _tier_row(tier, False, state, told.get(tier.name, {}))
         shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
         rows["tiers"].append({**row, **shown})
-    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot", key_header(env))
+    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot")
     return rows
 
 
@@ -13589,11 +14036,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
             "hint": visible(job.get("hint", "")),
         })
     return rows
-
-
-def is_live_terminal() -> bool:
-    """True where standard output is a terminal on which a line can be written over."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _Bar:
@@ -14118,19 +14560,6 @@ def project_above(directory: str) -> str:
             return ""
         directory = above
     return directory
-
-
-def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
-    """(shell, its project) of the hook that is active in the very shell we were started from.
-
-    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
-    without the hook stands between.
-    """
-    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
-    shell, _, project = rest.partition(":")
-    if shell in SHELLS and level == env.get("SHLVL", ""):
-        return shell, project
-    return "", ""
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -15367,74 +15796,8 @@ def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
 # ==================================================================================================
 # COMMANDS
 # ==================================================================================================
-
-
-class _OutputFailed(Exception):  # noqa: N818
-    """Standard output is closed or full; `message` is "" where that is the reader's will."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-def may_paint() -> bool:
-    """True on a terminal, and not under NO_COLOR."""
-    return is_live_terminal() and not os.environ.get("NO_COLOR")
-
-
-def paint(text: str, code: str) -> str:
-    if not may_paint():
-        return text
-    return f"\x1b[{code}m{text}\x1b[0m"
-
-
-def write_out(text: str) -> None:
-    """Text as it is on standard output, at once: who pipes us sees progress."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise _OutputFailed("") from None
-    except OSError as exc:
-        raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
-
-
-def called_as() -> str:
-    """What runs this program where its user is: llmstack, else what was typed."""
-    shell = os.environ.get("LLMSTACK_ACTIVE") or hook_of(os.environ)[0]
-    typed = sys.argv[0]
-    if shell or find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
-        return "llmstack"
-    python = getattr(sys, "orig_argv", ["python3"])[0]      # since Python 3.10
-    return f"{os.path.basename(python)} {posix_quote(typed)}"
-
-
-def as_called(text: str) -> str:
-    """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    if "`llmstack " not in text or text.startswith("{"):
-        return text
-    return text.replace("`llmstack ", f"`{called_as()} ")
-
-
-def say(line: str = "") -> None:
-    """A line on standard output, whatever text from elsewhere it holds."""
-    line = as_called(line)
-    line = visible_colours(line) if may_paint() else visible_lines(line)
-    write_out(line + "\n")
-
-
-def _tell(line: str) -> None:
-    """A line on standard error, whatever text from elsewhere it holds."""
-    sys.stderr.write(visible_lines(as_called(line)) + "\n")
-
-
-def warn(line: str) -> None:
-    _tell(f"llmstack: warning: {line}")
-
-
-def _has_person() -> bool:
-    """True where somebody is there to be asked."""
-    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty())
+# The room of the command line: each command reads its arguments, calls the rooms above and says
+# what came of it. Here os.environ becomes the environment that travels with the places.
 
 
 def _places(args: Any) -> Places:
@@ -15448,32 +15811,32 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
     """
     url = trusted_url(places)
     if url:
-        remote = fetch_remote(url, os.environ)
-        remote.upstream.key = api_key(os.environ)
+        remote = fetch_remote(url, places.env)
         return remote.upstream, remote.config
     record = running_record(places)
     if record is None:
         raise UserError("the stack of this project is not running", "run `llmstack start`")
-    upstream = router_upstream(record)
-    upstream.key = api_key(os.environ) or api_key(_environment_of(record, {}))
+    upstream = router_upstream(record, places.env)
+    upstream.key = upstream.key or api_key(_environment_of(record, {}))
     return upstream, load_config(places)
 
 
-def _wants_next(args: Any, places: Places, config: Config) -> bool:
-    """The channel to run: as asked, else as pinned in default-channel.
+def wants_next(places: Places, config: Config, asked: str = "", running: str = "") -> bool:
+    """The channel to run: as `asked`, else the one that is `running`, else the project's own.
 
     Errors: UserError where nothing is queued.
     """
-    if getattr(args, "current", False):
+    # What is asked on the command line goes before the environment, that before what runs.
+    use_next = places.env.get("LLMSTACK_USE_NEXT", "")
+    if asked == "current":
         return False
-    if args.next or os.environ.get("LLMSTACK_USE_NEXT", "").strip().lower() in _TRUE:
+    if asked == "next" or use_next.strip().lower() in _TRUE:
         check_queued(config)
         return True
-    pinned = getattr(args, "pinned", "")
     marker = read_marker(places)
-    if not pinned and marker:
-        pinned = marker.channel
-    if pinned != "next":
+    if not running and marker:
+        running = marker.channel
+    if running != "next":
         return False
     if not any(t.has_next for t in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
@@ -15483,84 +15846,39 @@ def _wants_next(args: Any, places: Places, config: Config) -> bool:
 
 def _warn_of_missing(config: Config) -> None:
     """Say which models are not on the disk; a tier whose file comes later works then."""
+    # Only a warning: the file may be on a disk that is not mounted yet.
     for tier in config.tiers:
         if tier.path and not os.path.exists(tier.path):
             warn(f"[{tier.name}] there is no {tier.path}")
 
 
-def _keep_terms(args: Any, places: Places) -> None:
-    """What runs keeps its address and channel where the command line names no other."""
+def _plan_start(args: Any, places: Places, config: Config) -> Plan:
+    """What is to be brought up; what runs keeps its address and channel unless told otherwise.
+
+    Errors: UserError.
+    """
+    host, port, channel = config.host, config.router_port, ""
     record = running_record(places)
     if record is not None:
-        args.host, args.port = args.host or record.host, args.port or record.port
-        args.pinned = record.channel
-
-
-def _plan_start(args: Any, places: Places, config: Config) -> Plan:
-    """What is to be brought up. Errors: UserError."""
-    _keep_terms(args, places)
-    host = args.host or config.host
-    port = config.router_port
-    if args.port is not None:
-        port = args.port or free_port(host)     # 0: any
-    check_exposure(host, config, os.environ)
+        host, port, channel = record.host, record.port, record.channel
+    host = args.host or host
+    port = args.port or port
+    # Port 0 is any free one; what runs has found its own already.
+    if args.port == 0 and record is None:
+        port = free_port(host)
+    # Before anything is started: others could reach it from its first second.
+    check_exposure(host, config, places.env)
     _warn_of_missing(config)
-    kind = choose_engine(config, os.environ, places.data)
-    use_next = _wants_next(args, places, config)
-    return Plan(places, config, host, port, use_next, dict(os.environ), kind)
+    kind = choose_engine(config, places.env, places.data)
+    use_next = wants_next(places, config, args.channel, channel)
+    return Plan(places, config, host, port, use_next, kind)
 
 
-def _cmd_install_litellm(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    found = find_litellm(os.environ, places.data)
-    if found and not args.force:
-        say(f"LiteLLM is here: {found[0]}")
-        return 0
-    if args.force:
-        _remove(os.path.join(environment_dir(LITELLM, places.data), "ready"))
-    install_environment(LITELLM, places.data, say)
-    say("LiteLLM is installed. Name a hosted model in models.ini (code-ultra waits there), then:"
-        " llmstack restart")
-    return 0
-
-
-def _add_install_litellm(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install-litellm", help="install what hosted tiers are served by",
-        description=f"Install {LITELLM.what} from PyPI into a private environment of llmstack;"
-                    " nothing is put into your Python. Where LiteLLM is there already, nothing is"
-                    " done.")
-    parser.add_argument("--force", "-f", action="store_true", help="install it anew")
-    parser.set_defaults(run=_cmd_install_litellm)
-
-
-def _add_profile(parser: Any) -> None:
-    sizes = ", ".join(PROFILES)
-    parser.add_argument("--profile", metavar="NAME", default="",
-                        help="for a directory without models.ini: the tiers for a machine with"
-                             f" this much memory ({sizes} GB; default: this machine's)")
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= 65_535:
-        import argparse
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
-    return int(text)
-
-
-def _add_stack_options(parser: Any) -> None:
-    parser.add_argument("--demo", action="store_true",
-                        help="a small model of its own, for a first look on any machine")
-    parser.add_argument("--next", action="store_true",
-                        help="run the queued upgrades (hf_file_next, model_next)")
-    parser.add_argument("--current", action="store_true",
-                        help="run the current models, whatever LLMSTACK_USE_NEXT says")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port,
-                        help="port to listen on (models.ini: router_port)")
-    parser.add_argument("--insecure", action="store_true",
-                        help="thin client: do not verify the router's certificate")
+def port_number(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) <= 65_535:
+        return int(text)
+    import argparse
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port")
 
 
 def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
@@ -15568,34 +15886,34 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
 
     Does not return from it on POSIX.
     """
+    env = places.env
     if args.detach or not _has_person():
         return 0
-    if os.environ.get("LLMSTACK_ACTIVE"):
+    if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
     if not hook_trusted(places):
+        # opencode would obey what the project says.
         _tell(untrusted_line(places))
         return 0
-    if hook_of(os.environ)[0]:
+    if hook_of(env)[0]:
         say("The hook of this shell does the rest, at its next prompt.")
         return 0
-    stays = "" if marker.channel == "external" else ", the daemons stay"
+    stays = ", the daemons stay"
+    if marker.channel == "external":
+        stays = ""
     say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
-    return open_shell(places, os.environ, marker)
+    return open_shell(places, env, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
-    if args.next or args.current or args.host or args.port:
+    # What is asked for would be silently ignored.
+    if args.channel or args.host or args.port:
         raise UserError(f"this project uses the router at {pinned_url(places)}, whose channel and"
                         " address are not decided here",
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
-
-
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, sys.stdout if is_live_terminal() else None)
 
 
 def _check_demo_ports(args: Any, places: Places) -> None:
@@ -15610,15 +15928,23 @@ def _check_demo_ports(args: Any, places: Places) -> None:
     })
 
 
+def _progress() -> Progress:
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
+    if is_live_terminal():
+        return Progress(say, sys.stdout)
+    return Progress(say)
+
+
 def _prepare_demo(args: Any, places: Places) -> None:
     """The demo's model, its models.ini, and a llama-server where the machine has none."""
     _check_demo_ports(args, places)
+    lock = os.path.join(places.data, "demo.lock")
     waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(os.path.join(places.data, "demo.lock"), lambda: say(waiting)):
-        if not find_llama_server(Config(), os.environ, places.data):
+    with FileLock(lock, lambda: say(waiting)):
+        if not find_llama_server(Config(), places.env, places.data):
             install_environment(LLAMA_CPP, places.data, say)
         with _progress() as progress:
-            model, path = ensure_demo_model(places.data, os.environ, progress)
+            model, path = ensure_demo_model(places.data, places.env, progress)
         write_demo_ini(places, model, path)
 
 
@@ -15640,12 +15966,14 @@ def extra_names() -> List[str]:
         if getattr(_LOADER, "archive", None):
             import zipfile
             with zipfile.ZipFile(PROGRAM) as archive:
-                files = [n[7:] for n in archive.namelist() if n.startswith("extras/")]
+                files = archive.namelist()
         else:
-            files = os.listdir(os.path.join(os.path.dirname(__file__), "extras"))
-    except OSError:                             # a copy without them
+            files = ["extras/" + name for name in os.listdir(_beside("extras"))]
+    except OSError:
+        # A copy of this file alone has none.
         pass
-    return sorted(f[:-3].replace("_", "-") for f in files if re.match(r"[a-z_]+\.py\Z", f))
+    found = (re.match(r"extras/([a-z_]+)\.py\Z", file) for file in files)
+    return sorted(match.group(1).replace("_", "-") for match in found if match)
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
@@ -15671,8 +15999,10 @@ COMMAND_GROUPS = (
 def command_groups() -> List[Tuple[str, List[str]]]:
     """COMMAND_GROUPS, and the extras that it does not know."""
     groups = [(heading, names.split()) for heading, names in COMMAND_GROUPS]
-    listed = [name for _, names in groups for name in names]
-    return [*groups, ("More", [name for name in extra_names() if name not in listed])]
+    more = extra_names()
+    for _, names in groups:
+        more = [name for name in more if name not in names]
+    return [*groups, ("More", more)]
 
 
 def command_names() -> List[str]:
@@ -15681,20 +16011,18 @@ def command_names() -> List[str]:
 
 def load_extra(name: str) -> Any:
     """The module of a command in extras/. Errors: UserError where there is none."""
-    source = None
-    if re.match(r"[a-z-]+\Z", name):
-        try:
-            source = read_resource(extra_file(name))
-        except UserError:
-            pass
-    if source is None and name in command_names():
-        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
-                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2)
-    if source is None:
-        raise UserError(f"there is no command {unknown_word(name, command_names())}",
+    names = command_names()
+    if name not in names:
+        raise UserError(f"there is no command {unknown_word(name, names)}",
                         "`llmstack help` lists the commands", 2)
+    try:
+        source = read_resource(extra_file(name))
+    except UserError:
+        raise UserError(f"llmstack {name} is one of the extras, which this copy is without",
+                        "copy extras/ beside llmstack.py, or use llmstack.pyz", 2) from None
     module: Any = type(sys)("llmstack_" + name.replace("-", "_"))
-    module.__file__ = os.path.join(os.path.dirname(__file__), extra_file(name))
+    module.__file__ = _beside(extra_file(name))
+    # Without this file's own __future__ flags: an extra says which it wants.
     code = compile(source, module.__file__, "exec", dont_inherit=True)
     exec(code, module.__dict__)  # noqa: S102
     return module
@@ -15707,32 +16035,21 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
 
 def _show_demo(places: Places, url: str) -> int:
     """What follows the demo's start: on a terminal a chat, else what to type."""
+    # A chat needs somebody to chat, and the extra that chats.
     if not _has_person() or "run" not in extra_names():
         _say_demo(url)
         return 0
     say("")
     say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
+    # The chat looks for its project as every command does.
     os.environ["LLMSTACK_WORK_DIR"] = places.work
     return run_extra("run", [])
-
-
-def _ask(question: str) -> Optional[bool]:
-    """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
-        return None
-    write_out(visible_lines(question))
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _never_ask(_: str) -> Optional[bool]:
-    """The answer where nobody is to be asked."""
-    return None
 
 
 def _warn_unserved(places: Places, config: Config,
                    ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
-    why = prepare_hosted(places, config, os.environ, say, ask)
+    why = prepare_hosted(places, config, places.env, say, ask)
     if why:
         warn(f"hosted tiers are not served: {why}")
 
@@ -15743,7 +16060,7 @@ def _bring_up(args: Any, again: bool) -> int:
     Everything is checked before anything is written or stopped.
     """
     places = _places(args)
-    profile = getattr(args, "profile", "")
+    profile = getattr(args, "profile", "")      # `restart` has none
     if args.demo:
         _prepare_demo(args, places)
     else:
@@ -15754,56 +16071,44 @@ def _bring_up(args: Any, again: bool) -> int:
         check_pin(places)
         check_state(places)
     plan = _plan_start(args, places, planned_config(places, warn, profile))
+    # A start that cannot succeed writes nothing, and a restart leaves what runs alone.
     check_plan(plan)
     if profile or not os.path.exists(places.models_ini):
-        seed_project(places, say, profile=profile)   # which says that a profile replaces nothing
+        # It refuses a profile where models.ini is there: nothing is replaced.
+        seed_project(places, say, profile=profile)
         plan = plan._replace(config=load_config(places))
     _warn_unserved(places, plan.config)
-    started = start_stack(plan, say, again)
-    url = base_url(plan.host, plan.port)
+    started = start_stack(plan, again)
     if not started:
-        say(f"Running already: {url}/v1, the {plan.channel} channel")
+        say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return _show_demo(places, url)
-    rewire_project(places, plan.config, plan.host, plan.port, os.environ, say)
+        return _show_demo(places, plan.url)
+    rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
+    # Whoever restarts knows these two.
     if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
     return _enter_shell(args, places, Marker(plan.channel))
 
 
-def _cmd_start(args: Any) -> int:
-    return _bring_up(args, again=False)
-
-
-def _add_start(commands: Any) -> None:
-    parser = commands.add_parser(
-        "start", help="bring the stack up: engine and router",
-        description="Bring up the engine (10102) and the router (10101) for this project. A"
-                    " directory without .llmstack/ gets one. Running already is fine. On a"
-                    " terminal, where no hook is active (see activate), a shell follows in which"
-                    " opencode finds the project.")
-    parser.add_argument("--detach", "--no-shell", action="store_true",
-                        help="daemons only, no shell")
-    _add_profile(parser)
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_start)
-
-
-def _other_stack(places: Places) -> str:
-    """": port N is taken by ..." where a stack of somebody else has this project's ports."""
+def _say_idle(places: Places) -> None:
+    """That there was nothing to stop, and whose stack it is that has this project's ports."""
     try:
         config = planned_config(places)
-    except UserError:                           # another user's project, say
+    except UserError:
+        # Its models.ini may be another user's, or broken.
         config = Config()
+    # Whoever typed `stop` wants the ports free, and wonders why they are not.
     for port in (config.router_port, config.engine_port):
-        if not port_is_free("127.0.0.1", port):
-            holder = port_holder(port)
-            if "llmstack" in holder:
-                return f": port {port} is taken by {holder}"
-    return ""
+        if port_is_free("127.0.0.1", port):
+            continue
+        holder = port_holder(port)
+        if "llmstack" in holder:
+            say(f"Nothing of this project is running: port {port} is taken by {holder}.")
+            return
+    say("Nothing is running.")
 
 
-def _say_forgotten(places: Places) -> None:
+def say_forgotten(places: Places) -> None:
     freed = forget_parked(places.data)
     if freed:
         say(f"Forgot {freed / 1e9:.1f} GB of parked conversations.")
@@ -15813,76 +16118,28 @@ def _say_forgotten(places: Places) -> None:
 
 def _cmd_stop(args: Any) -> int:
     places = _places(args)
-    stopped = stop_stack(places, say)
+    stopped = stop_stack(places)
     if args.forget:
-        _say_forgotten(places)
+        say_forgotten(places)
+    url, owner = pinned_url(places), other_owner(places)
     if stopped:
         say("Stopped.")
-        return 0
-    url = pinned_url(places)
-    if url:
+    elif url:
         say(f"There is nothing local to stop: this project uses the router at {url}.")
-        return 0
-    owner = other_owner(places)
-    if owner:
-        where = f"run it in {owner}"
-        if owner == os.path.join(places.data, "demo"):
+    elif owner is not None:
+        where = f"run it in {owner.work}"
+        if owner.is_demo:
             where = "run `llmstack stop --demo`"
         raise UserError("nothing of this project is running; the daemons belong to another", where)
-    other = _other_stack(places)
-    if other:
-        say(f"Nothing of this project is running{other}.")
     else:
-        say("Nothing is running.")
+        _say_idle(places)
     return 0
-
-
-def _add_stop(commands: Any) -> None:
-    parser = commands.add_parser(
-        "stop", help="stop this project's daemons",
-        description="Stop this project's daemons and the model servers they started, and nothing"
-                    " else.")
-    parser.add_argument("--demo", action="store_true", help="stop the demo's")
-    parser.add_argument("--forget", action="store_true",
-                        help="and delete every parked conversation")
-    parser.set_defaults(run=_cmd_stop)
-
-
-def _cmd_forget(args: Any) -> int:
-    places = _places(args)
-    _say_forgotten(places)
-    if stack_is_alive(places):
-        say("Loaded models keep theirs until they stop: `llmstack stop --forget` ends both.")
-    return 0
-
-
-def _add_forget(commands: Any) -> None:
-    parser = commands.add_parser("forget", help="delete every parked conversation", description=(
-        "Delete what the models' slots held when they stopped, of all projects on this machine."
-        " Models that are loaded keep theirs until they stop: `llmstack stop --forget` ends both."))
-    parser.set_defaults(run=_cmd_forget)
-
-
-def _cmd_restart(args: Any) -> int:
-    return _bring_up(args, again=True)
-
-
-def _add_restart(commands: Any) -> None:
-    parser = commands.add_parser(
-        "restart", help="stop, then start",
-        description="Stop and start again, on the same address and channel unless told otherwise."
-                    " Loaded models are unloaded.")
-    parser.add_argument("--detach", "--no-shell", action="store_true",
-                        help="daemons only, no shell")
-    _add_stack_options(parser)
-    parser.set_defaults(run=_cmd_restart)
 
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     if pinned_url(places):
-        return {**external_status(places, os.environ), "downloads": []}
-    rows = stack_status(places, config, os.environ)
-    return {**rows, "downloads": download_rows(places)}
+        return {**external_status(places, places.env), "downloads": []}
+    return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
 def _columns() -> int:
@@ -15895,28 +16152,28 @@ def _columns() -> int:
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
-    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
+    for row in rows["tiers"]:
+        if row.get("parking"):
+            notes.append(f"Note: {row['name']}: parking {row['parking']}")
+    return notes
 
 
-def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
-    """The line of the router or the engine; none for the engine of another machine."""
-    row, title = rows[name], f"{name.capitalize():<8}"
-    if rows.get("problem"):
-        problem = f"{title} {paint('not reached', '31')}, {rows['problem']}"
-        return [problem] if name == "router" else []
+def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
+    """The line of the router or the engine."""
+    title = f"{name.capitalize():<8}"
     if row is None:
-        if rows["channel"] == "external":
-            return []
-        return [f"{title} {paint('not running', '33')}"]
+        return f"{title} {paint('not running', '33')}"
     health = paint("died", "31")
     if row["answers"]:
         health = paint("up", "32")
     elif row["alive"]:
         health = paint("alive, but does not answer", "31")
-    kind = "" if name == "router" else f", {row['kind']}"
-    pid = f", pid {row['pid']}{kind}" if row["pid"] else ""
-    return [f"{title} {health}, {row['url']}{pid}"]
+    words = [f"{title} {health}", row["url"]]
+    if row["pid"]:
+        words.append(f"pid {row['pid']}")
+    if row["pid"] and name == "engine":
+        words.append(row["kind"])
+    return ", ".join(words)
 
 
 # llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
@@ -15924,28 +16181,51 @@ _STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded
                 "unknown": "not running"}
 
 
-def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], config: Config) -> Dict[str, Any]:
+def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
+             config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    tier = config.by_name(row["name"])
     row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
-    if tier is not None and tier.backend == "gguf" and not rows["running"]:
-        use_next = rows["channel"] == "next"
-        if not cached_model(weights_for(tier, use_next), os.environ):
-            row.update(state="not here", reason=fetching_words(tier, use_next))
+    tier = config.by_name(row["name"])
+    if rows["running"] or tier is None or tier.backend != "gguf":
+        return row
+    use_next = rows["channel"] == "next"
+    if not cached_model(weights_for(tier, use_next), places.env):
+        row.update(state="not here", reason=fetching_words(tier, use_next))
     return row
 
 
-def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str) -> List[str]:
+def _download_line(row: Mapping[str, Any]) -> str:
+    name = f"{row['tier']}-{row['label']}"
+    state = paint(row["state"], "33")
+    what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
+    return f"Download {name}: {state}, {what}"
+
+
+def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
+    """What there is to do where the stack does not run."""
+    if rows["other_owner"]:
+        return f"The daemons of this machine belong to {rows['other_owner']}."
+    if places.is_demo:
+        return "Bring it up with `llmstack start --demo`."
+    return "Bring it up with `llmstack start`."
+
+
+def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
     """What there is to say of a stack that is down, ailing or older than this program."""
-    channel = f" ({rows['channel']})" if rows["channel"] else ""
-    lines = [f"Project  {rows['project']}{channel}"]
-    for name in ("router", "engine"):
-        lines += _part_line(name, rows)
+    lines = [f"Project  {rows['project']}"]
+    if rows["channel"]:
+        lines[0] += f" ({rows['channel']})"
     if rows.get("problem"):
-        return lines
-    tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
+        return [*lines, f"Router   {paint('not reached', '31')}, {rows['problem']}"]
+    lines.append(_part_line("router", rows["router"]))
+    # The engine of a thin client is on another machine.
+    if rows["channel"] != "external":
+        lines.append(_part_line("engine", rows["engine"]))
+    tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
+             for row in rows["tiers"]]
+    # A thin client whose router is down has no tiers to show.
     if tiers:
-        lines += ["", *render_tiers(tiers, width, paint)]
+        lines += ["", *render_tiers(tiers, _columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -15954,22 +16234,20 @@ def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str
         lines.append("local_only: no request leaves this machine")
     for row in rows["downloads"]:
         if row["state"] != "done":
-            what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-            state = paint(row["state"], "33")
-            lines.append(f"Download {row['tier']}-{row['label']}: {state}, {what}")
+            lines.append(_download_line(row))
     if not rows["running"]:
-        lines += ["", f"Bring it up with `{' '.join(['llmstack start', *demo.split()])}`."]
-        if rows["other_owner"]:
-            lines[-1] = f"The daemons of this machine belong to {rows['other_owner']}."
+        lines += ["", _idle_line(rows, places)]
     return lines
 
 
-def _status_lines(rows: Dict[str, Any], config: Config, demo: str) -> List[str]:
-    width, now = _columns(), rows.get("now") or {}
-    if not (rows["running"] and dicts_in(now, "tiers")):
-        return _status_of_parts(rows, config, width, demo)
-    lines = render_snapshot({**now, "downloads": rows["downloads"]}, rows["router"]["url"], width,
-                            time.time(), paint)
+def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
+    now = rows.get("now") or {}
+    # A router of an older version tells no snapshot.
+    if not rows["running"] or not dicts_in(now, "tiers"):
+        return _status_of_parts(rows, places, config)
+    now = {**now, "downloads": rows["downloads"]}
+    url = rows["router"]["url"]
+    lines = render_snapshot(now, url, _columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -15982,9 +16260,10 @@ def _draw(lines: Sequence[str], in_place: bool) -> None:
             say(line)
         return
     import shutil
+    # What does not fit would scroll, and the next picture would land elsewhere.
     most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = "".join(f"{visible_colours(line)}\x1b[K\n" for line in lines[:most])
-    write_out(f"\x1b[H{shown}\x1b[J")
+    shown = [f"{visible_colours(line)}\x1b[K\n" for line in lines[:most]]
+    write_out("".join(["\x1b[H", *shown, "\x1b[J"]))
 
 
 def _watch_once(upstream: Upstream, in_place: bool) -> None:
@@ -16003,6 +16282,7 @@ def _watch(places: Places) -> int:
     try:
         while True:
             _watch_once(upstream, is_live_terminal())
+            # A router that is being restarted is back soon.
             time.sleep(1)
     except KeyboardInterrupt:
         return 0
@@ -16018,44 +16298,37 @@ def _cmd_status(args: Any) -> int:
         if not pinned_url(places):
             config = planned_config(places)
             config = true_config(config, places, running_channel(places) == "next")
-    except UserError as exc:                    # what runs is of interest all the more
+    except UserError as exc:
+        # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
+    lines = _status_lines(rows, places, config)
     if args.json:
-        say(json.dumps(rows, indent=2, ensure_ascii=False))
-    else:
-        for line in _status_lines(rows, config, "--demo" if args.demo else ""):
-            say(line)
+        lines = [as_json(rows)]
+    for line in lines:
+        say(line)
+    # Its problems come last, where they are read.
     if broken:
         raise broken
-    return 0 if rows["running"] else 1
+    return int(not rows["running"])
 
 
-def _add_status(commands: Any) -> None:
-    parser = commands.add_parser(
-        "status", help="what runs, and in what state",
-        description="Show the daemons and the tiers, probed now. Exit code 0 when the stack is up,"
-                    " 1 when it is not.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.set_defaults(run=_cmd_status)
-
-
-def _shell_in_use() -> str:
+def _shell_in_use(env: Mapping[str, str]) -> str:
     """The shell that reads our output: the hook's, else the user's."""
-    hooked, _ = hook_of(os.environ)
-    return hooked or shell_name(shell_program(os.environ)) or "bash"
+    hooked, _ = hook_of(env)
+    return hooked or shell_name(shell_program(env)) or "bash"
 
 
 def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
     if not text:
         return
-    if sys.stdout.isatty():                     # shown, and not evaluated
+    # On a terminal the text is shown, and not evaluated.
+    if sys.stdout.isatty():
         say(text.rstrip("\n"))
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold bytes that are no text, and the shell needs them as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
     write_out(text.rstrip("\n") + "\n")
 
@@ -16063,37 +16336,27 @@ def _say_raw(text: str) -> None:
 def _cmd_reload(args: Any) -> int:
     """The shell's part first: it is of use with the router down, too."""
     places = _places(args)
-    tell = say if sys.stdout.isatty() else _tell
+    tell = _tell
+    if sys.stdout.isatty():
+        tell = say
     if not args.demo:
-        _say_raw(shell_lines(places, args.shell or _shell_in_use(), os.environ))
+        shell = args.shell or _shell_in_use(places.env)
+        _say_raw(shell_lines(places, shell, places.env))
         if not hook_trusted(places):
             tell(untrusted_line(places))
         if pinned_url(places):
             return 0
-        check_run_trust(places)                 # credentials would go to what the file names
+        # Credentials would go to the hosts that the file names.
+        check_run_trust(places)
     load_config(places, warn)
     record = running_record(places)
     if record is None:
         raise UserError("the router of this project is not running", "run `llmstack start`")
-    problem = ask_reload(record, os.environ)
+    problem = ask_reload(record, places.env)
     if problem:
         raise UserError(f"the router keeps its old models.ini: {problem}", "mend it, then again")
     tell("models.ini is read again. Changed tiers need `llmstack restart`.")
     return 0
-
-
-def _add_reload(commands: Any) -> None:
-    parser = commands.add_parser(
-        "reload", help="let the running router and this shell read the project again",
-        description="Check models.ini and have the router read it again: routing changes at once,"
-                    " without a restart. Tiers and flags of models need `llmstack restart`."
-                    " Printed is what the shell is to evaluate: eval \"$(llmstack reload)\", in"
-                    " fish llmstack reload | source.")
-    parser.add_argument("--demo", action="store_true", help="the demo's")
-    parser.add_argument("--shell", choices=SHELLS,
-                        help="whose language to print (default: that of the hook, of"
-                             " $LLMSTACK_SHELL or of $SHELL)")
-    parser.set_defaults(run=_cmd_reload)
 
 
 def _cmd_activate(args: Any) -> int:
@@ -16101,19 +16364,11 @@ def _cmd_activate(args: Any) -> int:
     if sys.stdout.isatty():
         _tell(f"The hook is in {path}. This line turns it on, here and in your shell's start-up"
               f" file:\n  {activate_line(args.shell)}")
-    source = "." if args.shell == "powershell" else "source"
+    source = "source"
+    if args.shell == "powershell":
+        source = "."
     _say_raw(f"{source} {shell_quote(args.shell, path)}\n")
     return 0
-
-
-def _add_activate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "activate", help="a hook that wires a shell to the project it is in",
-        description="Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that"
-                    " turns it on. In the shell's start-up file: eval \"$(llmstack activate"
-                    " zsh)\".")
-    parser.add_argument("shell", choices=SHELLS, help="whose hook")
-    parser.set_defaults(run=_cmd_activate)
 
 
 def _cmd_hook(shell: str, directory: str) -> int:
@@ -16122,19 +16377,21 @@ def _cmd_hook(shell: str, directory: str) -> int:
     It does without argparse, whose import takes longer than all of it.
     """
     places = places_at(data_dir(os.environ), os.path.realpath(directory))
-    _say_raw(hook_answer(places, shell, os.environ, _tell))
+    _say_raw(hook_answer(places, shell, places.env, _tell))
     return 0
 
 
 def _cmd_trust(args: Any) -> int:
     places = _places(args)
+    # In a directory below a project, its hook speaks of the project above.
     if args.directory or not os.path.isdir(places.state):
         work = args.directory or project_above(places.work) or places.work
         places = places_at(places.data, os.path.abspath(work))
     if not os.path.isdir(places.state):
         raise UserError(f"there is no .llmstack in {visible(places.work)}",
                         "run `llmstack install` there")
-    effects = project_effects(places)           # first: what changes behind it is not trusted
+    # Read first: what changes behind the showing is not trusted.
+    effects = project_effects(places)
     every = [effect for part in effects.values() for effect in part]
     for line in trust_facts(places, every):
         say(line)
@@ -16147,26 +16404,16 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-def _add_trust(commands: Any) -> None:
-    parser = commands.add_parser(
-        "trust", help="let a project's .llmstack/ take effect on this machine",
-        description="Show what a project's .llmstack/ would put into effect, and trust it as it is"
-                    " now. What `install` writes is trusted already; a changed file is to be"
-                    " trusted again.")
-    parser.add_argument("directory", metavar="DIR", nargs="?",
-                        help="the project (default: the one we are in)")
-    parser.set_defaults(run=_cmd_trust)
-
-
 def _default_remote() -> str:
     return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
 def _external_url(args: Any, places: Places) -> str:
     """The router that `install` is to use, "" for this project's own. Errors: UserError."""
-    if args.current or args.next:
+    if args.channel:
         return ""
-    named = os.environ.get("LLMSTACK_REMOTE_URL", "").strip()
+    named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
+    # --external without a URL is the environment's, else the usual address.
     if args.external is not None:
         return args.external or named or _default_remote()
     return named or trusted_url(places)
@@ -16180,8 +16427,8 @@ def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) ->
 
 
 def _install_external(args: Any, places: Places, url: str) -> int:
-    remote = fetch_remote(url, os.environ, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    remote = fetch_remote(url, places.env, args.insecure)
+    text = project_opencode_json(places, remote.config, remote.url, places.env, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
@@ -16196,28 +16443,25 @@ def _install_external(args: Any, places: Places, url: str) -> int:
     return 0
 
 
-def _cmd_install(args: Any) -> int:
-    places = _places(args)
-    if not args.print:
-        offer_trust(places, say, _ask)
-    url = _external_url(args, places)
-    if url:
-        return _install_external(args, places, url)
+def _install_local(args: Any, places: Places) -> int:
     if args.insecure:
         raise UserError("--insecure is for --external https://...", "leave it out", 2)
+    # --print writes nothing, not even a models.ini.
     if not args.print:
         seed_project(places, say, profile=args.profile)
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, _ask)
-    use_next = _wants_next(args, places, config)
+    use_next = wants_next(places, config, args.channel)
     config = true_config(config, places, use_next, warn)
     url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, os.environ)
+    text = project_opencode_json(places, config, url, places.env)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    channel = "next" if use_next else "current"
+    channel = "current"
+    if use_next:
+        channel = "next"
     _wire(places, Marker(channel), text, config)
     running = running_channel(places)
     if not running:
@@ -16227,26 +16471,14 @@ def _cmd_install(args: Any) -> int:
     return 0
 
 
-def _add_install(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install", aliases=["init", "configure"],
-        help="give this project its opencode.json",
-        description="Write .llmstack/opencode.json, AGENTS.md and the channel this project is"
-                    " pinned to; models.ini where there is none. Without an option the channel"
-                    " stays as it is.")
-    channel = parser.add_mutually_exclusive_group()
-    channel.add_argument("--current", action="store_true", help="pin the current models")
-    channel.add_argument("--next", action="store_true",
-                         help="pin the queued upgrades (hf_file_next, model_next)")
-    channel.add_argument("--external", metavar="URL", nargs="?", const="",
-                         help="use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                              f" {_default_remote()}) instead of one of this project")
-    parser.add_argument("--insecure", action="store_true",
-                        help="do not verify that router's certificate")
-    _add_profile(parser)
-    parser.add_argument("-n", "--print", action="store_true",
-                        help="print opencode.json and write nothing")
-    parser.set_defaults(run=_cmd_install)
+def _cmd_install(args: Any) -> int:
+    places = _places(args)
+    if not args.print:
+        offer_trust(places, say, _ask)
+    url = _external_url(args, places)
+    if url:
+        return _install_external(args, places, url)
+    return _install_local(args, places)
 
 
 def _why_config(places: Places) -> Config:
@@ -16341,186 +16573,62 @@ def _cmd_why(args: Any) -> int:
     return 0
 
 
-def _add_why(commands: Any) -> None:
-    parser = commands.add_parser(
-        "why", help="which tier a request would go to, and why",
-        description="Print the decision for a request body without sending anything.")
-    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
-    parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
-                        help="the path it would be posted to (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_why)
+class Unserved:
+    """Says of a later configuration which tiers the engine does not serve, and why."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
 
-def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
-    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
-    if not names:
-        return [t.name for t in config.tiers]
-    for name in names:
-        if config.by_name(name) is None:
-            raise UserError(f"there is no tier {name}",
-                            "one of " + ", ".join(t.name for t in config.tiers), 2)
-    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
-
-
-class FitSet(NamedTuple):
-    """Tiers that may be loaded together."""
-
-    tiers: Tuple[str, ...]
-    need_gb: float
-    fits: bool
-
-
-FIT_COLUMNS = 60
-
-
-def _say_wrapped(text: str, indent: str) -> None:
-    import textwrap
-    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
-                              break_long_words=False, break_on_hyphens=False):
-        say(line)
-
-
-def _say_fit(fit: TierFit, width: int) -> None:
-    total, largest = f"~{fit.need_gb:.1f}", "?"
-    memory = fit.memory
-    if memory is not None:
-        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
-    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
-    parts = []
-    if memory is not None:
-        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
-        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
-    if fit.host_gb:
-        parts.append(f"{fit.host_gb:.2f} of these on the host")
-    if fit.cache_mib:
-        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
-    parts.append(FIT_SOURCES[fit.source])
-    _say_wrapped(", ".join(parts), "  ")
-    if fit.note:
-        _say_wrapped(fit.note, "  ")
-
-
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
-    """At most FIT_COLUMNS wide, where no name is long."""
-    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
-    width = max([len(f.name) for f in fits] + [4])
-    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
-    for fit in fits:
-        _say_fit(fit, width)
-    if sets:
-        say("\nTogether, in GB:")
-    for together in sets:
-        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
-        if not together.fits:
-            say(f"          {paint('does not fit: they take turns', '33')}")
-
-
-def _cmd_fit(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    chosen = _fit_tiers(config, args.tiers)
-    use_next = _wants_next(args, places, config)
-    config = with_served_contexts(true_config(config, places, use_next, warn), {})
-    machine = running_machine(places, config) or this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, use_next, True)
-    fits = [f for f in fits if f.name in chosen]
-    sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
-            for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
-    if args.json:
-        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
-        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        _say_fits(machine, fits, sets)
-    return 0 if all(f.fits for f in fits) else 1
-
-
-def _add_fit(commands: Any) -> None:
-    parser = commands.add_parser(
-        "fit", help="what each tier takes in memory, and what fits together here",
-        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
-                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_fit)
-
-
-class RouterPlan(NamedTuple):
-    """What a router is to be, whatever stands behind it."""
-
-    places: Places
-    config: Config
-    host: str
-    use_next: bool
-    local: bool                                 # the project's own engine is behind it
-    remedy: str                                 # what helps when that does not answer
-
-
-def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
-    """What says of a later configuration which tiers the engine does not serve, and why."""
-    known = {t.name for t in plan.config.tiers if t.backend != "openai"}
-
-    def unserved(config: Config) -> Dict[str, str]:
-        found = unserved_hosted(plan.places, config, os.environ, plan.use_next)
+    def __call__(self, config: Config) -> Dict[str, str]:
+        places = self._plan.places
+        found = unserved_hosted(places, config, places.env, self._plan.use_next)
         for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in known:
+            if tier.backend != "openai" and tier.name not in self._known:
                 found[tier.name] = "the engine does not know it before `llmstack restart`"
         return found
 
-    return unserved
 
-
-def _router_app(plan: RouterPlan, behind: Behind, log: Log) -> RouterApp:
+def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
+    """The router before this project's own engine."""
     places = plan.places
-    unserved = Setting().unserved
     record: Optional[Recorder] = None
-    foreign_logs: Tuple[str, ...] = ()
-    bundled = b""
-    if plan.local:
-        unserved = _unserved_by(plan)
-        foreign_logs = (places.log("llama-swap.log"),)
-        if plan.config.decision_log:
-            record = Recorder(places.log("decisions.jsonl"))
-    elif not os.path.exists(places.models_ini):
-        bundled = read_resource("models.ini")
+    if plan.config.decision_log:
+        record = Recorder(places.log("decisions.jsonl"))
+    remedy = "run `llmstack start`"
+    if places.is_demo:
+        remedy = "run `llmstack start --demo`"
 
     def reload() -> Config:
-        if places.work != demo_dir(places.data):    # whose model is of another place by design
+        # The demo's model lies elsewhere by design.
+        if not places.is_demo:
             check_run_trust(places)
         config = load_config(places, log.warning)
-        if not plan.local:
-            return config
         return true_config(config, places, plan.use_next, log.warning)
 
     setting = Setting(
         loopback=is_loopback(plan.host),
-        key=api_key(os.environ),
+        key=api_key(places.env),
         models_ini=places.models_ini,
-        bundled=bundled,
         reload=reload,
         use_next=plan.use_next,
-        unserved=unserved,
-        remedy=plan.remedy,
-        env=os.environ,
+        unserved=Unserved(plan),
+        remedy=remedy,
+        env=places.env,
         record=record,
-        foreign_logs=foreign_logs,
+        foreign_logs=(places.log("llama-swap.log"),),
     )
     app = RouterApp(plan.config, behind, log, setting)
-    if plan.local:
-        app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
 
-def _listen(host: str, port: int, app: App) -> Any:
+def listen(host: str, port: int, app: App) -> Any:
     """A listening server. Errors: UserError, who has the port."""
     try:
         return make_server(host, port, app)
     except OSError as exc:
+        # Who holds the port helps more than the number of the error.
         holder = exc.strerror
         if port and not port_is_free(host, port):
             holder = f"taken by {port_holder(port)}"
@@ -16541,62 +16649,25 @@ def _on_signals(hangup: Callable[[], None],
     import signal
 
     def terminate(*_: object) -> None:
-        shutdown()                              # an exception in a finalizer would be lost
+        # An exception in a finalizer would be lost, and the loop would go on.
+        shutdown()
         raise _Terminated
 
+    # TERM is what `stop`, systemd and launchd send.
     signal.signal(signal.SIGTERM, terminate)
     if not IS_WINDOWS:
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def _run_until_signal(server: Any, app: RouterApp) -> None:
+def run_until_signal(server: Any, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
+    # Once a second the loop also does the housekeeping of its application.
     try:
         server.serve_forever(1.0)
     finally:
         app.log.flush()
         server.server_close()
-
-
-def _cmd_serve(args: Any) -> int:
-    places = _places(args)
-    check_run_trust(places)
-    config = load_config(places, warn)
-    host = args.host or config.host
-    port = config.router_port if args.port is None else args.port
-    check_exposure(host, config, os.environ)
-    upstream = Upstream("127.0.0.1", config.engine_port)
-    remedy = "run `llmstack start`"
-    if args.upstream:
-        if config.local_only and not _LOCAL_URL.match(args.upstream):
-            raise UserError(f"{args.upstream} is not on this machine, and {LOCAL_ONLY}",
-                            "take local_only out, or name another", 2)
-        upstream = parse_upstream(args.upstream)
-        remedy = "start it, or name another --upstream"
-    log = Log("", os.environ.get("LOG_LEVEL", "info"))
-    use_next = _wants_next(args, places, config)
-    plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
-    app = _router_app(plan, UpstreamApp(upstream, log), log)
-    more_files()
-    hold_little_memory()
-    server = _listen(host, port, app)
-    say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
-    _run_until_signal(server, app)
-    return 0
-
-
-def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser(
-        "serve", help="the router alone, in the foreground",
-        description="Run the router in the foreground against any OpenAI-compatible upstream; for"
-                    " launchd, systemd, containers and benchmarks. Its first line is its address.")
-    parser.add_argument("--upstream", metavar="URL",
-                        help="where requests go (default: this project's engine)")
-    parser.add_argument("--host", metavar="H", help="address to listen on (models.ini: host)")
-    parser.add_argument("--port", metavar="P", type=_port,
-                        help="port, 0 for any free one (models.ini: router_port)")
-    parser.set_defaults(run=_cmd_serve, next=False)
 
 
 def _ignore_signals() -> None:
@@ -16679,51 +16750,50 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
-def _cmd_daemon(args: Any) -> int:
-    """The process behind `start`: the router, and the engine with all its children."""
-    places = _places(args)
-    level = os.environ.get("LOG_LEVEL", "info")
-    log = Log(places.log("router.log"), level)
-    engine_log = Log(places.log("engine.log"), level)
-    config = true_config(load_config(places), places, args.next, engine_log.warning)
-    remedy = "run `llmstack start`"
-    if places.work == os.path.join(places.data, "demo"):
-        remedy = "run `llmstack start --demo`"
-    more_files()
-    hold_little_memory()
-    behind: Union[EngineApp, SwapApp]
-    if args.engine == "llama-swap":
-        behind = _swap_app(places, config, args.next, engine_log)
-    else:
-        behind = _embedded_app(places, config, args.next, engine_log)
-    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
-    app = _router_app(plan, behind, log)
+def _engine_app(plan: Plan, log: Log) -> Union[EngineApp, SwapApp]:
+    """What is behind the router. Errors: UserError."""
+    if plan.kind == "llama-swap":
+        return _swap_app(plan.places, plan.config, plan.use_next, log)
+    return _embedded_app(plan.places, plan.config, plan.use_next, log)
+
+
+def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
+    """Listen for clients and for the engine's own, until a signal says to stop."""
+    behind = _engine_app(plan, engine_log)
+    app = router_app(plan, behind, log)
     try:
-        _on_signals(lambda: None)               # from here on there are children to end
-        engine_server = _listen("127.0.0.1", config.engine_port, behind)
-        server = _listen(args.host, args.port, app)
-        behind.page_url = base_url(args.host, server.server_port) + "/"
+        # From here on there are children to end.
+        _on_signals(lambda: None)
+        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        server = listen(plan.host, plan.port, app)
+        behind.page_url = base_url(plan.host, server.server_port) + "/"
         behind.start()
         threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
                          daemon=True).start()
-        url = base_url(args.host, args.port)
-        log.info(f"llmstack {VERSION} on {url}, engine {args.engine}")
-        _run_until_signal(server, app)
+        log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
+        run_until_signal(server, app)
     finally:
         _ignore_signals()
         behind.close()
+
+
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
+    places = find_places(os.environ)
+    level = places.env.get("LOG_LEVEL", "info")
+    log = Log(places.log("router.log"), level)
+    engine_log = Log(places.log("engine.log"), level)
+    use_next = args.channel == "next"
+    config = true_config(load_config(places), places, use_next, engine_log.warning)
+    plan = Plan(places, config, args.host, args.port, use_next, args.engine)
+    more_files()
+    hold_little_memory()
+    try:
+        _serve_plan(plan, log, engine_log)
+    finally:
         log.flush()
         engine_log.flush()
     return 0
-
-
-def _add_daemon(commands: Any) -> None:
-    parser = commands.add_parser("_daemon")
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=_port, required=True)
-    parser.add_argument("--engine", choices=("embedded", "llama-swap"), required=True)
-    parser.add_argument("--next", action="store_true")
-    parser.set_defaults(run=_cmd_daemon)
 
 
 def _always_yes(_: str) -> Optional[bool]:
@@ -16779,23 +16849,6 @@ def _cmd_setup(args: Any) -> int:
     return 0
 
 
-def _add_setup(commands: Any) -> None:
-    parser = commands.add_parser(
-        "setup", help="from a bare machine to loaded models, step by step",
-        description="Look what is missing and bring it: models.ini, llama-server, llama-swap, the"
-                    " models, this project's wiring, a first answer. It can be run again at any"
-                    " time: what is done is left alone, what failed is tried again. Exit code 1"
-                    " when a step failed.")
-    parser.add_argument("--skip-download", action="store_true", help="fetch no models")
-    parser.add_argument("--skip-wait", action="store_true",
-                        help="leave the downloads to the background")
-    parser.add_argument("--yes", action="store_true",
-                        help="ask nothing: bring llama.cpp's server and fetch the models")
-    parser.add_argument("--profile", metavar="NAME", default="",
-                        help="the tiers for a memory size, in GB, other than this machine's")
-    parser.set_defaults(run=_cmd_setup)
-
-
 def _stop_download(args: Any, places: Places) -> int:
     """`download --stop`. Errors: UserError."""
     if args.tiers or args.next or args.wait:
@@ -16815,19 +16868,23 @@ def _cmd_download(args: Any) -> int:
         return _stop_download(args, places)
     seed_project(places, say)
     config = load_config(places, warn)
-    both = ("current", "next")
-    labels = ("next",) if args.next else both
+    labels: Sequence[str] = ("current", "next")
+    known, _ = plan_downloads(config, (), labels)
+    if args.next:
+        labels = ("next",)
     jobs, skipped = plan_downloads(config, args.tiers, labels)
     for line in skipped:
         say(line)
     if not jobs:
         say("Nothing to download.")
         return 0
-    known, _ = plan_downloads(config, (), both)
-    pid = start_downloads(places, jobs, known, os.environ, say)
-    many = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} models"
+    pid = start_downloads(places, jobs, known, places.env, say)
+    many = jobs[0].name
+    if len(jobs) > 1:
+        many = f"{len(jobs)} models"
     logs = places.log("dl-TIER-LABEL.log")
     say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
+    # A script goes on at once; a person watches.
     if not args.wait and not sys.stdout.isatty():
         return 0
     failed = follow_downloads(places, [job.name for job in jobs], say)
@@ -16837,53 +16894,17 @@ def _cmd_download(args: Any) -> int:
     return 0
 
 
-def _add_download(commands: Any) -> None:
-    parser = commands.add_parser(
-        "download", aliases=["download-models", "pull"],
-        help="fetch the models, in the background",
-        description="Fetch current and queued GGUFs into the hub cache that llama-server reads,"
-                    " one after another, in the background; on a terminal, show it until it is"
-                    " done. What was interrupted goes on where it ended. HF_TOKEN in the"
-                    " environment opens gated repositories.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*",
-                        help="tiers to fetch (default: all local ones)")
-    parser.add_argument("--next", action="store_true",
-                        help="the queued upgrades only (hf_file_next)")
-    parser.add_argument("--wait", action="store_true",
-                        help="wait until all is done, without a terminal, too")
-    parser.add_argument("--stop", action="store_true",
-                        help="end the background download; what it has is kept")
-    parser.set_defaults(run=_cmd_download)
-
-
-def _cmd_download_worker(args: Any) -> int:
+def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
-    return run_downloads(_places(args), os.environ)
-
-
-def _add_download_worker(commands: Any) -> None:
-    commands.add_parser("_download").set_defaults(run=_cmd_download_worker)
+    places = find_places(os.environ)
+    return run_downloads(places, places.env)
 
 
 def _cmd_install_llama_swap(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
-    install_llama_swap(os.environ, places.data, args.release, args.force, say)
+    install_llama_swap(places.env, places.data, args.release, args.force, say)
     return 0
-
-
-def _add_install_llama_swap(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install-llama-swap", help="fetch llama-swap's binary",
-        description="Fetch the release for this platform, verify its checksum and install it for"
-                    " all projects (in LLMSTACK_BIN_DIR, or bin of the data directory). The same"
-                    " version again: nothing is done.")
-    parser.add_argument("--force", "-f", action="store_true",
-                        help="install it even where that version is there")
-    parser.add_argument("--version", metavar="V", dest="release", default="",
-                        help="a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                             " the latest)")
-    parser.set_defaults(run=_cmd_install_llama_swap)
 
 
 # Whether the hub has a file -> what `check` says of it.
@@ -16937,57 +16958,176 @@ def _cmd_check(args: Any) -> int:
     return code
 
 
-def _add_check(commands: Any) -> None:
-    parser = commands.add_parser(
-        "check", aliases=["check-models"],
-        help="configured models against the hub, the disk and what runs",
-        description="Look at every tier: is its file on the hub, is it here and whole, what is"
-                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
-                    " Exit code 1 when something needs you.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
-    parser.set_defaults(run=_cmd_check)
-
-
 def _cmd_version(args: Any) -> int:
     say(f"llmstack {VERSION}")
     return 0
 
 
-def _add_version(commands: Any) -> None:
-    commands.add_parser("version", help="print the version").set_defaults(run=_cmd_version)
+class Argument(NamedTuple):
+    """An option or an argument of a command."""
+
+    names: str                                  # its spellings, with blanks between them
+    settings: Mapping[str, Any]                 # as argparse takes them
 
 
-def _add_help(commands: Any) -> None:
-    parser = commands.add_parser("help", help="list the commands, or explain one")
-    parser.add_argument("topic", metavar="COMMAND", nargs="?", default="",
-                        help="the one to explain")
-    parser.set_defaults(run=None)
+def _option(names: str, about: str, **settings: Any) -> Argument:
+    return Argument(names, {"help": about, **settings})
 
 
-ADD_COMMANDS = (
-    _add_setup,
-    _add_install,
-    _add_install_litellm,
-    _add_install_llama_swap,
-    _add_start,
-    _add_stop,
-    _add_forget,
-    _add_restart,
-    _add_status,
-    _add_reload,
-    _add_why,
-    _add_fit,
-    _add_download,
-    _add_check,
-    _add_serve,
-    _add_activate,
-    _add_trust,
-    _add_version,
-    _add_help,
-    _add_daemon,
-    _add_download_worker,
+def _flag(names: str, about: str) -> Argument:
+    return _option(names, about, action="store_true")
+
+
+class Command(NamedTuple):
+    """A command of this file: what runs it, and all that is said of it."""
+
+    run: Optional[Callable[[Any], int]]         # None: `help`, which needs this table
+    about: str = ""                             # its line in `help`; "" for one of ours alone
+    description: str = ""
+    arguments: Tuple[Argument, ...] = ()
+    one_of: Tuple[Argument, ...] = ()           # options that exclude each other
+    aliases: Tuple[str, ...] = ()
+
+
+_CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
+_NEXT = _option("--next", "run the queued upgrades (hf_file_next, model_next)",
+                const="next", **_CHANNEL)
+_CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_NEXT says",
+                   const="current", **_CHANNEL)
+_HOST = _option("--host", "address to listen on (models.ini: host)", metavar="H")
+_PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
+                type=port_number)
+_JSON = _flag("--json", "for programs")
+_DEMO = _flag("--demo", "the demo's")
+_FORCE = _flag("--force -f", "install it even where that version is there")
+_PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
+                   f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
+                   metavar="NAME", default="")
+_STACK_OPTIONS = (
+    _flag("--detach --no-shell", "daemons only, no shell"),
+    _flag("--demo", "a small model of its own, for a first look on any machine"),
+    _NEXT,
+    _CURRENT,
+    _HOST,
+    _PORT,
+    _flag("--insecure", "thin client: do not verify the router's certificate"),
 )
+COMMANDS = {
+    "setup": Command(
+        _cmd_setup, "from a bare machine to loaded models, step by step",
+        "Look what is missing and bring it: models.ini, llama-server, llama-swap, the models,"
+        " this project's wiring, a first answer. It can be run again at any time: what is done is"
+        " left alone, what failed is tried again. Exit code 1 when a step failed.",
+        (_flag("--skip-download", "fetch no models"),
+         _flag("--skip-wait", "leave the downloads to the background"),
+         _flag("--yes", "ask nothing: bring llama.cpp's server and fetch the models"),
+         _option("--profile", "the tiers for a memory size, in GB, other than this machine's",
+                 metavar="NAME", default=""))),
+    "install": Command(
+        _cmd_install, "give this project its opencode.json",
+        "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
+        " models.ini where there is none. Without an option the channel stays as it is.",
+        (_flag("--insecure", "do not verify that router's certificate"),
+         _PROFILE,
+         _flag("-n --print", "print opencode.json and write nothing")),
+        (_option("--current", "pin the current models", const="current", **_CHANNEL),
+         _option("--next", "pin the queued upgrades (hf_file_next, model_next)", const="next",
+                 **_CHANNEL),
+         _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                 f" {_default_remote()}) instead of one of this project",
+                 metavar="URL", nargs="?", const="")),
+        ("init", "configure")),
+    "install-llama-swap": Command(
+        _cmd_install_llama_swap, "fetch llama-swap's binary",
+        "Fetch the release for this platform, verify its checksum and install it for all projects"
+        " (in LLMSTACK_BIN_DIR, or bin of the data directory). The same version again: nothing is"
+        " done.",
+        (_FORCE,
+         _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
+                 " the latest)", metavar="V", dest="release", default=""))),
+    "start": Command(
+        functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
+        "Bring up the engine (10102) and the router (10101) for this project. A directory without"
+        " .llmstack/ gets one. Running already is fine. On a terminal, where no hook is active"
+        " (see activate), a shell follows in which opencode finds the project.",
+        (_PROFILE, *_STACK_OPTIONS)),
+    "stop": Command(
+        _cmd_stop, "stop this project's daemons",
+        "Stop this project's daemons and the model servers they started, and nothing else.",
+        (_flag("--demo", "stop the demo's"),
+         _flag("--forget", "and delete every parked conversation"))),
+    "restart": Command(
+        functools.partial(_bring_up, again=True), "stop, then start",
+        "Stop and start again, on the same address and channel unless told otherwise. Loaded"
+        " models are unloaded.",
+        _STACK_OPTIONS),
+    "status": Command(
+        _cmd_status, "what runs, and in what state",
+        "Show the daemons and the tiers, probed now. Exit code 0 when the stack is up, 1 when it is"
+        " not.",
+        (_JSON, _flag("--watch", "go on showing it, until Ctrl-C"), _DEMO)),
+    "reload": Command(
+        _cmd_reload, "let the running router and this shell read the project again",
+        "Check models.ini and have the router read it again: routing changes at once, without a"
+        " restart. Tiers and flags of models need `llmstack restart`. Printed is what the shell is"
+        " to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.",
+        (_DEMO,
+         _option("--shell", "whose language to print (default: that of the hook, of"
+                 " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
+    "why": Command(
+        _cmd_why, "which tier a request would go to, and why",
+        "Print the decision for a request body without sending anything.",
+        (_option("file", "a JSON request body, - for standard input", metavar="FILE"),
+         _option("--path", "the path it would be posted to (default: %(default)s)", metavar="P",
+                 default="/v1/chat/completions"),
+         _JSON)),
+    "download": Command(
+        _cmd_download, "fetch the models, in the background",
+        "Fetch current and queued GGUFs into the hub cache that llama-server reads, one after"
+        " another, in the background; on a terminal, show it until it is done. What was"
+        " interrupted goes on where it ended. HF_TOKEN in the environment opens gated"
+        " repositories.",
+        (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
+         _flag("--next", "the queued upgrades only (hf_file_next)"),
+         _flag("--wait", "wait until all is done, without a terminal, too"),
+         _flag("--stop", "end the background download; what it has is kept")),
+        aliases=("download-models", "pull")),
+    "check": Command(
+        _cmd_check, "configured models against the hub, the disk and what runs",
+        "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
+        " what runs agree with models.ini (DRIFT!), are credentials set. Exit code 1 when something"
+        " needs you.",
+        (_JSON, _flag("--offline", "do not ask the hub")),
+        aliases=("check-models",)),
+    "activate": Command(
+        _cmd_activate, "a hook that wires a shell to the project it is in",
+        "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
+        " In the shell's start-up file: eval \"$(llmstack activate zsh)\".",
+        (_option("shell", "whose hook", choices=SHELLS),)),
+    "trust": Command(
+        _cmd_trust, "let a project's .llmstack/ take effect on this machine",
+        "Show what a project's .llmstack/ would put into effect, and trust it as it is now. What"
+        " `install` writes is trusted already; a changed file is to be trusted again.",
+        (_option("directory", "the project (default: the one we are in)", metavar="DIR",
+                 nargs="?"),)),
+    "version": Command(_cmd_version, "print the version"),
+    "help": Command(None, "list the commands, or explain one", arguments=(
+        _option("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
+    "_daemon": Command(_cmd_daemon, arguments=(
+        _NEXT,
+        _option("--host", "", required=True),
+        _option("--port", "", type=port_number, required=True),
+        _option("--engine", "", required=True))),
+    "_download": Command(_cmd_download_worker),
+}
+
+
+def command_called(name: str) -> str:
+    """The command that a name, or one of its other names, stands for; else the name itself."""
+    for known, command in COMMANDS.items():
+        if name in command.aliases:
+            return known
+    return name
 
 
 def render_examples(prog: str) -> str:
@@ -16997,7 +17137,9 @@ def render_examples(prog: str) -> str:
     except UserError:
         return ""
     mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
-    return "\nexamples:\n" + "".join(mine) if mine else ""
+    if not mine:
+        return ""
+    return "\nexamples:\n" + "".join(mine)
 
 
 def new_parser(prog: str, description: str, **options: Any) -> Any:
@@ -17006,6 +17148,7 @@ def new_parser(prog: str, description: str, **options: Any) -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
+            # argparse names what is wrong, not what was meant.
             unknown = re.match("unrecognized arguments: ([^ =]*)", message)
             if unknown:
                 what = unknown_word(unknown.group(1), self._option_string_actions)
@@ -17026,18 +17169,20 @@ def extra_parser(name: str, doc: str) -> Any:
                       formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def make_parser() -> Any:
-    """The command line; `commands` are its subparsers.
+def command_parser(name: str) -> Any:
+    """What reads the words behind a command of COMMANDS.
 
     Errors of usage exit with 2, in one line and a hint.
     """
-    about = "A multi-tier local LLM stack behind one OpenAI-compatible address."
-    parser = new_parser("llmstack", about)
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for add in ADD_COMMANDS:
-        add(commands)
-    parser.commands = commands.choices
-    parser.summaries = {a.dest: a.help for a in commands._choices_actions}
+    command = COMMANDS[name]
+    parser = new_parser("llmstack " + name, command.description)
+    if command.one_of:
+        group = parser.add_mutually_exclusive_group()
+        for option in command.one_of:
+            group.add_argument(*option.names.split(), **option.settings)
+    for option in command.arguments:
+        parser.add_argument(*option.names.split(), **option.settings)
+    parser.set_defaults(run=command.run)
     return parser
 
 
@@ -17047,34 +17192,40 @@ def extra_summary(name: str) -> str:
         text = read_resource(extra_file(name)).decode("utf-8")
     except UserError:
         return ""
-    found = re.search('"""(.*)', text)
-    if not found:
-        return ""
-    line = found.group(1).rstrip('".')
+    line = text.partition("\n")[0].strip('".')
     return line[:1].lower() + line[1:]
 
 
-def render_help(summaries: Mapping[str, str]) -> str:
+def _summary(name: str) -> str:
+    """What `help` says of a command, "" where it is not here."""
+    if name in COMMANDS:
+        return COMMANDS[name].about
+    return extra_summary(name)
+
+
+def render_help() -> str:
     """All commands in groups, with a line each."""
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
     for heading, names in command_groups():
-        rows = [(name, summaries.get(name) or extra_summary(name)) for name in names]
-        shown = [f"  {name:<18}  {summary}" for name, summary in rows if summary]
-        if shown:
-            lines += ["", heading, *shown]
+        summaries = {name: _summary(name) for name in names}
+        here = [name for name in names if summaries[name]]
+        if here:
+            lines += ["", heading]
+        lines += [f"  {name:<18}  {summaries[name]}" for name in here]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
 
 
-def _say_help(parser: Any, topic: str) -> int:
-    if not topic:
-        say(render_help(parser.summaries))
-    elif topic in parser.commands:
-        say(parser.commands[topic].format_help().rstrip("\n"))
-    else:
+def _say_help(topic: str) -> int:
+    name = command_called(topic)
+    if name in COMMANDS:
+        say(command_parser(name).format_help().rstrip("\n"))
+        return 0
+    if topic:
         return run_extra(topic, ["--help"])
+    say(render_help())
     return 0
 
 
@@ -17084,26 +17235,28 @@ OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version":
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
-    name = OPTION_COMMANDS.get(name, name)
+    name = command_called(OPTION_COMMANDS.get(name, name))
+    # A prompt waits for this one: it goes before all that costs time.
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)
     if not name.startswith("_"):
+        # A hook that runs at the prompt has not seen the `cd` of this very line.
         leave_stale_project(os.environ)
-    parser = make_parser()
-    command = parser.commands.get(name)
-    if command is None:
+    if name not in COMMANDS:
         return run_extra(name, words)
-    args = command.parse_args(words)
+    args = command_parser(name).parse_args(words)
     if args.run is None:
-        return _say_help(parser, args.topic)
+        return _say_help(args.topic)
     return int(args.run(args))
 
 
 def _mend_streams() -> None:
     """See that both output streams take whatever is written to them."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:          # `llmstack status >&-` leaves none
+        # `llmstack status >&-` leaves none.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))       # noqa: SIM115
+    # Tests put other objects there, which take any text.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without Unicode shows \u2192 rather than a traceback.
@@ -17117,6 +17270,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return run_command(sys.argv[1:] if argv is None else argv)
     except UserError as exc:
         sys.stdout.flush()
+        # A models.ini has all its problems shown at once.
         problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
         for problem in problems:
             _tell(f"llmstack: error: {problem}")
@@ -17130,8 +17284,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     except _OutputFailed as exc:
         # What is buffered must not fail again at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if exc.message:                         # not for `llmstack status | head`
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        # `llmstack status | head` closes its output and wants no message.
+        if exc.message:
             _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
         return 1
 

@@ -62,9 +62,9 @@ def prose(page: str) -> str:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    parser = llmstack.make_parser()
-    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return {n: sub for n, sub in actions[0].choices.items() if not n.startswith("_")}
+    aliases = [name for command in llmstack.COMMANDS.values() for name in command.aliases]
+    return {name: llmstack.command_parser(llmstack.command_called(name))
+            for name in [*llmstack.COMMANDS, *aliases] if not name.startswith("_")}
 
 
 def options() -> Iterator[tuple[str, str]]:
@@ -142,13 +142,14 @@ def command_lines() -> list[list[str]]:
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_every_command_line_is_one(words: list[str]) -> None:
     if words[0] not in llmstack.extra_names():
-        assert llmstack.make_parser().parse_args(words).run
+        name = llmstack.command_called(words[0])
+        assert llmstack.command_parser(name).parse_args(words[1:])
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert llmstack.main(["help"]) == 0
     out = capsys.readouterr().out
-    for name in llmstack.make_parser().summaries:
+    for name in llmstack.COMMANDS:
         assert (f"\n  {name} " in out) is not name.startswith("_")
 
 

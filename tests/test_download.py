@@ -1081,6 +1081,6 @@ def test_no_module_of_one_system_alone_is_needed_to_load_the_program() -> None:
     calls = ["sched_getaffinity", "sched_setaffinity", "killpg", "geteuid", "getpgid"]
     code = (f"import os, sys\nfor n in {only}: sys.modules[n] = None\nfor n in {calls}: os.__dict__.pop(n, None)\n"
             f"sys.path.insert(0, {str(Path(PROGRAM).parent)!r})\n"
-            "import llmstack\nllmstack.make_parser()\nprint(llmstack.main(['version']))\n")
+            "import llmstack\nllmstack.command_parser('start')\nprint(llmstack.main(['version']))\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout.splitlines()[-1:] == ["0"], done.stderr

@@ -715,7 +715,7 @@ def test_a_profile_that_cannot_fit_is_no_silent_choice(monkeypatch: pytest.Monke
 
 def test_start_takes_a_profile_for_a_new_project_only(monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(llmstack, "start_stack", lambda plan, say, again: True)
+    monkeypatch.setattr(llmstack, "start_stack", lambda plan, again: True)
     monkeypatch.setattr(llmstack, "check_plan", lambda plan: None)
     assert llmstack.main(["start", "--profile", "gigantic"]) == 2
     assert "there is no profile gigantic" in capsys.readouterr().err

@@ -756,7 +756,7 @@ def test_a_self_signed_certificate(certificate: Path, monkeypatch: pytest.Monkey
         assert llmstack.main(["install"]) == 0
         assert llmstack.main(["start"]) == 0
         assert llmstack.main(["status"]) == 0
-        assert {r.header("x-api-key") for r in router.requests} == {"a-key-of-the-test"}
+        assert {r.header("authorization") for r in router.requests} == {"Bearer a-key-of-the-test"}
     monkeypatch.setenv("NODE_EXTRA_CA_CERTS", str(certificate) + ".missing")
     assert install_external(url) == 2
     assert "holds no certificates" in capsys.readouterr().err
@@ -783,7 +783,7 @@ def test_a_cloned_thin_client_is_asked_about_before_a_key_goes_out(monkeypatch: 
         assert llmstack.main(["stop"]) == 0
         llmstack.trust_project(llmstack.find_places(os.environ))
         assert llmstack.main(["start"]) == 0
-        assert router.requests[0].header("x-api-key") == "a-key-of-the-test"
+        assert router.requests[0].header("authorization") == "Bearer a-key-of-the-test"
 
 
 def test_why_asks_the_ladder_of_the_router(capsys: pytest.CaptureFixture[str]) -> None:

@@ -291,4 +291,5 @@ def test_their_keys_are_read() -> None:
 
 @pytest.mark.parametrize("name", ["init", "configure"])
 def test_their_commands_are_ours(name: str) -> None:
-    assert llmstack.make_parser().parse_args([name, "--current"]).run is llmstack._cmd_install
+    parser = llmstack.command_parser(llmstack.command_called(name))
+    assert parser.parse_args(["--current"]).run is llmstack._cmd_install
