@@ -481,6 +481,7 @@ WRONG_KIND = {
                 "unknown_model": "guess", "patience_s": "soon", "allowed_origins": "https://*", "allowed_hosts": "*"},
     "SERVER": {"parallel": "two", "batch": "1k", "ubatch": "x", "n_cpu_moe": "all", "split_mode": "some",
                "main_gpu": "CUDA0", "reasoning_format": "qwen", "reasoning_budget": "much", "cache_reuse": "yes",
+               "override_tensor": "exps", "tensor_split": "a,b", "device": "a b",
                "args": "--port 1"},
     "MODEL": {"mmproj": "o/n:../x", "chat_template_file": "o/n:/x", "chat_template_kwargs": "[1]", "draft": "o/n:",
               "speculative": "yes", "lora": "a, o/n:../b", "embedding": "2", "pooling": "max",

@@ -492,12 +492,14 @@ def test_sets_beyond_the_budget_are_left_out_and_named(config: llmstack.Config) 
     assert [s.tiers for s in llmstack.residency_sets(config, need, 51.5)] == [
         ("code-fast", "plan"), ("code-fast", "plan-uncensored"), ("code-fast", "plan", "plan-uncensored"), ("code-smart",)]
     weights = {"code-smart": 9.0}
-    text = llmstack.render_llama_swap_yaml(config, ["llama-server"], False, frozenset(), str, 10_001, need, weights, 40.0)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, str,
+                             need_gb=need, weights_gb=weights, budget_gb=40.0)
+    text = llmstack.render_llama_swap_yaml(plan)
     assert "# left out: code-fast + code-smart would take ~55.1 GB, and there are 40.0" in text
     assert "# left out: code-fast + plan + plan-uncensored would take ~41.1 GB" in text
     assert '"f & p & u"' not in text
     assert "    c: 6\n" in text                 # 9 GB of weights by the header, not the 45 of size_gb
-    assert "left out" not in llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), str, 10_001, need, {}, 60.0)
+    assert "left out" not in llmstack.render_llama_swap_yaml(plan._replace(weights_gb={}, budget_gb=60.0))
 
 
 def test_a_tier_alone_in_its_set_evicts_all_others(config: llmstack.Config) -> None:

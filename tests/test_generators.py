@@ -396,7 +396,8 @@ def test_evictions_always_leave_a_set_and_never_cost_more_than_another_set(confi
 
 
 def render(config: Config, program: Sequence[str] = PROGRAM, use_next: bool = False, refused: frozenset[str] = NONE) -> str:
-    return llmstack.render_llama_swap_yaml(config, program, use_next, refused, llmstack.posix_quote)
+    server = llmstack.Binary(tuple(program), refused)
+    return llmstack.render_llama_swap_yaml(llmstack.SwapPlan(config, server, use_next, llmstack.posix_quote))
 
 
 def render_and_load(config: Config, program: Sequence[str] = PROGRAM, use_next: bool = False,

@@ -456,8 +456,9 @@ def test_llama_swaps_hook_ends_the_server_whatever_the_daemon_does(tmp_path: Pat
 
 
 def test_the_hook_stands_with_every_llama_server(config: llmstack.Config) -> None:
-    text = llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), llmstack.posix_quote)
-    hooked = llmstack.with_stop_hook(text, ["python3", "a b.py", "10102"])
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, llmstack.posix_quote)
+    assert "cmdStop" not in llmstack.render_llama_swap_yaml(plan)
+    hooked = llmstack.render_llama_swap_yaml(plan._replace(park=("python3", "a b.py", "10102")))
     assert hooked.count("""cmdStop: "python3 'a b.py' 10102 ${MODEL_ID} ${PID}"\n""") == len(
         llmstack.local_tiers(config))
 
