@@ -308,7 +308,7 @@ class Tier(NamedTuple):
     reasoning: bool = False                     # ...and thinks aloud
     base_url: str = ""                          # openai: where the host is, without /v1
     api_key_env: str = ""                       # the variable that holds its key
-    server: Tuple[Tuple[str, Any], ...] = ()    # what it says itself of TIER_SERVER_OPTIONS
+    server: Tuple[Tuple[str, Any], ...] = ()    # what it says of TIER_SERVER_OPTIONS
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
 
     @property
@@ -346,6 +346,16 @@ class Routing(NamedTuple):
     ultra_triggers: Tuple[str, ...] = ("[ultra]", "[opus]", "ultra:", "opus:")
 
 
+DEFAULT_SERVER: Tuple[Tuple[str, Any], ...] = (
+    ("n_gpu_layers", "999"),
+    ("flash_attn", "on"),
+    ("jinja", True),
+    ("cache_type_k", "q8_0"),
+    ("cache_type_v", "q8_0"),
+    ("threads", -1),
+)
+
+
 class Config(NamedTuple):
     """models.ini, parsed. Frozen: a reload makes a new one."""
 
@@ -359,14 +369,7 @@ class Config(NamedTuple):
     memory_gb: float = 0.0                      # 0: auto
     allow_unauthenticated: bool = False
     local_only: bool = False                    # no request leaves this machine
-    n_gpu_layers: str = "999"
-    flash_attn: str = "on"
-    jinja: bool = True
-    threads: int = -1
-    cache_type_k: str = "q8_0"
-    cache_type_v: str = "q8_0"
-    llama_server_bin: str = ""
-    server: Tuple[Tuple[str, Any], ...] = ()    # keys of SERVER_OPTIONS that have no field here
+    server: Tuple[Tuple[str, Any], ...] = DEFAULT_SERVER    # what it says of SERVER_OPTIONS
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
     decision_log: bool = True                   # logs/decisions.jsonl
     park_gb: float = 20.0                       # of parked conversations on the disk, 0: none
@@ -378,6 +381,14 @@ class Config(NamedTuple):
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
     patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """The keys of llama-server that have a value for all tiers."""
+        return dict(self.server)
+
+    def with_settings(self, own: Mapping[str, Any]) -> Config:
+        return self._replace(server=tuple({**self.settings, **own}.items()))
 
     @property
     def smallest_context(self) -> int:
@@ -1896,12 +1907,10 @@ def _implied_backend(values: Mapping[str, Any], written: Mapping[str, str]) -> s
     return "openai" if written.get("base_url") else "litellm"
 
 
-def _pop_server_values(
-        values: Dict[str, Any], fields: Sequence[str]) -> Tuple[Tuple[str, Any], ...]:
-    """Take out of `values` the keys of llama-server that the record has no field for."""
-    keys = [key for key in values if key in TIER_SERVER_OPTIONS and key not in fields]
-    pairs = [(key, values.pop(key)) for key in keys]
-    return tuple((key, value) for key, value in pairs if value != ())
+def _pop_server_values(values: Dict[str, Any]) -> Dict[str, Any]:
+    """Take the keys of llama-server out of `values`; an empty list says nothing."""
+    own = {key: values.pop(key) for key in list(values) if key in TIER_SERVER_OPTIONS}
+    return {key: value for key, value in own.items() if value != ()}
 
 
 def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
@@ -1910,7 +1919,7 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
     if not written:
         return None
     values = reader.values_of(name, TIER_OPTIONS)
-    values["server"] = _pop_server_values(values, Tier._fields)
+    values["server"] = tuple(_pop_server_values(values).items())
     prices = {PRICE_KEYS[key]: values.pop(key) for key in PRICE_KEYS if key in values}
     values["prices"] = tuple(prices.items())
     values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
@@ -2018,13 +2027,12 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    usual = {"flash_attn": config.flash_attn, "cache_type_v": config.cache_type_v}
     of_tiers = [(tier.name, tier.settings) for tier in config.tiers]
-    for section, own in [("DEFAULT", usual), *of_tiers]:
+    for section, own in [("DEFAULT", config.settings), *of_tiers]:
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        now = {**usual, **own}
-        cache_type = now["cache_type_v"]
-        if at and now["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        settings = {**config.settings, **own}
+        cache_type = settings["cache_type_v"]
+        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
 
@@ -2052,13 +2060,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
         line = reader.line_of(sections[MAX_INI_SECTIONS])
         raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
-    values["server"] = _pop_server_values(values, Config._fields)
+    settings = _pop_server_values(values)
     values["routing"] = _read_routing(reader)
     tiers = [tier for tier in (_read_tier(reader, name) for name in sections) if tier]
     _check_names(reader, tiers)
     values["tiers"] = _with_own_aliases(reader, tiers)
     values["aliases"] = _alias_patterns(reader, tiers)
-    config = Config(**values)
+    config = Config(**values).with_settings(settings)
     _check_ports(reader, config)
     _check_cache(reader, config)
     if reader.problems:
@@ -2201,24 +2209,16 @@ def _option_flags(key: str, value: Any) -> List[Tuple[str, ...]]:
     return [(option.flags[0], str(value))]
 
 
-def server_settings(config: Config) -> Dict[str, Any]:
-    """Every key of SERVER_OPTIONS that has a value for all tiers."""
-    fields = {key: getattr(config, key) for key in SERVER_OPTIONS if key in Config._fields}
-    return {**fields, **dict(config.server)}
-
-
 def tier_config(config: Config, tier: Tier) -> Config:
     """[DEFAULT] as it counts for one tier: what the tier says of SERVER_OPTIONS itself wins."""
     own = {key: value for key, value in tier.server if key in SERVER_OPTIONS}
-    fields = {key: own.pop(key) for key in list(own) if key in Config._fields}
-    server = {**dict(config.server), **own}
-    return config._replace(server=tuple(server.items()), **fields)
+    return config.with_settings(own)
 
 
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets."""
     flags: List[Tuple[str, ...]] = []
-    for key, value in server_settings(config).items():
+    for key, value in config.settings.items():
         flags += _option_flags(key, value)
     flags += [("--no-warmup",), ("--no-mmap",)]
     # By default every web page may read what it says.
@@ -2285,7 +2285,7 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     lost = refused - FLAG_REPLACEMENTS.keys()
     said = []
     for tier in local_tiers(config):
-        settings = {**server_settings(config), **tier.settings}
+        settings = {**config.settings, **tier.settings}
         flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
         said += [f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"
                  for key, flag in flags if flag[0] in lost]
@@ -3021,12 +3021,14 @@ class LoadOptions(NamedTuple):
 
 
 def load_options(config: Config, machine: Machine) -> LoadOptions:
-    layers = config.n_gpu_layers
+    settings = config.settings
+    layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu:
         count = 0
-    return LoadOptions(config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                       count, machine.cuda and count > 0, slots=dict(config.server).get("parallel", 0))
+    return LoadOptions(
+        settings["cache_type_k"], settings["cache_type_v"], settings["flash_attn"] != "off",
+        count, machine.cuda and count > 0, slots=settings.get("parallel", 0))
 
 
 class _GgufReader:
@@ -3856,7 +3858,7 @@ def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
 
 def _calls_tools(tier: Tier, config: Config) -> bool:
     """Whether a tier takes tools; a llama-server does so by its model's own template only."""
-    if tier.backend == "gguf" and not tier_config(config, tier).jinja:
+    if tier.backend == "gguf" and not tier_config(config, tier).settings["jinja"]:
         return False
     return tier.tool_call
 
@@ -5592,7 +5594,7 @@ def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
     found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total)
-    elif config.n_gpu_layers != "0":
+    elif config.settings["n_gpu_layers"] != "0":
         found = _nvidia_machine(total, os.environ, ours_gb) or _amd_machine(total, os.environ)
     if found is None:
         found = Machine(total * 0.75, f"75% of {total:.1f} GB of memory", False)
@@ -10069,11 +10071,12 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
 
     Empty when there is none. Errors: UserError where one is named that does not exist.
     """
-    named = config.llama_server_bin or env.get("LLAMA_SERVER_BIN", "")
+    own = config.settings.get("llama_server_bin", "")
+    named = own or env.get("LLAMA_SERVER_BIN", "")
     if named:
         found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
         if not found or not os.access(found, os.X_OK):
-            where = "llama_server_bin in models.ini" if config.llama_server_bin else "LLAMA_SERVER_BIN"
+            where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here", "correct it, or leave it out to search PATH", 2)
         return (found,)
     found = find_program("llama-server" + EXE)

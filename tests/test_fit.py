@@ -520,11 +520,11 @@ def test_the_embedded_engine_counts_by_header(config: llmstack.Config) -> None:
 # ---- The machine
 
 def machine(monkeypatch: pytest.MonkeyPatch, total: float, mac: bool = False, outputs: dict[str, str] | None = None,
-            **config: Any) -> llmstack.Machine:
+            layers: str = "999", **config: Any) -> llmstack.Machine:
     monkeypatch.setattr(llmstack, "IS_MAC", mac)
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: total)
     monkeypatch.setattr(llmstack, "_output", lambda command: (outputs or {}).get(command[0], ""))
-    return llmstack.this_machine(llmstack.Config(**config))
+    return llmstack.this_machine(llmstack.Config(**config).with_settings({"n_gpu_layers": layers}))
 
 
 @pytest.mark.parametrize(("gib", "gb"), [(8, 5.73), (16, 11.45), (32, 22.9), (36, 29.0), (64, 51.5), (128, 103.1)])
@@ -550,7 +550,7 @@ def test_nvidia_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: s
     assert found.budget_gb == pytest.approx(gb or 24.0, abs=0.01)
     assert found.gpu is found.cuda is bool(gb)
     assert found.host_gb == (24.0 if gb else 0)
-    assert machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed}, n_gpu_layers="0").budget_gb == 24.0
+    assert machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed}, layers="0").budget_gb == 24.0
 
 
 def test_an_nvidia_gpu_that_shares_the_machines_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

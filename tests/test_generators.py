@@ -96,7 +96,8 @@ def test_the_next_channel_changes_the_file_and_nothing_else(config: Config, name
 
 
 def test_settings_of_default_reach_the_command_line() -> None:
-    config = Config(n_gpu_layers="all", flash_attn="off", jinja=False, threads=6, cache_type_k="f16", cache_type_v="bf16")
+    config = Config().with_settings({"n_gpu_layers": "all", "flash_attn": "off", "jinja": False, "threads": 6,
+                                     "cache_type_k": "f16", "cache_type_v": "bf16"})
     flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
                      "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6", "--no-warmup": "", "--no-mmap": "",
@@ -251,7 +252,7 @@ def test_another_flag_is_asked_for_and_another_context_is_not(
     longer = config._replace(tiers=tuple(t._replace(name=t.name + "-2", ctx_size=4096) for t in config.tiers))
     assert probe(longer) == NONE
     assert binary.asked() == [], "a name and a context length are no reason to ask"
-    assert probe(config._replace(cache_type_k="f32")) == {"--cache-type-k"}
+    assert probe(config.with_settings({"cache_type_k": "f32"})) == {"--cache-type-k"}
 
 
 def test_two_binaries_are_remembered_side_by_side(config: Config, tmp_path: Path) -> None:

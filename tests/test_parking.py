@@ -475,7 +475,7 @@ class RealStage(Stage):
         tiers = tuple(t._replace(path=str(weights), ctx_size=8192, rope_scale=0.0) for t in config.tiers
                       if t.name in ("code-smart", "plan", "code-fast"))
         self.program = program
-        config = config._replace(tiers=tiers, threads=1, park_after_s=0)
+        config = config._replace(tiers=tiers, park_after_s=0).with_settings({"threads": 1})
         super().__init__(tmp_path / "stage", config, 1e9, FIRST_PORT)
         for model in self.engine.models.values():
             model.gb = 6e8                      # of 1e9: one at a time
