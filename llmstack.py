@@ -1758,6 +1758,9 @@ class IniReader:
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
 
+    def wrong_key(self, section: str, key: str, what: str) -> None:
+        self.wrong(self.line_of(section, key), what)
+
     def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
         """Say what is odd, and which of the known words may have been meant."""
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
@@ -1850,11 +1853,10 @@ class IniReader:
     def shown_problems(self) -> List[str]:
         """Its problems as `source:LINE: what`, in the order of their lines."""
         problems = sorted(set(self.problems))
-        more = len(problems) - MAX_SHOWN_PROBLEMS
-        if more > 0:
-            line = problems[MAX_SHOWN_PROBLEMS][0]
-            problems[MAX_SHOWN_PROBLEMS:] = [(line, f"and {more:,} more problems from here")]
-        return [f"{self.source}:{line}: {what}" for line, what in problems]
+        shown, rest = problems[:MAX_SHOWN_PROBLEMS], problems[MAX_SHOWN_PROBLEMS:]
+        if rest:
+            shown.append((rest[0][0], f"and {len(rest):,} more problems from here"))
+        return [f"{self.source}:{line}: {what}" for line, what in shown]
 
 
 def holds_secret(text: str) -> bool:
@@ -1864,41 +1866,44 @@ def holds_secret(text: str) -> bool:
 
 def _check_host(reader: IniReader, tier: Tier) -> None:
     """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
-    name, backend, url, variable = tier.name, tier.backend, tier.base_url, tier.api_key_env
-    at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
-    if backend == "openai" and not at:
-        reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend == "litellm":
+    name, url, variable = tier.name, tier.base_url, tier.api_key_env
+    at = reader.line_of(name, "base_url")
+    if tier.backend == "openai":
+        if not at:
+            reader.wrong_key(name, "", f"[{name}] has backend = openai but no base_url")
+    elif url and tier.backend == "litellm":
         reader.wrong(
             at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
-    elif url and backend != "openai":
+    elif url:
         reader.wrong(at, "base_url is for backend = openai and needs a model")
-    if variable and backend == "gguf":
-        reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
+    if variable and tier.backend == "gguf":
+        reader.wrong_key(
+            name, "api_key_env", f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
-        reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
+        reader.wrong_key(
+            name, "api_key_env", "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
 
 def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
     """A tier names a model for its backend; `written` are its keys as they stand there."""
-    name, line = tier.name, reader.line_of(tier.name)
+    name, role = tier.name, tier.role
+    in_hub = written.get("hf_repo") and written.get("hf_file")
     if tier.backend != "gguf":
         for key in tier.settings:
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
         if not tier.model:
-            reader.wrong(line, f"[{name}] has backend = {tier.backend} but no model")
-    elif not (tier.path or (written.get("hf_repo") and written.get("hf_file"))):
-        reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
+            reader.wrong_key(name, "", f"[{name}] has backend = {tier.backend} but no model")
+    elif not (tier.path or in_hub):
+        reader.wrong_key(
+            name, "", f"[{name}] names no model: hf_repo and hf_file, path, or model")
     elif tier.hf_file_next and not (tier.hf_repo_next or tier.hf_repo):
-        at = reader.line_of(name, "hf_file_next")
-        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
-    if tier.role and tier.role not in KNOWN_ROLES:
+        reader.wrong_key(name, "hf_file_next", "hf_file_next needs hf_repo_next or hf_repo")
+    if role and role not in KNOWN_ROLES:
         at = reader.line_of(name, "role")
-        reader.warn(
-            at, f"role {tier.role} is none that auto or the agents know", tier.role, KNOWN_ROLES)
+        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _implied_backend(values: Mapping[str, Any], written: Mapping[str, str]) -> str:
@@ -1920,15 +1925,17 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
         return None
     values = reader.values_of(name, TIER_OPTIONS)
     values["server"] = tuple(_pop_server_values(values).items())
-    prices = {PRICE_KEYS[key]: values.pop(key) for key in PRICE_KEYS if key in values}
+    prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
     values["prices"] = tuple(prices.items())
     values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
     role = values.get("role", "")
-    values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
-    values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
-    values.setdefault("description", name)
-    values.setdefault("backend", _implied_backend(values, written))
-    tier = Tier(name, **values)
+    implied = {
+        "aliases": ROLE_ALIASES.get(role, ()),
+        "ttl": ROLE_TTL_S.get(role, 1200),
+        "description": name,
+        "backend": _implied_backend(values, written),
+    }
+    tier = Tier(name, **{**implied, **values})
     _check_host(reader, tier)
     _check_model(reader, tier, written)
     return tier
@@ -1937,16 +1944,14 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
 def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
     roles: Dict[str, str] = {}
-    for tier in tiers:
-        line = reader.line_of(tier.name)
-        if tier.name.lower() in RESERVED_NAMES:
-            reader.wrong(line, f"[{tier.name}] is a reserved name")
-        elif not _NAME.match(tier.name):
-            reader.wrong(line, f"[{tier.name}] is not a name a model can have")
-        owner = roles.setdefault(tier.role, tier.name)
-        if tier.role and owner != tier.name:
-            at = reader.line_of(tier.name, "role")
-            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
+    for name, role in [(tier.name, tier.role) for tier in tiers]:
+        if name.lower() in RESERVED_NAMES:
+            reader.wrong_key(name, "", f"[{name}] is a reserved name")
+        elif not _NAME.match(name):
+            reader.wrong_key(name, "", f"[{name}] is not a name a model can have")
+        owner = roles.setdefault(role, name)
+        if role and owner != name:
+            reader.wrong_key(name, "role", f"role {role} belongs to [{owner}] already")
 
 
 def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple[str, ...]:
@@ -1970,21 +1975,24 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
 
 
 def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
-    """The tiers, each name of which leads to one of them; written aliases come first."""
+    """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
-    for tier in sorted(tiers, key=lambda t: not reader.line_of(t.name, "aliases")):
+    # The written ones first: those that come with a role give way to them.
+    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
         aliases[tier.name] = _own_aliases(reader, tier, owners)
     return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    pairs = [(alias, tier.name) for tier in tiers for alias in tier.aliases]
-    patterns = [(alias.lower(), name) for alias, name in pairs if _WILDCARD.search(alias)]
+    known, patterns = ["auto", *KNOWN_ROLES], []
+    for tier in tiers:
+        known += [tier.name, *tier.aliases]
+        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
+        patterns += [(alias, tier.name) for alias in wild]
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
-    known = ["auto", *KNOWN_ROLES, *(tier.name for tier in tiers), *(alias for alias, _ in pairs)]
     for number, _, pattern, target in reader.keys_of("ALIASES"):
         if not _ALIAS.match(pattern):
             reader.wrong(number, f"{pattern} is no name and no pattern of names, such as gpt-*")
@@ -2027,11 +2035,11 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    of_tiers = [(tier.name, tier.settings) for tier in config.tiers]
-    for section, own in [("DEFAULT", config.settings), *of_tiers]:
-        at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
+    sections = {tier.name: tier.settings for tier in config.tiers}
+    for section, own in [("DEFAULT", {}), *sections.items()]:
         settings = {**config.settings, **own}
         cache_type = settings["cache_type_v"]
+        at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
         if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
@@ -2220,10 +2228,8 @@ def common_flags(config: Config) -> List[Tuple[str, ...]]:
     flags: List[Tuple[str, ...]] = []
     for key, value in config.settings.items():
         flags += _option_flags(key, value)
-    flags += [("--no-warmup",), ("--no-mmap",)]
-    # By default every web page may read what it says.
-    flags.append(("--cors-origins", "localhost"))
-    return flags
+    # By default every web page may read what a llama-server says.
+    return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
 
 
 def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
@@ -2283,22 +2289,24 @@ def accepted_flags(
 def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
     lost = refused - FLAG_REPLACEMENTS.keys()
-    said = []
+    said: Dict[str, None] = {}
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
         flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
-        said += [f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"
-                 for key, flag in flags if flag[0] in lost]
-    return list(dict.fromkeys(said))
+        for key, flag in flags:
+            if flag[0] in lost:
+                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+    return list(said)
 
 
 def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
                    refused: FrozenSet[str]) -> List[str]:
     """The whole command line that serves `tier` on 127.0.0.1:`port`."""
-    listen = [("--host", "127.0.0.1"), ("--port", str(port))]
+    command = [*program, "--host", "127.0.0.1", "--port", str(port)]
     weights = weight_flags(weights_for(tier, use_next))
-    flags = [*listen, *weights, *accepted_flags(all_flags(tier, config), refused)]
-    return [*program, *itertools.chain(*flags)]
+    for flag in [*weights, *accepted_flags(all_flags(tier, config), refused)]:
+        command += flag
+    return command
 
 
 # ---- which tiers may be loaded together
@@ -2344,10 +2352,13 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
         for first in known:
             if first not in base:
                 found[_filled(base, [first, *known], need_gb, budget_gb)] = None
-    kept = [members for members in found
-            if not any(members <= set(base) for base in bases)
-            and not any(members < other for other in found)]
-    return [tuple(name for name in names if name in members) for members in kept]
+    kept = []
+    for members in found:
+        in_a_base = any(members <= set(base) for base in bases)
+        in_another = any(members < other for other in found)
+        if not (in_a_base or in_another):
+            kept.append(tuple(name for name in names if name in members))
+    return kept
 
 
 def _set_prefix(number: int, count: int) -> str:
@@ -2362,14 +2373,8 @@ def local_tiers(config: Config) -> List[Tier]:
     return [tier for tier in config.tiers if tier.backend == "gguf"]
 
 
-def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
-                   budget_gb: float = 0.0) -> List[ResidencySet]:
-    """The fast tier beside each heavy one, and all chat tiers together beside it.
-
-    With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
-    beside it comes in: the sets above are for 64 GB. A tier left in no set runs alone.
-    """
-    local = local_tiers(config)
+def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
+    """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
     heavy = [tier for tier in local if tier.role != "fast"]
     groups = [(tier.role or tier.name, (*fast, tier.name)) for tier in heavy]
@@ -2378,17 +2383,33 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     chats = [tier.name for tier in heavy if tier.role.startswith("plan")]
     if len(chats) > 1:
         groups.append(("chats", (*fast, *chats)))
+    return groups
+
+
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
+                   budget_gb: float = 0.0) -> List[ResidencySet]:
+    """The fast tier beside each heavy one, and all chat tiers together beside it.
+
+    With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
+    beside it comes in: the sets above are for 64 GB. A tier left in no set runs alone.
+    """
+    local = local_tiers(config)
+    groups = _labelled_sets(local)
     if need_gb is not None:
         groups = [(label, tiers) for label, tiers in groups
                   if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
         together = {name for _, tiers in groups for name in tiers}
-        groups += [(tier.role or tier.name, (tier.name,))
-                   for tier in local if tier.name not in together]
-        names = [tier.name for tier in local]
+        for tier in local:
+            if tier.name not in together:
+                groups.append((tier.role or tier.name, (tier.name,)))
         bases = [tiers for _, tiers in groups]
-        groups += [("more", tiers) for tiers in _grown(bases, names, need_gb, budget_gb)]
-    return [ResidencySet(_set_prefix(i, len(groups)) + re.sub(r"\W", "_", label), tiers)
-            for i, (label, tiers) in enumerate(groups)]
+        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
+        groups += [("more", tiers) for tiers in grown]
+    sets = []
+    for number, (label, tiers) in enumerate(groups):
+        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        sets.append(ResidencySet(name, tiers))
+    return sets
 
 
 def evict_cost(size_gb: float) -> int:
@@ -2559,8 +2580,8 @@ _SWAP_PROXY = """
 
 def _swap_defaults(plan: SwapPlan, config: Config, server: Binary) -> List[str]:
     """The lines of a command that are the same for all tiers without settings of their own."""
-    flags = [("--host", "127.0.0.1"), *accepted_flags(common_flags(config), server.refused)]
-    return [plan.words(flag) for flag in flags]
+    flags = accepted_flags(common_flags(config), server.refused)
+    return ["--host 127.0.0.1", *map(plan.words, flags)]
 
 
 def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
@@ -2583,15 +2604,15 @@ def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
 
 def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
     """The lines of the command that serves a tier."""
-    server = plan.own.get(tier.name, plan.server)
+    server = plan.own.get(tier.name)
     lines = ["${llama_server}", "${server_defaults}"]
-    if tier.name in plan.own:
-        config = tier_config(plan.config, tier)
+    if server is not None:
         lines = [plan.words(server.program), "--port ${PORT}"]
-        lines += _swap_defaults(plan, config, server)
-    weights = weight_flags(weights_for(tier, plan.use_next))
-    flags = [*weights, *accepted_flags(tier_flags(tier), server.refused)]
-    return [*lines, *_swap_notes(tier, plan.use_next), *(plan.words(flag) for flag in flags)]
+        lines += _swap_defaults(plan, tier_config(plan.config, tier), server)
+    lines += _swap_notes(tier, plan.use_next)
+    lines += map(plan.words, weight_flags(weights_for(tier, plan.use_next)))
+    flags = accepted_flags(tier_flags(tier), (server or plan.server).refused)
+    return [*lines, *map(plan.words, flags)]
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
@@ -2624,12 +2645,14 @@ def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
 
 def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> List[str]:
     """Comments on the sets that would be there if memory were no object."""
+    if plan.need_gb is None:
+        return []
     kept = [group.tiers for group in sets]
     lines = []
-    for group in residency_sets(plan.config):
-        if plan.need_gb is not None and group.tiers not in kept:
-            need_gb = sum(plan.need_gb.get(name, 0.0) for name in group.tiers)
-            lines.append(f"    # left out: {' + '.join(group.tiers)} would take ~{need_gb:.1f} GB,"
+    for _, tiers in _labelled_sets(local_tiers(plan.config)):
+        if tiers not in kept:
+            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
+            lines.append(f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
                          f" and there are {plan.budget_gb:.1f}")
     return lines
 
@@ -2641,26 +2664,28 @@ def _swap_matrix(plan: SwapPlan) -> List[str]:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
     keys, costs = {}, {}
     for number, tier in enumerate(local_tiers(plan.config)):
+        weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
-        costs[tier.name] = tier_cost(tier, plan.use_next, plan.weights_gb.get(tier.name, 0.0))
+        costs[tier.name] = tier_cost(tier, plan.use_next, weights_gb)
     everywhere = []
     if plan.proxy:
-        everywhere = [plan.proxy.tier.name]
-        keys[plan.proxy.tier.name], costs[plan.proxy.tier.name] = "l", 30
-    sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
+        proxy = plan.proxy.tier.name
+        keys[proxy], costs[proxy] = "l", 30
+        everywhere = [proxy]
     lines = [
         "# What may be loaded together; the cheapest way to make room wins, the first of equals.",
         "matrix:",
         "  vars:",
-        *(f"    {key}: {_yaml_text(name)}" for name, key in keys.items()),
-        "  evict_costs:",
-        *(f"    {keys[name]}: {cost}" for name, cost in costs.items()),
-        "  sets:",
-        *_left_out(plan, sets),
     ]
+    lines += [f"    {key}: {_yaml_text(name)}" for name, key in keys.items()]
+    lines.append("  evict_costs:")
+    lines += [f"    {keys[name]}: {cost}" for name, cost in costs.items()]
+    lines.append("  sets:")
+    sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
+    lines += _left_out(plan, sets)
     for group in sets or [ResidencySet("a_hosted", ())]:
         members = " & ".join(keys[name] for name in (*group.tiers, *everywhere))
-        lines.append(f"    {group.name}: {json.dumps(members)}")
+        lines.append(f'    {group.name}: "{members}"')
     return lines
 
 
@@ -3663,8 +3688,10 @@ def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     entries = []
     for tier in config.tiers:
         if tier.backend == "litellm":
-            entries += [(tier.name, tier.model), (f"{tier.name}_next", tier.model_next)]
-    return [(name, model) for name, model in entries if model]
+            entries.append((tier.name, tier.model))
+            if tier.model_next:
+                entries.append((f"{tier.name}_next", tier.model_next))
+    return entries
 
 
 def proxy_tier(config: Config) -> Optional[Tier]:
@@ -3675,13 +3702,9 @@ def proxy_tier(config: Config) -> Optional[Tier]:
     tiers = litellm_tiers(config)
     if not tiers:
         return None
-    names: List[str] = []
-    for tier in tiers:
-        names.append(tier.name)
-        if tier.model_next:
-            names.append(f"{tier.name}_next")
-        names += tier.aliases
-    description = "LiteLLM, for " + ", ".join(t.name for t in tiers)
+    names = [name for name, _ in litellm_entries(config)]
+    names += [alias for tier in tiers for alias in tier.aliases]
+    description = "LiteLLM, for " + ", ".join(tier.name for tier in tiers)
     return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
                 aliases=tuple(dict.fromkeys(names)))
 
@@ -3768,7 +3791,7 @@ def _is_credential(name: str) -> bool:
 
 def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that ask no provider."""
-    return {name: value for name, value in env.items() if not _is_credential(name)}
+    return {name: env[name] for name in env if not _is_credential(name)}
 
 
 def _provider_of(model: str) -> str:
@@ -3811,13 +3834,12 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
 
 def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
-    found = []
-    for name, model in litellm_entries(config):
-        entry = file.entries.get(name) if file else None
-        if entry and entry.model not in ("", model):
-            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
-                         " which is what is asked")
-    return found
+    if file is None:
+        return []
+    said = [(name, model, file.entries[name].model)
+            for name, model in litellm_entries(config) if name in file.entries]
+    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
+            for name, model, other in said if other not in ("", model)]
 
 
 # ==================================================================================================
@@ -3845,15 +3867,20 @@ def client_limits(tier: Tier) -> Tuple[int, int]:
     where output is not below context: no answer is promised more than that, or than half the
     context.
     """
-    output = tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS)
-    return tier.ctx_size, min(output, tier.ctx_size // 2, 32_000)
+    context, output = tier.ctx_size, tier.max_output_tokens
+    if not output:
+        output = min(context // 4, DEFAULT_OUTPUT_TOKENS)
+    return context, min(output, context // 2, 32_000)
 
 
 def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
     """The largest context that the ladder reaches, and an answer that every tier may give."""
-    context, output = client_limits(max(ladder, key=lambda t: t.ctx_size))
-    caps = [t.max_output_tokens for t in ladder if t.max_output_tokens]
-    return context, min([output, *caps])
+    largest = max(ladder, key=lambda tier: tier.ctx_size)
+    context, output = client_limits(largest)
+    for tier in ladder:
+        if tier.max_output_tokens:
+            output = min(output, tier.max_output_tokens)
+    return context, output
 
 
 def _calls_tools(tier: Tier, config: Config) -> bool:
@@ -4788,6 +4815,14 @@ SHELL_VARIABLES = (
     "LLMSTACK_REMOTE_URL",
 )
 
+# How a variable is set for programs, set for the shell alone, and unset; bash's stands for any
+# other shell.
+_ASSIGNMENTS = {
+    "bash": ("export {name}={word}", "{name}={word}", "unset {name}"),
+    "fish": ("set -gx {name} {word}", "set -g {name} {word}", "set -e {name}"),
+    "powershell": ("$env:{name} = {word}", "$global:{name} = {word}", "$env:{name} = $null"),
+}
+
 # The files below share/hooks/ that are, one behind the other, the hook of a shell.
 HOOK_SOURCES = {
     "bash": ("llmstack.sh", "llmstack.bash"),
@@ -4801,11 +4836,19 @@ SHELLS = tuple(HOOK_SOURCES)
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
     name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    if name.endswith(".exe"):
-        name = name[:-4]
+    name = re.sub(r"\.exe\Z", "", name)
     if name == "pwsh":
         return "powershell"
-    return name if name in SHELLS else ""
+    if name in SHELLS:
+        return name
+    return ""
+
+
+def _powershell_characters(word: str) -> str:
+    """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
+    raw = word.encode("utf-16-le", "surrogatepass")
+    units = struct.unpack(f"<{len(raw) // 2}H", raw)
+    return f"(-join[char[]]({','.join(map(str, units))}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -4816,10 +4859,8 @@ def shell_quote(shell: str, word: str) -> str:
         word = word.replace("'", "'\\''")
     elif word.isascii() and word.isprintable():
         word = word.replace("'", "''")
-    else:                                       # Windows reads the bytes of other text as it likes
-        raw = word.encode("utf-16-le", "surrogatepass")
-        units = struct.unpack(f"<{len(raw) // 2}H", raw)
-        return "(-join[char[]](" + ",".join(map(str, units)) + "))"
+    else:
+        return _powershell_characters(word)
     return f"'{word}'"
 
 
@@ -4828,14 +4869,15 @@ def activate_line(shell: str, program: Sequence[str] = ()) -> str:
 
     `program`: the words that run llmstack where its name alone does not.
     """
-    ask = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
-    ask += f" activate {shell}"
+    command = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
+    command += f" activate {shell}"
     if shell == "fish":
-        return f"{ask} | source"
-    if shell == "powershell":
-        call = "& " if program else ""
-        return f"{call}{ask} | Out-String | Invoke-Expression"
-    return f'eval "$({ask})"'
+        return f"{command} | source"
+    if shell != "powershell":
+        return f'eval "$({command})"'
+    if program:                                 # a quoted word is no command
+        command = f"& {command}"
+    return f"{command} | Out-String | Invoke-Expression"
 
 
 # The colour of an external project's prefix: (on, off), marked as of no width where a shell asks.
@@ -4861,16 +4903,11 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
-    word = "" if value is None else shell_quote(shell, value)
-    if shell == "powershell":
-        variable = ("$env:" if export else "$global:") + name
-        return f"{variable} = {word or '$null'}"
-    if shell == "fish":
-        scope = "-gx" if export else "-g"
-        return f"set {scope} {name} {word}" if word else f"set -e {name}"
-    if not word:
-        return f"unset {name}"
-    return f"export {name}={word}" if export else f"{name}={word}"
+    exported, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
+    if value is None:
+        return unset.format(name=name)
+    form = exported if export else own
+    return form.format(name=name, word=shell_quote(shell, value))
 
 
 def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
@@ -10835,33 +10872,24 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     return True
 
 
-def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]]) -> bool:
-    """True when LiteLLM is here, or the user has agreed to install it now.
-
-    `ask` answers None without a terminal.
-    """
-    if find_litellm(env, places.data):
-        return True
-    where = environment_dir(LITELLM, places.data)
-    if not ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
-        return False
-    install_environment(LITELLM, places.data, say)
-    return True
-
-
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
                    say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
-    Returns why they will not be served, or "". Errors: UserError.
+    `ask` answers None without a terminal. Returns why they will not be served, or "".
+    Errors: UserError.
     """
     if not litellm_tiers(config):
         return ""
-    here = ensure_litellm(places, env, say, ask)
-    write_litellm_config(places, config, find_litellm(env, places.data), say)
-    if not here:
+    program = find_litellm(env, places.data)
+    if not program:
+        where = environment_dir(LITELLM, places.data)
+        if ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
+            install_environment(LITELLM, places.data, say)
+            program = find_litellm(env, places.data)
+    write_litellm_config(places, config, program, say)
+    if not program:
         return INSTALL_LITELLM
     return ""
 
@@ -12133,6 +12161,40 @@ class EngineApp(Behind):
 # ==================================================================================================
 
 
+def _running_rows(upstream: Upstream, headers: bytes = b"") -> Optional[List[Dict[str, Any]]]:
+    """The rows of llama-swap's /running; None where it does not tell them."""
+    rows = asked_json(upstream, "/running", headers).get("running")
+    if not isinstance(rows, list):
+        return None
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
+    """Model -> its state as /running tells it; None where it does not."""
+    rows = _running_rows(upstream, headers)
+    if rows is None:
+        return None
+    return {str(row.get("model")): str(row.get("state")) for row in rows}
+
+
+def swap_ports(upstream: Upstream) -> Dict[str, int]:
+    """Model -> the port of its server, of those that are ready."""
+    ports = {}
+    for row in _running_rows(upstream) or ():
+        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+        if found and row.get("state") == "ready":
+            ports[str(row.get("model"))] = int(found.group(1))
+    return ports
+
+
+class Settling:
+    """A model of llama-swap from its load on; its bay is there once what was parked is restored."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()           # restored, or cannot be
+        self.bay: Optional[Bay] = None
+
+
 class SwapBays:
     """The parking of llama-swap's models, with the embedded engine's files.
 
@@ -12146,55 +12208,60 @@ class SwapBays:
                  log: Log) -> None:
         self._parking, self._identify, self._log = parking, identify, log
         self._tiers = {tier.name: tier for tier in tiers}
-        self._bays: Dict[str, Tuple[threading.Event, List[Bay]]] = {}
+        self._settling: Dict[str, Settling] = {}
         self._lock = threading.Lock()
 
-    def settle(self, name: str, swap: Upstream) -> Tuple[threading.Event, List[Bay]]:
-        """(set once a model is restored or cannot be, its bay then); that is begun where needed."""
+    def settle(self, name: str, swap: Upstream) -> Settling:
+        """A model's restoring, which is begun where needed."""
         with self._lock:
-            known = self._bays.get(name)
+            known = self._settling.get(name)
             if known is None:
-                known = self._bays[name] = (threading.Event(), [])
-                threading.Thread(target=self._restore, args=(name, swap, *known),
+                known = self._settling[name] = Settling()
+                threading.Thread(target=self._restore, args=(name, swap, known),
                                  name=f"restore {name}", daemon=True).start()
             return known
 
-    def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
+    def _restore(self, name: str, swap: Upstream, settling: Settling) -> None:
         try:
-            tier = self._tiers[name]
-            make_private_dir(self._parking.directory)   # its servers do not start without
-            swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
-            port = swap_ports(swap).get(name, 0)
-            if port:
-                server = Upstream("127.0.0.1", port)
-                server.key = swap.key
-                bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
-                if bay.fresh():
-                    bay.restore()
-                found.append(bay)
+            settling.bay = self._restored_bay(name, swap)
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            with self._lock:                    # the request that waits goes on, the next tries again
-                if not found and self._bays.get(name, (None,))[0] is done:
-                    del self._bays[name]
-            done.set()
+            # The request that waits goes on, and the next one tries again.
+            with self._lock:
+                if settling.bay is None and self._settling.get(name) is settling:
+                    del self._settling[name]
+            settling.done.set()
+
+    def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
+        tier = self._tiers[name]
+        make_private_dir(self._parking.directory)   # its servers do not start without
+        swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
+        port = swap_ports(swap).get(name)
+        if not port:
+            return None
+        server = Upstream("127.0.0.1", port)
+        server.key = swap.key
+        bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
+        if bay.fresh():
+            bay.restore()
+        return bay
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
         with self._lock:
-            _, found = self._bays.pop(name, (None, []))
-        for bay in found:
-            bay.save(ending=True)
+            known = self._settling.pop(name, None)
+        if known and known.bay:
+            known.bay.save(ending=True)
 
     def forget_all(self) -> None:
         with self._lock:
-            self._bays.clear()
+            self._settling.clear()
 
     def save_when_due(self) -> None:
         with self._lock:
-            found = [bay for _, bays in self._bays.values() for bay in bays]
-        for bay in found:
+            bays = [known.bay for known in self._settling.values() if known.bay]
+        for bay in bays:
             bay.save_when_due()
 
 
@@ -12209,21 +12276,23 @@ class SwapLease(Lease):
     def ready(self) -> bool:
         if self._settling is None:
             return True
-        done, found = self._settling
-        if done.is_set() and found:
-            self.bay = found[0]
-        return done.is_set()
+        if not self._settling.done.is_set():
+            return False
+        self.bay = self._settling.bay
+        return True
 
     def wait(self, seconds: float) -> None:
         if self._settling is not None:
-            self._settling[0].wait(seconds)
+            self._settling.done.wait(seconds)
 
     def stage(self) -> str:
         assert self.upstream is not None
         states = running_states(self.upstream)
         if states is None or self._model not in states:
             return f"waiting for llama-swap to load {self._model}"
-        return "" if states[self._model] == "ready" else f"loading {self._model}"
+        if states[self._model] == "ready":
+            return ""
+        return f"loading {self._model}"
 
 
 class SwapApp(UpstreamApp):
@@ -12242,10 +12311,11 @@ class SwapApp(UpstreamApp):
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
         self.address = "llama-swap"
-        self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
-        self._models.update((name, t.name) for t in local_tiers(config)
-                            for name in (t.name, *t.aliases))
-        self._local = {t.name for t in local_tiers(config)}
+        self._models: Dict[str, str] = {}       # every name of a tier -> llama-swap's model
+        for tier in litellm_tiers(config):
+            self._models.update(dict.fromkeys((tier.name, *tier.aliases), PROXY))
+        for tier in local_tiers(config):
+            self._models.update(dict.fromkeys((tier.name, *tier.aliases), tier.name))
         self._bays = bays
         self._command, self._env, self._output = command(port), env, output
         self._process: Any = None
@@ -12259,12 +12329,16 @@ class SwapApp(UpstreamApp):
         end = time.monotonic() + 60
         while not self._healthy():
             code = self._process.poll()
-            if code is not None or time.monotonic() > end:
-                self.close()
-                what = f"exited with {code}" if code is not None else "did not answer within 60 s"
-                tail = ":\n" + tail_of(self._output) if file_size(self._output) > before else ""
-                raise UserError(f"llama-swap {what} at start{tail}", f"see {self._output}")
-            time.sleep(0.02)
+            if code is None and time.monotonic() < end:
+                time.sleep(0.02)
+                continue
+            self.close()
+            what = "llama-swap did not answer within 60 s at start"
+            if code is not None:
+                what = f"llama-swap exited with {code} at start"
+            if file_size(self._output) > before:
+                what += ":\n" + tail_of(self._output)
+            raise UserError(what, f"see {self._output}")
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
@@ -12301,9 +12375,13 @@ class SwapApp(UpstreamApp):
         running = running_states(self.upstream)
         if running is None:
             return {}
-        words = {name: STATE_WORDS.get(state, "loading") for name, state in running.items()}
-        return {"models": {name: {"state": words.get(name, "not loaded")}
-                           for name in set(self._models.values())}}
+        models = {}
+        for name in set(self._models.values()):
+            state = "not loaded"
+            if name in running:
+                state = STATE_WORDS.get(running[name], "loading")
+            models[name] = {"state": state}
+        return {"models": models}
 
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""
@@ -12311,7 +12389,8 @@ class SwapApp(UpstreamApp):
 
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
-        return SwapLease(self.upstream, model, self._bays if model in self._local else None)
+        parks = model in self._models and model != PROXY
+        return SwapLease(self.upstream, model, self._bays if parks else None)
 
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
@@ -12321,25 +12400,6 @@ class SwapApp(UpstreamApp):
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop, remedy)
-
-
-def swap_ports(upstream: Upstream) -> Dict[str, int]:
-    """Model -> the port of its server, of those that are ready."""
-    rows = asked_json(upstream, "/running").get("running")
-    ports = {}
-    for row in rows if isinstance(rows, list) else ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy"))) if isinstance(row, dict) else None
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
-
-
-def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[str, str]]:
-    """Model -> its state as /running tells it; None where it does not."""
-    rows = asked_json(upstream, "/running", headers).get("running")
-    if not isinstance(rows, list):
-        return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
 
 
 # ==================================================================================================
@@ -13055,51 +13115,42 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     """
     key, mcp_url = api_key(env), ""
     if local:
-        marker = read_marker(places)
-        config = true_config(config, places, marker is not None and marker.channel == "next")
-        if not key:                             # the router may be of another terminal
-            key = api_key(_environment_of(read_stack(places), {}))
+        marker = read_marker(places) or Marker("current")
+        config = true_config(config, places, marker.channel == "next")
+        # The router may be of another terminal, and the key be known there.
+        key = key or api_key(_environment_of(read_stack(places), {}))
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
-def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
-    """Keep a file of somebody else's in the way of `data`.
-
-    None where it has made way; else whether anything has changed.
-    """
-    name = os.path.basename(path)
-    if name != "AGENTS.md":
-        write_atomic(path + ".old", old)
-        say(f"Kept {path}, which somebody else wrote, as {name}.old")
-        return None
-    say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-    if _read_bytes(path + ".new") == data:
+def _replace_file(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it."""
+    if _read_bytes(path) == data:
         return False
-    write_atomic(path + ".new", data)
+    write_atomic(path, data)
     return True
 
 
-def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
+def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     """Write a generated file into .llmstack/; True when anything has changed.
 
     A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as
     opencode.json.old.
     """
-    path, data = places.in_state(name), text.encode()
+    path = places.in_state(name)
     old = _read_bytes(path)
     if old == data:
         return False
-    remembered = name != "default-channel"
-    if old and remembered and not _is_ours(places, name, old):
-        changed = _keep_foreign(path, old, data, say)
-        if changed is not None:
-            return changed
+    if old and not _is_ours(places, name, old):
+        if name == "AGENTS.md":
+            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+            return _replace_file(path + ".new", data)
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
-    if remembered:
-        _remember(places, name, data)
+    _remember(places, name, data)
     say(f"Wrote {path}")
     return True
 
@@ -13113,25 +13164,30 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
-    files = {"opencode.json": opencode_json}
+    notes = b""
+    changed = write_ours(places, "opencode.json", opencode_json.encode(), say)
     try:
-        files["AGENTS.md"] = read_shared_text("templates/AGENTS.md")
+        notes = read_shared_text("templates/AGENTS.md").encode()
     except UserError as exc:
         say(f"{exc}, so the project gets no AGENTS.md; {exc.hint}")
-    files["default-channel"] = render_marker(marker)
-    changed = [name for name, text in files.items() if write_ours(places, name, text, say)]
+    if notes:
+        changed |= write_ours(places, "AGENTS.md", notes, say)
+    pin = places.in_state("default-channel")
+    if _replace_file(pin, render_marker(marker).encode()):
+        changed = True
+        say(f"Wrote {pin}")
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
     if not trust:
-        return bool(changed)
-    agents = places.in_state("AGENTS.md")
-    if not trusted and _read_bytes(agents) != files.get("AGENTS.md", "").encode():
-        say(f"{agents} tells agents what to do and is not trusted here:"
+        return changed
+    path = places.in_state("AGENTS.md")
+    if not trusted and _read_bytes(path) != notes:
+        say(f"{path} tells agents what to do and is not trusted here:"
             " look at it, then `llmstack trust`")
     elif not is_trusted(places, "hook"):
         trust_project(places, "hook")
-    return bool(changed)
+    return changed
 
 
 def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
@@ -13262,31 +13318,41 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
-        base = place[:-len("/models.ini")]
-        if place.endswith("/models.ini") and _SAFE_URL.match(base):
+        base = re.sub(r"/models\.ini\Z", "", place)
+        if base != place and _SAFE_URL.match(base):
             return f"redirects to {place}", f"give that: llmstack install --external {base}"
         return (f"redirects to {place or 'nowhere'}",
                 "a login page stands before it: name the router's own address")
     if status == 401:
         return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
                 "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+    if status == 404:
+        return (f"answers 404{_said(body)}",
+                "correct the URL: a llmstack router answers there,"
+                " llama-server and llama-swap do not")
     if status != 200:
-        hint = "look at that machine's router.log"
-        if status == 404:
-            hint = ("correct the URL: a llmstack router answers there,"
-                    " llama-server and llama-swap do not")
-        return f"answers {status}{_said(body)}", hint
-    is_page = "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"
-    if is_page:
+        return f"answers {status}{_said(body)}", "look at that machine's router.log"
+    if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
     return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
 
 
+def _read_remote(body: bytes, where: str) -> Config:
+    """A router's configuration. Errors: ValueError, which says why it is none."""
+    try:
+        config, _ = parse_models_ini(decode_models_ini(body, where), where)
+    except ConfigError as exc:
+        raise ValueError(visible(exc.problems[0].replace(where + ":", "line "))) from None
+    if not config.tiers:
+        raise ValueError("it names no tier")
+    return config
+
+
 def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
     """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up.
 
-    Errors: UserError, also for more than 1 MiB and after REMOTE_PATIENCE_S.
+    Errors: UserError, also for more than MAX_INI_BYTES and after REMOTE_PATIENCE_S.
     """
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
@@ -13301,20 +13367,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    problem = ""
+    what, hint = _why_no_models_ini(response, body, bool(headers))
     if response.status == 200:
         try:
-            config = parse_models_ini(decode_models_ini(body, where), where)[0]
-            if config.tiers:
-                pid = response.header(b"x-llmstack-pid")
-                return RemoteRouter(upstream.url, config, pid, upstream)
-            problem = ", it names no tier"
-        except ConfigError as exc:
-            problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
-    what, hint = _why_no_models_ini(response, body, bool(headers))
-    if not what.startswith("is no "):
-        problem = ""
-    raise UserError(f"{where} {what}{problem}", hint)
+            config = _read_remote(body, where)
+            return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+        except ValueError as exc:
+            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+    raise UserError(f"{where} {what}", hint)
 
 
 def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
@@ -14026,28 +14086,30 @@ def demo_dir(data: str) -> str:
     return os.path.join(data, "demo")
 
 
+def _why_unreached(url: str, timeout_s: float) -> str:
+    """Why the host of `url` answers nothing, "" where it answers; a refusal is an answer."""
+    import http.client
+    import urllib.error
+    import urllib.request
+    request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+    try:
+        urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        reason = getattr(exc, "reason", exc)
+        return getattr(reason, "strerror", None) or str(reason) or type(exc).__name__
+    return ""
+
+
 def reach_host(url: str, timeout_s: float) -> None:
     """Return once the host of `url` answers anything. Errors: OSError, in words.
 
     The look-up of its name counts, too: urllib's own timeout does not bound that.
     """
-    import http.client
-    import urllib.error
-    import urllib.request
-    found: List[str] = []                       # "" for an answer, else why there is none
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
-            found.append("")
-        except urllib.error.HTTPError:          # a refusal is an answer
-            found.append("")
-        except (OSError, ValueError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "reason", exc)
-            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
+    found: List[str] = []
+    thread = threading.Thread(
+        target=lambda: found.append(_why_unreached(url, timeout_s)), daemon=True)
     thread.start()
     thread.join(timeout_s)
     why = found[0] if found else f"no answer within {timeout_s:g} s"
@@ -14146,8 +14208,10 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
 
 def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
     """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
-    if read_text(places.models_ini) in ("", *ours):
+    ours = [""]
+    for known in DEMO_MODELS:
+        ours.append(render_demo_ini(known, os.path.join(demo_dir(places.data), known.file)))
+    if read_text(places.models_ini) in ours:
         write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
@@ -14191,11 +14255,6 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def hook_trusted(places: Places) -> bool:
-    """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook")
-
-
 def _is_hooked_project(directory: str) -> bool:
     """True for a project as the shell hooks see it."""
     state = os.path.join(directory, ".llmstack")
@@ -14213,14 +14272,19 @@ def project_above(directory: str) -> str:
     return directory
 
 
+def _hook_parts(env: Mapping[str, str]) -> Tuple[str, str, str]:
+    """(level, shell, project) of LLMSTACK_HOOK, which is `SHLVL:shell:project`."""
+    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    shell, _, project = rest.partition(":")
+    return level, shell, project
+
+
 def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
     """(shell, its project) of the hook that is active in the very shell we were started from.
 
-    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
-    without the hook stands between.
+    ("", "") for none. Another level means that a shell without the hook stands between.
     """
-    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
-    shell, _, project = rest.partition(":")
+    level, shell, project = _hook_parts(env)
     if shell in SHELLS and level == env.get("SHLVL", ""):
         return shell, project
     return "", ""
@@ -14241,7 +14305,7 @@ def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
     old = env.pop(f"_llmstack_old_{name}", None)
     if new is None or env.get(name) != new:
         return
-    env.pop(name)
+    del env[name]
     was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
     if old is not None and was_set:
         env[name] = old
@@ -14253,8 +14317,7 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables
     are the first's.
     """
-    _, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
-    _, _, project = rest.partition(":")
+    _, _, project = _hook_parts(env)
     if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
         return
     try:
@@ -14286,11 +14349,16 @@ def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
     return values
 
 
+def _can_paint(env: Mapping[str, str]) -> bool:
+    """Whether a prompt may have a colour of the 256."""
+    if env.get("NO_COLOR"):
+        return False
+    return bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS)
+
+
 def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
-    can_paint = env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS
-    colour = bool(can_paint) and not env.get("NO_COLOR")
     project = os.path.basename(places.work)
-    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
+    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(env))
 
 
 def hook_text(shell: str, data: str) -> str:
@@ -14304,9 +14372,16 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    if _read_bytes(path) != raw:
-        write_atomic(path, raw)
+    _replace_file(path, raw)
     return path
+
+
+def _touch_trust(data: str) -> None:
+    """Files of a project that were only touched are older than the ledger again."""
+    try:
+        os.utime(trust_file(data))
+    except OSError:
+        pass
 
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
@@ -14319,19 +14394,15 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
-    marker: Optional[Marker] = Marker("current")
     pin = places.in_state("default-channel")
-    if os.path.exists(pin):
-        marker = read_marker(places)
-    if marker is None:
+    marker = read_marker(places)
+    if marker is None and os.path.exists(pin):
         tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
-    try:                                        # files touched only are older than it again
-        os.utime(trust_file(places.data))
-    except OSError:
-        pass
-    shell_part = env.get("LLMSTACK_HOOK", "").split(":", 2)[:2]
-    hook = ":".join([*shell_part, places.work])
+    _touch_trust(places.data)
+    marker = marker or Marker("current")
+    level, of_shell, _ = _hook_parts(env)
+    hook = f"{level}:{of_shell}:{places.work}"
     prefix = _shell_prefix(shell, places, marker, env)
     return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
 
@@ -14341,8 +14412,9 @@ def shell_program(env: Mapping[str, str]) -> str:
 
     On Windows PowerShell, where $SHELL is a guest's.
     """
-    if env.get("LLMSTACK_SHELL"):
-        return find_program(env["LLMSTACK_SHELL"]) or env["LLMSTACK_SHELL"]
+    named = env.get("LLMSTACK_SHELL")
+    if named:
+        return find_program(named) or named
     if IS_WINDOWS:
         return find_program("pwsh") or find_program("powershell") or env.get("COMSPEC", "cmd.exe")
     return env.get("SHELL") or "/bin/sh"
@@ -14396,7 +14468,7 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     The process is replaced rather than waited for: job control, signals and the exit code are the
     shell's own. Errors: UserError.
     """
-    if not hook_trusted(places):
+    if not is_trusted(places, "hook"):
         raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
     work = os.path.realpath(places.work)        # the spelling of the hooks and of the daemon
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
@@ -14426,9 +14498,9 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
 def _shown_marker(places: Places) -> Marker:
     """The channel that a running shell is to show: what runs, else what the project pins."""
     pinned = read_marker(places) or Marker("current")
-    active = read_marker(places, "active-channel")
+    active = read_marker(places, "active-channel") or pinned
     # An address in active-channel is nothing that was trusted.
-    if active is None or "external" in (active.channel, pinned.channel):
+    if "external" in (active.channel, pinned.channel):
         return pinned
     return active
 
@@ -14439,17 +14511,18 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
     or one without either, gets the variables.
     """
-    if hook_of(env)[0] and not env.get("LLMSTACK_ACTIVE"):
+    inside = bool(env.get("LLMSTACK_ACTIVE"))
+    if hook_of(env)[0] and not inside:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
-    if not hook_trusted(places):
+    if not is_trusted(places, "hook"):
         return ""
     marker = _shown_marker(places)
     values = shell_values(places, marker)
-    lines = [render_assignment(shell, name, values[name])
-             for name in SHELL_VARIABLES if name in values]
-    if env.get("LLMSTACK_ACTIVE"):
-        lines += [render_assignment(shell, name, None)
-                  for name in SHELL_VARIABLES if name not in values and name in env]
+    lines = []
+    for name in SHELL_VARIABLES:
+        if name in values or (inside and name in env):
+            lines.append(render_assignment(shell, name, values.get(name)))
+    if inside:
         prefix = _shell_prefix(shell, places, marker, env)
         lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
     return "\n".join(lines) + "\n"
@@ -14492,16 +14565,15 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
-    inner: Iterable[Tuple[Any, Any]] = ()
     if isinstance(value, dict):
-        inner = value.items()
+        for key, inner in value.items():
+            yield from _harmful_values(inner, (*path, str(key)))
     elif isinstance(value, list):
-        inner = enumerate(value)
+        for number, inner in enumerate(value):
+            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text
-    for key, below in inner:
-        yield from _harmful_values(below, (*path, str(key)))
 
 
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
@@ -14509,11 +14581,12 @@ SHOWN_LINES = 100                              # of litellm_config.yaml, before 
 
 def _config_rows(text: str) -> List[Tuple[str, str]]:
     """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
-    stripped = ((line, line.strip()) for line in text.splitlines())
-    lines = [line for line, words in stripped if words and not words.startswith("#")]
-    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
-    if len(lines) > SHOWN_LINES:
-        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    name = "litellm_config.yaml"
+    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
+    rows = [(name, line) for line in lines[:SHOWN_LINES]]
+    more = len(lines) - len(rows)
+    if more:
+        rows.append((name, f"and {more} more lines"))
     return rows
 
 
@@ -14538,8 +14611,9 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     rows = [("project", places.work)]
     for effect in effects:
         rows += _effect_rows(effect)
-    width = max(len(visible(name, 80)) for name, _ in rows)
-    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+    names = [visible(name, 80) for name, _ in rows]
+    width = max(map(len, names))
+    return [f"{name:<{width}}  {visible(value)}" for name, (_, value) in zip(names, rows)]
 
 
 def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
@@ -15666,7 +15740,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if os.environ.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
-    if not hook_trusted(places):
+    if not is_trusted(places, "hook"):
         _tell(untrusted_line(places))
         return 0
     if hook_of(os.environ)[0]:
@@ -16159,7 +16233,7 @@ def _cmd_reload(args: Any) -> int:
     tell = say if sys.stdout.isatty() else _tell
     if not args.demo:
         _say_raw(shell_lines(places, args.shell or _shell_in_use(), os.environ))
-        if not hook_trusted(places):
+        if not is_trusted(places, "hook"):
             tell(untrusted_line(places))
         if pinned_url(places):
             return 0
