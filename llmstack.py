@@ -14086,30 +14086,28 @@ def demo_dir(data: str) -> str:
     return os.path.join(data, "demo")
 
 
-def _why_unreached(url: str, timeout_s: float) -> str:
-    """Why the host of `url` answers nothing, "" where it answers; a refusal is an answer."""
-    import http.client
-    import urllib.error
-    import urllib.request
-    request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-    try:
-        urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
-    except urllib.error.HTTPError:
-        return ""
-    except (OSError, ValueError, http.client.HTTPException) as exc:
-        reason = getattr(exc, "reason", exc)
-        return getattr(reason, "strerror", None) or str(reason) or type(exc).__name__
-    return ""
-
-
 def reach_host(url: str, timeout_s: float) -> None:
     """Return once the host of `url` answers anything. Errors: OSError, in words.
 
     The look-up of its name counts, too: urllib's own timeout does not bound that.
     """
-    found: List[str] = []
-    thread = threading.Thread(
-        target=lambda: found.append(_why_unreached(url, timeout_s)), daemon=True)
+    import http.client
+    import urllib.error
+    import urllib.request
+    found: List[str] = []                       # "" for an answer, else why there is none
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
+            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
+            found.append("")
+        except urllib.error.HTTPError:          # a refusal is an answer
+            found.append("")
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout_s)
     why = found[0] if found else f"no answer within {timeout_s:g} s"
@@ -14208,10 +14206,8 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
 
 def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
     """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    ours = [""]
-    for known in DEMO_MODELS:
-        ours.append(render_demo_ini(known, os.path.join(demo_dir(places.data), known.file)))
-    if read_text(places.models_ini) in ours:
+    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
+    if read_text(places.models_ini) in ("", *ours):
         write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
