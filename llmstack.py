@@ -1233,6 +1233,9 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ==================================================================================================
 # PURE: MODELS.INI
 # ==================================================================================================
+# The text of a models.ini becomes a Config here, or all that is wrong with it is said, line by
+# line. The text comes from load_config or from another machine's router, so nothing in it is
+# believed before its table has read it, and no value that may be a secret is ever repeated.
 
 # Which values of a key have no effect outside the project, so that nobody has to trust them.
 _ANY_VALUE = re.compile("")
@@ -2154,6 +2157,9 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # ==================================================================================================
 # PURE: GENERATORS
 # ==================================================================================================
+# What a Config means to others: the command line of a llama-server, the sets of tiers that may be
+# loaded together, llama-swap's configuration, the way of a request, the list of models. Both
+# engines take their flags and their sets from here, so that they do the same.
 
 
 class Weights(NamedTuple):
@@ -3711,6 +3717,8 @@ def profile_file(name: str) -> str:
 # ==================================================================================================
 # PURE: LITELLM
 # ==================================================================================================
+# What LiteLLM's proxy is to serve, and which credentials it lacks. No key is ever read here: only
+# whether a variable has a value counts.
 
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
@@ -3885,6 +3893,8 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
 # ==================================================================================================
 # PURE: OPENCODE
 # ==================================================================================================
+# opencode.json is a function of the configuration, so that a thin client writes the same file for
+# a router elsewhere as the project of that router does.
 
 PROVIDER = "llama.cpp"                          # opencode's name for this stack: llama.cpp/auto
 KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts in the value; no key is ever written
@@ -10741,6 +10751,8 @@ def true_config(config: Config, places: Places, use_next: bool,
 # ==================================================================================================
 # LITELLM
 # ==================================================================================================
+# LiteLLM lives in another Python than ours. What it knows of its configuration it is asked in a
+# process of its own, share/guests/litellm_yaml.py; ours never imports it.
 
 # What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The
 # proxy wants a master key, or this permission: it listens on loopback, and its guard,
@@ -10790,21 +10802,24 @@ def _python_of(program: str) -> str:
 
 
 def _litellm_python(env: Mapping[str, str], data: str) -> str:
+    """The Python that LiteLLM is installed in, "" for none. Errors: see find_litellm."""
+    import importlib.util
     named = env.get("LITELLM_BIN", "")
     if named:
-        bare = os.path.basename(named) == named
-        found = find_program(named, ()) if bare else _expand(named)
+        found = _expand(named)
+        if os.path.basename(named) == named:
+            found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
             raise UserError(f"LITELLM_BIN names {named}, which is no program here",
                             "correct it, or leave it out", 2)
         return _python_of(found)
-    import importlib.util
+    # A LiteLLM without its extra for the proxy cannot serve.
     needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
     if all(map(importlib.util.find_spec, needed)):
         return sys.executable
-    if not environment_ready(LITELLM, data):
-        return ""
-    return environment_program(LITELLM, data)
+    if environment_ready(LITELLM, data):
+        return environment_program(LITELLM, data)
+    return ""
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
@@ -10821,8 +10836,11 @@ def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
     """The proxy's environment: quiet, offline but for its providers, without others' databases."""
-    kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
-    return {**_LITELLM_ENV, **kept}
+    quiet = dict(_LITELLM_ENV)
+    for name, value in env.items():
+        if not name.startswith(("DATABASE_", "DIRECT_URL")):
+            quiet[name] = value
+    return quiet
 
 
 def litellm_config_path(places: Places) -> str:
@@ -10868,16 +10886,18 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
     cache, digest = _read_json(cache_path), _digest(data)
-    known = parse_litellm_file(cache.get(digest))
+    known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
         program, text = find_litellm(env, places.data), data.decode("utf-8")
-        answer = ask_litellm_yaml(program, text, ()) if program else {}
+        if not program:
+            return None
+        answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            kept = dict(list(cache.items())[-7:])
-            write_atomic(cache_path, json.dumps({**kept, digest: answer}), 0o600)
+            latest = dict([*cache.items()][-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
     except (UserError, UnicodeDecodeError):
         pass
     return known
@@ -10914,14 +10934,17 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
     Errors: UserError.
     """
     tier = proxy_tier(config)
-    program = find_litellm(env, places.data) if tier else ()
-    if tier is None or not program:
+    if tier is None:
+        return None
+    program = find_litellm(env, places.data)
+    if not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
     lacking = lacking_credentials(places, config, env, use_next, True)
-    able = [t for t in litellm_tiers(config) if t.name not in lacking]
-    wanted = any(t.role in LADDER_ROLES for t in able)
-    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
+    able = [hosted for hosted in litellm_tiers(config) if hosted.name not in lacking]
+    # Only what auto may ask is worth a proxy before anybody has asked.
+    preload = any(hosted.role in LADDER_ROLES for hosted in able)
+    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, preload)
 
 
 def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
@@ -10930,12 +10953,14 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
     tiers = litellm_tiers(config)
     if not tiers:
         return {}
+    why = ""
     try:
-        why = "" if find_litellm(env, places.data) else INSTALL_LITELLM
+        if not find_litellm(env, places.data):
+            why = INSTALL_LITELLM
     except UserError as exc:
         why = str(exc)
     if why:
-        return {t.name: why for t in tiers}
+        return {tier.name: why for tier in tiers}
     lacking = lacking_credentials(places, config, env, use_next, True)
     return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
@@ -12314,6 +12339,8 @@ class EngineApp(Behind):
 # ==================================================================================================
 # LLAMA-SWAP
 # ==================================================================================================
+# llama-swap is the engine where it is found. It runs behind a listener of ours, on a port and with
+# a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
 
 
 def _running_rows(upstream: Upstream, headers: bytes = b"") -> Optional[List[Dict[str, Any]]]:
@@ -13250,6 +13277,8 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # ==================================================================================================
 # INSTALL
 # ==================================================================================================
+# What `install` and `start` write into a project, and the thin client, whose router is elsewhere.
+# A file that a person has changed is never overwritten: it is kept, or ours is put beside it.
 
 REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
@@ -14370,6 +14399,8 @@ def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
 # ==================================================================================================
 # SHELL
 # ==================================================================================================
+# The shell of `start` and the hooks. Both hand a project's files to opencode, which does what they
+# say, so both ask first whether the project is trusted; what asks a person stands here, too.
 
 HOOK_FILES = {
     "bash": ".bash_llmstack_hook",
