@@ -2173,6 +2173,10 @@ class Weights(NamedTuple):
     channel: str                                # current | next
 
 
+def local_tiers(config: Config) -> List[Tier]:
+    return [tier for tier in config.tiers if tier.backend == "gguf"]
+
+
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
     """A tier whose further files (mmproj, draft, lora ...) are what `find` makes of them."""
     settings = tier.settings
@@ -2395,10 +2399,6 @@ def _set_prefix(number: int, count: int) -> str:
     return letters + "_"
 
 
-def local_tiers(config: Config) -> List[Tier]:
-    return [tier for tier in config.tiers if tier.backend == "gguf"]
-
-
 def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
@@ -2572,12 +2572,6 @@ apiKeys: ["${{env.LLAMA_API_KEY}}"]
 includeAliasesInList: true
 captureBuffer: 0                  # keep no copies of prompts and answers
 globalTTL: 0
-
-macros:
-  llama_server: {program}
-  server_defaults: >-
-    --port ${{PORT}}
-{defaults}
 """
 
 _SWAP_MODEL = """
@@ -2604,12 +2598,6 @@ _SWAP_PROXY = """
 """
 
 
-def _swap_defaults(plan: SwapPlan, config: Config, server: Binary) -> List[str]:
-    """The lines of a command that are the same for all tiers without settings of their own."""
-    flags = accepted_flags(common_flags(config), server.refused)
-    return ["--host 127.0.0.1", *map(plan.words, flags)]
-
-
 def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
     """Comments at the weights of a tier's command: where to change them, how to go back."""
     current, queued = weights_for(tier, False), weights_for(tier, True)
@@ -2629,16 +2617,17 @@ def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
 
 
 def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
-    """The lines of the command that serves a tier."""
-    server = plan.own.get(tier.name)
-    lines = ["${llama_server}", "${server_defaults}"]
-    if server is not None:
-        lines = [plan.words(server.program), "--port ${PORT}"]
-        lines += _swap_defaults(plan, tier_config(plan.config, tier), server)
-    lines += _swap_notes(tier, plan.use_next)
-    lines += map(plan.words, weight_flags(weights_for(tier, plan.use_next)))
-    flags = accepted_flags(tier_flags(tier), (server or plan.server).refused)
-    return [*lines, *map(plan.words, flags)]
+    """The lines of the command that serves a tier: server_command's words, and notes."""
+    server = plan.own.get(tier.name, plan.server)
+    weights = weight_flags(weights_for(tier, plan.use_next))
+    flags = accepted_flags(all_flags(tier, plan.config), server.refused)
+    return [
+        plan.words(server.program),
+        "--host 127.0.0.1 --port ${PORT}",
+        *_swap_notes(tier, plan.use_next),
+        *map(plan.words, weights),
+        *map(plan.words, flags),
+    ]
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
@@ -2717,21 +2706,20 @@ def _swap_matrix(plan: SwapPlan) -> List[str]:
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
     """The configuration of llama-swap v250 and newer."""
-    local = local_tiers(plan.config)
-    defaults = _swap_defaults(plan, plan.config, plan.server)
+    local, proxy = local_tiers(plan.config), plan.proxy
+    channel = "next" if plan.use_next else "current"
     text = _SWAP_HEAD.format(
-        channel="next" if plan.use_next else "current", timeout_s=LOAD_TIMEOUT_S,
-        first_port=plan.first_port, program=_yaml_quoted(plan.words(plan.server.program)),
-        defaults="\n".join(f"    {line}" for line in defaults))
-    if not local and not plan.proxy:
+        channel=channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
+    if not local and not proxy:
         return text + "\nmodels: {}\n"
     text += "\nmodels:"
+    for tier in local:
+        text += _swap_model(plan, tier)
     preload = [tier.name for tier in local if tier.role == "fast"]
-    text += "".join(_swap_model(plan, tier) for tier in local)
-    if plan.proxy:
-        text += _swap_proxy(plan, plan.proxy)
-        if plan.proxy.preload:
-            preload.append(plan.proxy.tier.name)
+    if proxy:
+        text += _swap_proxy(plan, proxy)
+        if proxy.preload:
+            preload.append(proxy.tier.name)
     text += "\n" + "\n".join(_swap_matrix(plan)) + "\n"
     if preload:
         text += f"\nhooks:\n  on_startup:\n    preload: {_yaml_list(preload)}\n"

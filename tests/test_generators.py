@@ -408,11 +408,8 @@ def render_and_load(config: Config, program: Sequence[str] = PROGRAM, use_next: 
 
 
 def words_of(loaded: dict[str, Any], name: str, port: int) -> list[str]:
-    """The command line as llama-swap makes it: macros put in, comment lines taken out, split like a shell does."""
+    """The command line as llama-swap makes it: comment lines taken out, split like a shell does."""
     text = loaded["models"][name]["cmd"]
-    for macro, value in loaded["macros"].items():
-        assert f"${{{macro}}}" in text
-        text = text.replace(f"${{{macro}}}", value)
     lines = [line for line in text.replace("${PORT}", str(port)).splitlines() if not line.strip().startswith("#")]
     assert "${" not in "".join(lines)
     return shlex.split(" ".join(lines))
@@ -425,9 +422,7 @@ def test_yaml_top_level(config: Config) -> None:
         "apiKeys": ["${env.LLAMA_API_KEY}"], "includeAliasesInList": True,
         "captureBuffer": 0, "globalTTL": 0, "hooks": {"on_startup": {"preload": ["code-fast"]}}}
     assert {key: loaded[key] for key in expected} == expected
-    assert set(loaded) - set(expected) == {"logLevel", "logToStdout", "macros", "models", "matrix"}
-    assert set(loaded["macros"]) == {"llama_server", "server_defaults"}
-    assert loaded["macros"]["llama_server"] == PROGRAM[0]
+    assert set(loaded) - set(expected) == {"logLevel", "logToStdout", "models", "matrix"}
 
 
 def test_yaml_models(config: Config) -> None:
@@ -574,7 +569,7 @@ def test_a_description_never_becomes_a_macro(text: str) -> None:
     """
     rendered = render(config_of(local("a")._replace(description=text, quant=text, tier=text)))
     assert set(re.findall(r"\$\{[^}]*\}", rendered)) == {
-        "${PORT}", "${llama_server}", "${server_defaults}", "${env.LLAMA_API_KEY}"}
+        "${PORT}", "${env.LLAMA_API_KEY}"}
 
 
 @pytest.mark.parametrize("path", [
