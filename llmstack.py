@@ -271,8 +271,14 @@ class LoadError(Exception):
 # ==================================================================================================
 
 
+_LOCAL_URL = re.compile(r"https?://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?![^:/])")
+
+
 class Tier(NamedTuple):
-    """One [section] of models.ini. Context and output in tokens, sizes in GB (10^9 bytes), ttl in seconds."""
+    """One [section] of models.ini.
+
+    Units: context and output in tokens, sizes in GB (10^9 bytes), ttl in seconds.
+    """
 
     name: str
     role: str = ""
@@ -294,16 +300,16 @@ class Tier(NamedTuple):
     sampler: Tuple[Tuple[str, float], ...] = ()
     rope_scale: float = 0.0                     # YaRN factor, 0: none
     rope_orig_ctx: int = 0
-    cache_ram_mib: int = -1                     # of prompts in the host's memory; -1: as the server has it
+    cache_ram_mib: int = -1                     # of prompts in memory; -1: as the server has it
     ctx_checkpoints: int = -1                   # a slot, likewise
     description: str = ""
     aliases: Tuple[str, ...] = ()
     ttl: int = 1200                             # 0: never unloaded for idleness
     tool_call: bool = True                      # for clients that ask: the model can call tools...
     reasoning: bool = False                     # ...and thinks aloud
-    base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
+    base_url: str = ""                          # openai: where the host is, without /v1
     api_key_env: str = ""                       # the variable that holds its key
-    server: Tuple[Tuple[str, Any], ...] = ()    # what it says itself of TIER_SERVER_OPTIONS
+    server: Tuple[Tuple[str, Any], ...] = ()    # what it says of TIER_SERVER_OPTIONS
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
 
     @property
@@ -321,15 +327,17 @@ class Tier(NamedTuple):
 
     @property
     def has_next(self) -> bool:
-        return bool(self.hf_file_next or self.hf_repo_next if self.backend == "gguf" else self.model_next)
+        """True where an upgrade is queued, for the channel next."""
+        if self.backend == "gguf":
+            return bool(self.hf_file_next or self.hf_repo_next)
+        return bool(self.model_next)
 
     @property
     def remote(self) -> bool:
         """True where a request leaves this machine, as far as models.ini can tell."""
-        return self.backend == "litellm" or (self.backend == "openai" and not _LOCAL_URL.match(self.base_url))
-
-
-_LOCAL_URL = re.compile(r"https?://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?![^:/])")
+        if self.backend == "openai":
+            return not _LOCAL_URL.match(self.base_url)
+        return self.backend == "litellm"
 
 
 class Routing(NamedTuple):
@@ -337,6 +345,16 @@ class Routing(NamedTuple):
     mid_fidelity_ceiling: int = MID_FIDELITY_CEILING_TOKENS
     multi_turn: int = MULTI_TURN
     ultra_triggers: Tuple[str, ...] = ("[ultra]", "[opus]", "ultra:", "opus:")
+
+
+DEFAULT_SERVER: Tuple[Tuple[str, Any], ...] = (
+    ("n_gpu_layers", "999"),
+    ("flash_attn", "on"),
+    ("jinja", True),
+    ("cache_type_k", "q8_0"),
+    ("cache_type_v", "q8_0"),
+    ("threads", -1),
+)
 
 
 class _Settings(NamedTuple):
@@ -352,20 +370,13 @@ class _Settings(NamedTuple):
     memory_gb: float = 0.0                      # 0: auto
     allow_unauthenticated: bool = False
     local_only: bool = False                    # no request leaves this machine
-    n_gpu_layers: str = "999"
-    flash_attn: str = "on"
-    jinja: bool = True
-    threads: int = -1
-    cache_type_k: str = "q8_0"
-    cache_type_v: str = "q8_0"
-    llama_server_bin: str = ""
-    server: Tuple[Tuple[str, Any], ...] = ()    # the keys of SERVER_OPTIONS that have no field here
+    server: Tuple[Tuple[str, Any], ...] = DEFAULT_SERVER    # what it says of SERVER_OPTIONS
     build_model: str = "agent"                  # whom opencode's build agent asks: agent | auto
     decision_log: bool = True                   # logs/decisions.jsonl
     park_gb: float = 20.0                       # of parked conversations on the disk, 0: none
     park_after_s: int = 3                       # a conversation is parked that takes longer to read
     park_every_min: int = 10                    # ...and while in use, 0: only before a stop
-    loading_state: str = "visible"              # how a stream is told that it waits: visible | comments | off
+    loading_state: str = "visible"              # of a stream that waits: visible | comments | off
     aliases: Tuple[Tuple[str, str], ...] = DEFAULT_ALIASES  # pattern -> tier, role or auto
     unknown_model: str = "error"                # what other names get: error | auto
     allowed_origins: Tuple[str, ...] = ()       # patterns for web pages that may ask
@@ -378,9 +389,11 @@ class Config(_Settings):
 
     @property
     def settings(self) -> Dict[str, Any]:
-        """Every key of SERVER_OPTIONS that has a value."""
-        fields = {key: getattr(self, key) for key in SERVER_OPTIONS if key in self._fields}
-        return {**fields, **dict(self.server)}
+        """The keys of llama-server that have a value for all tiers."""
+        return dict(self.server)
+
+    def with_settings(self, own: Mapping[str, Any]) -> Config:
+        return self._replace(server=tuple({**self.settings, **own}.items()))
 
     @functools.cached_property
     def smallest_context(self) -> int:
@@ -390,7 +403,9 @@ class Config(_Settings):
     @property
     def offered(self) -> Tuple[Tier, ...]:
         """The tiers that a request may name: without those that local_only forbids."""
-        return tuple(t for t in self.tiers if not t.remote) if self.local_only else self.tiers
+        if self.local_only:
+            return tuple(t for t in self.tiers if not t.remote)
+        return self.tiers
 
     def by_role(self, role: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.role == role), None)
@@ -419,11 +434,11 @@ class Config(_Settings):
 class Facts(NamedTuple):
     """What the ladder needs to know of a request body, counted once."""
 
-    auto: bool                                  # the model asked for is `auto` in one of its spellings
+    auto: bool                                  # the model asked for is a spelling of `auto`
     model: str                                  # as asked, "" when absent
     fim: bool                                   # infill: belongs to the fast role
     chars: int                                  # code points of all message text and prompt
-    wide: int                                   # of these, wide-script characters: about a token each
+    wide: int                                   # of these, of wide scripts: about a token each
     extra: int                                  # characters of tool schemas and tool-call arguments
     pictures: int
     turns: int                                  # messages of the user
@@ -431,7 +446,7 @@ class Facts(NamedTuple):
     trigger: str                                # the ultra trigger found, or ""
     texts: Sequence[str] = ()                   # all that was counted, for class_tokens
     classes: int = 0                            # what that says of them, 0: not asked yet
-    ratio: float = 0.0                          # true tokens per class token of this conversation, 0: not known
+    ratio: float = 0.0                          # true tokens per class token, 0: not known
 
     @property
     def tokens(self) -> int:
@@ -455,7 +470,7 @@ class Facts(NamedTuple):
 
     @property
     def source(self) -> str:
-        """How the fuller estimate was got: measured, where the conversation's last answer counted."""
+        """measured where the conversation's last answer counted its tokens, else estimated."""
         return "measured" if self.classes and self.ratio else "estimated"
 
 
@@ -1218,19 +1233,30 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
 # ==================================================================================================
 # PURE: MODELS.INI
 # ==================================================================================================
-
+# The text of a models.ini becomes a Config here, or all that is wrong with it is said, line by
+# line. The text comes from load_config or from another machine's router, so nothing in it is
+# believed before its table has read it, and no value that may be a secret is ever repeated.
 
 # Which values of a key have no effect outside the project, so that nobody has to trust them.
 _ANY_VALUE = re.compile("")
 _NO_VALUE = re.compile(r"(?!)")
 _THIS_MACHINE = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|::1)\Z")
-_NO_ADDRESS = re.compile(r"(?!.*://)")          # LiteLLM asks huggingface/https://HOST right there
+# LiteLLM asks the host of huggingface/https://HOST itself.
+_NO_ADDRESS = re.compile(r"(?!.*://)")
 _PATH_WITHIN = re.compile(r"(?![/\\~])(?!.*:)(?!(?:.*[/\\])?\.\.(?:[/\\]|\Z))")
 _HUB_FILE = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*:(?!(?:[^,]*/)?\.\.?(?:/|,|\Z))[^/\\:,][^\\:,]*"
 _HUB_REFERENCE = re.compile(_HUB_FILE + r"\Z")   # OWNER/NAME:FILE of the hub
 # Files of the hub or of the project, in a list. None leads out of it.
 _FILES_WITHIN = re.compile(
     rf"(?:(?:{_HUB_FILE}|(?![/\\~\s])(?!(?:[^,]*[/\\])?\.\.(?:[/\\]|,|\Z))[^,:]+)(?:, |\Z))+\Z")
+_TRUST = {
+    "free": _ANY_VALUE,
+    "asks": _NO_VALUE,
+    "own-host": _THIS_MACHINE,
+    "no-url": _NO_ADDRESS,
+    "inside": _PATH_WITHIN,
+    "files": _FILES_WITHIN,
+}
 
 
 class Option(NamedTuple):
@@ -1247,158 +1273,164 @@ class Option(NamedTuple):
     choices: Tuple[str, ...] = ()
     field: str = ""                             # of the record, where it is not called as the key
     harmless: Pattern[str] = _NO_VALUE
-    flags: str = ""
-    shape: Pattern[str] = _ANY_VALUE            # of kind text: what it has to look like...
-    example: str = ""                           # ...and how it does
+    flags: Tuple[str, ...] = ()
 
 
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+def _option_table(rows: str) -> Dict[str, Option]:
+    """Rows of KEY TRUST VALUE FLAG...: TRUST is a word of _TRUST, VALUE one of these.
+
+    KIND, KIND:LOW..HIGH, or CHOICE|CHOICE...
+    """
+    table = {}
+    for row in rows.strip().splitlines():
+        key, trust, value, *flags = row.split()
+        kind, _, bounds = value.partition(":")
+        option = Option(kind, harmless=_TRUST[trust], flags=tuple(flags))
+        if bounds:
+            low, high = map(float, bounds.split(".."))
+            option = option._replace(low=low, high=high)
+        elif "|" in value:
+            option = option._replace(kind="choice", choices=tuple(value.split("|")))
+        table[key] = option
+    return table
+
 
 # The tables below are all that is known of the file: reading, errors, "did you mean", what needs
 # trust and llama-server's flags come from them.
 
 # What [DEFAULT] says of llama-server for all tiers, and a tier for itself.
-SERVER_OPTIONS: Dict[str, Option] = {
-    "n_gpu_layers": Option("layers", harmless=_ANY_VALUE, flags="-ngl --gpu-layers --n-gpu-layers"),
-    "flash_attn": Option(
-        "choice", choices=("on", "off", "auto"), harmless=_ANY_VALUE, flags="-fa --flash-attn"),
-    "jinja": Option("bool", harmless=_ANY_VALUE, flags="--jinja --no-jinja"),
-    "cache_type_k": Option(
-        "choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE, flags="--cache-type-k -ctk"),
-    "cache_type_v": Option(
-        "choice", choices=_CACHE_TYPES, harmless=_ANY_VALUE, flags="--cache-type-v -ctv"),
-    "threads": Option("int", -1, 4_096, harmless=_ANY_VALUE, flags="--threads -t"),
-    "llama_server_bin": Option("text"),
-    "parallel": Option("int", 1, 256, harmless=_ANY_VALUE, flags="--parallel -np"),
-    "batch": Option("int", 1, 1_000_000, harmless=_ANY_VALUE, flags="--batch-size -b"),
-    "ubatch": Option("int", 1, 1_000_000, harmless=_ANY_VALUE, flags="--ubatch-size -ub"),
-    "n_cpu_moe": Option("int", 0, 10_000, harmless=_ANY_VALUE, flags="--n-cpu-moe -ncmoe"),
-    "override_tensor": Option(
-        "text", harmless=_ANY_VALUE, flags="--override-tensor -ot",
-        shape=re.compile(r"[^\s=,]+=[\w:.-]+(?:,[^\s=,]+=[\w:.-]+)*\Z"), example="exps=CPU"),
-    "split_mode": Option(
-        "choice", choices=("none", "layer", "row", "tensor"), harmless=_ANY_VALUE,
-        flags="--split-mode -sm"),
-    "tensor_split": Option(
-        "text", harmless=_ANY_VALUE, flags="--tensor-split -ts",
-        shape=re.compile(r"[0-9]+(?:\.[0-9]+)?(?:,[0-9]+(?:\.[0-9]+)?)*\Z"), example="3,1"),
-    "main_gpu": Option("int", 0, 1_000, harmless=_ANY_VALUE, flags="--main-gpu -mg"),
-    "device": Option(
-        "text", harmless=_ANY_VALUE, flags="--device -dev",
-        shape=re.compile(r"[\w:.-]+(?:,[\w:.-]+)*\Z"), example="CUDA0,CUDA1"),
-    "reasoning_format": Option(
-        "choice", choices=("none", "deepseek", "deepseek-legacy", "auto"), harmless=_ANY_VALUE,
-        flags="--reasoning-format"),
-    "reasoning_budget": Option(
-        "int", -1, 100_000_000, harmless=_ANY_VALUE, flags="--reasoning-budget"),
-    "cache_reuse": Option("int", 0, 100_000_000, harmless=_ANY_VALUE, flags="--cache-reuse"),
-    "args": Option("args"),
-}
+SERVER_OPTIONS = _option_table("""
+n_gpu_layers        free  layers                  -ngl --gpu-layers --n-gpu-layers
+flash_attn          free  on|off|auto             -fa --flash-attn
+jinja               free  bool                    --jinja --no-jinja
+cache_type_k        free  f32|f16|bf16|q8_0|q4_0|q4_1|iq4_nl|q5_0|q5_1  --cache-type-k -ctk
+cache_type_v        free  f32|f16|bf16|q8_0|q4_0|q4_1|iq4_nl|q5_0|q5_1  --cache-type-v -ctv
+threads             free  int:-1..4096            --threads -t
+llama_server_bin    asks  text
+parallel            free  int:1..256              --parallel -np
+batch               free  int:1..1000000          --batch-size -b
+ubatch              free  int:1..1000000          --ubatch-size -ub
+n_cpu_moe           free  int:0..10000            --n-cpu-moe -ncmoe
+override_tensor     free  overrides               --override-tensor -ot
+split_mode          free  none|layer|row|tensor   --split-mode -sm
+tensor_split        free  proportions             --tensor-split -ts
+main_gpu            free  int:0..1000             --main-gpu -mg
+device              free  devices                 --device -dev
+reasoning_format    free  none|deepseek|deepseek-legacy|auto  --reasoning-format
+reasoning_budget    free  int:-1..100000000       --reasoning-budget
+cache_reuse         free  int:0..100000000        --cache-reuse
+args                asks  args
+""")
 # What a tier says of its own model.
-MODEL_OPTIONS: Dict[str, Option] = {
-    "mmproj": Option("file", harmless=_FILES_WITHIN, flags="--mmproj -mm"),
-    "chat_template": Option("text", harmless=_ANY_VALUE, flags="--chat-template"),
-    "chat_template_file": Option("file", harmless=_FILES_WITHIN, flags="--chat-template-file"),
-    "chat_template_kwargs": Option("json", harmless=_ANY_VALUE, flags="--chat-template-kwargs"),
-    "draft": Option(
-        "file", harmless=_FILES_WITHIN, flags="-md --model-draft --spec-draft-model"),
-    "speculative": Option(
-        "choice", choices=("auto", "ngram", "mtp", "off"), harmless=_ANY_VALUE,
-        flags="--spec-type"),
-    "lora": Option("files", harmless=_FILES_WITHIN, flags="--lora"),
-    "embedding": Option("bool", harmless=_ANY_VALUE, flags="--embedding --embeddings"),
-    "pooling": Option(
-        "choice", choices=("none", "mean", "cls", "last", "rank"), harmless=_ANY_VALUE,
-        flags="--pooling"),
-    "rope_freq_base": Option("number", 0, 1e12, harmless=_ANY_VALUE, flags="--rope-freq-base"),
-    "rope_freq_scale": Option("number", 0, 1e6, harmless=_ANY_VALUE, flags="--rope-freq-scale"),
-    "yarn_ext_factor": Option("number", -1, 1e3, harmless=_ANY_VALUE, flags="--yarn-ext-factor"),
-    "yarn_attn_factor": Option("number", -1, 1e3, harmless=_ANY_VALUE, flags="--yarn-attn-factor"),
-    "yarn_beta_slow": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-slow"),
-    "yarn_beta_fast": Option("number", -1, 1e6, harmless=_ANY_VALUE, flags="--yarn-beta-fast"),
-}
-# What opencode shows as the cost of an answer: key -> opencode's own name of it.
-PRICE_KEYS = {"price_input_per_1m": "input", "price_output_per_1m": "output",
-              "price_cache_read_per_1m": "cache_read", "price_cache_write_per_1m": "cache_write"}
+MODEL_OPTIONS = _option_table("""
+mmproj                files  file                    --mmproj -mm
+chat_template         free   text                    --chat-template
+chat_template_file    files  file                    --chat-template-file
+chat_template_kwargs  free   json                    --chat-template-kwargs
+draft                 files  file                    -md --model-draft --spec-draft-model
+speculative           free   auto|ngram|mtp|off      --spec-type
+lora                  files  files                   --lora
+embedding             free   bool                    --embedding --embeddings
+pooling               free   none|mean|cls|last|rank --pooling
+rope_freq_base        free   number:0..1e12          --rope-freq-base
+rope_freq_scale       free   number:0..1e6           --rope-freq-scale
+yarn_ext_factor       free   number:-1..1e3          --yarn-ext-factor
+yarn_attn_factor      free   number:-1..1e3          --yarn-attn-factor
+yarn_beta_slow        free   number:-1..1e6          --yarn-beta-slow
+yarn_beta_fast        free   number:-1..1e6          --yarn-beta-fast
+""")
 TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
-FILE_KEYS = tuple(key for key, row in MODEL_OPTIONS.items() if row.kind in ("file", "files"))
+FILE_KEYS = tuple(key for key, option in MODEL_OPTIONS.items() if option.kind in ("file", "files"))
+# What `sampler` holds, within the bounds that llama-server accepts.
+SAMPLER_OPTIONS = _option_table("""
+temp     free  number:0..10   --temp --temperature
+top_p    free  number:0..1    --top-p
+top_k    free  int:0..100000  --top-k
+min_p    free  number:0..1    --min-p
+rep_pen  free  number:0..10   --repeat-penalty
+""")
+# What opencode shows as the cost of an answer: key -> opencode's own name of it.
+PRICE_KEYS = {
+    "price_input_per_1m": "input",
+    "price_output_per_1m": "output",
+    "price_cache_read_per_1m": "cache_read",
+    "price_cache_write_per_1m": "cache_write",
+}
 
-DEFAULT_OPTIONS: Dict[str, Option] = {
-    "host": Option("host", harmless=_THIS_MACHINE),
-    "router_host": Option("host", field="host", harmless=_THIS_MACHINE),
-    "router_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
-    "engine_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
-    "litellm_port": Option("int", 1, 65_535, harmless=_ANY_VALUE),
-    "engine": Option("choice", choices=("auto", "llama-swap", "embedded"), harmless=_ANY_VALUE),
-    "memory_gb": Option("gb_or_auto", 0.1, 100_000, harmless=_ANY_VALUE),
-    "allow_unauthenticated": Option("bool"),
-    "build_model": Option("choice", choices=("agent", "auto"), harmless=_ANY_VALUE),
-    "decision_log": Option("bool", harmless=_ANY_VALUE),
-    "park_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
-    "park_after_s": Option("int", 0, 86_400, harmless=_ANY_VALUE),
-    "park_every_min": Option("int", 0, 100_000, harmless=_ANY_VALUE),
-    "loading_state": Option(
-        "choice", choices=("visible", "comments", "off"), harmless=_ANY_VALUE),
-    "local_only": Option("bool", harmless=_ANY_VALUE),
-    "patience_s": Option("int", 0, 3_600, harmless=_ANY_VALUE),
-    "allowed_origins": Option("origins"),
-    "allowed_hosts": Option("hosts"),
-    "unknown_model": Option("choice", choices=("error", "auto"), harmless=_ANY_VALUE),
-    **SERVER_OPTIONS,
-}
-TIER_OPTIONS: Dict[str, Option] = {
-    "tier": Option("text", harmless=_ANY_VALUE),
-    "role": Option("text", harmless=_ANY_VALUE),
-    "backend": Option("choice", choices=("gguf", "litellm", "openai"), harmless=_ANY_VALUE),
-    "hf_repo": Option("repo", harmless=_ANY_VALUE),
-    "hf_file": Option("hub_file", harmless=_ANY_VALUE),
-    "hf_repo_next": Option("repo", harmless=_ANY_VALUE),
-    "hf_file_next": Option("hub_file", harmless=_ANY_VALUE),
-    "path": Option("text", harmless=_PATH_WITHIN),
-    "model": Option("text", harmless=_NO_ADDRESS),
-    "model_next": Option("text", harmless=_NO_ADDRESS),
-    "base_url": Option("url"),
-    "api_key_env": Option("text"),
-    "ctx_size": Option("tokens", 256, 100_000_000, harmless=_ANY_VALUE),
-    "max_output_tokens": Option("tokens", 1, 100_000_000, harmless=_ANY_VALUE),
-    "size_gb": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
-    "size_gb_next": Option("gb", 0, 100_000, harmless=_ANY_VALUE),
-    "quant": Option("text", harmless=_ANY_VALUE),
-    "quant_next": Option("text", harmless=_ANY_VALUE),
-    "sampler": Option("sampler", harmless=_ANY_VALUE),
-    "rope_scaling": Option("rope", harmless=_ANY_VALUE),
-    "description": Option("text", harmless=_ANY_VALUE),
-    "aliases": Option("names", harmless=_ANY_VALUE),
-    "ttl": Option("int", 0, 31_536_000, harmless=_ANY_VALUE),
-    "tool_call": Option("bool", harmless=_ANY_VALUE),
-    "reasoning": Option("bool", harmless=_ANY_VALUE),
-    **dict.fromkeys(PRICE_KEYS, Option("number", 0, 1e6, harmless=_ANY_VALUE)),
-    **TIER_SERVER_OPTIONS,
-}
-ROUTING_OPTIONS: Dict[str, Option] = {
-    "high_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
-    "mid_fidelity_ceiling": Option("tokens", 0, 100_000_000, harmless=_ANY_VALUE),
-    "multi_turn": Option("int", 1, 1_000_000, harmless=_ANY_VALUE),
-    "ultra_triggers": Option("triggers", harmless=_ANY_VALUE),
-}
-SAMPLER_KEYS: Dict[str, Tuple[float, float]] = {      # key -> bounds llama-server accepts
-    "temp": (0, 10), "top_p": (0, 1), "top_k": (0, 100_000), "min_p": (0, 1), "rep_pen": (0, 10),
-}
+DEFAULT_OPTIONS = _option_table("""
+host                   own-host  host
+router_host            own-host  host
+router_port            free      int:1..65535
+engine_port            free      int:1..65535
+litellm_port           free      int:1..65535
+engine                 free      auto|llama-swap|embedded
+memory_gb              free      gb_or_auto:0.1..100000
+allow_unauthenticated  asks      bool
+build_model            free      agent|auto
+decision_log           free      bool
+park_gb                free      gb:0..100000
+park_after_s           free      int:0..86400
+park_every_min         free      int:0..100000
+loading_state          free      visible|comments|off
+local_only             free      bool
+patience_s             free      int:0..3600
+allowed_origins        asks      origins
+allowed_hosts          asks      hosts
+unknown_model          free      error|auto
+""")
+DEFAULT_OPTIONS["router_host"] = DEFAULT_OPTIONS["host"]._replace(field="host")
+DEFAULT_OPTIONS.update(SERVER_OPTIONS)
+TIER_OPTIONS = _option_table("""
+tier                      free    text
+role                      free    text
+backend                   free    gguf|litellm|openai
+hf_repo                   free    repo
+hf_file                   free    hub_file
+hf_repo_next              free    repo
+hf_file_next              free    hub_file
+path                      inside  text
+model                     no-url  text
+model_next                no-url  text
+base_url                  asks    url
+api_key_env               asks    text
+ctx_size                  free    tokens:256..100000000
+max_output_tokens         free    tokens:1..100000000
+size_gb                   free    gb:0..100000
+size_gb_next              free    gb:0..100000
+quant                     free    text
+quant_next                free    text
+sampler                   free    sampler
+rope_scaling              free    rope
+description               free    text
+aliases                   free    names
+ttl                       free    int:0..31536000
+tool_call                 free    bool
+reasoning                 free    bool
+price_input_per_1m        free    number:0..1e6
+price_output_per_1m       free    number:0..1e6
+price_cache_read_per_1m   free    number:0..1e6
+price_cache_write_per_1m  free    number:0..1e6
+""")
+TIER_OPTIONS.update(TIER_SERVER_OPTIONS)
+ROUTING_OPTIONS = _option_table("""
+high_fidelity_ceiling  free  tokens:0..100000000
+mid_fidelity_ceiling   free  tokens:0..100000000
+multi_turn             free  int:1..1000000
+ultra_triggers         free  triggers
+""")
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-_ALIAS = re.compile(r"[A-Za-z0-9*?\[][A-Za-z0-9._/:@*?\[\]-]{0,126}\Z")     # org/model:tag, claude-*
+_ALIAS = re.compile(r"[A-Za-z0-9*?\[][A-Za-z0-9._/:@*?\[\]-]{0,126}\Z")  # org/model:tag
 _WILDCARD = re.compile(r"[*?\[]")
 _HOST_NAMES = r"(?:\*\.)?[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*(?::[0-9]{1,5})?\Z"
-_HOST_PATTERN = re.compile(_HOST_NAMES)
 # Every page there is (https://*) is no pattern; every page of an editor's own scheme is one.
-_ORIGIN_PATTERN = re.compile(
+_ORIGIN_PATTERN = (
     rf"(?:https?://)?{_HOST_NAMES}|(?!https?:)[a-z][a-z0-9+.-]*://(?:\*|[A-Za-z0-9._-]+)\Z")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _HUB_PATH = re.compile(r"(?!.*(?:^|/)\.\.?(?:/|\Z))[^/\\:\x00-\x1f]+(?:/[^/\\:\x00-\x1f]+)*\Z")
-_NUMBER = re.compile(r"-?[0-9]+(?:_[0-9]+)*\Z")
-_TOKEN_COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*)([kK]?)\Z")
-_GB = re.compile(r"~?\s*([0-9]+(?:\.[0-9]+)?)\s*(?:gb)?\Z", re.IGNORECASE)
 _ROPE = re.compile(
-    r"yarn\s*\(\s*(?:type\s*=\s*\w+\s*,\s*)?scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
+    r"yarn\s*\(\s*(?:type\s*=\s*\w+\s*,\s*)?scale\s*=\s*([0-9]+(?:\.[0-9]+)?)\s*,"
+    r"\s*orig_ctx\s*=\s*([0-9_]+[kK]?)\s*\)\Z",
     re.IGNORECASE)
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -1425,53 +1457,14 @@ _BASE_URL = re.compile(
     re.ASCII)
 # The name of a variable is told from a key by its shape.
 _VARIABLE = re.compile(r"_?[A-Z][A-Z0-9]{0,23}(?:_+[A-Z0-9]{1,24})*\Z")
-_NO_OPAQUE = frozenset({
+_MAY_LOOK_RANDOM = frozenset({
     "hf_repo", "hf_repo_next", "hf_file", "hf_file_next", "path", "model", "model_next",
     "llama_server_bin", *FILE_KEYS})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 
-class _Line(NamedTuple):
-    number: int
-    section: str
-    key: str                                    # "" for the [section] itself
-    value: str
 
-
-def parse_tokens(text: str) -> int:
-    """`64k` = 65536, `131_072`, `32000` -> tokens. Errors: ValueError."""
-    match = _TOKEN_COUNT.match(text)
-    if not match:
-        raise ValueError(f"{text!r} is not a number of tokens, such as 65536, 131_072 or 64k")
-    return int(match.group(1).replace("_", "")) * (1024 if match.group(2) else 1)
-
-
-def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
-    values: Dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        key, _, value = (x.strip() for x in part.partition("="))
-        if key not in SAMPLER_KEYS:
-            raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_KEYS)}")
-        low, high = SAMPLER_KEYS[key]
-        kind, pattern = "number", r"-?[0-9]*\.?[0-9]+\Z"
-        if key == "top_k":
-            kind, pattern = "whole number", r"-?[0-9]+\Z"
-        if not re.match(pattern, value) or not low <= float(value) <= high:
-            value = value or "nothing"
-            raise ValueError(f"{key} = {value} is not a {kind} from {low:g} to {high:g}")
-        if key in values:
-            raise ValueError(f"{key} is given twice")
-        values[key] = float(value)
-    return tuple(values.items())
-
-
-def _parse_rope(text: str) -> Tuple[float, int]:
-    match = _ROPE.match(text)
-    if not match:
-        raise ValueError(f"{text!r} is not of the form yarn (scale=4, orig_ctx=32768)")
-    if not 1 <= float(match.group(1)) <= 1000:
-        raise ValueError(f"scale={match.group(1)} is not from 1 to 1000")
-    return float(match.group(1)), parse_tokens(match.group(2))
+Shape = Union[str, Pattern[str]]
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1482,43 +1475,173 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-# Flags that args may not hold, and why. What llama-server prints and ends for is no server.
-_OURS = "the engine says it itself"
-_NO_SERVER = "llama-server would print something and end"
-_ARGS_REFUSED: Dict[str, str] = {
-    **dict.fromkeys((
-        "--host", "--port", "--api-key", "--api-key-file", "-a", "--alias", "--slot-save-path",
-        "--api-prefix", "--cors-origins", "--cors-methods", "--cors-headers",
-        "--cors-credentials", "--no-cors-credentials", "--reuse-port", "--ssl-key-file",
-        "--ssl-cert-file", "--no-slots", "--models-dir", "--models-preset", "--offline"), _OURS),
-    **dict.fromkeys((
-        "-h", "--help", "--usage", "--version", "-cl", "--cache-list", "--completion-bash",
-        "--list-devices"), _NO_SERVER),
-    **dict.fromkeys((
-        "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo",
-        "-hff", "--hf-file"), "hf_repo and hf_file, or path, name the model"),
-    **dict.fromkeys(("-c", "--ctx-size"), "ctx_size says it"),
-    **dict.fromkeys(("--rope-scaling", "--rope-scale", "--yarn-orig-ctx"), "rope_scaling says it"),
-    **dict.fromkeys(("--temp", "--temperature", "--top-k", "--top-p", "--min-p",
-                     "--repeat-penalty"), "sampler says it"),
-    **{flag: f"{key} says it" for key, row in TIER_SERVER_OPTIONS.items()
-       for flag in row.flags.split()},
+def _shaped(pattern: Shape, text: str, what: str) -> str:
+    """The text, where it has this shape. Errors: ValueError, whose words end with `what`."""
+    if not re.match(pattern, text):
+        raise ValueError(f"{text!r} {what}")
+    return text
+
+
+def _parse_whole(text: str) -> int:
+    return int(_shaped(r"-?[0-9]+(?:_[0-9]+)*\Z", text, "is not a whole number"))
+
+
+def _parse_decimal(text: str) -> float:
+    return float(_shaped(r"-?[0-9]*\.?[0-9]+\Z", text, "is not a number"))
+
+
+def parse_tokens(text: str) -> int:
+    """`64k` = 65536, `131_072`, `32000` -> tokens. Errors: ValueError."""
+    _shaped(r"[0-9]+(?:_[0-9]+)*[kK]?\Z", text,
+            "is not a number of tokens, such as 65536, 131_072 or 64k")
+    if text[-1] in "kK":
+        return int(text[:-1]) * 1024
+    return int(text)
+
+
+def _parse_gb(text: str, what: str = "is not a size in GB") -> float:
+    _shaped(r"(?i)~?\s*[0-9]+(?:\.[0-9]+)?\s*(?:gb)?\Z", text, what)
+    return float(text.lower().strip("~gb \t"))
+
+
+_NUMBERS: Dict[str, Callable[[str], float]] = {
+    "int": _parse_whole,
+    "number": _parse_decimal,
+    "tokens": parse_tokens,
+    "gb": _parse_gb,
+    "gb_or_auto": functools.partial(_parse_gb, what="is not a size in GB or auto"),
 }
-_FLAG = re.compile(r"--?[A-Za-z]")
+
+
+def _parse_number(option: Option, text: str) -> float:
+    number = _NUMBERS[option.kind](text)
+    if not option.low <= number <= option.high:
+        raise ValueError(f"{text} is not from {option.low:,.13g} to {option.high:,.13g}")
+    return number
+
+
+# Kind -> the shape of a text, and what is said of another.
+_SHAPES: Dict[str, Tuple[Shape, str]] = {
+    "text": ("", ""),
+    "host": (r"[A-Za-z0-9.:_-]+\Z", "is not a host name or address"),
+    "repo": (_REPO, "is not of the form owner/name"),
+    "hub_file": (_HUB_PATH, "is not the name of a file in a repository"),
+    "overrides": (r"[^\s=,]+=[\w:.-]+(?:,[^\s=,]+=[\w:.-]+)*\Z", "is not of the form exps=CPU"),
+    "proportions": (r"[0-9]+(?:\.[0-9]+)?(?:,[0-9]+(?:\.[0-9]+)?)*\Z", "is not of the form 3,1"),
+    "devices": (r"[\w:.-]+(?:,[\w:.-]+)*\Z", "is not of the form CUDA0,CUDA1"),
+}
+# The same for each part of a list.
+_LISTS: Dict[str, Tuple[Shape, str]] = {
+    "names": (_ALIAS, "is not a name, such as coder, org/model:tag or gpt-*"),
+    "hosts": (_HOST_NAMES, "is no host name, such as box.lan or *.example.com"),
+    "origins": (
+        _ORIGIN_PATTERN,
+        "is no origin, such as https://app.example.com, *.example.com or vscode-webview://*"),
+}
+
+
+def _parts(text: str) -> List[str]:
+    """What stands between the commas of a list."""
+    parts = (part.strip() for part in text.split(","))
+    return [part for part in parts if part]
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise ValueError(f"{text!r} is not yes or no")
+    return text.lower() in _TRUE
+
+
+def _parse_layers(text: str) -> str:
+    shape = r"(?:auto|all|-1|[0-9](?:_?[0-9]){0,5})\Z"
+    return _shaped(shape, text, "is not a number of layers, auto or all").replace("_", "")
+
+
+def _parse_url(text: str) -> str:
+    match = _BASE_URL.match(text)
+    if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
+        raise ValueError("not of the form https://host[:port][/path], such as"
+                         " https://api.groq.com/openai/v1")
+    return text
+
+
+def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
+    values: Dict[str, float] = {}
+    for part in _parts(text):
+        key, _, value = (word.strip() for word in part.partition("="))
+        if key not in SAMPLER_OPTIONS:
+            raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_OPTIONS)}")
+        if key in values:
+            raise ValueError(f"{key} is given twice")
+        option = SAMPLER_OPTIONS[key]
+        try:
+            values[key] = _parse_number(option, value)
+        except ValueError:
+            kind = option.kind.replace("int", "whole number")
+            raise ValueError(f"{key} = {value or 'nothing'} is not a {kind} from {option.low:g} to"
+                             f" {option.high:g}") from None
+    return tuple(values.items())
+
+
+def _parse_rope(text: str) -> Tuple[float, int]:
+    match = _ROPE.match(text)
+    if not match:
+        raise ValueError(f"{text!r} is not of the form yarn (scale=4, orig_ctx=32768)")
+    scale = float(match.group(1))
+    if not 1 <= scale <= 1000:
+        raise ValueError(f"scale={match.group(1)} is not from 1 to 1000")
+    return scale, parse_tokens(match.group(2))
+
+
+def _parse_triggers(text: str) -> Tuple[str, ...]:
+    found = tuple(trigger.lower() for trigger in _TRIGGER.findall(text))
+    if text and not found:
+        raise ValueError(f"{text!r} names no trigger of the form [word] or word:")
+    return found
+
+
+# Flags that args may not hold, and why.
+_REFUSED_FLAGS = {
+    "the engine says it itself":
+        "--host --port --api-key --api-key-file -a --alias --slot-save-path --api-prefix"
+        " --cors-origins --cors-methods --cors-headers --cors-credentials --no-cors-credentials"
+        " --reuse-port --ssl-key-file --ssl-cert-file --no-slots --models-dir --models-preset"
+        " --offline",
+    "llama-server would print something and end":
+        "-h --help --usage --version -cl --cache-list --completion-bash --list-devices",
+    "hf_repo and hf_file, or path, name the model":
+        "-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file",
+    "ctx_size says it": "-c --ctx-size",
+    "rope_scaling says it": "--rope-scaling --rope-scale --yarn-orig-ctx",
+}
+
+
+def _why_refused(flag: str) -> str:
+    """Why `args` may not hold a flag of llama-server, "" where it may."""
+    for why, flags in _REFUSED_FLAGS.items():
+        if flag in flags.split():
+            return why
+    for key, option in TIER_SERVER_OPTIONS.items():
+        if flag in option.flags:
+            return f"{key} says it"
+    if any(flag in option.flags for option in SAMPLER_OPTIONS.values()):
+        return "sampler says it"
+    return ""
 
 
 def group_args(words: Sequence[str]) -> List[Tuple[str, ...]]:
     """The words of `args`, each flag with its values. llama-server reads --a_b as --a-b."""
-    groups: List[List[str]] = []
+    groups: List[Tuple[str, ...]] = []
     for word in words:
-        if _FLAG.match(word):
-            name = word.replace("_", "-") if word.startswith("--") else word
-            groups.append([name])
+        if word.startswith("--"):
+            word = word.replace("_", "-")
+        if re.match(r"--?[A-Za-z]", word):
+            groups.append((word,))
         elif groups:
-            groups[-1].append(word)
+            groups[-1] += (word,)
         else:
             raise ValueError(f"{word!r} follows no flag")
-    return [tuple(group) for group in groups]
+    return groups
 
 
 def _parse_args(text: str) -> Tuple[str, ...]:
@@ -1528,10 +1651,10 @@ def _parse_args(text: str) -> Tuple[str, ...]:
     except ValueError as exc:
         raise ValueError(f"it cannot be split as a shell would: {exc}") from None
     for flag, *_ in groups:
-        reason = _ARGS_REFUSED.get(flag.partition("=")[0])
-        if reason:
-            raise ValueError(f"{flag} is not for args: {reason}")
-    return tuple(word for group in groups for word in group)
+        why = _why_refused(flag.partition("=")[0])
+        if why:
+            raise ValueError(f"{flag} is not for args: {why}")
+    return tuple(itertools.chain(*groups))
 
 
 def _parse_object(text: str) -> str:
@@ -1545,104 +1668,63 @@ def _parse_object(text: str) -> str:
 
 def _parse_file(text: str) -> str:
     """A path, or a file of the hub as OWNER/NAME:FILE."""
-    if re.match(r"[\w.-]+/[\w.-]+:", text) and not _HUB_REFERENCE.match(text):
-        raise ValueError(f"{text!r} is not of the form OWNER/NAME:FILE")
+    if re.match(r"[\w.-]+/[\w.-]+:", text):
+        _shaped(_HUB_REFERENCE, text, "is not of the form OWNER/NAME:FILE")
     return text
 
 
 def _parse_files(text: str) -> Tuple[str, ...]:
-    pieces = (piece.strip() for piece in text.split(","))
-    return tuple(_parse_file(piece) for piece in pieces if piece)
+    return tuple(map(_parse_file, _parts(text)))
 
 
 _READERS: Dict[str, Callable[[str], Any]] = {
-    "args": _parse_args, "json": _parse_object, "file": _parse_file, "files": _parse_files,
+    "args": _parse_args,
+    "bool": _parse_bool,
+    "file": _parse_file,
+    "files": _parse_files,
+    "json": _parse_object,
+    "layers": _parse_layers,
+    "rope": _parse_rope,
+    "sampler": _parse_sampler,
+    "triggers": _parse_triggers,
+    "url": _parse_url,
 }
+
+
+def _parse_choice(option: Option, text: str) -> str:
+    choice = text.lower()
+    if choice not in option.choices:
+        near = _did_you_mean(text, option.choices)
+        raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
+    return choice
 
 
 def parse_value(option: Option, text: str) -> Any:
     """Read one value as its option says. Errors: ValueError; its sentence never shows a secret."""
     kind = option.kind
-    if kind in ("int", "tokens"):
-        if kind == "int" and not _NUMBER.match(text):
-            raise ValueError(f"{text!r} is not a whole number")
-        number = int(text.replace("_", "")) if kind == "int" else parse_tokens(text)
-        if not option.low <= number <= option.high:
-            raise ValueError(f"{text} is not from {option.low:,.0f} to {option.high:,.0f}")
-        return number
-    if kind == "number":
-        if not re.match(r"-?[0-9]*\.?[0-9]+\Z", text) \
-                or not option.low <= float(text) <= option.high:
-            raise ValueError(f"{text!r} is not a number from {option.low:,.0f} to"
-                             f" {option.high:,.0f}")
-        return float(text)
-    if kind in _READERS:
-        return _READERS[kind](text)
-    if kind in ("gb", "gb_or_auto"):
-        if kind == "gb_or_auto" and text.lower() == "auto":
-            return 0.0
-        match = _GB.match(text)
-        if not match or not option.low <= float(match.group(1)) <= option.high:
-            auto = " or auto" if kind == "gb_or_auto" else ""
-            raise ValueError(f"{text!r} is not a size in GB{auto}")
-        return float(match.group(1))
-    if kind == "bool":
-        if text.lower() not in _TRUE + _FALSE:
-            raise ValueError(f"{text!r} is not yes or no")
-        return text.lower() in _TRUE
+    if kind == "gb_or_auto" and text.lower() == "auto":
+        return 0.0
+    if kind in _NUMBERS:
+        return _parse_number(option, text)
     if kind == "choice":
-        if text.lower() not in option.choices:
-            near = _did_you_mean(text, option.choices)
-            raise ValueError(f"{text!r} is not one of {', '.join(option.choices)}{near}")
-        return text.lower()
-    if kind == "layers":
-        if text not in ("auto", "all") and not (_NUMBER.match(text) and -1 <= int(text) <= 100_000):
-            raise ValueError(f"{text!r} is not a number of layers, auto or all")
-        return text if text in ("auto", "all") else str(int(text))
-    if kind == "host":
-        if not re.match(r"[A-Za-z0-9.:_-]+\Z", text):
-            raise ValueError(f"{text!r} is not a host name or address")
-        return text
-    if kind == "url":
-        match = _BASE_URL.match(text)
-        if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-            raise ValueError("not of the form https://host[:port][/path], such as"
-                             " https://api.groq.com/openai/v1")
-        return text
-    if kind == "repo" and not _REPO.match(text):
-        raise ValueError(f"{text!r} is not of the form owner/name")
-    if kind == "hub_file" and not _HUB_PATH.match(text):
-        raise ValueError(f"{text!r} is not the name of a file in a repository")
-    if kind in ("origins", "hosts", "names"):
-        names = tuple(n for n in (part.strip() for part in text.split(",")) if n)
-    if kind == "origins":
-        for name in names:
-            if not _ORIGIN_PATTERN.match(name):
-                raise ValueError(f"{name!r} is no origin, such as https://app.example.com,"
-                                 " *.example.com or vscode-webview://*")
-        return tuple(name.lower() for name in names)
-    if kind == "hosts":
-        for name in names:
-            if not _HOST_PATTERN.match(name):
-                raise ValueError(f"{name!r} is no host name, such as box.lan or *.example.com")
-        return tuple(name.lower() for name in names)
-    if kind == "names":
-        for name in names:
-            if not _ALIAS.match(name):
-                raise ValueError(f"{name!r} is not a name, such as coder, org/model:tag or gpt-*")
-        return names
-    if kind == "sampler":
-        return _parse_sampler(text)
-    if kind == "rope":
-        return _parse_rope(text)
-    if kind == "triggers":
-        found = tuple(t.lower() for t in _TRIGGER.findall(text))
-        if text and not found:
-            raise ValueError(f"{text!r} names no trigger of the form [word] or word:")
-        return found
-    if text and not option.shape.match(text):
-        raise ValueError(f"{text!r} is not of the form {option.example}")
-    return text
+        return _parse_choice(option, text)
+    if kind in _SHAPES:
+        shape, what = _SHAPES[kind]
+        return _shaped(shape, text, what)
+    if kind in _LISTS:
+        shape, what = _LISTS[kind]
+        parts = tuple(_shaped(shape, part, what) for part in _parts(text))
+        return parts if kind == "names" else tuple(part.lower() for part in parts)
+    return _READERS[kind](text)
+
+
+class IniLine(NamedTuple):
+    """A [section], or a key with its value, and where it stands."""
+
+    number: int
+    section: str
+    key: str                                    # "" for the [section] itself
+    value: str
 
 
 _SECTION = re.compile(r"\[([^\]]+)\][ \t]*(?:#.*)?\Z")
@@ -1650,6 +1732,9 @@ _KEY_VALUE = re.compile(r"(?!\[)([^:=]+)[:=](.*)\Z", re.DOTALL)
 _ALIAS_VALUE = re.compile(r"([^=]+)=(.*)\Z", re.DOTALL)    # a pattern may hold a colon
 _LEAK = ("this line holds what looks like a key or password; the file is served and committed, so"
          " take it out (and revoke it)")
+_CREDENTIALS_ADVICE = "credentials come from the environment, never from this file"
+# An empty list of these is another than none.
+_MAY_BE_EMPTY = ("triggers", "names")
 
 
 def _odd_space(*texts: str) -> str:
@@ -1660,304 +1745,308 @@ def _odd_space(*texts: str) -> str:
     return ""
 
 
-class _Scan:
-    """The sections and keys of an ini text with their lines; what is stray, twice or a secret.
+def _secret_problem(key: str, value: str) -> str:
+    """Why a key or its value may not stand in models.ini, or "". Never repeats the value."""
+    if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
+        return f"{key} would hold a secret: {_CREDENTIALS_ADVICE}"
+    if key == "api_key_env" and value and not _VARIABLE.match(value):
+        return ("api_key_env names the environment variable that holds the key, such as"
+                " GROQ_API_KEY; the key itself stays there")
+    if key not in _MAY_LOOK_RANDOM and _OPAQUE.match(value):
+        return (f"the value of {key} looks like a key or password: {_CREDENTIALS_ADVICE}"
+                " (and revoke it)")
+    return ""
+
+
+class IniReader:
+    """The sections and keys of an ini text with their lines; its problems and what is odd in it.
 
     This is the only reader of the file: what it does not see has no value. configparser knows
     neither the lines of keys nor more than one problem at a time, and skips any white space of
-    Unicode.
+    Unicode. A line that holds a secret is a problem and counts as not there.
     """
 
-    def __init__(self, text: str) -> None:
-        self.lines: List[_Line] = []
+    def __init__(self, text: str, source: str = "models.ini") -> None:
+        self.source = source
         self.problems: List[Tuple[int, str]] = []
-        self._seen: Dict[Tuple[str, str], int] = {}
+        self.warnings: List[str] = []
+        self.holds_secret = False
+        self.sections: Dict[str, List[IniLine]] = {}
+        self._first: Dict[Tuple[str, str], IniLine] = {}    # by section and key
         self._section: Optional[str] = ""       # None below a heading that cannot be shown
         self._indent, self._key = 0, ""         # of the last line with a key, "" after a heading
         for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
             self._read(number, line)
 
-    def _read(self, number: int, line: str) -> None:
-        stripped = line.strip(" \t")
-        hidden = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
-        if hidden:
-            self.problems.append((number, _LEAK))
-        if not stripped or stripped[0] in "#;":
-            return
-        indent = len(line) - len(line.lstrip(" \t"))
-        if self._key and indent > self._indent:
-            if not hidden:
-                self._wrong(
-                    number, "indented, so it continues the value above; take the spaces away")
-            return
-        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
-        section = _SECTION.match(text)
-        if section:
-            self._section, self._key = section.group(1), ""
-            if hidden:
-                self._section = None
-            self._add(number, "", "")
-        elif not hidden:
-            self._read_key(number, text, indent)
-
-    def _read_key(self, number: int, text: str, indent: int) -> None:
-        pattern = _ALIAS_VALUE if self._section == "ALIASES" else _KEY_VALUE
-        match = pattern.match(text)
-        key, value = (part.strip(" \t") for part in match.groups()) if match else ("", "")
-        odd = _odd_space(text, key, value)
-        if odd:
-            self._wrong(
-                number, f"the white space {odd} stands beside a key or value; use a plain space")
-        elif not key:
-            self._wrong(number, "neither a [section], a key = value nor a comment")
-        elif not key.isascii():
-            code = next(ord(c) for c in key if not c.isascii())
-            self._wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
-        elif self._section == "":
-            self._wrong(number, f"{key.lower()} stands before any [section]")
-        else:
-            self._key, self._indent = key.lower(), indent
-            self._add(number, self._key, value)
-
-    def _wrong(self, number: int, what: str) -> None:
-        self.problems.append((number, what))
-
-    def _add(self, number: int, key: str, value: str) -> None:
-        section = self._section
-        if section is None:
-            return
-        first = self._seen.setdefault((section, key), number)
-        if first != number:
-            what = f"{key} in [{section}]" if key else f"[{section}]"
-            self._wrong(number, f"{what} is there twice, first on line {first}")
-        self.lines.append(_Line(number, section, key, value))
-
-
-def _secret_problem(key: str, value: str) -> str:
-    """Why a key or its value may not stand in models.ini, or "". Never repeats the value."""
-    advice = "credentials come from the environment, never from this file"
-    if key not in TIER_OPTIONS and key not in DEFAULT_OPTIONS and _SECRET_NAME.search(key):
-        return f"{key} would hold a secret: {advice}"
-    if key == "api_key_env" and value and not _VARIABLE.match(value):
-        return ("api_key_env names the environment variable that holds the key, such as"
-                " GROQ_API_KEY; the key itself stays there")
-    if key not in _NO_OPAQUE and _OPAQUE.match(value):
-        return f"the value of {key} looks like a key or password: {advice} (and revoke it)"
-    return ""
-
-
-def holds_secret(text: str) -> bool:
-    """True when a models.ini, comments included, would give a secret away to its readers."""
-    scan = _Scan(text)
-    if any(what == _LEAK for _, what in scan.problems):
-        return True
-    return any(_secret_problem(line.key, line.value) for line in scan.lines)
-
-
-_MAY_BE_EMPTY = ("triggers", "text", "names", "sampler", "origins", "hosts")
-
-
-class _Reader:
-    """Collects the values and the problems of one models.ini."""
-
-    def __init__(self, text: str, source: str) -> None:
-        self.source = source
-        self.warnings: List[str] = []
-        scan = _Scan(text)
-        self.problems = scan.problems
-        self.sections: Dict[str, Dict[str, _Line]] = {}     # the key "" is its first heading
-        for line in scan.lines:
-            section = self.sections.setdefault(line.section, {})
-            if line.key or "" not in section:
-                section[line.key] = line
-
-    def line_of(self, section: str, key: str = "") -> int:
-        """Where a section begins, or where the value of its key that counts, the last, stands.
-
-        0: nowhere.
-        """
-        line = self.sections.get(section, {}).get(key)
-        return line.number if line else 0
-
-    def own(self, section: str) -> Dict[str, str]:
-        return {key: line.value for key, line in self.sections.get(section, {}).items() if key}
-
     def wrong(self, line: int, what: str) -> None:
         self.problems.append((line, what))
+
+    def wrong_key(self, section: str, key: str, what: str) -> None:
+        self.wrong(self.line_of(section, key), what)
 
     def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
         """Say what is odd, and which of the known words may have been meant."""
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
             self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
 
-    def section(self, name: str, own: Mapping[str, str],
-                options: Mapping[str, Option]) -> Dict[str, Any]:
-        """Read one section's own keys against its table."""
+    def _read(self, number: int, line: str) -> None:
+        stripped = line.strip(" \t")
+        leaks = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
+        if leaks:
+            self._hide(number, _LEAK)
+        if not stripped or stripped[0] in "#;":
+            return
+        text = re.split(r"[ \t];", stripped, maxsplit=1)[0].rstrip(" \t")
+        heading = _SECTION.match(text)
+        indent = len(line) - len(line.lstrip(" \t"))
+        if self._key and indent > self._indent:
+            if not leaks:
+                self.wrong(
+                    number, "indented, so it continues the value above; take the spaces away")
+        elif heading:
+            self._section, self._key = heading.group(1), ""
+            if leaks:
+                self._section = None
+            self._add(number, "", "")
+        elif not leaks:
+            self._read_key(number, text, indent)
+
+    def _read_key(self, number: int, text: str, indent: int) -> None:
+        pattern = _ALIAS_VALUE if self._section == "ALIASES" else _KEY_VALUE
+        match = pattern.match(text)
+        key = value = ""
+        if match:
+            key, value = (part.strip(" \t") for part in match.groups())
+        odd = _odd_space(text, key, value)
+        if odd:
+            self.wrong(
+                number, f"the white space {odd} stands beside a key or value; use a plain space")
+        elif not key:
+            self.wrong(number, "neither a [section], a key = value nor a comment")
+        elif not key.isascii():
+            code = next(ord(char) for char in key if not char.isascii())
+            self.wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+        elif self._section == "":
+            self.wrong(number, f"{key.lower()} stands before any [section]")
+        else:
+            self._key, self._indent = key.lower(), indent
+            self._add(number, self._key, value)
+
+    def _hide(self, number: int, what: str) -> None:
+        self.holds_secret = True
+        self.wrong(number, what)
+
+    def _add(self, number: int, key: str, value: str) -> None:
+        name = self._section
+        if name is None:
+            return
+        secret = _secret_problem(key, value)
+        if secret:
+            self._hide(number, secret)
+            return
+        line = IniLine(number, name, key, value)
+        first = self._first.setdefault((name, key), line)
+        if first is not line:
+            what = f"{key} in [{name}]" if key else f"[{name}]"
+            self.wrong(number, f"{what} is there twice, first on line {first.number}")
+        self.sections.setdefault(name, []).append(line)
+
+    def line_of(self, section: str, key: str = "") -> int:
+        """Where a section, or a key of it, stands first; 0: nowhere."""
+        line = self._first.get((section, key))
+        return line.number if line else 0
+
+    def keys_of(self, section: str) -> List[IniLine]:
+        return [line for line in self.sections.get(section, ()) if line.key]
+
+    def values_of(self, section: str, options: Mapping[str, Option]) -> Dict[str, Any]:
+        """Read one section's keys against its table."""
         values: Dict[str, Any] = {}
-        for key, text in own.items():
-            line = self.line_of(name, key)
-            secret = _secret_problem(key, text)
-            if secret:
-                self.wrong(line, secret)
-                continue
+        for number, _, key, text in self.keys_of(section):
             option = options.get(key)
             if option is None:
-                self.warn(line, f"unknown key {key} in [{name}]", key, options)
-                continue
-            if not text and option.kind not in _MAY_BE_EMPTY:
-                continue
-            try:
-                values[option.field or key] = parse_value(option, text)
-            except ValueError as exc:
-                self.wrong(line, f"{key}: {exc}")
+                self.warn(number, f"unknown key {key} in [{section}]", key, options)
+            elif text or option.kind in _MAY_BE_EMPTY:
+                try:
+                    values[option.field or key] = parse_value(option, text)
+                except ValueError as exc:
+                    self.wrong(number, f"{key}: {exc}")
         return values
 
+    def shown_problems(self) -> List[str]:
+        """Its problems as `source:LINE: what`, in the order of their lines."""
+        problems = sorted(set(self.problems))
+        shown, rest = problems[:MAX_SHOWN_PROBLEMS], problems[MAX_SHOWN_PROBLEMS:]
+        if rest:
+            shown.append((rest[0][0], f"and {len(rest):,} more problems from here"))
+        return [f"{self.source}:{line}: {what}" for line, what in shown]
 
-def _check_host(reader: _Reader, name: str, backend: str, values: Mapping[str, Any]) -> None:
+
+def holds_secret(text: str) -> bool:
+    """True when a models.ini, comments included, would give a secret away to its readers."""
+    return IniReader(text).holds_secret
+
+
+def _check_host(reader: IniReader, tier: Tier) -> None:
     """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
-    url, variable = values.get("base_url", ""), values.get("api_key_env", "")
-    at, variable_at = reader.line_of(name, "base_url"), reader.line_of(name, "api_key_env")
-    if backend == "openai" and not at:
-        reader.wrong(reader.line_of(name), f"[{name}] has backend = openai but no base_url")
-    if url and backend == "litellm":
+    name, url, variable = tier.name, tier.base_url, tier.api_key_env
+    at = reader.line_of(name, "base_url")
+    if tier.backend == "openai":
+        if not at:
+            reader.wrong_key(name, "", f"[{name}] has backend = openai but no base_url")
+    elif url and tier.backend == "litellm":
         reader.wrong(
             at, "base_url is for backend = openai; LiteLLM's is api_base in litellm_config.yaml")
-    elif url and backend != "openai":
+    elif url:
         reader.wrong(at, "base_url is for backend = openai and needs a model")
-    if variable and backend == "gguf":
-        reader.wrong(variable_at, f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
+    if variable and tier.backend == "gguf":
+        reader.wrong_key(
+            name, "api_key_env", f"api_key_env is for hosted tiers, and [{name}] runs a GGUF here")
     if variable == "LLMSTACK_API_KEY":
-        reader.wrong(variable_at, "LLMSTACK_API_KEY is the router's own key and goes to no host")
+        reader.wrong_key(
+            name, "api_key_env", "LLMSTACK_API_KEY is the router's own key and goes to no host")
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
 
-def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
-    if not values.get("model"):
-        return "gguf"
-    return "openai" if own.get("base_url") else "litellm"
-
-
-def _server_values(values: Dict[str, Any], fields: Sequence[str]) -> Tuple[Tuple[str, Any], ...]:
-    """Take out of `values` the keys of llama-server that the record has no field for."""
-    keys = [key for key in values if key in TIER_SERVER_OPTIONS and key not in fields]
-    own = [(key, values.pop(key)) for key in keys]
-    return tuple((key, value) for key, value in own if value not in ("", ()))
-
-
-def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
-    line = reader.line_of(name)
-    values = reader.section(name, own, TIER_OPTIONS)
-    rope = values.pop("rope_scaling", (0.0, 0))
-    values["server"] = _server_values(values, Tier._fields)
-    values["prices"] = tuple(
-        (PRICE_KEYS[key], values.pop(key)) for key in PRICE_KEYS if key in values)
-    backend = values.get("backend") or _implied_backend(values, own)
-    _check_host(reader, name, backend, values)
-    if backend != "gguf":
-        for key, _ in values["server"]:
+def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
+    """A tier names a model for its backend; `written` are its keys as they stand there."""
+    name, role = tier.name, tier.role
+    in_hub = written.get("hf_repo") and written.get("hf_file")
+    if tier.backend != "gguf":
+        for key in tier.settings:
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
-    if backend != "gguf" and not values.get("model"):
-        reader.wrong(line, f"[{name}] has backend = {backend} but no model")
-    in_hub = own.get("hf_repo") and own.get("hf_file")
-    if backend == "gguf" and not values.get("path") and not in_hub:
-        if own:
-            reader.wrong(line, f"[{name}] names no model: hf_repo and hf_file, path, or model")
-        return None
-    if values.get("hf_file_next") and not (values.get("hf_repo_next") or values.get("hf_repo")):
-        at = reader.line_of(name, "hf_file_next")
-        reader.wrong(at, "hf_file_next needs hf_repo_next or hf_repo")
-    role = values.get("role", "")
+        if not tier.model:
+            reader.wrong_key(name, "", f"[{name}] has backend = {tier.backend} but no model")
+    elif not (tier.path or in_hub):
+        reader.wrong_key(
+            name, "", f"[{name}] names no model: hf_repo and hf_file, path, or model")
+    elif tier.hf_file_next and not (tier.hf_repo_next or tier.hf_repo):
+        reader.wrong_key(name, "hf_file_next", "hf_file_next needs hf_repo_next or hf_repo")
     if role and role not in KNOWN_ROLES:
         at = reader.line_of(name, "role")
         reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
-    values.setdefault("aliases", ROLE_ALIASES.get(role, ()))
-    values.setdefault("ttl", ROLE_TTL_S.get(role, 1200))
-    values.update(name=name, backend=backend, rope_scale=rope[0], rope_orig_ctx=rope[1])
-    values["description"] = values.get("description") or name
-    return Tier(**values)
 
 
-def _check_names(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
-    """One role a tier, one owner a name; implicit aliases give way to a section of that name."""
+def _implied_backend(values: Mapping[str, Any], written: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if written.get("base_url") else "litellm"
+
+
+def _pop_server_values(values: Dict[str, Any]) -> Dict[str, Any]:
+    """Take the keys of llama-server out of `values`; an empty list says nothing."""
+    own = {key: values.pop(key) for key in list(values) if key in TIER_SERVER_OPTIONS}
+    return {key: value for key, value in own.items() if value != ()}
+
+
+def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
+    """The tier of a section; None for one that says nothing."""
+    written = {line.key: line.value for line in reader.keys_of(name)}
+    if not written:
+        return None
+    values = reader.values_of(name, TIER_OPTIONS)
+    values["server"] = tuple(_pop_server_values(values).items())
+    prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
+    values["prices"] = tuple(prices.items())
+    values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
+    role = values.get("role", "")
+    implied = {
+        "aliases": ROLE_ALIASES.get(role, ()),
+        "ttl": ROLE_TTL_S.get(role, 1200),
+        "description": name,
+        "backend": _implied_backend(values, written),
+    }
+    tier = Tier(name, **{**implied, **values})
+    _check_host(reader, tier)
+    _check_model(reader, tier, written)
+    return tier
+
+
+def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
+    """Each tier has a name that a model can have, and a role that no other has."""
     roles: Dict[str, str] = {}
-    for tier in tiers:
-        if tier.name.lower() in RESERVED_NAMES:
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is a reserved name")
-        elif not _NAME.match(tier.name):
-            reader.wrong(reader.line_of(tier.name), f"[{tier.name}] is not a name a model can have")
-        owner = roles.setdefault(tier.role, tier.name)
-        if tier.role and owner != tier.name:
-            at = reader.line_of(tier.name, "role")
-            reader.wrong(at, f"role {tier.role} belongs to [{owner}] already")
-    names = {t.name: t.name for t in tiers}
-    implicit = {t.name: not reader.line_of(t.name, "aliases") for t in tiers}
-    aliases: Dict[str, Tuple[str, ...]] = {}
-    for tier in sorted(tiers, key=lambda t: implicit[t.name]):  # a role's own after the written
-        aliases[tier.name] = _own_aliases(reader, tier, names, implicit[tier.name])
-    return tuple(t._replace(aliases=aliases[t.name]) for t in tiers)
+    for name, role in [(tier.name, tier.role) for tier in tiers]:
+        if name.lower() in RESERVED_NAMES:
+            reader.wrong_key(name, "", f"[{name}] is a reserved name")
+        elif not _NAME.match(name):
+            reader.wrong_key(name, "", f"[{name}] is not a name a model can have")
+        owner = roles.setdefault(role, name)
+        if role and owner != name:
+            reader.wrong_key(name, "role", f"role {role} belongs to [{owner}] already")
 
 
-def _own_aliases(
-        reader: _Reader, tier: Tier, names: Dict[str, str], implicit: bool) -> Tuple[str, ...]:
-    """Those of a tier's aliases that are free; `names` (name -> owner) learns them."""
+def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple[str, ...]:
+    """Those of a tier's aliases that are free; `owners` (name -> tier) learns them.
+
+    An alias that comes with the role, and is not written, gives way to any other.
+    """
     at, aliases = reader.line_of(tier.name, "aliases"), []
     for alias in tier.aliases:
-        if _WILDCARD.search(alias):
-            continue                            # _read_aliases takes these
+        if _WILDCARD.search(alias):             # a pattern, see _alias_patterns
+            continue
+        owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
             reader.wrong(at, f"alias {alias} is a reserved name")
-        elif alias not in names:
-            names[alias] = tier.name
+        elif alias not in owners:
+            owners[alias] = tier.name
             aliases.append(alias)
-        elif names[alias] != tier.name and not implicit:
-            reader.wrong(at, f"alias {alias} belongs to [{names[alias]}] already")
+        elif owner != tier.name and at:
+            reader.wrong(at, f"alias {alias} belongs to [{owner}] already")
     return tuple(aliases)
 
 
-def _read_aliases(reader: _Reader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
+def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
+    """The tiers, each name of which leads to one of them."""
+    owners = {tier.name: tier.name for tier in tiers}
+    aliases: Dict[str, Tuple[str, ...]] = {}
+    # The written ones first: those that come with a role give way to them.
+    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
+        aliases[tier.name] = _own_aliases(reader, tier, owners)
+    return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
+
+
+def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    own = [(alias.lower(), tier.name) for tier in tiers for alias in tier.aliases
-           if _WILDCARD.search(alias)]
+    known, patterns = ["auto", *KNOWN_ROLES], []
+    for tier in tiers:
+        known += [tier.name, *tier.aliases]
+        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
+        patterns += [(alias, tier.name) for alias in wild]
     if "ALIASES" not in reader.sections:
-        return (*own, *DEFAULT_ALIASES)
-    known = [name for tier in tiers for name in (tier.name, *tier.aliases)]
-    known += [*KNOWN_ROLES, "auto"]
-    for pattern, target in reader.own("ALIASES").items():
-        at = reader.line_of("ALIASES", pattern)
-        secret = _secret_problem(pattern, target)
-        if secret:
-            reader.wrong(at, secret)
-        elif not _ALIAS.match(pattern):
-            reader.wrong(at, f"{pattern} is no name and no pattern of names, such as gpt-*")
+        return (*patterns, *DEFAULT_ALIASES)
+    for number, _, pattern, target in reader.keys_of("ALIASES"):
+        if not _ALIAS.match(pattern):
+            reader.wrong(number, f"{pattern} is no name and no pattern of names, such as gpt-*")
         elif target not in known:
             near = _did_you_mean(target, known)
-            reader.wrong(at, f"{target or 'nothing'} is no tier, no role and not auto{near}")
-        own.append((pattern, target))
-    return tuple(own)
+            reader.wrong(number, f"{target or 'nothing'} is no tier, no role and not auto{near}")
+        patterns.append((pattern, target))
+    return tuple(patterns)
 
 
-# A value is printed in many places, and a terminal would obey these. A CR alone is a new line to
-# some editors.
-_INI_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+# What a text may not hold anywhere, and what is said of it. A value is printed in many places, and
+# a terminal would obey control characters; a CR alone is a new line to some editors.
+_UNREADABLE = (
+    (re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"),
+     "holds the control character {!r}; take it out"),
+    (re.compile(rf"[^\n]{{{MAX_INI_LINE + 1}}}"), f"is longer than {MAX_INI_LINE:,} characters"),
+)
 
 
-def _check_shape(text: str, source: str) -> None:
+def _check_readable(text: str, source: str) -> None:
     """Before a text of any origin is read at all. Errors: ConfigError."""
     if len(text) > MAX_INI_BYTES:
         raise ConfigError([f"{source}:1: is over {MAX_INI_BYTES:,} bytes"])
-    control = _INI_CONTROL.search(text)
-    if control:
-        line = text.count("\n", 0, control.start()) + 1
-        found = control.group()
-        raise ConfigError([f"{source}:{line}: holds the control character {found!r}; take it out"])
-    for number, line_text in enumerate(text.split("\n"), 1):
-        if len(line_text) > MAX_INI_LINE:
-            raise ConfigError([f"{source}:{number}: is longer than {MAX_INI_LINE:,} characters"])
+    for pattern, what in _UNREADABLE:
+        found = pattern.search(text)
+        if found:
+            line = text.count("\n", 0, found.start()) + 1
+            raise ConfigError([f"{source}:{line}: {what.format(found.group())}"])
 
 
-def _check_ports(reader: _Reader, config: Config) -> None:
+def _check_ports(reader: IniReader, config: Config) -> None:
     taken: Dict[int, str] = {}
     for key in ("router_port", "engine_port", "litellm_port"):
         port = getattr(config, key)
@@ -1967,17 +2056,25 @@ def _check_ports(reader: _Reader, config: Config) -> None:
             reader.wrong(at, f"{other} and {key} are both {port}")
 
 
-def _check_cache(reader: _Reader, config: Config) -> None:
+def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    usual = {"flash_attn": config.flash_attn, "cache_type_v": config.cache_type_v}
-    of_tiers = [(tier.name, tier.settings) for tier in config.tiers]
-    for section, own in [("DEFAULT", usual), *of_tiers]:
+    sections = {tier.name: tier.settings for tier in config.tiers}
+    for section, own in [("DEFAULT", {}), *sections.items()]:
+        settings = {**config.settings, **own}
+        cache_type = settings["cache_type_v"]
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        now = {**usual, **own}
-        cache_type = now["cache_type_v"]
-        if at and now["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
+
+
+def _read_routing(reader: IniReader) -> Routing:
+    routing = Routing(**reader.values_of("ROUTING", ROUTING_OPTIONS))
+    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    if high > mid:
+        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
+        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
+    return routing
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
@@ -1987,52 +2084,48 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     Errors: ConfigError.
     """
     text = text[1:] if text.startswith("\ufeff") else text
-    _check_shape(text, source)
-    reader = _Reader(text, source)
-    values = reader.section("DEFAULT", reader.own("DEFAULT"), DEFAULT_OPTIONS)
-    values["server"] = _server_values(values, Config._fields)
-    routing = Routing(**reader.section("ROUTING", reader.own("ROUTING"), ROUTING_OPTIONS))
-    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
-    if high > mid:
-        at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
-        reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
-    sections = [s for s in reader.sections if s not in ("DEFAULT", "ROUTING", "ALIASES")]
+    _check_readable(text, source)
+    reader = IniReader(text, source)
+    sections = [name for name in reader.sections if name not in ("DEFAULT", "ROUTING", "ALIASES")]
     if len(sections) > MAX_INI_SECTIONS:
         line = reader.line_of(sections[MAX_INI_SECTIONS])
         raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
-    tiers = [t for t in (_read_tier(reader, s, reader.own(s)) for s in sections) if t is not None]
-    values.update(tiers=_check_names(reader, tiers), aliases=_read_aliases(reader, tiers))
-    config = Config(routing=routing, **values)
+    values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
+    settings = _pop_server_values(values)
+    values["routing"] = _read_routing(reader)
+    tiers = [tier for tier in (_read_tier(reader, name) for name in sections) if tier]
+    _check_names(reader, tiers)
+    values["tiers"] = _with_own_aliases(reader, tiers)
+    values["aliases"] = _alias_patterns(reader, tiers)
+    config = Config(**values).with_settings(settings)
     _check_ports(reader, config)
     _check_cache(reader, config)
     if reader.problems:
-        raise ConfigError(_worded(reader))
+        raise ConfigError(reader.shown_problems())
     return config, tuple(reader.warnings)
 
 
-def _worded(reader: _Reader) -> List[str]:
-    problems = sorted(set(reader.problems))
-    lines = [f"{reader.source}:{line}: {what}" for line, what in problems[:MAX_SHOWN_PROBLEMS]]
-    if len(problems) > MAX_SHOWN_PROBLEMS:
-        line, more = problems[MAX_SHOWN_PROBLEMS][0], len(problems) - MAX_SHOWN_PROBLEMS
-        lines.append(f"{reader.source}:{line}: and {more:,} more problems from here")
-    return lines
+def _effect_text(option: Option, value: Any) -> str:
+    if value is True:
+        return "yes"
+    if isinstance(value, tuple):
+        return (" " if option.kind == "args" else ", ").join(map(str, value))
+    return str(value)
 
 
 def _effects(prefix: str, record: Any, default: Any,
              options: Mapping[str, Option]) -> List[Tuple[str, str]]:
-    found: Dict[str, Tuple[str, str]] = {}      # by field: host and router_host are one
-    own = dict(getattr(record, "server", ()))
+    """(key, value) of what a record holds that needs trust; `default` says nothing.
+
+    A field with two keys, as host and router_host are, is shown by its first.
+    """
+    own, usual = ({**dict(getattr(x, "server", ())), **x._asdict()} for x in (record, default))
+    found: Dict[str, Tuple[str, str]] = {}
     for key, option in options.items():
         field = option.field or key
-        value, usual = own.get(field), None
-        if field in record._fields:
-            value, usual = getattr(record, field), getattr(default, field)
-        if option.harmless is _ANY_VALUE or value == usual:
+        if own.get(field) == usual.get(field):
             continue
-        text = "yes" if value is True else str(value)
-        if isinstance(value, tuple):
-            text = (" " if option.kind == "args" else ", ").join(map(str, value))
+        text = _effect_text(option, own[field])
         if not option.harmless.match(text):
             found.setdefault(field, (prefix + key, text))
     return list(found.values())
@@ -2064,6 +2157,9 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # ==================================================================================================
 # PURE: GENERATORS
 # ==================================================================================================
+# What a Config means to others: the command line of a llama-server, the sets of tiers that may be
+# loaded together, llama-swap's configuration, the way of a request, the list of models. Both
+# engines take their flags and their sets from here, so that they do the same.
 
 
 class Weights(NamedTuple):
@@ -2075,6 +2171,10 @@ class Weights(NamedTuple):
     size_gb: float
     quant: str
     channel: str                                # current | next
+
+
+def local_tiers(config: Config) -> List[Tier]:
+    return [tier for tier in config.tiers if tier.backend == "gguf"]
 
 
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
@@ -2105,80 +2205,81 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
 def weights_for(tier: Tier, use_next: bool) -> Weights:
     """The GGUF `tier` runs: its queued upgrade when `use_next` and it has one."""
-    if use_next and tier.backend == "gguf" and tier.has_next:
-        return Weights(tier.hf_repo_next or tier.hf_repo, tier.hf_file_next or tier.hf_file, "",
-                       tier.size_gb_next or tier.size_gb, tier.quant_next or tier.quant, "next")
-    return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    if not (use_next and tier.backend == "gguf" and tier.has_next):
+        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    return Weights(
+        tier.hf_repo_next or tier.hf_repo,
+        tier.hf_file_next or tier.hf_file,
+        "",
+        tier.size_gb_next or tier.size_gb,
+        tier.quant_next or tier.quant,
+        "next")
 
 
-# A flag that builds of llama.cpp disagree about -> what says the same to the others. `--no-mmap` went in
-# b10875 (2026-09-09); `--load-mode none` came around b10105.
+# ---- flags of llama-server: a group is a flag with its values
+
+# A flag that builds of llama.cpp disagree about -> what says the same to the others. `--no-mmap`
+# went in b10875 (2026-09-09); `--load-mode none` came around b10105.
 FLAG_REPLACEMENTS: Dict[str, Tuple[str, ...]] = {"--no-mmap": ("--load-mode", "none")}
+# What `speculative` asks for -> llama-server's --spec-type. A draft alone is loaded and not used.
+_SPEC_TYPES = {"ngram": "ngram-mod", "mtp": "draft-mtp", "draft": "draft-simple"}
+_ROLE_FLAGS = {"embed": "--embedding", "rerank": "--reranking"}
 
 
 def _number(value: float) -> str:
     return f"{value:g}"
 
 
-# What `speculative` asks for -> llama-server's --spec-type. A draft alone is loaded and not used.
-_SPEC_TYPES = {"ngram": "ngram-mod", "mtp": "draft-mtp", "draft": "draft-simple"}
-
-
 def _option_flags(key: str, value: Any) -> List[Tuple[str, ...]]:
     """What a key of TIER_SERVER_OPTIONS says on the command line."""
     option = TIER_SERVER_OPTIONS[key]
-    names = option.flags.split()
     if option.kind == "args":
         return group_args(value)
-    if not names:
+    if not option.flags:
         return []
     if option.kind == "bool":
-        said = [name for name in names if name.startswith("--no-") != value]
-        return [(said[0],)] if said else []
+        said = [flag for flag in option.flags if flag.startswith("--no-") != value]
+        return [(flag,) for flag in said[:1]]
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
         value = _number(value)
-    return [(names[0], str(value))]
+    return [(option.flags[0], str(value))]
 
 
 def tier_config(config: Config, tier: Tier) -> Config:
     """[DEFAULT] as it counts for one tier: what the tier says of SERVER_OPTIONS itself wins."""
     own = {key: value for key, value in tier.server if key in SERVER_OPTIONS}
-    fields = {key: own.pop(key) for key in list(own) if key in Config._fields}
-    server = {**dict(config.server), **own}
-    return config._replace(server=tuple(server.items()), **fields)
+    return config.with_settings(own)
 
 
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
-    """Flags every llama-server gets, one group an option."""
-    flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
-    flags += [("--no-warmup",), ("--no-mmap",)]
-    # By default every web page may read what it says.
-    flags.append(("--cors-origins", "localhost"))
-    return flags
-
-
-_ROLE_FLAGS = {"embed": ("--embedding",), "rerank": ("--reranking",)}
+    """Flags every llama-server gets."""
+    flags: List[Tuple[str, ...]] = []
+    for key, value in config.settings.items():
+        flags += _option_flags(key, value)
+    # By default every web page may read what a llama-server says.
+    return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
 
 
 def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
     """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
     flags: List[Tuple[str, ...]] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
     if tier.rope_scale:
-        flags += [("--rope-scaling", "yarn"), ("--rope-scale", _number(tier.rope_scale)),
-                  ("--yarn-orig-ctx", str(tier.rope_orig_ctx))]
+        flags += [
+            ("--rope-scaling", "yarn"),
+            ("--rope-scale", _number(tier.rope_scale)),
+            ("--yarn-orig-ctx", str(tier.rope_orig_ctx)),
+        ]
     if tier.cache_ram_mib >= 0:
         flags.append(("--cache-ram", str(tier.cache_ram_mib)))
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
-    names = {"temp": "--temp", "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p",
-             "rep_pen": "--repeat-penalty"}
-    flags += [(names[key], _number(value)) for key, value in tier.sampler]
+    flags += [(SAMPLER_OPTIONS[key].flags[0], _number(value)) for key, value in tier.sampler]
     settings = tier.settings
     if tier.role in _ROLE_FLAGS:
         settings.pop("embedding", None)
-        flags.append(_ROLE_FLAGS[tier.role])
+        flags.append((_ROLE_FLAGS[tier.role],))
         if "ubatch" not in settings:            # a text is read in one batch, or refused
             flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
     asked = settings.pop("speculative", "auto")
@@ -2203,72 +2304,91 @@ def weight_flags(weights: Weights) -> List[Tuple[str, ...]]:
     return [("-hf", weights.repo), ("-hff", weights.file)]
 
 
-def accepted_flags(flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) -> List[Tuple[str, ...]]:
-    """Replace or leave out what the installed llama-server refuses (by flag name; see probe_flags)."""
-    kept: List[Tuple[str, ...]] = []
+def accepted_flags(
+        flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) -> List[Tuple[str, ...]]:
+    """Replace or leave out what the installed llama-server refuses, by flag name."""
+    kept = []
     for flag in flags:
+        if flag[0] in refused:
+            flag = FLAG_REPLACEMENTS.get(flag[0], flag)
         if flag[0] not in refused:
             kept.append(flag)
-            continue
-        other = FLAG_REPLACEMENTS.get(flag[0])
-        if other and other[0] not in refused:
-            kept.append(other)
     return kept
 
 
 def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
+    lost = refused - FLAG_REPLACEMENTS.keys()
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
-        for key, value in {**config.settings, **tier.settings}.items():
-            for flag in _option_flags(key, value):
-                if flag[0] in refused and flag[0] not in FLAG_REPLACEMENTS:
-                    said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+        settings = {**config.settings, **tier.settings}
+        flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
+        for key, flag in flags:
+            if flag[0] in lost:
+                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
     return list(said)
 
 
 def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
                    refused: FrozenSet[str]) -> List[str]:
     """The whole command line that serves `tier` on 127.0.0.1:`port`."""
-    flags = [("--host", "127.0.0.1"), ("--port", str(port)), *weight_flags(weights_for(tier, use_next)),
-             *accepted_flags(all_flags(tier, config), refused)]
-    return [*program, *(word for flag in flags for word in flag)]
+    command = [*program, "--host", "127.0.0.1", "--port", str(port)]
+    weights = weight_flags(weights_for(tier, use_next))
+    for flag in [*weights, *accepted_flags(all_flags(tier, config), refused)]:
+        command += flag
+    return command
+
+
+# ---- which tiers may be loaded together
 
 
 class ResidencySet(NamedTuple):
-    """Tiers that may be loaded together. `name` sorts in the order sets should win (llama-swap since v243)."""
+    """Tiers that may be loaded together.
+
+    `name` sorts in the order sets should win (llama-swap since v243).
+    """
 
     name: str
     tiers: Tuple[str, ...]
 
 
-def local_tiers(config: Config) -> List[Tier]:
-    return [t for t in config.tiers if t.backend == "gguf"]
+MOST_GROWN = 24                                 # tiers
 
 
-def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
-                   budget_gb: float = 0.0) -> List[ResidencySet]:
-    """The fast tier beside each heavy one, and all chat tiers together beside it.
+def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, float],
+            budget_gb: float) -> FrozenSet[str]:
+    """A set with those of the others that fit beside it, the first come first."""
+    members = list(base)
+    taken_gb = sum(need_gb[name] for name in base)
+    for name in others:
+        if name not in members and taken_gb + need_gb[name] <= budget_gb:
+            members.append(name)
+            taken_gb += need_gb[name]
+    return frozenset(members)
 
-    With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
-    beside it comes in: the sets above are for 64 GB. A tier left in no set runs alone.
+
+def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, float],
+           budget_gb: float) -> List[Tuple[str, ...]]:
+    """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
+
+    Where a need is not known nothing grows. No result lies within another, or within a base.
     """
-    local = local_tiers(config)
-    fast = [t.name for t in local if t.role == "fast"]
-    heavy = [t for t in local if t.role != "fast"]
-    groups = [(t.role or t.name, (*fast, t.name)) for t in heavy] or [("fast", tuple(fast))]
-    chats = [t.name for t in heavy if t.role.startswith("plan")]
-    if len(chats) > 1:
-        groups.append(("chats", (*fast, *chats)))
-    if need_gb is not None:
-        groups = [g for g in groups if sum(need_gb.get(t, 0.0) for t in g[1]) <= budget_gb]
-        together = {t for _, tiers in groups for t in tiers}
-        groups += [(t.role or t.name, (t.name,)) for t in local if t.name not in together]
-        names = [t.name for t in local]
-        groups += _grown([tiers for _, tiers in groups], names, need_gb, budget_gb)
-    groups = [group for group in groups if group[1]]
-    return [ResidencySet(_set_prefix(i, len(groups)) + re.sub(r"\W", "_", label), tiers)
-            for i, (label, tiers) in enumerate(groups)]
+    known = [name for name in names if need_gb.get(name, 0.0) > 0]
+    growing = [base for base in bases if set(base) <= set(known)]
+    if len(names) > MOST_GROWN:                 # it takes the cube of their number
+        growing = growing[:1]
+    found: Dict[FrozenSet[str], None] = {}
+    for base in growing:
+        for first in known:
+            if first not in base:
+                found[_filled(base, [first, *known], need_gb, budget_gb)] = None
+    kept = []
+    for members in found:
+        in_a_base = any(members <= set(base) for base in bases)
+        in_another = any(members < other for other in found)
+        if not (in_a_base or in_another):
+            kept.append(tuple(name for name in names if name in members))
+    return kept
 
 
 def _set_prefix(number: int, count: int) -> str:
@@ -2279,37 +2399,47 @@ def _set_prefix(number: int, count: int) -> str:
     return letters + "_"
 
 
-MOST_GROWN = 24                                 # tiers
+def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
+    """(label, tiers) of the sets for a machine on which all of them fit."""
+    fast = [tier.name for tier in local if tier.role == "fast"]
+    heavy = [tier for tier in local if tier.role != "fast"]
+    groups = [(tier.role or tier.name, (*fast, tier.name)) for tier in heavy]
+    if fast and not heavy:
+        groups = [("fast", tuple(fast))]
+    chats = [tier.name for tier in heavy if tier.role.startswith("plan")]
+    if len(chats) > 1:
+        groups.append(("chats", (*fast, *chats)))
+    return groups
 
 
-def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, float],
-           budget_gb: float) -> List[Tuple[str, Tuple[str, ...]]]:
-    """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
+                   budget_gb: float = 0.0) -> List[ResidencySet]:
+    """The fast tier beside each heavy one, and all chat tiers together beside it.
 
-    Where a need is not known nothing grows. No result lies within another, or within a base.
+    With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
+    beside it comes in: the sets above are for 64 GB. A tier left in no set runs alone.
     """
-    found: List[Set[str]] = [set(base) for base in bases]
-    given = len(found)
-    bases = [base for base in bases if all(need_gb.get(n, 0.0) > 0 for n in base)]
-    if len(names) > MOST_GROWN:                 # it takes the cube of their number
-        bases = bases[:1]
-    for base in bases:
-        others = [n for n in names if n not in base and need_gb.get(n, 0.0) > 0]
-        for first in others:
-            members, taken = set(base), sum(need_gb.get(n, 0.0) for n in base)
-            for name in [first, *others]:
-                if name not in members and taken + need_gb[name] <= budget_gb:
-                    members.add(name)
-                    taken += need_gb[name]
-            if not any(members <= other for other in found):
-                found.append(members)
-    grown = found[given:]
-    kept = [m for m in grown if not any(m < other for other in grown)]
-    return [("more", tuple(n for n in names if n in members)) for members in kept]
+    local = local_tiers(config)
+    groups = _labelled_sets(local)
+    if need_gb is not None:
+        groups = [(label, tiers) for label, tiers in groups
+                  if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
+        together = {name for _, tiers in groups for name in tiers}
+        for tier in local:
+            if tier.name not in together:
+                groups.append((tier.role or tier.name, (tier.name,)))
+        bases = [tiers for _, tiers in groups]
+        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
+        groups += [("more", tiers) for tiers in grown]
+    sets = []
+    for number, (label, tiers) in enumerate(groups):
+        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        sets.append(ResidencySet(name, tiers))
+    return sets
 
 
 def evict_cost(size_gb: float) -> int:
-    """What it costs to throw a model out: about the seconds to load it again, clamp(round(GB / 1.5), 1, 30)."""
+    """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
     return max(1, min(30, round(size_gb / 1.5)))
 
 
@@ -2317,7 +2447,8 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
                      costs: Mapping[str, int]) -> List[str]:
     """Which running models must go before `target` can load: llama-swap's matrix rule.
 
-    The set holding the target that throws out the least wins, the first of equals; a model in no set runs alone.
+    The set holding the target that throws out the least wins, the first of equals; a model in no
+    set runs alone.
     """
     if target in running:
         return []
@@ -2328,77 +2459,55 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
 
 
 def tier_cost(tier: Tier, use_next: bool, weights_gb: float = 0.0) -> int:
-    """evict_cost of a tier, by its real weights where they are known; one of unknown size counts as 5 GB."""
+    """evict_cost of a tier, by its real weights where they are known.
+
+    A tier of unknown size counts as 5 GB.
+    """
     return evict_cost(weights_gb or weights_for(tier, use_next).size_gb or 5.0)
 
 
 def footprint_gb(size_gb: float) -> float:
-    """Memory a tier without a header at hand is counted with, GB: weights and a tenth (README, "Memory math")."""
+    """The memory that a tier is counted with where its header is not at hand, in GB.
+
+    Weights and a tenth (README, "Memory math").
+    """
     return size_gb * 1.1
 
 
-def _yaml_text(value: str) -> str:
-    """A YAML scalar: plain where that is safe, else JSON's double quotes, which YAML shares."""
-    if re.match(r"[A-Za-z][A-Za-z0-9 ._/()+-]*\Z", value) and not value.endswith(" ") \
-            and value.lower() not in ("true", "false", "yes", "no", "on", "off", "null", "y", "n"):
-        return value
-    return _yaml_quoted(value.replace("${", "$ {"))     # llama-swap puts macros in everywhere, ${env.X} too
+# ---- llama-swap.yaml
 
 
 def _yaml_quoted(value: str) -> str:
-    """JSON's double quotes, with what YAML does not take as it is (and no surrogate pairs: Go's parser refuses them)."""
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda m: f"\\u{ord(m.group()):04x}",
+    """JSON's double quotes, with what YAML does not take as it is escaped.
+
+    No surrogate pairs stand in it: Go's parser refuses them.
+    """
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
+                  lambda found: f"\\u{ord(found.group()):04x}",
                   json.dumps(value, ensure_ascii=False))
 
 
-class Binary(NamedTuple):
-    """A llama-server that is installed, and the flags it refuses."""
-
-    program: Tuple[str, ...]
-    refused: FrozenSet[str] = frozenset()
+_YAML_PLAIN = re.compile(
+    r"(?!(?:true|false|yes|no|on|off|null|y|n)\Z)[A-Za-z][A-Za-z0-9 ._/()+-]*(?<! )\Z",
+    re.IGNORECASE)
 
 
-def _yaml_server(tier: Tier, config: Config, own: Optional[Binary],
-                 quote: Callable[[str], str]) -> List[str]:
-    """What a model's command begins with: the macros, where it has nothing of its own there."""
-    if own is None:
-        return ["${llama_server}", "${server_defaults}"]
-    common = accepted_flags(common_flags(tier_config(config, tier)), own.refused)
-    flags = [("--host", "127.0.0.1"), *common]
-    lines = [" ".join(map(quote, flag)) for flag in flags]
-    return [" ".join(map(quote, own.program)), "--port ${PORT}", *lines]
+def _yaml_text(value: str) -> str:
+    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares.
+
+    llama-swap puts macros in everywhere, ${env.X} too.
+    """
+    if _YAML_PLAIN.match(value):
+        return value
+    return _yaml_quoted(value.replace("${", "$ {"))
 
 
-def _yaml_model(tier: Tier, config: Config, use_next: bool, server: Binary, own: Optional[Binary],
-                quote: Callable[[str], str]) -> List[str]:
-    weights = weights_for(tier, use_next)
-    current = weights_for(tier, False)
-    queued = weights_for(tier, True)
-    if weights.channel == "next":
-        notes = [f"# >>> RUNNING NEXT ({tier.name}): the queued upgrade, not the pair of hf_repo / hf_file.",
-                 f"# Way back: llmstack restart --current. It ran before: -hff {current.file}"]
-    else:
-        notes = [f"# >>> UPGRADE-POINT ({tier.name}): the pair below is hf_repo / hf_file of models.ini;",
-                 "# change it there (see UPGRADING.md), then: llmstack restart"]
-        if queued.channel == "next":
-            notes.append(f"# Queued: -hff {queued.file}. Try it with: llmstack restart --next")
-    flags = [*weight_flags(weights), *accepted_flags(tier_flags(tier), (own or server).refused)]
-    command = [*_yaml_server(tier, config, own, quote), *notes]
-    command += [" ".join(map(quote, flag)) for flag in flags]
-    lines = [f"  {_yaml_text(tier.name)}:", f"    name: {_yaml_text(tier.name)}",
-             f"    description: {_yaml_text(tier.description)}", "    cmd: |", *(f"      {line}" for line in command),
-             '    proxy: "http://127.0.0.1:${PORT}"', f"    ttl: {tier.ttl}",
-             "    concurrencyLimit: 512         # 0 would mean 10, then a surprise 429"]
-    if tier.aliases:
-        lines.append(f"    aliases: [{', '.join(map(_yaml_text, tier.aliases))}]")
-    meta = {"tier": tier.tier or tier.role, "role": tier.role, "ctx_size": tier.ctx_size, "size_gb": weights.size_gb,
-            "quant": weights.quant, "channel": weights.channel}
-    lines += ["    metadata:", *(f"      {k}: {_yaml_text(v) if isinstance(v, str) else v}" for k, v in meta.items())]
-    return lines
+def _yaml_list(values: Iterable[str]) -> str:
+    return f"[{', '.join(map(_yaml_text, values))}]"
 
 
 def posix_quote(word: str) -> str:
-    """Quote a word as llama-swap splits commands on POSIX, and keep its macros (${...}) out of it."""
+    """Quote a word as llama-swap splits commands on POSIX, and keep its macros (${...}) out."""
     import shlex
     return shlex.quote(word).replace("${", "$''{")
 
@@ -2411,6 +2520,13 @@ def windows_quote(word: str) -> str:
     return f'"{word}"'
 
 
+class Binary(NamedTuple):
+    """A llama-server that is installed, and the flags it refuses."""
+
+    program: Tuple[str, ...]
+    refused: FrozenSet[str] = frozenset()
+
+
 class ProxyPlan(NamedTuple):
     """LiteLLM's proxy as llama-swap's model: what starts it, and whether at once."""
 
@@ -2421,107 +2537,238 @@ class ProxyPlan(NamedTuple):
     preload: bool
 
 
-def _yaml_proxy(proxy: ProxyPlan, quote: Callable[[str], str]) -> List[str]:
-    return [f"  {proxy.tier.name}:", f"    description: {_yaml_text(proxy.tier.description)}", "    cmd: |",
-            f"      {' '.join(map(quote, proxy.command))}", f'    proxy: "http://127.0.0.1:{proxy.port}"',
-            f"    checkEndpoint: {proxy.health}", "    ttl: 0", "    concurrencyLimit: 512",
-            f"    aliases: [{', '.join(map(_yaml_text, proxy.tier.aliases))}]", ""]
+class SwapPlan(NamedTuple):
+    """What llama-swap's configuration is made of.
 
-
-def render_llama_swap_yaml(config: Config, program: Sequence[str], use_next: bool, refused: FrozenSet[str],
-                           quote: Callable[[str], str], first_port: int = FIRST_SERVER_PORT,
-                           need_gb: Optional[Mapping[str, float]] = None, weights_gb: Optional[Mapping[str, float]] = None,
-                           budget_gb: float = 0.0, proxy: Optional[ProxyPlan] = None,
-                           own: Optional[Mapping[str, Binary]] = None) -> str:
-    """The configuration of llama-swap v250 and newer for `config`.
-
-    `quote` protects a word in a command line; from `first_port` on, as many ports as there are local tiers
-    must be free, for llama-swap does not look. With `need_gb` of every tier, sets beyond the budget are left out.
-    The proxy is in every set: a model in none would run alone. `own` has the servers of tiers with
-    settings of their own; `program` and `refused` are those of the others.
+    From `first_port` on, as many ports as there are local tiers must be free, for llama-swap does
+    not look. With `need_gb` of every tier, sets beyond the budget are left out.
     """
-    local = local_tiers(config)
-    sets = residency_sets(config, need_gb, budget_gb)
-    left_out = [f"    # left out: {' + '.join(s.tiers)} would take ~{sum((need_gb or {}).get(t, 0.0) for t in s.tiers):.1f} GB,"
-                f" and there are {budget_gb:.1f}" for s in residency_sets(config) if s.tiers not in [x.tiers for x in sets]]
-    letters = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
-    keys = {t.name: letters.get(t.role) or f"x{i}" for i, t in enumerate(local)}
-    defaults = [("--host", "127.0.0.1"), *accepted_flags(common_flags(config), refused)]
-    channel = "next" if use_next else "current"
-    lines = [
-        f"# Written by `llmstack start` from models.ini (channel {channel}); the next start writes it again,",
-        "# so change models.ini instead.",
-        f"healthCheckTimeout: {LOAD_TIMEOUT_S}",
-        "logLevel: info",
-        "logToStdout: both",
-        f"startPort: {first_port}",
-        "sendLoadingState: false           # the router says it, and can still ask another tier",
-        'apiKeys: ["${env.LLAMA_API_KEY}"]',
-        "includeAliasesInList: true",
-        "captureBuffer: 0                  # keep no copies of prompts and answers",
-        "globalTTL: 0",
-        "",
-        "macros:",
-        f"  llama_server: {_yaml_quoted(' '.join(map(quote, program)))}",
-        "  server_defaults: >-",
-        "    --port ${PORT}",                   # a macro, which quotes would keep as it is
-        *(f"    {' '.join(map(quote, flag))}" for flag in defaults),
-        "",
-        "models:" if local or proxy else "models: {}",
+
+    config: Config
+    server: Binary                              # of the tiers that have none of their own
+    use_next: bool
+    quote: Callable[[str], str]                 # protects a word in a command line
+    first_port: int = FIRST_SERVER_PORT
+    need_gb: Optional[Mapping[str, float]] = None
+    weights_gb: Mapping[str, float] = {}
+    budget_gb: float = 0.0
+    proxy: Optional[ProxyPlan] = None
+    own: Mapping[str, Binary] = {}              # tiers with settings of their own -> their server
+    park: Tuple[str, ...] = ()                  # the command that parks a model before it stops
+
+    def words(self, words: Iterable[str]) -> str:
+        return " ".join(map(self.quote, words))
+
+
+_SWAP_HEAD = """\
+# Written by `llmstack start` from models.ini (channel {channel}); the next start writes it again,
+# so change models.ini instead.
+healthCheckTimeout: {timeout_s}
+logLevel: info
+logToStdout: both
+startPort: {first_port}
+sendLoadingState: false           # the router says it, and can still ask another tier
+apiKeys: ["${{env.LLAMA_API_KEY}}"]
+includeAliasesInList: true
+captureBuffer: 0                  # keep no copies of prompts and answers
+globalTTL: 0
+"""
+
+_SWAP_MODEL = """
+  {name}:
+    name: {name}
+    description: {description}
+    cmd: |
+{command}
+    proxy: "http://127.0.0.1:${{PORT}}"
+    ttl: {ttl}
+    concurrencyLimit: 512         # 0 would mean 10, then a surprise 429
+"""
+
+_SWAP_PROXY = """
+  {name}:
+    description: {description}
+    cmd: |
+      {command}
+    proxy: "http://127.0.0.1:{port}"
+    checkEndpoint: {health}
+    ttl: 0
+    concurrencyLimit: 512
+    aliases: {aliases}
+"""
+
+
+def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
+    """Comments at the weights of a tier's command: where to change them, how to go back."""
+    current, queued = weights_for(tier, False), weights_for(tier, True)
+    if queued.channel == "next" and use_next:
+        return [
+            f"# >>> RUNNING NEXT ({tier.name}): the queued upgrade,"
+            " not the pair of hf_repo / hf_file.",
+            f"# Way back: llmstack restart --current. It ran before: -hff {current.file}",
+        ]
+    notes = [
+        f"# >>> UPGRADE-POINT ({tier.name}): the pair below is hf_repo / hf_file of models.ini;",
+        "# change it there (see UPGRADING.md), then: llmstack restart",
     ]
+    if queued.channel == "next":
+        notes.append(f"# Queued: -hff {queued.file}. Try it with: llmstack restart --next")
+    return notes
+
+
+def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
+    """The lines of the command that serves a tier: server_command's words, and notes."""
+    server = plan.own.get(tier.name, plan.server)
+    weights = weight_flags(weights_for(tier, plan.use_next))
+    flags = accepted_flags(all_flags(tier, plan.config), server.refused)
+    return [
+        plan.words(server.program),
+        "--host 127.0.0.1 --port ${PORT}",
+        *_swap_notes(tier, plan.use_next),
+        *map(plan.words, weights),
+        *map(plan.words, flags),
+    ]
+
+
+def _swap_model(plan: SwapPlan, tier: Tier) -> str:
+    text = _SWAP_MODEL.format(
+        name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
+        command="\n".join(f"      {line}" for line in _swap_command(plan, tier)))
+    if plan.park:
+        park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
+        text += f"    cmdStop: {_yaml_quoted(park)}\n"
+    if tier.aliases:
+        text += f"    aliases: {_yaml_list(tier.aliases)}\n"
+    weights = weights_for(tier, plan.use_next)
+    return text + f"""\
+    metadata:
+      tier: {_yaml_text(tier.tier or tier.role)}
+      role: {_yaml_text(tier.role)}
+      ctx_size: {tier.ctx_size}
+      size_gb: {weights.size_gb}
+      quant: {_yaml_text(weights.quant)}
+      channel: {weights.channel}
+"""
+
+
+def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
+    return _SWAP_PROXY.format(
+        name=proxy.tier.name, description=_yaml_text(proxy.tier.description),
+        command=plan.words(proxy.command), port=proxy.port, health=proxy.health,
+        aliases=_yaml_list(proxy.tier.aliases))
+
+
+def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> List[str]:
+    """Comments on the sets that would be there if memory were no object."""
+    if plan.need_gb is None:
+        return []
+    kept = [group.tiers for group in sets]
+    lines = []
+    for _, tiers in _labelled_sets(local_tiers(plan.config)):
+        if tiers not in kept:
+            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
+            lines.append(f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
+                         f" and there are {plan.budget_gb:.1f}")
+    return lines
+
+
+_SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
+
+
+def _swap_matrix(plan: SwapPlan) -> List[str]:
+    """Which models may be loaded together. The proxy is in every set: else it would run alone."""
+    keys, costs = {}, {}
+    for number, tier in enumerate(local_tiers(plan.config)):
+        weights_gb = plan.weights_gb.get(tier.name, 0.0)
+        keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
+        costs[tier.name] = tier_cost(tier, plan.use_next, weights_gb)
+    everywhere = []
+    if plan.proxy:
+        proxy = plan.proxy.tier.name
+        keys[proxy], costs[proxy] = "l", 30
+        everywhere = [proxy]
+    lines = [
+        "# What may be loaded together; the cheapest way to make room wins, the first of equals.",
+        "matrix:",
+        "  vars:",
+    ]
+    lines += [f"    {key}: {_yaml_text(name)}" for name, key in keys.items()]
+    lines.append("  evict_costs:")
+    lines += [f"    {keys[name]}: {cost}" for name, cost in costs.items()]
+    lines.append("  sets:")
+    sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
+    lines += _left_out(plan, sets)
+    for group in sets or [ResidencySet("a_hosted", ())]:
+        members = " & ".join(keys[name] for name in (*group.tiers, *everywhere))
+        lines.append(f'    {group.name}: "{members}"')
+    return lines
+
+
+def render_llama_swap_yaml(plan: SwapPlan) -> str:
+    """The configuration of llama-swap v250 and newer."""
+    local, proxy = local_tiers(plan.config), plan.proxy
+    channel = "next" if plan.use_next else "current"
+    text = _SWAP_HEAD.format(
+        channel=channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
+    if not local and not proxy:
+        return text + "\nmodels: {}\n"
+    text += "\nmodels:"
     for tier in local:
-        lines += [*_yaml_model(tier, config, use_next, Binary(tuple(program), refused),
-                               (own or {}).get(tier.name), quote), ""]
+        text += _swap_model(plan, tier)
+    preload = [tier.name for tier in local if tier.role == "fast"]
     if proxy:
-        lines += _yaml_proxy(proxy, quote)
-        keys[proxy.tier.name] = "l"
-    if keys:
-        costs = {**{t.name: tier_cost(t, use_next, (weights_gb or {}).get(t.name, 0.0)) for t in local},
-                 **({proxy.tier.name: 30} if proxy else {})}
-        members = [(x.name, [*x.tiers, *([proxy.tier.name] if proxy else [])]) for x in sets or [ResidencySet("a_hosted", ())]]
-        lines += ["# What may be loaded together; the cheapest way to make room wins, the first of equals.",
-                  "matrix:", "  vars:", *(f"    {key}: {_yaml_text(name)}" for name, key in keys.items()), "  evict_costs:",
-                  *(f"    {keys[name]}: {cost}" for name, cost in costs.items()), "  sets:", *left_out,
-                  *(f"    {name}: {json.dumps(' & '.join(keys[n] for n in names))}" for name, names in members)]
-        preload = [*(t.name for t in local if t.role == "fast"), *([proxy.tier.name] if proxy and proxy.preload else [])]
-        if preload:
-            lines += ["", "hooks:", "  on_startup:", f"    preload: [{', '.join(map(_yaml_text, preload))}]"]
-    return "\n".join(lines).rstrip("\n") + "\n"
+        text += _swap_proxy(plan, proxy)
+        if proxy.preload:
+            preload.append(proxy.tier.name)
+    text += "\n" + "\n".join(_swap_matrix(plan)) + "\n"
+    if preload:
+        text += f"\nhooks:\n  on_startup:\n    preload: {_yaml_list(preload)}\n"
+    return text
+
+
+# ---- routes, and the list of models
 
 
 def hosted_model(tier: Tier, use_next: bool) -> str:
     """The provider's id of a hosted tier's model on a channel."""
-    return tier.model_next if use_next and tier.model_next else tier.model
+    if use_next and tier.model_next:
+        return tier.model_next
+    return tier.model
 
 
 def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str]:
     """Hosted tiers whose api_key_env is not set in `env` -> what to say of it."""
     found = {}
     for tier in config.tiers:
-        key = env.get(tier.api_key_env, "").strip() if tier.api_key_env else "none needed"
-        if not (key and key.isascii() and key.isprintable()):
-            found[tier.name] = f"{tier.api_key_env} " + ("holds more than printable ASCII" if key else "is not set")
+        variable = tier.api_key_env
+        key = env.get(variable, "").strip()
+        if variable and not key:
+            found[tier.name] = f"{variable} is not set"
+        elif variable and not (key.isascii() and key.isprintable()):
+            found[tier.name] = f"{variable} holds more than printable ASCII"
     return found
 
 
 def check_queued(config: Config) -> None:
     """The next channel needs an upgrade to run. Errors: UserError."""
-    if not any(t.has_next for t in config.tiers):
+    if not any(tier.has_next for tier in config.tiers):
         raise UserError("no tier has a queued upgrade, so there is no next channel to run",
-                        "add hf_file_next or model_next to a tier of models.ini, or say --current (and unset"
-                        " LLMSTACK_USE_NEXT)", 2)
+                        "add hf_file_next or model_next to a tier of models.ini, or say --current"
+                        " (and unset LLMSTACK_USE_NEXT)", 2)
 
 
 class Route(NamedTuple):
     """How a request reaches the tier it is for: who answers, how its body and head change."""
 
     tier: Tier
-    model: str = ""                             # what its body asks for, as JSON spells it; "": unchanged
-    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...] = ()  # keys the caller gave none of -> member to add
-    refused: Tuple[int, str, str] = (0, "", "")  # the error it gets instead: status, message, kind
-    host: Any = None                            # the Host it goes to, None for what is behind the router
+    model: str = ""                             # what its body asks for, as JSON spells it
+    # Keys that count as the caller's own -> the member to add where none of them is there.
+    sampler: Tuple[Tuple[Tuple[str, ...], bytes], ...] = ()
+    # The error it gets instead: status, message, kind.
+    refused: Tuple[int, str, str] = (0, "", "")
+    host: Any = None                            # the Host it goes to, None for what is behind us
     headers: Tuple[Any, ...] = ()               # what is added for the host: its key
-    bare: bool = False                          # the host's paths begin with a version of their own
+    bare: bool = False                          # the host's paths begin with their own version
 
     @property
     def hosted(self) -> bool:
@@ -2529,33 +2776,43 @@ class Route(NamedTuple):
 
 
 # models.ini's key -> the body's, and other spellings by which a caller may have set it.
-_SAMPLER_MEMBERS = {"temp": ("temperature",), "top_p": ("top_p",), "top_k": ("top_k",), "min_p": ("min_p",),
-                    "rep_pen": ("repetition_penalty", "repeat_penalty")}
-SAMPLED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
+_SAMPLER_MEMBERS = {
+    "temp": ("temperature",),
+    "top_p": ("top_p",),
+    "top_k": ("top_k",),
+    "min_p": ("min_p",),
+    "rep_pen": ("repetition_penalty", "repeat_penalty"),
+}
+SAMPLED_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 
 
 def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Route:
-    """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry of its proxy."""
+    """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
     model = json.dumps(hosted_model(tier, use_next))[1:-1]
     if tier.backend == "litellm":
-        model = tier.name + ("_next" if use_next and tier.model_next else "")
+        upgraded = use_next and tier.model_next
+        model = f"{tier.name}_next" if upgraded else tier.name
     sampler = []
     for key, value in tier.sampler:
         members = _SAMPLER_MEMBERS[key]
-        sampler.append((members, b'"%b":%b' % (members[0].encode(), _number(value).encode())))
-    refused = (0, "", "")
+        sampler.append((members, f'"{members[0]}":{_number(value)}'.encode()))
+    route = Route(tier, model, tuple(sampler))
     if config.local_only and tier.remote:
-        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
-    elif tier.name in missing:
-        refused = (401, f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
-                        " then `llmstack restart`", "authentication_error")
-    return Route(tier, model, tuple(sampler), refused)
+        what = f"{tier.name} is hosted, and {LOCAL_ONLY}"
+        return route._replace(refused=(403, what, "forbidden"))
+    if tier.name in missing:
+        what = (f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
+                " then `llmstack restart`")
+        return route._replace(refused=(401, what, "authentication_error"))
+    return route
 
 
-def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str, name: str) -> List[bytes]:
-    """A request's body as its tier gets it: `name` for its model, and the sampler the caller left out.
+def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
+               name: str) -> List[bytes]:
+    """A request's body as its tier gets it: `name` for its model, and the sampler it left out.
 
     An empty `name` leaves the body as it is.
     """
@@ -2563,27 +2820,16 @@ def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str, n
         return [body]
     more: List[bytes] = []
     if path in SAMPLED_PATHS:
-        more = [member for keys, member in route.sampler if not any(key in asked for key in keys)]
+        more = [member for keys, member in route.sampler if asked.keys().isdisjoint(keys)]
     return with_model(body, "model" in asked, name, more)
-
-
-def auto_entry(config: Config) -> Dict[str, Any]:
-    """The /v1/models entry of `auto`."""
-    ladder = config.ladder
-    context = max((t.ctx_size for t in ladder), default=0)
-    output = max((t.max_output_tokens or t.ctx_size for t in ladder), default=0)
-    able = [word for tier in ladder for word in capabilities(tier)]
-    meta = {"ctx_size": context, "ladder": [t.name for t in ladder]}
-    return {"id": "auto", "object": "model", "created": 0, "owned_by": "llmstack",
-            "description": "the best tier for the length of the conversation",
-            **_limits(context, output), "capabilities": list(dict.fromkeys(able)),
-            "meta": {"n_ctx": context, "llmstack": meta}}
 
 
 def capabilities(tier: Tier) -> List[str]:
     """What a tier can do, in the words that llama.cpp and Ollama use."""
-    if tier.role in ("embed", "rerank"):
-        return ["embedding" if tier.role == "embed" else "rerank"]
+    if tier.role == "embed":
+        return ["embedding"]
+    if tier.role == "rerank":
+        return ["rerank"]
     words = ["completion"]
     if tier.tool_call:
         words.append("tools")
@@ -2594,29 +2840,55 @@ def capabilities(tier: Tier) -> List[str]:
     return words
 
 
-def _limits(context: int, output: int) -> Dict[str, int]:
-    """A model's context and longest answer, in tokens, under every key that a client reads."""
+def _model_entry(name: str, context: int, output: int, able: Iterable[str],
+                 meta: Mapping[str, Any]) -> Dict[str, Any]:
+    """An entry of /v1/models; context and longest answer, in tokens, under every key in use."""
     keys = ("context_length", "context_window", "max_model_len", "max_input_tokens")
-    return {**dict.fromkeys(keys, context), "max_output_tokens": min(output, context)}
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "llmstack",
+        **dict.fromkeys(keys, context),
+        "max_output_tokens": min(output, context),
+        "capabilities": list(dict.fromkeys(able)),
+        "meta": {"n_ctx": context, "llmstack": {"ctx_size": context, **meta}},
+    }
+
+
+def auto_entry(config: Config) -> Dict[str, Any]:
+    """The /v1/models entry of `auto`."""
+    ladder = config.ladder
+    context = max((tier.ctx_size for tier in ladder), default=0)
+    output = max((tier.max_output_tokens or tier.ctx_size for tier in ladder), default=0)
+    able = [word for tier in ladder for word in capabilities(tier)]
+    entry = _model_entry("auto", context, output, able, {"ladder": [tier.name for tier in ladder]})
+    return {**entry, "description": "the best tier for the length of the conversation"}
 
 
 def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
     weights = weights_for(tier, use_next)
     channel = "next" if use_next and tier.has_next else "current"
-    meta: Dict[str, Any] = {"tier": tier.tier or tier.role, "role": tier.role, "ctx_size": tier.ctx_size,
-                            "channel": channel, "backend": tier.backend}
+    meta: Dict[str, Any] = {"tier": tier.tier or tier.role, "role": tier.role, "channel": channel,
+                            "backend": tier.backend}
     if tier.backend == "gguf":
         meta.update(size_gb=weights.size_gb, quant=weights.quant)
         if tier.has_projector:
             meta["input_modalities"] = ["text", "image"]
     else:
-        meta.update(model=hosted_model(tier, use_next))
-    return {"id": tier.name, "object": "model", "created": 0, "owned_by": "llmstack", "channel": channel,
-            "description": tier.description, "aliases": list(tier.aliases),
-            **_limits(tier.ctx_size, tier.max_output_tokens or tier.ctx_size),
-            "capabilities": capabilities(tier),
-            "meta": {"n_ctx": tier.ctx_size, "llmstack": meta}}
+        meta["model"] = hosted_model(tier, use_next)
+    output = tier.max_output_tokens or tier.ctx_size
+    entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
+    return {**entry, "channel": channel, "description": tier.description,
+            "aliases": list(tier.aliases)}
+
+
+def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
+    """A tier's entry with what the server behind the router says of it."""
+    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
+    ours = {key: own[key] for key in ("id", "channel", "aliases")}
+    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
 
 
 def list_models(config: Config, use_next: bool,
@@ -2629,13 +2901,13 @@ def list_models(config: Config, use_next: bool,
     said = {str(entry.get("id")): entry for entry in reversed(theirs)}
     listed = [auto_entry(config)]
     for tier in config.offered:
-        names = (tier.name, *tier.aliases)
-        own, found = tier_entry(tier, use_next), [said[name] for name in names if name in said]
+        own = tier_entry(tier, use_next)
+        found = [said[name] for name in (tier.name, *tier.aliases) if name in said]
         if found:
             listed.append(_merged_entry(own, found[0]))
         elif tier.backend == "openai":
             listed.append(own)
-    known = {"auto", *(name for t in config.tiers for name in (t.name, *t.aliases))}
+    known = {"auto", *(name for tier in config.tiers for name in (tier.name, *tier.aliases))}
     for entry in theirs:
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
         if str(entry.get("id")) not in known and "litellm_proxy" not in json.dumps(entry):
@@ -2643,20 +2915,17 @@ def list_models(config: Config, use_next: bool,
     return listed
 
 
-def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
-    """A tier's entry with what the server behind the router says of it."""
-    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
-    ours = {key: own[key] for key in ("id", "channel", "aliases")}
-    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
-
-
 def anthropic_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models in the shape of Anthropic's API."""
     name = str(entry.get("id"))
-    return {"type": "model", "id": name, "display_name": str(entry.get("description") or name),
-            "created_at": "1970-01-01T00:00:00Z",
-            "max_input_tokens": entry.get("max_input_tokens", 0),
-            "max_tokens": entry.get("max_output_tokens", 0)}
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": str(entry.get("description") or name),
+        "created_at": "1970-01-01T00:00:00Z",
+        "max_input_tokens": entry.get("max_input_tokens", 0),
+        "max_tokens": entry.get("max_output_tokens", 0),
+    }
 
 
 def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
@@ -2791,12 +3060,14 @@ class LoadOptions(NamedTuple):
 
 
 def load_options(config: Config, machine: Machine) -> LoadOptions:
-    layers = config.n_gpu_layers
+    settings = config.settings
+    layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu:
         count = 0
-    return LoadOptions(config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                       count, machine.cuda and count > 0, slots=config.settings.get("parallel", 0))
+    return LoadOptions(
+        settings["cache_type_k"], settings["cache_type_v"], settings["flash_attn"] != "off",
+        count, machine.cuda and count > 0, slots=settings.get("parallel", 0))
 
 
 class _GgufReader:
@@ -3434,6 +3705,8 @@ def profile_file(name: str) -> str:
 # ==================================================================================================
 # PURE: LITELLM
 # ==================================================================================================
+# What LiteLLM's proxy is to serve, and which credentials it lacks. No key is ever read here: only
+# whether a variable has a value counts.
 
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
@@ -3451,8 +3724,10 @@ def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     entries = []
     for tier in config.tiers:
         if tier.backend == "litellm":
-            entries += [(tier.name, tier.model), (f"{tier.name}_next", tier.model_next)]
-    return [(name, model) for name, model in entries if model]
+            entries.append((tier.name, tier.model))
+            if tier.model_next:
+                entries.append((f"{tier.name}_next", tier.model_next))
+    return entries
 
 
 def proxy_tier(config: Config) -> Optional[Tier]:
@@ -3463,13 +3738,9 @@ def proxy_tier(config: Config) -> Optional[Tier]:
     tiers = litellm_tiers(config)
     if not tiers:
         return None
-    names: List[str] = []
-    for tier in tiers:
-        names.append(tier.name)
-        if tier.model_next:
-            names.append(f"{tier.name}_next")
-        names += tier.aliases
-    description = "LiteLLM, for " + ", ".join(t.name for t in tiers)
+    names = [name for name, _ in litellm_entries(config)]
+    names += [alias for tier in tiers for alias in tier.aliases]
+    description = "LiteLLM, for " + ", ".join(tier.name for tier in tiers)
     return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
                 aliases=tuple(dict.fromkeys(names)))
 
@@ -3556,7 +3827,7 @@ def _is_credential(name: str) -> bool:
 
 def without_credentials(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that ask no provider."""
-    return {name: value for name, value in env.items() if not _is_credential(name)}
+    return {name: env[name] for name in env if not _is_credential(name)}
 
 
 def _provider_of(model: str) -> str:
@@ -3599,18 +3870,19 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
 
 def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
-    found = []
-    for name, model in litellm_entries(config):
-        entry = file.entries.get(name) if file else None
-        if entry and entry.model not in ("", model):
-            found.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
-                         " which is what is asked")
-    return found
+    if file is None:
+        return []
+    said = [(name, model, file.entries[name].model)
+            for name, model in litellm_entries(config) if name in file.entries]
+    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
+            for name, model, other in said if other not in ("", model)]
 
 
 # ==================================================================================================
 # PURE: OPENCODE
 # ==================================================================================================
+# opencode.json is a function of the configuration, so that a thin client writes the same file for
+# a router elsewhere as the project of that router does.
 
 PROVIDER = "llama.cpp"                          # opencode's name for this stack: llama.cpp/auto
 KEY_REFERENCE = "{env:LLMSTACK_API_KEY}"        # opencode puts in the value; no key is ever written
@@ -3633,20 +3905,25 @@ def client_limits(tier: Tier) -> Tuple[int, int]:
     where output is not below context: no answer is promised more than that, or than half the
     context.
     """
-    output = tier.max_output_tokens or min(tier.ctx_size // 4, DEFAULT_OUTPUT_TOKENS)
-    return tier.ctx_size, min(output, tier.ctx_size // 2, 32_000)
+    context, output = tier.ctx_size, tier.max_output_tokens
+    if not output:
+        output = min(context // 4, DEFAULT_OUTPUT_TOKENS)
+    return context, min(output, context // 2, 32_000)
 
 
 def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
     """The largest context that the ladder reaches, and an answer that every tier may give."""
-    context, output = client_limits(max(ladder, key=lambda t: t.ctx_size))
-    caps = [t.max_output_tokens for t in ladder if t.max_output_tokens]
-    return context, min([output, *caps])
+    largest = max(ladder, key=lambda tier: tier.ctx_size)
+    context, output = client_limits(largest)
+    for tier in ladder:
+        if tier.max_output_tokens:
+            output = min(output, tier.max_output_tokens)
+    return context, output
 
 
 def _calls_tools(tier: Tier, config: Config) -> bool:
     """Whether a tier takes tools; a llama-server does so by its model's own template only."""
-    if tier.backend == "gguf" and not tier_config(config, tier).jinja:
+    if tier.backend == "gguf" and not tier_config(config, tier).settings["jinja"]:
         return False
     return tier.tool_call
 
@@ -4595,6 +4872,14 @@ SHELL_VARIABLES = (
     "LLMSTACK_REMOTE_URL",
 )
 
+# How a variable is set for programs, set for the shell alone, and unset; bash's stands for any
+# other shell.
+_ASSIGNMENTS = {
+    "bash": ("export {name}={word}", "{name}={word}", "unset {name}"),
+    "fish": ("set -gx {name} {word}", "set -g {name} {word}", "set -e {name}"),
+    "powershell": ("$env:{name} = {word}", "$global:{name} = {word}", "$env:{name} = $null"),
+}
+
 # The files below share/hooks/ that are, one behind the other, the hook of a shell.
 HOOK_SOURCES = {
     "bash": ("llmstack.sh", "llmstack.bash"),
@@ -4608,11 +4893,19 @@ SHELLS = tuple(HOOK_SOURCES)
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
     name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    if name.endswith(".exe"):
-        name = name[:-4]
+    name = re.sub(r"\.exe\Z", "", name)
     if name == "pwsh":
         return "powershell"
-    return name if name in SHELLS else ""
+    if name in SHELLS:
+        return name
+    return ""
+
+
+def _powershell_characters(word: str) -> str:
+    """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
+    raw = word.encode("utf-16-le", "surrogatepass")
+    units = struct.unpack(f"<{len(raw) // 2}H", raw)
+    return f"(-join[char[]]({','.join(map(str, units))}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -4623,10 +4916,8 @@ def shell_quote(shell: str, word: str) -> str:
         word = word.replace("'", "'\\''")
     elif word.isascii() and word.isprintable():
         word = word.replace("'", "''")
-    else:                                       # Windows reads the bytes of other text as it likes
-        raw = word.encode("utf-16-le", "surrogatepass")
-        units = struct.unpack(f"<{len(raw) // 2}H", raw)
-        return "(-join[char[]](" + ",".join(map(str, units)) + "))"
+    else:
+        return _powershell_characters(word)
     return f"'{word}'"
 
 
@@ -4635,14 +4926,15 @@ def activate_line(shell: str, program: Sequence[str] = ()) -> str:
 
     `program`: the words that run llmstack where its name alone does not.
     """
-    ask = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
-    ask += f" activate {shell}"
+    command = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
+    command += f" activate {shell}"
     if shell == "fish":
-        return f"{ask} | source"
-    if shell == "powershell":
-        call = "& " if program else ""
-        return f"{call}{ask} | Out-String | Invoke-Expression"
-    return f'eval "$({ask})"'
+        return f"{command} | source"
+    if shell != "powershell":
+        return f'eval "$({command})"'
+    if program:                                 # a quoted word is no command
+        command = f"& {command}"
+    return f"{command} | Out-String | Invoke-Expression"
 
 
 # The colour of an external project's prefix: (on, off), marked as of no width where a shell asks.
@@ -4668,16 +4960,11 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
-    word = "" if value is None else shell_quote(shell, value)
-    if shell == "powershell":
-        variable = ("$env:" if export else "$global:") + name
-        return f"{variable} = {word or '$null'}"
-    if shell == "fish":
-        scope = "-gx" if export else "-g"
-        return f"set {scope} {name} {word}" if word else f"set -e {name}"
-    if not word:
-        return f"unset {name}"
-    return f"export {name}={word}" if export else f"{name}={word}"
+    exported, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
+    if value is None:
+        return unset.format(name=name)
+    form = exported if export else own
+    return form.format(name=name, word=shell_quote(shell, value))
 
 
 def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
@@ -5430,7 +5717,7 @@ def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
     found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total_gb)
-    elif config.n_gpu_layers != "0":
+    elif config.settings["n_gpu_layers"] != "0":
         found = _nvidia_machine(total_gb, os.environ, ours_gb)
         found = found or _amd_machine(total_gb, os.environ)
     if found is None:
@@ -5529,14 +5816,19 @@ def find_program(name: str, places: Sequence[str] = USUAL_PLACES) -> str:
     return ""
 
 
+def hook_parts(env: Mapping[str, str]) -> Tuple[str, str, str]:
+    """(level, shell, project) of LLMSTACK_HOOK, which is `SHLVL:shell:project`."""
+    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
+    shell, _, project = rest.partition(":")
+    return level, shell, project
+
+
 def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
     """(shell, its project) of the hook that is active in the very shell we were started from.
 
-    ("", "") for none. LLMSTACK_HOOK is `SHLVL:shell:project`: another level means that a shell
-    without the hook stands between.
+    ("", "") for none. Another level means that a shell without the hook stands between.
     """
-    level, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
-    shell, _, project = rest.partition(":")
+    level, shell, project = hook_parts(env)
     if shell in SHELLS and level == env.get("SHLVL", ""):
         return shell, project
     return "", ""
@@ -5973,7 +6265,7 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
 def ini_line(places: Places, section: str, key: str) -> str:
     """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
     data, source = _models_ini_bytes(places)
-    reader = _Reader(decode_models_ini(data, source), source)
+    reader = IniReader(decode_models_ini(data, source), source)
     line = reader.line_of(section, key) or reader.line_of(section)
     return f"{source}:{line}"
 
@@ -10320,11 +10612,12 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
 
     Empty when there is none. Errors: UserError where one is named that does not exist.
     """
-    named = config.llama_server_bin or env.get("LLAMA_SERVER_BIN", "")
+    own = config.settings.get("llama_server_bin", "")
+    named = own or env.get("LLAMA_SERVER_BIN", "")
     if named:
         found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
         if not found or not os.access(found, os.X_OK):
-            where = "llama_server_bin in models.ini" if config.llama_server_bin else "LLAMA_SERVER_BIN"
+            where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here", "correct it, or leave it out to search PATH", 2)
         return (found,)
     found = find_program("llama-server" + EXE)
@@ -10831,6 +11124,8 @@ def true_config(config: Config, places: Places, use_next: bool,
 # ==================================================================================================
 # LITELLM
 # ==================================================================================================
+# LiteLLM lives in another Python than ours. What it knows of its configuration it is asked in a
+# process of its own, share/guests/litellm_yaml.py; ours never imports it.
 
 # What keeps it to itself; a variable of the user's wins. PRODUCTION: no .env file is read. The
 # proxy wants a master key, or this permission: it listens on loopback, and its guard,
@@ -10880,21 +11175,24 @@ def _python_of(program: str) -> str:
 
 
 def _litellm_python(env: Mapping[str, str], data: str) -> str:
+    """The Python that LiteLLM is installed in, "" for none. Errors: see find_litellm."""
+    import importlib.util
     named = env.get("LITELLM_BIN", "")
     if named:
-        bare = os.path.basename(named) == named
-        found = find_program(named, ()) if bare else _expand(named)
+        found = _expand(named)
+        if os.path.basename(named) == named:
+            found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
             raise UserError(f"LITELLM_BIN names {named}, which is no program here",
                             "correct it, or leave it out", 2)
         return _python_of(found)
-    import importlib.util
+    # A LiteLLM without its extra for the proxy cannot serve.
     needed = ("litellm", "fastapi", "uvicorn", "orjson", "apscheduler", "yaml")
     if all(map(importlib.util.find_spec, needed)):
         return sys.executable
-    if not environment_ready(LITELLM, data):
-        return ""
-    return environment_program(LITELLM, data)
+    if environment_ready(LITELLM, data):
+        return environment_program(LITELLM, data)
+    return ""
 
 
 def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
@@ -10911,8 +11209,11 @@ def find_litellm(env: Mapping[str, str], data: str) -> Tuple[str, ...]:
 
 def litellm_env(env: Mapping[str, str]) -> Dict[str, str]:
     """The proxy's environment: quiet, offline but for its providers, without others' databases."""
-    kept = {k: v for k, v in env.items() if not k.startswith(("DATABASE_", "DIRECT_URL"))}
-    return {**_LITELLM_ENV, **kept}
+    quiet = dict(_LITELLM_ENV)
+    for name, value in env.items():
+        if not name.startswith(("DATABASE_", "DIRECT_URL")):
+            quiet[name] = value
+    return quiet
 
 
 def litellm_config_path(places: Places) -> str:
@@ -10958,16 +11259,18 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
     cache, digest = _read_json(cache_path), _digest(data)
-    known = parse_litellm_file(cache.get(digest))
+    known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
         program, text = find_litellm(env, places.data), data.decode("utf-8")
-        answer = ask_litellm_yaml(program, text, ()) if program else {}
+        if not program:
+            return None
+        answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            kept = dict(list(cache.items())[-7:])
-            write_atomic(cache_path, json.dumps({**kept, digest: answer}), 0o600)
+            latest = dict([*cache.items()][-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
     except (UserError, UnicodeDecodeError):
         pass
     return known
@@ -11004,14 +11307,17 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
     Errors: UserError.
     """
     tier = proxy_tier(config)
-    program = find_litellm(env, places.data) if tier else ()
-    if tier is None or not program:
+    if tier is None:
+        return None
+    program = find_litellm(env, places.data)
+    if not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
     lacking = lacking_credentials(places, config, env, use_next, True)
-    able = [t for t in litellm_tiers(config) if t.name not in lacking]
-    wanted = any(t.role in LADDER_ROLES for t in able)
-    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, wanted)
+    able = [hosted for hosted in litellm_tiers(config) if hosted.name not in lacking]
+    # Only what auto may ask is worth a proxy before anybody has asked.
+    preload = any(hosted.role in LADDER_ROLES for hosted in able)
+    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, preload)
 
 
 def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
@@ -11020,12 +11326,14 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
     tiers = litellm_tiers(config)
     if not tiers:
         return {}
+    why = ""
     try:
-        why = "" if find_litellm(env, places.data) else INSTALL_LITELLM
+        if not find_litellm(env, places.data):
+            why = INSTALL_LITELLM
     except UserError as exc:
         why = str(exc)
     if why:
-        return {t.name: why for t in tiers}
+        return {tier.name: why for tier in tiers}
     lacking = lacking_credentials(places, config, env, use_next, True)
     return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
@@ -11083,33 +11391,24 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     return True
 
 
-def ensure_litellm(places: Places, env: Mapping[str, str], say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]]) -> bool:
-    """True when LiteLLM is here, or the user has agreed to install it now.
-
-    `ask` answers None without a terminal.
-    """
-    if find_litellm(env, places.data):
-        return True
-    where = environment_dir(LITELLM, places.data)
-    if not ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
-        return False
-    install_environment(LITELLM, places.data, say)
-    return True
-
-
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
                    say: Callable[[str], None],
                    ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
-    Returns why they will not be served, or "". Errors: UserError.
+    `ask` answers None without a terminal. Returns why they will not be served, or "".
+    Errors: UserError.
     """
     if not litellm_tiers(config):
         return ""
-    here = ensure_litellm(places, env, say, ask)
-    write_litellm_config(places, config, find_litellm(env, places.data), say)
-    if not here:
+    program = find_litellm(env, places.data)
+    if not program:
+        where = environment_dir(LITELLM, places.data)
+        if ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
+            install_environment(LITELLM, places.data, say)
+            program = find_litellm(env, places.data)
+    write_litellm_config(places, config, program, say)
+    if not program:
         return INSTALL_LITELLM
     return ""
 
@@ -12413,6 +12712,42 @@ class EngineApp(Behind):
 # ==================================================================================================
 # LLAMA-SWAP
 # ==================================================================================================
+# llama-swap is the engine where it is found. It runs behind a listener of ours, on a port and with
+# a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
+
+
+def _running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
+    """The rows of llama-swap's /running; None where it does not tell them."""
+    rows = asked_json(upstream, "/running").get("running")
+    if not isinstance(rows, list):
+        return None
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
+    """Model -> its state as /running tells it; None where it does not."""
+    rows = _running_rows(upstream)
+    if rows is None:
+        return None
+    return {str(row.get("model")): str(row.get("state")) for row in rows}
+
+
+def swap_ports(upstream: Upstream) -> Dict[str, int]:
+    """Model -> the port of its server, of those that are ready."""
+    ports = {}
+    for row in _running_rows(upstream) or ():
+        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+        if found and row.get("state") == "ready":
+            ports[str(row.get("model"))] = int(found.group(1))
+    return ports
+
+
+class Settling:
+    """A model of llama-swap from its load on; its bay is there once what was parked is restored."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()           # restored, or cannot be
+        self.bay: Optional[Bay] = None
 
 
 class SwapBays:
@@ -12428,55 +12763,60 @@ class SwapBays:
                  log: Log) -> None:
         self._parking, self._identify, self._log = parking, identify, log
         self._tiers = {tier.name: tier for tier in tiers}
-        self._bays: Dict[str, Tuple[threading.Event, List[Bay]]] = {}
+        self._settling: Dict[str, Settling] = {}
         self._lock = threading.Lock()
 
-    def settle(self, name: str, swap: Upstream) -> Tuple[threading.Event, List[Bay]]:
-        """(set once a model is restored or cannot be, its bay then); that is begun where needed."""
+    def settle(self, name: str, swap: Upstream) -> Settling:
+        """A model's restoring, which is begun where needed."""
         with self._lock:
-            known = self._bays.get(name)
+            known = self._settling.get(name)
             if known is None:
-                known = self._bays[name] = (threading.Event(), [])
-                threading.Thread(target=self._restore, args=(name, swap, *known),
+                known = self._settling[name] = Settling()
+                threading.Thread(target=self._restore, args=(name, swap, known),
                                  name=f"restore {name}", daemon=True).start()
             return known
 
-    def _restore(self, name: str, swap: Upstream, done: threading.Event, found: List[Bay]) -> None:
+    def _restore(self, name: str, swap: Upstream, settling: Settling) -> None:
         try:
-            tier = self._tiers[name]
-            make_private_dir(self._parking.directory)   # its servers do not start without
-            swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
-            port = swap_ports(swap).get(name, 0)
-            if port:
-                server = Upstream("127.0.0.1", port)
-                server.key = swap.key
-                bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
-                if bay.fresh():
-                    bay.restore()
-                found.append(bay)
+            settling.bay = self._restored_bay(name, swap)
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            with self._lock:                    # the request that waits goes on, the next tries again
-                if not found and self._bays.get(name, (None,))[0] is done:
-                    del self._bays[name]
-            done.set()
+            # The request that waits goes on, and the next one tries again.
+            with self._lock:
+                if settling.bay is None and self._settling.get(name) is settling:
+                    del self._settling[name]
+            settling.done.set()
+
+    def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
+        tier = self._tiers[name]
+        make_private_dir(self._parking.directory)   # its servers do not start without
+        swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
+        port = swap_ports(swap).get(name)
+        if not port:
+            return None
+        server = Upstream("127.0.0.1", port)
+        server.key = swap.key
+        bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
+        if bay.fresh():
+            bay.restore()
+        return bay
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
         with self._lock:
-            _, found = self._bays.pop(name, (None, []))
-        for bay in found:
-            bay.save(ending=True)
+            known = self._settling.pop(name, None)
+        if known and known.bay:
+            known.bay.save(ending=True)
 
     def forget_all(self) -> None:
         with self._lock:
-            self._bays.clear()
+            self._settling.clear()
 
     def save_when_due(self) -> None:
         with self._lock:
-            found = [bay for _, bays in self._bays.values() for bay in bays]
-        for bay in found:
+            bays = [known.bay for known in self._settling.values() if known.bay]
+        for bay in bays:
             bay.save_when_due()
 
 
@@ -12491,21 +12831,23 @@ class SwapLease(Lease):
     def ready(self) -> bool:
         if self._settling is None:
             return True
-        done, found = self._settling
-        if done.is_set() and found:
-            self.bay = found[0]
-        return done.is_set()
+        if not self._settling.done.is_set():
+            return False
+        self.bay = self._settling.bay
+        return True
 
     def wait(self, seconds: float) -> None:
         if self._settling is not None:
-            self._settling[0].wait(seconds)
+            self._settling.done.wait(seconds)
 
     def stage(self) -> str:
         assert self.upstream is not None
         states = running_states(self.upstream)
         if states is None or self._model not in states:
             return f"waiting for llama-swap to load {self._model}"
-        return "" if states[self._model] == "ready" else f"loading {self._model}"
+        if states[self._model] == "ready":
+            return ""
+        return f"loading {self._model}"
 
 
 class SwapApp(UpstreamApp):
@@ -12524,10 +12866,11 @@ class SwapApp(UpstreamApp):
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
         self.address = "llama-swap"
-        self._models = {name: PROXY for t in litellm_tiers(config) for name in (t.name, *t.aliases)}
-        self._models.update((name, t.name) for t in local_tiers(config)
-                            for name in (t.name, *t.aliases))
-        self._local = {t.name for t in local_tiers(config)}
+        self._models: Dict[str, str] = {}       # every name of a tier -> llama-swap's model
+        for tier in litellm_tiers(config):
+            self._models.update(dict.fromkeys((tier.name, *tier.aliases), PROXY))
+        for tier in local_tiers(config):
+            self._models.update(dict.fromkeys((tier.name, *tier.aliases), tier.name))
         self._bays = bays
         self._command, self._env, self._output = command(port), env, output
         self._process: Any = None
@@ -12579,9 +12922,13 @@ class SwapApp(UpstreamApp):
         running = running_states(self.upstream)
         if running is None:
             return {}
-        words = {name: STATE_WORDS.get(state, "loading") for name, state in running.items()}
-        return {"models": {name: {"state": words.get(name, "not loaded")}
-                           for name in set(self._models.values())}}
+        models = {}
+        for name in set(self._models.values()):
+            state = "not loaded"
+            if name in running:
+                state = STATE_WORDS.get(running[name], "loading")
+            models[name] = {"state": state}
+        return {"models": models}
 
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""
@@ -12589,7 +12936,8 @@ class SwapApp(UpstreamApp):
 
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
-        return SwapLease(self.upstream, model, self._bays if model in self._local else None)
+        parks = model in self._models and model != PROXY
+        return SwapLease(self.upstream, model, self._bays if parks else None)
 
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
@@ -12599,32 +12947,6 @@ class SwapApp(UpstreamApp):
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop, remedy)
-
-
-def with_stop_hook(text: str, words: Sequence[str]) -> str:
-    """llama-swap's configuration with a command before each llama-server is stopped."""
-    line = '    proxy: "http://127.0.0.1:${PORT}"\n'
-    command = " ".join(map(windows_quote if IS_WINDOWS else posix_quote, words))
-    return text.replace(line, f"{line}    cmdStop: {_yaml_quoted(command + ' ${MODEL_ID} ${PID}')}\n")
-
-
-def swap_ports(upstream: Upstream) -> Dict[str, int]:
-    """Model -> the port of its server, of those that are ready."""
-    rows = asked_json(upstream, "/running").get("running")
-    ports = {}
-    for row in rows if isinstance(rows, list) else ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy"))) if isinstance(row, dict) else None
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
-
-
-def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
-    """Model -> its state as /running tells it; None where it does not."""
-    rows = asked_json(upstream, "/running").get("running")
-    if not isinstance(rows, list):
-        return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows if isinstance(row, dict)}
 
 
 # ==================================================================================================
@@ -12802,19 +13124,22 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
     config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
-    parks = config.park_gb and "--slot-save-path" not in refused
-    if parks and program:
-        program = (*program, *parking_flags(places.data))
-    own = own_binaries(config, env, places.data)
-    quote = windows_quote if IS_WINDOWS else posix_quote
-    text = render_llama_swap_yaml(
-        config, program, use_next, refused, quote,
-        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
-        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
-    if parks:
-        hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
-        text = with_stop_hook(text, hook)
-    write_atomic(path, text, 0o600)
+    park: Tuple[str, ...] = ()
+    if config.park_gb and "--slot-save-path" not in refused:
+        park = (*guest_command(sys.executable, "park"), str(config.engine_port))
+        if program:
+            program = (*program, *parking_flags(places.data))
+    plan = SwapPlan(
+        config, Binary(program, refused), use_next,
+        quote=windows_quote if IS_WINDOWS else posix_quote,
+        first_port=free_run(FIRST_SERVER_PORT, len(local)),
+        need_gb={fit.name: fit.need_gb for fit in fits},
+        weights_gb={fit.name: fit.memory.weights / 1e9 for fit in fits if fit.memory},
+        budget_gb=machine.budget_gb,
+        proxy=proxy,
+        own=own_binaries(config, env, places.data),
+        park=park)
+    write_atomic(path, render_llama_swap_yaml(plan), 0o600)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -13387,6 +13712,8 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
 # ==================================================================================================
 # INSTALL
 # ==================================================================================================
+# What `install` and `start` write into a project, and the thin client, whose router is elsewhere.
+# A file that a person has changed is never overwritten: it is kept, or ours is put beside it.
 
 REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
 
@@ -13407,10 +13734,10 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     """
     key, mcp_url = api_key(env), ""
     if local:
-        marker = read_marker(places)
-        config = true_config(config, places, marker is not None and marker.channel == "next")
-        if not key:                             # the router may be of another terminal
-            key = api_key(_environment_of(read_stack(places), {}))
+        marker = read_marker(places) or Marker("current")
+        config = true_config(config, places, marker.channel == "next")
+        # The router may be of another terminal, and the key be known there.
+        key = key or api_key(_environment_of(read_stack(places), {}))
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
@@ -13418,41 +13745,32 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
-def _keep_foreign(path: str, old: bytes, data: bytes, say: Say) -> Optional[bool]:
-    """Keep a file of somebody else's in the way of `data`.
-
-    None where it has made way; else whether anything has changed.
-    """
-    name = os.path.basename(path)
-    if name != "AGENTS.md":
-        write_atomic(path + ".old", old)
-        say(f"Kept {path}, which somebody else wrote, as {name}.old")
-        return None
-    say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-    if _read_bytes(path + ".new") == data:
+def _replace_file(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it."""
+    if _read_bytes(path) == data:
         return False
-    write_atomic(path + ".new", data)
+    write_atomic(path, data)
     return True
 
 
-def write_ours(places: Places, name: str, text: str, say: Say) -> bool:
+def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     """Write a generated file into .llmstack/; True when anything has changed.
 
     A user's AGENTS.md stays, ours is put beside it; a changed opencode.json is kept as
     opencode.json.old.
     """
-    path, data = places.in_state(name), text.encode()
+    path = places.in_state(name)
     old = _read_bytes(path)
     if old == data:
         return False
-    remembered = name != "default-channel"
-    if old and remembered and not _is_ours(places, name, old):
-        changed = _keep_foreign(path, old, data, say)
-        if changed is not None:
-            return changed
+    if old and not _is_ours(places, name, old):
+        if name == "AGENTS.md":
+            say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
+            return _replace_file(path + ".new", data)
+        write_atomic(path + ".old", old)
+        say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
-    if remembered:
-        _remember(places, name, data)
+    _remember(places, name, data)
     say(f"Wrote {path}")
     return True
 
@@ -13466,25 +13784,30 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     `llmstack trust` is for that.
     """
     trusted = is_trusted(places, "hook")
-    files = {"opencode.json": opencode_json}
+    notes = b""
+    changed = write_ours(places, "opencode.json", opencode_json.encode(), say)
     try:
-        files["AGENTS.md"] = read_shared_text("templates/AGENTS.md")
+        notes = read_shared_text("templates/AGENTS.md").encode()
     except UserError as exc:
         say(f"{exc}, so the project gets no AGENTS.md; {exc.hint}")
-    files["default-channel"] = render_marker(marker)
-    changed = [name for name, text in files.items() if write_ours(places, name, text, say)]
+    if notes:
+        changed |= write_ours(places, "AGENTS.md", notes, say)
+    pin = places.in_state("default-channel")
+    if _replace_file(pin, render_marker(marker).encode()):
+        changed = True
+        say(f"Wrote {pin}")
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
     if not trust:
-        return bool(changed)
-    agents = places.in_state("AGENTS.md")
-    if not trusted and _read_bytes(agents) != files.get("AGENTS.md", "").encode():
-        say(f"{agents} tells agents what to do and is not trusted here:"
+        return changed
+    path = places.in_state("AGENTS.md")
+    if not trusted and _read_bytes(path) != notes:
+        say(f"{path} tells agents what to do and is not trusted here:"
             " look at it, then `llmstack trust`")
     elif not is_trusted(places, "hook"):
         trust_project(places, "hook")
-    return bool(changed)
+    return changed
 
 
 def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
@@ -13615,31 +13938,41 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
-        base = place[:-len("/models.ini")]
-        if place.endswith("/models.ini") and _SAFE_URL.match(base):
+        base = re.sub(r"/models\.ini\Z", "", place)
+        if base != place and _SAFE_URL.match(base):
             return f"redirects to {place}", f"give that: llmstack install --external {base}"
         return (f"redirects to {place or 'nowhere'}",
                 "a login page stands before it: name the router's own address")
     if status == 401:
         return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
                 "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+    if status == 404:
+        return (f"answers 404{_said(body)}",
+                "correct the URL: a llmstack router answers there,"
+                " llama-server and llama-swap do not")
     if status != 200:
-        hint = "look at that machine's router.log"
-        if status == 404:
-            hint = ("correct the URL: a llmstack router answers there,"
-                    " llama-server and llama-swap do not")
-        return f"answers {status}{_said(body)}", hint
-    is_page = "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<"
-    if is_page:
+        return f"answers {status}{_said(body)}", "look at that machine's router.log"
+    if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
     return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
 
 
+def _read_remote(body: bytes, where: str) -> Config:
+    """A router's configuration. Errors: ValueError, which says why it is none."""
+    try:
+        config, _ = parse_models_ini(decode_models_ini(body, where), where)
+    except ConfigError as exc:
+        raise ValueError(visible(exc.problems[0].replace(where + ":", "line "))) from None
+    if not config.tiers:
+        raise ValueError("it names no tier")
+    return config
+
+
 def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> RemoteRouter:
     """Ask the router at `url` for its models.ini: a 200 that holds a tier means it is up.
 
-    Errors: UserError, also for more than 1 MiB and after REMOTE_PATIENCE_S.
+    Errors: UserError, also for more than MAX_INI_BYTES and after REMOTE_PATIENCE_S.
     """
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
@@ -13655,20 +13988,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    problem = ""
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
     if response.status == 200:
         try:
-            config = parse_models_ini(decode_models_ini(body, where), where)[0]
-            if config.tiers:
-                pid = response.header(b"x-llmstack-pid")
-                return RemoteRouter(upstream.url, config, pid, upstream)
-            problem = ", it names no tier"
-        except ConfigError as exc:
-            problem = ", " + visible(exc.problems[0].replace(where + ":", "line "))
-    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
-    if not what.startswith("is no "):
-        problem = ""
-    raise UserError(f"{where} {what}{problem}", hint)
+            config = _read_remote(body, where)
+            return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
+        except ValueError as exc:
+            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+    raise UserError(f"{where} {what}", hint)
 
 
 def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
@@ -14503,6 +14830,8 @@ def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
 # ==================================================================================================
 # SHELL
 # ==================================================================================================
+# The shell of `start` and the hooks. Both hand a project's files to opencode, which does what they
+# say, so both ask first whether the project is trusted; what asks a person stands here, too.
 
 HOOK_FILES = {
     "bash": ".bash_llmstack_hook",
@@ -14540,11 +14869,6 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def hook_trusted(places: Places) -> bool:
-    """True when what a shell would hand to opencode is trusted, or there is nothing of it yet."""
-    return is_trusted(places, "hook")
-
-
 def _is_hooked_project(directory: str) -> bool:
     """True for a project as the shell hooks see it."""
     state = os.path.join(directory, ".llmstack")
@@ -14577,7 +14901,7 @@ def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
     old = env.pop(f"_llmstack_old_{name}", None)
     if new is None or env.get(name) != new:
         return
-    env.pop(name)
+    del env[name]
     was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
     if old is not None and was_set:
         env[name] = old
@@ -14589,8 +14913,7 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     bash and PowerShell hooks run at the prompt: in `cd ../second && llmstack stop` the variables
     are the first's.
     """
-    _, _, rest = env.get("LLMSTACK_HOOK", "").partition(":")
-    _, _, project = rest.partition(":")
+    _, _, project = hook_parts(env)
     if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
         return
     try:
@@ -14622,11 +14945,16 @@ def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
     return values
 
 
+def _can_paint(env: Mapping[str, str]) -> bool:
+    """Whether a prompt may have a colour of the 256."""
+    if env.get("NO_COLOR"):
+        return False
+    return bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS)
+
+
 def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
-    can_paint = env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS
-    colour = bool(can_paint) and not env.get("NO_COLOR")
     project = os.path.basename(places.work)
-    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
+    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(env))
 
 
 def hook_text(shell: str, data: str) -> str:
@@ -14640,9 +14968,16 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    if _read_bytes(path) != raw:
-        write_atomic(path, raw)
+    _replace_file(path, raw)
     return path
+
+
+def _touch_trust(data: str) -> None:
+    """Files of a project that were only touched are older than the ledger again."""
+    try:
+        os.utime(trust_file(data))
+    except OSError:
+        pass
 
 
 def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
@@ -14655,19 +14990,15 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
-    marker: Optional[Marker] = Marker("current")
     pin = places.in_state("default-channel")
-    if os.path.exists(pin):
-        marker = read_marker(places)
-    if marker is None:
+    marker = read_marker(places)
+    if marker is None and os.path.exists(pin):
         tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
-    try:                                        # files touched only are older than it again
-        os.utime(trust_file(places.data))
-    except OSError:
-        pass
-    shell_part = env.get("LLMSTACK_HOOK", "").split(":", 2)[:2]
-    hook = ":".join([*shell_part, places.work])
+    _touch_trust(places.data)
+    marker = marker or Marker("current")
+    level, of_shell, _ = hook_parts(env)
+    hook = f"{level}:{of_shell}:{places.work}"
     prefix = _shell_prefix(shell, places, marker, env)
     return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
 
@@ -14677,8 +15008,9 @@ def shell_program(env: Mapping[str, str]) -> str:
 
     On Windows PowerShell, where $SHELL is a guest's.
     """
-    if env.get("LLMSTACK_SHELL"):
-        return find_program(env["LLMSTACK_SHELL"]) or env["LLMSTACK_SHELL"]
+    named = env.get("LLMSTACK_SHELL")
+    if named:
+        return find_program(named) or named
     if IS_WINDOWS:
         return find_program("pwsh") or find_program("powershell") or env.get("COMSPEC", "cmd.exe")
     return env.get("SHELL") or "/bin/sh"
@@ -14732,7 +15064,7 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     The process is replaced rather than waited for: job control, signals and the exit code are the
     shell's own. Errors: UserError.
     """
-    if not hook_trusted(places):
+    if not is_trusted(places, "hook"):
         raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
     work = os.path.realpath(places.work)        # the spelling of the hooks and of the daemon
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
@@ -14762,9 +15094,9 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
 def _shown_marker(places: Places) -> Marker:
     """The channel that a running shell is to show: what runs, else what the project pins."""
     pinned = read_marker(places) or Marker("current")
-    active = read_marker(places, "active-channel")
+    active = read_marker(places, "active-channel") or pinned
     # An address in active-channel is nothing that was trusted.
-    if active is None or "external" in (active.channel, pinned.channel):
+    if "external" in (active.channel, pinned.channel):
         return pinned
     return active
 
@@ -14775,17 +15107,18 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
     or one without either, gets the variables.
     """
-    if hook_of(env)[0] and not env.get("LLMSTACK_ACTIVE"):
+    inside = bool(env.get("LLMSTACK_ACTIVE"))
+    if hook_of(env)[0] and not inside:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
-    if not hook_trusted(places):
+    if not is_trusted(places, "hook"):
         return ""
     marker = _shown_marker(places)
     values = shell_values(places, marker)
-    lines = [render_assignment(shell, name, values[name])
-             for name in SHELL_VARIABLES if name in values]
-    if env.get("LLMSTACK_ACTIVE"):
-        lines += [render_assignment(shell, name, None)
-                  for name in SHELL_VARIABLES if name not in values and name in env]
+    lines = []
+    for name in SHELL_VARIABLES:
+        if name in values or (inside and name in env):
+            lines.append(render_assignment(shell, name, values.get(name)))
+    if inside:
         prefix = _shell_prefix(shell, places, marker, env)
         lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
     return "\n".join(lines) + "\n"
@@ -14828,16 +15161,15 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
-    inner: Iterable[Tuple[Any, Any]] = ()
     if isinstance(value, dict):
-        inner = value.items()
+        for key, inner in value.items():
+            yield from _harmful_values(inner, (*path, str(key)))
     elif isinstance(value, list):
-        inner = enumerate(value)
+        for number, inner in enumerate(value):
+            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text
-    for key, below in inner:
-        yield from _harmful_values(below, (*path, str(key)))
 
 
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
@@ -14845,11 +15177,12 @@ SHOWN_LINES = 100                              # of litellm_config.yaml, before 
 
 def _config_rows(text: str) -> List[Tuple[str, str]]:
     """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
-    stripped = ((line, line.strip()) for line in text.splitlines())
-    lines = [line for line, words in stripped if words and not words.startswith("#")]
-    rows = [("litellm_config.yaml", line) for line in lines[:SHOWN_LINES]]
-    if len(lines) > SHOWN_LINES:
-        rows.append(("litellm_config.yaml", f"and {len(lines) - SHOWN_LINES} more lines"))
+    name = "litellm_config.yaml"
+    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
+    rows = [(name, line) for line in lines[:SHOWN_LINES]]
+    more = len(lines) - len(rows)
+    if more:
+        rows.append((name, f"and {more} more lines"))
     return rows
 
 
@@ -14874,8 +15207,9 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     rows = [("project", places.work)]
     for effect in effects:
         rows += _effect_rows(effect)
-    width = max(len(visible(name, 80)) for name, _ in rows)
-    return [f"{visible(name, 80):<{width}}  {visible(value)}" for name, value in rows]
+    names = [visible(name, 80) for name, _ in rows]
+    width = max(map(len, names))
+    return [f"{name:<{width}}  {visible(value)}" for name, (_, value) in zip(names, rows)]
 
 
 def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
@@ -15892,8 +16226,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
         return 0
-    if not hook_trusted(places):
-        # opencode would obey what the project says.
+    if not is_trusted(places, "hook"):
         _tell(untrusted_line(places))
         return 0
     if hook_of(env)[0]:
@@ -16342,7 +16675,7 @@ def _cmd_reload(args: Any) -> int:
     if not args.demo:
         shell = args.shell or _shell_in_use(places.env)
         _say_raw(shell_lines(places, shell, places.env))
-        if not hook_trusted(places):
+        if not is_trusted(places, "hook"):
             tell(untrusted_line(places))
         if pinned_url(places):
             return 0

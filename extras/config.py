@@ -52,8 +52,8 @@ def find_place(name: str, config: Any, llmstack: Any) -> Place:
 
 def written(text: str, place: Place, llmstack: Any) -> Optional[Any]:
     """The line that has the key, None where none has."""
-    lines = [line for line in llmstack._Scan(text).lines
-             if (line.section, line.key) == (place.section, place.key)]
+    lines = [line for line in llmstack.IniReader(text).keys_of(place.section)
+             if line.key == place.key]
     return lines[-1] if lines else None
 
 
@@ -94,7 +94,7 @@ def with_value(text: str, place: Place, value: str, llmstack: Any) -> str:
         return "\n".join(lines)
     end = "\r" if lines[0].endswith("\r") else ""
     new = f"{place.key} = {value}"
-    inside = [ln.number for ln in llmstack._Scan(text).lines if ln.section == place.section]
+    inside = [line.number for line in llmstack.IniReader(text).sections.get(place.section, ())]
     if inside:
         last = inside[-1]
         if last == len(lines):                  # a file that ends without a newline
@@ -109,8 +109,9 @@ def with_value(text: str, place: Place, value: str, llmstack: Any) -> str:
 
 def values_of(text: str, llmstack: Any) -> List[Tuple[str, str, str]]:
     """(section, key, value) of every key."""
-    lines = llmstack._Scan(text).lines
-    return [(line.section, line.key, line.value) for line in lines if line.key]
+    reader = llmstack.IniReader(text)
+    lines = [line for section in reader.sections for line in reader.keys_of(section)]
+    return [(line.section, line.key, line.value) for line in lines]
 
 
 def check_only_change(old: str, new: str, place: Place, value: str, llmstack: Any) -> None:

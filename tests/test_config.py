@@ -243,8 +243,8 @@ ultra_triggers        = [ultra], [opus], "ultra:", "opus:" (line start)
 def test_a_file_in_the_peers_format_loads_unchanged() -> None:
     config = load(PEER)
     assert (config.host, config.router_port) == ("0.0.0.0", 10111)
-    assert (config.n_gpu_layers, config.flash_attn, config.jinja, config.threads) == ("99", "on", True, -1)
-    assert (config.cache_type_k, config.cache_type_v) == ("q8_0", "f16")
+    assert config.settings == {"n_gpu_layers": "99", "flash_attn": "on", "jinja": True, "threads": -1,
+                               "cache_type_k": "q8_0", "cache_type_v": "f16"}
     assert config.routing == Routing(10_000, 30_000, 8, ("[ultra]", "[opus]", "ultra:", "opus:"))
     fast, smart, ultra = config.tiers
     assert fast == Tier(
@@ -298,7 +298,8 @@ def test_parse_tokens_refuses(text: str) -> None:
     ("llama_server_bin = /opt/my llama/llama-server", "llama_server_bin", "/opt/my llama/llama-server"),
 ])
 def test_default_settings(line: str, field: str, value: object) -> None:
-    assert getattr(load(f"[DEFAULT]\n{line}\n"), field) == value
+    config = load(f"[DEFAULT]\n{line}\n")
+    assert {**config._asdict(), **config.settings}[field] == value
 
 
 @pytest.mark.parametrize(("line", "field", "value"), [
@@ -481,6 +482,7 @@ WRONG_KIND = {
                 "unknown_model": "guess", "patience_s": "soon", "allowed_origins": "https://*", "allowed_hosts": "*"},
     "SERVER": {"parallel": "two", "batch": "1k", "ubatch": "x", "n_cpu_moe": "all", "split_mode": "some",
                "main_gpu": "CUDA0", "reasoning_format": "qwen", "reasoning_budget": "much", "cache_reuse": "yes",
+               "override_tensor": "exps", "tensor_split": "a,b", "device": "a b",
                "args": "--port 1"},
     "MODEL": {"mmproj": "o/n:../x", "chat_template_file": "o/n:/x", "chat_template_kwargs": "[1]", "draft": "o/n:",
               "speculative": "yes", "lora": "a, o/n:../b", "embedding": "2", "pooling": "max",
@@ -817,4 +819,5 @@ def test_names_of_models_never_look_like_secrets(repo: str, file: str) -> None:
 def test_paths_and_model_ids_are_no_secrets(line: str) -> None:
     key, _, value = line.split("\n")[1].partition(" = ")
     config = load(line + "\n")
-    assert getattr(config.tiers[0] if config.tiers else config, key) == value
+    values = config.tiers[0]._asdict() if config.tiers else config.settings
+    assert values[key] == value

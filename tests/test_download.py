@@ -861,11 +861,12 @@ def test_nothing_that_a_mirror_names_reaches_the_terminal_raw(releases: FakeRele
 def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places, server_here: None,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = llmstack.parse_models_ini(INI)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, llmstack.posix_quote)
     for use_next in (False, True):
-        text = llmstack.render_llama_swap_yaml(config, ("llama-server",), use_next, frozenset(), llmstack.posix_quote)
+        text = llmstack.render_llama_swap_yaml(plan._replace(use_next=use_next))
         Path(places.in_state("llama-swap.yaml")).write_text(text)
         assert llmstack.find_drift(places, config) == {}
-    text = llmstack.render_llama_swap_yaml(config, ("llama-server",), False, frozenset(), llmstack.posix_quote)
+    text = llmstack.render_llama_swap_yaml(plan)
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff fast-Q6.gguf"))
     assert llmstack.find_drift(places, config) == {"code-fast": ["llama-swap.yaml has fast-Q6.gguf, models.ini fast-Q4.gguf"]}
     assert llmstack.main(["check", "--offline"]) == 1

@@ -1479,7 +1479,7 @@ def test_real_llama_cpp_is_served_and_swapped(
     weights.write_bytes(render_noise_gguf())
     tiers = tuple(t._replace(path=str(weights), ctx_size=4096, rope_scale=0.0) for t in config.tiers
                   if t.name in ("code-smart", "plan"))
-    config = config._replace(tiers=tiers, threads=1)
+    config = config._replace(tiers=tiers).with_settings({"threads": 1})
     program = llmstack.find_llama_server(config, os.environ, str(real_data))
     assert program
     refused = frozenset({"--no-mmap", "--load-mode"})       # what builds disagree about; asking this one takes seconds

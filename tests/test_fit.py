@@ -492,12 +492,14 @@ def test_sets_beyond_the_budget_are_left_out_and_named(config: llmstack.Config) 
     assert [s.tiers for s in llmstack.residency_sets(config, need, 51.5)] == [
         ("code-fast", "plan"), ("code-fast", "plan-uncensored"), ("code-fast", "plan", "plan-uncensored"), ("code-smart",)]
     weights = {"code-smart": 9.0}
-    text = llmstack.render_llama_swap_yaml(config, ["llama-server"], False, frozenset(), str, 10_001, need, weights, 40.0)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, str,
+                             need_gb=need, weights_gb=weights, budget_gb=40.0)
+    text = llmstack.render_llama_swap_yaml(plan)
     assert "# left out: code-fast + code-smart would take ~55.1 GB, and there are 40.0" in text
     assert "# left out: code-fast + plan + plan-uncensored would take ~41.1 GB" in text
     assert '"f & p & u"' not in text
     assert "    c: 6\n" in text                 # 9 GB of weights by the header, not the 45 of size_gb
-    assert "left out" not in llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), str, 10_001, need, {}, 60.0)
+    assert "left out" not in llmstack.render_llama_swap_yaml(plan._replace(weights_gb={}, budget_gb=60.0))
 
 
 def test_a_tier_alone_in_its_set_evicts_all_others(config: llmstack.Config) -> None:
@@ -518,11 +520,11 @@ def test_the_embedded_engine_counts_by_header(config: llmstack.Config) -> None:
 # ---- The machine
 
 def machine(monkeypatch: pytest.MonkeyPatch, total: float, mac: bool = False, outputs: dict[str, str] | None = None,
-            **config: Any) -> llmstack.Machine:
+            layers: str = "999", **config: Any) -> llmstack.Machine:
     monkeypatch.setattr(llmstack, "IS_MAC", mac)
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: total)
     monkeypatch.setattr(llmstack, "_output", lambda command: (outputs or {}).get(command[0], ""))
-    return llmstack.this_machine(llmstack.Config(**config))
+    return llmstack.this_machine(llmstack.Config(**config).with_settings({"n_gpu_layers": layers}))
 
 
 @pytest.mark.parametrize(("gib", "gb"), [(8, 5.73), (16, 11.45), (32, 22.9), (36, 29.0), (64, 51.5), (128, 103.1)])
@@ -548,7 +550,7 @@ def test_nvidia_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: s
     assert found.budget_gb == pytest.approx(gb or 24.0, abs=0.01)
     assert found.gpu is found.cuda is bool(gb)
     assert found.host_gb == (24.0 if gb else 0)
-    assert machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed}, n_gpu_layers="0").budget_gb == 24.0
+    assert machine(monkeypatch, 32.0, outputs={"nvidia-smi": listed}, layers="0").budget_gb == 24.0
 
 
 def test_an_nvidia_gpu_that_shares_the_machines_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def test_the_next_channel_changes_the_file_and_nothing_else(config: Config, name
 
 
 def test_settings_of_default_reach_the_command_line() -> None:
-    config = Config(n_gpu_layers="all", flash_attn="off", jinja=False, threads=6, cache_type_k="f16", cache_type_v="bf16")
+    config = Config().with_settings({"n_gpu_layers": "all", "flash_attn": "off", "jinja": False, "threads": 6,
+                                     "cache_type_k": "f16", "cache_type_v": "bf16"})
     flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
                      "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6", "--no-warmup": "", "--no-mmap": "",
@@ -251,7 +252,7 @@ def test_another_flag_is_asked_for_and_another_context_is_not(
     longer = config._replace(tiers=tuple(t._replace(name=t.name + "-2", ctx_size=4096) for t in config.tiers))
     assert probe(longer) == NONE
     assert binary.asked() == [], "a name and a context length are no reason to ask"
-    assert probe(config._replace(cache_type_k="f32")) == {"--cache-type-k"}
+    assert probe(config.with_settings({"cache_type_k": "f32"})) == {"--cache-type-k"}
 
 
 def test_two_binaries_are_remembered_side_by_side(config: Config, tmp_path: Path) -> None:
@@ -396,7 +397,8 @@ def test_evictions_always_leave_a_set_and_never_cost_more_than_another_set(confi
 
 
 def render(config: Config, program: Sequence[str] = PROGRAM, use_next: bool = False, refused: frozenset[str] = NONE) -> str:
-    return llmstack.render_llama_swap_yaml(config, program, use_next, refused, llmstack.posix_quote)
+    server = llmstack.Binary(tuple(program), refused)
+    return llmstack.render_llama_swap_yaml(llmstack.SwapPlan(config, server, use_next, llmstack.posix_quote))
 
 
 def render_and_load(config: Config, program: Sequence[str] = PROGRAM, use_next: bool = False,
@@ -406,11 +408,8 @@ def render_and_load(config: Config, program: Sequence[str] = PROGRAM, use_next: 
 
 
 def words_of(loaded: dict[str, Any], name: str, port: int) -> list[str]:
-    """The command line as llama-swap makes it: macros put in, comment lines taken out, split like a shell does."""
+    """The command line as llama-swap makes it: comment lines taken out, split like a shell does."""
     text = loaded["models"][name]["cmd"]
-    for macro, value in loaded["macros"].items():
-        assert f"${{{macro}}}" in text
-        text = text.replace(f"${{{macro}}}", value)
     lines = [line for line in text.replace("${PORT}", str(port)).splitlines() if not line.strip().startswith("#")]
     assert "${" not in "".join(lines)
     return shlex.split(" ".join(lines))
@@ -423,9 +422,7 @@ def test_yaml_top_level(config: Config) -> None:
         "apiKeys": ["${env.LLAMA_API_KEY}"], "includeAliasesInList": True,
         "captureBuffer": 0, "globalTTL": 0, "hooks": {"on_startup": {"preload": ["code-fast"]}}}
     assert {key: loaded[key] for key in expected} == expected
-    assert set(loaded) - set(expected) == {"logLevel", "logToStdout", "macros", "models", "matrix"}
-    assert set(loaded["macros"]) == {"llama_server", "server_defaults"}
-    assert loaded["macros"]["llama_server"] == PROGRAM[0]
+    assert set(loaded) - set(expected) == {"logLevel", "logToStdout", "models", "matrix"}
 
 
 def test_yaml_models(config: Config) -> None:
@@ -572,7 +569,7 @@ def test_a_description_never_becomes_a_macro(text: str) -> None:
     """
     rendered = render(config_of(local("a")._replace(description=text, quant=text, tier=text)))
     assert set(re.findall(r"\$\{[^}]*\}", rendered)) == {
-        "${PORT}", "${llama_server}", "${server_defaults}", "${env.LLAMA_API_KEY}"}
+        "${PORT}", "${env.LLAMA_API_KEY}"}
 
 
 @pytest.mark.parametrize("path", [

@@ -194,7 +194,7 @@ def test_local_only_leaves_what_is_hosted_out() -> None:
 
 
 def test_without_jinja_local_tiers_call_no_tools(config: Config) -> None:
-    value = rendered(config._replace(jinja=False, tiers=(*config.tiers, HOSTED)))
+    value = rendered(config._replace(tiers=(*config.tiers, HOSTED)).with_settings({"jinja": False}))
     assert not models(value)["code-smart"]["tool_call"]
     assert models(value)["hosted"]["tool_call"]
 

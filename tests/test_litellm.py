@@ -468,15 +468,15 @@ def test_llama_swap_keeps_the_proxy_beside_everything() -> None:
     tier = llmstack.proxy_tier(Config(tiers=(hosted(aliases=("opus",), model_next="a/b"),)))
     assert tier is not None
     proxy = llmstack.ProxyPlan(tier, ("py", "a b"), 10103, llmstack.PROXY_HEALTH, True)
-    render = llmstack.render_llama_swap_yaml
-    value = yaml.safe_load(render(Config(tiers=(smart, plan)), ("ls",), False, frozenset(), llmstack.posix_quote, proxy=proxy))
+    swap = llmstack.SwapPlan(Config((smart, plan)), llmstack.Binary(("x",)), False, llmstack.posix_quote, proxy=proxy)
+    value = yaml.safe_load(llmstack.render_llama_swap_yaml(swap))
     model = value["models"]["litellm_proxy"]
     assert model["aliases"] == ["code-ultra", "code-ultra_next", "opus"]
     assert (model["proxy"], model["checkEndpoint"], model["ttl"]) == ("http://127.0.0.1:10103", "/health/liveliness", 0)
     assert model["cmd"] == "py 'a b'\n"
     assert all(members.endswith(" & l") for members in value["matrix"]["sets"].values())
     assert value["hooks"]["on_startup"]["preload"] == ["litellm_proxy"]
-    alone = yaml.safe_load(render(Config(), (), False, frozenset(), llmstack.posix_quote, proxy=proxy))
+    alone = yaml.safe_load(llmstack.render_llama_swap_yaml(swap._replace(config=Config())))
     assert alone["matrix"]["sets"] == {"a_hosted": "l"}
 
 

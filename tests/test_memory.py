@@ -162,9 +162,10 @@ def test_both_engines_get_the_flags() -> None:
     hybrid = llmstack.with_caches(CONFIG, fits_of(NEED, 75.0), llmstack.Machine(60.0, "", True))
     words = llmstack.server_command(["x"], hybrid.tiers[1], hybrid, 1, False, frozenset())
     assert words[words.index("--ctx-checkpoints") + 1] == str(hybrid.tiers[1].ctx_checkpoints)
-    text = llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), str)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, str)
+    text = llmstack.render_llama_swap_yaml(plan)
     assert f"--cache-ram {config.tiers[1].cache_ram_mib}" in text
-    assert "--cache-ram" not in llmstack.render_llama_swap_yaml(CONFIG, ["x"], False, frozenset(), str)
+    assert "--cache-ram" not in llmstack.render_llama_swap_yaml(plan._replace(config=CONFIG))
 
 
 @pytest.mark.parametrize(("file", "mb"), [
@@ -226,7 +227,8 @@ def test_many_tiers_take_no_time() -> None:
 
 
 def test_the_yaml_has_the_sets_that_grew() -> None:
-    text = llmstack.render_llama_swap_yaml(CONFIG, ["x"], False, frozenset(), str, need_gb=NEED, budget_gb=92.0)
+    plan = llmstack.SwapPlan(CONFIG, llmstack.Binary(("x",)), False, str, need_gb=NEED, budget_gb=92.0)
+    text = llmstack.render_llama_swap_yaml(plan)
     assert '    e_more: "f & c & p & u"' in text
 
 

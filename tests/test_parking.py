@@ -456,8 +456,9 @@ def test_llama_swaps_hook_ends_the_server_whatever_the_daemon_does(tmp_path: Pat
 
 
 def test_the_hook_stands_with_every_llama_server(config: llmstack.Config) -> None:
-    text = llmstack.render_llama_swap_yaml(config, ["x"], False, frozenset(), llmstack.posix_quote)
-    hooked = llmstack.with_stop_hook(text, ["python3", "a b.py", "10102"])
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, llmstack.posix_quote)
+    assert "cmdStop" not in llmstack.render_llama_swap_yaml(plan)
+    hooked = llmstack.render_llama_swap_yaml(plan._replace(park=("python3", "a b.py", "10102")))
     assert hooked.count("""cmdStop: "python3 'a b.py' 10102 ${MODEL_ID} ${PID}"\n""") == len(
         llmstack.local_tiers(config))
 
@@ -474,7 +475,7 @@ class RealStage(Stage):
         tiers = tuple(t._replace(path=str(weights), ctx_size=8192, rope_scale=0.0) for t in config.tiers
                       if t.name in ("code-smart", "plan", "code-fast"))
         self.program = program
-        config = config._replace(tiers=tiers, threads=1, park_after_s=0)
+        config = config._replace(tiers=tiers, park_after_s=0).with_settings({"threads": 1})
         super().__init__(tmp_path / "stage", config, 1e9, FIRST_PORT)
         for model in self.engine.models.values():
             model.gb = 6e8                      # of 1e9: one at a time
