@@ -4512,7 +4512,14 @@ def parse_retry_after(value: str, now: float) -> float:
         return 0.0
 
 
-_SESSION_HEADERS = (b"x-session-affinity", b"x-claude-code-session-id", b"session_id")
+# Header with a client's name for a conversation -> the client.
+_SESSION_HEADERS = {b"x-session-affinity": "opencode", b"x-claude-code-session-id": "claude",
+                    b"session_id": "codex"}
+
+
+def client_named(fields: Mapping[bytes, bytes]) -> str:
+    """The client that a request's session header belongs to, "" for any other."""
+    return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
 
 
 def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
@@ -9847,7 +9854,8 @@ class RouterApp(App):
         known, now, tier = self._conversations.get(asked.thread), asked.segments, row["tier"]
         if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
             share, where = same_beginning(known.segments, now)
-            row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0))
+            row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
+                       client=client_named(asked.request.fields))
         leaving = asked.leaving
         if leaving.tier and leaving.tier != tier:
             row["left"] = {"tier": leaving.tier, "tokens": leaving.tokens,
@@ -9930,9 +9938,9 @@ class RouterApp(App):
         if outcome.state == "done":
             learn(counts.prompt)
         row = record_row(facts, asked.path, name, counts, outcome)
-        row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
-        if loop:
+        if loop:                                # before the reason: replay reads no further
             row["loop"] = True
+        row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
         self._note(ongoing, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
@@ -15871,7 +15879,7 @@ def extra_file(name: str) -> str:
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
-    ("Decisions", "why replay"),
+    ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit"),
     ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
@@ -16524,6 +16532,23 @@ def _why_decision(args: Any, places: Places, config: Config,
                         "give it the body of a request", 2) from None
 
 
+def _known_costs(places: Places, decision: Decision) -> Dict[str, Dict[str, float]]:
+    """Tier of the ladder -> seconds to read the request anew and to load it, where they are known.
+
+    Nothing for another machine's router: its speeds are not ours.
+    """
+    found = {}
+    speeds = Speeds(places.data)
+    tokens = decision.facts.full_tokens
+    for tier in () if trusted_url(places) else decision.preference:
+        identity = speeds.identity_of(tier.name)
+        per_s = speeds.reading(identity, tokens)
+        if per_s and tier.backend == "gguf":
+            found[tier.name] = {"read_s": round(tokens / per_s, 1),
+                                "load_s": round(speeds.load_s(identity), 1)}
+    return found
+
+
 def _cmd_why(args: Any) -> int:
     places = _places(args)
     config = _why_config(places)
@@ -16539,9 +16564,11 @@ def _cmd_why(args: Any) -> int:
         if wrong:
             why += f"; {wrong}"
     refused = decision.refused
+    costs = _known_costs(places, decision)
     if args.json:
         found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-                 "reason": why, "refused": refused, "nearest": decision.nearest or None}
+                 "reason": why, "refused": refused, "nearest": decision.nearest or None,
+                 "takes": costs}
         say(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
     say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
@@ -16549,6 +16576,9 @@ def _cmd_why(args: Any) -> int:
         say(f"  not {name}: {reason}")
     if decision.nearest:
         say(f"  nearest change: {decision.nearest}")
+    for name, takes in costs.items():
+        say(f"  on {name}: about {takes['read_s']:,.1f} s to read it anew,"
+            f" {takes['load_s']:,.1f} s more where it must be loaded")
     return 0
 
 
