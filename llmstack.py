@@ -100,6 +100,7 @@ Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import errno
 import functools
@@ -340,8 +341,8 @@ class Routing(NamedTuple):
     stay_s: int = 10                            # ...while leaving it costs more
 
 
-class Config(NamedTuple):
-    """models.ini, parsed. Frozen: a reload makes a new one."""
+class _Settings(NamedTuple):
+    """The values of models.ini, and what they are where it is silent."""
 
     tiers: Tuple[Tier, ...] = ()
     routing: Routing = Routing()
@@ -373,13 +374,17 @@ class Config(NamedTuple):
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
     patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
 
+
+class Config(_Settings):
+    """models.ini, parsed. Frozen: a reload makes a new one, so what follows is worked out once."""
+
     @property
     def settings(self) -> Dict[str, Any]:
         """Every key of SERVER_OPTIONS that has a value."""
         fields = {key: getattr(self, key) for key in SERVER_OPTIONS if key in self._fields}
         return {**fields, **dict(self.server)}
 
-    @property
+    @functools.cached_property
     def smallest_context(self) -> int:
         """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
         return min((t.ctx_size for t in self.ladder), default=0)
@@ -395,11 +400,22 @@ class Config(NamedTuple):
     def by_name(self, name: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.name == name or name in t.aliases), None)
 
-    @property
+    @functools.cached_property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
         roles = {t.role: t for t in reversed(self.offered)}
         return tuple(roles[role] for role in LADDER_ROLES if role in roles)
+
+    @functools.cached_property
+    def preferences(self) -> Dict[str, Tuple[Tier, ...]]:
+        """The ladder as each of its roles sees it: itself and below, then above, nearest first."""
+        orders = {}
+        for index, role in enumerate(LADDER_ROLES):
+            above = LADDER_ROLES[:index]
+            higher = [t for t in self.ladder if t.role in above]
+            lower = [t for t in self.ladder if t.role not in above]
+            orders[role] = (*lower, *reversed(higher))
+        return orders
 
 
 class Facts(NamedTuple):
@@ -462,6 +478,7 @@ INFERENCE_PATHS = {
     "/rerank": "/v1/rerank",
     "/reranking": "/v1/rerank",
 }
+_CANONICAL_PATHS = frozenset(INFERENCE_PATHS.values())
 # The role that answers such a path, whatever is asked for by a name that is no tier's.
 PATH_ROLES = {"/v1/embeddings": "embed", "/v1/rerank": "rerank"}
 # What the last bytes of a whole event stream hold, one of these. Where none does, the model's
@@ -558,7 +575,10 @@ def inference_path(target: str) -> str:
     However a client joins a base URL and a path: /v1 once, twice or not at all, slashes doubled or
     at the end, letters percent-encoded.
     """
-    path = unquoted(target.split("?", 1)[0])
+    path = target.partition("?")[0]
+    if path in _CANONICAL_PATHS:
+        return path
+    path = unquoted(path)
     words = [word for word in path.split("/") if word]
     while words and words[0] == "v1":
         words.pop(0)
@@ -807,17 +827,19 @@ def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return []
 
 
-_OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+_OUTPUT_KEYS = frozenset(
+    {"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"})
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
+_COUNTED_KEYS = (*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS)
 
 
 def _output_tokens_asked(body: Mapping[str, Any]) -> int:
     """The longest answer that a body asks for, in tokens; 0 where it names none."""
     asked = 0
-    for key in _OUTPUT_KEYS:
-        value = body.get(key)
+    for key in _OUTPUT_KEYS & body.keys():
+        value = body[key]
         if isinstance(value, int) and not isinstance(value, bool):
             asked = max(asked, value)
     return asked
@@ -843,13 +865,14 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in _SYSTEM_KEYS:
-        systems.append(body.get(key))
-        tally.add_content(body.get(key))
-    for key in _PROMPT_KEYS:
-        tally.add_content(body.get(key))
-    for key in _SCHEMA_KEYS:
-        if body.get(key):
+    for key in _COUNTED_KEYS:
+        if key not in body:
+            continue
+        if key in _SYSTEM_KEYS:
+            systems.append(body[key])
+        if key not in _SCHEMA_KEYS:
+            tally.add_content(body[key])
+        elif body[key]:
             tally.add_aside(body[key])
     prompt = body.get("prompt")
     if isinstance(prompt, str) and not messages:
@@ -958,14 +981,6 @@ def output_reserve(facts: Facts, tier: Tier) -> int:
 def tokens_needed(facts: Facts, tier: Tier) -> int:
     """Tokens that `tier` must hold for this request: the fuller estimate plus room to answer."""
     return facts.full_tokens + output_reserve(facts, tier)
-
-
-def _preference(config: Config, role: str) -> Tuple[Tier, ...]:
-    """The ladder from a role's view: its tier and those below, then those above, nearest first."""
-    above = LADDER_ROLES[:LADDER_ROLES.index(role)]
-    higher = [t for t in config.ladder if t.role in above]
-    lower = [t for t in config.ladder if t.role not in above]
-    return (*lower, *reversed(higher))
 
 
 BELOW_THE_TIER_TAKEN = "below the tier taken"
@@ -1148,8 +1163,13 @@ class Decision(NamedTuple):
 
     @property
     def passed_over(self) -> Dict[str, str]:
-        """The tiers above the one taken, with the reason for each."""
-        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
+        """The tiers of the ladder above the one taken, with the reason for each."""
+        over: Dict[str, str] = {}
+        for tier in self.config.ladder:
+            if tier.name == self.tier:
+                break
+            over[tier.name] = _why_not(tier, self.tier, self.facts, self.down, self.config)
+        return over
 
     @property
     def nearest(self) -> str:
@@ -1175,7 +1195,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
         return Decision(facts.model, "explicit", (), facts, config, down)
     rung = _choose_rung(facts, config.routing)
     role, _ = RUNGS[rung]
-    order = _preference(config, role)
+    order = config.preferences[role]
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
@@ -3935,13 +3955,14 @@ def _refuse_controls(text: bytes) -> None:
 
 
 def _split_head(head: bytes) -> List[bytes]:
-    """The lines of a head. Errors: ValueError."""
+    """The lines of a head. Errors: ValueError for control bytes but those that end lines."""
     lines = head.split(b"\r\n")
-    _refuse_controls(b"".join(lines))
+    if len(head) - len(head.translate(None, _CONTROL_BYTES)) != 2 * (len(lines) - 1):
+        raise ValueError("a control byte, or a bare CR or LF")
     return lines
 
 
-def _parse_header(line: bytes) -> Header:
+def _split_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
@@ -3949,13 +3970,24 @@ def _parse_header(line: bytes) -> Header:
     return name.lower(), value.strip(b" \t"), line
 
 
+# A client says most of its lines with each of its requests. Only short ones: they stay in memory.
+KNOWN_LINE_BYTES = 256
+_known_header = functools.lru_cache(maxsize=256)(_split_header)
+
+
+def _parse_header(line: bytes) -> Header:
+    """Errors: ValueError."""
+    if len(line) > KNOWN_LINE_BYTES:
+        return _split_header(line)
+    return _known_header(line)
+
+
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     """The lower-case words of all Connection headers."""
-    words: Set[bytes] = set()
-    for name, value, _ in headers:
-        if name == b"connection":
-            words.update(word.strip().lower() for word in value.split(b","))
-    return frozenset(words)
+    said = [value for name, value, _ in headers if name == b"connection"]
+    if not said:
+        return frozenset()
+    return frozenset(word.strip().lower() for word in b",".join(said).split(b","))
 
 
 def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
@@ -4033,7 +4065,9 @@ def parse_request_head(head: bytes) -> Request:
 
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
     """The header lines that travel on: not those that Connection names, nor `drop`."""
-    drop = drop | _connection_words(headers)
+    words = _connection_words(headers)
+    if words:
+        drop = drop | words
     return [line for name, _, line in headers if name not in drop]
 
 
@@ -4050,8 +4084,12 @@ def _response_length(headers: Sequence[Header]) -> int:
     return lengths.pop()
 
 
+@functools.lru_cache(maxsize=32)
 def parse_response_head(head: bytes, method: str) -> Response:
-    """Parse an upstream's head (without its empty line). Errors: ValueError."""
+    """Parse an upstream's head (without its empty line). Errors: ValueError.
+
+    A server's streams all have the same: of 100 us that a request costs, this saves 10.
+    """
     first, *lines = _split_head(head)
     match = _STATUS_LINE.match(first)
     if match is None:
@@ -4408,6 +4446,7 @@ class Counts(NamedTuple):
     written_per_s: float = 0.0
 
 
+NOTHING_COUNTED = Counts()
 _COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
                     rb'|output_tokens|cached_tokens|cache_read_input_tokens'
                     rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
@@ -4416,23 +4455,23 @@ _COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens
 
 def tokens_said(said: bytes) -> Counts:
     """What an answer's beginning and end say of tokens: llama.cpp's timings, else a usage."""
+    counts = _COUNT.findall(said)
+    if not counts:
+        return NOTHING_COUNTED
     found: Dict[bytes, float] = {}
-    for name, value in _COUNT.findall(said):
+    for name, value in counts:
         found[name] = max(found.get(name, 0.0), float(value))
-
-    def number(*names: bytes) -> int:
-        return int(next((found[n] for n in names if found.get(n)), 0))
-
-    cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
-    output = number(b"predicted_n", b"completion_tokens", b"output_tokens")
-    prompt = number(b"prompt_tokens")
+    of = found.get
+    cached = of(b"cache_n") or of(b"cached_tokens") or of(b"cache_read_input_tokens") or 0
+    output = of(b"predicted_n") or of(b"completion_tokens") or of(b"output_tokens") or 0
+    prompt = of(b"prompt_tokens") or 0
     if b"prompt_n" in found:                    # llama.cpp: what was read anew
-        prompt = int(found[b"prompt_n"]) + number(b"cache_n")
+        prompt = found[b"prompt_n"] + found.get(b"cache_n", 0)
     elif not prompt:
-        prompt = number(b"input_tokens")
+        prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
-            prompt += cached + number(b"cache_creation_input_tokens")
-    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
+            prompt += cached + found.get(b"cache_creation_input_tokens", 0)
+    return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
                   found.get(b"predicted_per_second", 0.0))
 
 
@@ -4531,7 +4570,7 @@ def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> 
     if isinstance(named, str) and named:
         return named[:200]
     import zlib
-    begins = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
     for message in _messages(body):
         begins.append(_plain_text(message.get("content")))
         if message.get("role") == "user":
@@ -6980,8 +7019,10 @@ class Client:
         moved = time.monotonic()
         while view:
             try:
-                view = view[self._sock.send(view):]
-                moved = time.monotonic()
+                sent = self._sock.send(view)
+                if sent == len(view):
+                    return
+                view, moved = view[sent:], time.monotonic()
             except _LAPSED:
                 if time.monotonic() - moved > self.send_timeout_s:
                     raise ClientGone from None
@@ -7475,10 +7516,11 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
              b"Host: " + upstream.authority]
+    drop = drop | _DROPPED
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += end_to_end(request.headers, _DROPPED | drop)
+    lines += end_to_end(request.headers, drop)
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
@@ -7836,7 +7878,9 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
 def _cost(response: Response) -> float:
     """Dollars, as LiteLLM says it in a header."""
     value = response.header(b"x-litellm-response-cost")
-    return float(value) if re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value) else 0.0
+    if value and re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value):
+        return float(value)
+    return 0.0
 
 
 def _retry_after_s(response: Response) -> float:
@@ -8256,7 +8300,6 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
         upstream = lease.upstream
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
-        terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
         lease.asks(target, body)
         outcome = relay(client, request, upstream, target, body, terms)
         lease.answered(outcome)
@@ -8401,9 +8444,11 @@ class UpstreamApp(Behind):
                 name, stream = str(values.get("model")), values.get("stream") is True
         if stream:
             request = uncompressed(request)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
-        outcome = ask_lease(client, request, self.lease(name), request.target,
-                            [body] if body else [], terms, Waiting(client, inference, stream))
+        lease, waiting = self.lease(name), Waiting(client, inference, stream)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()),
+                      waiting=lambda: waiting.tell(lease.stage))
+        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
+                            terms, waiting)
         if outcome.state == "broken":
             self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
                              f" {outcome.detail}")
@@ -8432,6 +8477,10 @@ def _json_of(request: Request, body: bytes) -> Any:
 # logs/decisions.jsonl: a line a request, without a word of its text. `llmstack replay` reads it.
 
 
+# json.dumps makes an encoder of its own for each line.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 class Recorder:
     """Writes the decision record; lines wait for the next flush."""
 
@@ -8441,12 +8490,16 @@ class Recorder:
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
-    def add(self, row: Dict[str, Any], conversation: str) -> None:
-        """Keep a row; the conversation is told by a hash that nobody can look up."""
+    def name(self, conversation: str) -> str:
+        """What tells a conversation from others in the record: a hash that nobody can look up."""
         import hashlib
+        if not conversation:
+            return ""
         digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        name = digest.hexdigest()[:12] if conversation else ""
-        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+        return digest.hexdigest()[:12]
+
+    def add(self, row: Dict[str, Any]) -> None:
+        self._waiting.append(row)
 
     def flush(self) -> None:
         """Write what waits. A full disk loses lines, and stops nothing."""
@@ -8454,8 +8507,7 @@ class Recorder:
             return
         with self._lock:
             rows = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
-                           for r in rows)
+            text = "".join(_ENCODE(row) + "\n" for row in rows)
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
@@ -8552,7 +8604,7 @@ class Counters:
         self._sums[key] = self._sums.get(key, 0) + by
 
     def _observe(self, name: str, seconds: float) -> None:
-        over = sum(seconds > limit for limit in SECONDS_BUCKETS)
+        over = bisect.bisect_left(SECONDS_BUCKETS, seconds)
         self._buckets[name][over] += 1
         self._seconds[name] += seconds
 
@@ -8626,15 +8678,15 @@ class Events:
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
-        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
+        per_s = row.get("per_s", 0.0)
         with self._lock:
             self._number += 1
-            self._rows.append({"number": self._number, "time": now, **row})
+            self._rows.append((self._number, row))
             if row["ended"] in ("done", "broken"):
                 first_s = 0.0                   # an answer in one piece does not tell
                 if row["stream"]:
                     first_s = round(row["wait_s"] + row["first_byte_s"], 4)
-                self._points.append((now, row["tier"], first_s, per_s))
+                self._points.append((row["time"], row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
 
@@ -8659,7 +8711,7 @@ class Events:
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
-            return [row for row in self._rows if row["number"] > number]
+            return [{"number": its, **row} for its, row in self._rows if its > number]
 
     def listen(self, client: Client, request: Request) -> None:
         """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
@@ -9108,7 +9160,6 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]                 # by name and alias
     hosts: Mapping[str, Host]                   # by base_url
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
-    smallest_context: int                       # of the ladder's tiers, in tokens
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -9404,8 +9455,7 @@ class RouterApp(App):
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing},
-                        config.smallest_context)
+        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -9868,15 +9918,17 @@ class RouterApp(App):
         asked = ongoing.asked
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
+        row.update(time=round(time.time(), 3), wait_s=round(ongoing.wait_s, 3),
+                   total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
         if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
             row["per_s"] = round(row["output"] / writing_s, 1)
-        self.events.add(row)
         if self._record is not None:
-            self._record.add(row, asked.conversation)
+            row["conversation"] = self._record.name(asked.conversation)
+            self._record.add(row)
+        self.events.add(row)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -9888,7 +9940,7 @@ class RouterApp(App):
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
         reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if facts.most_tokens + reserve > now.smallest_context:
+        if facts.most_tokens + reserve > config.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -9985,10 +10037,11 @@ class RouterApp(App):
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation, asked.patience_s)
         told = asked.stream and asked.translation is None
         waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
+        terms = Terms(headers, drop, judge, lambda: waiting.tell(lease.stage),
+                      STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release, asked.translation, asked.patience_s)
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
@@ -11270,7 +11323,8 @@ class Bay:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        if not body:
+        worth = parking.worth(identity, counts.prompt)
+        if not body or not (worth or restored):
             return
         values = parse_json_object(body)
         for parked in restored:
@@ -11284,7 +11338,7 @@ class Bay:
                 except UserError as exc:
                     self._log.warning(str(exc))
         turns = len(talk_turns(values))
-        if turns and parking.worth(identity, counts.prompt):
+        if turns and worth:
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
                         counts.prompt + counts.output)
             with self._lock:
@@ -11514,7 +11568,6 @@ class Ticket(Lease):
         if not self._engine.try_enter(self):
             return False
         self._entered = True
-        self._engine.dequeue(self)
         self.upstream, self.bay = self.model.upstream, self.model.bay
         return True
 
@@ -11593,33 +11646,33 @@ class Engine:
             if not name:
                 what = "no such path here, and no model named in the request"
             raise HttpError(404, f"{what}; there are: {known}", "not_found")
-        return self.enqueue(model)
-
-    def enqueue(self, model: Model) -> Ticket:
-        with self._changed:
-            ticket = Ticket(self, model)
-            self._tickets.append(ticket)
-            return ticket
+        return Ticket(self, model)
 
     def try_enter(self, ticket: Ticket) -> bool:
         """True when the ticket's model is ready and now counts this request.
 
-        Else what can be done for it is begun. Errors: LoadError, when it cannot be loaded.
+        Else the ticket queues, and what can be done for it is begun. Errors: LoadError, when it
+        cannot be loaded.
         """
+        model = ticket.model
+        process = model.process
+        died = process is not None and process.poll() is not None   # a system call: before the lock
         with self._changed:
-            model = ticket.model
             if self._closing:
                 raise LoadError("the engine is stopping")
-            if model.state == "ready" and model.process.poll() is not None:
+            if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
                                   f" (exit {model.process.returncode}); starting it again")
                 self._forget(model)
             if model.state == "ready":
-                if self._must_yield(ticket):
+                if self._tickets and self._must_yield(ticket):
+                    self._queue(ticket)
                     return False
+                self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
+            self._queue(ticket)
             if model.state == "stopped":
                 if time.monotonic() - model.failed_at < FAILED_LOAD_S:
                     raise LoadError(model.failure)
@@ -11656,10 +11709,25 @@ class Engine:
             return True
         return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
 
-    def dequeue(self, ticket: Ticket) -> None:
-        with self._changed:
+    def _queue(self, ticket: Ticket) -> None:
+        if ticket not in self._tickets:
+            self._tickets.append(ticket)
+
+    def _unqueue(self, ticket: Ticket) -> None:
+        if ticket in self._tickets:
             self._tickets.remove(ticket)
             self._changed.notify_all()
+
+    def enqueue(self, model: Model) -> Ticket:
+        """A ticket that queues before its model has been looked at."""
+        with self._changed:
+            ticket = Ticket(self, model)
+            self._queue(ticket)
+            return ticket
+
+    def dequeue(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
         with self._changed:
