@@ -8524,6 +8524,7 @@ def record_row(facts: Facts, path: str, tier: str, counts: Counts,
                outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
     row: Dict[str, Any] = {
+        "conversation": "",                     # replay reads no further than the reason
         "path": path, "tier": tier, "rung": "explicit",
         "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
         "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,

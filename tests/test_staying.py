@@ -187,7 +187,7 @@ class Rows(llmstack.Recorder):
         super().__init__("")
         self.rows: List[Dict[str, Any]] = []
 
-    def add(self, row: Dict[str, Any], conversation: str) -> None:
+    def add(self, row: Dict[str, Any]) -> None:
         self.rows.append(row)
 
 
@@ -252,6 +252,17 @@ def test_a_tier_asked_by_name_is_recorded_too(start: Start) -> None:  # noqa: F8
     turns(rig, rows, body(turn, model="code-fast"),
           body(turn, said("assistant", "a"), said("user", "b"), model="code-fast"))
     assert (rows.rows[1]["same"], rows.rows[1]["held"]) == (1.0, 20_005)
+
+
+def test_replay_finds_what_it_reads_before_the_reason(start: Start) -> None:  # noqa: F811
+    """It parses no line further."""
+    rig, rows = routed(start, "loop")
+    turns(rig, rows, GROWN[0], body(said("user", "go"), said("assistant", "a"), said("tool", "1")))
+    keys = list(rows.rows[1])
+    fields = llmstack.load_extra("replay").FIELDS(dict.fromkeys(keys, "x"))
+    assert fields
+    wanted = ["conversation", "tier", "truth", "output", "turns", "fim", "trigger", "loop"]
+    assert [key for key in wanted if keys.index(key) > keys.index("reason")] == []
 
 
 def test_warm_stays(start: Start) -> None:  # noqa: F811
