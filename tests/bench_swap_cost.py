@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import llmstack
 
@@ -145,22 +145,26 @@ def spawned(command: List[str], port: int, path: str, log: Path) -> Iterator[int
             process.wait()
 
 
+TIERS = {"one": "agent", "two": "plan"}         # name -> role
+
+
 @contextlib.contextmanager
-def ours(asked: Any, directory: Path, park_gb: int) -> Iterator[int]:
-    """A project of its own, from `start` to `stop`."""
+def ours(asked: Any, directory: Path, park_gb: int,
+         tiers: Mapping[str, str] = TIERS) -> Iterator[int]:
+    """A project of its own, from `start` to `stop`; one of its tiers fits in memory."""
     project = directory / "project"
     (project / ".llmstack").mkdir(parents=True)
     port, engine_port = free_port(), free_port()
-    tier = (f"path = {asked.model}\nctx_size = {context_for(asked.tokens)}\nsize_gb = 0.2\n"
-            "tier = {0}\nrole = {0}\n")
+    same = f"path = {asked.model}\nctx_size = {context_for(asked.tokens)}\nsize_gb = 0.2\n"
+    sections = "".join(f"[{name}]\n{same}tier = {role}\nrole = {role}\n"
+                       for name, role in tiers.items())
 
     def write_ini(memory_gb: object) -> None:
         (project / ".llmstack" / "models.ini").write_text(
             f"[DEFAULT]\nrouter_port = {port}\nengine_port = {engine_port}\nengine = embedded\n"
             f"memory_gb = {memory_gb}\npark_gb = {park_gb}\npark_after_s = {asked.park_after}\n"
             f"n_gpu_layers = {asked.gpu_layers}\n"
-            f"llama_server_bin = {asked.server}\n"
-            f"[one]\n{tier.format('agent')}[two]\n{tier.format('plan')}", encoding="utf-8")
+            f"llama_server_bin = {asked.server}\n{sections}", encoding="utf-8")
 
     env = {**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory / "data"),
            "LLMSTACK_WORK_DIR": str(project), "LLMSTACK_DATA_DIR": str(directory / "data")}
