@@ -2394,9 +2394,12 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     return [("more", tuple(n for n in names if n in members)) for members in kept]
 
 
+LOADED_GB_PER_S = 1.5
+
+
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, clamp(round(GB / 1.5), 1, 30)."""
-    return max(1, min(30, round(size_gb / 1.5)))
+    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
@@ -12693,6 +12696,19 @@ def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
         return tier
 
 
+def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) -> Dict[str, float]:
+    """Tier -> the GB that evict_cost goes by: its weights, or what as many would take to load.
+
+    The second where a load has been seen on this machine, under either engine.
+    """
+    found = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+    for tier in local:
+        load_s = speeds.load_s(speeds.identity_of(tier.name))
+        if load_s:
+            found[tier.name] = load_s * LOADED_GB_PER_S
+    return found
+
+
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
@@ -12711,7 +12727,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     text = render_llama_swap_yaml(
         config, program, use_next, refused, quote,
         free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
-        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
+        costly_gb(local, fits, Speeds(places.data)), machine.budget_gb, proxy, own)
     if parks:
         hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
         text = with_stop_hook(text, hook)

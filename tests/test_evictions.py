@@ -90,3 +90,14 @@ def test_what_would_be_read_anew_counts(stage: Learning) -> None:
     idle_for(stage, "plan", 60)
     stage.hello("code-fast")
     assert sorted(stage.states()) == ["code-fast", "code-smart"]
+
+
+def test_llama_swaps_costs_are_the_seconds_that_were_seen(
+        tmp_path: Path, config: llmstack.Config) -> None:
+    speeds = llmstack.Speeds(str(tmp_path))
+    local = [tier for tier in config.tiers if tier.name in ("code-fast", "plan")]
+    assert llmstack.costly_gb(local, [], speeds) == {}
+    speeds.note("i", "plan", "disk", 20.0)
+    speeds.note("i", "plan", "load", 8.0)
+    found = llmstack.costly_gb(local, [], speeds)
+    assert {name: llmstack.evict_cost(gb) for name, gb in found.items()} == {"plan": 8}
