@@ -1055,6 +1055,11 @@ class Pace(NamedTuple):
         return load_s + max(tokens - held, 1) / self.read_per_s
 
 
+def about_s(seconds: float) -> str:
+    digits = 0 if seconds >= 10 else 1
+    return f"about {seconds:,.{digits}f} s"
+
+
 class Leaving(NamedTuple):
     """What the tier that answered a conversation last has of it, where another is to go on."""
 
@@ -1066,7 +1071,7 @@ class Leaving(NamedTuple):
         """What a switch to `tier` costs."""
         text = f"leaves {self.tokens:,} tokens warm on {self.tier}"
         if self.cost_s:
-            text += f"; this turn takes about {self.cost_s:,.0f} s longer on {tier}"
+            text += f"; this turn takes {about_s(self.cost_s)} longer on {tier}"
         return text
 
 
@@ -1231,7 +1236,7 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
     if loop:
         why = "amid its tool calls"
     elif routing.stay == "warm" and leaving.cost_s > routing.stay_s:
-        why = f"leaving it costs about {leaving.cost_s:,.0f} s"
+        why = f"leaving it costs {about_s(leaving.cost_s)}"
     tier = next((t for t in decision.preference if t.name == leaving.tier), None)
     if not why or tier is None or tier.name in decision.down:
         return decision
@@ -9910,10 +9915,9 @@ class RouterApp(App):
             share, where = same_beginning(known.segments, now)
             row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
                        client=client_named(asked.request.fields))
-        leaving = asked.leaving
-        if leaving.tier and leaving.tier != tier:
-            row["left"] = {"tier": leaving.tier, "tokens": leaving.tokens,
-                           "cost_s": round(leaving.cost_s, 1)}
+        if known.tier not in ("", tier):
+            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier],
+                           "cost_s": round(asked.leaving.cost_s, 1)}
         if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
             self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
 
@@ -12059,6 +12063,13 @@ class Engine:
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
 
+    def keep_speeds(self) -> None:
+        if self._parking is not None:
+            try:
+                self._parking.speeds.keep()
+            except UserError as exc:
+                self._log.warning(str(exc))
+
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
         for model in self.models.values():
@@ -12188,6 +12199,7 @@ class EngineApp(Behind):
             self._last_rotation = time.monotonic()
             self.log.rotate()
             self.engine.rotate_logs()
+            self.engine.keep_speeds()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
