@@ -2241,9 +2241,16 @@ def tier_config(config: Config, tier: Tier) -> Config:
     return config._replace(server=tuple(server.items()), **fields)
 
 
+# How much of a prompt a slot must hold to be taken for it. llama-server's default is 0.1: then a
+# long conversation that comes back takes the slot of a side request with the same system text, is
+# never looked for in the host's cache, and read anew (docs/conversations.md has figures).
+SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
+
+
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets, one group an option."""
-    flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
+    flags: List[Tuple[str, ...]] = [SLOT_FLAG]
+    flags += [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
     flags += [("--no-warmup",), ("--no-mmap",)]
     # By default every web page may read what it says.
     flags.append(("--cors-origins", "localhost"))
@@ -10940,7 +10947,8 @@ LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
-_NOT_IN_KV = ("--port", "--cache-ram", "--threads")     # whose values do not change what is saved
+# Whose values do not change what is saved.
+_NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
 
 
 class Talk(NamedTuple):
@@ -11129,6 +11137,12 @@ class Speeds:
             self._changed = False
             text = json.dumps(self._rows, indent=1)
         write_atomic(self._path, text)
+
+
+def bytes_fetched(pid: int) -> int:
+    """What a process has had read from disks; -1 where the system does not say."""
+    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+    return int(found.group(1)) if found else -1
 
 
 class Parking:
@@ -11549,12 +11563,6 @@ class Model:
 # What the states of a model are called where people read them.
 STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded",
                "stopping": "unloading"}
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
 
 
 class _Cancelled(Exception):  # noqa: N818
