@@ -3441,6 +3441,26 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
     return config._replace(tiers=tuple(tiers))
 
 
+def conversation_context(tier: Tier, config: Config) -> int:
+    """Tokens that one conversation may have: slots that `parallel` asks for share ctx_size."""
+    if tier.backend != "gguf":
+        return tier.ctx_size
+    slots: int = tier_config(config, tier).settings.get("parallel") or 1
+    return tier.ctx_size // slots
+
+
+def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
+    """`config` with each tier's context that of one conversation.
+
+    `served`: tier -> tokens, as its running server says; for others it is worked out.
+    """
+    tiers = []
+    for tier in config.tiers:
+        most = served.get(tier.name) or conversation_context(tier, config)
+        tiers.append(tier._replace(ctx_size=min(tier.ctx_size, most)))
+    return config._replace(tiers=tuple(tiers))
+
+
 class MemoryState(NamedTuple):
     """How the machine is off for memory at one moment."""
 
@@ -7109,16 +7129,20 @@ class Client:
 
     def close(self) -> None:
         """Close; after a refusal, let the client read it before its unread bytes reset it."""
-        try:
-            if self.unread or self._buffer:
-                self._sock.shutdown(socket.SHUT_WR)
-                _set_patience(self._sock, 200)
-                for _ in range(64):
-                    if not self._sock.recv(RECV_BYTES):
-                        break
-        except (OSError, ValueError):
-            pass
+        if self.unread or self._buffer:
+            try:
+                self._drain()
+            except (OSError, ValueError):
+                pass
         self._sock.close()
+
+    def _drain(self) -> None:
+        """Say no more, and take what the client still says. Errors: OSError, ValueError."""
+        self._sock.shutdown(socket.SHUT_WR)
+        _set_patience(self._sock, 200)
+        for _ in range(64):
+            if not self._sock.recv(RECV_BYTES):
+                return
 
     def tunnel(self, upstream: socket.socket) -> None:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
@@ -7132,11 +7156,7 @@ class Client:
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
-                while ready.get_map():
-                    for key, _ in ready.select():
-                        source: socket.socket = key.fileobj     # type: ignore[assignment]
-                        if not _carry(source, other[source]):
-                            ready.unregister(source)
+                _carry_all(ready, other)
             except OSError:
                 pass
 
@@ -7149,6 +7169,14 @@ def _carry(source: socket.socket, target: socket.socket) -> bool:
     else:
         target.shutdown(socket.SHUT_WR)
     return bool(data)
+
+
+def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
+    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
+    while ready.get_map():
+        for key, _ in ready.select():
+            if not _carry(key.fileobj, other[key.fileobj]):
+                ready.unregister(key.fileobj)
 
 
 class Upstream:
@@ -7408,10 +7436,13 @@ def _why_unreachable(exc: Exception) -> str:
 class _Receiver:
     """Receives from an upstream for a client, and notices when that client leaves."""
 
-    __slots__ = ("_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
+    __slots__ = ("_buffer", "_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
 
     def __init__(self, sock: socket.socket, client: Client) -> None:
         self._sock, self._client = sock, client
+        # One buffer for all of an answer: with one for each receive(), 200 streams of small pieces
+        # tear 30 MB of holes into malloc's heap.
+        self._buffer = memoryview(bytearray(RECV_BYTES))
         self._look_at_s = time.monotonic() + LOOK_S
         self.waiting: Optional[Callable[[], None]] = None
         self.silent_until_s = 0.0               # 0: silence has no end
@@ -7424,18 +7455,18 @@ class _Receiver:
         """
         while True:
             try:
-                data: Optional[bytes] = self._sock.recv(RECV_BYTES)
+                received = self._sock.recv_into(self._buffer)
             except _LAPSED:
-                data = None
+                received = -1
             except OSError as exc:
                 raise UpstreamBroken(_why_unreachable(exc)) from None
             now = time.monotonic()
-            if data is None or now >= self._look_at_s:
+            if received < 0 or now >= self._look_at_s:
                 self._look_at_s = now + LOOK_S
                 if self._client.gone():
                     raise ClientGone
-            if data is not None:
-                return data
+            if received >= 0:
+                return bytes(self._buffer[:received])
             if self.silent_until_s and now > self.silent_until_s:
                 raise UpstreamBroken("it says nothing")
             if self.waiting is not None:
@@ -7730,7 +7761,9 @@ class _Relay:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
-        self.began_s = time.monotonic()
+        self._sock: Optional[socket.socket] = None      # the upstream's, until it is given back
+        self._began = False                     # the answer goes on to the client
+        self._started_s, self._first_byte_s = time.monotonic(), 0.0
 
     def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
         """Send the request and read the answer's head: (receiver, head, bytes behind it).
@@ -7786,31 +7819,38 @@ class _Relay:
         Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
         can be done.
         """
-        client, out = self._client, b""
-        if not client.opened:
-            out = _response_head(answer.response, client, self._lines, answer.chunked)
-        client.answering = True
+        self._client.answering = True
         try:
-            while not answer.ended:
-                out += answer.frame(payload)
-                if out:
-                    client.send(out)
-                out = b""
-                data = receiver.receive()
-                if not data:
-                    broken = answer.why_broken(at_close=True)
-                    if broken:
-                        raise UpstreamBroken(broken)
-                    client.send(answer.frame(b"", last=True))
-                    return
-                payload = answer.feed(data)
-            broken = answer.why_broken()
-            client.send(out + answer.frame(payload, last=not broken))
-            if broken:
-                raise UpstreamBroken(broken)
+            self._send_answer(answer, receiver, payload)
         except UpstreamBroken as exc:
             self._say_broken(answer, str(exc))
             raise
+
+    def _send_answer(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
+        while not answer.ended:
+            out += answer.frame(payload)
+            if out:
+                client.send(out)
+            out = b""
+            data = receiver.receive()
+            if not data:
+                self._end_at_close(answer)
+                return
+            payload = answer.feed(data)
+        broken = answer.why_broken()
+        client.send(out + answer.frame(payload, last=not broken))
+        if broken:
+            raise UpstreamBroken(broken)
+
+    def _end_at_close(self, answer: _Answer) -> None:
+        """The upstream has closed its connection. Errors: UpstreamBroken, where that is no end."""
+        broken = answer.why_broken(at_close=True)
+        if broken:
+            raise UpstreamBroken(broken)
+        self._client.send(answer.frame(b"", last=True))
 
     def _say_broken(self, answer: _Answer, why: str) -> None:
         """Never a clean end: a client would take that for a finished answer."""
@@ -7823,6 +7863,8 @@ class _Relay:
 
     def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
         """An upgrade that was granted: from here on, bytes both ways."""
+        if not self._request.upgrade:
+            raise UpstreamBroken("it switched protocols unasked")
         client = self._client
         client.answering, client.keep_alive = True, False
         client.send(_response_head(response, client, self._lines, False) + data)
@@ -7831,47 +7873,52 @@ class _Relay:
 
     def run(self, upstream: Upstream) -> Outcome:
         """Errors: ClientGone, after the upstream's connection has been closed."""
-        client = self._client
-        sock: Optional[socket.socket] = None
-        answer: Optional[_Answer] = None
-        first_s = 0.0
         try:
-            try:
-                sock, reused = upstream.checkout(client)
-                try:
-                    receiver, response, data = self.exchange(sock)
-                except _NoAnswer:
-                    if not reused:
-                        raise
-                    sock.close()                # a kept connection that died silently: once more
-                    sock = upstream.connect(client)
-                    receiver, response, data = self.exchange(sock)
-                if response.status == 101 and not self._request.upgrade:
-                    raise UpstreamBroken("it switched protocols unasked")
-                if response.status == 101:
-                    return self._switch(sock, response, data)
-                answer = _Answer(client, response, self._terms.ends, self._terms.translation)
-                rejected, payload = self.judged(answer, receiver, data)
-                if rejected is not None:
-                    return rejected
-            except (OSError, UpstreamBroken, _NoAnswer) as exc:
-                return Outcome("unreachable", 0, _why_unreachable(exc))
-            first_s = time.monotonic() - self.began_s
-            self._pieces.clear()                # a prompt is not held while its answer streams
-            if self._terms.began is not None:
-                self._terms.began()
-            receiver.waiting, receiver.silent_until_s = None, 0.0
-            self.pass_on(answer, receiver, payload)
-            if answer.reusable and self._sent_whole:
-                upstream.checkin(sock)
-                sock = None
-            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
-                           first_s, _cost(response))
-        except UpstreamBroken as exc:
-            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+            return self._run(upstream)
+        except (OSError, UpstreamBroken, _NoAnswer) as exc:
+            if self._began:
+                return Outcome("broken", 200, str(exc), first_byte_s=self._first_byte_s)
+            return Outcome("unreachable", 0, _why_unreachable(exc))
         finally:
-            if sock is not None:
-                sock.close()
+            if self._sock is not None:
+                self._sock.close()
+
+    def _run(self, upstream: Upstream) -> Outcome:
+        sock, (receiver, response, data) = self._ask(upstream)
+        if response.status == 101:
+            return self._switch(sock, response, data)
+        answer = _Answer(self._client, response, self._terms.ends, self._terms.translation)
+        rejected, payload = self.judged(answer, receiver, data)
+        if rejected is not None:
+            return rejected
+        self._begin()
+        receiver.waiting, receiver.silent_until_s = None, 0.0
+        self.pass_on(answer, receiver, payload)
+        if answer.reusable and self._sent_whole:
+            upstream.checkin(sock)
+            self._sock = None
+        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                       self._first_byte_s, _cost(response))
+
+    def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
+        """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
+        self._sock, reused = upstream.checkout(self._client)
+        try:
+            return self._sock, self.exchange(self._sock)
+        except _NoAnswer:
+            if not reused:
+                raise
+        self._sock.close()                      # a kept connection that died silently: once more
+        self._sock = upstream.connect(self._client)
+        return self._sock, self.exchange(self._sock)
+
+    def _begin(self) -> None:
+        """The answer goes on to the client: no other tier is asked any more."""
+        self._began = True
+        self._first_byte_s = time.monotonic() - self._started_s
+        self._pieces.clear()                    # a prompt is not held while its answer streams
+        if self._terms.began is not None:
+            self._terms.began()
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
@@ -7990,7 +8037,6 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
-        hold_little_memory()
         due = time.monotonic() + every_s
         while not self._stopping.is_set():
             self._accept(due - time.monotonic())
@@ -8401,6 +8447,10 @@ class Behind(App):
     def watched(self) -> Dict[str, Any]:
         """What it runs, for who looks on: `models`, a row a name; `budget` and `parked` in bytes;
         `pressure`, why no more memory is taken now."""
+        return {}
+
+    def contexts(self) -> Dict[str, int]:
+        """Tier -> tokens that a conversation may have there, as far as its servers have said."""
         return {}
 
     def start(self) -> None:
@@ -9176,6 +9226,8 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]                 # by name and alias
     hosts: Mapping[str, Host]                   # by base_url
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
+    asked: Config                               # as it was read: `config` has the contexts served
+    served: Mapping[str, int]                   # by tier, tokens
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -9400,30 +9452,37 @@ class Ladder:
 _ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
 
 
+class Setting(NamedTuple):
+    """What a router is told of the process that it runs in."""
+
+    loopback: bool = True                       # only this machine can reach it
+    key: str = ""                               # that its clients must know, "" for none
+    models_ini: str = ""                        # the path of the file that it serves...
+    bundled: bytes = b""                        # ...and what it serves where that is not there
+    reload: Optional[Callable[[], Config]] = None       # reads that file again. Errors: UserError
+    use_next: bool = False
+    unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}     # tier -> why nobody does
+    foreign_logs: Sequence[str] = ()            # of other programs, to be rotated
+    remedy: str = "run `llmstack start`"        # where nothing answers behind it
+    env: Mapping[str, str] = {}
+    record: Optional[Recorder] = None
+    clock: Callable[[], float] = time.monotonic
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
-                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
-                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
-                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
-                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = log
-        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
-        self._loopback, self._key, self._models_ini = loopback, key, models_ini
-        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
-        self._unserved = unserved or (lambda config: {})
-        self._remedy, self._bundled = remedy, bundled
-        self._env, self._clock = env or {}, clock
-        self._breaker = Breaker(clock)
+    def __init__(self, config: Config, behind: Behind, log: Log,
+                 setting: Optional[Setting] = None) -> None:
+        self.log, self.behind = log, behind
+        self._given = setting or Setting()
+        self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
-        self._record = record
+        self._record = self._given.record
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
-        self._snapshot = self._adopt(config, {})
+        self._snapshot = self._adopt(config, {}, {})
         self._started_with, self._started = config.tiers, time.time()
         self._read_last = self._ini_digest()
         self.events = Events()
@@ -9445,11 +9504,12 @@ class RouterApp(App):
 
     def reload(self) -> str:
         """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
-        if self._reload is None:
+        if self._given.reload is None:
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
         try:
-            self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
+            now = self._snapshot
+            self._snapshot = self._adopt(self._given.reload(), now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
@@ -9458,32 +9518,35 @@ class RouterApp(App):
         self.log.info(f"models.ini read again: {tiers}")
         return ""
 
-    def _adopt(self, config: Config, known: Mapping[str, Host]) -> Snapshot:
+    def _adopt(self, asked: Config, known: Mapping[str, Host],
+               served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
-        missing = missing_credentials(config, self._env)
+        config = with_served_contexts(asked, served)
+        missing = missing_credentials(config, self._given.env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            route = plan_route(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._given.use_next, missing)
             if tier.backend == "openai":
                 url = tier.base_url
                 host = hosts.get(url) or known.get(url) or self._host(url)
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing})
+        barred = {**self._given.unserved(config), **missing}
+        return Snapshot(config, routes, hosts, barred, asked, served)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
         tls = url.startswith("https:")
-        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._given.clock)
 
     def _to_host(self, route: Route, host: Host) -> Route:
         """The route of a direct host's tier, with the host's key."""
         variable = route.tier.api_key_env
         headers: Tuple[Header, ...] = ()
         if variable:
-            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            key = b"Bearer " + self._given.env.get(variable, "").strip().encode("ascii", "ignore")
             headers = ((b"authorization", key, b"Authorization: " + key),)
         bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
         return route._replace(host=host, headers=headers, bare=bare)
@@ -9494,7 +9557,11 @@ class RouterApp(App):
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
-        for host in self._snapshot.hosts.values():
+        now = self._snapshot
+        served = self.behind.contexts()
+        if served != now.served:                # a model has been loaded for the first time
+            self._snapshot = self._adopt(now.asked, now.hosts, served)
+        for host in now.hosts.values():
             host.look_again()
             host.close_idle()
         self.behind.close_idle()
@@ -9504,7 +9571,7 @@ class RouterApp(App):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            for path in self._foreign_logs:
+            for path in self._given.foreign_logs:
                 rotate_foreign_log(path)
 
     # ---- who may ask, and what
@@ -9514,7 +9581,7 @@ class RouterApp(App):
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
         config = self.config
-        check_caller(client, request, self._loopback, config.allowed_origins,
+        check_caller(client, request, self._given.loopback, config.allowed_origins,
                      (*config.allowed_hosts, *self._own_names))
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
@@ -9523,7 +9590,7 @@ class RouterApp(App):
             self._front(client, request)        # without the key: the page asks for it
             return
         drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
-        if self._key:
+        if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
             target = inference + mark + query
@@ -9600,7 +9667,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop, self._remedy)
+        self.behind.pass_on(client, wanted, b"", drop, self._given.remedy)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -9620,7 +9687,7 @@ class RouterApp(App):
             tier = self._resolve(request, name, drop)
         route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
+            self.behind.pass_on(client, request, body, drop, self._given.remedy)
             return
         target = request.target
         if route.host is None:
@@ -9638,7 +9705,7 @@ class RouterApp(App):
             if name == b"authorization":
                 scheme, _, rest = offered.partition(" ")
                 offered = rest.strip() if scheme.lower() == "bearer" else ""
-            if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
+            if hmac.compare_digest(offered.encode("latin-1"), self._given.key.encode()):
                 ours.add(name)
         if not ours:
             raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
@@ -9649,12 +9716,12 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            text = read_regular(self._models_ini, MAX_INI_BYTES)
+            text = read_regular(self._given.models_ini, MAX_INI_BYTES)
         except OSError:
-            if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+            if not self._given.bundled:
+                raise HttpError(404, f"there is no {self._given.models_ini} any more; run `llmstack"
                                      " start` in its project to seed one", "not_found") from None
-            text = self._bundled
+            text = self._given.bundled
         if holds_secret(text.decode("utf-8", "replace")):
             raise HttpError(404, "models.ini holds what looks like a key and is not served;"
                                  " `llmstack reload` names the line", "not_found")
@@ -9668,8 +9735,8 @@ class RouterApp(App):
             theirs = [e for e in listing["data"] if isinstance(e, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t, self._use_next) for t in config.tiers]
-        return {**listing, "data": list_models(config, self._use_next, theirs)}
+            theirs = [tier_entry(t, self._given.use_next) for t in config.tiers]
+        return {**listing, "data": list_models(config, self._given.use_next, theirs)}
 
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
@@ -9713,11 +9780,12 @@ class RouterApp(App):
     # ---- for those who look on
 
     def _ini_digest(self) -> str:
-        return _digest(_read_bytes(self._models_ini))
+        return _digest(_read_bytes(self._given.models_ini))
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-        changed = self._ini_digest() != self._read_last or self.config.tiers != self._started_with
+        tiers = self._snapshot.asked.tiers
+        changed = self._ini_digest() != self._read_last or tiers != self._started_with
         return {"version": VERSION, "started": round(self._started), "changed": changed,
                 "local_only": self.config.local_only}
 
@@ -9848,7 +9916,7 @@ class RouterApp(App):
             self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
@@ -10083,7 +10151,7 @@ class RouterApp(App):
             message = f"no answer from {where} ({outcome.detail})"
             if route.host is None:
                 message = (f"nothing answers behind the router at {where} ({outcome.detail});"
-                           f" {self._remedy}")
+                           f" {self._given.remedy}")
             self.log.warning(f"{what}: {message}")
             reply_failure(client, 502, message, extra=lines)
 
@@ -11551,6 +11619,7 @@ class Model:
         self.loads = self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
+        self.context = 0                        # tokens a conversation, as its last server said
 
     @property
     def name(self) -> str:
@@ -11812,6 +11881,7 @@ class Engine:
             while not self._restore(model):
                 self._start(model)
             self._note_load(model, load_s)
+            self._learn_context(model)
             with self._changed:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
@@ -11974,6 +12044,20 @@ class Engine:
             return False
         model.bay = bay
         return True
+
+    def _learn_context(self, model: Model) -> None:
+        """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
+        if model.proxy or model.upstream is None:
+            return
+        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        model.context = _quantity(settings.get("n_ctx"))
+        if 0 < model.context < model.tier.ctx_size:
+            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
+                              f" conversation, ctx_size says {model.tier.ctx_size:,}")
+
+    def contexts(self) -> Dict[str, int]:
+        """Tier -> tokens a conversation, of those whose server has said so."""
+        return {m.name: m.context for m in self.models.values() if m.context}
 
     def _check_wanted(self, model: Model) -> None:
         if self._closing or model.cancelled:
@@ -12211,6 +12295,9 @@ class EngineApp(Behind):
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
+
+    def contexts(self) -> Dict[str, int]:
+        return self.engine.contexts()
 
     def start(self) -> None:
         self.engine.preload()
@@ -13293,6 +13380,7 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
+    config = with_served_contexts(config, {})
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
@@ -16769,7 +16857,7 @@ def _cmd_fit(args: Any) -> int:
     config = planned_config(places, warn)
     chosen = _fit_tiers(config, args.tiers)
     use_next = _wants_next(args, places, config)
-    config = true_config(config, places, use_next, warn)
+    config = with_served_contexts(true_config(config, places, use_next, warn), {})
     machine = running_machine(places, config) or this_machine(config)
     fits = measure_tiers(config, machine, os.environ, use_next, True)
     fits = [f for f in fits if f.name in chosen]
@@ -16821,9 +16909,9 @@ def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
     return unserved
 
 
-def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+def _router_app(plan: RouterPlan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
-    unserved: Optional[Callable[[Config], Dict[str, str]]] = None
+    unserved = Setting().unserved
     record: Optional[Recorder] = None
     foreign_logs: Tuple[str, ...] = ()
     bundled = b""
@@ -16843,8 +16931,7 @@ def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> 
             return config
         return true_config(config, places, plan.use_next, log.warning)
 
-    app = RouterApp(
-        plan.config, behind, log,
+    setting = Setting(
         loopback=is_loopback(plan.host),
         key=api_key(os.environ),
         models_ini=places.models_ini,
@@ -16857,6 +16944,7 @@ def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> 
         record=record,
         foreign_logs=foreign_logs,
     )
+    app = RouterApp(plan.config, behind, log, setting)
     if plan.local:
         app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
@@ -16923,8 +17011,9 @@ def _cmd_serve(args: Any) -> int:
     log = Log("", os.environ.get("LOG_LEVEL", "info"))
     use_next = _wants_next(args, places, config)
     plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
-    app = _router_app(plan, upstream, log)
+    app = _router_app(plan, UpstreamApp(upstream, log), log)
     more_files()
+    hold_little_memory()
     server = _listen(host, port, app)
     say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
     _run_until_signal(server, app)
@@ -17035,6 +17124,7 @@ def _cmd_daemon(args: Any) -> int:
     if places.work == os.path.join(places.data, "demo"):
         remedy = "run `llmstack start --demo`"
     more_files()
+    hold_little_memory()
     behind: Union[EngineApp, SwapApp]
     if args.engine == "llama-swap":
         behind = _swap_app(places, config, args.next, engine_log)
