@@ -345,6 +345,8 @@ class Routing(NamedTuple):
     mid_fidelity_ceiling: int = MID_FIDELITY_CEILING_TOKENS
     multi_turn: int = MULTI_TURN
     ultra_triggers: Tuple[str, ...] = ("[ultra]", "[opus]", "ultra:", "opus:")
+    stay: str = "no"                            # no | loop | warm: keep a conversation's tier
+    stay_s: int = 10                            # ...while leaving it costs more
 
 
 DEFAULT_SERVER: Tuple[Tuple[str, Any], ...] = (
@@ -1050,6 +1052,53 @@ def _tier_after(decision_of: Tuple[Facts, Config, Mapping[str, str]], fewer: int
     return decide(changed, config, down).tier
 
 
+class Pace(NamedTuple):
+    """What this machine has shown of a tier; 0: not known yet."""
+
+    read_per_s: float = 0.0                     # tokens of a prompt
+    load_s: float = 0.0
+    loaded: bool = False
+    keeps: bool = False                         # a conversation survives until it is loaded again
+
+    def turn_s(self, tokens: int, held: int) -> float:
+        """Seconds until a prompt is read of which so many tokens are held; 0.0: not known."""
+        if not self.read_per_s:
+            return 0.0
+        if not (self.loaded or self.keeps):
+            held = 0
+        load_s = 0.0 if self.loaded else self.load_s
+        return load_s + max(tokens - held, 1) / self.read_per_s
+
+
+def about_s(seconds: float) -> str:
+    digits = 0 if seconds >= 10 else 1
+    return f"about {seconds:,.{digits}f} s"
+
+
+class Leaving(NamedTuple):
+    """What the tier that answered a conversation last has of it, where another is to go on."""
+
+    tier: str = ""                              # "": it is not left
+    tokens: int = 0                             # warm there
+    cost_s: float = 0.0                         # that the turn takes longer elsewhere, 0: not known
+
+    def words(self, tier: str) -> str:
+        """What a switch to `tier` costs."""
+        text = f"leaves {self.tokens:,} tokens warm on {self.tier}"
+        if self.cost_s:
+            text += f"; this turn takes {about_s(self.cost_s)} longer on {tier}"
+        return text
+
+
+def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int) -> float:
+    """Seconds that a prompt takes longer on a new tier than on the old one; 0.0: not known."""
+    new_s = new.turn_s(tokens, new_held)
+    if not new_s:
+        return 0.0
+    old_s = old.turn_s(tokens, old_held)
+    return max(new_s - old_s, 0.0)
+
+
 def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
     """The smallest change that moves a request above the tier `chosen`, "" where none does."""
     ladder, routing = config.ladder, config.routing
@@ -1086,6 +1135,7 @@ class Decision(NamedTuple):
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
+    stays: str = ""                             # why this tier goes on instead of the rung's
 
     @property
     def tokens(self) -> int:
@@ -1109,6 +1159,8 @@ class Decision(NamedTuple):
             return "asked for by name"
         reason = self._reason_of_rung()
         best, chosen = self.preference[0], self.chain[0]
+        if self.stays:
+            return f"{reason}; stays on {self.tier}, {self.stays}"
         need = tokens_needed(self.facts, chosen)
         if need > chosen.ctx_size:
             return (f"{reason}; no tier holds {need:,} tokens,"
@@ -1123,8 +1175,11 @@ class Decision(NamedTuple):
         """Every other tier, with its reason for not being taken."""
         if self.rung == "explicit":
             return {}
-        return {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
-                for t in self.config.tiers if t.name != self.tier}
+        refused = {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
+                   for t in self.config.tiers if t.name != self.tier}
+        if self.stays:
+            refused[self.chain[1].name] = f"the conversation stays on {self.tier}, {self.stays}"
+        return refused
 
     @property
     def passed_over(self) -> Dict[str, str]:
@@ -1170,6 +1225,40 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
     return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
+
+
+def in_tool_loop(body: Mapping[str, Any]) -> bool:
+    """Whether a request brings back what a tool has said: no word of the user's is new in it."""
+    messages = body.get("messages") or body.get("input")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict):
+        return False
+    kind = last.get("role") or last.get("type")
+    if kind == "user":
+        return not _is_user_turn(last.get("content"))
+    return kind in ("tool", "function", "function_call_output")
+
+
+def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
+    """The decision, or by [ROUTING] stay the same request on the tier that is being left.
+
+    That one must hold it and be able to answer. A trigger and infill always have their way.
+    """
+    routing = decision.config.routing
+    if routing.stay == "no" or not leaving.tier or decision.rung in ("explicit", "fim", "trigger"):
+        return decision
+    why = ""
+    if loop:
+        why = "amid its tool calls"
+    elif routing.stay == "warm" and leaving.cost_s > routing.stay_s:
+        why = f"leaving it costs {about_s(leaving.cost_s)}"
+    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
+    if not why or tier is None or tier.name in decision.down:
+        return decision
+    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+        return decision
+    others = tuple(t for t in decision.chain if t is not tier)
+    return decision._replace(tier=tier.name, chain=(tier, *others), stays=why)
 
 
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -1417,6 +1506,8 @@ high_fidelity_ceiling  free  tokens:0..100000000
 mid_fidelity_ceiling   free  tokens:0..100000000
 multi_turn             free  int:1..1000000
 ultra_triggers         free  triggers
+stay                   free  no|loop|warm
+stay_s                 free  int:0..86400
 """)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
@@ -2253,9 +2344,15 @@ def tier_config(config: Config, tier: Tier) -> Config:
     return config.with_settings(own)
 
 
+# How much of a prompt a slot must hold to be taken for it. llama-server's default is 0.1: then a
+# long conversation that comes back takes the slot of a side request with the same system text, is
+# never looked for in the host's cache, and read anew (docs/conversations.md has figures).
+SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
+
+
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets."""
-    flags: List[Tuple[str, ...]] = []
+    flags: List[Tuple[str, ...]] = [SLOT_FLAG]
     for key, value in config.settings.items():
         flags += _option_flags(key, value)
     # By default every web page may read what a llama-server says.
@@ -2438,13 +2535,16 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     return sets
 
 
+LOADED_GB_PER_S = 1.5
+
+
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
-    return max(1, min(30, round(size_gb / 1.5)))
+    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
-                     costs: Mapping[str, int]) -> List[str]:
+                     costs: Mapping[str, float]) -> List[str]:
     """Which running models must go before `target` can load: llama-swap's matrix rule.
 
     The set holding the target that throws out the least wins, the first of equals; a model in no
@@ -4762,7 +4862,14 @@ def parse_retry_after(value: str, now: float) -> float:
         return 0.0
 
 
-_SESSION_HEADERS = (b"x-session-affinity", b"x-claude-code-session-id", b"session_id")
+# Header with a client's name for a conversation -> the client.
+_SESSION_HEADERS = {b"x-session-affinity": "opencode", b"x-claude-code-session-id": "claude",
+                    b"session_id": "codex"}
+
+
+def client_named(fields: Mapping[bytes, bytes]) -> str:
+    """The client that a request's session header belongs to, "" for any other."""
+    return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
 
 
 def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
@@ -4781,6 +4888,77 @@ def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> 
             break
     text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
     return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
+
+
+def thread_key(conversation: str, body: Mapping[str, Any]) -> str:
+    """Tells a session's own conversation from side requests under the same name.
+
+    By the user's first message, hashed anew in each process; "" where there is no conversation.
+    """
+    if not conversation:
+        return ""
+    for message in _messages(body):
+        if message.get("role") == "user":
+            return f"{conversation}/{hash(_plain_text(message.get('content'))):x}"
+    return ""
+
+
+Segments = Tuple[int, ...]                      # digest and characters, in turn
+
+
+def _unmarked(value: Any) -> Any:
+    """A value without what marks a prompt for a provider's cache and is no part of it."""
+    if isinstance(value, dict):
+        return {k: _unmarked(v) for k, v in value.items() if k != "cache_control"}
+    if isinstance(value, list):
+        return [_unmarked(item) for item in value]
+    return value
+
+
+def _segment(value: Any) -> Segments:
+    text = repr(value)
+    if "cache_control" in text:
+        text = repr(_unmarked(value))
+    return hash(text), len(text)
+
+
+def _message_segment(message: Mapping[str, Any]) -> Segments:
+    """Of one message. A single part of text counts as the text: clients send it now so, now so."""
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1:
+        content = _plain_text(content) or content
+    if isinstance(content, str) and len(message) == 2:      # role and content: the usual case, fast
+        return hash((message.get("role"), content)), len(content)
+    return _segment({**message, "content": content})
+
+
+def prompt_segments(body: Mapping[str, Any]) -> Segments:
+    """A prompt's parts as it is read, told by digests: system text, tools, then each message."""
+    messages = _messages(body)
+    first = 0
+    while first < len(messages) and messages[first].get("role") in ("system", "developer"):
+        first += 1
+    above = [body.get("system"), body.get("instructions"), *messages[:first]]
+    found = [*_segment(above), *_segment([body.get("tools"), body.get("functions")])]
+    for message in messages[first:]:
+        found += _message_segment(message)
+    return tuple(found)
+
+
+def same_beginning(before: Segments, now: Segments) -> Tuple[float, str]:
+    """(how much of the last prompt the next one begins with, 0 to 1, and where they part).
+
+    Told in characters; "" where the next goes on where the last ended.
+    """
+    same = 0
+    for i in range(0, len(before), 2):
+        if before[i:i + 2] != now[i:i + 2]:
+            where = f"message {i // 2 - 1}"
+            if i < 4:
+                where = ("system text", "tools")[i // 2]
+            return same / sum(before[1::2]), where
+        same += before[i + 1]
+    return 1.0, ""
 
 
 def waiting_event(words: str) -> bytes:
@@ -8929,6 +9107,10 @@ class Behind(App):
         """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
         raise NotImplementedError
 
+    def pace(self, name: str, tokens: int) -> Pace:
+        """What is known of a tier with a prompt of so many tokens."""
+        return Pace()
+
     def target(self, name: str, target: str) -> str:
         """Where a tier's own path is asked for, beside those for inference: at its upstream."""
         return target
@@ -9083,6 +9265,7 @@ def record_row(facts: Facts, path: str, tier: str, counts: Counts,
                outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
     row: Dict[str, Any] = {
+        "conversation": "",                     # replay reads no further than the reason
         "path": path, "tier": tier, "rung": "explicit",
         "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
         "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
@@ -9671,12 +9854,14 @@ class Conversation(NamedTuple):
 
     ratio: float = 0.0                          # true tokens per estimated one, 0: not known yet
     tier: str = ""                              # that answered last
+    held: Mapping[str, int] = {}                # tier -> tokens that it has read and written of it
+    segments: Segments = ()                     # of the prompt answered last
 
 
 class Conversations:
     """The last conversations, by key, the oldest forgotten first."""
 
-    def __init__(self, most: int = 256) -> None:
+    def __init__(self, most: int = 512) -> None:
         self._most = most
         self._known: Any = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -9686,13 +9871,21 @@ class Conversations:
             found: Conversation = self._known.get(key, Conversation())
             return found
 
-    def learn(self, key: str, estimate: int, truth: int, tier: str = "") -> None:
+    def learn(self, key: str, estimate: int, truth: int) -> None:
         """Keep what an answer or a refusal said a prompt's tokens really are."""
+        if estimate > 0 and truth > 0:
+            self._keep(key, ratio=min(max(truth / estimate, 0.1), 10.0))
+
+    def answered(self, key: str, tier: str, tokens: int, segments: Segments) -> None:
+        """Keep which tier has answered a prompt, and what it holds of it now."""
+        if key:
+            held = {**self.get(key).held, tier: tokens}
+            self._keep(key, tier=tier, held=held, segments=segments)
+
+    def _keep(self, key: str, **fields: Any) -> None:
         with self._lock:
-            ratio, last = self._known.pop(key, Conversation())
-            if estimate > 0 and truth > 0:
-                ratio = min(max(truth / estimate, 0.1), 10.0)
-            self._known[key] = Conversation(ratio, tier or last)
+            known: Conversation = self._known.pop(key, Conversation())
+            self._known[key] = known._replace(**fields)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
 
@@ -9787,6 +9980,15 @@ class Asked:
         self.model = values.get("model")
         self.stream = values.get("stream") is True
         self.conversation = conversation_key(request.fields, values)
+        self.thread = thread_key(self.conversation, values)
+        self.segments: Segments = ()            # of its prompt, once its model is at work
+        self.leaving = Leaving()
+
+    def look_at_prompt(self) -> bytes:
+        """Take the prompt's digests while its model is at work; no header comes of it."""
+        if not self.segments and self.thread:
+            self.segments = prompt_segments(self.values)
+        return b""
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
@@ -10429,7 +10631,8 @@ class RouterApp(App):
                 facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
             except RecursionError:
                 pass
-        outcome = self._ask(client, asked, route, ongoing)
+        looks = asked.look_at_prompt if facts else None
+        outcome = self._ask(client, asked, route, ongoing, headers=looks)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
@@ -10439,9 +10642,35 @@ class RouterApp(App):
             counts = tokens_said(outcome.said)
             self._note(ongoing, record_row(counted, asked.path, name, counts, outcome), ())
 
+    def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
+        """What a request leaves behind on the tier of its conversation's last turn."""
+        known = self._conversations.get(asked.thread)
+        tokens = known.held.get(known.tier, 0)
+        if not tokens or known.tier == decision.tier or decision.rung == "fim":
+            return Leaving()
+        needed = decision.facts.full_tokens
+        old, new = (self.behind.pace(name, needed) for name in (known.tier, decision.tier))
+        held = min(known.held.get(decision.tier, 0), needed)
+        cost_s = leaving_cost(needed, old, tokens, new, held)
+        return Leaving(known.tier, tokens, cost_s)
+
+    def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
+        """Put into a row what its conversation's last turn left of the cache; keep this turn."""
+        known, now, tier = self._conversations.get(asked.thread), asked.segments, row["tier"]
+        if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
+            share, where = same_beginning(known.segments, now)
+            row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
+                       client=client_named(asked.request.fields))
+        if known.tier not in ("", tier):
+            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier],
+                           "cost_s": round(asked.leaving.cost_s, 1)}
+        if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
+            self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
+
     def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
+        self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
         row.update(time=round(time.time(), 3), wait_s=round(ongoing.wait_s, 3),
                    total_s=round(total_s, 3), stream=asked.stream)
@@ -10473,11 +10702,14 @@ class RouterApp(App):
         if now.hosts:
             down.update(self._offline())
         decision = decide(facts, config, down, now.barred)
+        asked.leaving = self._leaving(asked, decision)
+        loop = in_tool_loop(asked.values)
+        decision = stay_or_go(decision, asked.leaving, loop)
         estimate = facts.classes
 
-        def learn(truth: int, tier: str = "") -> None:
+        def learn(truth: int) -> None:
             worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, worth, truth, tier)
+            self._conversations.learn(key, worth, truth)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
         if config.patience_s and facts.full_tokens <= TINY_TOKENS:
@@ -10492,7 +10724,9 @@ class RouterApp(App):
             if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
                 estimate = class_tokens(texts)
             texts = ()
-            return decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
+            asked.look_at_prompt()
+            lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
+            return lines + leaving_header(asked.leaving, ladder.tier.name)
 
         while True:
             route = ladder.route
@@ -10508,8 +10742,10 @@ class RouterApp(App):
         self._finish(client, outcome, f"auto -> {name}", route, headers)
         counts = tokens_said(outcome.said)
         if outcome.state == "done":
-            learn(counts.prompt, name)
+            learn(counts.prompt)
         row = record_row(facts, asked.path, name, counts, outcome)
+        if loop:                                # before the reason: replay reads no further
+            row["loop"] = True
         row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
         self._note(ongoing, row, ladder.fallbacks)
 
@@ -10601,6 +10837,13 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], re
     if fallbacks:
         lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
     return lines.encode("utf-8")
+
+
+def leaving_header(leaving: Leaving, tier: str) -> bytes:
+    """The line that says what it costs that a conversation goes on elsewhere; b"" where it stays."""
+    if leaving.tier in ("", tier):
+        return b""
+    return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()
 
 
 # ==================================================================================================
@@ -11445,11 +11688,13 @@ PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
 PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
-LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed
+LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed...
+LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
-_NOT_IN_KV = ("--port", "--cache-ram", "--threads")     # whose values do not change what is saved
+# Whose values do not change what is saved.
+_NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
 
 
 class Talk(NamedTuple):
@@ -11568,17 +11813,99 @@ def _names_in(directory: str) -> List[str]:
         return []
 
 
+class Speeds:
+    """What this machine has shown of each model, build and flags: speeds.json.
+
+    "read", "written", "saved" and "restored" are tokens a second, "bytes" those of a saved token,
+    "load" and "disk" the seconds of a load, out of memory and off the disk. Reading slows down as
+    a prompt grows: "read8192" is that of prompts from so many tokens on.
+    """
+
+    READ_STEPS = (0, 8_192, 32_768, 131_072)
+    MOST = 64                                   # models, builds and flags
+
+    def __init__(self, data: str) -> None:
+        self._path = os.path.join(data, "speeds.json")
+        self._rows = _read_json(self._path)
+        self._changed = False
+        self._lock = threading.Lock()
+
+    def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
+        row = self._rows.get(identity)
+        found = row.get(what) if isinstance(row, dict) else None
+        return float(found) if isinstance(found, (int, float)) and found > 0 else otherwise
+
+    def note(self, identity: str, model: str, what: str, value: float) -> None:
+        """Learn from one answer, load or save: it moves what is known by a third."""
+        known = self.get(identity, what, value)
+        with self._lock:
+            row = self._rows.pop(identity, None)
+            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
+            self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
+            for stale in list(self._rows)[:-self.MOST]:
+                del self._rows[stale]
+            self._changed = True
+
+    @classmethod
+    def _read_names(cls, tokens: int) -> List[str]:
+        """The names of reading speeds, the one for prompts of so many tokens first."""
+        names = [f"read{step or ''}" for step in cls.READ_STEPS]
+        own = sum(tokens >= step for step in cls.READ_STEPS) - 1
+        return [*names[own::-1], *names[own + 1:]]
+
+    def reading(self, identity: str, tokens: int) -> float:
+        """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
+        found = (self.get(identity, name) for name in self._read_names(max(tokens, 0)))
+        return next((per_s for per_s in found if per_s), 0.0)
+
+    def note_answer(self, identity: str, model: str, counts: Counts) -> None:
+        """Learn from an answer's timings; too few tokens tell nothing."""
+        if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
+            name = self._read_names(counts.prompt)[0]
+            self.note(identity, model, name, counts.read_per_s)
+        if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
+            self.note(identity, model, "written", counts.written_per_s)
+
+    def load_s(self, identity: str) -> float:
+        """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
+        return self.get(identity, "load") or self.get(identity, "disk")
+
+    def identity_of(self, model: str) -> str:
+        """The identity under which a model was used last; "" where it never was."""
+        rows = list(self._rows.items())
+        return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
+
+    def keep(self) -> None:
+        """Write them down, where there is something new. Errors: UserError."""
+        with self._lock:
+            if not self._changed:
+                return
+            self._changed = False
+            text = json.dumps(self._rows, indent=1)
+        write_atomic(self._path, text)
+
+
+def bytes_fetched(pid: int) -> int:
+    """What a process has had read from disks; -1 where the system does not say."""
+    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+    return int(found.group(1)) if found else -1
+
+
 class Parking:
-    """The directory of what is parked, its limits, and the speeds that say what is worth it."""
+    """The directory of what is parked, its limits, and the speeds that say what is worth it.
+
+    With park_gb = 0 the speeds are learned all the same, and nothing is parked.
+    """
 
     def __init__(self, data: str, config: Config) -> None:
         self.directory = parked_dir(data)
+        self.speeds = Speeds(data)
+        self.parks = config.park_gb > 0
         self.every_s = config.park_every_min * 60
         self._most_bytes, self._after_s = config.park_gb * 1e9, config.park_after_s
-        self._speeds_path = os.path.join(data, "speeds.json")
-        self._speeds = _read_json(self._speeds_path)
         self._lock = threading.Lock()
-        make_private_dir(self.directory)
+        if self.parks:
+            make_private_dir(self.directory)
         for name in _names_in(self.directory):  # half a save, of a daemon that was killed
             if name.endswith(".tmp"):
                 _remove(self.path(name))
@@ -11586,33 +11913,10 @@ class Parking:
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
-    # ---- speeds, by identity
-
-    def speed(self, identity: str, what: str, otherwise: float = 0.0) -> float:
-        """What has been seen: tokens "read" or "saved" a second, or "bytes" a token."""
-        row = self._speeds.get(identity)
-        found = row.get(what) if isinstance(row, dict) else None
-        return float(found) if isinstance(found, (int, float)) and found > 0 else otherwise
-
-    def note_speed(self, identity: str, model: str, what: str, value: float) -> None:
-        """Learn a speed; one answer moves it by a third."""
-        known = self.speed(identity, what, value)
-        with self._lock:
-            row = self._speeds.pop(identity, None)
-            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
-            self._speeds[identity] = {**row, what: round(known + (value - known) / 3, 2)}
-            for stale in list(self._speeds)[:-64]:
-                del self._speeds[stale]
-
-    def keep_speeds(self) -> None:
-        with self._lock:
-            text = json.dumps(self._speeds, indent=1)
-        write_atomic(self._speeds_path, text)
-
     def worth(self, identity: str, tokens: int) -> bool:
         """Whether reading so much again would take longer than park_after_s."""
-        per_s = self.speed(identity, "read")
-        return per_s > 0 and tokens / per_s > self._after_s
+        per_s = self.speeds.reading(identity, tokens)
+        return self.parks and per_s > 0 and tokens / per_s > self._after_s
 
     # ---- files
 
@@ -11695,14 +11999,21 @@ def _stem_parts(name: str) -> Tuple[str, int]:
 
 
 def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
-    """The parking of a data directory; None where it is off or cannot be."""
-    if not config.park_gb:
-        return None
+    """The parking of a data directory; None where there can be none."""
     try:
         return Parking(data, config)
     except OSError as exc:
         log.warning(f"no conversation is parked: {exc}")
         return None
+
+
+def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
+    """What is known of a model that is not loaded, with a prompt of so many tokens."""
+    if parking is None or not identity:
+        return Pace()
+    speeds = parking.speeds
+    per_s, keeps = speeds.reading(identity, tokens), parking.worth(identity, tokens)
+    return Pace(per_s, speeds.load_s(identity), False, keeps and not parking.off(identity))
 
 
 class Bay:
@@ -11712,7 +12023,9 @@ class Bay:
                  log: Log) -> None:
         self._parking, self._log = parking, log
         self._name, self._context = tier.name, tier.ctx_size
-        self._identity, self._upstream = identity, upstream
+        self.identity, self._upstream = identity, upstream
+        self.parks = parking.parks              # its server may know nothing of it
+        self.tokens = 0                         # of the last answer, with its prompt
         self._talks: List[Talk] = []
         self._restored: List[Parked] = []       # until the first answer has proved it
         self._asked = 0                         # requests
@@ -11726,7 +12039,7 @@ class Bay:
 
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
-        parking, identity = self._parking, self._identity
+        parking, identity = self._parking, self.identity
         parking.try_again(identity, self._name)
         left, began = self._context, time.monotonic()
         for parked in parking.saved(identity):
@@ -11752,26 +12065,28 @@ class Bay:
                 left -= parked.tokens
         if self._restored:
             tokens = sum(parked.tokens for parked in self._restored)
+            took_s = time.monotonic() - began
+            parking.speeds.note(identity, self._name, "restored", tokens / max(took_s, 1e-3))
             self._log.info(f"{self._name}: restored {tokens:,} tokens of {len(self._restored)}"
-                           f" conversations in {time.monotonic() - began:.2f} s")
+                           f" conversations in {took_s:.2f} s")
         return True
 
     def wants(self, body_bytes: int) -> bool:
         """Whether a request of that size, about to be asked, may be one to keep."""
         with self._lock:
             self._asked += 1
-        if body_bytes > MAX_TALK_BYTES:
+        if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
-        known = self._parking.speed(self._identity, "read")
-        worth = self._parking.worth(self._identity, body_bytes // 2)
+        known = self._parking.speeds.reading(self.identity, 0)
+        worth = self._parking.worth(self.identity, body_bytes // 2)
         return worth or not known or bool(self._restored)
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
-        parking, identity = self._parking, self._identity
+        parking, identity = self._parking, self.identity
         self._answered_at = time.monotonic()
-        if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
-            parking.note_speed(identity, self._name, "read", counts.read_per_s)
+        parking.speeds.note_answer(identity, self._name, counts)
+        self.tokens = counts.prompt + counts.output
         with self._lock:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
@@ -11798,8 +12113,22 @@ class Bay:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
 
+    def pace(self, tokens: int) -> Pace:
+        """What is known of the model with a prompt of so many tokens, now that it is loaded."""
+        return model_pace(self._parking, self.identity, tokens)._replace(loaded=True)
+
+    def back_s(self) -> float:
+        """Seconds until what the model holds now would be there again, after its next load."""
+        speeds = self._parking.speeds
+        if self.parks and self._parking.worth(self.identity, self.tokens):
+            return self.tokens / speeds.get(self.identity, "restored", SAVED_PER_S)
+        per_s = speeds.reading(self.identity, self.tokens)
+        return self.tokens / per_s if per_s else 0.0
+
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
+        if not self.parks:
+            return
         now, every_s = time.monotonic(), self._parking.every_s
         if 0 < every_s < now - self._saved_at and self._answered_at > self._saved_at:
             self._saved_at = now
@@ -11813,22 +12142,22 @@ class Bay:
         """
         with self._saving:
             try:
-                if not self._parking.off(self._identity):
+                if self.parks and not self._parking.off(self.identity):
                     self._save_all(ending)
-                self._parking.keep_speeds()
+                self._parking.speeds.keep()
             except (OSError, ValueError, UserError) as exc:
                 self._log.warning(f"{self._name}: not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
         began, held, numbers = time.monotonic(), self._slots(), []
         end = began + (PARK_S if ending else 1)
-        per_s = self._parking.speed(self._identity, "saved", SAVED_PER_S)
+        per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
             talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
             talks = [other for other in talks if other is not talk]
-            if busy or not self._parking.worth(self._identity, tokens):
+            if busy or not self._parking.worth(self.identity, tokens):
                 continue
             quick = ending or tokens / per_s < 1
             if quick and self._save_slot(slot, slot, tokens, talk, end):
@@ -11885,14 +12214,14 @@ class Bay:
 
         It may take as long as reading it again would, no longer.
         """
-        parking, identity = self._parking, self._identity
+        parking, identity = self._parking, self.identity
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
-        again_s = tokens / parking.speed(identity, "read", 1.0)
+        again_s = tokens / (parking.speeds.reading(identity, tokens) or 1.0)
         timeout_s = max(min(again_s, end - began), 0.1)
         try:
-            if not parking.make_room(tokens * parking.speed(identity, "bytes")):
+            if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
                 return False
             status, said = self._ask_slot(slot, "save", name, timeout_s)
             size, saved = file_size(temporary), said.get("n_saved")
@@ -11900,8 +12229,8 @@ class Bay:
             if not whole or not isinstance(saved, int) or saved < 1:
                 raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
             took_s = time.monotonic() - began
-            parking.note_speed(identity, self._name, "bytes", size / saved)
-            parking.note_speed(identity, self._name, "saved", saved / took_s)
+            parking.speeds.note(identity, self._name, "bytes", size / saved)
+            parking.speeds.note(identity, self._name, "saved", saved / took_s)
             self._drop_older(number, talk)
             edges = file_edges(temporary)
             parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt)
@@ -11916,10 +12245,10 @@ class Bay:
     def _drop_older(self, number: int, talk: Talk) -> None:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
-        for parked in self._parking.saved(self._identity):
+        for parked in self._parking.saved(self.identity):
             same = beginning(values, parked.turns) == parked.begins != ""
             if same and parked.slot != number:
-                self._parking.drop(self._identity, parked.slot)
+                self._parking.drop(self.identity, parked.slot)
 
     def _pull(self, talk: Talk, end: float) -> int:
         """Bring a conversation from the host's prompt cache into a slot; -1 where it is not there."""
@@ -11967,6 +12296,7 @@ class Model:
         self.failed_at = -1e9
         self.loads = self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
+        self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
 
     @property
@@ -12191,8 +12521,11 @@ class Engine:
         before = self._tickets[:self._tickets.index(ticket)]
         wanted = {t.model.name for t in before}
         busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
-        names = [m.name for m in sorted(running, key=lambda m: (m.name in busy, m.last_used))]
-        victims = choose_evictions(model.name, names, self._sets, self._costs)
+        now = time.monotonic()
+        costs = {m.name: self._keeping_cost(m, now) for m in running}
+        running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
+        names = [m.name for m in running]
+        victims = choose_evictions(model.name, names, self._sets, costs)
         staying = [n for n in names if n not in victims]
         limit_gb = self._budget_gb
         if self.pressure:                       # no more than is held now
@@ -12200,7 +12533,7 @@ class Engine:
         if model.gb > limit_gb:
             raise LoadError(f"{model.name} needs about {model.gb:.1f} GB, and {self.pressure}")
         while sum(self.models[n].gb for n in staying) + model.gb > limit_gb:
-            victims.append(staying.pop(0))      # idle ones first, the longest unused of these
+            victims.append(staying.pop(0))      # idle ones first, the cheapest to bring back
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
 
@@ -12220,9 +12553,12 @@ class Engine:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
                 victim.evictions += 1
+            began = time.monotonic()
             self._start(model)
+            load_s = time.monotonic() - began
             while not self._restore(model):
                 self._start(model)
+            self._note_load(model, load_s)
             self._learn_context(model)
             with self._changed:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
@@ -12246,6 +12582,39 @@ class Engine:
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _note_load(self, model: Model, load_s: float) -> None:
+        """Learn how long a load took: off the disk where half of the weights came from there."""
+        if self._parking is None or model.bay is None:
+            return
+        weights = cached_model(weights_for(model.tier, self.use_next), self._local_env)
+        fetched = bytes_fetched(model.process.pid)
+        kind = "disk" if fetched > file_size(weights) / 2 else "load"
+        model.identity = model.bay.identity
+        self._parking.speeds.note(model.identity, model.name, kind, load_s)
+
+    def pace(self, name: str, tokens: int) -> Pace:
+        """What is known of a tier with a prompt of so many tokens."""
+        model = self.models.get(name)
+        if model is None or self._parking is None:
+            return Pace()
+        bay = model.bay
+        if bay is not None and model.state == "ready":
+            return bay.pace(tokens)
+        identity = model.identity or self._parking.speeds.identity_of(name)
+        return model_pace(self._parking, identity, tokens)
+
+    def _keeping_cost(self, model: Model, now: float) -> float:
+        """Seconds to bring a model back with what it holds, less for one that was idle for long.
+
+        After a minute without a request that counts half, after nine minutes a tenth.
+        """
+        back_s = float(self._costs.get(model.name, 1))
+        if self._parking is not None and model.identity:
+            back_s = self._parking.speeds.load_s(model.identity) or back_s
+        if model.bay is not None:
+            back_s += model.bay.back_s()
+        return back_s / (1 + max(now - model.last_used, 0.0) / 60)
 
     def _note_failure(self, model: Model, why: str) -> None:
         with self._changed:
@@ -12336,7 +12705,7 @@ class Engine:
 
         Each time a file is gone, so another server dies of another file or not at all.
         """
-        if self._parking is None or "--slot-save-path" not in model.command:
+        if self._parking is None or model.proxy:
             return True
         assert model.upstream is not None
         weights = cached_model(weights_for(model.tier, self.use_next), self._local_env)
@@ -12346,7 +12715,9 @@ class Engine:
             self._log.warning(f"{model.name}: nothing is parked, its file is not found: {exc}")
             return True
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
-        if not bay.restore() and not self._healthy(model.process, model.upstream, "/health"):
+        bay.parks = bay.parks and "--slot-save-path" in model.command
+        restored = not bay.parks or bay.restore()
+        if not restored and not self._healthy(model.process, model.upstream, "/health"):
             stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
             return False
         model.bay = bay
@@ -12461,6 +12832,13 @@ class Engine:
     def rotate_logs(self) -> None:
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
+
+    def keep_speeds(self) -> None:
+        if self._parking is not None:
+            try:
+                self._parking.speeds.keep()
+            except UserError as exc:
+                self._log.warning(str(exc))
 
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
@@ -12591,6 +12969,7 @@ class EngineApp(Behind):
             self._last_rotation = time.monotonic()
             self.log.rotate()
             self.engine.rotate_logs()
+            self.engine.keep_speeds()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
@@ -12614,6 +12993,9 @@ class EngineApp(Behind):
 
     def lease(self, name: str) -> Lease:
         return self.engine.lease(name)
+
+    def pace(self, name: str, tokens: int) -> Pace:
+        return self.engine.pace(name, tokens)
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
         return {"object": "list", "data": self._listing()}
@@ -12791,16 +13173,29 @@ class SwapBays:
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
         make_private_dir(self._parking.directory)   # its servers do not start without
+        is_up = name in (running_states(swap) or {})
+        began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
+        load_s = time.monotonic() - began
         port = swap_ports(swap).get(name)
         if not port:
             return None
         server = Upstream("127.0.0.1", port)
         server.key = swap.key
         bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
+        if not is_up:
+            self._parking.speeds.note(bay.identity, name, "load", load_s)
         if bay.fresh():
             bay.restore()
         return bay
+
+    def pace(self, name: str, tokens: int) -> Pace:
+        """What is known of a model with a prompt of so many tokens."""
+        settling = self._settling.get(name)
+        if settling is not None and settling.bay is not None:
+            return settling.bay.pace(tokens)
+        identity = self._parking.speeds.identity_of(name)
+        return model_pace(self._parking, identity, tokens)
 
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
@@ -12933,6 +13328,11 @@ class SwapApp(UpstreamApp):
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""
         return target if target.startswith("/v1/") else f"/upstream/{name}{target}"
+
+    def pace(self, name: str, tokens: int) -> Pace:
+        if self._bays is None or name not in self._models or name == PROXY:
+            return Pace()
+        return self._bays.pace(name, tokens)
 
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
@@ -13114,6 +13514,19 @@ def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
         return tier
 
 
+def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) -> Dict[str, float]:
+    """Tier -> the GB that evict_cost goes by: its weights, or what as many would take to load.
+
+    The second where a load has been seen on this machine, under either engine.
+    """
+    found = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
+    for tier in local:
+        load_s = speeds.load_s(speeds.identity_of(tier.name))
+        if load_s:
+            found[tier.name] = load_s * LOADED_GB_PER_S
+    return found
+
+
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
                     path: str) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
@@ -13134,7 +13547,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.need_gb for fit in fits},
-        weights_gb={fit.name: fit.memory.weights / 1e9 for fit in fits if fit.memory},
+        weights_gb=costly_gb(local, fits, Speeds(places.data)),
         budget_gb=machine.budget_gb,
         proxy=proxy,
         own=own_binaries(config, env, places.data),
@@ -16321,7 +16734,7 @@ def extra_file(name: str) -> str:
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
-    ("Decisions", "why replay"),
+    ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit"),
     ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
@@ -16878,6 +17291,23 @@ def _why_decision(args: Any, places: Places, config: Config,
                         "give it the body of a request", 2) from None
 
 
+def _known_costs(places: Places, decision: Decision) -> Dict[str, Dict[str, float]]:
+    """Tier of the ladder -> seconds to read the request anew and to load it, where they are known.
+
+    Nothing for another machine's router: its speeds are not ours.
+    """
+    found = {}
+    speeds = Speeds(places.data)
+    tokens = decision.facts.full_tokens
+    for tier in () if trusted_url(places) else decision.preference:
+        identity = speeds.identity_of(tier.name)
+        per_s = speeds.reading(identity, tokens)
+        if per_s and tier.backend == "gguf":
+            found[tier.name] = {"read_s": round(tokens / per_s, 1),
+                                "load_s": round(speeds.load_s(identity), 1)}
+    return found
+
+
 def _cmd_why(args: Any) -> int:
     places = _places(args)
     config = _why_config(places)
@@ -16893,9 +17323,11 @@ def _cmd_why(args: Any) -> int:
         if wrong:
             why += f"; {wrong}"
     refused = decision.refused
+    costs = _known_costs(places, decision)
     if args.json:
         found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-                 "reason": why, "refused": refused, "nearest": decision.nearest or None}
+                 "reason": why, "refused": refused, "nearest": decision.nearest or None,
+                 "takes": costs}
         say(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
     say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
@@ -16903,6 +17335,9 @@ def _cmd_why(args: Any) -> int:
         say(f"  not {name}: {reason}")
     if decision.nearest:
         say(f"  nearest change: {decision.nearest}")
+    for name, takes in costs.items():
+        say(f"  on {name}: about {takes['read_s']:,.1f} s to read it anew,"
+            f" {takes['load_s']:,.1f} s more where it must be loaded")
     return 0
 
 
@@ -17041,7 +17476,7 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
         flags = probe(server)
         tier = ready_tier(tier, os.environ, use_next)
         words = server_command(server, tier, config, port, use_next, flags)
-        if parking is not None and "--slot-save-path" not in flags:
+        if parking is not None and parking.parks and "--slot-save-path" not in flags:
             words += parking_flags(places.data)
         return words
 
@@ -17078,7 +17513,7 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
         weights = cached_model(weights_for(tier, use_next), env)
         return parking_identity([*words, *parking_flags(data)], weights, env)
 
-    if parking is not None and server and "--slot-save-path" not in refused:
+    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 

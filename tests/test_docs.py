@@ -33,7 +33,7 @@ OF_OTHER_PROGRAMS = {
     "--lint", "--peer", "--pyz", "--rounds", "--swap",                              # tests, benchmarks
     "--clients", "--kills", "--program", "--quick", "--seconds", "--seed",          # chaos
     "--api-key", "--cache-ram", "--ctx-checkpoints", "--device", "--no-jinja",      # llama-server
-    "--slot-save-path",
+    "--slot-save-path", "--slot-prompt-similarity",
     "--oss", "--user"}
 SET_FOR_CHILDREN = {llmstack.STACK_VARIABLE, "HF_HUB_DISABLE_PROGRESS_BARS",
                     "HF_HUB_DISABLE_TELEMETRY", "LLAMA_API_KEY"}

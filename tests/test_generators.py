@@ -60,7 +60,7 @@ def config_of(*tiers: Tier) -> Config:
 
 
 SHARED = {"--host": "127.0.0.1", "--port": "10007", "-ngl": "999", "-fa": "on", "--jinja": "", "--cache-type-k": "q8_0",
-          "--cache-type-v": "q8_0", "--threads": "-1", "--no-warmup": "", "--no-mmap": "",
+          "--cache-type-v": "q8_0", "--threads": "-1", "--slot-prompt-similarity": "0.8", "--no-warmup": "", "--no-mmap": "",
           "--cors-origins": "localhost"}
 HERETIC = "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
 OWN = {
@@ -100,7 +100,8 @@ def test_settings_of_default_reach_the_command_line() -> None:
                                      "cache_type_k": "f16", "cache_type_v": "bf16"})
     flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
-                     "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6", "--no-warmup": "", "--no-mmap": "",
+                     "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6",
+                     "--slot-prompt-similarity": "0.8", "--no-warmup": "", "--no-mmap": "",
                      "--no-jinja": "",
                      "--cors-origins": "localhost",
                      "--alias": "a", "-c": "32768"}

@@ -10,6 +10,7 @@ import ast
 import io
 import itertools
 import json
+import os
 import random
 import re
 import time
@@ -947,14 +948,31 @@ def test_why_explains_a_request_to_programs(capsys: pytest.CaptureFixture[str]) 
     write_ini(INI)
     assert why(chat("x" * 4 * 33_000), "--json") == 0
     out = json.loads(capsys.readouterr().out)
-    assert list(out) == ["tier", "rung", "tokens", "reason", "refused", "nearest"]
+    assert list(out) == ["tier", "rung", "tokens", "reason", "refused", "nearest", "takes"]
     assert out == {
         "tier": "code-fast", "rung": "long", "tokens": 33_000,
         "reason": "33,000 tokens > 32,000: stepping down to the long window",
         "refused": {"code-smart": "33,000 tokens > 32,000 and 1 user turns < 10",
                     "code-ultra": "code-ultra holds 24,000 tokens, this needs 34,024"},
         "nearest": "9 more user turns \u2192 code-smart",
+        "takes": {},
     }
+
+
+def test_why_says_what_a_tier_takes_where_that_is_known(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    write_ini(INI)
+    speeds = llmstack.Speeds(llmstack.find_places(os.environ).data)
+    speeds.note("i", "code-fast", "read", 1_000.0)
+    speeds.note("i", "code-fast", "load", 4.0)
+    speeds.keep()
+    body = chat("x" * 4 * 33_000)
+    assert why(body, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["takes"] == {
+        "code-fast": {"read_s": 33.0, "load_s": 4.0}}
+    assert why(body) == 0
+    assert ("  on code-fast: about 33.0 s to read it anew, 4.0 s more where it must be loaded"
+            in capsys.readouterr().out)
 
 
 def test_why_knows_no_nearest_at_the_top(capsys: pytest.CaptureFixture[str]) -> None:
