@@ -14476,10 +14476,10 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
 _HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
 
 
-def _ask_hub(config: Config, env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
-    """What the hub says of the tiers' files, and a note where it does not answer."""
+def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
+    """What the hub says of the files of local tiers, and a note where it does not answer."""
     wanted: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
+    for tier in tiers:
         for weights in {weights_for(tier, False), weights_for(tier, True)}:
             if weights.repo:
                 wanted.setdefault(weights.repo, []).append(weights.file)
@@ -14493,29 +14493,40 @@ def _ask_hub(config: Config, env: Mapping[str, str]) -> Tuple[_HubFiles, List[st
     return found, []
 
 
-def _weights_need(found: Mapping[str, Any], tier: Tier, label: str) -> str:
-    """What is to be done about a tier's file of a channel, "" for nothing."""
-    if found["problem"]:
-        return str(found["problem"])
+class Need(NamedTuple):
+    """Something that `check` has found for the user to do."""
+
+    tier: str                                   # "" for what is no tier's
+    what: str
+    command: str = ""                           # of llmstack; "" where the user has to edit
+
+
+def _weights_needs(found: Mapping[str, Any], tier: Tier, label: str) -> List[Need]:
+    """What is to be done about a tier's file of a channel."""
     fetch = f"`llmstack download {tier.name}` fetches it"
-    if found["local"] == "partial":
-        return f"not whole yet; {fetch}"
-    if found["local"] == "missing" and label == "current":
-        return f"not here yet; {fetch}"
-    return ""
+    what, command = found["problem"], ""
+    if found["local"] == "outdated":
+        command = "download"
+    elif not what and found["local"] == "partial":
+        what, command = f"not whole yet; {fetch}", "download"
+    elif not what and found["local"] == "missing" and label == "current":
+        what, command = f"not here yet; {fetch}", "download"
+    if not what:
+        return []
+    return [Need(tier.name, f"{tier.name} ({label}): {what}", command)]
 
 
 def _check_server(config: Config, env: Mapping[str, str],
-                  data: str) -> Tuple[Optional[str], List[str]]:
+                  data: str) -> Tuple[Optional[str], List[Need]]:
     """(llama-server's name, what is to be done about it)."""
     try:
         program = find_llama_server(config, env, data)
     except UserError as exc:                    # a program that is named and not there
-        return None, [str(exc)]
+        return None, [Need("", str(exc))]
     if program:
         return program_name(program), []
     if local_tiers(config):
-        return None, ["there is no llama-server on this machine"]
+        return None, [Need("", "there is no llama-server on this machine", "setup")]
     return None, []
 
 
@@ -14560,48 +14571,87 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any],
     }
 
 
-def check_stack(places: Places, config: Config, env: Mapping[str, str],
-                offline: bool) -> Dict[str, Any]:
+def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
+                 env: Mapping[str, str]) -> Dict[str, Any]:
+    """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
+    files = {}
+    for label in ("current", "next"):
+        weights = weights_for(tier, label == "next")
+        if weights.channel != label:
+            continue
+        found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
+        if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
+            found["local"] = "downloading"
+        files[label] = found
+    return files
+
+
+def _tier_needs(tier: Tier, row: Mapping[str, Any]) -> List[Need]:
+    """What is to be done about a tier. `row`: as check_stack has it."""
+    needs = []
+    if row.get("problem"):
+        needs.append(Need(tier.name, f"{tier.name}: {row['problem']}"))
+    mends_drift = ""
+    if tier.backend == "gguf":
+        mends_drift = "restart"
+    for label in ("current", "next"):
+        if label in row:
+            needs += _weights_needs(row[label], tier, label)
+    for what in row["drift"]:
+        needs.append(Need(tier.name, f"{tier.name}: DRIFT! {what}", mends_drift))
+    return needs
+
+
+def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
+    """The commands that do what is needed, in their order, then what only the user can mend."""
+    words = []
+    for command in ("setup", "download", "restart"):
+        names = [need.tier for need in needs if need.command == command]
+        if command == "download":
+            command = " ".join([command, *dict.fromkeys(names)])
+        if names:
+            words.append(f"`llmstack {command}`")
+        if names and fetch_bytes and command.startswith("download"):
+            words[-1] += f" ({fetch_bytes / 1e9:.1f} GB)"
+    mended = dict.fromkeys(need.tier or need.what for need in needs if not need.command)
+    if mended:
+        words.append("mend " + ", ".join(mended))
+    return ", then ".join(words)
+
+
+def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool,
+                names: Sequence[str] = ()) -> Dict[str, Any]:
     """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
 
-    `needs` says what the user must do.
+    `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
+    Errors: UserError for a name that is no tier's.
     """
+    tiers = _named_tiers(config, names) if names else list(config.tiers)
     hub: _HubFiles = {}
     notes: List[str] = []
     if not offline:
-        hub, notes = _ask_hub(config, env)
+        hub, notes = _ask_hub([tier for tier in tiers if tier.backend == "gguf"], env)
     drift = find_drift(places, config)
+    for difference in litellm_differences(config, read_litellm_file(places, env)):
+        name, _, what = difference.partition(": ")
+        drift.setdefault(name, []).append(what)
     unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env, False)}
     busy = {(row["tier"], row["label"]) for row in download_rows(places)
             if row["state"] in ("queued", "running")}
-    needs: List[str] = []
-    tiers = []
-    for tier in config.tiers:
+    server, needs = _check_server(config, env, places.data)
+    rows = []
+    for tier in tiers:
         row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
                                "drift": drift.get(tier.name, [])}
-        tiers.append(row)
-        if tier.backend != "gguf":
-            problem = unset.get(tier.name, "")
-            row.update(model=tier.model, model_next=tier.model_next or None, problem=problem)
-            if problem:
-                needs.append(f"{tier.name}: {problem}")
-            continue
-        for label in ("current", "next"):
-            weights = weights_for(tier, label == "next")
-            if weights.channel != label:
-                continue
-            found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-            if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-                found["local"] = "downloading"
-            row[label] = found
-            need = _weights_need(found, tier, label)
-            if need:
-                needs.append(f"{tier.name} ({label}): {need}")
-        needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
-    differences = litellm_differences(config, read_litellm_file(places, env))
-    needs += [f"DRIFT! {what}" for what in differences]
-    server, lacking = _check_server(config, env, places.data)
-    needs += lacking
+        if tier.backend == "gguf":
+            row.update(_check_local(tier, hub, busy, env))
+        else:
+            row.update(model=tier.model, model_next=tier.model_next or None,
+                       problem=unset.get(tier.name, ""))
+        rows.append(row)
+        needs += _tier_needs(tier, row)
+    fetch = [row["current"] for row in rows if "current" in row]
+    fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
@@ -14609,8 +14659,9 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str],
         "cache": hub_cache_dir(env),
         "llama_server": server,
         "llama_swap": find_llama_swap(env, places.data) or None,
-        "tiers": tiers,
-        "needs": needs,
+        "tiers": rows,
+        "needs": [need.what for need in needs],
+        "todo": todo_words(needs, fetch_bytes),
         "notes": notes,
     }
 
@@ -14950,7 +15001,9 @@ if IS_MAC:
 WATCH_SILENCE_S = 40                            # the stream says something every 15 s
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
-                 "failed to load": "31", "failing": "31", "no credential": "31"}
+                 "failed to load": "31", "failing": "31", "no credential": "31",
+                 "intact": "32", "served": "32", "missing": "33", "partial": "33",
+                 "damaged": "31", "outdated": "33", "not served": "31"}
 
 
 def value_in(row: Any, key: str) -> Any:
@@ -15057,8 +15110,8 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
-_LEFT_OUT = (("role", 22), ("speed", 0), ("context", 0), ("memory", 0))
-_RIGHT = ("context", "memory", "speed")
+_LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
+_RIGHT = ("context", "memory", "speed", "size")
 
 
 def _state_colour(state: str) -> str:
@@ -15072,29 +15125,33 @@ def _wrapped(text: str, width: int, indent: str) -> List[str]:
                          break_on_hyphens=False)
 
 
-def render_tiers(lines: Sequence[TierLine], width: int, colour: Colour) -> List[str]:
-    """The table of tiers; a note that does not fit goes below its row."""
-    columns = [c for c in TierLine._fields if c != "note" and any(getattr(t, c) for t in lines)]
-    wide = {c: max(len(getattr(t, c)) for t in lines) for c in columns}
+def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
+    """Rows of the same NamedTuple of texts, its fields as columns; empty columns are left out.
+
+    `state` has a colour. A `note`, the last field, goes below its row where it does not fit.
+    """
+    names = rows[0]._fields[:-1] if rows else ()
+    columns = [name for name in names if any(getattr(row, name) for row in rows)]
+    wide = {c: max(len(getattr(row, c)) for row in rows) for c in columns}
     for name, beside in _LEFT_OUT:
         if name in columns and sum(wide[c] + 2 for c in columns) + beside > width:
             columns.remove(name)
     shown = []
-    for line in lines:
+    for row in rows:
         cells = []
         for column in columns:
-            text = getattr(line, column)
+            text = getattr(row, column)
             padding = " " * (wide[column] - len(text))
             if column == "state":
                 text = colour(text, _state_colour(text))
             cells.append(padding + text if column in _RIGHT else text + padding)
         room = width - sum(wide[c] + 2 for c in columns)
-        if line.note and len(line.note) <= room:
-            cells.append(line.note)
+        if row.note and len(row.note) <= room:
+            cells.append(row.note)
             shown.append("  ".join(cells))
             continue
         shown.append("  ".join(cells).rstrip())
-        shown += _wrapped("    " + line.note, width, "    ")
+        shown += _wrapped("    " + row.note, width, "    ")
     return shown
 
 
@@ -15137,7 +15194,7 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
         for words in head[1:]:
             lines += _wrapped(words, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
-    lines += render_tiers(tiers, width, colour)
+    lines += render_table(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
         if text_in(row, "state") != "done":
             name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
@@ -15149,6 +15206,82 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if decisions:
         lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
     return lines
+
+
+class CheckLine(NamedTuple):
+    """A tier's row of `check`, or that of its queued file; `note` may be a sentence."""
+
+    tier: str
+    role: str
+    model: str
+    size: str
+    state: str
+    note: str
+
+
+def _check_file_line(row: Mapping[str, Any], label: str) -> CheckLine:
+    file, name = row[label], row["tier"]
+    notes = [file["problem"]]
+    if file["local"] == "missing" and not file["problem"]:
+        notes.append("queued" if label == "next" else f"llmstack download {name}")
+    if label == "current":
+        notes += [f"DRIFT! {what}" for what in row["drift"]]
+    return CheckLine(
+        tier=name if label == "current" else "  next",
+        role=row["role"] or "-",
+        model=file.get("file") or os.path.basename(file["path"]),
+        size=size_words(file["size_bytes"] or 0),
+        state=file["local"],
+        note="; ".join(filter(None, notes)),
+    )
+
+
+def check_lines(row: Mapping[str, Any]) -> List[CheckLine]:
+    """The rows of a tier of check_stack: one, and one for its queued file."""
+    if row["backend"] == "gguf":
+        return [_check_file_line(row, label) for label in ("current", "next") if label in row]
+    notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
+    if row["model_next"]:
+        notes.append(f"queued: {row['model_next']}")
+    state = "not served" if row["problem"] else "served"
+    return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
+                      "; ".join(filter(None, notes)))]
+
+
+def _where_lines(row: Mapping[str, Any]) -> List[str]:
+    """Where the files of a tier of check_stack come from."""
+    lines = []
+    for label in ("current", "next"):
+        file = row.get(label)
+        if file is None:
+            continue
+        where = file.get("path") or f"{file['url']} {file['file']}"
+        if file.get("changed"):
+            where += f", changed {file['changed']}"
+        lines.append(f"{label:<8}  {where}")
+    return lines
+
+
+def render_check(found: Mapping[str, Any], width: int, colour: Colour,
+                 detailed: bool) -> List[str]:
+    """The value of check_stack as a table, and a line of what to do.
+
+    `detailed`: with where each file comes from.
+    """
+    lines = [line for row in found["tiers"] for line in check_lines(row)]
+    shown = render_table(lines, width, colour)
+    if detailed:
+        for row in found["tiers"]:
+            for line in _where_lines(row):
+                shown += _wrapped(line, width, " " * 10)
+    swap = found["llama_swap"] or "none; the embedded engine serves"
+    shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
+    shown += _wrapped(f"llama-swap    {swap}", width, " " * 14)
+    if found["ok"]:
+        return [*shown, colour("All is as it should be.", "32")]
+    todo = _wrapped(f"To do: {found['todo']}.", width, "  ")
+    todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
+    return shown + todo
 
 
 def _received(sock: socket.socket) -> bytes:
@@ -15789,7 +15922,7 @@ def _status_of_parts(rows: Dict[str, Any], config: Config, width: int, demo: str
         return lines
     tiers = [tier_line(_at_rest(row, rows, config), {}, time.time()) for row in rows["tiers"]]
     if tiers:
-        lines += ["", *render_tiers(tiers, width, paint)]
+        lines += ["", *render_table(tiers, width, paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -16123,7 +16256,7 @@ def _read_body(file: str) -> Dict[str, Any]:
 
 
 def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
-    """(a body with the tier that its model means, "gpt-4o is auto here: " or "").
+    """(a body with the tier that its model means, "gpt-4o is auto here" or "").
 
     Errors: UserError, as the router answers 404.
     """
@@ -16134,27 +16267,111 @@ def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[
                         "name one of them, or give the name a line in [ALIASES]", 1)
     if name == given or given is None:
         return body, ""
-    return {**body, "model": name}, f"{visible(str(given))} is {name} here: "
+    return {**body, "model": name}, f"{visible(str(given))} is {name} here"
 
 
-def _why_decision(args: Any, places: Places, config: Config,
-                  path: str) -> Tuple[Decision, str]:
-    """The decision for the body that `why` is given, and what its model is here.
+def _is_file_name(word: str) -> bool:
+    if word == "-" or os.path.exists(word):
+        return True
+    return bool(re.match(r"\S+\Z", word)) and (os.path.sep in word or word.endswith(".json"))
+
+
+def _why_body(words: Sequence[str], path: str) -> Dict[str, Any]:
+    """The body of a request: that of a file, or one whose prompt is these words.
 
     Errors: UserError.
     """
-    body, renamed = _as_resolved(config, path, _read_body(args.file))
+    if len(words) == 1 and _is_file_name(words[0]):
+        return _read_body(words[0])
+    if not path.endswith("/chat/completions"):
+        raise UserError("--path is for a request body, and these are words",
+                        "name a file, or leave --path out", 2)
+    return {"model": "auto", "messages": [{"role": "user", "content": " ".join(words)}]}
+
+
+def _why_decision(body: Dict[str, Any], places: Places, config: Config, path: str) -> Decision:
+    """The decision for a body, as the router would make it. Errors: UserError."""
     barred = {**missing_credentials(config, os.environ),
               **unserved_hosted(places, config, os.environ, False)}
     try:
         facts = read_facts(path, body, config.routing.ultra_triggers)
-        return decide(facts, config, barred=barred), renamed
+        return decide(facts, config, barred=barred)
     except HttpError as exc:
         raise UserError(str(exc),
                         f"give a tier one of these roles in {places.models_ini}", 1) from None
     except RecursionError:
-        raise UserError(f"{args.file} is nested too deeply",
+        raise UserError("the request is nested too deeply",
                         "give it the body of a request", 2) from None
+
+
+# Rung -> (what the request is, what it is for), in words for people.
+RUNG_WORDS: Dict[str, Tuple[str, str]] = {
+    "explicit": ("Asked for by name", ""),
+    "fim": ("Infill", "the fast tier"),
+    "trigger": ("{trigger} is in the prompt", "the best tier you have"),
+    "high": ("Short prompt ({tokens} of {high} tokens)", "the best tier you have"),
+    "mid": ("Longer prompt ({tokens} of {mid} tokens)", "the heavy coder"),
+    "floor": ("Long prompt ({tokens} tokens) in a long conversation ({turns} turns)",
+              "the heavy coder goes on"),
+    "long": ("Long prompt ({tokens} tokens, more than {mid})", "the tier with the long window"),
+}
+
+
+def why_words(decision: Decision) -> str:
+    """Why a request goes where it goes, in a sentence or two for people."""
+    what, aim = RUNG_WORDS[decision.rung]
+    facts, routing = decision.facts, decision.config.routing
+    what = what.format(
+        trigger=facts.trigger, turns=facts.turns, tokens=f"{max(facts.tokens, 1):,}",
+        high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}")
+    if not decision.chain:                      # asked for by name
+        return what
+    best, chosen = decision.preference[0], decision.chain[0]
+    if chosen is not best:
+        return f"{what}, for {best.name}. But {decision.refused[best.name]}"
+    need = tokens_needed(facts, chosen)
+    if need > chosen.ctx_size:
+        return f"{what}. No tier holds {need:,} tokens; this one has the largest context"
+    if best.role != RUNGS[decision.rung][0] and aim != "the best tier you have":
+        aim = f"there is no {RUNGS[decision.rung][0]} tier here"
+    return f"{what}: {aim}"
+
+
+class WhyLine(NamedTuple):
+    """A rung of the ladder as `why` shows it, the best tier first."""
+
+    mark: str
+    tier: str
+    role: str
+    context: str
+    note: str
+
+
+def why_lines(decision: Decision) -> List[WhyLine]:
+    """The ladder with what was passed over, and the tiers that are on none."""
+    if not decision.chain:
+        return []
+    config, refused = decision.config, decision.refused
+    others = [t for t in config.tiers if t not in config.ladder]
+    lines = []
+    for tier in (*config.ladder, *others):
+        mark, note = "", refused.get(tier.name, "")
+        if tier.name == decision.tier:
+            mark, note = "\u2192", "taken"
+        lines.append(WhyLine(mark, tier.name, tier.role or "-", context_words(tier.ctx_size), note))
+    return lines
+
+
+def _say_why(decision: Decision, renamed: str, wrong: str) -> None:
+    sentences = [paint(decision.tier, "1"), renamed, why_words(decision), wrong]
+    say(". ".join(filter(None, sentences)))
+    lines = render_table(why_lines(decision), _columns(), paint)
+    if lines:
+        say("")
+    for line in lines:
+        say(line)
+    if decision.nearest:
+        say(f"Nearest change: {decision.nearest}")
 
 
 def _cmd_why(args: Any) -> int:
@@ -16164,47 +16381,36 @@ def _cmd_why(args: Any) -> int:
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on",
                         "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    decision, renamed = _why_decision(args, places, config, path)
-    why = renamed + decision.reason
-    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
-    if tier is not None and tier.backend != "gguf":
-        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
-        if wrong:
-            why += f"; {wrong}"
-    refused = decision.refused
-    if args.json:
-        found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-                 "reason": why, "refused": refused, "nearest": decision.nearest or None}
-        say(json.dumps(found, indent=2, ensure_ascii=False))
+    body, renamed = _as_resolved(config, path, _why_body(args.request, path))
+    decision = _why_decision(body, places, config, path)
+    wrong = ""
+    tier = config.by_name(decision.tier)
+    if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
+        wrong = plan_route(tier, config, False, decision.down).refused[1]
+    if not args.json:
+        _say_why(decision, renamed, wrong)
         return 0
-    say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
-    for name, reason in refused.items():
-        say(f"  not {name}: {reason}")
-    if decision.nearest:
-        say(f"  nearest change: {decision.nearest}")
+    reason = "; ".join(filter(None, [decision.reason, wrong]))
+    if renamed:
+        reason = f"{renamed}: {reason}"
+    found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
+             "reason": reason, "refused": decision.refused,
+             "nearest": decision.nearest or None}
+    say(json.dumps(found, indent=2, ensure_ascii=False))
     return 0
 
 
 def _add_why(commands: Any) -> None:
     parser = commands.add_parser(
         "why", help="which tier a request would go to, and why",
-        description="Print the decision for a request body without sending anything.")
-    parser.add_argument("file", metavar="FILE", help="a JSON request body, - for standard input")
+        description="Print the decision for a prompt or a request body without sending anything.")
+    parser.add_argument("request", metavar="WORDS|FILE", nargs="+",
+                        help="a prompt in plain words, or a JSON request body; - for standard"
+                             " input")
     parser.add_argument("--path", metavar="P", default="/v1/chat/completions",
                         help="the path it would be posted to (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_cmd_why)
-
-
-def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
-    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
-    if not names:
-        return [t.name for t in config.tiers]
-    for name in names:
-        if config.by_name(name) is None:
-            raise UserError(f"there is no tier {name}",
-                            "one of " + ", ".join(t.name for t in config.tiers), 2)
-    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
 
 
 class FitSet(NamedTuple):
@@ -16265,12 +16471,12 @@ def _cmd_fit(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
-    chosen = _fit_tiers(config, args.tiers)
+    chosen = [t.name for t in _named_tiers(config, args.tiers)]
     use_next = _wants_next(args, places, config)
     config = true_config(config, places, use_next, warn)
     machine = running_machine(places, config) or this_machine(config)
     fits = measure_tiers(config, machine, os.environ, use_next, True)
-    fits = [f for f in fits if f.name in chosen]
+    fits = [f for f in fits if f.name in chosen or not chosen]
     sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
             for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
     if args.json:
@@ -16728,55 +16934,19 @@ def _add_install_llama_swap(commands: Any) -> None:
     parser.set_defaults(run=_cmd_install_llama_swap)
 
 
-# Whether the hub has a file -> what `check` says of it.
-_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
-
-
-def _say_weights(label: str, row: Mapping[str, Any]) -> None:
-    """A tier's file of a channel, as `check` shows it."""
-    where, known = row.get("path"), "a file here"
-    if "repo" in row:
-        where = f"{row['url']} {row['file']}"
-        known = _HUB_WORDS[row["exists"]]
-    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    changed = f", changed {row['changed']}" if row.get("changed") else ""
-    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
-    say(f"  {label:<8} {where}")
-    say(f"           {known}, {size}{changed}; local copy: {local}")
-
-
-def _say_check(row: Mapping[str, Any]) -> None:
-    """A tier of `check`."""
-    say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
-    if "model" in row:
-        queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
-        say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
-    for label in ("current", "next"):
-        if label in row:
-            _say_weights(label, row[label])
-    for what in row["drift"]:
-        say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
-
-
 def _cmd_check(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline)
-    code = 0 if found["ok"] else 1
+    found = check_stack(places, config, os.environ, args.offline, args.tiers)
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))
-        return code
-    for row in found["tiers"]:
-        _say_check(row)
-    say("")
-    say(f"llama-server  {found['llama_server'] or 'none'}")
-    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
-    for note in found["notes"]:
-        warn(note)
-    for need in found["needs"]:
-        say(f"{paint('needs you', '33')}: {need}")
-    return code
+    else:
+        for line in render_check(found, _columns(), paint, bool(args.tiers)):
+            say(line)
+        for note in found["notes"]:
+            warn(note)
+    return 0 if found["ok"] else 1
 
 
 def _add_check(commands: Any) -> None:
@@ -16785,7 +16955,9 @@ def _add_check(commands: Any) -> None:
         help="configured models against the hub, the disk and what runs",
         description="Look at every tier: is its file on the hub, is it here and whole, what is"
                     " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
-                    " Exit code 1 when something needs you.")
+                    " The last line says what to do. Exit code 1 when something needs you.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*",
+                        help="these only, and where their files come from")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--offline", action="store_true", help="do not ask the hub")
     parser.set_defaults(run=_cmd_check)
