@@ -311,7 +311,7 @@ def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
     setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
-    with pytest.raises(llmstack.UserError, match="nothing of it is at .*: there is no owner/"):
+    with pytest.raises(llmstack.UserError, match=r"nothing of it is at .*: there is no owner/"):
         llmstack._setup_download(setup)
 
 
@@ -388,7 +388,7 @@ def test_a_network_that_swallows_everything_is_known_at_once(no_server: None, ho
                            lambda question: True, [], [])
     llmstack._setup_ini(setup)
     assert "GB for models" in llmstack._setup_hardware(setup)
-    with pytest.raises(llmstack._Skipped, match="the releases server cannot be reached at .*no answer within 3 s"):
+    with pytest.raises(llmstack._Skipped, match=r"the releases server cannot be reached at .*no answer within 3 s"):
         llmstack._setup_llama_swap(setup)
     with pytest.raises(llmstack.Unreachable, match="no answer within 3 s"):
         llmstack._setup_download(setup)
