@@ -4475,6 +4475,34 @@ def load_failure_words(text: str) -> str:
     return text.partition("\n")[0].rstrip(":")
 
 
+# b11549 prints the first once a batch of 2,048 tokens, the others when a request writes or has
+# ended, and the last when a server begins.
+_READING = re.compile(r"task +([0-9]+) \| (?:prompt processing.* progress = ([01]\.[0-9]+)"
+                      r"|prompt eval time|stop processing)|srv +init: initializing")
+
+
+def prompt_read(log: str) -> float:
+    """The share of its prompt that the only request under way has read, as a llama-server's log
+    says; 0.0 where it does not, or of several."""
+    shares: Dict[str, float] = {}
+    for found in _READING.finditer(log):
+        task, share = found.groups()
+        if task is None:
+            shares.clear()
+        elif share is None:
+            shares.pop(task, None)
+        else:
+            shares[task] = float(share)
+    return sum(shares.values()) if len(shares) == 1 else 0.0
+
+
+def percent_words(share: float) -> str:
+    """" 62 %", "" for nothing that is known."""
+    if not share:
+        return ""
+    return f" {min(share, 1) * 100:.0f} %"
+
+
 # ==================================================================================================
 # PURE: DEMO
 # ==================================================================================================
@@ -7944,6 +7972,10 @@ class Lease:
         """What is waited for, in words ("loading code-smart"), "" for nothing worth saying."""
         return ""
 
+    def prompt_read(self) -> float:
+        """The share of the prompt that has been read, 0.0 where that is not known."""
+        return 0.0
+
     def asks(self, target: str, body: Sequence[bytes]) -> None:
         """What is about to be asked, kept while its answer streams where it may be parked."""
         if self.bay is not None and self.bay.wants(sum(map(len, body))):
@@ -9098,13 +9130,18 @@ class Ongoing:
     def row(self) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
         asked, lease = self.asked, self.lease
-        stage = lease.stage() if lease is not None else ""
+        stage, share = "", 0.0
+        if lease is not None:
+            stage = lease.stage()
+        if not stage and not asked.body:        # let go of when the answer begins
+            stage = "writing"
         if not stage:
-            stage = "writing" if self._client.answering else "reading the prompt"
+            stage = "reading the prompt"
+            share = lease.prompt_read() if lease is not None else 0.0
         seconds = round(time.monotonic() - asked.began_s, 1)
         return {"id": self.number, "model": str(asked.model or "auto"),
-                "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
-                "since_s": seconds}
+                "tier": self.tier, "path": asked.path, "stream": asked.stream,
+                "stage": stage + percent_words(share), "since_s": seconds}
 
 
 class Ladder:
@@ -11226,6 +11263,20 @@ STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded"
                "stopping": "unloading"}
 
 
+def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
+    """The share of its model's files that a loading server has read, 0.0 where that is not known.
+
+    Linux counts what a process has read; a file that is mapped counts for nothing, and one that is
+    read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4.
+    """
+    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
+    size = sum(map(file_size, paths))
+    if not whole or counted is None or int(counted.group(1)) >= size:
+        return 0.0
+    return int(counted.group(1)) / size
+
+
 class _Cancelled(Exception):  # noqa: N818
     """A load is no longer wanted: it was unloaded meanwhile, or the engine is closing."""
 
@@ -11254,6 +11305,9 @@ class Ticket(Lease):
 
     def stage(self) -> str:
         return "" if self._entered else self._engine.stage(self)
+
+    def prompt_read(self) -> float:
+        return self._engine.prompt_read(self.model) if self._entered else 0.0
 
     def end(self) -> None:
         if self._entered:
@@ -11372,7 +11426,7 @@ class Engine:
                 if making_room and model.process is None:
                     return f"unloading {', '.join(making_room)} to load {name}"
                 if model.listening or self._is_here(model):
-                    return f"loading {name}"
+                    return f"loading {name}{percent_words(self._loaded(model))}"
                 return f"downloading {name}"
             if model.state == "ready":
                 return f"queued for {name} behind who has waited longer"
@@ -11380,6 +11434,19 @@ class Engine:
             if busy:
                 return f"waiting for {', '.join(busy)} to finish before {name} can load"
             return f"waiting for {name} to stop before it can load again"
+
+    def _loaded(self, model: Model) -> float:
+        """The share of a model's load that is done, 0.0 where that is not known."""
+        if model.proxy or model.process is None:
+            return 0.0
+        parts = local_parts(weights_for(model.tier, self.use_next), self._local_env)
+        return read_share(model.process.pid, model.command, parts)
+
+    def prompt_read(self, model: Model) -> float:
+        """The share of its prompt that a model's only request has read; its log tells, alone."""
+        if model.proxy or model.in_flight != 1:
+            return 0.0
+        return prompt_read(tail_of(self._log_path(model.name), 200))
 
     def _is_here(self, model: Model) -> bool:
         """False for a model that its server must download first."""
@@ -11738,6 +11805,9 @@ class Engine:
                "evictions": model.evictions, "since": round(since + self._epoch)}
         if not model.proxy:
             row["bytes"] = round(model.gb * 1e9)
+        share = self._loaded(model) if model.state == "starting" else 0.0
+        if share:
+            row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory._asdict()
@@ -15185,9 +15255,11 @@ def context_words(tokens: float) -> str:
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
     mine = [r for r in dicts_in(now, "requests") if text_in(r, "tier") == name]
-    working = [r for r in mine if text_in(r, "stage") in ("writing", "reading the prompt")]
+    working = [r for r in mine if re.match("writing|reading", text_in(r, "stage"))]
     words = []
-    if working:
+    if len(working) == 1 and "%" in text_in(working[0], "stage"):
+        words.append(text_in(working[0], "stage"))
+    elif working:
         words.append(f"{len(working)} answering")
     since = [number_in(r, "began") for r in mine if r not in working]
     if since:
@@ -15215,7 +15287,9 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
     words = _occupation(name, now, now_s)
-    if state == "loading" and since_s:
+    if state == "loading" and number_in(row, "share"):
+        state += percent_words(number_in(row, "share"))
+    elif state == "loading" and since_s:
         state += f" {ago}"
     if note:
         words.append(note)
