@@ -51,7 +51,8 @@ def test_a_share_in_words(share: float, words: str) -> None:
 def test_a_load_is_as_far_as_its_process_has_read(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(bytes(64 << 20))
-    code = f"file = open({str(path)!r}, 'rb'); file.read(32 << 20); print(flush=True); input(); file.read(); print(flush=True); input()"
+    code = (f"file = open({str(path)!r}, 'rb'); file.read(32 << 20); print(flush=True); input()\n"
+            "file.read(); print(flush=True); input()")
     reader = subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert reader.stdin is not None
     assert reader.stdout is not None
