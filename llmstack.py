@@ -8256,8 +8256,8 @@ class Behind(App):
         raise NotImplementedError
 
     def watched(self) -> Dict[str, Any]:
-        """What it runs, for who looks on: `models`, a row a name; `budget` and `parked` in bytes;
-        `pressure`, why no more memory is taken now."""
+        """What it runs, for who looks on: `models`, a row a name; `parked`, a row a conversation;
+        `budget` in bytes; `pressure`, why no more memory is taken now."""
         return {}
 
     def start(self) -> None:
@@ -8352,16 +8352,11 @@ class Recorder:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._salt = os.urandom(16)
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
-    def add(self, row: Dict[str, Any], conversation: str) -> None:
-        """Keep a row; the conversation is told by a hash that nobody can look up."""
-        import hashlib
-        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        name = digest.hexdigest()[:12] if conversation else ""
-        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._waiting.append({"time": round(time.time(), 3), **row})
 
     def flush(self) -> None:
         """Write what waits. A full disk loses lines, and stops nothing."""
@@ -8529,6 +8524,7 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
+        self._salt = os.urandom(16)
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -8537,6 +8533,12 @@ class Events:
         self._asking = threading.Lock()
         self._state: Dict[str, Any] = {}
         self._asked_s = -1e9
+
+    def name_of(self, conversation: str) -> str:
+        """What a conversation is called: a hash of its key that nobody can look up."""
+        import hashlib
+        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
+        return digest.hexdigest()[:12] if conversation else ""
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -9561,10 +9563,12 @@ class RouterApp(App):
         watched = self.behind.watched()
         models = watched.get("models", {})
         taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
+        parked = watched.get("parked", [])
         memory = {"budget": watched.get("budget", 0), "resident": taken,
-                  "parked": watched.get("parked", 0), "pressure": watched.get("pressure", "")}
+                  "parked": sum(row["bytes"] for row in parked),
+                  "pressure": watched.get("pressure", "")}
         return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
-                "requests": self._under_way()}
+                "parked": parked, "requests": self._under_way()}
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
@@ -9747,9 +9751,10 @@ class RouterApp(App):
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
         if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
             row["per_s"] = round(row["output"] / writing_s, 1)
+        row = {"conversation": self.events.name_of(asked.conversation), **row}
         self.events.add(row)
         if self._record is not None:
-            self._record.add(row, asked.conversation)
+            self._record.add(row)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -10857,6 +10862,14 @@ def _names_in(directory: str) -> List[str]:
         return []
 
 
+def _changed_s(path: str) -> float:
+    """When a file was written last, 0.0 for none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
 class Parking:
     """The directory of what is parked, its limits, and the speeds that say what is worth it."""
 
@@ -10934,6 +10947,18 @@ class Parking:
                 except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
         return sorted(found, key=lambda parked: -parked.tokens)
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """What is parked of every model, the last saved first: counts, bytes, a time, no text."""
+        rows = []
+        for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
+            speeds = self._speeds.get(identity)
+            model = str(speeds.get("model", "")) if isinstance(speeds, dict) else ""
+            for parked in self.saved(identity):
+                path = self.path(f"{identity}-{parked.slot}.kv")
+                rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
+                             "bytes": file_size(path), "saved": round(_changed_s(path))})
+        return sorted(rows, key=lambda row: -row["saved"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
@@ -11794,11 +11819,10 @@ class Engine:
             row = rows[model.name]
             if row["state"] == "not loaded" and not self._is_here(model):
                 row.update(state="not here", reason=fetching_words(model.tier, self.use_next))
-        kept = 0
+        parked: List[Dict[str, Any]] = []
         if self._parking is not None:
-            where = self._parking.directory
-            kept = sum(file_size(os.path.join(where, name)) for name in _names_in(where))
-        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": kept,
+            parked = self._parking.rows()
+        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": parked,
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
