@@ -4467,6 +4467,15 @@ _LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, 
 ))
 
 
+def size_words(size: float) -> str:
+    """5.6 GB, or 3.1 MB where that says more; "" for none."""
+    if not size:
+        return ""
+    if size >= 5e7:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB"
+
+
 def load_failure_words(text: str) -> str:
     """Why a load has failed, in a few words."""
     for pattern, words in _LOAD_FAILURES:
@@ -5659,6 +5668,16 @@ def terminal_columns(terminal: TextIO) -> int:
         return 80
 
 
+def is_live_terminal() -> bool:
+    """True where standard output is a terminal on which a line can be written over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def live_terminal() -> Optional[TextIO]:
+    """What Progress rewrites its line on, None where that cannot be."""
+    return sys.stdout if is_live_terminal() else None
+
+
 class Progress:
     """How far a long step is: one line, rewritten in place on a terminal, else a line now and then.
 
@@ -6640,19 +6659,18 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
 
 def _run_with_progress(what: str, command: Sequence[str],
                        say: Callable[[str], None]) -> Optional[str]:
-    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
+    """Run a long command, showing that it goes on; its output when it failed."""
     import subprocess
     import tempfile
-    began, said = time.monotonic(), 0.0
-    with tempfile.TemporaryFile() as output:
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as output, Progress(say, live_terminal()) as progress:
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while process.poll() is None:
                 passed = time.monotonic() - began
-                if passed - said >= 3:
-                    said = passed
-                    say(f"  {what}: {passed:.0f} s")
+                if passed >= 1:
+                    progress.show(f"  {what}: {passed:.0f} s")
                 time.sleep(0.05)
         except BaseException:
             _signal_group(process.pid, True)    # pip and ensurepip have children of their own
@@ -6660,9 +6678,10 @@ def _run_with_progress(what: str, command: Sequence[str],
             raise
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
-    if process.returncode == 0:
-        say(f"  {what}: done in {time.monotonic() - began:.0f} s")
-        return None
+        if process.returncode == 0:
+            progress.say(f"  {what}: done in {time.monotonic() - began:.0f} s")
+            return None
+        progress.say(f"  {what}: failed after {time.monotonic() - began:.0f} s")
     return text
 
 
@@ -11596,6 +11615,10 @@ class Engine:
                 return
             if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
+                if not self._is_here(model):
+                    size = size_words(weights_for(model.tier, self.use_next).size_gb * 1e9)
+                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
+                                    f" llmstack download {model.name}")
                 raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
                                 f"{tail}")
             self._log.warning(f"{model.name}: port {model.port} was taken by"
@@ -11817,7 +11840,7 @@ class Engine:
             stopped = [m for m in self.models.values() if m.state == "stopped"]
         for model in stopped:                   # looks at the disk, so not under the lock
             row = rows[model.name]
-            if row["state"] == "not loaded" and not self._is_here(model):
+            if not self._is_here(model):
                 row.update(state="not here", reason=fetching_words(model.tier, self.use_next))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
@@ -13580,11 +13603,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     return rows
 
 
-def is_live_terminal() -> bool:
-    """True where standard output is a terminal on which a line can be written over."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-
-
 class _Bar:
     """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
 
@@ -15253,15 +15271,6 @@ def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)]
 
 
-def size_words(size: float) -> str:
-    """5.6 GB, or 3.1 MB where that says more; "" for none."""
-    if not size:
-        return ""
-    if size >= 5e7:
-        return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.1f} MB"
-
-
 def rate_words(per_s: float) -> str:
     """81 tok/s, or 3.1 tok/s where that says more; "" for none."""
     if not per_s:
@@ -15796,7 +15805,7 @@ def _start_external(args: Any, places: Places) -> int:
 
 def _progress() -> Progress:
     """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, sys.stdout if is_live_terminal() else None)
+    return Progress(say, live_terminal())
 
 
 def _check_demo_ports(args: Any, places: Places) -> None:
@@ -17096,6 +17105,8 @@ def _cmd_download(args: Any) -> int:
         say("Nothing to download.")
         return 0
     known, _ = plan_downloads(config, (), both)
+    if not environment_ready(HUB, places.data):     # it is not installed for nothing
+        _check_reached("the model hub", hub_endpoint(os.environ))
     pid = start_downloads(places, jobs, known, os.environ, say)
     many = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} models"
     logs = places.log("dl-TIER-LABEL.log")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llmstack
+from tests.test_engine import OpenStage, Stage, message_of, open_stage, stage
+
+__all__ = ["OpenStage", "open_stage", "stage"]  # fixtures
 
 GOLDEN = Path(__file__).parent / "golden"
 LADDER = """
@@ -207,3 +214,52 @@ def test_check_has_nothing_to_do(project: Path, monkeypatch: pytest.MonkeyPatch,
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "ultra  ultra  some-model  served  queued: other-model"
     assert lines[-1] == "All is as it should be."
+
+
+# ---- lines that read badly
+
+
+@pytest.mark.parametrize(("said", "words", "hint"), [
+    ("cut: its server exited with 1 while loading:\n0.1 E data is not within the file bounds\nmore",
+     "cut failed to load: the file is cut short", "see `llmstack logs cut`"),
+    ("gone is not downloaded (49.0 GB): llmstack download gone",
+     "gone is not downloaded (49.0 GB): llmstack download gone", "see `llmstack status`, or the router's log"),
+])
+def test_run_shows_no_log_of_a_server(said: str, words: str, hint: str) -> None:
+    error = llmstack.load_extra("run").refused(said, llmstack)
+    assert (str(error), error.hint) == (words, hint)
+
+
+def test_without_a_hub_download_installs_nothing(project: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(llmstack, "environment_ready", lambda *_: False)
+    monkeypatch.setattr(llmstack, "install_environment", lambda *_: pytest.fail("installed for nothing"))
+    write_ini(project, "[a]\nhf_repo = o/n\nhf_file = a.gguf\n")
+    assert llmstack.main(["download"]) == 1
+    assert "the model hub cannot be reached at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_long_command_is_a_line_rewritten_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said a line every 3 s."""
+    written = io.StringIO()
+    said: list[str] = []
+    monkeypatch.setattr(llmstack, "live_terminal", lambda: written)
+    monkeypatch.setattr(llmstack.time, "sleep", lambda seconds: None)
+    clock = itertools.count()
+    monkeypatch.setattr(llmstack.time, "monotonic", lambda: next(clock))
+    assert llmstack._run_with_progress("a step", [sys.executable, "-c", "input"], said.append) is None
+    assert re.search(r"\r  a step: \d+ s", written.getvalue())
+    assert len(said) == 1
+    assert said[0].startswith("  a step: done in ")
+
+
+def test_a_model_that_is_not_here_says_so_and_what_brings_it(stage: Stage) -> None:
+    """Twelve lines of llama-server's log were the answer."""
+    stage.engine._is_here = lambda model: False             # type: ignore[method-assign]
+    stage.put("code-smart.fail", "twelve lines of a log")
+    status, answer = stage.call().chat("code-smart").answer()
+    assert status == 500
+    assert message_of(answer) == "code-smart is not downloaded (45.0 GB): llmstack download code-smart"
+    row = stage.engine.watched()["models"]["code-smart"]
+    assert (row["state"], row["reason"]) == ("not here", "llmstack download code-smart")
