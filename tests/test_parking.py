@@ -635,3 +635,19 @@ def test_a_conversation_survives_a_swap_and_a_restart(
         assert turn("one", said)[1] >= now - 1, project.log("engine")
     finally:
         llmstack.main(["stop"])
+
+
+# ---- who looks on
+
+
+def test_who_looks_on_is_told_what_is_parked_and_no_word_of_it(rig: Rig) -> None:
+    park(rig, tokens=500, turns=3)
+    (row,) = rig.parking.rows()
+    path = Path(rig.parking.directory, f"{IDENTITY}-2.kv")
+    assert row == {"tier": "m", "tokens": 504, "turns": 3, "bytes": path.stat().st_size,
+                   "saved": round(path.stat().st_mtime)}
+    for broken in ("{", "[]", '{"slot": "x"}'):
+        (path.parent / f"{IDENTITY}-7.json").write_text(broken)
+        assert rig.parking.rows() == [row]
+    path.unlink()
+    assert rig.parking.rows()[0]["bytes"] == 0
