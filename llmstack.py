@@ -86,7 +86,7 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-proven.json, litellm.json. The extras keep connect.json there. In the home directory:
+probes.json, proven.json, litellm.json. The extras keep connect.json there. In the home directory:
 .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
 RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
@@ -300,6 +300,7 @@ class Tier(NamedTuple):
     ttl: int = 1200                             # 0: never unloaded for idleness
     tool_call: bool = True                      # for clients that ask: the model can call tools...
     reasoning: bool = False                     # ...and thinks aloud
+    settled: Tuple[str, ...] = ()               # of these two, what models.ini says itself
     base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
     api_key_env: str = ""                       # the variable that holds its key
     server: Tuple[Tuple[str, Any], ...] = ()    # what it says itself of TIER_SERVER_OPTIONS
@@ -1832,6 +1833,7 @@ def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[T
     values["server"] = _server_values(values, Tier._fields)
     values["prices"] = tuple(
         (PRICE_KEYS[key], values.pop(key)) for key in PRICE_KEYS if key in values)
+    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if key in own)
     backend = values.get("backend") or _implied_backend(values, own)
     _check_host(reader, name, backend, values)
     if backend != "gguf":
@@ -2572,6 +2574,21 @@ def capabilities(tier: Tier) -> List[str]:
     if tier.reasoning:
         words += ["reasoning", "thinking"]
     return words
+
+
+def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Config:
+    """`config` with what `probe` has found out of its tiers.
+
+    What models.ini says itself stays; so does what a probe could not tell.
+    """
+    tiers = []
+    for tier in config.tiers:
+        row = probes.get(tier.name, {})
+        for key in ("tool_call", "reasoning"):
+            if key not in tier.settled and isinstance(row.get(key), bool):
+                tier = tier._replace(**{key: row[key]})
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
 
 
 def _limits(context: int, output: int) -> Dict[str, int]:
@@ -10324,7 +10341,130 @@ def true_config(config: Config, places: Places, use_next: bool,
             at = ini_line(places, before.name, "ctx_size")
             warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return true
+    return with_probes(true, known_probes(true, os.environ, places.data, use_next))
+
+
+class Trial:
+    """A llama-server of our own for one tier, up for as long as its block runs.
+
+    Errors, at the block's beginning: UserError where the tier does not load.
+    """
+
+    def __init__(self, tier: Tier, config: Config, places: Places, env: Mapping[str, str],
+                 use_next: bool = False) -> None:
+        self.tier, self.config, self.use_next = tier, config, use_next
+        self.log = places.log(f"{tier.name}.log")
+        self.loaded_s = 0.0
+        self.process: Any = None
+        self._places, self._env = places, env
+        self._upstream = Upstream("127.0.0.1", free_run(FIRST_SERVER_PORT + 500, 1))
+
+    def __enter__(self) -> Trial:
+        data, env = self._places.data, self._env
+        program = find_llama_server(tier_config(self.config, self.tier), env, data)
+        if not program:
+            raise UserError("there is no llama-server on this machine",
+                            "install llama.cpp, or run `llmstack setup`")
+        refused = probe_flags(program, self.config, data)
+        tier = ready_tier(self.tier, env, self.use_next)
+        command = server_command(program, tier, self.config, self._upstream.port, self.use_next,
+                                 refused)
+        own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
+               STACK_VARIABLE: new_mark(self._places.project)}
+        began = time.monotonic()
+        self.process = spawn(command, self.log, own)
+        try:
+            while not self._is_up():
+                if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
+                    raise UserError(f"{tier.name} does not load:\n{tail_of(self.log)}",
+                                    f"see {self.log}; `llmstack check` looks at its file")
+                time.sleep(0.05)
+        except BaseException:
+            self._end()
+            raise
+        self.loaded_s = time.monotonic() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        pid = self.process.pid
+        stop_process(pid, process_started(pid), STOP_GRACE_S, self.process.poll)
+        self.process.wait()
+
+    def _is_up(self) -> bool:
+        try:
+            return self._upstream.get("/health", 5.0)[0].status == 200
+        except (OSError, ValueError):
+            return False
+
+    def ask(self, path: str, body: Optional[Mapping[str, Any]] = None,
+            timeout_s: float = 10) -> Tuple[int, Dict[str, Any]]:
+        """(status, answer) of its server. Errors: OSError, ValueError."""
+        method, data = "GET", b""
+        if body is not None:
+            method, data = "POST", json.dumps(body).encode()
+        response, said = self._upstream.get(path, timeout_s, method,
+                                            b"Content-Type: application/json\r\n", body=data)
+        return response.status, parse_json_object(said)
+
+
+# ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
+
+MAX_PROBES = 64
+
+
+def probes_file(data: str) -> str:
+    return os.path.join(data, "probes.json")
+
+
+def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str,
+                   use_next: bool) -> str:
+    """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
+    import hashlib
+    path = cached_model(weights_for(tier, use_next), env)
+    try:
+        program = find_llama_server(tier_config(config, tier), env, data)
+        if not (path and program):
+            return ""
+        status = os.stat(path)
+        facts = [socket.gethostname(), _stamp(program), os.path.realpath(path),
+                 str(status.st_size), str(status.st_mtime_ns)]
+    except (OSError, UserError):
+        return ""
+    facts += [" ".join(flag) for flag in all_flags(tier, config)]
+    return hashlib.sha256("\0".join(facts).encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def known_probes(config: Config, env: Mapping[str, str], data: str,
+                 use_next: bool) -> Dict[str, Dict[str, Any]]:
+    """Tier -> what `probe` has found, of those for which it holds still."""
+    rows = _read_json(probes_file(data))
+    if not rows:
+        return {}
+    found = {}
+    for tier in local_tiers(config):
+        row = rows.get(probe_identity(tier, config, env, data, use_next))
+        if isinstance(row, dict):
+            found[tier.name] = row
+    return found
+
+
+def keep_probe(data: str, identity: str, row: Mapping[str, Any]) -> None:
+    """Keep what was found of a tier. Errors: UserError."""
+    rows = _read_json(probes_file(data))
+    rows.pop(identity, None)
+    kept = dict(list(rows.items())[1 - MAX_PROBES:])
+    write_atomic(probes_file(data), json.dumps({**kept, identity: row}, indent=1))
+
+
+def probe_problems(config: Config, places: Places) -> List[str]:
+    """What a probe has found that keeps a tier from working, a line each."""
+    probes = known_probes(true_config(config, places, False), os.environ, places.data, False)
+    errors = {name: row.get("template_error") for name, row in probes.items()}
+    return [f"{name}: its template does not compile: {visible(error)}"
+            for name, error in errors.items() if isinstance(error, str) and error]
 
 
 # ==================================================================================================
@@ -12723,6 +12863,17 @@ def running_memory(places: Places) -> Dict[str, Any]:
     return asked_json(router_upstream(record), "/llmstack/memory", key_header(os.environ))
 
 
+def running_gb(places: Places) -> float:
+    """What the models that are loaded take by the daemon's own count; 0 where there is none."""
+    record = running_record(places)
+    if record is None:
+        return 0.0
+    now = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(os.environ))
+    memory = now.get("memory")
+    resident = memory.get("resident") if isinstance(memory, dict) else None
+    return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
+
+
 def running_machine(places: Places, config: Config) -> Optional[Machine]:
     """The budget that the project's daemon goes by, None where there is none.
 
@@ -14602,6 +14753,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str],
     needs += [f"DRIFT! {what}" for what in differences]
     server, lacking = _check_server(config, env, places.data)
     needs += lacking
+    needs += probe_problems(config, places)
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
@@ -14799,43 +14951,16 @@ def _setup_project(setup: Setup) -> str:
     return f"{places.state} is wired up"
 
 
-def _is_healthy(upstream: Upstream) -> bool:
-    try:
-        return upstream.get("/health", 5.0)[0].status == 200
-    except (OSError, ValueError):
-        return False
-
-
-def prove_tier(tier: Tier, config: Config, program: Sequence[str],
-               setup: Setup) -> Tuple[float, str]:
+def prove_tier(tier: Tier, config: Config, setup: Setup) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
-    from http.client import HTTPException
-    port = free_run(FIRST_SERVER_PORT + 500, 1)
-    program = find_llama_server(tier_config(config, tier), setup.env, setup.places.data) or program
-    refused = probe_flags(program, config, setup.places.data)
-    tier = ready_tier(tier, setup.env, False)
-    log = setup.places.log(f"{tier.name}.log")
-    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
-           STACK_VARIABLE: new_mark(setup.places.project)}
-    upstream, began = Upstream("127.0.0.1", port), time.monotonic()
-    process = spawn(server_command(program, tier, config, port, False, refused), log, env)
-    try:
-        while not _is_healthy(upstream):
-            if process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
-                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}",
-                                f"see {log}; `llmstack check` looks at its file")
-            time.sleep(0.05)
-        seconds = time.monotonic() - began
-        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode()
-        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"},
-                      tier.name, body, FIRST_ANSWER_S) as answer:
-            choices = json.loads(answer.read(1 << 20))["choices"]
-        return seconds, str(choices[0]["text"]).strip()
-    except (OSError, ValueError, LookupError, TypeError, HTTPException) as exc:
-        raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
-    finally:
-        stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
-        process.wait()
+    body = {"prompt": "The capital of France is", "max_tokens": 8}
+    with Trial(tier, config, setup.places, setup.env) as trial:
+        try:
+            _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
+            return trial.loaded_s, str(said["choices"][0]["text"]).strip()
+        except (OSError, ValueError, LookupError, TypeError) as exc:
+            raise UserError(f"{tier.name} loads but does not answer: {exc}",
+                            f"see {trial.log}") from None
 
 
 def _setup_answer(setup: Setup) -> str:
@@ -14857,7 +14982,7 @@ def _setup_answer(setup: Setup) -> str:
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
     if _read_json(path).get(tier.name) == proof:
         return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, program, setup)
+    seconds, words = prove_tier(tier, config, setup)
     write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
@@ -15505,7 +15630,7 @@ def extra_file(name: str) -> str:
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
     ("Decisions", "why replay"),
-    ("Models", "setup add list rm prune promote download check fit"),
+    ("Models", "setup add list rm prune promote download check fit probe"),
     ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
     ("Keep it", "service serve forget completion self version help"),

@@ -327,7 +327,7 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
         return
     llmstack.check_run_trust(places)
     setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack._ask, [], [])
-    seconds, words = llmstack.prove_tier(tier, config, program, setup)
+    seconds, words = llmstack.prove_tier(tier, config, setup)
     llmstack.say(llmstack.visible(f"{name} is loaded in {seconds:.1f} s and answers {words!r}"))
 
 
