@@ -2071,18 +2071,35 @@ def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
     return tier._replace(server=tuple(settings.items()))
 
 
-def hub_files(tier: Tier) -> List[Tuple[str, str]]:
-    """(repository, file) of what a tier needs of the hub besides its model."""
+# What `mmproj = auto` asks of a model's repository; no file has this name.
+ANY_PROJECTOR = "mmproj*.gguf"
+_PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
+
+
+def choose_projector(files: Iterable[str]) -> str:
+    """The projector among a repository's files, "" for none; F16 before others."""
+    found = [file for file in files if _PROJECTOR.match(file)]
+    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
+    return found[0] if found else ""
+
+
+def hub_files(tier: Tier, use_next: bool = False) -> List[Tuple[str, str]]:
+    """(repository, file) of what a tier needs of the hub besides its model.
+
+    A file may be ANY_PROJECTOR.
+    """
     found: List[Tuple[str, str]] = []
 
     def note(value: str) -> str:
+        repo, _, file = value.partition(":")
         if _HUB_REFERENCE.match(value):
-            repo, _, file = value.partition(":")
             found.append((repo, file))
+        elif value == "auto":
+            found.append((weights_for(tier, use_next).repo, ANY_PROJECTOR))
         return value
 
     with_files(tier, note)
-    return found
+    return [(repo, file) for repo, file in found if repo]
 
 
 def weights_for(tier: Tier, use_next: bool) -> Weights:
@@ -2135,6 +2152,8 @@ def tier_config(config: Config, tier: Tier) -> Config:
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
     """Flags every llama-server gets, one group an option."""
     flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
+    if "parallel" in config.settings:           # else each slot gets its part of the context
+        flags.append(("--kv-unified",))
     flags += [("--no-warmup",), ("--no-mmap",)]
     # By default every web page may read what it says.
     flags.append(("--cors-origins", "localhost"))
@@ -2142,6 +2161,13 @@ def common_flags(config: Config) -> List[Tuple[str, ...]]:
 
 
 _ROLE_FLAGS = {"embed": ("--embedding",), "rerank": ("--reranking",)}
+
+
+def reading_ubatch(tier: Tier) -> int:
+    """The ubatch of a tier that reads a text in one batch or refuses it; 0 for every other."""
+    if tier.role not in _ROLE_FLAGS or "ubatch" in tier.settings:
+        return 0
+    return min(tier.ctx_size, 2048)
 
 
 def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
@@ -2161,8 +2187,8 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
     if tier.role in _ROLE_FLAGS:
         settings.pop("embedding", None)
         flags.append(_ROLE_FLAGS[tier.role])
-        if "ubatch" not in settings:            # a text is read in one batch, or refused
-            flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
+    if reading_ubatch(tier):
+        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
     asked = settings.pop("speculative", "auto")
     if asked == "auto" and "draft" in settings:
         asked = "draft"
@@ -2678,6 +2704,7 @@ MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
 SERVER_SLOTS = 4                                # of --parallel auto; they share one cache
 SERVER_UBATCH = 512                             # tokens
+SERVER_BATCH = 2048                             # likewise; no ubatch is larger
 MIB = 1 << 20
 # What a process takes of an NVIDIA card beside its model: 591 MiB at its start, and at its first
 # prompt up to 120 more (measured on an H100, driver 580).
@@ -2740,6 +2767,7 @@ class GgufHeader(NamedTuple):
     widest: int                                 # values a token takes in the widest layer
     parts: int = 1                              # files it is split into
     end: int = 0                                # where its tensors end: a smaller file is not whole
+    experts: Mapping[int, int] = {}             # layer -> bytes of its experts
 
 
 class Memory(NamedTuple):
@@ -2754,8 +2782,13 @@ class Memory(NamedTuple):
     host: int = 0                               # of all the above, what is not on the card
 
     @property
+    def parts(self) -> Dict[str, int]:
+        """What it is made of; together, what it takes of card and host."""
+        return {name: size for name, size in self._asdict().items() if name != "host"}
+
+    @property
     def total(self) -> int:
-        return sum(self) - self.host
+        return sum(self.parts.values())
 
     @property
     def card(self) -> int:
@@ -2780,20 +2813,29 @@ class LoadOptions(NamedTuple):
     flash_attn: bool = True
     gpu_layers: int = 0
     cuda: bool = False
-    slots: int = 0                              # as --parallel says; 0: four that share one cache
-
-    @property
-    def sequences(self) -> int:
-        return self.slots or SERVER_SLOTS
+    slots: int = SERVER_SLOTS                   # they share one cache
+    ubatch: int = SERVER_UBATCH                 # tokens that are computed together
+    cpu_moe: int = 0                            # layers whose experts stay on the host
 
 
-def load_options(config: Config, machine: Machine) -> LoadOptions:
-    layers = config.n_gpu_layers
+def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
+    own = tier_config(config, tier)
+    settings = own.settings
+    layers = own.n_gpu_layers
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu:
         count = 0
-    return LoadOptions(config.cache_type_k, config.cache_type_v, config.flash_attn != "off",
-                       count, machine.cuda and count > 0, slots=config.settings.get("parallel", 0))
+    ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
+    return LoadOptions(
+        cache_type_k=own.cache_type_k,
+        cache_type_v=own.cache_type_v,
+        flash_attn=own.flash_attn != "off",
+        gpu_layers=count,
+        cuda=machine.cuda and count > 0,
+        slots=settings.get("parallel", SERVER_SLOTS),
+        ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
+        cpu_moe=settings.get("n_cpu_moe", 0),
+    )
 
 
 class _GgufReader:
@@ -2905,6 +2947,10 @@ def _small(value: object, default: int) -> int:
     return default
 
 
+# What --n-cpu-moe keeps on the host. Source: common.h, LLM_FFN_EXPS_REGEX.
+_EXPERT = re.compile(r"blk\.([0-9]{1,4})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
+
+
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
                   alignment: int) -> GgufHeader:
     sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
@@ -2927,10 +2973,15 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
     sizes.sort()
     starts = [offset for offset, _, _ in sizes]
     bytes_of: Dict[str, int] = {}
+    experts: Dict[int, int] = {}
     for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - at)
         bytes_of[name] = size
+        expert = _EXPERT.match(name)
+        if expert:
+            layer = int(expert.group(1))
+            experts[layer] = experts.get(layer, 0) + size
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     data = -(-reader.at // alignment) * alignment
@@ -2940,13 +2991,17 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         embd_bytes=bytes_of.get("token_embd.weight", 0),
         tied="output.weight" not in bytes_of,
         widest=max(widths.values()),
-        end=end)
+        end=end,
+        experts=experts)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
     parts = [first, *others]
+    layers = {layer for part in parts for layer in part.experts}
+    experts = {layer: sum(part.experts.get(layer, 0) for part in parts) for layer in layers}
     return first._replace(
+        experts=experts,
         tensor_bytes=sum(p.tensor_bytes for p in parts),
         embd_bytes=sum(p.embd_bytes for p in parts),
         tied=all(p.tied for p in parts),
@@ -3042,17 +3097,10 @@ class _CacheLayer(NamedTuple):
 
 
 def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]:
-    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp.
-
-    Each slot with a cache of its own gets its part of the context, rounded up to 256.
-    """
-    caches = load.slots or 1
-    cells = _pad(-(-ctx_size // caches))
+    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
+    cells = _pad(ctx_size)
     _, window = layers.slides()
-    sharing = SERVER_SLOTS if not load.slots else 1
-    tokens = min(SERVER_UBATCH, cells * caches)
-    sliding = _pad(min(cells, window * sharing + tokens))
-    return cells * caches, sliding * caches
+    return cells, _pad(min(cells, window * load.slots + min(load.ubatch, cells)))
 
 
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
@@ -3093,17 +3141,17 @@ _PLAIN_LOAD = LoadOptions()
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    offload, slots = load.gpu_layers > 0, load.sequences
+    offload, slots = load.gpu_layers > 0, load.slots
     caches = _cache_layers(layers, ctx_size, load)
     widest_v = max((c.v for c in caches), default=0)
     kv = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches)
     # A mask for each of the two caches; the GPU gets its copy.
-    tokens = min(SERVER_UBATCH, _cells(layers, ctx_size, load)[0])
-    masked = {(c.slides, c.cells // (load.slots or 1)) for c in caches}
+    tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
+    masked = {(c.slides, c.cells) for c in caches}
     mask = sum(cells for _, cells in masked) * tokens * (2 if load.flash_attn else 4)
     scores = 0
     if not load.flash_attn and caches:
-        scores = max(c.cells for c in caches) // (load.slots or 1)
+        scores = max(c.cells for c in caches)
     peak = _layer_floats(header, layers, scores) * tokens * 4
     if load.cuda and load.flash_attn:
         peak = max(peak, _converted_bytes(layers, caches, load, tokens))
@@ -3119,6 +3167,8 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
     left = max(0, layers.count + 1 - load.gpu_layers)           # the output is one more
     if offload and left:
         host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
+    if offload:                                 # the first layers are on the host as they are
+        host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
     context = CUDA_CONTEXT_BYTES if load.cuda else 0
     cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
     if offload:
@@ -3212,6 +3262,7 @@ class TierFit(NamedTuple):
     checkpoint_mb: float = 0.0                  # one of each slot's, 0: it makes none, or not known
     cache_mib: int = 0                          # what prompts may take, checkpoints too
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
+    slots: int = SERVER_SLOTS
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3225,7 +3276,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
-    load = load_options(tier_config(config, tier), machine)
+    load = load_options(tier, config, machine)
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
@@ -3246,7 +3297,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
                    largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
                    checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained)
+                   memory.cache // MIB, trained, load.slots)
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -3264,8 +3315,23 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     embd_bytes = row["vocab"] * keys["embedding_length"] * 210 // 256
     query = keys["attention.head_count"] * keys["attention.key_length"]
     widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
-    return GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
-                      row["tied"], widest)
+    header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
+                        row["tied"], widest)
+    return header._replace(experts=_known_experts(header))
+
+
+def _known_experts(header: GgufHeader) -> Dict[int, int]:
+    """The experts' bytes of a header without tensors: their part of all that is in its layers."""
+    layers = _Layers(header)
+    wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
+    experts = 3 * wide * count
+    if not experts:
+        return {}
+    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
+    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
+    each = in_layers * experts // (experts + attention) // layers.count
+    return dict.fromkeys(range(layers.count), each)
 
 
 def fit_sets(config: Config, fits: Iterable[TierFit],
@@ -3310,7 +3376,7 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     free_mb = max(0.0, part_gb * 1000)
     checkpoints = -1
     if fit.checkpoint_mb:
-        of_all_slots_mb = fit.checkpoint_mb * SERVER_SLOTS
+        of_all_slots_mb = fit.checkpoint_mb * fit.slots
         checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
         free_mb -= (checkpoints - 1) * of_all_slots_mb
     mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
@@ -3319,7 +3385,7 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
 
 def cache_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
-    checkpoints = max(0, tier.ctx_checkpoints) * SERVER_SLOTS * fit.checkpoint_mb * 1e6 / MIB
+    checkpoints = max(0, tier.ctx_checkpoints) * fit.slots * fit.checkpoint_mb * 1e6 / MIB
     return max(0, tier.cache_ram_mib) + round(checkpoints)
 
 
@@ -4765,12 +4831,13 @@ def _files_by_repo(config: Config) -> Dict[str, List[str]]:
     for tier in config.tiers:
         if tier.backend != "gguf":
             continue
-        for weights in (weights_for(tier, False), weights_for(tier, True)):
+        for use_next in (False, True):
+            weights = weights_for(tier, use_next)
             if weights.repo:
                 parts = dict.fromkeys(split_parts(weights.file))
                 wanted.setdefault(weights.repo, {}).update(parts)
-        for repo, file in hub_files(tier):
-            wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
+            for repo, file in hub_files(tier, use_next):
+                wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
     return {repo: list(files) for repo, files in wanted.items()}
 
 
@@ -4778,7 +4845,7 @@ def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
                wanted: Mapping[str, Sequence[str]]) -> List[Job]:
     """A tier's model with what it needs of the same repository, then what it needs of others."""
     repos = {repo: list(files)}
-    for other, file in hub_files(tier):
+    for other, file in hub_files(tier, label == "next"):
         repos.setdefault(other, []).extend(split_parts(file))
     jobs: List[Job] = []
     for number, (name, names) in enumerate(repos.items()):
@@ -9951,6 +10018,15 @@ def repo_dir(cache: str, repo: str) -> str:
     return os.path.join(cache, "models--" + repo.replace("/", "--"))
 
 
+def _projector_in(directory: str) -> str:
+    """The path of the projector that a directory holds, "" for none."""
+    try:
+        found = choose_projector(os.listdir(directory))
+    except OSError:
+        return ""
+    return os.path.join(directory, found) if found else ""
+
+
 def local_file(cache: str, repo: str, file: str) -> str:
     """A file of the hub cache, "" for none. Looked for as llama-server does without a network.
 
@@ -9958,7 +10034,10 @@ def local_file(cache: str, repo: str, file: str) -> str:
     """
     folder = repo_dir(cache, repo)
     commit = read_text(os.path.join(folder, "refs", "main")).strip()
-    path = os.path.join(folder, "snapshots", commit, *file.split("/"))
+    snapshot = os.path.join(folder, "snapshots", commit)
+    if file == ANY_PROJECTOR:
+        return _projector_in(snapshot) if commit else ""
+    path = os.path.join(snapshot, *file.split("/"))
     if commit and os.path.isfile(path):
         return path
     return ""
@@ -10155,20 +10234,10 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
-def _projector_beside(path: str) -> str:
-    """The first mmproj*.gguf in a model's directory, "" for none."""
-    try:
-        names = os.listdir(os.path.dirname(path))
-    except OSError:
-        return ""
-    found = sorted(name for name in names if re.match(r"(?i)mmproj.*\.gguf\Z", name))
-    return os.path.join(os.path.dirname(path), found[0]) if found else ""
-
-
 def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
     """The path of what a key such as mmproj names, "" where it is not here."""
     if name == "auto":
-        return _projector_beside(model)
+        return _projector_in(os.path.dirname(model)) if model else ""
     if not _HUB_REFERENCE.match(name):
         return name
     repo, _, file = name.partition(":")
@@ -10187,7 +10256,7 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
         path = _further_file(name, model, env)
         try:
             if name == tier.settings.get("draft"):
-                load = load_options(tier_config(config, tier), machine)
+                load = load_options(tier, config, machine)
                 found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
             elif path:
                 found.append(file_size(path))
@@ -11834,7 +11903,7 @@ class Engine:
             row["bytes"] = round(model.gb * 1e9)
         memory = self._parts.get(model.name)
         if memory is not None:
-            row["parts"] = memory._asdict()
+            row["parts"] = memory.parts
         return row
 
 
@@ -13494,6 +13563,30 @@ def _fail_all(places: Places, why: UserError) -> None:
         write_queue(places, queue)
 
 
+def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
+    """A job with the file of its repository that ANY_PROJECTOR means there.
+
+    Where it has none, or does not tell, the file is left out. Errors: Unreachable.
+    """
+    names = {*job.files, *job.beside}
+    if ANY_PROJECTOR not in names:
+        return job
+    found = ""
+    try:
+        rows = hub_api(f"{job.repo}/tree/main?recursive=true", env)
+        found = choose_projector(str(row["path"]) for row in rows)
+    except Unreachable:
+        raise
+    except (UserError, OSError, LookupError, TypeError):
+        pass                                    # fetching says what is wrong with the repository
+
+    def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
+        named = [found if file == ANY_PROJECTOR else file for file in files]
+        return tuple(dict.fromkeys(filter(None, named)))
+
+    return job._replace(files=real(job.files), beside=real(job.beside))
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
@@ -13502,6 +13595,9 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
     """
     import subprocess
+    asked, job = job, _with_projector(job, env)
+    if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
+        note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
     wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_program(HUB, data), "hub_download")
@@ -16399,7 +16495,7 @@ def _cmd_fit(args: Any) -> int:
     sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
             for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
     if args.json:
-        rows = [{**f._asdict(), "memory": f.memory._asdict() if f.memory else None} for f in fits]
+        rows = [{**f._asdict(), "memory": f.memory.parts if f.memory else None} for f in fits]
         found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
                  "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
         say(json.dumps(found, indent=2, ensure_ascii=False))
