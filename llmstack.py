@@ -86,8 +86,8 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-probes.json, proven.json, litellm.json. The extras keep connect.json there. In the home directory:
-.SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
+probes.json, drafting.json, proven.json, litellm.json. The extras keep connect.json there. In the
+home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
 RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
 LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
@@ -2235,6 +2235,17 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     return list(said)
 
 
+def settings_words(config: Config, tier: Tier) -> str:
+    """What models.ini tells a tier's llama-server beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
+    words = []
+    for key, value in {**dict(config.server), **tier.settings}.items():
+        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        if key in FILE_KEYS:
+            values = [re.split(r"[/\\:]", name)[-1] for name in values]
+        words.append(" ".join([key, *values]))
+    return ", ".join(words)
+
+
 def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
                    refused: FrozenSet[str]) -> List[str]:
     """The whole command line that serves `tier` on 127.0.0.1:`port`."""
@@ -2615,6 +2626,11 @@ def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Conf
                 tier = tier._replace(**{key: row[key]})
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
+
+
+def as_loaded(tier: Tier) -> Tier:
+    """A tier without what clients are told of it: a change of that needs no restart."""
+    return tier._replace(tool_call=True, reasoning=False, settled=())
 
 
 def _limits(context: int, output: int) -> Dict[str, int]:
@@ -4403,9 +4419,11 @@ class Counts(NamedTuple):
     output: int = 0
     read_per_s: float = 0.0                     # tokens a second: of the prompt read anew
     written_per_s: float = 0.0
+    drafted: int = 0                            # tokens that a draft has proposed...
+    accepted: int = 0                           # ...and of these, those that were taken
 
 
-_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens|input_tokens|completion_tokens'
                     rb'|output_tokens|cached_tokens|cache_read_input_tokens'
                     rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
                     rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
@@ -4430,7 +4448,8 @@ def tokens_said(said: bytes) -> Counts:
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
             prompt += cached + number(b"cache_creation_input_tokens")
     return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
-                  found.get(b"predicted_per_second", 0.0))
+                  found.get(b"predicted_per_second", 0.0), number(b"draft_n"),
+                  number(b"draft_n_accepted"))
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
@@ -8396,6 +8415,8 @@ def record_row(facts: Facts, path: str, tier: str, counts: Counts,
         "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
     if counts.written_per_s:
         row["per_s"] = round(counts.written_per_s, 1)
+    if counts.drafted:
+        row.update(drafted=counts.drafted, accepted=counts.accepted)
     if outcome.cost:
         row["cost"] = outcome.cost
     return row
@@ -8527,6 +8548,7 @@ class Events:
     def __init__(self) -> None:
         self.counters = Counters()
         self.sources: List[Callable[[], Dict[str, Any]]] = []   # of the parts of a snapshot
+        self.hearers: List[Callable[[Mapping[str, Any]], None]] = []    # of every row
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
@@ -8542,6 +8564,8 @@ class Events:
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
+        for hear in self.hearers:
+            hear(row)
         per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
         with self._lock:
             self._number += 1
@@ -9254,7 +9278,8 @@ class RouterApp(App):
         self._number = itertools.count(1)
         self._page = read_page()
         self._snapshot = self._adopt(config, {})
-        self._started_with, self._started = config.tiers, time.time()
+        self._started_with = tuple(map(as_loaded, config.tiers))
+        self._started = time.time()
         self._read_last = self._ini_digest()
         self.events = Events()
         self.events.sources.append(self.look)
@@ -9548,7 +9573,8 @@ class RouterApp(App):
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-        changed = self._ini_digest() != self._read_last or self.config.tiers != self._started_with
+        running = tuple(map(as_loaded, self.config.tiers))
+        changed = self._ini_digest() != self._read_last or running != self._started_with
         return {"version": VERSION, "started": round(self._started), "changed": changed,
                 "local_only": self.config.local_only}
 
@@ -9979,6 +10005,19 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     cache = {stamp: {"asked": values, "refused": sorted(refused)}, **{k: v for k, v in list(cache.items())[:7] if k != stamp}}
     write_atomic(cache_path, json.dumps(cache, indent=1))
     return frozenset(refused)
+
+
+def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
+    """As refused_settings, of each tier by its own llama-server; none where that does not run."""
+    notes: List[str] = []
+    for tier in local_tiers(config):
+        try:
+            program = find_llama_server(tier_config(config, tier), env, data)
+            refused = probe_flags(program, config, data) if program else frozenset()
+        except UserError:                       # said elsewhere
+            continue
+        notes += refused_settings(config._replace(tiers=(tier,)), refused)
+    return notes
 
 
 def _stamp(program: Sequence[str]) -> str:
@@ -10479,10 +10518,136 @@ class Trial:
         return response.status, parse_json_object(said)
 
 
+# ---- drafting that proves itself
+
+DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
+MAX_PROBES = 64                                 # measurements that are kept
+
+
+class Drafting(NamedTuple):
+    """What a tier has written with drafts and without, of one model, build and set of flags."""
+
+    with_tokens: int = 0
+    with_ms: int = 0
+    without_tokens: int = 0
+    without_ms: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def with_per_s(self) -> float:
+        return self.with_tokens * 1000 / max(self.with_ms, 1)
+
+    @property
+    def without_per_s(self) -> float:
+        return self.without_tokens * 1000 / max(self.without_ms, 1)
+
+    @property
+    def settled(self) -> bool:
+        return min(self.with_tokens, self.without_tokens) >= DRAFT_TRIAL_TOKENS
+
+    @property
+    def drafts_next(self) -> bool:
+        """Whether the next load drafts: first with, then without, then what was faster."""
+        if self.settled:
+            return self.with_per_s > self.without_per_s
+        return self.with_tokens < DRAFT_TRIAL_TOKENS
+
+    def learn(self, drafts: bool, row: Mapping[str, Any]) -> Drafting:
+        """With one more answer, by its row of the record."""
+        tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
+        if not drafts:
+            return self._replace(without_tokens=self.without_tokens + tokens,
+                                 without_ms=self.without_ms + ms)
+        return self._replace(with_tokens=self.with_tokens + tokens, with_ms=self.with_ms + ms,
+                             drafted=self.drafted + row.get("drafted", 0),
+                             accepted=self.accepted + row.get("accepted", 0))
+
+
+def drafting_words(found: Drafting, drafts: bool) -> str:
+    """What drafting has brought so far, and what runs now."""
+    words = ["drafts" if drafts else "does not draft"]
+    if found.drafted:
+        words.append(f"{found.accepted / found.drafted:.0%} of {found.drafted:,} drafted tokens"
+                     " were taken")
+    if found.with_tokens:
+        words.append(f"{found.with_per_s:.1f} tok/s with drafts")
+    if found.without_tokens:
+        words.append(f"{found.without_per_s:.1f} without")
+    if found.settled:
+        words.append("the faster is kept")
+    elif not found.drafts_next and drafts:
+        words.append("its next load goes without, to compare")
+    return ", ".join(words)
+
+
+def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
+    """Whether a tier drafts because that was left to us: `speculative` is auto, or a draft alone."""
+    settings = ready.settings
+    can = settings.get("speculative") == "mtp" or "draft" in settings
+    return can and asked.settings.get("speculative", "auto") == "auto"
+
+
+def without_drafts(tier: Tier) -> Tier:
+    kept = [(k, v) for k, v in tier.server if k not in ("draft", "speculative")]
+    return tier._replace(server=(*kept, ("speculative", "off")))
+
+
+class Drafts:
+    """Chooses at each load whether a tier drafts, and learns from its answers. Thread-safe."""
+
+    def __init__(self, data: str, log: Log) -> None:
+        self._path, self._log = os.path.join(data, "drafting.json"), log
+        self._lock = threading.Lock()
+        self._running: Dict[str, Tuple[str, bool]] = {}     # tier -> (identity, does it draft)
+        self._rows = {name: row for name, row in _read_json(self._path).items()
+                      if isinstance(row, list)}
+
+    def _found(self, identity: str) -> Drafting:
+        """Whoever holds the lock asks."""
+        row = self._rows.get(identity, [])
+        if len(row) != len(Drafting._fields):
+            return Drafting()
+        return Drafting(*map(_quantity, row))
+
+    def choose(self, asked: Tier, ready: Tier, identity: str) -> Tier:
+        """`ready` as it is to be loaded now."""
+        with self._lock:
+            self._running.pop(asked.name, None)
+            if not identity or not drafts_by_itself(asked, ready):
+                return ready
+            drafts = self._found(identity).drafts_next
+            self._running[asked.name] = (identity, drafts)
+        return ready if drafts else without_drafts(ready)
+
+    def hear(self, row: Mapping[str, Any]) -> None:
+        """Learn from the record's row of an answer."""
+        tells = row["ended"] == "done" and row.get("output") and row.get("per_s")
+        with self._lock:
+            identity, drafts = self._running.get(row["tier"], ("", False))
+            found = self._found(identity)
+            if not (tells and identity) or found.settled:
+                return
+            found = found.learn(drafts, row)
+            self._rows.pop(identity, None)
+            kept = dict(list(self._rows.items())[1 - MAX_PROBES:])
+            self._rows = {**kept, identity: list(found)}
+            text = json.dumps(self._rows)
+        if found.settled:
+            self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
+        try:
+            write_atomic(self._path, text)
+        except UserError as exc:
+            self._log.warning(str(exc))
+
+    def said(self) -> Dict[str, str]:
+        """Tier -> what there is to say of its drafting."""
+        with self._lock:
+            return {name: drafting_words(self._found(identity), drafts)
+                    for name, (identity, drafts) in self._running.items()}
+
+
 # ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
-
-MAX_PROBES = 64
-
 
 def probes_file(data: str) -> str:
     return os.path.join(data, "probes.json")
@@ -10492,6 +10657,7 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
                    use_next: bool) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
     import hashlib
+    tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
     path = cached_model(weights_for(tier, use_next), env)
     try:
         program = find_llama_server(tier_config(config, tier), env, data)
@@ -12459,7 +12625,7 @@ def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
 
 
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
-                    path: str) -> None:
+                    path: str, drafts: Optional[Drafts] = None) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
     env, local = os.environ, local_tiers(config)
     program = find_llama_server(config, env, places.data)
@@ -12467,7 +12633,14 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
-    config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
+    tiers = []
+    for tier in config.tiers:
+        ready = _ready_for_swap(tier, env, use_next)
+        if drafts is not None:
+            identity = probe_identity(tier, config, env, places.data, use_next)
+            ready = drafts.choose(tier, ready, identity)
+        tiers.append(ready)
+    config = config._replace(tiers=tuple(tiers))
     parks = config.park_gb and "--slot-save-path" not in refused
     if parks and program:
         program = (*program, *parking_flags(places.data))
@@ -12984,8 +13157,11 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
     rows["tiers"] = []
     for tier in config.tiers:
         known = (states or {}).get(tier.name, otherwise)
-        rows["tiers"].append(
-            _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {})))
+        row = _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {}))
+        row["settings"] = ""
+        if tier.backend == "gguf":
+            row["settings"] = settings_words(config, tier)
+        rows["tiers"].append(row)
     if any(t.backend == "litellm" for t in config.tiers):
         proxy = (states or {}).get(PROXY, ("", None))
         _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
@@ -14850,6 +15026,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str],
     server, lacking = _check_server(config, env, places.data)
     needs += lacking
     needs += probe_problems(config, places)
+    notes += refused_notes(config, env, places.data)
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
@@ -15960,8 +16137,12 @@ def _columns() -> int:
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
-    parking = [(row["name"], row["parking"]) for row in rows["tiers"] if row.get("parking")]
-    return notes + [f"Note: {name}: parking {why}" for name, why in parking]
+    tiers = rows["tiers"]
+    notes += [f"{row['name']}: {visible(row['settings'])}" for row in tiers if row.get("settings")]
+    notes += [f"Note: {row['name']}: parking {row['parking']}" for row in tiers if row.get("parking")]
+    drafting = value_in(rows.get("now"), "drafting")
+    return notes + [f"Note: {row['name']}: {text_in(drafting, row['name'])}" for row in tiers
+                    if text_in(drafting, row["name"])]
 
 
 def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:
@@ -16678,7 +16859,8 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
-def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log,
+                  drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
@@ -16699,7 +16881,8 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     def command(tier: Tier, port: int) -> List[str]:
         server = find_llama_server(tier_config(config, tier), os.environ, places.data)
         flags = probe(server)
-        tier = ready_tier(tier, os.environ, use_next)
+        identity = probe_identity(tier, config, os.environ, places.data, use_next)
+        tier = drafts.choose(tier, ready_tier(tier, os.environ, use_next), identity)
         words = server_command(server, tier, config, port, use_next, flags)
         if parking is not None and "--slot-save-path" not in flags:
             words += parking_flags(places.data)
@@ -16713,7 +16896,8 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log,
+              drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
     data = places.data
     env = _without_our_key(os.environ)
@@ -16723,12 +16907,14 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
     server = find_llama_server(config, env, data)
-    write_swap_yaml(places, config, use_next, proxy, path)
+    write_swap_yaml(places, config, use_next, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
+    for said in refused_notes(config, env, data):
+        log.warning(said)
     parking = open_parking(data, config, log)
     bays = None
     refused = probe_flags(server, config, data) if server else frozenset()
@@ -16754,13 +16940,16 @@ def _cmd_daemon(args: Any) -> int:
     if places.work == os.path.join(places.data, "demo"):
         remedy = "run `llmstack start --demo`"
     more_files()
+    drafts = Drafts(places.data, engine_log)
     behind: Union[EngineApp, SwapApp]
     if args.engine == "llama-swap":
-        behind = _swap_app(places, config, args.next, engine_log)
+        behind = _swap_app(places, config, args.next, engine_log, drafts)
     else:
-        behind = _embedded_app(places, config, args.next, engine_log)
+        behind = _embedded_app(places, config, args.next, engine_log, drafts)
     plan = RouterPlan(places, config, args.host, args.next, True, remedy)
     app = _router_app(plan, behind, log)
+    app.events.hearers.append(drafts.hear)
+    app.events.sources.append(lambda: {"drafting": drafts.said()})
     try:
         _on_signals(lambda: None)               # from here on there are children to end
         engine_server = _listen("127.0.0.1", config.engine_port, behind)
