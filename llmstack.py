@@ -15040,6 +15040,56 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str],
     }
 
 
+class ProfileFile(NamedTuple):
+    """A model of the profiles, with what they say of it and what the hub does."""
+
+    repo: str
+    file: str
+    size_gb: float                              # that counts: of share/models.json, else size_gb
+    profiles: Tuple[str, ...]
+    hub_gb: float = 0.0                         # 0: the hub has not said
+    problem: str = ""
+
+
+SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
+
+
+def profile_files() -> List[ProfileFile]:
+    """Every file that a profile names, on either channel, once for each size it counts with."""
+    found: Dict[Tuple[str, str, float], List[str]] = {}
+    models = known_models()
+    for name in PROFILES:
+        text = read_resource(profile_file(name)).decode("utf-8")
+        for tier in local_tiers(parse_models_ini(text)[0]):
+            for weights in dict.fromkeys((weights_for(tier, False), weights_for(tier, True))):
+                known = known_header(weights.file, weights.size_gb, models)
+                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
+                users = found.setdefault((weights.repo, weights.file, size_gb), [])
+                if name not in users:
+                    users.append(name)
+    return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
+
+
+def _judged_file(row: ProfileFile, told: Mapping[str, Any]) -> ProfileFile:
+    """`told`: what ask_repo says of it."""
+    hub_gb = (told.get("size_bytes") or 0) / 1e9
+    problem = str(told.get("problem") or "")
+    if not problem and hub_gb and abs(hub_gb - row.size_gb) > SIZE_TOLERANCE * hub_gb:
+        problem = f"the hub has {hub_gb:.2f} GB"
+    return row._replace(hub_gb=hub_gb, problem=problem)
+
+
+def check_profiles(env: Mapping[str, str]) -> List[ProfileFile]:
+    """The profiles' models against the hub. Errors: UserError where it cannot be asked."""
+    rows = profile_files()
+    told: _HubFiles = {}
+    for repo in dict.fromkeys(row.repo for row in rows):
+        files = [row.file for row in rows if row.repo == repo]
+        found = ask_repo(repo, list(dict.fromkeys(files)), env)
+        told.update({(repo, file): said for file, said in found.items()})
+    return [_judged_file(row, told[row.repo, row.file]) for row in rows]
+
+
 # setup: steps that each find out whether there is anything to do. The text that a step returns says
 # what it found or did.
 FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
@@ -17168,7 +17218,24 @@ def _say_check(row: Mapping[str, Any]) -> None:
         say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
 
 
+def _say_profiles(as_json: bool) -> int:
+    """`check --profiles`. Errors: UserError where the hub cannot be asked."""
+    rows = check_profiles(os.environ)
+    if as_json:
+        say(json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False))
+    else:
+        for row in rows:
+            mark = paint("differs", "31") if row.problem else paint("as said", "32")
+            words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
+            say(f"{words}  (profile {', '.join(row.profiles)})")
+            if row.problem:
+                say(f"         {visible(row.problem)}")
+    return 1 if any(row.problem for row in rows) else 0
+
+
 def _cmd_check(args: Any) -> int:
+    if args.profiles:
+        return _say_profiles(args.json)
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
@@ -17198,6 +17265,8 @@ def _add_check(commands: Any) -> None:
                     " Exit code 1 when something needs you.")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--offline", action="store_true", help="do not ask the hub")
+    parser.add_argument("--profiles", action="store_true",
+                        help="instead: the models of all profiles, and their sizes, on the hub")
     parser.set_defaults(run=_cmd_check)
 
 
