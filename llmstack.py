@@ -86,8 +86,8 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-proven.json, litellm.json. The extras keep connect.json there. In the home directory:
-.SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
+probes.json, drafting.json, proven.json, litellm.json. The extras keep connect.json there. In the
+home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
 RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
 LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
@@ -307,7 +307,12 @@ class Tier(NamedTuple):
     ttl: int = 1200                             # 0: never unloaded for idleness
     tool_call: bool = True                      # for clients that ask: the model can call tools...
     reasoning: bool = False                     # ...and thinks aloud
+<<<<<<< HEAD
     base_url: str = ""                          # openai: where the host is, without /v1
+=======
+    settled: Tuple[str, ...] = ()               # of these two, what models.ini says itself
+    base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
+>>>>>>> models
     api_key_env: str = ""                       # the variable that holds its key
     server: Tuple[Tuple[str, Any], ...] = ()    # what it says of TIER_SERVER_OPTIONS
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
@@ -2000,12 +2005,40 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
 
+<<<<<<< HEAD
 def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
     """A tier names a model for its backend; `written` are its keys as they stand there."""
     name, role = tier.name, tier.role
     in_hub = written.get("hf_repo") and written.get("hf_file")
     if tier.backend != "gguf":
         for key in tier.settings:
+=======
+def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    if not values.get("model"):
+        return "gguf"
+    return "openai" if own.get("base_url") else "litellm"
+
+
+def _server_values(values: Dict[str, Any], fields: Sequence[str]) -> Tuple[Tuple[str, Any], ...]:
+    """Take out of `values` the keys of llama-server that the record has no field for."""
+    keys = [key for key in values if key in TIER_SERVER_OPTIONS and key not in fields]
+    own = [(key, values.pop(key)) for key in keys]
+    return tuple((key, value) for key, value in own if value not in ("", ()))
+
+
+def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
+    line = reader.line_of(name)
+    values = reader.section(name, own, TIER_OPTIONS)
+    rope = values.pop("rope_scaling", (0.0, 0))
+    values["server"] = _server_values(values, Tier._fields)
+    values["prices"] = tuple(
+        (PRICE_KEYS[key], values.pop(key)) for key in PRICE_KEYS if key in values)
+    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if key in own)
+    backend = values.get("backend") or _implied_backend(values, own)
+    _check_host(reader, name, backend, values)
+    if backend != "gguf":
+        for key, _ in values["server"]:
+>>>>>>> models
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
         if not tier.model:
@@ -2280,18 +2313,35 @@ def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
     return tier._replace(server=tuple(settings.items()))
 
 
-def hub_files(tier: Tier) -> List[Tuple[str, str]]:
-    """(repository, file) of what a tier needs of the hub besides its model."""
+# What `mmproj = auto` asks of a model's repository; no file has this name.
+ANY_PROJECTOR = "mmproj*.gguf"
+_PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
+
+
+def choose_projector(files: Iterable[str]) -> str:
+    """The projector among a repository's files, "" for none; F16 before others."""
+    found = [file for file in files if _PROJECTOR.match(file)]
+    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
+    return found[0] if found else ""
+
+
+def hub_files(tier: Tier, use_next: bool = False) -> List[Tuple[str, str]]:
+    """(repository, file) of what a tier needs of the hub besides its model.
+
+    A file may be ANY_PROJECTOR.
+    """
     found: List[Tuple[str, str]] = []
 
     def note(value: str) -> str:
+        repo, _, file = value.partition(":")
         if _HUB_REFERENCE.match(value):
-            repo, _, file = value.partition(":")
             found.append((repo, file))
+        elif value == "auto":
+            found.append((weights_for(tier, use_next).repo, ANY_PROJECTOR))
         return value
 
     with_files(tier, note)
-    return found
+    return [(repo, file) for repo, file in found if repo]
 
 
 def weights_for(tier: Tier, use_next: bool) -> Weights:
@@ -2351,12 +2401,33 @@ SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
 
 
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
+<<<<<<< HEAD
     """Flags every llama-server gets."""
     flags: List[Tuple[str, ...]] = [SLOT_FLAG]
     for key, value in config.settings.items():
         flags += _option_flags(key, value)
     # By default every web page may read what a llama-server says.
     return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
+=======
+    """Flags every llama-server gets, one group an option."""
+    flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
+    if "parallel" in config.settings:           # else each slot gets its part of the context
+        flags.append(("--kv-unified",))
+    flags += [("--no-warmup",), ("--no-mmap",)]
+    # By default every web page may read what it says.
+    flags.append(("--cors-origins", "localhost"))
+    return flags
+
+
+_ROLE_FLAGS = {"embed": ("--embedding",), "rerank": ("--reranking",)}
+>>>>>>> models
+
+
+def reading_ubatch(tier: Tier) -> int:
+    """The ubatch of a tier that reads a text in one batch or refuses it; 0 for every other."""
+    if tier.role not in _ROLE_FLAGS or "ubatch" in tier.settings:
+        return 0
+    return min(tier.ctx_size, 2048)
 
 
 def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
@@ -2376,9 +2447,15 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
     settings = tier.settings
     if tier.role in _ROLE_FLAGS:
         settings.pop("embedding", None)
+<<<<<<< HEAD
         flags.append((_ROLE_FLAGS[tier.role],))
         if "ubatch" not in settings:            # a text is read in one batch, or refused
             flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
+=======
+        flags.append(_ROLE_FLAGS[tier.role])
+    if reading_ubatch(tier):
+        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
+>>>>>>> models
     asked = settings.pop("speculative", "auto")
     if asked == "auto" and "draft" in settings:
         asked = "draft"
@@ -2424,6 +2501,17 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
             if flag[0] in lost:
                 said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
     return list(said)
+
+
+def settings_words(config: Config, tier: Tier) -> str:
+    """What models.ini tells a tier's llama-server beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
+    words = []
+    for key, value in {**dict(config.server), **tier.settings}.items():
+        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        if key in FILE_KEYS:
+            values = [re.split(r"[/\\:]", name)[-1] for name in values]
+        words.append(" ".join([key, *values]))
+    return ", ".join(words)
 
 
 def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
@@ -2940,9 +3028,34 @@ def capabilities(tier: Tier) -> List[str]:
     return words
 
 
+<<<<<<< HEAD
 def _model_entry(name: str, context: int, output: int, able: Iterable[str],
                  meta: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models; context and longest answer, in tokens, under every key in use."""
+=======
+def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Config:
+    """`config` with what `probe` has found out of its tiers.
+
+    What models.ini says itself stays; so does what a probe could not tell.
+    """
+    tiers = []
+    for tier in config.tiers:
+        row = probes.get(tier.name, {})
+        for key in ("tool_call", "reasoning"):
+            if key not in tier.settled and isinstance(row.get(key), bool):
+                tier = tier._replace(**{key: row[key]})
+        tiers.append(tier)
+    return config._replace(tiers=tuple(tiers))
+
+
+def as_loaded(tier: Tier) -> Tier:
+    """A tier without what clients are told of it: a change of that needs no restart."""
+    return tier._replace(tool_call=True, reasoning=False, settled=())
+
+
+def _limits(context: int, output: int) -> Dict[str, int]:
+    """A model's context and longest answer, in tokens, under every key that a client reads."""
+>>>>>>> models
     keys = ("context_length", "context_window", "max_model_len", "max_input_tokens")
     return {
         "id": name,
@@ -3050,6 +3163,7 @@ MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
 SERVER_SLOTS = 4                                # of --parallel auto; they share one cache
 SERVER_UBATCH = 512                             # tokens
+SERVER_BATCH = 2048                             # likewise; no ubatch is larger
 MIB = 1 << 20
 # What a process takes of an NVIDIA card beside its model: 591 MiB at its start, and at its first
 # prompt up to 120 more (measured on an H100, driver 580).
@@ -3112,6 +3226,7 @@ class GgufHeader(NamedTuple):
     widest: int                                 # values a token takes in the widest layer
     parts: int = 1                              # files it is split into
     end: int = 0                                # where its tensors end: a smaller file is not whole
+    experts: Mapping[int, int] = {}             # layer -> bytes of its experts
 
 
 class Memory(NamedTuple):
@@ -3126,8 +3241,13 @@ class Memory(NamedTuple):
     host: int = 0                               # of all the above, what is not on the card
 
     @property
+    def parts(self) -> Dict[str, int]:
+        """What it is made of; together, what it takes of card and host."""
+        return {name: size for name, size in self._asdict().items() if name != "host"}
+
+    @property
     def total(self) -> int:
-        return sum(self) - self.host
+        return sum(self.parts.values())
 
     @property
     def card(self) -> int:
@@ -3152,13 +3272,12 @@ class LoadOptions(NamedTuple):
     flash_attn: bool = True
     gpu_layers: int = 0
     cuda: bool = False
-    slots: int = 0                              # as --parallel says; 0: four that share one cache
-
-    @property
-    def sequences(self) -> int:
-        return self.slots or SERVER_SLOTS
+    slots: int = SERVER_SLOTS                   # they share one cache
+    ubatch: int = SERVER_UBATCH                 # tokens that are computed together
+    cpu_moe: int = 0                            # layers whose experts stay on the host
 
 
+<<<<<<< HEAD
 def load_options(config: Config, machine: Machine) -> LoadOptions:
     settings = config.settings
     layers = settings["n_gpu_layers"]
@@ -3168,6 +3287,26 @@ def load_options(config: Config, machine: Machine) -> LoadOptions:
     return LoadOptions(
         settings["cache_type_k"], settings["cache_type_v"], settings["flash_attn"] != "off",
         count, machine.cuda and count > 0, slots=settings.get("parallel", 0))
+=======
+def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
+    own = tier_config(config, tier)
+    settings = own.settings
+    layers = own.n_gpu_layers
+    count = int(layers) if layers.isdigit() else 999            # auto, all, -1
+    if not machine.gpu:
+        count = 0
+    ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
+    return LoadOptions(
+        cache_type_k=own.cache_type_k,
+        cache_type_v=own.cache_type_v,
+        flash_attn=own.flash_attn != "off",
+        gpu_layers=count,
+        cuda=machine.cuda and count > 0,
+        slots=settings.get("parallel", SERVER_SLOTS),
+        ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
+        cpu_moe=settings.get("n_cpu_moe", 0),
+    )
+>>>>>>> models
 
 
 class _GgufReader:
@@ -3279,6 +3418,10 @@ def _small(value: object, default: int) -> int:
     return default
 
 
+# What --n-cpu-moe keeps on the host. Source: common.h, LLM_FFN_EXPS_REGEX.
+_EXPERT = re.compile(r"blk\.([0-9]{1,4})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
+
+
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
                   alignment: int) -> GgufHeader:
     sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
@@ -3301,10 +3444,15 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
     sizes.sort()
     starts = [offset for offset, _, _ in sizes]
     bytes_of: Dict[str, int] = {}
+    experts: Dict[int, int] = {}
     for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - at)
         bytes_of[name] = size
+        expert = _EXPERT.match(name)
+        if expert:
+            layer = int(expert.group(1))
+            experts[layer] = experts.get(layer, 0) + size
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     data = -(-reader.at // alignment) * alignment
@@ -3314,13 +3462,17 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         embd_bytes=bytes_of.get("token_embd.weight", 0),
         tied="output.weight" not in bytes_of,
         widest=max(widths.values()),
-        end=end)
+        end=end,
+        experts=experts)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
     parts = [first, *others]
+    layers = {layer for part in parts for layer in part.experts}
+    experts = {layer: sum(part.experts.get(layer, 0) for part in parts) for layer in layers}
     return first._replace(
+        experts=experts,
         tensor_bytes=sum(p.tensor_bytes for p in parts),
         embd_bytes=sum(p.embd_bytes for p in parts),
         tied=all(p.tied for p in parts),
@@ -3416,17 +3568,10 @@ class _CacheLayer(NamedTuple):
 
 
 def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]:
-    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp.
-
-    Each slot with a cache of its own gets its part of the context, rounded up to 256.
-    """
-    caches = load.slots or 1
-    cells = _pad(-(-ctx_size // caches))
+    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
+    cells = _pad(ctx_size)
     _, window = layers.slides()
-    sharing = SERVER_SLOTS if not load.slots else 1
-    tokens = min(SERVER_UBATCH, cells * caches)
-    sliding = _pad(min(cells, window * sharing + tokens))
-    return cells * caches, sliding * caches
+    return cells, _pad(min(cells, window * load.slots + min(load.ubatch, cells)))
 
 
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
@@ -3467,17 +3612,17 @@ _PLAIN_LOAD = LoadOptions()
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    offload, slots = load.gpu_layers > 0, load.sequences
+    offload, slots = load.gpu_layers > 0, load.slots
     caches = _cache_layers(layers, ctx_size, load)
     widest_v = max((c.v for c in caches), default=0)
     kv = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches)
     # A mask for each of the two caches; the GPU gets its copy.
-    tokens = min(SERVER_UBATCH, _cells(layers, ctx_size, load)[0])
-    masked = {(c.slides, c.cells // (load.slots or 1)) for c in caches}
+    tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
+    masked = {(c.slides, c.cells) for c in caches}
     mask = sum(cells for _, cells in masked) * tokens * (2 if load.flash_attn else 4)
     scores = 0
     if not load.flash_attn and caches:
-        scores = max(c.cells for c in caches) // (load.slots or 1)
+        scores = max(c.cells for c in caches)
     peak = _layer_floats(header, layers, scores) * tokens * 4
     if load.cuda and load.flash_attn:
         peak = max(peak, _converted_bytes(layers, caches, load, tokens))
@@ -3493,6 +3638,8 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
     left = max(0, layers.count + 1 - load.gpu_layers)           # the output is one more
     if offload and left:
         host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
+    if offload:                                 # the first layers are on the host as they are
+        host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
     context = CUDA_CONTEXT_BYTES if load.cuda else 0
     cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
     if offload:
@@ -3586,6 +3733,7 @@ class TierFit(NamedTuple):
     checkpoint_mb: float = 0.0                  # one of each slot's, 0: it makes none, or not known
     cache_mib: int = 0                          # what prompts may take, checkpoints too
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
+    slots: int = SERVER_SLOTS
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3599,7 +3747,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
-    load = load_options(tier_config(config, tier), machine)
+    load = load_options(tier, config, machine)
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
@@ -3620,7 +3768,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
                    largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
                    checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained)
+                   memory.cache // MIB, trained, load.slots)
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -3638,8 +3786,23 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     embd_bytes = row["vocab"] * keys["embedding_length"] * 210 // 256
     query = keys["attention.head_count"] * keys["attention.key_length"]
     widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
-    return GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
-                      row["tied"], widest)
+    header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
+                        row["tied"], widest)
+    return header._replace(experts=_known_experts(header))
+
+
+def _known_experts(header: GgufHeader) -> Dict[int, int]:
+    """The experts' bytes of a header without tensors: their part of all that is in its layers."""
+    layers = _Layers(header)
+    wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
+    experts = 3 * wide * count
+    if not experts:
+        return {}
+    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
+    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
+    each = in_layers * experts // (experts + attention) // layers.count
+    return dict.fromkeys(range(layers.count), each)
 
 
 def fit_sets(config: Config, fits: Iterable[TierFit],
@@ -3684,7 +3847,7 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     free_mb = max(0.0, part_gb * 1000)
     checkpoints = -1
     if fit.checkpoint_mb:
-        of_all_slots_mb = fit.checkpoint_mb * SERVER_SLOTS
+        of_all_slots_mb = fit.checkpoint_mb * fit.slots
         checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
         free_mb -= (checkpoints - 1) * of_all_slots_mb
     mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
@@ -3693,7 +3856,7 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
 
 def cache_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
-    checkpoints = max(0, tier.ctx_checkpoints) * SERVER_SLOTS * fit.checkpoint_mb * 1e6 / MIB
+    checkpoints = max(0, tier.ctx_checkpoints) * fit.slots * fit.checkpoint_mb * 1e6 / MIB
     return max(0, tier.cache_ram_mib) + round(checkpoints)
 
 
@@ -4755,10 +4918,16 @@ class Counts(NamedTuple):
     output: int = 0
     read_per_s: float = 0.0                     # tokens a second: of the prompt read anew
     written_per_s: float = 0.0
+    drafted: int = 0                            # tokens that a draft has proposed...
+    accepted: int = 0                           # ...and of these, those that were taken
 
 
+<<<<<<< HEAD
 NOTHING_COUNTED = Counts()
 _COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
+=======
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens|input_tokens|completion_tokens'
+>>>>>>> models
                     rb'|output_tokens|cached_tokens|cache_read_input_tokens'
                     rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
                     rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
@@ -4781,9 +4950,16 @@ def tokens_said(said: bytes) -> Counts:
     elif not prompt:
         prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
+<<<<<<< HEAD
             prompt += cached + found.get(b"cache_creation_input_tokens", 0)
     return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
                   found.get(b"predicted_per_second", 0.0))
+=======
+            prompt += cached + number(b"cache_creation_input_tokens")
+    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
+                  found.get(b"predicted_per_second", 0.0), number(b"draft_n"),
+                  number(b"draft_n_accepted"))
+>>>>>>> models
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
@@ -5316,12 +5492,13 @@ def _files_by_repo(config: Config) -> Dict[str, List[str]]:
     for tier in config.tiers:
         if tier.backend != "gguf":
             continue
-        for weights in (weights_for(tier, False), weights_for(tier, True)):
+        for use_next in (False, True):
+            weights = weights_for(tier, use_next)
             if weights.repo:
                 parts = dict.fromkeys(split_parts(weights.file))
                 wanted.setdefault(weights.repo, {}).update(parts)
-        for repo, file in hub_files(tier):
-            wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
+            for repo, file in hub_files(tier, use_next):
+                wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
     return {repo: list(files) for repo, files in wanted.items()}
 
 
@@ -5329,7 +5506,7 @@ def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
                wanted: Mapping[str, Sequence[str]]) -> List[Job]:
     """A tier's model with what it needs of the same repository, then what it needs of others."""
     repos = {repo: list(files)}
-    for other, file in hub_files(tier):
+    for other, file in hub_files(tier, label == "next"):
         repos.setdefault(other, []).extend(split_parts(file))
     jobs: List[Job] = []
     for number, (name, names) in enumerate(repos.items()):
@@ -9362,6 +9539,8 @@ def record_row(facts: Facts, path: str, tier: str, counts: Counts,
         "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
     if counts.written_per_s:
         row["per_s"] = round(counts.written_per_s, 1)
+    if counts.drafted:
+        row.update(drafted=counts.drafted, accepted=counts.accepted)
     if outcome.cost:
         row["cost"] = outcome.cost
     return row
@@ -9493,6 +9672,7 @@ class Events:
     def __init__(self) -> None:
         self.counters = Counters()
         self.sources: List[Callable[[], Dict[str, Any]]] = []   # of the parts of a snapshot
+        self.hearers: List[Callable[[Mapping[str, Any]], None]] = []    # of every row
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
@@ -9515,7 +9695,13 @@ class Events:
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
+<<<<<<< HEAD
         per_s = row.get("per_s", 0.0)
+=======
+        for hear in self.hearers:
+            hear(row)
+        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
+>>>>>>> models
         with self._lock:
             self._number += 1
             self._rows.append((self._number, row))
@@ -10253,8 +10439,14 @@ class RouterApp(App):
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
+<<<<<<< HEAD
         self._snapshot = self._adopt(config, {}, {})
         self._started_with, self._started = config.tiers, time.time()
+=======
+        self._snapshot = self._adopt(config, {})
+        self._started_with = tuple(map(as_loaded, config.tiers))
+        self._started = time.time()
+>>>>>>> models
         self._read_last = self._ini_digest()
         self.events = Events()
         self.events.sources.append(self.look)
@@ -10555,8 +10747,13 @@ class RouterApp(App):
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
+<<<<<<< HEAD
         tiers = self._snapshot.asked.tiers
         changed = self._ini_digest() != self._read_last or tiers != self._started_with
+=======
+        running = tuple(map(as_loaded, self.config.tiers))
+        changed = self._ini_digest() != self._read_last or running != self._started_with
+>>>>>>> models
         return {"version": VERSION, "started": round(self._started), "changed": changed,
                 "local_only": self.config.local_only}
 
@@ -11037,6 +11234,19 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     return frozenset(refused)
 
 
+def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
+    """As refused_settings, of each tier by its own llama-server; none where that does not run."""
+    notes: List[str] = []
+    for tier in local_tiers(config):
+        try:
+            program = find_llama_server(tier_config(config, tier), env, data)
+            refused = probe_flags(program, config, data) if program else frozenset()
+        except UserError:                       # said elsewhere
+            continue
+        notes += refused_settings(config._replace(tiers=(tier,)), refused)
+    return notes
+
+
 def _stamp(program: Sequence[str]) -> str:
     """Names one build of a program: its path, size and time of change, and the pin of the stand-in."""
     status = os.stat(program[0])
@@ -11074,6 +11284,15 @@ def repo_dir(cache: str, repo: str) -> str:
     return os.path.join(cache, "models--" + repo.replace("/", "--"))
 
 
+def _projector_in(directory: str) -> str:
+    """The path of the projector that a directory holds, "" for none."""
+    try:
+        found = choose_projector(os.listdir(directory))
+    except OSError:
+        return ""
+    return os.path.join(directory, found) if found else ""
+
+
 def local_file(cache: str, repo: str, file: str) -> str:
     """A file of the hub cache, "" for none. Looked for as llama-server does without a network.
 
@@ -11081,7 +11300,10 @@ def local_file(cache: str, repo: str, file: str) -> str:
     """
     folder = repo_dir(cache, repo)
     commit = read_text(os.path.join(folder, "refs", "main")).strip()
-    path = os.path.join(folder, "snapshots", commit, *file.split("/"))
+    snapshot = os.path.join(folder, "snapshots", commit)
+    if file == ANY_PROJECTOR:
+        return _projector_in(snapshot) if commit else ""
+    path = os.path.join(snapshot, *file.split("/"))
     if commit and os.path.isfile(path):
         return path
     return ""
@@ -11279,20 +11501,10 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
 
 
-def _projector_beside(path: str) -> str:
-    """The first mmproj*.gguf in a model's directory, "" for none."""
-    try:
-        names = os.listdir(os.path.dirname(path))
-    except OSError:
-        return ""
-    found = sorted(name for name in names if re.match(r"(?i)mmproj.*\.gguf\Z", name))
-    return os.path.join(os.path.dirname(path), found[0]) if found else ""
-
-
 def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
     """The path of what a key such as mmproj names, "" where it is not here."""
     if name == "auto":
-        return _projector_beside(model)
+        return _projector_in(os.path.dirname(model)) if model else ""
     if not _HUB_REFERENCE.match(name):
         return name
     repo, _, file = name.partition(":")
@@ -11311,7 +11523,7 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
         path = _further_file(name, model, env)
         try:
             if name == tier.settings.get("draft"):
-                load = load_options(tier_config(config, tier), machine)
+                load = load_options(tier, config, machine)
                 found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
             elif path:
                 found.append(file_size(path))
@@ -11465,7 +11677,257 @@ def true_config(config: Config, places: Places, use_next: bool,
             at = ini_line(places, before.name, "ctx_size")
             warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return true
+    return with_probes(true, known_probes(true, os.environ, places.data, use_next))
+
+
+class Trial:
+    """A llama-server of our own for one tier, up for as long as its block runs.
+
+    Errors, at the block's beginning: UserError where the tier does not load.
+    """
+
+    def __init__(self, tier: Tier, config: Config, places: Places, env: Mapping[str, str],
+                 use_next: bool = False) -> None:
+        self.tier, self.config, self.use_next = tier, config, use_next
+        self.log = places.log(f"{tier.name}.log")
+        self.loaded_s = 0.0
+        self.process: Any = None
+        self._places, self._env = places, env
+        self._upstream = Upstream("127.0.0.1", free_run(FIRST_SERVER_PORT + 500, 1))
+
+    def __enter__(self) -> Trial:
+        data, env = self._places.data, self._env
+        program = find_llama_server(tier_config(self.config, self.tier), env, data)
+        if not program:
+            raise UserError("there is no llama-server on this machine",
+                            "install llama.cpp, or run `llmstack setup`")
+        refused = probe_flags(program, self.config, data)
+        tier = ready_tier(self.tier, env, self.use_next)
+        command = server_command(program, tier, self.config, self._upstream.port, self.use_next,
+                                 refused)
+        own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
+               STACK_VARIABLE: new_mark(self._places.project)}
+        began = time.monotonic()
+        self.process = spawn(command, self.log, own)
+        try:
+            while not self._is_up():
+                if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
+                    raise UserError(f"{tier.name} does not load:\n{tail_of(self.log)}",
+                                    f"see {self.log}; `llmstack check` looks at its file")
+                time.sleep(0.05)
+        except BaseException:
+            self._end()
+            raise
+        self.loaded_s = time.monotonic() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        pid = self.process.pid
+        stop_process(pid, process_started(pid), STOP_GRACE_S, self.process.poll)
+        self.process.wait()
+
+    def _is_up(self) -> bool:
+        try:
+            return self._upstream.get("/health", 5.0)[0].status == 200
+        except (OSError, ValueError):
+            return False
+
+    def ask(self, path: str, body: Optional[Mapping[str, Any]] = None,
+            timeout_s: float = 10) -> Tuple[int, Dict[str, Any]]:
+        """(status, answer) of its server. Errors: OSError, ValueError."""
+        method, data = "GET", b""
+        if body is not None:
+            method, data = "POST", json.dumps(body).encode()
+        response, said = self._upstream.get(path, timeout_s, method,
+                                            b"Content-Type: application/json\r\n", body=data)
+        return response.status, parse_json_object(said)
+
+
+# ---- drafting that proves itself
+
+DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
+MAX_PROBES = 64                                 # measurements that are kept
+
+
+class Drafting(NamedTuple):
+    """What a tier has written with drafts and without, of one model, build and set of flags."""
+
+    with_tokens: int = 0
+    with_ms: int = 0
+    without_tokens: int = 0
+    without_ms: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def with_per_s(self) -> float:
+        return self.with_tokens * 1000 / max(self.with_ms, 1)
+
+    @property
+    def without_per_s(self) -> float:
+        return self.without_tokens * 1000 / max(self.without_ms, 1)
+
+    @property
+    def settled(self) -> bool:
+        return min(self.with_tokens, self.without_tokens) >= DRAFT_TRIAL_TOKENS
+
+    @property
+    def drafts_next(self) -> bool:
+        """Whether the next load drafts: first with, then without, then what was faster."""
+        if self.settled:
+            return self.with_per_s > self.without_per_s
+        return self.with_tokens < DRAFT_TRIAL_TOKENS
+
+    def learn(self, drafts: bool, row: Mapping[str, Any]) -> Drafting:
+        """With one more answer, by its row of the record."""
+        tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
+        if not drafts:
+            return self._replace(without_tokens=self.without_tokens + tokens,
+                                 without_ms=self.without_ms + ms)
+        return self._replace(with_tokens=self.with_tokens + tokens, with_ms=self.with_ms + ms,
+                             drafted=self.drafted + row.get("drafted", 0),
+                             accepted=self.accepted + row.get("accepted", 0))
+
+
+def drafting_words(found: Drafting, drafts: bool) -> str:
+    """What drafting has brought so far, and what runs now."""
+    words = ["drafts" if drafts else "does not draft"]
+    if found.drafted:
+        words.append(f"{found.accepted / found.drafted:.0%} of {found.drafted:,} drafted tokens"
+                     " were taken")
+    if found.with_tokens:
+        words.append(f"{found.with_per_s:.1f} tok/s with drafts")
+    if found.without_tokens:
+        words.append(f"{found.without_per_s:.1f} without")
+    if found.settled:
+        words.append("the faster is kept")
+    elif not found.drafts_next and drafts:
+        words.append("its next load goes without, to compare")
+    return ", ".join(words)
+
+
+def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
+    """Whether a tier drafts because that was left to us: `speculative` is auto, or a draft alone."""
+    settings = ready.settings
+    can = settings.get("speculative") == "mtp" or "draft" in settings
+    return can and asked.settings.get("speculative", "auto") == "auto"
+
+
+def without_drafts(tier: Tier) -> Tier:
+    kept = [(k, v) for k, v in tier.server if k not in ("draft", "speculative")]
+    return tier._replace(server=(*kept, ("speculative", "off")))
+
+
+class Drafts:
+    """Chooses at each load whether a tier drafts, and learns from its answers. Thread-safe."""
+
+    def __init__(self, data: str, log: Log) -> None:
+        self._path, self._log = os.path.join(data, "drafting.json"), log
+        self._lock = threading.Lock()
+        self._running: Dict[str, Tuple[str, bool]] = {}     # tier -> (identity, does it draft)
+        self._rows = {name: row for name, row in _read_json(self._path).items()
+                      if isinstance(row, list)}
+
+    def _found(self, identity: str) -> Drafting:
+        """Whoever holds the lock asks."""
+        row = self._rows.get(identity, [])
+        if len(row) != len(Drafting._fields):
+            return Drafting()
+        return Drafting(*map(_quantity, row))
+
+    def choose(self, asked: Tier, ready: Tier, identity: str) -> Tier:
+        """`ready` as it is to be loaded now."""
+        with self._lock:
+            self._running.pop(asked.name, None)
+            if not identity or not drafts_by_itself(asked, ready):
+                return ready
+            drafts = self._found(identity).drafts_next
+            self._running[asked.name] = (identity, drafts)
+        return ready if drafts else without_drafts(ready)
+
+    def hear(self, row: Mapping[str, Any]) -> None:
+        """Learn from the record's row of an answer."""
+        tells = row["ended"] == "done" and row.get("output") and row.get("per_s")
+        with self._lock:
+            identity, drafts = self._running.get(row["tier"], ("", False))
+            found = self._found(identity)
+            if not (tells and identity) or found.settled:
+                return
+            found = found.learn(drafts, row)
+            self._rows.pop(identity, None)
+            kept = dict(list(self._rows.items())[1 - MAX_PROBES:])
+            self._rows = {**kept, identity: list(found)}
+            text = json.dumps(self._rows)
+        if found.settled:
+            self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
+        try:
+            write_atomic(self._path, text)
+        except UserError as exc:
+            self._log.warning(str(exc))
+
+    def said(self) -> Dict[str, str]:
+        """Tier -> what there is to say of its drafting."""
+        with self._lock:
+            return {name: drafting_words(self._found(identity), drafts)
+                    for name, (identity, drafts) in self._running.items()}
+
+
+# ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
+
+def probes_file(data: str) -> str:
+    return os.path.join(data, "probes.json")
+
+
+def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str,
+                   use_next: bool) -> str:
+    """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
+    import hashlib
+    tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
+    path = cached_model(weights_for(tier, use_next), env)
+    try:
+        program = find_llama_server(tier_config(config, tier), env, data)
+        if not (path and program):
+            return ""
+        status = os.stat(path)
+        facts = [socket.gethostname(), _stamp(program), os.path.realpath(path),
+                 str(status.st_size), str(status.st_mtime_ns)]
+    except (OSError, UserError):
+        return ""
+    facts += [" ".join(flag) for flag in all_flags(tier, config)]
+    return hashlib.sha256("\0".join(facts).encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def known_probes(config: Config, env: Mapping[str, str], data: str,
+                 use_next: bool) -> Dict[str, Dict[str, Any]]:
+    """Tier -> what `probe` has found, of those for which it holds still."""
+    rows = _read_json(probes_file(data))
+    if not rows:
+        return {}
+    found = {}
+    for tier in local_tiers(config):
+        row = rows.get(probe_identity(tier, config, env, data, use_next))
+        if isinstance(row, dict):
+            found[tier.name] = row
+    return found
+
+
+def keep_probe(data: str, identity: str, row: Mapping[str, Any]) -> None:
+    """Keep what was found of a tier. Errors: UserError."""
+    rows = _read_json(probes_file(data))
+    rows.pop(identity, None)
+    kept = dict(list(rows.items())[1 - MAX_PROBES:])
+    write_atomic(probes_file(data), json.dumps({**kept, identity: row}, indent=1))
+
+
+def probe_problems(config: Config, places: Places) -> List[str]:
+    """What a probe has found that keeps a tier from working, a line each."""
+    probes = known_probes(true_config(config, places, False), os.environ, places.data, False)
+    errors = {name: row.get("template_error") for name, row in probes.items()}
+    return [f"{name}: its template does not compile: {visible(error)}"
+            for name, error in errors.items() if isinstance(error, str) and error]
 
 
 # ==================================================================================================
@@ -13073,7 +13535,7 @@ class Engine:
             row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
-            row["parts"] = memory._asdict()
+            row["parts"] = memory.parts
         return row
 
 
@@ -13698,7 +14160,7 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
-                    path: str) -> None:
+                    path: str, drafts: Optional[Drafts] = None) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
     env, local = os.environ, local_tiers(config)
     program = find_llama_server(config, env, places.data)
@@ -13706,6 +14168,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
+<<<<<<< HEAD
     config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
     park: Tuple[str, ...] = ()
     if config.park_gb and "--slot-save-path" not in refused:
@@ -13723,6 +14186,29 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
         own=own_binaries(config, env, places.data),
         park=park)
     write_atomic(path, render_llama_swap_yaml(plan), 0o600)
+=======
+    tiers = []
+    for tier in config.tiers:
+        ready = _ready_for_swap(tier, env, use_next)
+        if drafts is not None:
+            identity = probe_identity(tier, config, env, places.data, use_next)
+            ready = drafts.choose(tier, ready, identity)
+        tiers.append(ready)
+    config = config._replace(tiers=tuple(tiers))
+    parks = config.park_gb and "--slot-save-path" not in refused
+    if parks and program:
+        program = (*program, *parking_flags(places.data))
+    own = own_binaries(config, env, places.data)
+    quote = windows_quote if IS_WINDOWS else posix_quote
+    text = render_llama_swap_yaml(
+        config, program, use_next, refused, quote,
+        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
+        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
+    if parks:
+        hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
+        text = with_stop_hook(text, hook)
+    write_atomic(path, text, 0o600)
+>>>>>>> models
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14205,6 +14691,7 @@ class _Told(NamedTuple):
     hosted: Dict[str, Dict[str, str]]           # by the router
 
 
+<<<<<<< HEAD
 def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: Optional[Upstream],
                engine: Optional[Upstream]) -> _Told:
     states, otherwise = {}, "unknown"
@@ -14217,6 +14704,31 @@ def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: O
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(channel == "next", states, otherwise, hosted)
+=======
+def running_gb(places: Places) -> float:
+    """What the models that are loaded take by the daemon's own count; 0 where there is none."""
+    record = running_record(places)
+    if record is None:
+        return 0.0
+    now = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(os.environ))
+    memory = now.get("memory")
+    resident = memory.get("resident") if isinstance(memory, dict) else None
+    return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
+
+
+def running_machine(places: Places, config: Config) -> Optional[Machine]:
+    """The budget that the project's daemon goes by, None where there is none.
+
+    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
+    """
+    told = running_memory(places)
+    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
+    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
+    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
+                   told.get("cuda") is True, float(host_gb or 0))
+>>>>>>> models
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
@@ -14267,6 +14779,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         "memory_pressure": "",
     }
     if record is not None:
+<<<<<<< HEAD
         if alive and answers(record, env):
             router = router_upstream(record, env)
         if alive and engine_answers(record):
@@ -14289,6 +14802,43 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     rows["tiers"] = _tier_rows(places, config, told, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
+=======
+        common = {"pid": record.pid, "alive": alive}
+        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
+                          "answers": router_up, **common}
+        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
+                          "answers": engine_up, **common}
+        if engine_up:
+            states = _engine_states(engine_upstream(record))
+        if router_up:
+            told = _router_states(router_upstream(record), key_header(env))
+    if not router_up:
+        told = {name: {"state": "no credential", "reason": why}
+                for name, why in missing_credentials(config, env).items()}
+    otherwise = ("stopped" if engine_up else "unknown", None)
+    rows["tiers"] = []
+    for tier in config.tiers:
+        known = (states or {}).get(tier.name, otherwise)
+        row = _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {}))
+        row["settings"] = ""
+        if tier.backend == "gguf":
+            row["settings"] = settings_words(config, tier)
+        rows["tiers"].append(row)
+    if any(t.backend == "litellm" for t in config.tiers):
+        proxy = (states or {}).get(PROXY, ("", None))
+        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
+    notes = parking_notes(places.data)
+    for row in rows["tiers"]:
+        row["parking"] = notes.get(row["name"], "")
+    rows["local_only"] = config.local_only
+    rows["other_owner"] = other_owner(places) or None
+    rows["now"] = None                          # as /llmstack/snapshot tells it
+    if record is not None and router_up:
+        rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
+    rows["memory_pressure"] = ""
+    if router_up:
+        rows["memory_pressure"] = running_memory(places).get("pressure") or ""
+>>>>>>> models
     return rows
 
 
@@ -14856,6 +15406,30 @@ def _fail_all(places: Places, why: UserError) -> None:
         write_queue(places, queue)
 
 
+def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
+    """A job with the file of its repository that ANY_PROJECTOR means there.
+
+    Where it has none, or does not tell, the file is left out. Errors: Unreachable.
+    """
+    names = {*job.files, *job.beside}
+    if ANY_PROJECTOR not in names:
+        return job
+    found = ""
+    try:
+        rows = hub_api(f"{job.repo}/tree/main?recursive=true", env)
+        found = choose_projector(str(row["path"]) for row in rows)
+    except Unreachable:
+        raise
+    except (UserError, OSError, LookupError, TypeError):
+        pass                                    # fetching says what is wrong with the repository
+
+    def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
+        named = [found if file == ANY_PROJECTOR else file for file in files]
+        return tuple(dict.fromkeys(filter(None, named)))
+
+    return job._replace(files=real(job.files), beside=real(job.beside))
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
@@ -14864,6 +15438,9 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
     """
     import subprocess
+    asked, job = job, _with_projector(job, env)
+    if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
+        note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
     wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_program(HUB, data), "hub_download")
@@ -16154,6 +16731,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
     for tier in tiers:
         row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
                                "drift": drift.get(tier.name, [])}
+<<<<<<< HEAD
         if tier.backend == "gguf":
             row.update(_check_local(tier, hub, busy, env))
         else:
@@ -16163,6 +16741,33 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
         needs += _tier_needs(tier, row)
     fetch = [row["current"] for row in rows if "current" in row]
     fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
+=======
+        tiers.append(row)
+        if tier.backend != "gguf":
+            problem = unset.get(tier.name, "")
+            row.update(model=tier.model, model_next=tier.model_next or None, problem=problem)
+            if problem:
+                needs.append(f"{tier.name}: {problem}")
+            continue
+        for label in ("current", "next"):
+            weights = weights_for(tier, label == "next")
+            if weights.channel != label:
+                continue
+            found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
+            if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
+                found["local"] = "downloading"
+            row[label] = found
+            need = _weights_need(found, tier, label)
+            if need:
+                needs.append(f"{tier.name} ({label}): {need}")
+        needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
+    differences = litellm_differences(config, read_litellm_file(places, env))
+    needs += [f"DRIFT! {what}" for what in differences]
+    server, lacking = _check_server(config, env, places.data)
+    needs += lacking
+    needs += probe_problems(config, places)
+    notes += refused_notes(config, env, places.data)
+>>>>>>> models
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
@@ -16175,6 +16780,56 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
         "todo": todo_words(needs, fetch_bytes),
         "notes": notes,
     }
+
+
+class ProfileFile(NamedTuple):
+    """A model of the profiles, with what they say of it and what the hub does."""
+
+    repo: str
+    file: str
+    size_gb: float                              # that counts: of share/models.json, else size_gb
+    profiles: Tuple[str, ...]
+    hub_gb: float = 0.0                         # 0: the hub has not said
+    problem: str = ""
+
+
+SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
+
+
+def profile_files() -> List[ProfileFile]:
+    """Every file that a profile names, on either channel, once for each size it counts with."""
+    found: Dict[Tuple[str, str, float], List[str]] = {}
+    models = known_models()
+    for name in PROFILES:
+        text = read_resource(profile_file(name)).decode("utf-8")
+        for tier in local_tiers(parse_models_ini(text)[0]):
+            for weights in dict.fromkeys((weights_for(tier, False), weights_for(tier, True))):
+                known = known_header(weights.file, weights.size_gb, models)
+                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
+                users = found.setdefault((weights.repo, weights.file, size_gb), [])
+                if name not in users:
+                    users.append(name)
+    return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
+
+
+def _judged_file(row: ProfileFile, told: Mapping[str, Any]) -> ProfileFile:
+    """`told`: what ask_repo says of it."""
+    hub_gb = (told.get("size_bytes") or 0) / 1e9
+    problem = str(told.get("problem") or "")
+    if not problem and hub_gb and abs(hub_gb - row.size_gb) > SIZE_TOLERANCE * hub_gb:
+        problem = f"the hub has {hub_gb:.2f} GB"
+    return row._replace(hub_gb=hub_gb, problem=problem)
+
+
+def check_profiles(env: Mapping[str, str]) -> List[ProfileFile]:
+    """The profiles' models against the hub. Errors: UserError where it cannot be asked."""
+    rows = profile_files()
+    told: _HubFiles = {}
+    for repo in dict.fromkeys(row.repo for row in rows):
+        files = [row.file for row in rows if row.repo == repo]
+        found = ask_repo(repo, list(dict.fromkeys(files)), env)
+        told.update({(repo, file): said for file, said in found.items()})
+    return [_judged_file(row, told[row.repo, row.file]) for row in rows]
 
 
 # setup: steps that each find out whether there is anything to do. The text that a step returns says
@@ -16428,43 +17083,16 @@ def _setup_project(setup: Setup) -> str:
     return f"{places.state} is wired up"
 
 
-def _is_healthy(upstream: Upstream) -> bool:
-    try:
-        return upstream.get("/health", 5.0)[0].status == 200
-    except (OSError, ValueError):
-        return False
-
-
-def prove_tier(tier: Tier, config: Config, program: Sequence[str],
-               setup: Setup) -> Tuple[float, str]:
+def prove_tier(tier: Tier, config: Config, setup: Setup) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
-    from http.client import HTTPException
-    port = free_run(FIRST_SERVER_PORT + 500, 1)
-    program = find_llama_server(tier_config(config, tier), setup.env, setup.places.data) or program
-    refused = probe_flags(program, config, setup.places.data)
-    tier = ready_tier(tier, setup.env, False)
-    log = setup.places.log(f"{tier.name}.log")
-    env = {**without_credentials(setup.env), "LLMSTACK_API_KEY": "",
-           STACK_VARIABLE: new_mark(setup.places.project)}
-    upstream, began = Upstream("127.0.0.1", port), time.monotonic()
-    process = spawn(server_command(program, tier, config, port, False, refused), log, env)
-    try:
-        while not _is_healthy(upstream):
-            if process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
-                raise UserError(f"{tier.name} does not load:\n{tail_of(log)}",
-                                f"see {log}; `llmstack check` looks at its file")
-            time.sleep(0.05)
-        seconds = time.monotonic() - began
-        body = json.dumps({"prompt": "The capital of France is", "max_tokens": 8}).encode()
-        with open_url(upstream.url + "/v1/completions", {"Content-Type": "application/json"},
-                      tier.name, body, FIRST_ANSWER_S) as answer:
-            choices = json.loads(answer.read(1 << 20))["choices"]
-        return seconds, str(choices[0]["text"]).strip()
-    except (OSError, ValueError, LookupError, TypeError, HTTPException) as exc:
-        raise UserError(f"{tier.name} loads but does not answer: {exc}", f"see {log}") from None
-    finally:
-        stop_process(process.pid, process_started(process.pid), STOP_GRACE_S, process.poll)
-        process.wait()
+    body = {"prompt": "The capital of France is", "max_tokens": 8}
+    with Trial(tier, config, setup.places, setup.env) as trial:
+        try:
+            _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
+            return trial.loaded_s, str(said["choices"][0]["text"]).strip()
+        except (OSError, ValueError, LookupError, TypeError) as exc:
+            raise UserError(f"{tier.name} loads but does not answer: {exc}",
+                            f"see {trial.log}") from None
 
 
 def _setup_answer(setup: Setup) -> str:
@@ -16482,7 +17110,7 @@ def _setup_answer(setup: Setup) -> str:
     proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
     if _read_json(path).get(tier.name) == proof:
         return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, program, setup)
+    seconds, words = prove_tier(tier, config, setup)
     write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
@@ -17105,8 +17733,13 @@ def extra_file(name: str) -> str:
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
+<<<<<<< HEAD
     ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit"),
+=======
+    ("Decisions", "why replay"),
+    ("Models", "setup add list rm prune promote download check fit probe"),
+>>>>>>> models
     ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
     ("Keep it", "service serve forget completion self version help"),
@@ -17269,10 +17902,19 @@ def _columns() -> int:
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
+<<<<<<< HEAD
     for row in rows["tiers"]:
         if row.get("parking"):
             notes.append(f"Note: {row['name']}: parking {row['parking']}")
     return notes
+=======
+    tiers = rows["tiers"]
+    notes += [f"{row['name']}: {visible(row['settings'])}" for row in tiers if row.get("settings")]
+    notes += [f"Note: {row['name']}: parking {row['parking']}" for row in tiers if row.get("parking")]
+    drafting = value_in(rows.get("now"), "drafting")
+    return notes + [f"Note: {row['name']}: {text_in(drafting, row['name'])}" for row in tiers
+                    if text_in(drafting, row["name"])]
+>>>>>>> models
 
 
 def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
@@ -17799,9 +18441,127 @@ class Unserved:
         self._plan = plan
         self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
 
+<<<<<<< HEAD
     def __call__(self, config: Config) -> Dict[str, str]:
         places = self._plan.places
         found = unserved_hosted(places, config, places.env, self._plan.use_next)
+=======
+def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
+    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
+    if not names:
+        return [t.name for t in config.tiers]
+    for name in names:
+        if config.by_name(name) is None:
+            raise UserError(f"there is no tier {name}",
+                            "one of " + ", ".join(t.name for t in config.tiers), 2)
+    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
+
+
+class FitSet(NamedTuple):
+    """Tiers that may be loaded together."""
+
+    tiers: Tuple[str, ...]
+    need_gb: float
+    fits: bool
+
+
+FIT_COLUMNS = 60
+
+
+def _say_wrapped(text: str, indent: str) -> None:
+    import textwrap
+    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
+                              break_long_words=False, break_on_hyphens=False):
+        say(line)
+
+
+def _say_fit(fit: TierFit, width: int) -> None:
+    total, largest = f"~{fit.need_gb:.1f}", "?"
+    memory = fit.memory
+    if memory is not None:
+        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
+    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
+    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
+    parts = []
+    if memory is not None:
+        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
+        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
+    if fit.host_gb:
+        parts.append(f"{fit.host_gb:.2f} of these on the host")
+    if fit.cache_mib:
+        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
+    parts.append(FIT_SOURCES[fit.source])
+    _say_wrapped(", ".join(parts), "  ")
+    if fit.note:
+        _say_wrapped(fit.note, "  ")
+
+
+def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
+    """At most FIT_COLUMNS wide, where no name is long."""
+    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
+    width = max([len(f.name) for f in fits] + [4])
+    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
+    for fit in fits:
+        _say_fit(fit, width)
+    if sets:
+        say("\nTogether, in GB:")
+    for together in sets:
+        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
+        if not together.fits:
+            say(f"          {paint('does not fit: they take turns', '33')}")
+
+
+def _cmd_fit(args: Any) -> int:
+    places = _places(args)
+    refuse_external(places)
+    config = planned_config(places, warn)
+    chosen = _fit_tiers(config, args.tiers)
+    use_next = _wants_next(args, places, config)
+    config = true_config(config, places, use_next, warn)
+    machine = running_machine(places, config) or this_machine(config)
+    fits = measure_tiers(config, machine, os.environ, use_next, True)
+    fits = [f for f in fits if f.name in chosen]
+    sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
+            for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
+    if args.json:
+        rows = [{**f._asdict(), "memory": f.memory.parts if f.memory else None} for f in fits]
+        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
+                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
+        say(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _say_fits(machine, fits, sets)
+    return 0 if all(f.fits for f in fits) else 1
+
+
+def _add_fit(commands: Any) -> None:
+    parser = commands.add_parser(
+        "fit", help="what each tier takes in memory, and what fits together here",
+        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
+                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
+    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=_cmd_fit)
+
+
+class RouterPlan(NamedTuple):
+    """What a router is to be, whatever stands behind it."""
+
+    places: Places
+    config: Config
+    host: str
+    use_next: bool
+    local: bool                                 # the project's own engine is behind it
+    remedy: str                                 # what helps when that does not answer
+
+
+def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
+    """What says of a later configuration which tiers the engine does not serve, and why."""
+    known = {t.name for t in plan.config.tiers if t.backend != "openai"}
+
+    def unserved(config: Config) -> Dict[str, str]:
+        found = unserved_hosted(plan.places, config, os.environ, plan.use_next)
+>>>>>>> models
         for tier in config.tiers:
             if tier.backend != "openai" and tier.name not in self._known:
                 found[tier.name] = "the engine does not know it before `llmstack restart`"
@@ -17904,7 +18664,8 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
-def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> EngineApp:
+def _embedded_app(places: Places, config: Config, use_next: bool, log: Log,
+                  drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
@@ -17925,7 +18686,8 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     def command(tier: Tier, port: int) -> List[str]:
         server = find_llama_server(tier_config(config, tier), os.environ, places.data)
         flags = probe(server)
-        tier = ready_tier(tier, os.environ, use_next)
+        identity = probe_identity(tier, config, os.environ, places.data, use_next)
+        tier = drafts.choose(tier, ready_tier(tier, os.environ, use_next), identity)
         words = server_command(server, tier, config, port, use_next, flags)
         if parking is not None and parking.parks and "--slot-save-path" not in flags:
             words += parking_flags(places.data)
@@ -17939,7 +18701,8 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log) -> E
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapApp:
+def _swap_app(places: Places, config: Config, use_next: bool, log: Log,
+              drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
     data = places.data
     env = _without_our_key(os.environ)
@@ -17949,12 +18712,14 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
     server = find_llama_server(config, env, data)
-    write_swap_yaml(places, config, use_next, proxy, path)
+    write_swap_yaml(places, config, use_next, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
+    for said in refused_notes(config, env, data):
+        log.warning(said)
     parking = open_parking(data, config, log)
     bays = None
     refused = probe_flags(server, config, data) if server else frozenset()
@@ -17969,6 +18734,7 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log) -> SwapA
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
+<<<<<<< HEAD
 def _engine_app(plan: Plan, log: Log) -> Union[EngineApp, SwapApp]:
     """What is behind the router. Errors: UserError."""
     if plan.kind == "llama-swap":
@@ -17980,6 +18746,29 @@ def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
     behind = _engine_app(plan, engine_log)
     app = router_app(plan, behind, log)
+=======
+def _cmd_daemon(args: Any) -> int:
+    """The process behind `start`: the router, and the engine with all its children."""
+    places = _places(args)
+    level = os.environ.get("LOG_LEVEL", "info")
+    log = Log(places.log("router.log"), level)
+    engine_log = Log(places.log("engine.log"), level)
+    config = true_config(load_config(places), places, args.next, engine_log.warning)
+    remedy = "run `llmstack start`"
+    if places.work == os.path.join(places.data, "demo"):
+        remedy = "run `llmstack start --demo`"
+    more_files()
+    drafts = Drafts(places.data, engine_log)
+    behind: Union[EngineApp, SwapApp]
+    if args.engine == "llama-swap":
+        behind = _swap_app(places, config, args.next, engine_log, drafts)
+    else:
+        behind = _embedded_app(places, config, args.next, engine_log, drafts)
+    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
+    app = _router_app(plan, behind, log)
+    app.events.hearers.append(drafts.hear)
+    app.events.sources.append(lambda: {"drafting": drafts.said()})
+>>>>>>> models
     try:
         # From here on there are children to end.
         _on_signals(lambda: None)
@@ -18128,19 +18917,111 @@ def _cmd_install_llama_swap(args: Any) -> int:
     return 0
 
 
+<<<<<<< HEAD
+=======
+def _add_install_llama_swap(commands: Any) -> None:
+    parser = commands.add_parser(
+        "install-llama-swap", help="fetch llama-swap's binary",
+        description="Fetch the release for this platform, verify its checksum and install it for"
+                    " all projects (in LLMSTACK_BIN_DIR, or bin of the data directory). The same"
+                    " version again: nothing is done.")
+    parser.add_argument("--force", "-f", action="store_true",
+                        help="install it even where that version is there")
+    parser.add_argument("--version", metavar="V", dest="release", default="",
+                        help="a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
+                             " the latest)")
+    parser.set_defaults(run=_cmd_install_llama_swap)
+
+
+# Whether the hub has a file -> what `check` says of it.
+_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
+
+
+def _say_weights(label: str, row: Mapping[str, Any]) -> None:
+    """A tier's file of a channel, as `check` shows it."""
+    where, known = row.get("path"), "a file here"
+    if "repo" in row:
+        where = f"{row['url']} {row['file']}"
+        known = _HUB_WORDS[row["exists"]]
+    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
+    changed = f", changed {row['changed']}" if row.get("changed") else ""
+    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
+    say(f"  {label:<8} {where}")
+    say(f"           {known}, {size}{changed}; local copy: {local}")
+
+
+def _say_check(row: Mapping[str, Any]) -> None:
+    """A tier of `check`."""
+    say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
+    if "model" in row:
+        queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
+        say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
+    for label in ("current", "next"):
+        if label in row:
+            _say_weights(label, row[label])
+    for what in row["drift"]:
+        say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
+
+
+def _say_profiles(as_json: bool) -> int:
+    """`check --profiles`. Errors: UserError where the hub cannot be asked."""
+    rows = check_profiles(os.environ)
+    if as_json:
+        say(json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False))
+    else:
+        for row in rows:
+            mark = paint("differs", "31") if row.problem else paint("as said", "32")
+            words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
+            say(f"{words}  (profile {', '.join(row.profiles)})")
+            if row.problem:
+                say(f"         {visible(row.problem)}")
+    return 1 if any(row.problem for row in rows) else 0
+
+
+>>>>>>> models
 def _cmd_check(args: Any) -> int:
+    if args.profiles:
+        return _say_profiles(args.json)
     places = _places(args)
     refuse_external(places)
     config = planned_config(places, warn)
     found = check_stack(places, config, os.environ, args.offline, args.tiers)
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))
+<<<<<<< HEAD
     else:
         for line in render_check(found, _columns(), paint, bool(args.tiers)):
             say(line)
         for note in found["notes"]:
             warn(note)
     return 0 if found["ok"] else 1
+=======
+        return code
+    for row in found["tiers"]:
+        _say_check(row)
+    say("")
+    say(f"llama-server  {found['llama_server'] or 'none'}")
+    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
+    for note in found["notes"]:
+        warn(note)
+    for need in found["needs"]:
+        say(f"{paint('needs you', '33')}: {need}")
+    return code
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check", aliases=["check-models"],
+        help="configured models against the hub, the disk and what runs",
+        description="Look at every tier: is its file on the hub, is it here and whole, what is"
+                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
+                    " Exit code 1 when something needs you.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
+    parser.add_argument("--profiles", action="store_true",
+                        help="instead: the models of all profiles, and their sizes, on the hub")
+    parser.set_defaults(run=_cmd_check)
+>>>>>>> models
 
 
 def _cmd_version(args: Any) -> int:

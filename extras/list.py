@@ -40,7 +40,7 @@ def wanted_by(config: Any, llmstack: Any) -> Dict[Tuple[str, str], List[str]]:
             label = f"{tier.name} (next)" if weights.channel == "next" else tier.name
             if label not in names:
                 names.append(label)
-        for where in llmstack.hub_files(tier):
+        for where in {*llmstack.hub_files(tier), *llmstack.hub_files(tier, True)}:
             found.setdefault(where, []).append(tier.name)
     return found
 
@@ -89,6 +89,8 @@ def held_models(config: Any, env: Any, llmstack: Any) -> List[Held]:
     found = []
     for (repo, first), paths in parts.items():
         tiers = wanted.get((repo, first), [])
+        if llmstack.choose_projector([first]):
+            tiers = tiers + wanted.get((repo, llmstack.ANY_PROJECTOR), [])
         held = is_model_here(llmstack, f"{repo}:{first}", list(paths.values()), tiers)
         missing = [part for part in llmstack.split_parts(first) if part not in paths]
         if missing:

@@ -82,11 +82,11 @@ def without_cache(memory: llmstack.Memory) -> llmstack.Memory:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3next"])
-def test_slots_with_caches_of_their_own(arch: str, slots: int, real_data: Path, tmp_path: Path) -> None:
+def test_slots_that_share_a_cache(arch: str, slots: int, real_data: Path, tmp_path: Path) -> None:
     path = gguf_models.write(tmp_path / "m.gguf", *gguf_models.model(arch, **MODELS[arch]))
     load = llmstack.LoadOptions(slots=slots)
     guess = without_cache(llmstack.estimate_memory(llmstack.local_header(str(path)), 16_000, load))
-    real = reported(real_data, path, "-c", "16000", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0", "-np", str(slots))
+    real = reported(real_data, path, "-c", "16000", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0", "-np", str(slots), "-kvu")
     print(f"{arch} -np {slots}: {guess} / {real}: {guess.total / real.total - 1:+.2%}")
     assert guess.kv == pytest.approx(real.kv, abs=20_000)
     assert guess.recurrent == pytest.approx(real.recurrent, abs=20_000)
