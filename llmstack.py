@@ -307,12 +307,8 @@ class Tier(NamedTuple):
     ttl: int = 1200                             # 0: never unloaded for idleness
     tool_call: bool = True                      # for clients that ask: the model can call tools...
     reasoning: bool = False                     # ...and thinks aloud
-<<<<<<< HEAD
-    base_url: str = ""                          # openai: where the host is, without /v1
-=======
     settled: Tuple[str, ...] = ()               # of these two, what models.ini says itself
-    base_url: str = ""                          # openai: where the host is; a trailing /v1 is ours to add
->>>>>>> models
+    base_url: str = ""                          # openai: where the host is, without /v1
     api_key_env: str = ""                       # the variable that holds its key
     server: Tuple[Tuple[str, Any], ...] = ()    # what it says of TIER_SERVER_OPTIONS
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
@@ -2005,40 +2001,12 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
 
-<<<<<<< HEAD
 def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
     """A tier names a model for its backend; `written` are its keys as they stand there."""
     name, role = tier.name, tier.role
     in_hub = written.get("hf_repo") and written.get("hf_file")
     if tier.backend != "gguf":
         for key in tier.settings:
-=======
-def _implied_backend(values: Mapping[str, Any], own: Mapping[str, str]) -> str:
-    if not values.get("model"):
-        return "gguf"
-    return "openai" if own.get("base_url") else "litellm"
-
-
-def _server_values(values: Dict[str, Any], fields: Sequence[str]) -> Tuple[Tuple[str, Any], ...]:
-    """Take out of `values` the keys of llama-server that the record has no field for."""
-    keys = [key for key in values if key in TIER_SERVER_OPTIONS and key not in fields]
-    own = [(key, values.pop(key)) for key in keys]
-    return tuple((key, value) for key, value in own if value not in ("", ()))
-
-
-def _read_tier(reader: _Reader, name: str, own: Mapping[str, str]) -> Optional[Tier]:
-    line = reader.line_of(name)
-    values = reader.section(name, own, TIER_OPTIONS)
-    rope = values.pop("rope_scaling", (0.0, 0))
-    values["server"] = _server_values(values, Tier._fields)
-    values["prices"] = tuple(
-        (PRICE_KEYS[key], values.pop(key)) for key in PRICE_KEYS if key in values)
-    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if key in own)
-    backend = values.get("backend") or _implied_backend(values, own)
-    _check_host(reader, name, backend, values)
-    if backend != "gguf":
-        for key, _ in values["server"]:
->>>>>>> models
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
         if not tier.model:
@@ -2074,6 +2042,7 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
     values["server"] = tuple(_pop_server_values(values).items())
     prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
     values["prices"] = tuple(prices.items())
+    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if key in written)
     values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
     role = values.get("role", "")
     implied = {
@@ -2401,26 +2370,14 @@ SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
 
 
 def common_flags(config: Config) -> List[Tuple[str, ...]]:
-<<<<<<< HEAD
     """Flags every llama-server gets."""
     flags: List[Tuple[str, ...]] = [SLOT_FLAG]
     for key, value in config.settings.items():
         flags += _option_flags(key, value)
-    # By default every web page may read what a llama-server says.
-    return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
-=======
-    """Flags every llama-server gets, one group an option."""
-    flags = [flag for key, value in config.settings.items() for flag in _option_flags(key, value)]
     if "parallel" in config.settings:           # else each slot gets its part of the context
         flags.append(("--kv-unified",))
-    flags += [("--no-warmup",), ("--no-mmap",)]
-    # By default every web page may read what it says.
-    flags.append(("--cors-origins", "localhost"))
-    return flags
-
-
-_ROLE_FLAGS = {"embed": ("--embedding",), "rerank": ("--reranking",)}
->>>>>>> models
+    # By default every web page may read what a llama-server says.
+    return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
 
 
 def reading_ubatch(tier: Tier) -> int:
@@ -2447,15 +2404,9 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
     settings = tier.settings
     if tier.role in _ROLE_FLAGS:
         settings.pop("embedding", None)
-<<<<<<< HEAD
         flags.append((_ROLE_FLAGS[tier.role],))
-        if "ubatch" not in settings:            # a text is read in one batch, or refused
-            flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
-=======
-        flags.append(_ROLE_FLAGS[tier.role])
     if reading_ubatch(tier):
         flags.append(("--ubatch-size", str(reading_ubatch(tier))))
->>>>>>> models
     asked = settings.pop("speculative", "auto")
     if asked == "auto" and "draft" in settings:
         asked = "draft"
@@ -3028,11 +2979,6 @@ def capabilities(tier: Tier) -> List[str]:
     return words
 
 
-<<<<<<< HEAD
-def _model_entry(name: str, context: int, output: int, able: Iterable[str],
-                 meta: Mapping[str, Any]) -> Dict[str, Any]:
-    """An entry of /v1/models; context and longest answer, in tokens, under every key in use."""
-=======
 def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Config:
     """`config` with what `probe` has found out of its tiers.
 
@@ -3053,9 +2999,9 @@ def as_loaded(tier: Tier) -> Tier:
     return tier._replace(tool_call=True, reasoning=False, settled=())
 
 
-def _limits(context: int, output: int) -> Dict[str, int]:
-    """A model's context and longest answer, in tokens, under every key that a client reads."""
->>>>>>> models
+def _model_entry(name: str, context: int, output: int, able: Iterable[str],
+                 meta: Mapping[str, Any]) -> Dict[str, Any]:
+    """An entry of /v1/models; context and longest answer, in tokens, under every key in use."""
     keys = ("context_length", "context_window", "max_model_len", "max_input_tokens")
     return {
         "id": name,
@@ -3277,36 +3223,23 @@ class LoadOptions(NamedTuple):
     cpu_moe: int = 0                            # layers whose experts stay on the host
 
 
-<<<<<<< HEAD
-def load_options(config: Config, machine: Machine) -> LoadOptions:
-    settings = config.settings
-    layers = settings["n_gpu_layers"]
-    count = int(layers) if layers.isdigit() else 999            # auto, all, -1
-    if not machine.gpu:
-        count = 0
-    return LoadOptions(
-        settings["cache_type_k"], settings["cache_type_v"], settings["flash_attn"] != "off",
-        count, machine.cuda and count > 0, slots=settings.get("parallel", 0))
-=======
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
-    own = tier_config(config, tier)
-    settings = own.settings
-    layers = own.n_gpu_layers
+    settings = tier_config(config, tier).settings
+    layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu:
         count = 0
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
     return LoadOptions(
-        cache_type_k=own.cache_type_k,
-        cache_type_v=own.cache_type_v,
-        flash_attn=own.flash_attn != "off",
+        cache_type_k=settings["cache_type_k"],
+        cache_type_v=settings["cache_type_v"],
+        flash_attn=settings["flash_attn"] != "off",
         gpu_layers=count,
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
         cpu_moe=settings.get("n_cpu_moe", 0),
     )
->>>>>>> models
 
 
 class _GgufReader:
@@ -3874,23 +3807,10 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
     return config._replace(tiers=tuple(tiers))
 
 
-def conversation_context(tier: Tier, config: Config) -> int:
-    """Tokens that one conversation may have: slots that `parallel` asks for share ctx_size."""
-    if tier.backend != "gguf":
-        return tier.ctx_size
-    slots: int = tier_config(config, tier).settings.get("parallel") or 1
-    return tier.ctx_size // slots
-
-
 def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
-    """`config` with each tier's context that of one conversation.
-
-    `served`: tier -> tokens, as its running server says; for others it is worked out.
-    """
-    tiers = []
-    for tier in config.tiers:
-        most = served.get(tier.name) or conversation_context(tier, config)
-        tiers.append(tier._replace(ctx_size=min(tier.ctx_size, most)))
+    """`config` with no tier above what its running server holds: tier -> tokens a conversation."""
+    tiers = [tier._replace(ctx_size=min(tier.ctx_size, served.get(tier.name) or tier.ctx_size))
+             for tier in config.tiers]
     return config._replace(tiers=tuple(tiers))
 
 
@@ -4922,12 +4842,9 @@ class Counts(NamedTuple):
     accepted: int = 0                           # ...and of these, those that were taken
 
 
-<<<<<<< HEAD
 NOTHING_COUNTED = Counts()
-_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|prompt_tokens|input_tokens|completion_tokens'
-=======
-_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens|input_tokens|completion_tokens'
->>>>>>> models
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens'
+                    rb'|input_tokens|completion_tokens'
                     rb'|output_tokens|cached_tokens|cache_read_input_tokens'
                     rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
                     rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
@@ -4950,16 +4867,10 @@ def tokens_said(said: bytes) -> Counts:
     elif not prompt:
         prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
-<<<<<<< HEAD
             prompt += cached + found.get(b"cache_creation_input_tokens", 0)
     return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
-                  found.get(b"predicted_per_second", 0.0))
-=======
-            prompt += cached + number(b"cache_creation_input_tokens")
-    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
-                  found.get(b"predicted_per_second", 0.0), number(b"draft_n"),
-                  number(b"draft_n_accepted"))
->>>>>>> models
+                  found.get(b"predicted_per_second", 0.0), int(found.get(b"draft_n", 0)),
+                  int(found.get(b"draft_n_accepted", 0)))
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
@@ -9695,13 +9606,9 @@ class Events:
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
-<<<<<<< HEAD
-        per_s = row.get("per_s", 0.0)
-=======
         for hear in self.hearers:
             hear(row)
-        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
->>>>>>> models
+        per_s = row.get("per_s", 0.0)
         with self._lock:
             self._number += 1
             self._rows.append((self._number, row))
@@ -10439,14 +10346,9 @@ class RouterApp(App):
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
-<<<<<<< HEAD
         self._snapshot = self._adopt(config, {}, {})
-        self._started_with, self._started = config.tiers, time.time()
-=======
-        self._snapshot = self._adopt(config, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
->>>>>>> models
         self._read_last = self._ini_digest()
         self.events = Events()
         self.events.sources.append(self.look)
@@ -10747,13 +10649,8 @@ class RouterApp(App):
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-<<<<<<< HEAD
-        tiers = self._snapshot.asked.tiers
+        tiers = tuple(map(as_loaded, self._snapshot.asked.tiers))
         changed = self._ini_digest() != self._read_last or tiers != self._started_with
-=======
-        running = tuple(map(as_loaded, self.config.tiers))
-        changed = self._ini_digest() != self._read_last or running != self._started_with
->>>>>>> models
         return {"version": VERSION, "started": round(self._started), "changed": changed,
                 "local_only": self.config.local_only}
 
@@ -14168,8 +14065,14 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env, use_next)
     config = with_caches(config, fits, machine)
-<<<<<<< HEAD
-    config = config._replace(tiers=tuple(_ready_for_swap(t, env, use_next) for t in config.tiers))
+    tiers = []
+    for tier in config.tiers:
+        ready = _ready_for_swap(tier, env, use_next)
+        if drafts is not None:
+            identity = probe_identity(tier, config, env, places.data, use_next)
+            ready = drafts.choose(tier, ready, identity)
+        tiers.append(ready)
+    config = config._replace(tiers=tuple(tiers))
     park: Tuple[str, ...] = ()
     if config.park_gb and "--slot-save-path" not in refused:
         park = (*guest_command(sys.executable, "park"), str(config.engine_port))
@@ -14186,29 +14089,6 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
         own=own_binaries(config, env, places.data),
         park=park)
     write_atomic(path, render_llama_swap_yaml(plan), 0o600)
-=======
-    tiers = []
-    for tier in config.tiers:
-        ready = _ready_for_swap(tier, env, use_next)
-        if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data, use_next)
-            ready = drafts.choose(tier, ready, identity)
-        tiers.append(ready)
-    config = config._replace(tiers=tuple(tiers))
-    parks = config.park_gb and "--slot-save-path" not in refused
-    if parks and program:
-        program = (*program, *parking_flags(places.data))
-    own = own_binaries(config, env, places.data)
-    quote = windows_quote if IS_WINDOWS else posix_quote
-    text = render_llama_swap_yaml(
-        config, program, use_next, refused, quote,
-        free_run(FIRST_SERVER_PORT, len(local)), {f.name: f.need_gb for f in fits},
-        {f.name: f.memory.weights / 1e9 for f in fits if f.memory}, machine.budget_gb, proxy, own)
-    if parks:
-        hook = [*guest_command(sys.executable, "park"), str(config.engine_port)]
-        text = with_stop_hook(text, hook)
-    write_atomic(path, text, 0o600)
->>>>>>> models
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14691,7 +14571,6 @@ class _Told(NamedTuple):
     hosted: Dict[str, Dict[str, str]]           # by the router
 
 
-<<<<<<< HEAD
 def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: Optional[Upstream],
                engine: Optional[Upstream]) -> _Told:
     states, otherwise = {}, "unknown"
@@ -14704,13 +14583,12 @@ def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: O
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(channel == "next", states, otherwise, hosted)
-=======
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
     if record is None:
         return 0.0
-    now = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(os.environ))
+    now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
     memory = now.get("memory")
     resident = memory.get("resident") if isinstance(memory, dict) else None
     return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
@@ -14721,14 +14599,16 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
 
     It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
     """
-    told = running_memory(places)
+    record = running_record(places)
+    if record is None:
+        return None
+    told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
     numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
     if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
         return None
     return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
                    told.get("cuda") is True, float(host_gb or 0))
->>>>>>> models
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
@@ -14743,6 +14623,9 @@ def _tier_rows(places: Places, config: Config, told: _Told,
         known = told.states.get(name, (told.otherwise, None))
         row = _tier_row(tier, told.use_next, known, told.hosted.get(name, {}))
         row["parking"] = parking.get(name, "")
+        row["settings"] = ""
+        if tier.backend == "gguf":
+            row["settings"] = settings_words(config, tier)
         if tier.backend == "litellm":
             _judge_hosted(row, lacking.get(name, ()), proxy)
         rows.append(row)
@@ -14779,7 +14662,6 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         "memory_pressure": "",
     }
     if record is not None:
-<<<<<<< HEAD
         if alive and answers(record, env):
             router = router_upstream(record, env)
         if alive and engine_answers(record):
@@ -14802,43 +14684,6 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     rows["tiers"] = _tier_rows(places, config, told, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
-=======
-        common = {"pid": record.pid, "alive": alive}
-        rows["router"] = {"kind": "router", "url": base_url(record.host, record.port),
-                          "answers": router_up, **common}
-        rows["engine"] = {"kind": record.kind, "url": base_url("127.0.0.1", record.engine_port),
-                          "answers": engine_up, **common}
-        if engine_up:
-            states = _engine_states(engine_upstream(record))
-        if router_up:
-            told = _router_states(router_upstream(record), key_header(env))
-    if not router_up:
-        told = {name: {"state": "no credential", "reason": why}
-                for name, why in missing_credentials(config, env).items()}
-    otherwise = ("stopped" if engine_up else "unknown", None)
-    rows["tiers"] = []
-    for tier in config.tiers:
-        known = (states or {}).get(tier.name, otherwise)
-        row = _tier_row(tier, rows["channel"] == "next", known, told.get(tier.name, {}))
-        row["settings"] = ""
-        if tier.backend == "gguf":
-            row["settings"] = settings_words(config, tier)
-        rows["tiers"].append(row)
-    if any(t.backend == "litellm" for t in config.tiers):
-        proxy = (states or {}).get(PROXY, ("", None))
-        _judge_hosted(rows, places, config, proxy, _environment_of(record, env))
-    notes = parking_notes(places.data)
-    for row in rows["tiers"]:
-        row["parking"] = notes.get(row["name"], "")
-    rows["local_only"] = config.local_only
-    rows["other_owner"] = other_owner(places) or None
-    rows["now"] = None                          # as /llmstack/snapshot tells it
-    if record is not None and router_up:
-        rows["now"] = asked_json(router_upstream(record), "/llmstack/snapshot", key_header(env))
-    rows["memory_pressure"] = ""
-    if router_up:
-        rows["memory_pressure"] = running_memory(places).get("pressure") or ""
->>>>>>> models
     return rows
 
 
@@ -14874,7 +14719,6 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
-    config = with_served_contexts(config, {})
     return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
 
 
@@ -16731,7 +16575,6 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
     for tier in tiers:
         row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
                                "drift": drift.get(tier.name, [])}
-<<<<<<< HEAD
         if tier.backend == "gguf":
             row.update(_check_local(tier, hub, busy, env))
         else:
@@ -16739,35 +16582,10 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
                        problem=unset.get(tier.name, ""))
         rows.append(row)
         needs += _tier_needs(tier, row)
+    needs += [Need("", problem) for problem in probe_problems(config, places)]
+    notes += refused_notes(config, env, places.data)
     fetch = [row["current"] for row in rows if "current" in row]
     fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
-=======
-        tiers.append(row)
-        if tier.backend != "gguf":
-            problem = unset.get(tier.name, "")
-            row.update(model=tier.model, model_next=tier.model_next or None, problem=problem)
-            if problem:
-                needs.append(f"{tier.name}: {problem}")
-            continue
-        for label in ("current", "next"):
-            weights = weights_for(tier, label == "next")
-            if weights.channel != label:
-                continue
-            found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-            if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-                found["local"] = "downloading"
-            row[label] = found
-            need = _weights_need(found, tier, label)
-            if need:
-                needs.append(f"{tier.name} ({label}): {need}")
-        needs += [f"{tier.name}: DRIFT! {what}" for what in row["drift"]]
-    differences = litellm_differences(config, read_litellm_file(places, env))
-    needs += [f"DRIFT! {what}" for what in differences]
-    server, lacking = _check_server(config, env, places.data)
-    needs += lacking
-    needs += probe_problems(config, places)
-    notes += refused_notes(config, env, places.data)
->>>>>>> models
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
@@ -17733,13 +17551,8 @@ def extra_file(name: str) -> str:
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
     ("Every day", "start stop restart status reload run ps logs"),
-<<<<<<< HEAD
     ("Decisions", "why replay cache"),
-    ("Models", "setup add list rm prune promote download check fit"),
-=======
-    ("Decisions", "why replay"),
     ("Models", "setup add list rm prune promote download check fit probe"),
->>>>>>> models
     ("Programs", "install-llama-swap install-litellm"),
     ("Projects", "install connect run-with trust activate config"),
     ("Keep it", "service serve forget completion self version help"),
@@ -17902,19 +17715,16 @@ def _columns() -> int:
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
-<<<<<<< HEAD
-    for row in rows["tiers"]:
-        if row.get("parking"):
-            notes.append(f"Note: {row['name']}: parking {row['parking']}")
-    return notes
-=======
-    tiers = rows["tiers"]
-    notes += [f"{row['name']}: {visible(row['settings'])}" for row in tiers if row.get("settings")]
-    notes += [f"Note: {row['name']}: parking {row['parking']}" for row in tiers if row.get("parking")]
     drafting = value_in(rows.get("now"), "drafting")
-    return notes + [f"Note: {row['name']}: {text_in(drafting, row['name'])}" for row in tiers
-                    if text_in(drafting, row["name"])]
->>>>>>> models
+    for row in rows["tiers"]:
+        name = row["name"]
+        if row.get("settings"):
+            notes.append(f"{name}: {visible(row['settings'])}")
+        if row.get("parking"):
+            notes.append(f"Note: {name}: parking {row['parking']}")
+        if text_in(drafting, name):
+            notes.append(f"Note: {name}: {text_in(drafting, name)}")
+    return notes
 
 
 def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
@@ -18441,127 +18251,9 @@ class Unserved:
         self._plan = plan
         self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
 
-<<<<<<< HEAD
     def __call__(self, config: Config) -> Dict[str, str]:
         places = self._plan.places
         found = unserved_hosted(places, config, places.env, self._plan.use_next)
-=======
-def _fit_tiers(config: Config, names: Sequence[str]) -> List[str]:
-    """The names of the tiers that `fit` is to show, all without `names`. Errors: UserError."""
-    if not names:
-        return [t.name for t in config.tiers]
-    for name in names:
-        if config.by_name(name) is None:
-            raise UserError(f"there is no tier {name}",
-                            "one of " + ", ".join(t.name for t in config.tiers), 2)
-    return [t.name for t in config.tiers if {t.name, *t.aliases} & set(names)]
-
-
-class FitSet(NamedTuple):
-    """Tiers that may be loaded together."""
-
-    tiers: Tuple[str, ...]
-    need_gb: float
-    fits: bool
-
-
-FIT_COLUMNS = 60
-
-
-def _say_wrapped(text: str, indent: str) -> None:
-    import textwrap
-    for line in textwrap.wrap(text, FIT_COLUMNS, subsequent_indent=indent, initial_indent=indent,
-                              break_long_words=False, break_on_hyphens=False):
-        say(line)
-
-
-def _say_fit(fit: TierFit, width: int) -> None:
-    total, largest = f"~{fit.need_gb:.1f}", "?"
-    memory = fit.memory
-    if memory is not None:
-        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
-    verdict = paint("fits", "32") if fit.fits else paint("does not fit", "31")
-    say(f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}")
-    parts = []
-    if memory is not None:
-        names = ("weights", "KV", "state", "compute", "CUDA", "least cache")
-        parts = [f"{name} {size / 1e9:.2f}" for name, size in zip(names, memory) if size]
-    if fit.host_gb:
-        parts.append(f"{fit.host_gb:.2f} of these on the host")
-    if fit.cache_mib:
-        parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
-    parts.append(FIT_SOURCES[fit.source])
-    _say_wrapped(", ".join(parts), "  ")
-    if fit.note:
-        _say_wrapped(fit.note, "  ")
-
-
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
-    """At most FIT_COLUMNS wide, where no name is long."""
-    _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
-    width = max([len(f.name) for f in fits] + [4])
-    say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
-    for fit in fits:
-        _say_fit(fit, width)
-    if sets:
-        say("\nTogether, in GB:")
-    for together in sets:
-        say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
-        if not together.fits:
-            say(f"          {paint('does not fit: they take turns', '33')}")
-
-
-def _cmd_fit(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    chosen = _fit_tiers(config, args.tiers)
-    use_next = _wants_next(args, places, config)
-    config = true_config(config, places, use_next, warn)
-    machine = running_machine(places, config) or this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, use_next, True)
-    fits = [f for f in fits if f.name in chosen]
-    sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
-            for tiers, need_gb in fit_sets(config, fits, machine.budget_gb)]
-    if args.json:
-        rows = [{**f._asdict(), "memory": f.memory.parts if f.memory else None} for f in fits]
-        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        _say_fits(machine, fits, sets)
-    return 0 if all(f.fits for f in fits) else 1
-
-
-def _add_fit(commands: Any) -> None:
-    parser = commands.add_parser(
-        "fit", help="what each tier takes in memory, and what fits together here",
-        description="Weights, KV cache and buffers of each tier, from the header of its GGUF on"
-                    " this disk or the hub. Exit code 1 when a tier cannot fit.")
-    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
-    parser.add_argument("--next", action="store_true", help="the queued upgrades (hf_file_next)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_cmd_fit)
-
-
-class RouterPlan(NamedTuple):
-    """What a router is to be, whatever stands behind it."""
-
-    places: Places
-    config: Config
-    host: str
-    use_next: bool
-    local: bool                                 # the project's own engine is behind it
-    remedy: str                                 # what helps when that does not answer
-
-
-def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
-    """What says of a later configuration which tiers the engine does not serve, and why."""
-    known = {t.name for t in plan.config.tiers if t.backend != "openai"}
-
-    def unserved(config: Config) -> Dict[str, str]:
-        found = unserved_hosted(plan.places, config, os.environ, plan.use_next)
->>>>>>> models
         for tier in config.tiers:
             if tier.backend != "openai" and tier.name not in self._known:
                 found[tier.name] = "the engine does not know it before `llmstack restart`"
@@ -18734,41 +18426,20 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log,
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
-<<<<<<< HEAD
-def _engine_app(plan: Plan, log: Log) -> Union[EngineApp, SwapApp]:
+def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
     """What is behind the router. Errors: UserError."""
     if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, plan.use_next, log)
-    return _embedded_app(plan.places, plan.config, plan.use_next, log)
+        return _swap_app(plan.places, plan.config, plan.use_next, log, drafts)
+    return _embedded_app(plan.places, plan.config, plan.use_next, log, drafts)
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
-    behind = _engine_app(plan, engine_log)
+    drafts = Drafts(plan.places.data, engine_log)
+    behind = _engine_app(plan, engine_log, drafts)
     app = router_app(plan, behind, log)
-=======
-def _cmd_daemon(args: Any) -> int:
-    """The process behind `start`: the router, and the engine with all its children."""
-    places = _places(args)
-    level = os.environ.get("LOG_LEVEL", "info")
-    log = Log(places.log("router.log"), level)
-    engine_log = Log(places.log("engine.log"), level)
-    config = true_config(load_config(places), places, args.next, engine_log.warning)
-    remedy = "run `llmstack start`"
-    if places.work == os.path.join(places.data, "demo"):
-        remedy = "run `llmstack start --demo`"
-    more_files()
-    drafts = Drafts(places.data, engine_log)
-    behind: Union[EngineApp, SwapApp]
-    if args.engine == "llama-swap":
-        behind = _swap_app(places, config, args.next, engine_log, drafts)
-    else:
-        behind = _embedded_app(places, config, args.next, engine_log, drafts)
-    plan = RouterPlan(places, config, args.host, args.next, True, remedy)
-    app = _router_app(plan, behind, log)
     app.events.hearers.append(drafts.hear)
     app.events.sources.append(lambda: {"drafting": drafts.said()})
->>>>>>> models
     try:
         # From here on there are children to end.
         _on_signals(lambda: None)
@@ -18917,52 +18588,6 @@ def _cmd_install_llama_swap(args: Any) -> int:
     return 0
 
 
-<<<<<<< HEAD
-=======
-def _add_install_llama_swap(commands: Any) -> None:
-    parser = commands.add_parser(
-        "install-llama-swap", help="fetch llama-swap's binary",
-        description="Fetch the release for this platform, verify its checksum and install it for"
-                    " all projects (in LLMSTACK_BIN_DIR, or bin of the data directory). The same"
-                    " version again: nothing is done.")
-    parser.add_argument("--force", "-f", action="store_true",
-                        help="install it even where that version is there")
-    parser.add_argument("--version", metavar="V", dest="release", default="",
-                        help="a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                             " the latest)")
-    parser.set_defaults(run=_cmd_install_llama_swap)
-
-
-# Whether the hub has a file -> what `check` says of it.
-_HUB_WORDS = {True: "on the hub", False: "not on the hub", None: "hub not asked"}
-
-
-def _say_weights(label: str, row: Mapping[str, Any]) -> None:
-    """A tier's file of a channel, as `check` shows it."""
-    where, known = row.get("path"), "a file here"
-    if "repo" in row:
-        where = f"{row['url']} {row['file']}"
-        known = _HUB_WORDS[row["exists"]]
-    size = f"{row['size_bytes'] / 1e9:.2f} GB" if row["size_bytes"] else "size unknown"
-    changed = f", changed {row['changed']}" if row.get("changed") else ""
-    local = paint(row["local"], "32" if row["local"] == "intact" else "33")
-    say(f"  {label:<8} {where}")
-    say(f"           {known}, {size}{changed}; local copy: {local}")
-
-
-def _say_check(row: Mapping[str, Any]) -> None:
-    """A tier of `check`."""
-    say(f"{paint(row['tier'], '1')}  {row['role'] or '-'}, {row['backend']}")
-    if "model" in row:
-        queued = f"; queued: {row['model_next']}" if row["model_next"] else ""
-        say(f"  model    {row['model']}: {row['problem'] or 'its credentials are set'}{queued}")
-    for label in ("current", "next"):
-        if label in row:
-            _say_weights(label, row[label])
-    for what in row["drift"]:
-        say(f"  {paint('DRIFT!', '31')} {what}; `llmstack restart` takes models.ini's")
-
-
 def _say_profiles(as_json: bool) -> int:
     """`check --profiles`. Errors: UserError where the hub cannot be asked."""
     rows = check_profiles(os.environ)
@@ -18978,7 +18603,6 @@ def _say_profiles(as_json: bool) -> int:
     return 1 if any(row.problem for row in rows) else 0
 
 
->>>>>>> models
 def _cmd_check(args: Any) -> int:
     if args.profiles:
         return _say_profiles(args.json)
@@ -18988,40 +18612,12 @@ def _cmd_check(args: Any) -> int:
     found = check_stack(places, config, os.environ, args.offline, args.tiers)
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))
-<<<<<<< HEAD
     else:
         for line in render_check(found, _columns(), paint, bool(args.tiers)):
             say(line)
         for note in found["notes"]:
             warn(note)
     return 0 if found["ok"] else 1
-=======
-        return code
-    for row in found["tiers"]:
-        _say_check(row)
-    say("")
-    say(f"llama-server  {found['llama_server'] or 'none'}")
-    say(f"llama-swap    {found['llama_swap'] or 'none; the embedded engine serves'}")
-    for note in found["notes"]:
-        warn(note)
-    for need in found["needs"]:
-        say(f"{paint('needs you', '33')}: {need}")
-    return code
-
-
-def _add_check(commands: Any) -> None:
-    parser = commands.add_parser(
-        "check", aliases=["check-models"],
-        help="configured models against the hub, the disk and what runs",
-        description="Look at every tier: is its file on the hub, is it here and whole, what is"
-                    " queued, does what runs agree with models.ini (DRIFT!), are credentials set."
-                    " Exit code 1 when something needs you.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--offline", action="store_true", help="do not ask the hub")
-    parser.add_argument("--profiles", action="store_true",
-                        help="instead: the models of all profiles, and their sizes, on the hub")
-    parser.set_defaults(run=_cmd_check)
->>>>>>> models
 
 
 def _cmd_version(args: Any) -> int:
@@ -19166,7 +18762,8 @@ COMMANDS = {
         " do. Exit code 1 when something needs you.",
         (_option("tiers", "these only, and where their files come from", metavar="TIER",
                  nargs="*"),
-         _JSON, _flag("--offline", "do not ask the hub")),
+         _JSON, _flag("--offline", "do not ask the hub"),
+         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub")),
         aliases=("check-models",)),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",

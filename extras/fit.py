@@ -68,28 +68,10 @@ def fit_lines(machine: Any, fits: Sequence[Any], sets: Sequence[Dict[str, Any]],
     return lines
 
 
-def running_machine(places: Any, config: Any, llmstack: Any) -> Any:
-    """The budget that the project's daemon goes by, None where there is none.
-
-    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
-    """
-    record = llmstack.running_record(places)
-    if record is None or config.memory_gb:
-        return None
-    upstream = llmstack.router_upstream(record, os.environ)
-    told = llmstack.asked_json(upstream, "/llmstack/memory")
-    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if not numbers or not isinstance(source, str) or "memory_gb" in source:
-        return None
-    return llmstack.Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True,
-                            host_gb)
-
-
 def as_row(fit: Any) -> Dict[str, Any]:
     row: Dict[str, Any] = fit._asdict()
     if fit.memory:
-        row["memory"] = fit.memory._asdict()
+        row["memory"] = fit.memory.parts
     return row
 
 
@@ -106,8 +88,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     chosen = chosen_tiers(config, args.tiers, llmstack)
     use_next = llmstack.wants_next(places, config, args.next)
     config = llmstack.true_config(config, places, use_next, llmstack.warn)
-    config = llmstack.with_served_contexts(config, {})
-    machine = running_machine(places, config, llmstack) or llmstack.this_machine(config)
+    machine = llmstack.running_machine(places, config) or llmstack.this_machine(config)
     fits = llmstack.measure_tiers(config, machine, os.environ, use_next, True)
     fits = [fit for fit in fits if fit.name in chosen]
     sets = [{"tiers": tiers, "need_gb": need_gb, "fits": need_gb <= machine.budget_gb}

@@ -115,15 +115,6 @@ def test_what_a_loaded_server_holds_is_what_counts(routed: Routed) -> None:
     assert not routed.app._about()["changed"], "models.ini is what it was"
 
 
-def test_slots_that_are_asked_for_share_a_context(routed: Routed) -> None:
-    config = LOCAL._replace(server=(("parallel", 4),))
-    app = routed.app
-    app._snapshot = app._adopt(config, {}, {})
-    assert [t.ctx_size for t in app.config.tiers] == [32_768, 16_384]
-    app._snapshot = app._adopt(config, {}, {"code-fast": 8_192})
-    assert [t.ctx_size for t in app.config.tiers] == [8_192, 16_384], "what a server says wins"
-
-
 def until_broken(call: Call) -> Iterator[str]:
     """The events of a stream that must not end cleanly."""
     while True:
