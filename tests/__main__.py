@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -155,6 +156,25 @@ def provision_peer(python: str) -> str:
     return directory
 
 
+def memory_disk() -> str:
+    """A directory whose files are in memory and may be run, "" where there is none.
+
+    The tests write tens of thousands of small files, and wait for the disk with each.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+            program = os.path.join(directory, "true")
+            with open(program, "w") as file:
+                file.write("#!/bin/sh\n")
+            os.chmod(program, 0o700)
+            subprocess.run([program], check=True)
+            free = os.statvfs(directory)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    enough = free.f_bavail * free.f_frsize > 4 * 10**9
+    return "/dev/shm" if enough else ""
+
+
 def main() -> int:
     os.chdir(ROOT)
     python = tools_python()
@@ -172,6 +192,9 @@ def main() -> int:
                    "LLMSTACK_TEST_PEER": provision_peer(python)}
     if os.environ.get("LLMSTACK_TEST_CLIENTS") == "1":
         environment["LLMSTACK_TEST_CLIENTS"] = provision_clients()
+    temporary = memory_disk()
+    if temporary:
+        environment.setdefault("PYTEST_DEBUG_TEMPROOT", temporary)
     return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
 
 
