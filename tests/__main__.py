@@ -22,7 +22,7 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TOOLS = ("pytest==8.4.2", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
+TOOLS = ("pytest==8.4.2", "pytest-xdist==3.8.0", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
 OPENCODE = "1.18.33"                            # of npm's opencode-ai
 CLIENTS = {                                     # what tests/test_clients.py runs, by its directory's name
     "claude": "@anthropic-ai/claude-code@2.1.197",
@@ -175,6 +175,12 @@ def memory_disk() -> str:
     return "/dev/shm" if enough else ""
 
 
+def at_once(words: list[str]) -> list[str]:
+    """What makes pytest run all tests in two processes, where no file is named and nobody debugs."""
+    chosen = any(not word.startswith("-") or word in ("-n", "-s", "--pdb") for word in words)
+    return [] if chosen else ["-n", "2", "--dist", "loadgroup"]
+
+
 def main() -> int:
     os.chdir(ROOT)
     python = tools_python()
@@ -195,7 +201,7 @@ def main() -> int:
     temporary = memory_disk()
     if temporary:
         environment.setdefault("PYTEST_DEBUG_TEMPROOT", temporary)
-    return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
+    return subprocess.call([python, "-m", "pytest", *at_once(sys.argv[1:]), *sys.argv[1:]], env=environment)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,16 @@ sys.path.insert(0, str(ROOT))
 
 import llmstack  # noqa: E402
 
+SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with model servers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes, one has all tests that start model servers: these take the first free port."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if item.path.name == "test_engine.py" or not SERVERS.isdisjoint(fixtures):
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

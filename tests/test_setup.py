@@ -18,7 +18,7 @@ import llmstack
 from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
-from tests.test_download import PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
+from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
 __all__ = ["hub", "releases"]                   # fixtures
@@ -197,15 +197,7 @@ def test_on_a_terminal_it_asks_first(answer: bytes, brought: bool, home: Path, n
     while b"[y/N]" not in seen:
         seen += os.read(master, 4096)
     os.write(master, answer)
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    os.close(master)
+    seen += read_to_end(master)
     assert process.wait(timeout=20) == 1
     assert (b"it was asked to bring it" in seen) is brought
 
