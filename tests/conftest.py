@@ -19,6 +19,7 @@ import llmstack  # noqa: E402
 SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with model servers
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes, one has all tests that start model servers: these take the first free port."""
     for item in items:

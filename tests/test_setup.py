@@ -71,8 +71,8 @@ def test_a_new_users_setup_ends_with_an_answer_and_the_next_does_nothing(
                            "first answer", "shell hook", "opencode"]
     assert "xllamacpp" in first["llama-server"]
     assert first["llama-swap"].startswith("ok: ")
-    assert "7 of 7 models to fetch" in first["downloads"]
-    assert "4 downloaded" in first["wait for them"]
+    assert "8 of 8 models to fetch" in first["downloads"]
+    assert "5 downloaded" in first["wait for them"]
     assert "is loaded in" in first["first answer"]
     assert "answers '" in first["first answer"]
     assert f"""eval "$('{sys.executable}' '{llmstack.PROGRAM}' activate bash)\"""" in first["shell hook"]
@@ -161,7 +161,7 @@ def test_setup_fails_at_its_end_and_goes_on_from_there(model_hub: FakeHub, fake_
     fake_swap.limited = ""
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
     found = steps(capsys.readouterr().out)
-    assert "2 of 7 models to fetch" in found["downloads"]
+    assert "2 of 8 models to fetch" in found["downloads"]
     assert "1 downloaded" in found["wait for them"]
     worker_gone(llmstack.find_places(os.environ))
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
