@@ -206,7 +206,8 @@ LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheel
 LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
 
 LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
-KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", "embed", "rerank")
+TEXT_ROLES = ("embed", "rerank")   # they turn texts into numbers; no client talks with them
+KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", *TEXT_ROLES)
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "fast": ("fast", "small", "autocomplete"),
     "agent": ("agent", "smart", "code", "coder"),
@@ -317,6 +318,10 @@ class Tier(NamedTuple):
     def settings(self) -> Dict[str, Any]:
         """Its own keys of llama-server, without those of [DEFAULT]: see tier_config."""
         return dict(self.server)
+
+    @property
+    def chats(self) -> bool:
+        return self.role not in TEXT_ROLES
 
     @property
     def has_projector(self) -> bool:
@@ -2538,7 +2543,7 @@ def _set_prefix(number: int, count: int) -> str:
 def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
-    heavy = [tier for tier in local if tier.role != "fast"]
+    heavy = [tier for tier in local if tier.role != "fast" and tier.chats]
     groups = [(tier.role or tier.name, (*fast, tier.name)) for tier in heavy]
     if fast and not heavy:
         groups = [("fast", tuple(fast))]
@@ -2553,7 +2558,8 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     """The fast tier beside each heavy one, and all chat tiers together beside it.
 
     With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
-    beside it comes in: the sets above are for 64 GB. A tier left in no set runs alone.
+    beside it comes in: the sets above are for 64 GB. So do tiers for embeddings and reranking,
+    which are small and make nothing go. A tier left in no set runs alone.
     """
     local = local_tiers(config)
     groups = _labelled_sets(local)
@@ -2965,10 +2971,8 @@ def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
 
 def capabilities(tier: Tier) -> List[str]:
     """What a tier can do, in the words that llama.cpp and Ollama use."""
-    if tier.role == "embed":
-        return ["embedding"]
-    if tier.role == "rerank":
-        return ["rerank"]
+    if not tier.chats:
+        return ["embedding" if tier.role == "embed" else "rerank"]
     words = ["completion"]
     if tier.tool_call:
         words.append("tools")
@@ -3756,9 +3760,11 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     """`config` with room for prompts and checkpoints in every local tier whose need is known.
 
     Each gets an equal part of what the fullest set it may be loaded in leaves: of the budget where
-    that is all the memory there is, of the host's beside a card of its own.
+    that is all the memory there is, of the host's beside a card of its own. Tiers that hold no
+    conversation get none.
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
+    chats = {t.name for t in config.tiers if t.chats}
     need = {name: f.need_gb for name, f in by_name.items()}
     limit_gb, taken = machine.budget_gb, need
     if machine.host_gb:
@@ -3767,8 +3773,8 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
-        if fit is not None and fit.need_gb:
-            parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(s.tiers)
+        if tier.chats and fit is not None and fit.need_gb:
+            parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(chats & {*s.tiers})
                      for s in sets if tier.name in s.tiers]
             tier = _with_cache(tier, fit, min(parts, default=0.0))
         tiers.append(tier)
@@ -4139,7 +4145,7 @@ def _opencode_models(config: Config) -> Dict[str, Any]:
         models["auto"] = _client_model("auto: the best tier for the length",
                                        _auto_limits(config.ladder), config.ladder, config)
     for tier in config.tiers:
-        if tier.role not in PATH_ROLES.values():
+        if tier.chats:
             name = tier.description or tier.name
             models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
     return models
@@ -4215,7 +4221,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
     """
     config = config._replace(tiers=config.offered or config.tiers)
     models = _opencode_models(config)
-    default = f"{PROVIDER}/{next(iter(models))}"
+    default = f"{PROVIDER}/{next(iter(models), 'auto')}"
     agents, commands = _opencode_agents(config, default)
     options: Dict[str, Any] = {
         "baseURL": f"{url}/v1",

@@ -20,6 +20,7 @@ import pytest
 import llmstack
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz, zipped
 from tests.noise_model import render_noise_gguf
+from tests.test_stack import until
 
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
@@ -73,14 +74,18 @@ def releases(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeReleases]:
     server.stop()
 
 
-def until(condition: Any, what: str, seconds: float = 30) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    raise AssertionError(f"not within {seconds} s: {what}")
+def read_to_end(master: int) -> bytes:
+    """What a terminal still shows, which is closed then."""
+    seen = b""
+    while True:
+        try:
+            data = os.read(master, 4096)
+        except OSError:                         # Linux says EIO, others an end
+            data = b""
+        if not data:
+            os.close(master)
+            return seen
+        seen += data
 
 
 def cache() -> str:
@@ -616,15 +621,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(hub: FakeHub, places: llm
     while b"code-fast-current [######" not in seen or b" MB/s, " not in seen:
         seen += os.read(master, 4096)
     hub.gate.set()
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    os.close(master)
+    seen += read_to_end(master)
     assert process.wait(timeout=20) == 0
     assert b"of 4.0 MB" in seen
     assert b"code-fast-next: done" in seen

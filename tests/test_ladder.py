@@ -990,7 +990,7 @@ def test_why_takes_the_bundled_tiers_where_there_is_no_project(capsys: pytest.Ca
     assert why(chat("hi"), "--json") == 0
     out = json.loads(capsys.readouterr().out)
     assert out["tier"] == "code-smart"
-    assert set(out["refused"]) == {"code-fast", "plan", "plan-uncensored"}
+    assert set(out["refused"]) == {"code-fast", "plan", "plan-uncensored", "embed"}
 
 
 def test_why_reads_the_project_s_routing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import llmstack
 from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
-from tests.test_download import PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
+from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
 __all__ = ["hub", "releases"]                   # fixtures
@@ -71,8 +71,8 @@ def test_a_new_users_setup_ends_with_an_answer_and_the_next_does_nothing(
                            "this project", "first answer", "shell hook", "opencode"]
     assert "xllamacpp" in first["llama-server"]
     assert first["llama-swap"].startswith("ok: ")
-    assert "7 of 7 models to fetch" in first["downloads"]
-    assert "4 downloaded" in first["wait for them"]
+    assert "8 of 8 models to fetch" in first["downloads"]
+    assert "5 downloaded" in first["wait for them"]
     assert "is loaded in" in first["first answer"]
     assert "answers '" in first["first answer"]
     assert f"""eval "$('{sys.executable}' '{llmstack.PROGRAM}' activate bash)\"""" in first["shell hook"]
@@ -161,7 +161,7 @@ def test_setup_fails_at_its_end_and_goes_on_from_there(model_hub: FakeHub, fake_
     fake_swap.limited = ""
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
     found = steps(capsys.readouterr().out)
-    assert "2 of 7 models to fetch" in found["downloads"]
+    assert "2 of 8 models to fetch" in found["downloads"]
     assert "1 downloaded" in found["wait for them"]
     worker_gone(llmstack.find_places(os.environ))
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
@@ -197,15 +197,7 @@ def test_on_a_terminal_it_asks_first(answer: bytes, brought: bool, home: Path, n
     while b"[y/N]" not in seen:
         seen += os.read(master, 4096)
     os.write(master, answer)
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    os.close(master)
+    seen += read_to_end(master)
     assert process.wait(timeout=20) == 1
     assert (b"it was asked to bring it" in seen) is brought
 
