@@ -41,7 +41,8 @@ def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
     counts = llmstack.tokens_said(outcome.said)
     made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, counts, outcome)
     made.update(rung=decision.rung, reason=decision.reason, passed_over=decision.passed_over)
-    return {"time": 1.5, "conversation": conversation, **made, "total_s": 1.0, **more}
+    made["conversation"] = conversation
+    return {"time": 1.5, **made, "total_s": 1.0, **more}
 
 
 def write(*rows: Any, name: str = ".llmstack/logs/decisions.jsonl") -> None:

@@ -211,7 +211,7 @@ def routed(start: Start, stay: str) -> Tuple[Rig, Rows]:  # noqa: F811
     rows = Rows()
     rig = start(always(counted(20_000, 0)), record=rows)
     config = CONFIG._replace(routing=CONFIG.routing._replace(stay=stay))
-    rig.app._snapshot = rig.app._adopt(config, {})
+    rig.app._snapshot = rig.app._adopt(config, {}, {})
     rig.app.behind.pace = (                                 # type: ignore[method-assign]
         lambda name, tokens: Pace(1_000.0, 1.0, loaded=True))
     return rig, rows
