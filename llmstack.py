@@ -2047,7 +2047,7 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
     values["server"] = tuple(_pop_server_values(values).items())
     prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
     values["prices"] = tuple(prices.items())
-    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if key in written)
+    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if written.get(key))
     values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
     role = values.get("role", "")
     implied = {

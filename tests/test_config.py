@@ -496,7 +496,8 @@ WRONG_KIND = {
           "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a\\b", "ttl": "30m",
           "base_url": "groq.com", "tool_call": "2", "reasoning": "maybe"},
-    "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??"},
+    "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??",
+                "stay": "yes", "stay_s": "long"},
 }
 _DEFAULTS_OF_SERVERS = {key: value for key, value in WRONG_KIND["DEFAULT"].items() if key in llmstack.SERVER_OPTIONS}
 WRONG_KIND["SERVER"].update(_DEFAULTS_OF_SERVERS)
@@ -683,7 +684,7 @@ def test_a_warning_is_printed_and_the_command_goes_on(
     path = write_ini(f"{A}role = fast\ncontex_size = 64k\n")
     assert ask_why(monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("a: ")
+    assert out.startswith("a. ")
     assert f"{path}:5: unknown key contex_size in [a], did you mean ctx_size?" in err
     assert err.count("\n") == 1
 

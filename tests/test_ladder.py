@@ -973,7 +973,7 @@ def test_why_says_what_a_tier_takes_where_that_is_known(
     assert json.loads(capsys.readouterr().out)["takes"] == {
         "code-fast": {"read_s": 33.0, "load_s": 4.0}}
     assert why(body) == 0
-    assert ("  on code-fast: about 33.0 s to read it anew, 4.0 s more where it must be loaded"
+    assert ("On code-fast: about 33.0 s to read it anew, 4.0 s more where it must be loaded"
             in capsys.readouterr().out)
 
 
