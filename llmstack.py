@@ -2658,50 +2658,47 @@ def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
         aliases=_yaml_list(proxy.tier.aliases))
 
 
-def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> List[str]:
+def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
-        return []
-    kept = [group.tiers for group in sets]
-    lines = []
+        return ""
+    text, kept = "", [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
             need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
-            lines.append(f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
-                         f" and there are {plan.budget_gb:.1f}")
-    return lines
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
+                     f" and there are {plan.budget_gb:.1f}\n")
+    return text
 
 
 _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 
-def _swap_matrix(plan: SwapPlan) -> List[str]:
+def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
     keys, costs = {}, {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, plan.use_next, weights_gb)
-    everywhere = []
+    everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        proxy = plan.proxy.tier.name
-        keys[proxy], costs[proxy] = "l", 30
-        everywhere = [proxy]
-    lines = [
-        "# What may be loaded together; the cheapest way to make room wins, the first of equals.",
-        "matrix:",
-        "  vars:",
-    ]
-    lines += [f"    {key}: {_yaml_text(name)}" for name, key in keys.items()]
-    lines.append("  evict_costs:")
-    lines += [f"    {keys[name]}: {cost}" for name, cost in costs.items()]
-    lines.append("  sets:")
+        everywhere = (plan.proxy.tier.name,)
+        keys[PROXY], costs[PROXY] = "l", 30
+    text = "\n# What may be loaded together; the cheapest way to make room wins, the first of equals."
+    text += "\nmatrix:\n  vars:\n"
+    for name, key in keys.items():
+        text += f"    {key}: {_yaml_text(name)}\n"
+    text += "  evict_costs:\n"
+    for name, cost in costs.items():
+        text += f"    {keys[name]}: {cost}\n"
+    text += "  sets:\n"
     sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
-    lines += _left_out(plan, sets)
+    text += _left_out(plan, sets)
     for group in sets or [ResidencySet("a_hosted", ())]:
-        members = " & ".join(keys[name] for name in (*group.tiers, *everywhere))
-        lines.append(f'    {group.name}: "{members}"')
-    return lines
+        members = [keys[name] for name in group.tiers + everywhere]
+        text += f'    {group.name}: "{" & ".join(members)}"\n'
+    return text
 
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
@@ -2720,7 +2717,7 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
         text += _swap_proxy(plan, proxy)
         if proxy.preload:
             preload.append(proxy.tier.name)
-    text += "\n" + "\n".join(_swap_matrix(plan)) + "\n"
+    text += _swap_matrix(plan)
     if preload:
         text += f"\nhooks:\n  on_startup:\n    preload: {_yaml_list(preload)}\n"
     return text
@@ -2728,12 +2725,21 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 # ---- routes, and the list of models
 
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
+
 
 def hosted_model(tier: Tier, use_next: bool) -> str:
     """The provider's id of a hosted tier's model on a channel."""
     if use_next and tier.model_next:
         return tier.model_next
     return tier.model
+
+
+def entry_name(tier: Tier, use_next: bool) -> str:
+    """The name of a LiteLLM tier's entry in the proxy's model_list."""
+    if use_next and tier.model_next:
+        return f"{tier.name}_next"
+    return tier.name
 
 
 def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str]:
@@ -2793,21 +2799,19 @@ def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str,
         return Route(tier)
     model = json.dumps(hosted_model(tier, use_next))[1:-1]
     if tier.backend == "litellm":
-        upgraded = use_next and tier.model_next
-        model = f"{tier.name}_next" if upgraded else tier.name
+        model = entry_name(tier, use_next)
     sampler = []
     for key, value in tier.sampler:
         members = _SAMPLER_MEMBERS[key]
         sampler.append((members, f'"{members[0]}":{_number(value)}'.encode()))
-    route = Route(tier, model, tuple(sampler))
+    refused = (0, "", "")
     if config.local_only and tier.remote:
-        what = f"{tier.name} is hosted, and {LOCAL_ONLY}"
-        return route._replace(refused=(403, what, "forbidden"))
-    if tier.name in missing:
+        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
+    elif tier.name in missing:
         what = (f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
                 " then `llmstack restart`")
-        return route._replace(refused=(401, what, "authentication_error"))
-    return route
+        refused = (401, what, "authentication_error")
+    return Route(tier, model, tuple(sampler), refused)
 
 
 def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
@@ -2907,10 +2911,12 @@ def list_models(config: Config, use_next: bool,
             listed.append(_merged_entry(own, found[0]))
         elif tier.backend == "openai":
             listed.append(own)
-    known = {"auto", *(name for tier in config.tiers for name in (tier.name, *tier.aliases))}
+    known = {"auto"}
+    for tier in config.tiers:
+        known.update((tier.name, *tier.aliases))
     for entry in theirs:
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and "litellm_proxy" not in json.dumps(entry):
+        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3708,7 +3714,6 @@ def profile_file(name: str) -> str:
 # What LiteLLM's proxy is to serve, and which credentials it lacks. No key is ever read here: only
 # whether a variable has a value counts.
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
 
 
@@ -3841,6 +3846,20 @@ def _provider_of(model: str) -> str:
     return ""
 
 
+def _wanted_credentials(tier: Tier, entry: LitellmEntry, use_next: bool,
+                        certain: bool) -> Sequence[str]:
+    """The variables an entry needs, | between those that do instead of each other."""
+    if entry.references or entry.has_key:
+        return entry.references
+    provider = _provider_of(entry.model or hosted_model(tier, use_next))
+    if certain and provider in AMBIENT:
+        return ()
+    wanted = CREDENTIALS.get(provider, ())
+    if entry.has_base:
+        return [names for names in wanted if names != "AZURE_API_BASE"]
+    return wanted
+
+
 def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
                      use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
     """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
@@ -3850,22 +3869,13 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     """
     if file is None:
         return ()
-    upgraded = use_next and tier.model_next
-    name = f"{tier.name}_next" if upgraded else tier.name
-    entry = file.entries.get(name, LitellmEntry(""))
-    wanted = entry.references
-    if not wanted and not entry.has_key:
-        provider = _provider_of(entry.model or hosted_model(tier, use_next))
-        if not (certain and provider in AMBIENT):
-            wanted = CREDENTIALS.get(provider, ())
-        if entry.has_base:
-            wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
-    lacking = []
-    for choices in wanted:
+    entry = file.entries.get(entry_name(tier, use_next), LitellmEntry(""))
+    lacking: Dict[str, None] = {}
+    for choices in _wanted_credentials(tier, entry, use_next, certain):
         names = choices.split("|")
-        if not any(env.get(n, "").strip() or n in file.environment for n in names):
-            lacking.append(names[0])
-    return tuple(dict.fromkeys(lacking))
+        if not any(env.get(name, "").strip() or name in file.environment for name in names):
+            lacking[names[0]] = None
+    return tuple(lacking)
 
 
 def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
@@ -3975,11 +3985,13 @@ def cramped_models(config: Config) -> List[str]:
             limits[tier.name] = client_limits(tier)
     if config.ladder:
         limits["auto"] = _auto_limits(config.ladder)
-    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own"
-            f" prompt and tools take about {OPENCODE_TOKENS:,}, so it would compact without end:"
-            " a larger ctx_size is needed"
-            for name, (context, output) in limits.items()
-            if context - output < OPENCODE_TOKENS * 5 // 4]
+    lines = []
+    for name, (context, output) in limits.items():
+        if context - output < OPENCODE_TOKENS * 5 // 4:
+            lines.append(f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer;"
+                         f" its own prompt and tools take about {OPENCODE_TOKENS:,}, so it would"
+                         " compact without end: a larger ctx_size is needed")
+    return lines
 
 
 def _role_model(config: Config, role: str) -> Dict[str, str]:
@@ -12526,18 +12538,23 @@ class SwapApp(UpstreamApp):
         self.log.flush()
         if self._bays:
             self._bays.save_when_due()
+        code = self._process.poll()
         due = time.monotonic() - self._started_s > self.RESTART_S
-        if self._process.poll() is not None and due and not self._closing:
-            self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
-                           f" again, see {self._output}")
-            stop_stack_members(self._env.get(STACK_VARIABLE, ""))   # its models hold its ports
-            if self._bays:
-                self._bays.forget_all()
-            self._spawn()
+        if code is None or self._closing or not due:
+            return
+        self.log.error(
+            f"llama-swap has died (exit {code}); starting it again, see {self._output}")
+        # The models that it has left hold the ports that it would give to others.
+        stop_stack_members(self._env.get(STACK_VARIABLE, ""))
+        if self._bays:
+            self._bays.forget_all()
+        self._spawn()
 
     def close(self) -> None:
         self._closing = True
-        grace_s = STOP_GRACE_S + (PARK_S if self._bays else 0)
+        grace_s = STOP_GRACE_S
+        if self._bays:                          # its models are parked before they stop
+            grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
@@ -12555,12 +12572,15 @@ class SwapApp(UpstreamApp):
 
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""
-        return target if target.startswith("/v1/") else f"/upstream/{name}{target}"
+        if target.startswith("/v1/"):
+            return target
+        return f"/upstream/{name}{target}"
 
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
-        parks = model in self._models and model != PROXY
-        return SwapLease(self.upstream, model, self._bays if parks else None)
+        if model == PROXY or model not in self._models:
+            return SwapLease(self.upstream, model)
+        return SwapLease(self.upstream, model, self._bays)
 
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
@@ -13400,7 +13420,9 @@ class RemoteRouter(NamedTuple):
 def pinned_url(places: Places) -> str:
     """The router a thin client is pinned to, "" for a local project."""
     marker = read_marker(places)
-    return marker.url if marker is not None and marker.channel == "external" else ""
+    if marker is None or marker.channel != "external":
+        return ""
+    return marker.url
 
 
 def check_pin(places: Places) -> None:
@@ -13481,9 +13503,10 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
 
 def _said(body: bytes) -> str:
     """": " and the message of an error body, or nothing."""
-    error = parse_json_object(body).get("error")
-    message = error.get("message") if isinstance(error, dict) else None
-    return ": " + visible(message) if isinstance(message, str) else ""
+    message = dict_of(parse_json_object(body).get("error")).get("message")
+    if not isinstance(message, str):
+        return ""
+    return ": " + visible(message)
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
@@ -13578,30 +13601,46 @@ def connect_external(places: Places, insecure: bool, say: Say) -> None:
             " `llmstack install` writes opencode.json anew")
 
 
+def _remote_tiers(remote: RemoteRouter, headers: bytes) -> List[Dict[str, Any]]:
+    """The rows of stack_status for another machine's tiers, fit to print."""
+    states = _engine_states(remote.upstream, headers)
+    told = _router_states(remote.upstream, headers)
+    otherwise = "stopped"
+    if states is None:                          # its engine is not ours to ask
+        otherwise, states = "unknown", {}
+    rows = []
+    for tier in remote.config.tiers:
+        state = states.get(tier.name, (otherwise, None))
+        row = _tier_row(tier, False, state, told.get(tier.name, {}))
+        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
+        rows.append({**row, **shown})
+    return rows
+
+
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
     router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
-    rows: Dict[str, Any] = {
-        "running": False, "project": places.work, "models_ini": f"{url}/models.ini",
-        "router": router, "engine": None, "channel": "external", "tiers": [], "other_owner": None,
-        "problem": None}
+    status: Dict[str, Any] = {
+        "running": False,
+        "project": places.work,
+        "models_ini": f"{url}/models.ini",
+        "router": router,
+        "engine": None,
+        "channel": "external",
+        "tiers": [],
+        "other_owner": None,
+        "problem": None,
+    }
     try:
         remote = fetch_remote(trusted_url(places), env)
     except UserError as exc:
-        rows["problem"] = f"{exc}; {exc.hint}"
-        return rows
-    rows["running"] = router["alive"] = router["answers"] = True
-    states = _engine_states(remote.upstream, key_header(env))
-    told = _router_states(remote.upstream, key_header(env))
-    otherwise = ("unknown" if states is None else "stopped", None)
-    for tier in remote.config.tiers:
-        state = (states or {}).get(tier.name, otherwise)
-        row = _tier_row(tier, False, state, told.get(tier.name, {}))
-        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
-        rows["tiers"].append({**row, **shown})
-    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot", key_header(env))
-    return rows
+        status["problem"] = f"{exc}; {exc.hint}"
+        return status
+    status["running"] = router["alive"] = router["answers"] = True
+    status["tiers"] = _remote_tiers(remote, key_header(env))
+    status["now"] = asked_json(remote.upstream, "/llmstack/snapshot", key_header(env))
+    return status
 
 
 # ==================================================================================================
@@ -14534,9 +14573,9 @@ def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, 
 
 def hook_text(shell: str, data: str) -> str:
     """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
-    text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
+    parts = [read_shared_text(f"hooks/{name}") for name in HOOK_SOURCES[shell]]
     python = sys.executable or find_program("python3")
-    return render_hook(shell, text, python, PROGRAM, trust_file(data))
+    return render_hook(shell, "".join(parts), python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
