@@ -313,6 +313,11 @@ class Tier(NamedTuple):
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
 
     @property
+    def names(self) -> Tuple[str, ...]:
+        """Every name that clients may ask for it by."""
+        return (self.name, *self.aliases)
+
+    @property
     def settings(self) -> Dict[str, Any]:
         """Its own keys of llama-server, without those of [DEFAULT]: see tier_config."""
         return dict(self.server)
@@ -2011,7 +2016,7 @@ def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
     known, patterns = ["auto", *KNOWN_ROLES], []
     for tier in tiers:
-        known += [tier.name, *tier.aliases]
+        known += tier.names
         wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
         patterns += [(alias, tier.name) for alias in wild]
     if "ALIASES" not in reader.sections:
@@ -2093,7 +2098,7 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
     settings = _pop_server_values(values)
     values["routing"] = _read_routing(reader)
-    tiers = [tier for tier in (_read_tier(reader, name) for name in sections) if tier]
+    tiers = list(filter(None, (_read_tier(reader, name) for name in sections)))
     _check_names(reader, tiers)
     values["tiers"] = _with_own_aliases(reader, tiers)
     values["aliases"] = _alias_patterns(reader, tiers)
@@ -2113,13 +2118,18 @@ def _effect_text(option: Option, value: Any) -> str:
     return str(value)
 
 
+def _values_of(record: Any) -> Dict[str, Any]:
+    """The fields of a record, and its keys of llama-server beside them."""
+    return {**record._asdict(), **dict(getattr(record, "server", ()))}
+
+
 def _effects(prefix: str, record: Any, default: Any,
              options: Mapping[str, Option]) -> List[Tuple[str, str]]:
     """(key, value) of what a record holds that needs trust; `default` says nothing.
 
     A field with two keys, as host and router_host are, is shown by its first.
     """
-    own, usual = ({**dict(getattr(x, "server", ())), **x._asdict()} for x in (record, default))
+    own, usual = _values_of(record), _values_of(default)
     found: Dict[str, Tuple[str, str]] = {}
     for key, option in options.items():
         field = option.field or key
@@ -2275,7 +2285,8 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
         flags.append(("--cache-ram", str(tier.cache_ram_mib)))
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
-    flags += [(SAMPLER_OPTIONS[key].flags[0], _number(value)) for key, value in tier.sampler]
+    for key, value in tier.sampler:
+        flags.append((SAMPLER_OPTIONS[key].flags[0], _number(value)))
     settings = tier.settings
     if tier.role in _ROLE_FLAGS:
         settings.pop("embedding", None)
@@ -2452,10 +2463,13 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     """
     if target in running:
         return []
-    outside = [[m for m in running if m not in s.tiers] for s in sets if target in s.tiers]
-    if not outside:
-        return [m for m in running if m != target]
-    return min(outside, key=lambda gone: sum(costs.get(m, 1) for m in gone))
+    choices = []
+    for group in sets:
+        if target in group.tiers:
+            choices.append([name for name in running if name not in group.tiers])
+    if not choices:
+        return list(running)
+    return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
 def tier_cost(tier: Tier, use_next: bool, weights_gb: float = 0.0) -> int:
@@ -2906,14 +2920,14 @@ def list_models(config: Config, use_next: bool,
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier, use_next)
-        found = [said[name] for name in (tier.name, *tier.aliases) if name in said]
+        found = [said[name] for name in tier.names if name in said]
         if found:
             listed.append(_merged_entry(own, found[0]))
         elif tier.backend == "openai":
             listed.append(own)
     known = {"auto"}
     for tier in config.tiers:
-        known.update((tier.name, *tier.aliases))
+        known.update(tier.names)
     for entry in theirs:
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
         if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
@@ -9628,7 +9642,7 @@ class RouterApp(App):
                 host = hosts.get(url) or known.get(url) or self._host(url)
                 hosts[url] = host
                 route = self._to_host(route, host)
-            routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
+            routes.update(dict.fromkeys(tier.names, route))
         barred = {**self._given.unserved(config), **missing}
         return Snapshot(config, routes, hosts, barred, asked, served)
 
@@ -12495,11 +12509,12 @@ class SwapApp(UpstreamApp):
         self.address = "llama-swap"
         self._models: Dict[str, str] = {}       # every name of a tier -> llama-swap's model
         for tier in litellm_tiers(config):
-            self._models.update(dict.fromkeys((tier.name, *tier.aliases), PROXY))
+            self._models.update(dict.fromkeys(tier.names, PROXY))
         for tier in local_tiers(config):
-            self._models.update(dict.fromkeys((tier.name, *tier.aliases), tier.name))
+            self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
-        self._command, self._env, self._output = command(port), env, output
+        self._command = command(port)
+        self._env, self._output = env, output
         self._process: Any = None
         self._started_s = 0.0
         self._closing = False
@@ -13389,7 +13404,8 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
 
     What was not trusted before is not trusted for that.
     """
-    old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
+    old = _read_bytes(places.in_state("opencode.json"))
+    url = base_url(host, port)
     text = project_opencode_json(places, config, url, env)
     ours = _is_ours(places, "opencode.json", old)
     if f'"{url}/v1"'.encode() in old:
@@ -14821,9 +14837,9 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     rows = [("project", places.work)]
     for effect in effects:
         rows += _effect_rows(effect)
-    names = [visible(name, 80) for name, _ in rows]
-    width = max(map(len, names))
-    return [f"{name:<{width}}  {visible(value)}" for name, (_, value) in zip(names, rows)]
+    shown = [(visible(name, 80), visible(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown)
+    return [f"{name:<{width}}  {value}" for name, value in shown]
 
 
 def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
