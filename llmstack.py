@@ -2699,8 +2699,11 @@ def _swap_matrix(plan: SwapPlan) -> str:
     if plan.proxy:
         everywhere = (plan.proxy.tier.name,)
         keys[PROXY], costs[PROXY] = "l", 30
-    text = "\n# What may be loaded together; the cheapest way to make room wins, the first of equals."
-    text += "\nmatrix:\n  vars:\n"
+    text = """
+# What may be loaded together; the cheapest way to make room wins, the first of equals.
+matrix:
+  vars:
+"""
     for name, key in keys.items():
         text += f"    {key}: {_yaml_text(name)}\n"
     text += "  evict_costs:\n"
@@ -13303,7 +13306,7 @@ def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict
 # What `install` and `start` write into a project, and the thin client, whose router is elsewhere.
 # A file that a person has changed is never overwritten: it is kept, or ours is put beside it.
 
-REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
+REMOTE_PATIENCE_S = 10.0                        # for another machine's models.ini
 
 
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
@@ -14544,6 +14547,7 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     are the first's.
     """
     _, _, project = _hook_parts(env)
+    # The shell of `start`, and a person's own LLMSTACK_WORK_DIR, mean what they say.
     if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
         return
     try:
@@ -14688,6 +14692,23 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
 
+def _become(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a command in place of this process; on Windows beside it, for its exit code.
+
+    Errors: OSError.
+    """
+    import signal
+    import subprocess
+    if not IS_WINDOWS:
+        # Python ignores these two, and a shell's children would, too.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(command[0], command, env)  # noqa: S606
+    # A console's Ctrl-C comes to us, too; it is the shell's alone.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    return subprocess.call(command, env=env)
+
+
 def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """Become a shell in which opencode finds the project; does not return but on Windows.
 
@@ -14696,26 +14717,20 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """
     if not is_trusted(places, "hook"):
         raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
-    work = os.path.realpath(places.work)        # the spelling of the hooks and of the daemon
+    # The hooks and the daemon spell the directory so.
+    work = os.path.realpath(places.work)
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
     values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = {name: value for name, value in env.items()
-              if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
-    inside.update(values)
+    inside = dict(values)
+    for name, value in env.items():
+        # What a hook has noted for itself is of the shell around this one.
+        if not name.startswith(("_llmstack_", "LLMSTACK_HOOK")):
+            inside.setdefault(name, value)
     program = shell_program(env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
-    import signal
     try:
-        if IS_WINDOWS:
-            import subprocess
-            # A console's Ctrl-C comes to us, too; it is the shell's alone.
-            signal.signal(signal.SIGINT, lambda *_: None)
-            return subprocess.call(command, env=inside)
-        # Python ignores these two, and a shell's children would, too.
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        os.execvpe(command[0], command, inside)  # noqa: S606
+        return _become(command, inside)
     except OSError as exc:
         raise UserError(f"cannot start the shell {program}: {exc.strerror}",
                         "name another in LLMSTACK_SHELL") from None
@@ -14817,19 +14832,21 @@ def _config_rows(text: str) -> List[Tuple[str, str]]:
 
 
 def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
-    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    """(what it is, its value) of what a thing to be trusted would do."""
+    name = effect.name
     if effect.problem or effect.shown:
         return [(name, effect.problem or effect.shown)]
+    text = effect.data.decode("utf-8", "replace")
     if name == "litellm_config.yaml":
         return _config_rows(text)
     if name == "default-channel":
         return [(name, text.strip())]
-    if name == "opencode.json":
-        try:
-            return list(_harmful_values(json.loads(text), ()))
-        except (ValueError, RecursionError):
-            return [(name, "is not plain JSON; read it yourself")]
-    return [(name, f"{len(text.splitlines())} lines")]
+    if name != "opencode.json":
+        return [(name, f"{len(text.splitlines())} lines")]
+    try:
+        return list(_harmful_values(json.loads(text), ()))
+    except (ValueError, RecursionError):
+        return [(name, "is not plain JSON; read it yourself")]
 
 
 def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
@@ -14857,9 +14874,12 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     """
     if all(is_trusted(places, part) for part in _PARTS):
         return
+    new: List[Effect] = []
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
         effects = project_effects(places)
-        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+        for part, of_part in effects.items():
+            new += untrusted(places, part, of_part)
+    # Where no more than problems is new, check_run_trust says what they are.
     if all(effect.problem for effect in new):
         return
     facts = "\n".join(trust_facts(places, new))
