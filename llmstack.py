@@ -14692,7 +14692,7 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
 
-def _become(command: Sequence[str], env: Mapping[str, str]) -> int:
+def _become(command: List[str], env: Mapping[str, str]) -> int:
     """Run a command in place of this process; on Windows beside it, for its exit code.
 
     Errors: OSError.
