@@ -1634,9 +1634,12 @@ def _why_refused(flag: str) -> str:
     return ""
 
 
-def group_args(words: Sequence[str]) -> List[Tuple[str, ...]]:
+Flag = Tuple[str, ...]                          # a flag of llama-server, with its values behind it
+
+
+def group_args(words: Sequence[str]) -> List[Flag]:
     """The words of `args`, each flag with its values. llama-server reads --a_b as --a-b."""
-    groups: List[Tuple[str, ...]] = []
+    groups: List[Flag] = []
     for word in words:
         if word.startswith("--"):
             word = word.replace("_", "-")
@@ -2226,11 +2229,11 @@ def weights_for(tier: Tier, use_next: bool) -> Weights:
         "next")
 
 
-# ---- flags of llama-server: a group is a flag with its values
+# ---- flags of llama-server
 
 # A flag that builds of llama.cpp disagree about -> what says the same to the others. `--no-mmap`
 # went in b10875 (2026-09-09); `--load-mode none` came around b10105.
-FLAG_REPLACEMENTS: Dict[str, Tuple[str, ...]] = {"--no-mmap": ("--load-mode", "none")}
+FLAG_REPLACEMENTS: Dict[str, Flag] = {"--no-mmap": ("--load-mode", "none")}
 # What `speculative` asks for -> llama-server's --spec-type. A draft alone is loaded and not used.
 _SPEC_TYPES = {"ngram": "ngram-mod", "mtp": "draft-mtp", "draft": "draft-simple"}
 _ROLE_FLAGS = {"embed": "--embedding", "rerank": "--reranking"}
@@ -2240,7 +2243,7 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-def _option_flags(key: str, value: Any) -> List[Tuple[str, ...]]:
+def _option_flags(key: str, value: Any) -> List[Flag]:
     """What a key of TIER_SERVER_OPTIONS says on the command line."""
     option = TIER_SERVER_OPTIONS[key]
     if option.kind == "args":
@@ -2263,18 +2266,37 @@ def tier_config(config: Config, tier: Tier) -> Config:
     return config.with_settings(own)
 
 
-def common_flags(config: Config) -> List[Tuple[str, ...]]:
+def common_flags(config: Config) -> List[Flag]:
     """Flags every llama-server gets."""
-    flags: List[Tuple[str, ...]] = []
+    flags: List[Flag] = []
     for key, value in config.settings.items():
         flags += _option_flags(key, value)
     # By default every web page may read what a llama-server says.
     return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
 
 
-def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
+def _speculation_flags(settings: Mapping[str, Any]) -> List[Flag]:
+    asked = settings.get("speculative", "auto")
+    if asked == "auto" and "draft" in settings:
+        asked = "draft"
+    if asked in _SPEC_TYPES:
+        return [("--spec-type", _SPEC_TYPES[asked])]
+    return []
+
+
+def _role_flags(tier: Tier) -> List[Flag]:
+    """What a tier that embeds or ranks is told; it reads a text in one batch, or refuses it."""
+    if tier.role not in _ROLE_FLAGS:
+        return []
+    flags: List[Flag] = [(_ROLE_FLAGS[tier.role],)]
+    if "ubatch" not in tier.settings:
+        flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
+    return flags
+
+
+def tier_flags(tier: Tier) -> List[Flag]:
     """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
-    flags: List[Tuple[str, ...]] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
+    flags: List[Flag] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
     if tier.rope_scale:
         flags += [
             ("--rope-scaling", "yarn"),
@@ -2287,36 +2309,29 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
     for key, value in tier.sampler:
         flags.append((SAMPLER_OPTIONS[key].flags[0], _number(value)))
+    flags += _role_flags(tier)
     settings = tier.settings
-    if tier.role in _ROLE_FLAGS:
+    settings.pop("speculative", None)           # see _speculation_flags
+    if tier.role in _ROLE_FLAGS:                # which says that it embeds
         settings.pop("embedding", None)
-        flags.append((_ROLE_FLAGS[tier.role],))
-        if "ubatch" not in settings:            # a text is read in one batch, or refused
-            flags.append(("--ubatch-size", str(min(tier.ctx_size, 2048))))
-    asked = settings.pop("speculative", "auto")
-    if asked == "auto" and "draft" in settings:
-        asked = "draft"
     for key in MODEL_OPTIONS:
         if key in settings:
             flags += _option_flags(key, settings[key])
-    if asked in _SPEC_TYPES:
-        flags.append(("--spec-type", _SPEC_TYPES[asked]))
-    return flags
+    return [*flags, *_speculation_flags(tier.settings)]
 
 
-def all_flags(tier: Tier, config: Config) -> List[Tuple[str, ...]]:
+def all_flags(tier: Tier, config: Config) -> List[Flag]:
     """Every flag of a tier besides its weights and where it listens."""
     return [*common_flags(tier_config(config, tier)), *tier_flags(tier)]
 
 
-def weight_flags(weights: Weights) -> List[Tuple[str, ...]]:
+def weight_flags(weights: Weights) -> List[Flag]:
     if weights.path:
         return [("-m", weights.path)]
     return [("-hf", weights.repo), ("-hff", weights.file)]
 
 
-def accepted_flags(
-        flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) -> List[Tuple[str, ...]]:
+def accepted_flags(flags: Iterable[Flag], refused: FrozenSet[str]) -> List[Flag]:
     """Replace or leave out what the installed llama-server refuses, by flag name."""
     kept = []
     for flag in flags:
