@@ -1467,8 +1467,6 @@ _MAY_LOOK_RANDOM = frozenset({
     "llama_server_bin", *FILE_KEYS})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
-
-
 Shape = Union[str, Pattern[str]]
 
 
