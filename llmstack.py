@@ -3818,39 +3818,51 @@ class LitellmFile(NamedTuple):
 
 def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
     """What share/guests/litellm_yaml.py has said of a file; None where it could not read that."""
+    entries = {}
     try:
-        entries = {name: LitellmEntry(entry["model"], tuple(entry["references"]), entry["has_key"],
-                                      entry["has_base"])
-                   for name, entry in answer["entries"].items()}
+        for name, entry in answer["entries"].items():
+            references = tuple(entry["references"])
+            entries[name] = LitellmEntry(
+                entry["model"], references, entry["has_key"], entry["has_base"])
         return LitellmFile(entries, frozenset(answer["environment"]))
     except (AttributeError, KeyError, TypeError):
         return None
 
 
-_PLAIN_PROVIDERS = ("openai", "groq", "mistral", "codestral", "deepseek", "xai", "cerebras",
-                    "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")
-# A provider -> the variables LiteLLM reads its credentials from; | between those that do instead of
-# each other.
-CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    **{name: (f"{name.upper()}_API_KEY",) for name in _PLAIN_PROVIDERS},
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",),
-    "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",),
-    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
-    "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
-    "cohere": ("COHERE_API_KEY|CO_API_KEY",),
-    "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY"
-                     "|FIREWORKS_AI_TOKEN",),
-    "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
-    "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
-    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK"
-                "|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
-    "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
-}
+# A provider and the variables that LiteLLM reads its credentials from; | between those that do
+# instead of each other.
+_CREDENTIAL_ROWS = """
+anthropic     ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN
+azure         AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN  AZURE_API_BASE
+bedrock       AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK\
+|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN
+cerebras      CEREBRAS_API_KEY
+codestral     CODESTRAL_API_KEY
+cohere        COHERE_API_KEY|CO_API_KEY
+cohere_chat   COHERE_API_KEY|CO_API_KEY
+deepinfra     DEEPINFRA_API_KEY
+deepseek      DEEPSEEK_API_KEY
+fireworks_ai  FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN
+gemini        GEMINI_API_KEY|GOOGLE_API_KEY
+groq          GROQ_API_KEY
+huggingface   HF_TOKEN|HUGGINGFACE_API_KEY
+mistral       MISTRAL_API_KEY
+moonshot      MOONSHOT_API_KEY
+nvidia_nim    NVIDIA_NIM_API_KEY
+openai        OPENAI_API_KEY
+openrouter    OPENROUTER_API_KEY|OR_API_KEY
+perplexity    PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY
+replicate     REPLICATE_API_KEY
+sambanova     SAMBANOVA_API_KEY
+together_ai   TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN
+vertex_ai     GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS
+xai           XAI_API_KEY
+"""
+CREDENTIALS: Dict[str, Sequence[str]] = {
+    provider: names for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
 # A machine in their cloud may have credentials that no variable shows.
 AMBIENT = ("azure", "bedrock", "vertex_ai")
-_CREDENTIAL_NAMES = frozenset("|".join("|".join(w) for w in CREDENTIALS.values()).split("|"))
+_CREDENTIAL_NAMES = frozenset(re.findall(r"[A-Z][A-Z_]+", _CREDENTIAL_ROWS))
 
 
 def _is_credential(name: str) -> bool:
