@@ -1797,6 +1797,7 @@ class IniReader:
 
     def _read(self, number: int, line: str) -> None:
         stripped = line.strip(" \t")
+        # A comment is served and committed like any other line, so it is looked at, too.
         leaks = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if leaks:
             self._hide(number, _LEAK)
@@ -1852,6 +1853,7 @@ class IniReader:
             return
         line = IniLine(number, name, key, value)
         first = self._first.setdefault((name, key), line)
+        # Both are read all the same, so that what is wrong with either is said at once.
         if first is not line:
             what = f"{key} in [{name}]" if key else f"[{name}]"
             self.wrong(number, f"{what} is there twice, first on line {first.number}")
@@ -1911,6 +1913,7 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
     if variable == "LLMSTACK_API_KEY":
         reader.wrong_key(
             name, "api_key_env", "LLMSTACK_API_KEY is the router's own key and goes to no host")
+    # A key on its way to this very machine is read by nobody else.
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
@@ -1972,6 +1975,7 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
 
 def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
+    # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
     for name, role in [(tier.name, tier.role) for tier in tiers]:
         if name.lower() in RESERVED_NAMES:
@@ -2093,6 +2097,7 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     _check_readable(text, source)
     reader = IniReader(text, source)
     sections = [name for name in reader.sections if name not in ("DEFAULT", "ROUTING", "ALIASES")]
+    # Another machine's file may be made to be slow.
     if len(sections) > MAX_INI_SECTIONS:
         line = reader.line_of(sections[MAX_INI_SECTIONS])
         raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
@@ -2216,6 +2221,7 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
 def weights_for(tier: Tier, use_next: bool) -> Weights:
     """The GGUF `tier` runs: its queued upgrade when `use_next` and it has one."""
+    # A tier without a queued upgrade runs the same model on both channels.
     if not (use_next and tier.backend == "gguf" and tier.has_next):
         return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
     return Weights(
@@ -2398,6 +2404,7 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     Where a need is not known nothing grows. No result lies within another, or within a base.
     """
     known = [name for name in names if need_gb.get(name, 0.0) > 0]
+    # A sum with an unknown part would promise memory that is not there.
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
         growing = growing[:1]
@@ -2830,6 +2837,7 @@ def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str,
     model = json.dumps(hosted_model(tier, use_next))[1:-1]
     if tier.backend == "litellm":
         model = entry_name(tier, use_next)
+    # A llama-server has its sampler on its command line; a provider is sent it each time.
     sampler = []
     for key, value in tier.sampler:
         members = _SAMPLER_MEMBERS[key]
@@ -2920,6 +2928,7 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    # What serves a model knows it better than models.ini does, but for these three.
     meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
     ours = {key: own[key] for key in ("id", "channel", "aliases")}
     return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
@@ -12459,7 +12468,8 @@ class SwapBays:
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
-        make_private_dir(self._parking.directory)   # its servers do not start without
+        # A llama-server does not start where its directory for slots is missing.
+        make_private_dir(self._parking.directory)
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
         port = swap_ports(swap).get(name)
         if not port:
@@ -12561,6 +12571,7 @@ class SwapApp(UpstreamApp):
             what = "llama-swap did not answer within 60 s at start"
             if code is not None:
                 what = f"llama-swap exited with {code} at start"
+            # The log is kept from start to start; older words explain nothing.
             if file_size(self._output) > before:
                 what += ":\n" + tail_of(self._output)
             raise UserError(what, f"see {self._output}")
@@ -12627,6 +12638,7 @@ class SwapApp(UpstreamApp):
 
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
+        # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
         if self._bays and request.method == "POST" and request.target.startswith(park):
             self._bays.park(request.target[len(park):])
@@ -13412,6 +13424,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if _replace_file(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
+    # The router of before is not this project's any more.
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
@@ -13436,6 +13449,7 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     url = base_url(host, port)
     text = project_opencode_json(places, config, url, env)
     ours = _is_ours(places, "opencode.json", old)
+    # A file that leads here stays as it is, whoever wrote it.
     if f'"{url}/v1"'.encode() in old:
         if ours and old != text.encode():
             say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
@@ -13594,6 +13608,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
 
     Errors: UserError, also for more than MAX_INI_BYTES and after REMOTE_PATIENCE_S.
     """
+    # The address stands in prompts, and a shell must not expand any of it.
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
         raise UserError(f"{url!r} has characters that a shell's prompt could not show",
@@ -13625,6 +13640,7 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
     record = running_record(places)
     if record is None:
         return
+    # Another machine's router may have the same pid, or the same port.
     if remote.pid == str(record.pid) and remote.upstream.port == record.port:
         raise UserError(f"{remote.url} is this project's own router",
                         "run `install --external` in another project; to use another router here,"
@@ -13636,6 +13652,7 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
     remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    # Shells show what runs, and the router has just answered.
     marker = Marker("external", remote.url)
     write_atomic(places.in_state("active-channel"), render_marker(marker))
     say(f"Router  {remote.url}/v1 is up")
