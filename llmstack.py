@@ -315,6 +315,11 @@ class Tier(NamedTuple):
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
 
     @property
+    def names(self) -> Tuple[str, ...]:
+        """Every name that clients may ask for it by."""
+        return (self.name, *self.aliases)
+
+    @property
     def settings(self) -> Dict[str, Any]:
         """Its own keys of llama-server, without those of [DEFAULT]: see tier_config."""
         return dict(self.server)
@@ -1559,8 +1564,6 @@ _MAY_LOOK_RANDOM = frozenset({
     "llama_server_bin", *FILE_KEYS})
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
-
-
 Shape = Union[str, Pattern[str]]
 
 
@@ -1726,9 +1729,12 @@ def _why_refused(flag: str) -> str:
     return ""
 
 
-def group_args(words: Sequence[str]) -> List[Tuple[str, ...]]:
+Flag = Tuple[str, ...]                          # a flag of llama-server, with its values behind it
+
+
+def group_args(words: Sequence[str]) -> List[Flag]:
     """The words of `args`, each flag with its values. llama-server reads --a_b as --a-b."""
-    groups: List[Tuple[str, ...]] = []
+    groups: List[Flag] = []
     for word in words:
         if word.startswith("--"):
             word = word.replace("_", "-")
@@ -1888,6 +1894,7 @@ class IniReader:
 
     def _read(self, number: int, line: str) -> None:
         stripped = line.strip(" \t")
+        # A comment is served and committed like any other line, so it is looked at, too.
         leaks = bool(_SECRET_VALUE.search(_MODEL_NAME.sub("", stripped)))
         if leaks:
             self._hide(number, _LEAK)
@@ -1943,6 +1950,7 @@ class IniReader:
             return
         line = IniLine(number, name, key, value)
         first = self._first.setdefault((name, key), line)
+        # Both are read all the same, so that what is wrong with either is said at once.
         if first is not line:
             what = f"{key} in [{name}]" if key else f"[{name}]"
             self.wrong(number, f"{what} is there twice, first on line {first.number}")
@@ -2002,6 +2010,7 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
     if variable == "LLMSTACK_API_KEY":
         reader.wrong_key(
             name, "api_key_env", "LLMSTACK_API_KEY is the router's own key and goes to no host")
+    # A key on its way to this very machine is read by nobody else.
     elif variable and url.startswith("http:") and not _LOCAL_URL.match(url):
         reader.warn(at, f"the key in {variable} travels unencrypted; https would protect it")
 
@@ -2064,6 +2073,7 @@ def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
 
 def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
+    # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
     for name, role in [(tier.name, tier.role) for tier in tiers]:
         if name.lower() in RESERVED_NAMES:
@@ -2109,7 +2119,7 @@ def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
     known, patterns = ["auto", *KNOWN_ROLES], []
     for tier in tiers:
-        known += [tier.name, *tier.aliases]
+        known += tier.names
         wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
         patterns += [(alias, tier.name) for alias in wild]
     if "ALIASES" not in reader.sections:
@@ -2185,13 +2195,14 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     _check_readable(text, source)
     reader = IniReader(text, source)
     sections = [name for name in reader.sections if name not in ("DEFAULT", "ROUTING", "ALIASES")]
+    # Another machine's file may be made to be slow.
     if len(sections) > MAX_INI_SECTIONS:
         line = reader.line_of(sections[MAX_INI_SECTIONS])
         raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
     settings = _pop_server_values(values)
     values["routing"] = _read_routing(reader)
-    tiers = [tier for tier in (_read_tier(reader, name) for name in sections) if tier]
+    tiers = list(filter(None, (_read_tier(reader, name) for name in sections)))
     _check_names(reader, tiers)
     values["tiers"] = _with_own_aliases(reader, tiers)
     values["aliases"] = _alias_patterns(reader, tiers)
@@ -2211,13 +2222,18 @@ def _effect_text(option: Option, value: Any) -> str:
     return str(value)
 
 
+def _values_of(record: Any) -> Dict[str, Any]:
+    """The fields of a record, and its keys of llama-server beside them."""
+    return {**record._asdict(), **dict(getattr(record, "server", ()))}
+
+
 def _effects(prefix: str, record: Any, default: Any,
              options: Mapping[str, Option]) -> List[Tuple[str, str]]:
     """(key, value) of what a record holds that needs trust; `default` says nothing.
 
     A field with two keys, as host and router_host are, is shown by its first.
     """
-    own, usual = ({**dict(getattr(x, "server", ())), **x._asdict()} for x in (record, default))
+    own, usual = _values_of(record), _values_of(default)
     found: Dict[str, Tuple[str, str]] = {}
     for key, option in options.items():
         field = option.field or key
@@ -2320,6 +2336,7 @@ def hub_files(tier: Tier, use_next: bool = False) -> List[Tuple[str, str]]:
 
 def weights_for(tier: Tier, use_next: bool) -> Weights:
     """The GGUF `tier` runs: its queued upgrade when `use_next` and it has one."""
+    # A tier without a queued upgrade runs the same model on both channels.
     if not (use_next and tier.backend == "gguf" and tier.has_next):
         return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
     return Weights(
@@ -2331,11 +2348,11 @@ def weights_for(tier: Tier, use_next: bool) -> Weights:
         "next")
 
 
-# ---- flags of llama-server: a group is a flag with its values
+# ---- flags of llama-server
 
 # A flag that builds of llama.cpp disagree about -> what says the same to the others. `--no-mmap`
 # went in b10875 (2026-09-09); `--load-mode none` came around b10105.
-FLAG_REPLACEMENTS: Dict[str, Tuple[str, ...]] = {"--no-mmap": ("--load-mode", "none")}
+FLAG_REPLACEMENTS: Dict[str, Flag] = {"--no-mmap": ("--load-mode", "none")}
 # What `speculative` asks for -> llama-server's --spec-type. A draft alone is loaded and not used.
 _SPEC_TYPES = {"ngram": "ngram-mod", "mtp": "draft-mtp", "draft": "draft-simple"}
 _ROLE_FLAGS = {"embed": "--embedding", "rerank": "--reranking"}
@@ -2345,7 +2362,7 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-def _option_flags(key: str, value: Any) -> List[Tuple[str, ...]]:
+def _option_flags(key: str, value: Any) -> List[Flag]:
     """What a key of TIER_SERVER_OPTIONS says on the command line."""
     option = TIER_SERVER_OPTIONS[key]
     if option.kind == "args":
@@ -2374,15 +2391,24 @@ def tier_config(config: Config, tier: Tier) -> Config:
 SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
 
 
-def common_flags(config: Config) -> List[Tuple[str, ...]]:
+def common_flags(config: Config) -> List[Flag]:
     """Flags every llama-server gets."""
-    flags: List[Tuple[str, ...]] = [SLOT_FLAG]
+    flags: List[Flag] = [SLOT_FLAG]
     for key, value in config.settings.items():
         flags += _option_flags(key, value)
     if "parallel" in config.settings:           # else each slot gets its part of the context
         flags.append(("--kv-unified",))
     # By default every web page may read what a llama-server says.
     return [*flags, ("--no-warmup",), ("--no-mmap",), ("--cors-origins", "localhost")]
+
+
+def _speculation_flags(settings: Mapping[str, Any]) -> List[Flag]:
+    asked = settings.get("speculative", "auto")
+    if asked == "auto" and "draft" in settings:
+        asked = "draft"
+    if asked in _SPEC_TYPES:
+        return [("--spec-type", _SPEC_TYPES[asked])]
+    return []
 
 
 def reading_ubatch(tier: Tier) -> int:
@@ -2392,9 +2418,19 @@ def reading_ubatch(tier: Tier) -> int:
     return min(tier.ctx_size, 2048)
 
 
-def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
+def _role_flags(tier: Tier) -> List[Flag]:
+    """What a tier that embeds or ranks is told."""
+    if tier.role not in _ROLE_FLAGS:
+        return []
+    flags: List[Flag] = [(_ROLE_FLAGS[tier.role],)]
+    if reading_ubatch(tier):
+        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
+    return flags
+
+
+def tier_flags(tier: Tier) -> List[Flag]:
     """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
-    flags: List[Tuple[str, ...]] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
+    flags: List[Flag] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
     if tier.rope_scale:
         flags += [
             ("--rope-scaling", "yarn"),
@@ -2405,37 +2441,31 @@ def tier_flags(tier: Tier) -> List[Tuple[str, ...]]:
         flags.append(("--cache-ram", str(tier.cache_ram_mib)))
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
-    flags += [(SAMPLER_OPTIONS[key].flags[0], _number(value)) for key, value in tier.sampler]
+    for key, value in tier.sampler:
+        flags.append((SAMPLER_OPTIONS[key].flags[0], _number(value)))
+    flags += _role_flags(tier)
     settings = tier.settings
-    if tier.role in _ROLE_FLAGS:
+    settings.pop("speculative", None)           # see _speculation_flags
+    if tier.role in _ROLE_FLAGS:                # which says that it embeds
         settings.pop("embedding", None)
-        flags.append((_ROLE_FLAGS[tier.role],))
-    if reading_ubatch(tier):
-        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
-    asked = settings.pop("speculative", "auto")
-    if asked == "auto" and "draft" in settings:
-        asked = "draft"
     for key in MODEL_OPTIONS:
         if key in settings:
             flags += _option_flags(key, settings[key])
-    if asked in _SPEC_TYPES:
-        flags.append(("--spec-type", _SPEC_TYPES[asked]))
-    return flags
+    return [*flags, *_speculation_flags(tier.settings)]
 
 
-def all_flags(tier: Tier, config: Config) -> List[Tuple[str, ...]]:
+def all_flags(tier: Tier, config: Config) -> List[Flag]:
     """Every flag of a tier besides its weights and where it listens."""
     return [*common_flags(tier_config(config, tier)), *tier_flags(tier)]
 
 
-def weight_flags(weights: Weights) -> List[Tuple[str, ...]]:
+def weight_flags(weights: Weights) -> List[Flag]:
     if weights.path:
         return [("-m", weights.path)]
     return [("-hf", weights.repo), ("-hff", weights.file)]
 
 
-def accepted_flags(
-        flags: Iterable[Tuple[str, ...]], refused: FrozenSet[str]) -> List[Tuple[str, ...]]:
+def accepted_flags(flags: Iterable[Flag], refused: FrozenSet[str]) -> List[Flag]:
     """Replace or leave out what the installed llama-server refuses, by flag name."""
     kept = []
     for flag in flags:
@@ -2515,6 +2545,7 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     Where a need is not known nothing grows. No result lies within another, or within a base.
     """
     known = [name for name in names if need_gb.get(name, 0.0) > 0]
+    # A sum with an unknown part would promise memory that is not there.
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
         growing = growing[:1]
@@ -2597,10 +2628,13 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     """
     if target in running:
         return []
-    outside = [[m for m in running if m not in s.tiers] for s in sets if target in s.tiers]
-    if not outside:
-        return [m for m in running if m != target]
-    return min(outside, key=lambda gone: sum(costs.get(m, 1) for m in gone))
+    choices = []
+    for group in sets:
+        if target in group.tiers:
+            choices.append([name for name in running if name not in group.tiers])
+    if not choices:
+        return list(running)
+    return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
 def tier_cost(tier: Tier, use_next: bool, weights_gb: float = 0.0) -> int:
@@ -2803,50 +2837,50 @@ def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
         aliases=_yaml_list(proxy.tier.aliases))
 
 
-def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> List[str]:
+def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
-        return []
-    kept = [group.tiers for group in sets]
-    lines = []
+        return ""
+    text, kept = "", [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
             need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
-            lines.append(f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
-                         f" and there are {plan.budget_gb:.1f}")
-    return lines
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
+                     f" and there are {plan.budget_gb:.1f}\n")
+    return text
 
 
 _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 
-def _swap_matrix(plan: SwapPlan) -> List[str]:
+def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
     keys, costs = {}, {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, plan.use_next, weights_gb)
-    everywhere = []
+    everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        proxy = plan.proxy.tier.name
-        keys[proxy], costs[proxy] = "l", 30
-        everywhere = [proxy]
-    lines = [
-        "# What may be loaded together; the cheapest way to make room wins, the first of equals.",
-        "matrix:",
-        "  vars:",
-    ]
-    lines += [f"    {key}: {_yaml_text(name)}" for name, key in keys.items()]
-    lines.append("  evict_costs:")
-    lines += [f"    {keys[name]}: {cost}" for name, cost in costs.items()]
-    lines.append("  sets:")
+        everywhere = (plan.proxy.tier.name,)
+        keys[PROXY], costs[PROXY] = "l", 30
+    text = """
+# What may be loaded together; the cheapest way to make room wins, the first of equals.
+matrix:
+  vars:
+"""
+    for name, key in keys.items():
+        text += f"    {key}: {_yaml_text(name)}\n"
+    text += "  evict_costs:\n"
+    for name, cost in costs.items():
+        text += f"    {keys[name]}: {cost}\n"
+    text += "  sets:\n"
     sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
-    lines += _left_out(plan, sets)
+    text += _left_out(plan, sets)
     for group in sets or [ResidencySet("a_hosted", ())]:
-        members = " & ".join(keys[name] for name in (*group.tiers, *everywhere))
-        lines.append(f'    {group.name}: "{members}"')
-    return lines
+        members = [keys[name] for name in group.tiers + everywhere]
+        text += f'    {group.name}: "{" & ".join(members)}"\n'
+    return text
 
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
@@ -2865,7 +2899,7 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
         text += _swap_proxy(plan, proxy)
         if proxy.preload:
             preload.append(proxy.tier.name)
-    text += "\n" + "\n".join(_swap_matrix(plan)) + "\n"
+    text += _swap_matrix(plan)
     if preload:
         text += f"\nhooks:\n  on_startup:\n    preload: {_yaml_list(preload)}\n"
     return text
@@ -2873,12 +2907,21 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 # ---- routes, and the list of models
 
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
+
 
 def hosted_model(tier: Tier, use_next: bool) -> str:
     """The provider's id of a hosted tier's model on a channel."""
     if use_next and tier.model_next:
         return tier.model_next
     return tier.model
+
+
+def entry_name(tier: Tier, use_next: bool) -> str:
+    """The name of a LiteLLM tier's entry in the proxy's model_list."""
+    if use_next and tier.model_next:
+        return f"{tier.name}_next"
+    return tier.name
 
 
 def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str]:
@@ -2938,21 +2981,20 @@ def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str,
         return Route(tier)
     model = json.dumps(hosted_model(tier, use_next))[1:-1]
     if tier.backend == "litellm":
-        upgraded = use_next and tier.model_next
-        model = f"{tier.name}_next" if upgraded else tier.name
+        model = entry_name(tier, use_next)
+    # A llama-server has its sampler on its command line; a provider is sent it each time.
     sampler = []
     for key, value in tier.sampler:
         members = _SAMPLER_MEMBERS[key]
         sampler.append((members, f'"{members[0]}":{_number(value)}'.encode()))
-    route = Route(tier, model, tuple(sampler))
+    refused = (0, "", "")
     if config.local_only and tier.remote:
-        what = f"{tier.name} is hosted, and {LOCAL_ONLY}"
-        return route._replace(refused=(403, what, "forbidden"))
-    if tier.name in missing:
+        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
+    elif tier.name in missing:
         what = (f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
                 " then `llmstack restart`")
-        return route._replace(refused=(401, what, "authentication_error"))
-    return route
+        refused = (401, what, "authentication_error")
+    return Route(tier, model, tuple(sampler), refused)
 
 
 def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
@@ -3049,6 +3091,7 @@ def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    # What serves a model knows it better than models.ini does, but for these three.
     meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
     ours = {key: own[key] for key in ("id", "channel", "aliases")}
     return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
@@ -3065,15 +3108,17 @@ def list_models(config: Config, use_next: bool,
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier, use_next)
-        found = [said[name] for name in (tier.name, *tier.aliases) if name in said]
+        found = [said[name] for name in tier.names if name in said]
         if found:
             listed.append(_merged_entry(own, found[0]))
         elif tier.backend == "openai":
             listed.append(own)
-    known = {"auto", *(name for tier in config.tiers for name in (tier.name, *tier.aliases))}
+    known = {"auto"}
+    for tier in config.tiers:
+        known.update(tier.names)
     for entry in theirs:
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and "litellm_proxy" not in json.dumps(entry):
+        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3897,7 +3942,6 @@ def profile_file(name: str) -> str:
 # What LiteLLM's proxy is to serve, and which credentials it lacks. No key is ever read here: only
 # whether a variable has a value counts.
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 PROXY_HEALTH = "/health/liveliness"             # asks no provider anything, as /health would
 
 
@@ -3972,39 +4016,51 @@ class LitellmFile(NamedTuple):
 
 def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
     """What share/guests/litellm_yaml.py has said of a file; None where it could not read that."""
+    entries = {}
     try:
-        entries = {name: LitellmEntry(entry["model"], tuple(entry["references"]), entry["has_key"],
-                                      entry["has_base"])
-                   for name, entry in answer["entries"].items()}
+        for name, entry in answer["entries"].items():
+            references = tuple(entry["references"])
+            entries[name] = LitellmEntry(
+                entry["model"], references, entry["has_key"], entry["has_base"])
         return LitellmFile(entries, frozenset(answer["environment"]))
     except (AttributeError, KeyError, TypeError):
         return None
 
 
-_PLAIN_PROVIDERS = ("openai", "groq", "mistral", "codestral", "deepseek", "xai", "cerebras",
-                    "nvidia_nim", "sambanova", "deepinfra", "moonshot", "replicate")
-# A provider -> the variables LiteLLM reads its credentials from; | between those that do instead of
-# each other.
-CREDENTIALS: Dict[str, Tuple[str, ...]] = {
-    **{name: (f"{name.upper()}_API_KEY",) for name in _PLAIN_PROVIDERS},
-    "anthropic": ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN",),
-    "gemini": ("GEMINI_API_KEY|GOOGLE_API_KEY",),
-    "openrouter": ("OPENROUTER_API_KEY|OR_API_KEY",),
-    "perplexity": ("PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY",),
-    "together_ai": ("TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN",),
-    "cohere": ("COHERE_API_KEY|CO_API_KEY",),
-    "cohere_chat": ("COHERE_API_KEY|CO_API_KEY",),
-    "fireworks_ai": ("FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY"
-                     "|FIREWORKS_AI_TOKEN",),
-    "huggingface": ("HF_TOKEN|HUGGINGFACE_API_KEY",),
-    "azure": ("AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN", "AZURE_API_BASE"),
-    "bedrock": ("AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK"
-                "|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN",),
-    "vertex_ai": ("GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS",),
-}
+# A provider and the variables that LiteLLM reads its credentials from; | between those that do
+# instead of each other.
+_CREDENTIAL_ROWS = """
+anthropic     ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN
+azure         AZURE_API_KEY|AZURE_CLIENT_ID|AZURE_AD_TOKEN  AZURE_API_BASE
+bedrock       AWS_ACCESS_KEY_ID|AWS_PROFILE|AWS_BEARER_TOKEN_BEDROCK\
+|AWS_WEB_IDENTITY_TOKEN_FILE|AWS_ROLE_ARN
+cerebras      CEREBRAS_API_KEY
+codestral     CODESTRAL_API_KEY
+cohere        COHERE_API_KEY|CO_API_KEY
+cohere_chat   COHERE_API_KEY|CO_API_KEY
+deepinfra     DEEPINFRA_API_KEY
+deepseek      DEEPSEEK_API_KEY
+fireworks_ai  FIREWORKS_API_KEY|FIREWORKS_AI_API_KEY|FIREWORKSAI_API_KEY|FIREWORKS_AI_TOKEN
+gemini        GEMINI_API_KEY|GOOGLE_API_KEY
+groq          GROQ_API_KEY
+huggingface   HF_TOKEN|HUGGINGFACE_API_KEY
+mistral       MISTRAL_API_KEY
+moonshot      MOONSHOT_API_KEY
+nvidia_nim    NVIDIA_NIM_API_KEY
+openai        OPENAI_API_KEY
+openrouter    OPENROUTER_API_KEY|OR_API_KEY
+perplexity    PERPLEXITYAI_API_KEY|PERPLEXITY_API_KEY
+replicate     REPLICATE_API_KEY
+sambanova     SAMBANOVA_API_KEY
+together_ai   TOGETHERAI_API_KEY|TOGETHER_API_KEY|TOGETHER_AI_API_KEY|TOGETHER_AI_TOKEN
+vertex_ai     GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENTIALS
+xai           XAI_API_KEY
+"""
+CREDENTIALS: Dict[str, Sequence[str]] = {
+    provider: names for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
 # A machine in their cloud may have credentials that no variable shows.
 AMBIENT = ("azure", "bedrock", "vertex_ai")
-_CREDENTIAL_NAMES = frozenset("|".join("|".join(w) for w in CREDENTIALS.values()).split("|"))
+_CREDENTIAL_NAMES = frozenset(re.findall(r"[A-Z][A-Z_]+", _CREDENTIAL_ROWS))
 
 
 def _is_credential(name: str) -> bool:
@@ -4030,6 +4086,20 @@ def _provider_of(model: str) -> str:
     return ""
 
 
+def _wanted_credentials(tier: Tier, entry: LitellmEntry, use_next: bool,
+                        certain: bool) -> Sequence[str]:
+    """The variables an entry needs, | between those that do instead of each other."""
+    if entry.references or entry.has_key:
+        return entry.references
+    provider = _provider_of(entry.model or hosted_model(tier, use_next))
+    if certain and provider in AMBIENT:
+        return ()
+    wanted = CREDENTIALS.get(provider, ())
+    if entry.has_base:
+        return [names for names in wanted if names != "AZURE_API_BASE"]
+    return wanted
+
+
 def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
                      use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
     """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
@@ -4039,22 +4109,13 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     """
     if file is None:
         return ()
-    upgraded = use_next and tier.model_next
-    name = f"{tier.name}_next" if upgraded else tier.name
-    entry = file.entries.get(name, LitellmEntry(""))
-    wanted = entry.references
-    if not wanted and not entry.has_key:
-        provider = _provider_of(entry.model or hosted_model(tier, use_next))
-        if not (certain and provider in AMBIENT):
-            wanted = CREDENTIALS.get(provider, ())
-        if entry.has_base:
-            wanted = tuple(w for w in wanted if w != "AZURE_API_BASE")
-    lacking = []
-    for choices in wanted:
+    entry = file.entries.get(entry_name(tier, use_next), LitellmEntry(""))
+    lacking: Dict[str, None] = {}
+    for choices in _wanted_credentials(tier, entry, use_next, certain):
         names = choices.split("|")
-        if not any(env.get(n, "").strip() or n in file.environment for n in names):
-            lacking.append(names[0])
-    return tuple(dict.fromkeys(lacking))
+        if not any(env.get(name, "").strip() or name in file.environment for name in names):
+            lacking[names[0]] = None
+    return tuple(lacking)
 
 
 def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str]:
@@ -4164,11 +4225,13 @@ def cramped_models(config: Config) -> List[str]:
             limits[tier.name] = client_limits(tier)
     if config.ladder:
         limits["auto"] = _auto_limits(config.ladder)
-    return [f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer; its own"
-            f" prompt and tools take about {OPENCODE_TOKENS:,}, so it would compact without end:"
-            " a larger ctx_size is needed"
-            for name, (context, output) in limits.items()
-            if context - output < OPENCODE_TOKENS * 5 // 4]
+    lines = []
+    for name, (context, output) in limits.items():
+        if context - output < OPENCODE_TOKENS * 5 // 4:
+            lines.append(f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer;"
+                         f" its own prompt and tools take about {OPENCODE_TOKENS:,}, so it would"
+                         " compact without end: a larger ctx_size is needed")
+    return lines
 
 
 def _role_model(config: Config, role: str) -> Dict[str, str]:
@@ -10403,7 +10466,7 @@ class RouterApp(App):
                 host = hosts.get(url) or known.get(url) or self._host(url)
                 hosts[url] = host
                 route = self._to_host(route, host)
-            routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
+            routes.update(dict.fromkeys(tier.names, route))
         barred = {**self._given.unserved(config), **missing}
         return Snapshot(config, routes, hosts, barred, asked, served)
 
@@ -13798,11 +13861,12 @@ class SwapApp(UpstreamApp):
         self.address = "llama-swap"
         self._models: Dict[str, str] = {}       # every name of a tier -> llama-swap's model
         for tier in litellm_tiers(config):
-            self._models.update(dict.fromkeys((tier.name, *tier.aliases), PROXY))
+            self._models.update(dict.fromkeys(tier.names, PROXY))
         for tier in local_tiers(config):
-            self._models.update(dict.fromkeys((tier.name, *tier.aliases), tier.name))
+            self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
-        self._command, self._env, self._output = command(port), env, output
+        self._command = command(port)
+        self._env, self._output = env, output
         self._process: Any = None
         self._started_s = 0.0
         self._closing = False
@@ -13833,18 +13897,23 @@ class SwapApp(UpstreamApp):
         self.log.flush()
         if self._bays:
             self._bays.save_when_due()
+        code = self._process.poll()
         due = time.monotonic() - self._started_s > self.RESTART_S
-        if self._process.poll() is not None and due and not self._closing:
-            self.log.error(f"llama-swap has died (exit {self._process.returncode}); starting it"
-                           f" again, see {self._output}")
-            stop_stack_members(self._env.get(STACK_VARIABLE, ""))   # its models hold its ports
-            if self._bays:
-                self._bays.forget_all()
-            self._spawn()
+        if code is None or self._closing or not due:
+            return
+        self.log.error(
+            f"llama-swap has died (exit {code}); starting it again, see {self._output}")
+        # The models that it has left hold the ports that it would give to others.
+        stop_stack_members(self._env.get(STACK_VARIABLE, ""))
+        if self._bays:
+            self._bays.forget_all()
+        self._spawn()
 
     def close(self) -> None:
         self._closing = True
-        grace_s = STOP_GRACE_S + (PARK_S if self._bays else 0)
+        grace_s = STOP_GRACE_S
+        if self._bays:                          # its models are parked before they stop
+            grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
 
@@ -13862,7 +13931,9 @@ class SwapApp(UpstreamApp):
 
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""
-        return target if target.startswith("/v1/") else f"/upstream/{name}{target}"
+        if target.startswith("/v1/"):
+            return target
+        return f"/upstream/{name}{target}"
 
     def pace(self, name: str, tokens: int) -> Pace:
         if self._bays is None or name not in self._models or name == PROXY:
@@ -13871,11 +13942,13 @@ class SwapApp(UpstreamApp):
 
     def lease(self, name: str) -> Lease:
         model = self._models.get(name, name)
-        parks = model in self._models and model != PROXY
-        return SwapLease(self.upstream, model, self._bays if parks else None)
+        if model == PROXY or model not in self._models:
+            return SwapLease(self.upstream, model)
+        return SwapLease(self.upstream, model, self._bays)
 
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
+        # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
         if self._bays and request.method == "POST" and request.target.startswith(park):
             self._bays.park(request.target[len(park):])
@@ -14699,7 +14772,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
 # What `install` and `start` write into a project, and the thin client, whose router is elsewhere.
 # A file that a person has changed is never overwritten: it is kept, or ours is put beside it.
 
-REMOTE_PATIENCE_S = 10.0                        # for another machine's router to give its models.ini
+REMOTE_PATIENCE_S = 10.0                        # for another machine's models.ini
 
 
 def router_address(places: Places, config: Config) -> Tuple[str, int]:
@@ -14779,6 +14852,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if _replace_file(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
+    # The router of before is not this project's any more.
     active = read_marker(places, "active-channel")
     if active is not None and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
@@ -14799,9 +14873,11 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
 
     What was not trusted before is not trusted for that.
     """
-    old, url = _read_bytes(places.in_state("opencode.json")), base_url(host, port)
+    old = _read_bytes(places.in_state("opencode.json"))
+    url = base_url(host, port)
     text = project_opencode_json(places, config, url, env)
     ours = _is_ours(places, "opencode.json", old)
+    # A file that leads here stays as it is, whoever wrote it.
     if f'"{url}/v1"'.encode() in old:
         if ours and old != text.encode():
             say("opencode.json is not as models.ini has it now; `llmstack install` writes it anew")
@@ -14830,7 +14906,9 @@ class RemoteRouter(NamedTuple):
 def pinned_url(places: Places) -> str:
     """The router a thin client is pinned to, "" for a local project."""
     marker = read_marker(places)
-    return marker.url if marker is not None and marker.channel == "external" else ""
+    if marker is None or marker.channel != "external":
+        return ""
+    return marker.url
 
 
 def check_pin(places: Places) -> None:
@@ -14911,9 +14989,10 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
 
 def _said(body: bytes) -> str:
     """": " and the message of an error body, or nothing."""
-    error = parse_json_object(body).get("error")
-    message = error.get("message") if isinstance(error, dict) else None
-    return ": " + visible(message) if isinstance(message, str) else ""
+    message = dict_of(parse_json_object(body).get("error")).get("message")
+    if not isinstance(message, str):
+        return ""
+    return ": " + visible(message)
 
 
 def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
@@ -14957,6 +15036,7 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
 
     Errors: UserError, also for more than MAX_INI_BYTES and after REMOTE_PATIENCE_S.
     """
+    # The address stands in prompts, and a shell must not expand any of it.
     upstream = parse_upstream(url)
     if not _SAFE_URL.match(upstream.url):
         raise UserError(f"{url!r} has characters that a shell's prompt could not show",
@@ -14989,6 +15069,7 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
     record = running_record(places)
     if record is None:
         return
+    # Another machine's router may have the same pid, or the same port.
     if remote.pid == str(record.pid) and remote.upstream.port == record.port:
         raise UserError(f"{remote.url} is this project's own router",
                         "run `install --external` in another project; to use another router here,"
@@ -15000,6 +15081,7 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
     remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    # Shells show what runs, and the router has just answered.
     marker = Marker("external", remote.url)
     write_atomic(places.in_state("active-channel"), render_marker(marker))
     say(f"Router  {remote.url}/v1 is up")
@@ -15009,30 +15091,46 @@ def connect_external(places: Places, insecure: bool, say: Say) -> None:
             " `llmstack install` writes opencode.json anew")
 
 
+def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
+    """The rows of stack_status for another machine's tiers, fit to print."""
+    states = _engine_states(remote.upstream)
+    told = _router_states(remote.upstream)
+    otherwise = "stopped"
+    if states is None:                          # its engine is not ours to ask
+        otherwise, states = "unknown", {}
+    rows = []
+    for tier in remote.config.tiers:
+        state = states.get(tier.name, (otherwise, None))
+        row = _tier_row(tier, False, state, told.get(tier.name, {}))
+        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
+        rows.append({**row, **shown})
+    return rows
+
+
 def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
     router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
-    rows: Dict[str, Any] = {
-        "running": False, "project": places.work, "models_ini": f"{url}/models.ini",
-        "router": router, "engine": None, "channel": "external", "tiers": [], "other_owner": None,
-        "problem": None}
+    status: Dict[str, Any] = {
+        "running": False,
+        "project": places.work,
+        "models_ini": f"{url}/models.ini",
+        "router": router,
+        "engine": None,
+        "channel": "external",
+        "tiers": [],
+        "other_owner": None,
+        "problem": None,
+    }
     try:
         remote = fetch_remote(trusted_url(places), env)
     except UserError as exc:
-        rows["problem"] = f"{exc}; {exc.hint}"
-        return rows
-    rows["running"] = router["alive"] = router["answers"] = True
-    states = _engine_states(remote.upstream)
-    told = _router_states(remote.upstream)
-    otherwise = ("unknown" if states is None else "stopped", None)
-    for tier in remote.config.tiers:
-        state = (states or {}).get(tier.name, otherwise)
-        row = _tier_row(tier, False, state, told.get(tier.name, {}))
-        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
-        rows["tiers"].append({**row, **shown})
-    rows["now"] = asked_json(remote.upstream, "/llmstack/snapshot")
-    return rows
+        status["problem"] = f"{exc}; {exc.hint}"
+        return status
+    status["running"] = router["alive"] = router["answers"] = True
+    status["tiers"] = _remote_tiers(remote)
+    status["now"] = asked_json(remote.upstream, "/llmstack/snapshot")
+    return status
 
 
 # ==================================================================================================
@@ -15978,9 +16076,9 @@ def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, 
 
 def hook_text(shell: str, data: str) -> str:
     """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
-    text = "".join(read_shared_text("hooks/" + name) for name in HOOK_SOURCES[shell])
+    parts = [read_shared_text(f"hooks/{name}") for name in HOOK_SOURCES[shell]]
     python = sys.executable or find_program("python3")
-    return render_hook(shell, text, python, PROGRAM, trust_file(data))
+    return render_hook(shell, "".join(parts), python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
@@ -16077,6 +16175,23 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
 
+def _become(command: List[str], env: Mapping[str, str]) -> int:
+    """Run a command in place of this process; on Windows beside it, for its exit code.
+
+    Errors: OSError.
+    """
+    import signal
+    import subprocess
+    if not IS_WINDOWS:
+        # Python ignores these two, and a shell's children would, too.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(command[0], command, env)  # noqa: S606
+    # A console's Ctrl-C comes to us, too; it is the shell's alone.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    return subprocess.call(command, env=env)
+
+
 def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """Become a shell in which opencode finds the project; does not return but on Windows.
 
@@ -16085,26 +16200,20 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """
     if not is_trusted(places, "hook"):
         raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
-    work = os.path.realpath(places.work)        # the spelling of the hooks and of the daemon
+    # The hooks and the daemon spell the directory so.
+    work = os.path.realpath(places.work)
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
     values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = {name: value for name, value in env.items()
-              if not name.startswith(("_llmstack_", "LLMSTACK_HOOK"))}
-    inside.update(values)
+    inside = dict(values)
+    for name, value in env.items():
+        # What a hook has noted for itself is of the shell around this one.
+        if not name.startswith(("_llmstack_", "LLMSTACK_HOOK")):
+            inside.setdefault(name, value)
     program = shell_program(env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
-    import signal
     try:
-        if IS_WINDOWS:
-            import subprocess
-            # A console's Ctrl-C comes to us, too; it is the shell's alone.
-            signal.signal(signal.SIGINT, lambda *_: None)
-            return subprocess.call(command, env=inside)
-        # Python ignores these two, and a shell's children would, too.
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        os.execvpe(command[0], command, inside)  # noqa: S606
+        return _become(command, inside)
     except OSError as exc:
         raise UserError(f"cannot start the shell {program}: {exc.strerror}",
                         "name another in LLMSTACK_SHELL") from None
@@ -16206,19 +16315,21 @@ def _config_rows(text: str) -> List[Tuple[str, str]]:
 
 
 def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
-    name, text = effect.name, effect.data.decode("utf-8", "replace")
+    """(what it is, its value) of what a thing to be trusted would do."""
+    name = effect.name
     if effect.problem or effect.shown:
         return [(name, effect.problem or effect.shown)]
+    text = effect.data.decode("utf-8", "replace")
     if name == "litellm_config.yaml":
         return _config_rows(text)
     if name == "default-channel":
         return [(name, text.strip())]
-    if name == "opencode.json":
-        try:
-            return list(_harmful_values(json.loads(text), ()))
-        except (ValueError, RecursionError):
-            return [(name, "is not plain JSON; read it yourself")]
-    return [(name, f"{len(text.splitlines())} lines")]
+    if name != "opencode.json":
+        return [(name, f"{len(text.splitlines())} lines")]
+    try:
+        return list(_harmful_values(json.loads(text), ()))
+    except (ValueError, RecursionError):
+        return [(name, "is not plain JSON; read it yourself")]
 
 
 def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
@@ -16226,9 +16337,9 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     rows = [("project", places.work)]
     for effect in effects:
         rows += _effect_rows(effect)
-    names = [visible(name, 80) for name, _ in rows]
-    width = max(map(len, names))
-    return [f"{name:<{width}}  {visible(value)}" for name, (_, value) in zip(names, rows)]
+    shown = [(visible(name, 80), visible(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown)
+    return [f"{name:<{width}}  {value}" for name, value in shown]
 
 
 def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
@@ -16246,9 +16357,12 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     """
     if all(is_trusted(places, part) for part in _PARTS):
         return
+    new: List[Effect] = []
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
         effects = project_effects(places)
-        new = [e for part in effects for e in untrusted(places, part, effects[part])]
+        for part, of_part in effects.items():
+            new += untrusted(places, part, of_part)
+    # Where no more than problems is new, check_run_trust says what they are.
     if all(effect.problem for effect in new):
         return
     facts = "\n".join(trust_facts(places, new))
