@@ -7335,16 +7335,20 @@ class Client:
 
     def close(self) -> None:
         """Close; after a refusal, let the client read it before its unread bytes reset it."""
-        try:
-            if self.unread or self._buffer:
-                self._sock.shutdown(socket.SHUT_WR)
-                _set_patience(self._sock, 200)
-                for _ in range(64):
-                    if not self._sock.recv(RECV_BYTES):
-                        break
-        except (OSError, ValueError):
-            pass
+        if self.unread or self._buffer:
+            try:
+                self._drain()
+            except (OSError, ValueError):
+                pass
         self._sock.close()
+
+    def _drain(self) -> None:
+        """Say no more, and take what the client still says. Errors: OSError, ValueError."""
+        self._sock.shutdown(socket.SHUT_WR)
+        _set_patience(self._sock, 200)
+        for _ in range(64):
+            if not self._sock.recv(RECV_BYTES):
+                return
 
     def tunnel(self, upstream: socket.socket) -> None:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
@@ -7358,11 +7362,7 @@ class Client:
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
-                while ready.get_map():
-                    for key, _ in ready.select():
-                        source: socket.socket = key.fileobj     # type: ignore[assignment]
-                        if not _carry(source, other[source]):
-                            ready.unregister(source)
+                _carry_all(ready, other)
             except OSError:
                 pass
 
@@ -7375,6 +7375,14 @@ def _carry(source: socket.socket, target: socket.socket) -> bool:
     else:
         target.shutdown(socket.SHUT_WR)
     return bool(data)
+
+
+def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
+    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
+    while ready.get_map():
+        for key, _ in ready.select():
+            if not _carry(key.fileobj, other[key.fileobj]):
+                ready.unregister(key.fileobj)
 
 
 class Upstream:
@@ -7959,7 +7967,9 @@ class _Relay:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
-        self.began_s = time.monotonic()
+        self._sock: Optional[socket.socket] = None      # the upstream's, until it is given back
+        self._began = False                     # the answer goes on to the client
+        self._started_s, self._first_byte_s = time.monotonic(), 0.0
 
     def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
         """Send the request and read the answer's head: (receiver, head, bytes behind it).
@@ -8015,31 +8025,38 @@ class _Relay:
         Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
         can be done.
         """
-        client, out = self._client, b""
-        if not client.opened:
-            out = _response_head(answer.response, client, self._lines, answer.chunked)
-        client.answering = True
+        self._client.answering = True
         try:
-            while not answer.ended:
-                out += answer.frame(payload)
-                if out:
-                    client.send(out)
-                out = b""
-                data = receiver.receive()
-                if not data:
-                    broken = answer.why_broken(at_close=True)
-                    if broken:
-                        raise UpstreamBroken(broken)
-                    client.send(answer.frame(b"", last=True))
-                    return
-                payload = answer.feed(data)
-            broken = answer.why_broken()
-            client.send(out + answer.frame(payload, last=not broken))
-            if broken:
-                raise UpstreamBroken(broken)
+            self._send_answer(answer, receiver, payload)
         except UpstreamBroken as exc:
             self._say_broken(answer, str(exc))
             raise
+
+    def _send_answer(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
+        while not answer.ended:
+            out += answer.frame(payload)
+            if out:
+                client.send(out)
+            out = b""
+            data = receiver.receive()
+            if not data:
+                self._end_at_close(answer)
+                return
+            payload = answer.feed(data)
+        broken = answer.why_broken()
+        client.send(out + answer.frame(payload, last=not broken))
+        if broken:
+            raise UpstreamBroken(broken)
+
+    def _end_at_close(self, answer: _Answer) -> None:
+        """The upstream has closed its connection. Errors: UpstreamBroken, where that is no end."""
+        broken = answer.why_broken(at_close=True)
+        if broken:
+            raise UpstreamBroken(broken)
+        self._client.send(answer.frame(b"", last=True))
 
     def _say_broken(self, answer: _Answer, why: str) -> None:
         """Never a clean end: a client would take that for a finished answer."""
@@ -8052,6 +8069,8 @@ class _Relay:
 
     def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
         """An upgrade that was granted: from here on, bytes both ways."""
+        if not self._request.upgrade:
+            raise UpstreamBroken("it switched protocols unasked")
         client = self._client
         client.answering, client.keep_alive = True, False
         client.send(_response_head(response, client, self._lines, False) + data)
@@ -8060,47 +8079,52 @@ class _Relay:
 
     def run(self, upstream: Upstream) -> Outcome:
         """Errors: ClientGone, after the upstream's connection has been closed."""
-        client = self._client
-        sock: Optional[socket.socket] = None
-        answer: Optional[_Answer] = None
-        first_s = 0.0
         try:
-            try:
-                sock, reused = upstream.checkout(client)
-                try:
-                    receiver, response, data = self.exchange(sock)
-                except _NoAnswer:
-                    if not reused:
-                        raise
-                    sock.close()                # a kept connection that died silently: once more
-                    sock = upstream.connect(client)
-                    receiver, response, data = self.exchange(sock)
-                if response.status == 101 and not self._request.upgrade:
-                    raise UpstreamBroken("it switched protocols unasked")
-                if response.status == 101:
-                    return self._switch(sock, response, data)
-                answer = _Answer(client, response, self._terms.ends, self._terms.translation)
-                rejected, payload = self.judged(answer, receiver, data)
-                if rejected is not None:
-                    return rejected
-            except (OSError, UpstreamBroken, _NoAnswer) as exc:
-                return Outcome("unreachable", 0, _why_unreachable(exc))
-            first_s = time.monotonic() - self.began_s
-            self._pieces.clear()                # a prompt is not held while its answer streams
-            if self._terms.began is not None:
-                self._terms.began()
-            receiver.waiting, receiver.silent_until_s = None, 0.0
-            self.pass_on(answer, receiver, payload)
-            if answer.reusable and self._sent_whole:
-                upstream.checkin(sock)
-                sock = None
-            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
-                           first_s, _cost(response))
-        except UpstreamBroken as exc:
-            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+            return self._run(upstream)
+        except (OSError, UpstreamBroken, _NoAnswer) as exc:
+            if self._began:
+                return Outcome("broken", 200, str(exc), first_byte_s=self._first_byte_s)
+            return Outcome("unreachable", 0, _why_unreachable(exc))
         finally:
-            if sock is not None:
-                sock.close()
+            if self._sock is not None:
+                self._sock.close()
+
+    def _run(self, upstream: Upstream) -> Outcome:
+        sock, (receiver, response, data) = self._ask(upstream)
+        if response.status == 101:
+            return self._switch(sock, response, data)
+        answer = _Answer(self._client, response, self._terms.ends, self._terms.translation)
+        rejected, payload = self.judged(answer, receiver, data)
+        if rejected is not None:
+            return rejected
+        self._begin()
+        receiver.waiting, receiver.silent_until_s = None, 0.0
+        self.pass_on(answer, receiver, payload)
+        if answer.reusable and self._sent_whole:
+            upstream.checkin(sock)
+            self._sock = None
+        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                       self._first_byte_s, _cost(response))
+
+    def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
+        """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
+        self._sock, reused = upstream.checkout(self._client)
+        try:
+            return self._sock, self.exchange(self._sock)
+        except _NoAnswer:
+            if not reused:
+                raise
+        self._sock.close()                      # a kept connection that died silently: once more
+        self._sock = upstream.connect(self._client)
+        return self._sock, self.exchange(self._sock)
+
+    def _begin(self) -> None:
+        """The answer goes on to the client: no other tier is asked any more."""
+        self._began = True
+        self._first_byte_s = time.monotonic() - self._started_s
+        self._pieces.clear()                    # a prompt is not held while its answer streams
+        if self._terms.began is not None:
+            self._terms.began()
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
@@ -9605,26 +9629,33 @@ class Ladder:
 _ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
 
 
+class Setting(NamedTuple):
+    """What a router is told of the process that it runs in."""
+
+    loopback: bool = True                       # only this machine can reach it
+    key: str = ""                               # that its clients must know, "" for none
+    models_ini: str = ""                        # the path of the file that it serves...
+    bundled: bytes = b""                        # ...and what it serves where that is not there
+    reload: Optional[Callable[[], Config]] = None       # reads that file again. Errors: UserError
+    use_next: bool = False
+    unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}     # tier -> why nobody does
+    foreign_logs: Sequence[str] = ()            # of other programs, to be rotated
+    remedy: str = "run `llmstack start`"        # where nothing answers behind it
+    env: Mapping[str, str] = {}
+    record: Optional[Recorder] = None
+    clock: Callable[[], float] = time.monotonic
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
-                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
-                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
-                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
-                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = log
-        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
-        self._loopback, self._key, self._models_ini = loopback, key, models_ini
-        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
-        self._unserved = unserved or (lambda config: {})
-        self._remedy, self._bundled = remedy, bundled
-        self._env, self._clock = env or {}, clock
-        self._breaker = Breaker(clock)
+    def __init__(self, config: Config, behind: Behind, log: Log,
+                 setting: Optional[Setting] = None) -> None:
+        self.log, self.behind = log, behind
+        self._given = setting or Setting()
+        self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
-        self._record = record
+        self._record = self._given.record
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
@@ -9650,12 +9681,12 @@ class RouterApp(App):
 
     def reload(self) -> str:
         """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
-        if self._reload is None:
+        if self._given.reload is None:
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
         try:
             now = self._snapshot
-            self._snapshot = self._adopt(self._reload(), now.hosts, now.served)
+            self._snapshot = self._adopt(self._given.reload(), now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
@@ -9668,31 +9699,31 @@ class RouterApp(App):
                served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
         config = with_served_contexts(asked, served)
-        missing = missing_credentials(config, self._env)
+        missing = missing_credentials(config, self._given.env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            route = plan_route(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._given.use_next, missing)
             if tier.backend == "openai":
                 url = tier.base_url
                 host = hosts.get(url) or known.get(url) or self._host(url)
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        barred = {**self._unserved(config), **missing}
+        barred = {**self._given.unserved(config), **missing}
         return Snapshot(config, routes, hosts, barred, asked, served)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
         tls = url.startswith("https:")
-        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._given.clock)
 
     def _to_host(self, route: Route, host: Host) -> Route:
         """The route of a direct host's tier, with the host's key."""
         variable = route.tier.api_key_env
         headers: Tuple[Header, ...] = ()
         if variable:
-            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            key = b"Bearer " + self._given.env.get(variable, "").strip().encode("ascii", "ignore")
             headers = ((b"authorization", key, b"Authorization: " + key),)
         bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
         return route._replace(host=host, headers=headers, bare=bare)
@@ -9717,7 +9748,7 @@ class RouterApp(App):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            for path in self._foreign_logs:
+            for path in self._given.foreign_logs:
                 rotate_foreign_log(path)
 
     # ---- who may ask, and what
@@ -9727,7 +9758,7 @@ class RouterApp(App):
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
         config = self.config
-        check_caller(client, request, self._loopback, config.allowed_origins,
+        check_caller(client, request, self._given.loopback, config.allowed_origins,
                      (*config.allowed_hosts, *self._own_names))
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
@@ -9736,7 +9767,7 @@ class RouterApp(App):
             self._front(client, request)        # without the key: the page asks for it
             return
         drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
-        if self._key:
+        if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
             target = inference + mark + query
@@ -9813,7 +9844,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop, self._remedy)
+        self.behind.pass_on(client, wanted, b"", drop, self._given.remedy)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -9833,7 +9864,7 @@ class RouterApp(App):
             tier = self._resolve(request, name, drop)
         route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
+            self.behind.pass_on(client, request, body, drop, self._given.remedy)
             return
         target = request.target
         if route.host is None:
@@ -9851,7 +9882,7 @@ class RouterApp(App):
             if name == b"authorization":
                 scheme, _, rest = offered.partition(" ")
                 offered = rest.strip() if scheme.lower() == "bearer" else ""
-            if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
+            if hmac.compare_digest(offered.encode("latin-1"), self._given.key.encode()):
                 ours.add(name)
         if not ours:
             raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
@@ -9862,12 +9893,12 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            text = read_regular(self._models_ini, MAX_INI_BYTES)
+            text = read_regular(self._given.models_ini, MAX_INI_BYTES)
         except OSError:
-            if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+            if not self._given.bundled:
+                raise HttpError(404, f"there is no {self._given.models_ini} any more; run `llmstack"
                                      " start` in its project to seed one", "not_found") from None
-            text = self._bundled
+            text = self._given.bundled
         if holds_secret(text.decode("utf-8", "replace")):
             raise HttpError(404, "models.ini holds what looks like a key and is not served;"
                                  " `llmstack reload` names the line", "not_found")
@@ -9881,8 +9912,8 @@ class RouterApp(App):
             theirs = [e for e in listing["data"] if isinstance(e, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t, self._use_next) for t in config.tiers]
-        return {**listing, "data": list_models(config, self._use_next, theirs)}
+            theirs = [tier_entry(t, self._given.use_next) for t in config.tiers]
+        return {**listing, "data": list_models(config, self._given.use_next, theirs)}
 
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
@@ -9926,7 +9957,7 @@ class RouterApp(App):
     # ---- for those who look on
 
     def _ini_digest(self) -> str:
-        return _digest(_read_bytes(self._models_ini))
+        return _digest(_read_bytes(self._given.models_ini))
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
@@ -10062,7 +10093,7 @@ class RouterApp(App):
             self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
@@ -10263,7 +10294,7 @@ class RouterApp(App):
             message = f"no answer from {where} ({outcome.detail})"
             if route.host is None:
                 message = (f"nothing answers behind the router at {where} ({outcome.detail});"
-                           f" {self._remedy}")
+                           f" {self._given.remedy}")
             self.log.warning(f"{what}: {message}")
             reply_failure(client, 502, message, extra=lines)
 
@@ -16558,7 +16589,7 @@ class Unserved:
         return found
 
 
-def router_app(plan: Plan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     """The router before this project's own engine."""
     places = plan.places
     record: Optional[Recorder] = None
@@ -16575,8 +16606,7 @@ def router_app(plan: Plan, behind: Union[Behind, Upstream], log: Log) -> RouterA
         config = load_config(places, log.warning)
         return true_config(config, places, plan.use_next, log.warning)
 
-    app = RouterApp(
-        plan.config, behind, log,
+    setting = Setting(
         loopback=is_loopback(plan.host),
         key=api_key(places.env),
         models_ini=places.models_ini,
@@ -16588,6 +16618,7 @@ def router_app(plan: Plan, behind: Union[Behind, Upstream], log: Log) -> RouterA
         record=record,
         foreign_logs=(places.log("llama-swap.log"),),
     )
+    app = RouterApp(plan.config, behind, log, setting)
     app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
 

@@ -34,8 +34,7 @@ def router_before(upstream: Any, places: Any, config: Any, host: str, llmstack: 
         llmstack.check_run_trust(places)
         return llmstack.load_config(places, log.warning)
 
-    return llmstack.RouterApp(
-        config, upstream, log,
+    setting = llmstack.Setting(
         loopback=llmstack.is_loopback(host),
         key=llmstack.api_key(os.environ),
         models_ini=places.models_ini,
@@ -45,6 +44,7 @@ def router_before(upstream: Any, places: Any, config: Any, host: str, llmstack: 
         remedy="start it, or name another --upstream",
         env=os.environ,
     )
+    return llmstack.RouterApp(config, llmstack.UpstreamApp(upstream, log), log, setting)
 
 
 def main(argv: Sequence[str], llmstack: Any) -> int:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         use_next = llmstack.wants_next(places, config)
         log = llmstack.Log("", os.environ.get("LOG_LEVEL", "info"))
         plan = llmstack.Plan(places, config, host, port, use_next)
-        app = llmstack.router_app(plan, upstream, log)
+        app = llmstack.router_app(plan, llmstack.UpstreamApp(upstream, log), log)
     llmstack.more_files()
     llmstack.hold_little_memory()
     server = llmstack.listen(host, port, app)

@@ -54,7 +54,8 @@ class Routed:
     def __init__(self, stage: Stage, **settings: Any) -> None:
         self.stage = stage
         self.log = HeardLog()
-        self.app = llmstack.RouterApp(stage.config, stage.app, self.log, **settings)
+        self.app = llmstack.RouterApp(stage.config, stage.app, self.log,
+                                      llmstack.Setting(**settings))
         self.server = llmstack.make_server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
