@@ -6703,7 +6703,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path)
+        return read_regular(path, MAX_STATE_BYTES)
     except OSError:
         return b""
 
@@ -6739,7 +6739,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path)))
+            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects

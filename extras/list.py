@@ -10,7 +10,6 @@ examples:
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
@@ -144,7 +143,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     models = held_models(llmstack.planned_config(places), os.environ, llmstack)
     if args.json:
         rows = [held._asdict() for held in models]
-        llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
+        llmstack.say(llmstack.as_json(rows))
         return 0
     if not models:
         llmstack.say("There is no model on this disk. `llmstack download` fetches the tiers' own.")

@@ -260,7 +260,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     if not replay.rows:
         raise llmstack.UserError("the record holds no request to auto", "name another file")
     if args.json:
-        llmstack.say(json.dumps(replay.result(), indent=2, ensure_ascii=False))
+        llmstack.say(llmstack.as_json(replay.result()))
     else:
         show(replay, llmstack)
     return 0
