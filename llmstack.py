@@ -11106,7 +11106,7 @@ def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], re
 
 
 def leaving_header(leaving: Leaving, tier: str) -> bytes:
-    """The line that says what it costs that a conversation goes on elsewhere; b"" where it stays."""
+    """The line that says what it costs to go on elsewhere; b"" for a conversation that stays."""
     if leaving.tier in ("", tier):
         return b""
     return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()

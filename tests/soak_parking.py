@@ -1,4 +1,4 @@
-"""Three models of which one fits, six conversations in turn, for minutes: is any of them read twice?
+"""Three models of which one fits, six conversations in turn, for minutes: is anything read twice?
 
     python3 -m tests.soak_parking [--seconds S] [--tokens N] [--model GGUF] [--server PROGRAM]
                                   [--gpu-layers N]

@@ -25,7 +25,8 @@ from tests.test_parking import (  # noqa: F401  # fixtures
 from tests.test_stack import Project, ask, only_llama_swap
 
 
-def test_a_kill_between_the_two_files_of_a_save_loses_that_save_alone(rig: Rig) -> None:  # noqa: F811
+def test_a_kill_between_the_two_files_of_a_save_loses_that_save_alone(
+        rig: Rig) -> None:  # noqa: F811
     """The .json is of the new state, the .kv still of the last one."""
     bay = rig.load()
     rig.slots.held.update({1: 500, 2: 700})

@@ -217,7 +217,7 @@ def routed(start: Start, stay: str) -> Tuple[Rig, Rows]:  # noqa: F811
     return rig, rows
 
 
-LONG = "word " * 13_600                         # 17,000 tokens: the ladder leaves ultra, which holds it
+LONG = "word " * 13_600                         # 17,000 tokens: ultra holds them, and is left
 GROWN = (body(said("user", "go")),
          body(said("user", "go"), said("assistant", LONG), said("user", "on")))
 
