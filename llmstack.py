@@ -17111,6 +17111,7 @@ def _cmd_download(args: Any) -> int:
         say("Nothing to download.")
         return 0
     known, _ = plan_downloads(config, (), both)
+    check_links(places)
     if not environment_ready(HUB, places.data):     # it is not installed for nothing
         _check_reached("the model hub", hub_endpoint(os.environ))
     pid = start_downloads(places, jobs, known, os.environ, say)
