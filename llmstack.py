@@ -6570,7 +6570,7 @@ class PrivateEnvironment(NamedTuple):
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
     newest: Tuple[int, int] = (3, 14)
     otherwise: str = ""                         # what to do where it cannot be installed
-    hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it needs no other package
+    hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
 
 LLAMA_CPP = PrivateEnvironment(
