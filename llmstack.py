@@ -7550,7 +7550,7 @@ class PrivateEnvironment(NamedTuple):
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
     newest: Tuple[int, int] = (3, 14)
     otherwise: str = ""                         # what to do where it cannot be installed
-    hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it needs no other package
+    hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
 
 LLAMA_CPP = PrivateEnvironment(
@@ -9481,6 +9481,7 @@ class Recorder:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._salt = os.urandom(16)
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
@@ -9656,7 +9657,6 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
-        self._salt = os.urandom(16)
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -9665,12 +9665,6 @@ class Events:
         self._asking = threading.Lock()
         self._state: Dict[str, Any] = {}
         self._asked_s = -1e9
-
-    def name_of(self, conversation: str) -> str:
-        """What a conversation is called: a hash of its key that nobody can look up."""
-        import hashlib
-        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        return digest.hexdigest()[:12] if conversation else ""
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -18677,6 +18671,7 @@ def _cmd_download(args: Any) -> int:
     if not jobs:
         say("Nothing to download.")
         return 0
+    check_links(places)
     if not environment_ready(HUB, places.data):     # it is not installed for nothing
         check_reached("the model hub", hub_endpoint(places.env))
     pid = start_downloads(places, jobs, known, places.env, say)

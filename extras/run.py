@@ -217,7 +217,8 @@ class Session:
             words.append(f"{answer.prompt_tokens:,} tokens ({answer.cached_tokens:,} cached)")
         if answer.output_tokens:
             speed = answer.output_tokens / max(answer.writing_s, 0.001)
-            words.append(f"{answer.output_tokens:,} written, {speed:,.0f} a second")
+            digits = 1 if speed < 10 else 0
+            words.append(f"{answer.output_tokens:,} written, {speed:,.{digits}f} a second")
         if not answer.is_whole:
             words.append("ended by you")
         line = self.llmstack.visible(", ".join(words))

@@ -123,9 +123,10 @@ class Shown(llmstack.Behind):
 
 
 @pytest.fixture
-def shown(start: Start) -> Rig:
+def shown(start: Start, tmp_path: Path) -> Rig:
+    record = llmstack.Recorder(str(tmp_path / "decisions.jsonl"))
     rig = start(always(answer(b'{"usage":{"prompt_tokens":1234,"completion_tokens":9,'
-                              b'"prompt_tokens_details":{"cached_tokens":1200}}}')))
+                              b'"prompt_tokens_details":{"cached_tokens":1200}}}')), record=record)
     rig.app.behind = Shown(rig.app.behind.upstream)         # type: ignore[attr-defined]
     return rig
 

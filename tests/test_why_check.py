@@ -263,3 +263,18 @@ def test_a_model_that_is_not_here_says_so_and_what_brings_it(stage: Stage) -> No
     assert message_of(answer) == "code-smart is not downloaded (45.0 GB): llmstack download code-smart"
     row = stage.engine.watched()["models"]["code-smart"]
     assert (row["state"], row["reason"]) == ("not here", "llmstack download code-smart")
+
+
+def test_fit_within_60_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = llmstack.Machine(19.0, "75% of 25.3 GB of memory", gpu=False)
+    memory = llmstack.Memory(2_100_000_000, 1_200_000_000, 0, 300_000_000, cache=70_000_000)
+    fits = [
+        llmstack.TierFit("code-fast", "local", "", 3.67, True, 131_072, 131_072, memory, cache_mib=8_192),
+        llmstack.TierFit("code-smart", "size_gb", "", 49.9, False, 65_536,
+                         note="the model hub cannot be reached at hub.example: Name or service not known"),
+    ]
+    sets = [llmstack.FitSet(("code-fast", "code-smart"), 53.57, False), llmstack.FitSet(("code-fast",), 3.67, True)]
+    llmstack._say_fits(machine, fits, sets)
+    shown = capsys.readouterr().out
+    assert shown == (GOLDEN / "fit-60.txt").read_text(encoding="utf-8")
+    assert max(map(len, shown.splitlines())) <= llmstack.FIT_COLUMNS
