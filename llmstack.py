@@ -2819,6 +2819,7 @@ class Machine(NamedTuple):
     gpu: bool
     cuda: bool = False
     host_gb: float = 0.0                        # beside a card of its own; 0: it is one memory
+    cards: Tuple[float, ...] = ()               # GB of each, where they have memory of their own
 
 
 class LoadOptions(NamedTuple):
@@ -2832,6 +2833,27 @@ class LoadOptions(NamedTuple):
     slots: int = SERVER_SLOTS                   # they share one cache
     ubatch: int = SERVER_UBATCH                 # tokens that are computed together
     cpu_moe: int = 0                            # layers whose experts stay on the host
+    cards: int = 1                              # that the model is split over
+
+
+_NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
+
+
+def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
+    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT].
+
+    llama.cpp numbers them as CUDA0, ROCm1, Vulkan2; a name without a number may be any.
+    """
+    every = tuple(range(len(machine.cards)))
+    settings = config.settings
+    named = [_NUMBERED.match(name) for name in settings.get("device", "").split(",")]
+    chosen = tuple(int(match.group(1)) for match in named if match)
+    if not set(chosen) <= set(every) or len(chosen) < len(named):
+        chosen = every
+    if settings.get("split_mode") == "none":
+        first = settings.get("main_gpu", 0)
+        chosen = chosen[first:first + 1] or chosen
+    return chosen
 
 
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
@@ -2839,7 +2861,7 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     settings = own.settings
     layers = own.n_gpu_layers
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
-    if not machine.gpu:
+    if not machine.gpu or settings.get("device") == "none":
         count = 0
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
     return LoadOptions(
@@ -2851,6 +2873,7 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
         cpu_moe=settings.get("n_cpu_moe", 0),
+        cards=max(len(cards_of(own, machine)), 1),
     )
 
 
@@ -3185,7 +3208,7 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
     if offload:                                 # the first layers are on the host as they are
         host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
-    context = CUDA_CONTEXT_BYTES if load.cuda else 0
+    context = CUDA_CONTEXT_BYTES * load.cards if load.cuda else 0
     cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
     if offload:
         host += cache
@@ -3279,6 +3302,7 @@ class TierFit(NamedTuple):
     cache_mib: int = 0                          # what prompts may take, checkpoints too
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
     slots: int = SERVER_SLOTS
+    cards: Tuple[int, ...] = ()                 # that it is on, where the machine has several
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3293,6 +3317,10 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
     load = load_options(tier, config, machine)
+    cards = cards_of(tier_config(config, tier), machine)
+    limit_gb = machine.budget_gb
+    if len(cards) < len(machine.cards):         # it may use some of them only
+        limit_gb = min(limit_gb, sum(machine.cards[card] for card in cards))
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
@@ -3305,7 +3333,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 
     def fits(ctx: int) -> bool:
         need_gb, host_gb = needs(memory_at(ctx))
-        return need_gb <= machine.budget_gb and host_gb <= machine.host_gb
+        return need_gb <= limit_gb and host_gb <= machine.host_gb
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
@@ -3313,7 +3341,8 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
                    largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
                    checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained, load.slots)
+                   memory.cache // MIB, trained, load.slots,
+                   cards if len(machine.cards) > 1 and load.gpu_layers else ())
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -5398,7 +5427,8 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card{'s' if len(cards) > 1 else ''}"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, total_gb * 0.75)
+    each = tuple(card.total_gb for card in cards)
+    return Machine(max(0.1, size_gb - held_gb), source, True, True, total_gb * 0.75, each)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -5411,9 +5441,9 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
     sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
     if sizes:
-        usable = sum(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
+        each = tuple(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
         source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
-        return Machine(usable, source, True, host_gb=total_gb * 0.75)
+        return Machine(sum(each), source, True, host_gb=total_gb * 0.75, cards=each)
     shared = sum(own) + sum(_amd_memory_gb("gtt"))
     if not seen or not shared:
         return None
@@ -10007,6 +10037,29 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     return frozenset(refused)
 
 
+class Device(NamedTuple):
+    """What llama-server can load layers on; MiB."""
+
+    name: str                                   # as `device` of models.ini names it
+    description: str
+    total_mib: int
+    free_mib: int
+
+
+_DEVICE = re.compile(r"\s+([\w.:-]+): (.+) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*\Z")
+
+
+def parse_devices(text: str) -> List[Device]:
+    """What `llama-server --list-devices` prints. Source: arg.cpp, b11669."""
+    found = filter(None, map(_DEVICE.match, text.splitlines()))
+    return [Device(m.group(1), m.group(2), int(m.group(3)), int(m.group(4))) for m in found]
+
+
+def list_devices(program: Sequence[str]) -> List[Device]:
+    """The devices of a llama-server; none where it has none, or is too old to say."""
+    return parse_devices(_output([*program, "--list-devices"])) if program else []
+
+
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
     """As refused_settings, of each tier by its own llama-server; none where that does not run."""
     notes: List[str] = []
@@ -13123,11 +13176,13 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
     """
     told = running_memory(places)
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
+    cards = told.get("cards")
     numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
     if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
         return None
+    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
     return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0))
+                   told.get("cuda") is True, float(host_gb or 0), each)
 
 
 def stack_status(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, Any]:
@@ -16677,7 +16732,13 @@ def _say_wrapped(text: str, indent: str) -> None:
         say(line)
 
 
-def _say_fit(fit: TierFit, width: int) -> None:
+def _card_words(cards: Sequence[int], devices: Sequence[Device]) -> str:
+    """`on CUDA0 and CUDA1`, by the names that llama-server gives them."""
+    names = [devices[card].name if card < len(devices) else f"card {card}" for card in cards]
+    return "on " + " and ".join(names)
+
+
+def _say_fit(fit: TierFit, width: int, devices: Sequence[Device]) -> None:
     total, largest = f"~{fit.need_gb:.1f}", "?"
     memory = fit.memory
     if memory is not None:
@@ -16692,25 +16753,40 @@ def _say_fit(fit: TierFit, width: int) -> None:
         parts.append(f"{fit.host_gb:.2f} of these on the host")
     if fit.cache_mib:
         parts.append(f"prompt cache up to {fit.cache_mib * MIB / 1e9:.2f}")
+    if fit.cards:
+        parts.append(_card_words(fit.cards, devices))
     parts.append(FIT_SOURCES[fit.source])
     _say_wrapped(", ".join(parts), "  ")
     if fit.note:
         _say_wrapped(fit.note, "  ")
 
 
-def _say_fits(machine: Machine, fits: Sequence[TierFit], sets: Sequence[FitSet]) -> None:
+def _say_fits(machine: Machine, devices: Sequence[Device], fits: Sequence[TierFit],
+              sets: Sequence[FitSet]) -> None:
     """At most FIT_COLUMNS wide, where no name is long."""
     _say_wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
+    for device in devices:
+        size_gb, free_gb = device.total_mib * MIB / 1e9, device.free_mib * MIB / 1e9
+        _say_wrapped(f"{device.name}: {visible(device.description)}, {size_gb:.1f} GB,"
+                     f" {free_gb:.1f} free now", "  ")
     width = max([len(f.name) for f in fits] + [4])
     say(f"\n{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}")
     for fit in fits:
-        _say_fit(fit, width)
+        _say_fit(fit, width, devices)
     if sets:
         say("\nTogether, in GB:")
     for together in sets:
         say(f"  {together.need_gb:>6.2f}  {' + '.join(together.tiers)}")
         if not together.fits:
             say(f"          {paint('does not fit: they take turns', '33')}")
+
+
+def _seen_devices(config: Config, data: str) -> List[Device]:
+    """What llama-server lists; nothing where there is none to ask."""
+    try:
+        return list_devices(find_llama_server(config, os.environ, data))
+    except UserError:                           # which is said where it matters
+        return []
 
 
 def _cmd_fit(args: Any) -> int:
@@ -16721,6 +16797,7 @@ def _cmd_fit(args: Any) -> int:
     use_next = _wants_next(args, places, config)
     config = true_config(config, places, use_next, warn)
     machine = running_machine(places, config) or this_machine(config)
+    devices = _seen_devices(config, places.data) if machine.gpu else []
     fits = measure_tiers(config, machine, os.environ, use_next, True)
     fits = [f for f in fits if f.name in chosen]
     sets = [FitSet(tiers, need_gb, need_gb <= machine.budget_gb)
@@ -16728,10 +16805,11 @@ def _cmd_fit(args: Any) -> int:
     if args.json:
         rows = [{**f._asdict(), "memory": f.memory.parts if f.memory else None} for f in fits]
         found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                 "host_gb": machine.host_gb, "tiers": rows, "sets": [s._asdict() for s in sets]}
+                 "host_gb": machine.host_gb, "devices": [d._asdict() for d in devices],
+                 "tiers": rows, "sets": [s._asdict() for s in sets]}
         say(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        _say_fits(machine, fits, sets)
+        _say_fits(machine, devices, fits, sets)
     return 0 if all(f.fits for f in fits) else 1
 
 

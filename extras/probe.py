@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import time
@@ -437,6 +438,35 @@ def tell_router(places: Any, llmstack: Any) -> None:
         llmstack.say("`llmstack install` writes what was found into opencode.json.")
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def measure(tiers: Sequence[Any], prober: Prober, as_json: bool) -> Tuple[List[Any], List[str]]:
+    """(what was found, the tiers that failed), said as it comes.
+
+    A signal that would end us ends the server first, which is in a session of its own.
+    """
+    llmstack = prober.llmstack
+    rows, failed = [], []
+    signals = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")]
+    before = [(number, signal.signal(number, interrupted)) for number in dict.fromkeys(signals)]
+    try:
+        for tier in tiers:
+            try:
+                rows.append(prober.probe(tier))
+            except llmstack.UserError as exc:
+                failed.append(tier.name)
+                llmstack.warn(f"{exc}; {exc.hint}")
+                continue
+            if not as_json:
+                show(rows[-1], llmstack)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    return rows, failed
+
+
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("probe", __doc__)
     parser.usage = "llmstack probe [--next] [--json] [TIER ...]"
@@ -451,16 +481,8 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     use_next = args.next or llmstack.running_channel(places) == "next"
     config = llmstack.true_config(config, places, use_next)
     prober = Prober(places, config, use_next, llmstack)
-    rows, failed = [], []
-    for tier in chosen(args.tiers, config, use_next, llmstack):
-        try:
-            rows.append(prober.probe(tier))
-        except llmstack.UserError as exc:
-            failed.append(tier.name)
-            llmstack.warn(f"{exc}; {exc.hint}")
-            continue
-        if not args.json:
-            show(rows[-1], llmstack)
+    tiers = chosen(args.tiers, config, use_next, llmstack)
+    rows, failed = measure(tiers, prober, args.json)
     if args.json:
         llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
     elif rows:

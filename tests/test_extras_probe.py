@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 from typing import Any, Mapping
@@ -209,6 +210,22 @@ def test_what_cannot_be_measured(
     Path("noise.gguf").unlink()
     assert llmstack.main(["probe"]) == 1
     assert "no model of this project is here" in capsys.readouterr().err
+    assert not Path(llmstack.probes_file(places.data)).exists()
+
+
+def test_a_signal_leaves_no_server(
+    places: llmstack.Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a session of its own, so nobody else would end it."""
+    def ended(trial: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(llmstack, "load_extra", lambda name: PROBE)
+    monkeypatch.setattr(PROBE, "template_error", ended)
+    assert llmstack.main(["probe"]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
     assert not Path(llmstack.probes_file(places.data)).exists()
 
 
