@@ -21,7 +21,7 @@ import struct
 import subprocess
 import time
 import zlib
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 SPEED_TOKENS = (2_048, 16_384)                  # of the prompts that are read
 WRITTEN_TOKENS = 32                             # behind each of them
@@ -178,6 +178,16 @@ def probe_reasoning(trial: Any) -> Verdict:
     if "<think>" in reply.text:
         return Verdict(True, "its thinking stands in the answer: see reasoning_format")
     return Verdict(False)
+
+
+def in_time(trial: Any, test: Callable[[Any], Verdict]) -> Verdict:
+    """What a test finds; nothing where its answer takes too long. Errors: OSError, ValueError."""
+    try:
+        return test(trial)
+    except OSError as exc:
+        if trial.process.poll() is not None:    # its server has died
+            raise
+        return Verdict(None, str(exc))
 
 
 def red_png(side: int = 64) -> bytes:
@@ -349,7 +359,7 @@ class Prober:
             if tier.has_projector:
                 tests.append(("pictures", probe_pictures))
             for key, test in tests:
-                row[key], row[f"{key}_note"] = test(trial)
+                row[key], row[f"{key}_note"] = in_time(trial, test)
             row["speeds"], row["speeds_note"] = measure_speeds(trial, row["context_tokens"])
 
 

@@ -92,6 +92,28 @@ def test_a_picture(answer: Any, verdict: Any) -> None:
     assert content[1]["image_url"]["url"].startswith("data:image/png;base64,iVBORw0KGgo")
 
 
+class Process:
+    """One that has ended, or not."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+def test_an_answer_that_takes_too_long_tells_nothing() -> None:
+    def slow(trial: Any) -> Any:
+        raise OSError("no answer within 600 s")
+
+    trial: Any = Told()
+    trial.process = Process(None)
+    assert PROBE.in_time(trial, slow) == (None, "no answer within 600 s")
+    trial.process = Process(1)
+    with pytest.raises(OSError, match="no answer"):
+        PROBE.in_time(trial, slow)
+
+
 @pytest.mark.parametrize(("context", "sizes"), [
     (131_072, [2048, 16_384]), (16_448, [2048, 16_384]), (16_447, [2048, 16_383]), (8192, [2048, 8128]),
     (1024, [960]), (64, []),
