@@ -64,7 +64,7 @@ Map of the file, bottom-up; each section is built from those above it:
     OLLAMA               its API, turned into OpenAI's and back
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
-    FIT                  the hub and its cache; a model's header from either; what each tier takes
+    FIT                  the hub and its cache; what each tier takes; trials, and what they found
     LITELLM              which one, its environment, its configuration read by its own parser
     PARKING              what a model's slots hold, saved before it stops, restored after its load
     ENGINE               llama-server processes within the memory there is, and their API on 10102
@@ -2236,7 +2236,7 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
 
 
 def settings_words(config: Config, tier: Tier) -> str:
-    """What models.ini tells a tier's llama-server beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
+    """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
     for key, value in {**dict(config.server), **tier.settings}.items():
         values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
@@ -4452,9 +4452,9 @@ class Counts(NamedTuple):
     accepted: int = 0                           # ...and of these, those that were taken
 
 
-_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens|input_tokens|completion_tokens'
-                    rb'|output_tokens|cached_tokens|cache_read_input_tokens'
-                    rb'|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
+_COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens'
+                    rb'|input_tokens|completion_tokens|output_tokens|cached_tokens'
+                    rb'|cache_read_input_tokens|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
                     rb'\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
 
 
@@ -10635,7 +10635,7 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
 
 
 def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
-    """Whether a tier drafts because that was left to us: `speculative` is auto, or a draft alone."""
+    """Whether a tier drafts because that was left to us: speculative = auto, or a draft alone."""
     settings = ready.settings
     can = settings.get("speculative") == "mtp" or "draft" in settings
     return can and asked.settings.get("speculative", "auto") == "auto"
@@ -16244,10 +16244,13 @@ def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     notes = [f"Note: {difference}" for difference in rows.get("differences", ())]
     tiers = rows["tiers"]
     notes += [f"{row['name']}: {visible(row['settings'])}" for row in tiers if row.get("settings")]
-    notes += [f"Note: {row['name']}: parking {row['parking']}" for row in tiers if row.get("parking")]
     drafting = value_in(rows.get("now"), "drafting")
-    return notes + [f"Note: {row['name']}: {text_in(drafting, row['name'])}" for row in tiers
-                    if text_in(drafting, row["name"])]
+    for row in tiers:
+        if row.get("parking"):
+            notes.append(f"Note: {row['name']}: parking {row['parking']}")
+        if text_in(drafting, row["name"]):
+            notes.append(f"Note: {row['name']}: {text_in(drafting, row['name'])}")
+    return notes
 
 
 def _part_line(name: str, rows: Mapping[str, Any]) -> List[str]:

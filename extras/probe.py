@@ -134,7 +134,7 @@ def probe_tools(trial: Any) -> Verdict:
         return Verdict(False, reply.error)
     call = first_of(reply.message.get("tool_calls"))
     if not call and reply.is_cut:
-        return Verdict(None, f"it says more than {ANSWER_TOKENS:,} tokens before a call")
+        return Verdict(None, "its answer is cut off before a call")
     if not call:
         return Verdict(False, "it answers without a call")
     if not called_city(call):
@@ -163,7 +163,7 @@ def probe_json(trial: Any) -> Verdict:
     if holds:
         return Verdict(True)
     if reply.is_cut:
-        return Verdict(None, f"it says more than {ANSWER_TOKENS:,} tokens")
+        return Verdict(None, "its answer is cut off")
     return Verdict(False, "its answer does not keep to the schema")
 
 

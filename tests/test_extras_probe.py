@@ -48,7 +48,7 @@ REFUSAL = (500, {"error": {"code": 500, "message": "this template\nis broken"}})
     ([call(), reply("It is warm.")], True, "its answer leaves out what the tool said"),
     ([call(), REFUSAL], False, "the tool's answer is refused: this template is broken"),
     ([reply("It is sunny.")], False, "it answers without a call"),
-    ([reply("so", "length")], None, "it says more than 1,024 tokens before a call"),
+    ([reply("so", "length")], None, "its answer is cut off before a call"),
     ([call("other")], False, "its call is not one that was offered"),
     ([call(arguments="{")], False, "its call is not one that was offered"),
     ([call(arguments="[]")], False, "its call is not one that was offered"),
