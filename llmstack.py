@@ -100,6 +100,7 @@ Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import errno
 import functools
@@ -339,8 +340,8 @@ class Routing(NamedTuple):
     ultra_triggers: Tuple[str, ...] = ("[ultra]", "[opus]", "ultra:", "opus:")
 
 
-class Config(NamedTuple):
-    """models.ini, parsed. Frozen: a reload makes a new one."""
+class _Settings(NamedTuple):
+    """The values of models.ini, and what they are where it is silent."""
 
     tiers: Tuple[Tier, ...] = ()
     routing: Routing = Routing()
@@ -372,13 +373,17 @@ class Config(NamedTuple):
     allowed_hosts: Tuple[str, ...] = ()         # names of this machine besides its own
     patience_s: float = 0.0                     # of a tiny request for auto; 0: it waits its turn
 
+
+class Config(_Settings):
+    """models.ini, parsed. Frozen: a reload makes a new one, so what follows is worked out once."""
+
     @property
     def settings(self) -> Dict[str, Any]:
         """Every key of SERVER_OPTIONS that has a value."""
         fields = {key: getattr(self, key) for key in SERVER_OPTIONS if key in self._fields}
         return {**fields, **dict(self.server)}
 
-    @property
+    @functools.cached_property
     def smallest_context(self) -> int:
         """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
         return min((t.ctx_size for t in self.ladder), default=0)
@@ -394,11 +399,22 @@ class Config(NamedTuple):
     def by_name(self, name: str) -> Optional[Tier]:
         return next((t for t in self.tiers if t.name == name or name in t.aliases), None)
 
-    @property
+    @functools.cached_property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
         roles = {t.role: t for t in reversed(self.offered)}
         return tuple(roles[role] for role in LADDER_ROLES if role in roles)
+
+    @functools.cached_property
+    def preferences(self) -> Dict[str, Tuple[Tier, ...]]:
+        """The ladder as each of its roles sees it: itself and below, then above, nearest first."""
+        orders = {}
+        for index, role in enumerate(LADDER_ROLES):
+            above = LADDER_ROLES[:index]
+            higher = [t for t in self.ladder if t.role in above]
+            lower = [t for t in self.ladder if t.role not in above]
+            orders[role] = (*lower, *reversed(higher))
+        return orders
 
 
 class Facts(NamedTuple):
@@ -461,6 +477,7 @@ INFERENCE_PATHS = {
     "/rerank": "/v1/rerank",
     "/reranking": "/v1/rerank",
 }
+_CANONICAL_PATHS = frozenset(INFERENCE_PATHS.values())
 # The role that answers such a path, whatever is asked for by a name that is no tier's.
 PATH_ROLES = {"/v1/embeddings": "embed", "/v1/rerank": "rerank"}
 # What the last bytes of a whole event stream hold, one of these. Where none does, the model's
@@ -557,7 +574,10 @@ def inference_path(target: str) -> str:
     However a client joins a base URL and a path: /v1 once, twice or not at all, slashes doubled or
     at the end, letters percent-encoded.
     """
-    path = unquoted(target.split("?", 1)[0])
+    path = target.partition("?")[0]
+    if path in _CANONICAL_PATHS:
+        return path
+    path = unquoted(path)
     words = [word for word in path.split("/") if word]
     while words and words[0] == "v1":
         words.pop(0)
@@ -806,17 +826,19 @@ def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return []
 
 
-_OUTPUT_KEYS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+_OUTPUT_KEYS = frozenset(
+    {"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"})
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
+_COUNTED_KEYS = (*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS)
 
 
 def _output_tokens_asked(body: Mapping[str, Any]) -> int:
     """The longest answer that a body asks for, in tokens; 0 where it names none."""
     asked = 0
-    for key in _OUTPUT_KEYS:
-        value = body.get(key)
+    for key in _OUTPUT_KEYS & body.keys():
+        value = body[key]
         if isinstance(value, int) and not isinstance(value, bool):
             asked = max(asked, value)
     return asked
@@ -842,13 +864,14 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in _SYSTEM_KEYS:
-        systems.append(body.get(key))
-        tally.add_content(body.get(key))
-    for key in _PROMPT_KEYS:
-        tally.add_content(body.get(key))
-    for key in _SCHEMA_KEYS:
-        if body.get(key):
+    for key in _COUNTED_KEYS:
+        if key not in body:
+            continue
+        if key in _SYSTEM_KEYS:
+            systems.append(body[key])
+        if key not in _SCHEMA_KEYS:
+            tally.add_content(body[key])
+        elif body[key]:
             tally.add_aside(body[key])
     prompt = body.get("prompt")
     if isinstance(prompt, str) and not messages:
@@ -957,14 +980,6 @@ def output_reserve(facts: Facts, tier: Tier) -> int:
 def tokens_needed(facts: Facts, tier: Tier) -> int:
     """Tokens that `tier` must hold for this request: the fuller estimate plus room to answer."""
     return facts.full_tokens + output_reserve(facts, tier)
-
-
-def _preference(config: Config, role: str) -> Tuple[Tier, ...]:
-    """The ladder from a role's view: its tier and those below, then those above, nearest first."""
-    above = LADDER_ROLES[:LADDER_ROLES.index(role)]
-    higher = [t for t in config.ladder if t.role in above]
-    lower = [t for t in config.ladder if t.role not in above]
-    return (*lower, *reversed(higher))
 
 
 BELOW_THE_TIER_TAKEN = "below the tier taken"
@@ -1099,8 +1114,13 @@ class Decision(NamedTuple):
 
     @property
     def passed_over(self) -> Dict[str, str]:
-        """The tiers above the one taken, with the reason for each."""
-        return {name: why for name, why in self.refused.items() if why != BELOW_THE_TIER_TAKEN}
+        """The tiers of the ladder above the one taken, with the reason for each."""
+        over: Dict[str, str] = {}
+        for tier in self.config.ladder:
+            if tier.name == self.tier:
+                break
+            over[tier.name] = _why_not(tier, self.tier, self.facts, self.down, self.config)
+        return over
 
     @property
     def nearest(self) -> str:
@@ -1126,7 +1146,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
         return Decision(facts.model, "explicit", (), facts, config, down)
     rung = _choose_rung(facts, config.routing)
     role, _ = RUNGS[rung]
-    order = _preference(config, role)
+    order = config.preferences[role]
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
@@ -3448,6 +3468,13 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
     return config._replace(tiers=tuple(tiers))
 
 
+def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
+    """`config` with no tier above what its running server holds: tier -> tokens a conversation."""
+    tiers = [t._replace(ctx_size=min(t.ctx_size, served.get(t.name) or t.ctx_size))
+             for t in config.tiers]
+    return config._replace(tiers=tuple(tiers))
+
+
 class MemoryState(NamedTuple):
     """How the machine is off for memory at one moment."""
 
@@ -3977,13 +4004,14 @@ def _refuse_controls(text: bytes) -> None:
 
 
 def _split_head(head: bytes) -> List[bytes]:
-    """The lines of a head. Errors: ValueError."""
+    """The lines of a head. Errors: ValueError for control bytes but those that end lines."""
     lines = head.split(b"\r\n")
-    _refuse_controls(b"".join(lines))
+    if len(head) - len(head.translate(None, _CONTROL_BYTES)) != 2 * (len(lines) - 1):
+        raise ValueError("a control byte, or a bare CR or LF")
     return lines
 
 
-def _parse_header(line: bytes) -> Header:
+def _split_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
@@ -3991,13 +4019,24 @@ def _parse_header(line: bytes) -> Header:
     return name.lower(), value.strip(b" \t"), line
 
 
+# A client says most of its lines with each of its requests. Only short ones: they stay in memory.
+KNOWN_LINE_BYTES = 256
+_known_header = functools.lru_cache(maxsize=256)(_split_header)
+
+
+def _parse_header(line: bytes) -> Header:
+    """Errors: ValueError."""
+    if len(line) > KNOWN_LINE_BYTES:
+        return _split_header(line)
+    return _known_header(line)
+
+
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     """The lower-case words of all Connection headers."""
-    words: Set[bytes] = set()
-    for name, value, _ in headers:
-        if name == b"connection":
-            words.update(word.strip().lower() for word in value.split(b","))
-    return frozenset(words)
+    said = [value for name, value, _ in headers if name == b"connection"]
+    if not said:
+        return frozenset()
+    return frozenset(word.strip().lower() for word in b",".join(said).split(b","))
 
 
 def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
@@ -4075,7 +4114,9 @@ def parse_request_head(head: bytes) -> Request:
 
 def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
     """The header lines that travel on: not those that Connection names, nor `drop`."""
-    drop = drop | _connection_words(headers)
+    words = _connection_words(headers)
+    if words:
+        drop = drop | words
     return [line for name, _, line in headers if name not in drop]
 
 
@@ -4092,8 +4133,12 @@ def _response_length(headers: Sequence[Header]) -> int:
     return lengths.pop()
 
 
+@functools.lru_cache(maxsize=32)
 def parse_response_head(head: bytes, method: str) -> Response:
-    """Parse an upstream's head (without its empty line). Errors: ValueError."""
+    """Parse an upstream's head (without its empty line). Errors: ValueError.
+
+    A server's streams all have the same: of 100 us that a request costs, this saves 10.
+    """
     first, *lines = _split_head(head)
     match = _STATUS_LINE.match(first)
     if match is None:
@@ -4452,6 +4497,7 @@ class Counts(NamedTuple):
     accepted: int = 0                           # ...and of these, those that were taken
 
 
+NOTHING_COUNTED = Counts()
 _COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|prompt_tokens'
                     rb'|input_tokens|completion_tokens|output_tokens|cached_tokens'
                     rb'|cache_read_input_tokens|cache_creation_input_tokens|prompt_per_second|predicted_per_second)"'
@@ -4460,25 +4506,25 @@ _COUNT = re.compile(rb'"(prompt_n|cache_n|predicted_n|draft_n|draft_n_accepted|p
 
 def tokens_said(said: bytes) -> Counts:
     """What an answer's beginning and end say of tokens: llama.cpp's timings, else a usage."""
+    counts = _COUNT.findall(said)
+    if not counts:
+        return NOTHING_COUNTED
     found: Dict[bytes, float] = {}
-    for name, value in _COUNT.findall(said):
+    for name, value in counts:
         found[name] = max(found.get(name, 0.0), float(value))
-
-    def number(*names: bytes) -> int:
-        return int(next((found[n] for n in names if found.get(n)), 0))
-
-    cached = number(b"cache_n", b"cached_tokens", b"cache_read_input_tokens")
-    output = number(b"predicted_n", b"completion_tokens", b"output_tokens")
-    prompt = number(b"prompt_tokens")
+    of = found.get
+    cached = of(b"cache_n") or of(b"cached_tokens") or of(b"cache_read_input_tokens") or 0
+    output = of(b"predicted_n") or of(b"completion_tokens") or of(b"output_tokens") or 0
+    prompt = of(b"prompt_tokens") or 0
     if b"prompt_n" in found:                    # llama.cpp: what was read anew
-        prompt = int(found[b"prompt_n"]) + number(b"cache_n")
+        prompt = found[b"prompt_n"] + found.get(b"cache_n", 0)
     elif not prompt:
-        prompt = number(b"input_tokens")
+        prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
-            prompt += cached + number(b"cache_creation_input_tokens")
-    return Counts(prompt, cached, output, found.get(b"prompt_per_second", 0.0),
-                  found.get(b"predicted_per_second", 0.0), number(b"draft_n"),
-                  number(b"draft_n_accepted"))
+            prompt += cached + found.get(b"cache_creation_input_tokens", 0)
+    return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
+                  found.get(b"predicted_per_second", 0.0), int(found.get(b"draft_n", 0)),
+                  int(found.get(b"draft_n_accepted", 0)))
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
@@ -4569,7 +4615,7 @@ def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> 
     if isinstance(named, str) and named:
         return named[:200]
     import zlib
-    begins = [_plain_text(body.get("system")), _plain_text(body.get("instructions"))]
+    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
     for message in _messages(body):
         begins.append(_plain_text(message.get("content")))
         if message.get("role") == "user":
@@ -6949,8 +6995,10 @@ class Client:
         moved = time.monotonic()
         while view:
             try:
-                view = view[self._sock.send(view):]
-                moved = time.monotonic()
+                sent = self._sock.send(view)
+                if sent == len(view):
+                    return
+                view, moved = view[sent:], time.monotonic()
             except _LAPSED:
                 if time.monotonic() - moved > self.send_timeout_s:
                     raise ClientGone from None
@@ -7022,16 +7070,20 @@ class Client:
 
     def close(self) -> None:
         """Close; after a refusal, let the client read it before its unread bytes reset it."""
-        try:
-            if self.unread or self._buffer:
-                self._sock.shutdown(socket.SHUT_WR)
-                _set_patience(self._sock, 200)
-                for _ in range(64):
-                    if not self._sock.recv(RECV_BYTES):
-                        break
-        except (OSError, ValueError):
-            pass
+        if self.unread or self._buffer:
+            try:
+                self._drain()
+            except (OSError, ValueError):
+                pass
         self._sock.close()
+
+    def _drain(self) -> None:
+        """Say no more, and take what the client still says. Errors: OSError, ValueError."""
+        self._sock.shutdown(socket.SHUT_WR)
+        _set_patience(self._sock, 200)
+        for _ in range(64):
+            if not self._sock.recv(RECV_BYTES):
+                return
 
     def tunnel(self, upstream: socket.socket) -> None:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
@@ -7045,11 +7097,7 @@ class Client:
                 ready.register(sock, selectors.EVENT_READ)
             try:
                 upstream.sendall(self._buffer)
-                while ready.get_map():
-                    for key, _ in ready.select():
-                        source: socket.socket = key.fileobj     # type: ignore[assignment]
-                        if not _carry(source, other[source]):
-                            ready.unregister(source)
+                _carry_all(ready, other)
             except OSError:
                 pass
 
@@ -7062,6 +7110,14 @@ def _carry(source: socket.socket, target: socket.socket) -> bool:
     else:
         target.shutdown(socket.SHUT_WR)
     return bool(data)
+
+
+def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
+    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
+    while ready.get_map():
+        for key, _ in ready.select():
+            if not _carry(key.fileobj, other[key.fileobj]):
+                ready.unregister(key.fileobj)
 
 
 class Upstream:
@@ -7321,10 +7377,13 @@ def _why_unreachable(exc: Exception) -> str:
 class _Receiver:
     """Receives from an upstream for a client, and notices when that client leaves."""
 
-    __slots__ = ("_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
+    __slots__ = ("_buffer", "_client", "_look_at_s", "_sock", "silent_until_s", "waiting")
 
     def __init__(self, sock: socket.socket, client: Client) -> None:
         self._sock, self._client = sock, client
+        # One buffer for all of an answer: with one for each receive(), 200 streams of small pieces
+        # tear 30 MB of holes into malloc's heap.
+        self._buffer = memoryview(bytearray(RECV_BYTES))
         self._look_at_s = time.monotonic() + LOOK_S
         self.waiting: Optional[Callable[[], None]] = None
         self.silent_until_s = 0.0               # 0: silence has no end
@@ -7337,18 +7396,18 @@ class _Receiver:
         """
         while True:
             try:
-                data: Optional[bytes] = self._sock.recv(RECV_BYTES)
+                received = self._sock.recv_into(self._buffer)
             except _LAPSED:
-                data = None
+                received = -1
             except OSError as exc:
                 raise UpstreamBroken(_why_unreachable(exc)) from None
             now = time.monotonic()
-            if data is None or now >= self._look_at_s:
+            if received < 0 or now >= self._look_at_s:
                 self._look_at_s = now + LOOK_S
                 if self._client.gone():
                     raise ClientGone
-            if data is not None:
-                return data
+            if received >= 0:
+                return bytes(self._buffer[:received])
             if self.silent_until_s and now > self.silent_until_s:
                 raise UpstreamBroken("it says nothing")
             if self.waiting is not None:
@@ -7444,10 +7503,11 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
              b"Host: " + upstream.authority]
+    drop = drop | _DROPPED
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += end_to_end(request.headers, _DROPPED | drop)
+    lines += end_to_end(request.headers, drop)
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
@@ -7642,7 +7702,9 @@ class _Relay:
         self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
-        self.began_s = time.monotonic()
+        self._sock: Optional[socket.socket] = None      # the upstream's, until it is given back
+        self._began = False                     # the answer goes on to the client
+        self._started_s, self._first_byte_s = time.monotonic(), 0.0
 
     def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
         """Send the request and read the answer's head: (receiver, head, bytes behind it).
@@ -7698,31 +7760,38 @@ class _Relay:
         Errors: ClientGone; UpstreamBroken, after the client has been told in the stream, where that
         can be done.
         """
-        client, out = self._client, b""
-        if not client.opened:
-            out = _response_head(answer.response, client, self._lines, answer.chunked)
-        client.answering = True
+        self._client.answering = True
         try:
-            while not answer.ended:
-                out += answer.frame(payload)
-                if out:
-                    client.send(out)
-                out = b""
-                data = receiver.receive()
-                if not data:
-                    broken = answer.why_broken(at_close=True)
-                    if broken:
-                        raise UpstreamBroken(broken)
-                    client.send(answer.frame(b"", last=True))
-                    return
-                payload = answer.feed(data)
-            broken = answer.why_broken()
-            client.send(out + answer.frame(payload, last=not broken))
-            if broken:
-                raise UpstreamBroken(broken)
+            self._send_answer(answer, receiver, payload)
         except UpstreamBroken as exc:
             self._say_broken(answer, str(exc))
             raise
+
+    def _send_answer(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
+        client, out = self._client, b""
+        if not client.opened:
+            out = _response_head(answer.response, client, self._lines, answer.chunked)
+        while not answer.ended:
+            out += answer.frame(payload)
+            if out:
+                client.send(out)
+            out = b""
+            data = receiver.receive()
+            if not data:
+                self._end_at_close(answer)
+                return
+            payload = answer.feed(data)
+        broken = answer.why_broken()
+        client.send(out + answer.frame(payload, last=not broken))
+        if broken:
+            raise UpstreamBroken(broken)
+
+    def _end_at_close(self, answer: _Answer) -> None:
+        """The upstream has closed its connection. Errors: UpstreamBroken, where that is no end."""
+        broken = answer.why_broken(at_close=True)
+        if broken:
+            raise UpstreamBroken(broken)
+        self._client.send(answer.frame(b"", last=True))
 
     def _say_broken(self, answer: _Answer, why: str) -> None:
         """Never a clean end: a client would take that for a finished answer."""
@@ -7735,6 +7804,8 @@ class _Relay:
 
     def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
         """An upgrade that was granted: from here on, bytes both ways."""
+        if not self._request.upgrade:
+            raise UpstreamBroken("it switched protocols unasked")
         client = self._client
         client.answering, client.keep_alive = True, False
         client.send(_response_head(response, client, self._lines, False) + data)
@@ -7743,47 +7814,52 @@ class _Relay:
 
     def run(self, upstream: Upstream) -> Outcome:
         """Errors: ClientGone, after the upstream's connection has been closed."""
-        client = self._client
-        sock: Optional[socket.socket] = None
-        answer: Optional[_Answer] = None
-        first_s = 0.0
         try:
-            try:
-                sock, reused = upstream.checkout(client)
-                try:
-                    receiver, response, data = self.exchange(sock)
-                except _NoAnswer:
-                    if not reused:
-                        raise
-                    sock.close()                # a kept connection that died silently: once more
-                    sock = upstream.connect(client)
-                    receiver, response, data = self.exchange(sock)
-                if response.status == 101 and not self._request.upgrade:
-                    raise UpstreamBroken("it switched protocols unasked")
-                if response.status == 101:
-                    return self._switch(sock, response, data)
-                answer = _Answer(client, response, self._terms.ends, self._terms.translation)
-                rejected, payload = self.judged(answer, receiver, data)
-                if rejected is not None:
-                    return rejected
-            except (OSError, UpstreamBroken, _NoAnswer) as exc:
-                return Outcome("unreachable", 0, _why_unreachable(exc))
-            first_s = time.monotonic() - self.began_s
-            self._pieces.clear()                # a prompt is not held while its answer streams
-            if self._terms.began is not None:
-                self._terms.began()
-            receiver.waiting, receiver.silent_until_s = None, 0.0
-            self.pass_on(answer, receiver, payload)
-            if answer.reusable and self._sent_whole:
-                upstream.checkin(sock)
-                sock = None
-            return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
-                           first_s, _cost(response))
-        except UpstreamBroken as exc:
-            return Outcome("broken", 200, str(exc), first_byte_s=first_s)
+            return self._run(upstream)
+        except (OSError, UpstreamBroken, _NoAnswer) as exc:
+            if self._began:
+                return Outcome("broken", 200, str(exc), first_byte_s=self._first_byte_s)
+            return Outcome("unreachable", 0, _why_unreachable(exc))
         finally:
-            if sock is not None:
-                sock.close()
+            if self._sock is not None:
+                self._sock.close()
+
+    def _run(self, upstream: Upstream) -> Outcome:
+        sock, (receiver, response, data) = self._ask(upstream)
+        if response.status == 101:
+            return self._switch(sock, response, data)
+        answer = _Answer(self._client, response, self._terms.ends, self._terms.translation)
+        rejected, payload = self.judged(answer, receiver, data)
+        if rejected is not None:
+            return rejected
+        self._begin()
+        receiver.waiting, receiver.silent_until_s = None, 0.0
+        self.pass_on(answer, receiver, payload)
+        if answer.reusable and self._sent_whole:
+            upstream.checkin(sock)
+            self._sock = None
+        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+                       self._first_byte_s, _cost(response))
+
+    def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
+        """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
+        self._sock, reused = upstream.checkout(self._client)
+        try:
+            return self._sock, self.exchange(self._sock)
+        except _NoAnswer:
+            if not reused:
+                raise
+        self._sock.close()                      # a kept connection that died silently: once more
+        self._sock = upstream.connect(self._client)
+        return self._sock, self.exchange(self._sock)
+
+    def _begin(self) -> None:
+        """The answer goes on to the client: no other tier is asked any more."""
+        self._began = True
+        self._first_byte_s = time.monotonic() - self._started_s
+        self._pieces.clear()                    # a prompt is not held while its answer streams
+        if self._terms.began is not None:
+            self._terms.began()
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
@@ -7805,7 +7881,9 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
 def _cost(response: Response) -> float:
     """Dollars, as LiteLLM says it in a header."""
     value = response.header(b"x-litellm-response-cost")
-    return float(value) if re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value) else 0.0
+    if value and re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value):
+        return float(value)
+    return 0.0
 
 
 def _retry_after_s(response: Response) -> float:
@@ -7900,7 +7978,6 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
-        hold_little_memory()
         due = time.monotonic() + every_s
         while not self._stopping.is_set():
             self._accept(due - time.monotonic())
@@ -8225,7 +8302,6 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
         upstream = lease.upstream
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
-        terms = terms._replace(waiting=lambda: waiting.tell(lease.stage))
         lease.asks(target, body)
         outcome = relay(client, request, upstream, target, body, terms)
         lease.answered(outcome)
@@ -8310,6 +8386,10 @@ class Behind(App):
         `pressure`, why no more memory is taken now."""
         return {}
 
+    def contexts(self) -> Dict[str, int]:
+        """Tier -> tokens that a conversation may have there, as far as its servers have said."""
+        return {}
+
     def start(self) -> None:
         """Bring up what it needs before it is listened for. Errors: UserError."""
 
@@ -8366,9 +8446,11 @@ class UpstreamApp(Behind):
                 name, stream = str(values.get("model")), values.get("stream") is True
         if stream:
             request = uncompressed(request)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()))
-        outcome = ask_lease(client, request, self.lease(name), request.target,
-                            [body] if body else [], terms, Waiting(client, inference, stream))
+        lease, waiting = self.lease(name), Waiting(client, inference, stream)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()),
+                      waiting=lambda: waiting.tell(lease.stage))
+        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
+                            terms, waiting)
         if outcome.state == "broken":
             self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
                              f" {outcome.detail}")
@@ -8397,6 +8479,10 @@ def _json_of(request: Request, body: bytes) -> Any:
 # logs/decisions.jsonl: a line a request, without a word of its text. `llmstack replay` reads it.
 
 
+# json.dumps makes an encoder of its own for each line.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 class Recorder:
     """Writes the decision record; lines wait for the next flush."""
 
@@ -8406,12 +8492,16 @@ class Recorder:
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
-    def add(self, row: Dict[str, Any], conversation: str) -> None:
-        """Keep a row; the conversation is told by a hash that nobody can look up."""
+    def name(self, conversation: str) -> str:
+        """What tells a conversation from others in the record: a hash that nobody can look up."""
         import hashlib
+        if not conversation:
+            return ""
         digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        name = digest.hexdigest()[:12] if conversation else ""
-        self._waiting.append({"time": round(time.time(), 3), "conversation": name, **row})
+        return digest.hexdigest()[:12]
+
+    def add(self, row: Dict[str, Any]) -> None:
+        self._waiting.append(row)
 
     def flush(self) -> None:
         """Write what waits. A full disk loses lines, and stops nothing."""
@@ -8419,8 +8509,7 @@ class Recorder:
             return
         with self._lock:
             rows = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n"
-                           for r in rows)
+            text = "".join(_ENCODE(row) + "\n" for row in rows)
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
@@ -8519,7 +8608,7 @@ class Counters:
         self._sums[key] = self._sums.get(key, 0) + by
 
     def _observe(self, name: str, seconds: float) -> None:
-        over = sum(seconds > limit for limit in SECONDS_BUCKETS)
+        over = bisect.bisect_left(SECONDS_BUCKETS, seconds)
         self._buckets[name][over] += 1
         self._seconds[name] += seconds
 
@@ -8596,15 +8685,15 @@ class Events:
         self.counters.count_request(row)
         for hear in self.hearers:
             hear(row)
-        per_s, now = row.get("per_s", 0.0), round(time.time(), 1)
+        per_s = row.get("per_s", 0.0)
         with self._lock:
             self._number += 1
-            self._rows.append({"number": self._number, "time": now, **row})
+            self._rows.append((self._number, row))
             if row["ended"] in ("done", "broken"):
                 first_s = 0.0                   # an answer in one piece does not tell
                 if row["stream"]:
                     first_s = round(row["wait_s"] + row["first_byte_s"], 4)
-                self._points.append((now, row["tier"], first_s, per_s))
+                self._points.append((row["time"], row["tier"], first_s, per_s))
             if per_s:
                 self.rates[row["tier"]] = per_s
 
@@ -8629,7 +8718,7 @@ class Events:
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
-            return [row for row in self._rows if row["number"] > number]
+            return [{"number": its, **row} for its, row in self._rows if its > number]
 
     def listen(self, client: Client, request: Request) -> None:
         """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
@@ -9053,10 +9142,10 @@ class Conversations:
     def learn(self, key: str, estimate: int, truth: int, tier: str = "") -> None:
         """Keep what an answer or a refusal said a prompt's tokens really are."""
         with self._lock:
-            known: Conversation = self._known.pop(key, Conversation())
+            ratio, last = self._known.pop(key, Conversation())
             if estimate > 0 and truth > 0:
-                known = known._replace(ratio=min(max(truth / estimate, 0.1), 10.0))
-            self._known[key] = known._replace(tier=tier or known.tier)
+                ratio = min(max(truth / estimate, 0.1), 10.0)
+            self._known[key] = Conversation(ratio, tier or last)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
 
@@ -9068,7 +9157,8 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]                 # by name and alias
     hosts: Mapping[str, Host]                   # by base_url
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
-    smallest_context: int                       # of the ladder's tiers, in tokens
+    asked: Config                               # as it was read: `config` has the contexts served
+    served: Mapping[str, int]                   # by tier, tokens
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -9284,30 +9374,37 @@ class Ladder:
 _ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
 
 
+class Setting(NamedTuple):
+    """What a router is told of the process that it runs in."""
+
+    loopback: bool = True                       # only this machine can reach it
+    key: str = ""                               # that its clients must know, "" for none
+    models_ini: str = ""                        # the path of the file that it serves...
+    bundled: bytes = b""                        # ...and what it serves where that is not there
+    reload: Optional[Callable[[], Config]] = None       # reads that file again. Errors: UserError
+    use_next: bool = False
+    unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}     # tier -> why nobody does
+    foreign_logs: Sequence[str] = ()            # of other programs, to be rotated
+    remedy: str = "run `llmstack start`"        # where nothing answers behind it
+    env: Mapping[str, str] = {}
+    record: Optional[Recorder] = None
+    clock: Callable[[], float] = time.monotonic
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
-    def __init__(self, config: Config, behind: Union[Behind, Upstream], log: Log, *,
-                 loopback: bool = True, key: str = "", models_ini: str = "", bundled: bytes = b"",
-                 reload: Optional[Callable[[], Config]] = None, use_next: bool = False,
-                 unserved: Optional[Callable[[Config], Mapping[str, str]]] = None,
-                 foreign_logs: Sequence[str] = (), remedy: str = "run `llmstack start`",
-                 env: Optional[Mapping[str, str]] = None, record: Optional[Recorder] = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = log
-        self.behind: Behind = UpstreamApp(behind, log) if isinstance(behind, Upstream) else behind
-        self._loopback, self._key, self._models_ini = loopback, key, models_ini
-        self._reload, self._use_next, self._foreign_logs = reload, use_next, foreign_logs
-        self._unserved = unserved or (lambda config: {})
-        self._remedy, self._bundled = remedy, bundled
-        self._env, self._clock = env or {}, clock
-        self._breaker = Breaker(clock)
+    def __init__(self, config: Config, behind: Behind, log: Log,
+                 setting: Optional[Setting] = None) -> None:
+        self.log, self.behind = log, behind
+        self._given = setting or Setting()
+        self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
-        self._record = record
+        self._record = self._given.record
         self._ongoing: Dict[int, Ongoing] = {}
         self._number = itertools.count(1)
         self._page = read_page()
-        self._snapshot = self._adopt(config, {})
+        self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
         self._read_last = self._ini_digest()
@@ -9330,11 +9427,12 @@ class RouterApp(App):
 
     def reload(self) -> str:
         """Read models.ini again: routing changes live; why a broken file was refused, "" if not."""
-        if self._reload is None:
+        if self._given.reload is None:
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
         try:
-            self._snapshot = self._adopt(self._reload(), self._snapshot.hosts)
+            now = self._snapshot
+            self._snapshot = self._adopt(self._given.reload(), now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
@@ -9343,33 +9441,35 @@ class RouterApp(App):
         self.log.info(f"models.ini read again: {tiers}")
         return ""
 
-    def _adopt(self, config: Config, known: Mapping[str, Host]) -> Snapshot:
+    def _adopt(self, asked: Config, known: Mapping[str, Host],
+               served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
-        missing = missing_credentials(config, self._env)
+        config = with_served_contexts(asked, served)
+        missing = missing_credentials(config, self._given.env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            route = plan_route(tier, config, self._use_next, missing)
+            route = plan_route(tier, config, self._given.use_next, missing)
             if tier.backend == "openai":
                 url = tier.base_url
                 host = hosts.get(url) or known.get(url) or self._host(url)
                 hosts[url] = host
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys((tier.name, *tier.aliases), route))
-        return Snapshot(config, routes, hosts, {**self._unserved(config), **missing},
-                        config.smallest_context)
+        barred = {**self._given.unserved(config), **missing}
+        return Snapshot(config, routes, hosts, barred, asked, served)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
         tls = url.startswith("https:")
-        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._clock)
+        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._given.clock)
 
     def _to_host(self, route: Route, host: Host) -> Route:
         """The route of a direct host's tier, with the host's key."""
         variable = route.tier.api_key_env
         headers: Tuple[Header, ...] = ()
         if variable:
-            key = b"Bearer " + self._env.get(variable, "").strip().encode("ascii", "ignore")
+            key = b"Bearer " + self._given.env.get(variable, "").strip().encode("ascii", "ignore")
             headers = ((b"authorization", key, b"Authorization: " + key),)
         bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
         return route._replace(host=host, headers=headers, bare=bare)
@@ -9380,7 +9480,11 @@ class RouterApp(App):
         if self._reload_asked:
             self._reload_asked = False
             self.reload()
-        for host in self._snapshot.hosts.values():
+        now = self._snapshot
+        served = self.behind.contexts()
+        if served != now.served:                # a model has been loaded for the first time
+            self._snapshot = self._adopt(now.asked, now.hosts, served)
+        for host in now.hosts.values():
             host.look_again()
             host.close_idle()
         self.behind.close_idle()
@@ -9390,7 +9494,7 @@ class RouterApp(App):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            for path in self._foreign_logs:
+            for path in self._given.foreign_logs:
                 rotate_foreign_log(path)
 
     # ---- who may ask, and what
@@ -9400,7 +9504,7 @@ class RouterApp(App):
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
         config = self.config
-        check_caller(client, request, self._loopback, config.allowed_origins,
+        check_caller(client, request, self._given.loopback, config.allowed_origins,
                      (*config.allowed_hosts, *self._own_names))
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
@@ -9409,7 +9513,7 @@ class RouterApp(App):
             self._front(client, request)        # without the key: the page asks for it
             return
         drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
-        if self._key:
+        if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
             target = inference + mark + query
@@ -9486,7 +9590,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop, self._remedy)
+        self.behind.pass_on(client, wanted, b"", drop, self._given.remedy)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -9506,7 +9610,7 @@ class RouterApp(App):
             tier = self._resolve(request, name, drop)
         route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop, self._remedy)
+            self.behind.pass_on(client, request, body, drop, self._given.remedy)
             return
         target = request.target
         if route.host is None:
@@ -9524,7 +9628,7 @@ class RouterApp(App):
             if name == b"authorization":
                 scheme, _, rest = offered.partition(" ")
                 offered = rest.strip() if scheme.lower() == "bearer" else ""
-            if hmac.compare_digest(offered.encode("latin-1"), self._key.encode()):
+            if hmac.compare_digest(offered.encode("latin-1"), self._given.key.encode()):
                 ours.add(name)
         if not ours:
             raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
@@ -9535,12 +9639,12 @@ class RouterApp(App):
         """models.ini as it is on the disk now, or as bundled where there is no project."""
         pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
-            text = read_regular(self._models_ini, MAX_INI_BYTES)
+            text = read_regular(self._given.models_ini, MAX_INI_BYTES)
         except OSError:
-            if not self._bundled:
-                raise HttpError(404, f"there is no {self._models_ini} any more; run `llmstack"
+            if not self._given.bundled:
+                raise HttpError(404, f"there is no {self._given.models_ini} any more; run `llmstack"
                                      " start` in its project to seed one", "not_found") from None
-            text = self._bundled
+            text = self._given.bundled
         if holds_secret(text.decode("utf-8", "replace")):
             raise HttpError(404, "models.ini holds what looks like a key and is not served;"
                                  " `llmstack reload` names the line", "not_found")
@@ -9554,8 +9658,8 @@ class RouterApp(App):
             theirs = [e for e in listing["data"] if isinstance(e, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t, self._use_next) for t in config.tiers]
-        return {**listing, "data": list_models(config, self._use_next, theirs)}
+            theirs = [tier_entry(t, self._given.use_next) for t in config.tiers]
+        return {**listing, "data": list_models(config, self._given.use_next, theirs)}
 
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
@@ -9599,11 +9703,11 @@ class RouterApp(App):
     # ---- for those who look on
 
     def _ini_digest(self) -> str:
-        return _digest(_read_bytes(self._models_ini))
+        return _digest(_read_bytes(self._given.models_ini))
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-        running = tuple(map(as_loaded, self.config.tiers))
+        running = tuple(map(as_loaded, self._snapshot.asked.tiers))
         changed = self._ini_digest() != self._read_last or running != self._started_with
         return {"version": VERSION, "started": round(self._started), "changed": changed,
                 "local_only": self.config.local_only}
@@ -9735,7 +9839,7 @@ class RouterApp(App):
             self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._remedy)
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
@@ -9793,15 +9897,17 @@ class RouterApp(App):
         """Keep a request in the decision record, and for those who look on."""
         asked = ongoing.asked
         total_s = time.monotonic() - asked.began_s
-        row.update(wait_s=round(ongoing.wait_s, 3), total_s=round(total_s, 3), stream=asked.stream)
+        row.update(time=round(time.time(), 3), wait_s=round(ongoing.wait_s, 3),
+                   total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
         if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
             row["per_s"] = round(row["output"] / writing_s, 1)
-        self.events.add(row)
         if self._record is not None:
-            self._record.add(row, asked.conversation)
+            row["conversation"] = self._record.name(asked.conversation)
+            self._record.add(row)
+        self.events.add(row)
 
     def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
         """Ask the decision's tiers in turn until one answers."""
@@ -9813,7 +9919,7 @@ class RouterApp(App):
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
         reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if facts.most_tokens + reserve > now.smallest_context:
+        if facts.most_tokens + reserve > config.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -9903,10 +10009,11 @@ class RouterApp(App):
             drop = frozenset()
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
-        terms = Terms(headers, drop, judge, None, STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation, asked.patience_s)
         told = asked.stream and asked.translation is None
         waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
+        terms = Terms(headers, drop, judge, lambda: waiting.tell(lease.stage),
+                      STREAM_ENDS.get(asked.path, ()), first_byte_s,
+                      asked.release, asked.translation, asked.patience_s)
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
@@ -9933,7 +10040,7 @@ class RouterApp(App):
             message = f"no answer from {where} ({outcome.detail})"
             if route.host is None:
                 message = (f"nothing answers behind the router at {where} ({outcome.detail});"
-                           f" {self._remedy}")
+                           f" {self._given.remedy}")
             self.log.warning(f"{what}: {message}")
             reply_failure(client, 502, message, extra=lines)
 
@@ -11404,7 +11511,8 @@ class Bay:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        if not body:
+        worth = parking.worth(identity, counts.prompt)
+        if not body or not (worth or restored):
             return
         values = parse_json_object(body)
         for parked in restored:
@@ -11418,7 +11526,7 @@ class Bay:
                 except UserError as exc:
                     self._log.warning(str(exc))
         turns = len(talk_turns(values))
-        if turns and parking.worth(identity, counts.prompt):
+        if turns and worth:
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
                         counts.prompt + counts.output)
             with self._lock:
@@ -11594,6 +11702,7 @@ class Model:
         self.failed_at = -1e9
         self.loads = self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
+        self.context = 0                        # tokens a conversation, as its last server said
 
     @property
     def name(self) -> str:
@@ -11627,7 +11736,6 @@ class Ticket(Lease):
         if not self._engine.try_enter(self):
             return False
         self._entered = True
-        self._engine.dequeue(self)
         self.upstream, self.bay = self.model.upstream, self.model.bay
         return True
 
@@ -11706,33 +11814,33 @@ class Engine:
             if not name:
                 what = "no such path here, and no model named in the request"
             raise HttpError(404, f"{what}; there are: {known}", "not_found")
-        return self.enqueue(model)
-
-    def enqueue(self, model: Model) -> Ticket:
-        with self._changed:
-            ticket = Ticket(self, model)
-            self._tickets.append(ticket)
-            return ticket
+        return Ticket(self, model)
 
     def try_enter(self, ticket: Ticket) -> bool:
         """True when the ticket's model is ready and now counts this request.
 
-        Else what can be done for it is begun. Errors: LoadError, when it cannot be loaded.
+        Else the ticket queues, and what can be done for it is begun. Errors: LoadError, when it
+        cannot be loaded.
         """
+        model = ticket.model
+        process = model.process
+        died = process is not None and process.poll() is not None   # a system call: before the lock
         with self._changed:
-            model = ticket.model
             if self._closing:
                 raise LoadError("the engine is stopping")
-            if model.state == "ready" and model.process.poll() is not None:
+            if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
                                   f" (exit {model.process.returncode}); starting it again")
                 self._forget(model)
             if model.state == "ready":
-                if self._must_yield(ticket):
+                if self._tickets and self._must_yield(ticket):
+                    self._queue(ticket)
                     return False
+                self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
+            self._queue(ticket)
             if model.state == "stopped":
                 if time.monotonic() - model.failed_at < FAILED_LOAD_S:
                     raise LoadError(model.failure)
@@ -11769,10 +11877,25 @@ class Engine:
             return True
         return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
 
-    def dequeue(self, ticket: Ticket) -> None:
-        with self._changed:
+    def _queue(self, ticket: Ticket) -> None:
+        if ticket not in self._tickets:
+            self._tickets.append(ticket)
+
+    def _unqueue(self, ticket: Ticket) -> None:
+        if ticket in self._tickets:
             self._tickets.remove(ticket)
             self._changed.notify_all()
+
+    def enqueue(self, model: Model) -> Ticket:
+        """A ticket that queues before its model has been looked at."""
+        with self._changed:
+            ticket = Ticket(self, model)
+            self._queue(ticket)
+            return ticket
+
+    def dequeue(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
         with self._changed:
@@ -11835,6 +11958,7 @@ class Engine:
             self._start(model)
             while not self._restore(model):
                 self._start(model)
+            self._learn_context(model)
             with self._changed:
                 self._check_wanted(model)       # unwanted in the moment it became healthy?
                 took = time.monotonic() - model.since
@@ -11962,6 +12086,20 @@ class Engine:
             return False
         model.bay = bay
         return True
+
+    def _learn_context(self, model: Model) -> None:
+        """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
+        if model.proxy or model.upstream is None:
+            return
+        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        model.context = _quantity(settings.get("n_ctx"))
+        if 0 < model.context < model.tier.ctx_size:
+            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
+                              f" conversation, ctx_size says {model.tier.ctx_size:,}")
+
+    def contexts(self) -> Dict[str, int]:
+        """Tier -> tokens a conversation, of those whose server has said so."""
+        return {m.name: m.context for m in self.models.values() if m.context}
 
     def _check_wanted(self, model: Model) -> None:
         if self._closing or model.cancelled:
@@ -12191,6 +12329,9 @@ class EngineApp(Behind):
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
+
+    def contexts(self) -> Dict[str, int]:
+        return self.engine.contexts()
 
     def start(self) -> None:
         self.engine.preload()
@@ -16852,9 +16993,9 @@ def _unserved_by(plan: RouterPlan) -> Callable[[Config], Dict[str, str]]:
     return unserved
 
 
-def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> RouterApp:
+def _router_app(plan: RouterPlan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
-    unserved: Optional[Callable[[Config], Dict[str, str]]] = None
+    unserved = Setting().unserved
     record: Optional[Recorder] = None
     foreign_logs: Tuple[str, ...] = ()
     bundled = b""
@@ -16874,8 +17015,7 @@ def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> 
             return config
         return true_config(config, places, plan.use_next, log.warning)
 
-    app = RouterApp(
-        plan.config, behind, log,
+    setting = Setting(
         loopback=is_loopback(plan.host),
         key=api_key(os.environ),
         models_ini=places.models_ini,
@@ -16888,6 +17028,7 @@ def _router_app(plan: RouterPlan, behind: Union[Behind, Upstream], log: Log) -> 
         record=record,
         foreign_logs=foreign_logs,
     )
+    app = RouterApp(plan.config, behind, log, setting)
     if plan.local:
         app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
@@ -16954,8 +17095,9 @@ def _cmd_serve(args: Any) -> int:
     log = Log("", os.environ.get("LOG_LEVEL", "info"))
     use_next = _wants_next(args, places, config)
     plan = RouterPlan(places, config, host, use_next, not args.upstream, remedy)
-    app = _router_app(plan, upstream, log)
+    app = _router_app(plan, UpstreamApp(upstream, log), log)
     more_files()
+    hold_little_memory()
     server = _listen(host, port, app)
     say(f"{base_url(host, server.server_port)} is the router, upstream {upstream.url}")
     _run_until_signal(server, app)
@@ -17071,6 +17213,7 @@ def _cmd_daemon(args: Any) -> int:
     if places.work == os.path.join(places.data, "demo"):
         remedy = "run `llmstack start --demo`"
     more_files()
+    hold_little_memory()
     drafts = Drafts(places.data, engine_log)
     behind: Union[EngineApp, SwapApp]
     if args.engine == "llama-swap":

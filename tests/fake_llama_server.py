@@ -120,6 +120,11 @@ class Conversation:
             self.json(503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}})
         elif target == "/health":
             self.json(200, {"status": "ok"})
+        elif target == "/props" and there(f"{NAME}.context"):
+            with open(path(f"{NAME}.context")) as file:
+                self.json(200, {"default_generation_settings": {"n_ctx": int(file.read())}})
+        elif target == "/props":
+            self.json(404, {})
         else:
             say("request", target)
             if not self.chat(target, body):

@@ -498,13 +498,15 @@ def test_unload_reaches_a_load_in_its_last_moment(stage: Stage, monkeypatch: pyt
 
 def test_a_model_that_goes_just_before_it_is_asked_is_502(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entered, and then unloaded or dead before the request is passed on: nobody's bug."""
-    dequeue = stage.engine.dequeue
+    try_enter = stage.engine.try_enter
 
-    def late(ticket: llmstack.Ticket) -> None:
-        dequeue(ticket)
-        stage.engine.unload([ticket.model])
+    def late(ticket: llmstack.Ticket) -> bool:
+        entered = try_enter(ticket)
+        if entered:
+            stage.engine.unload([ticket.model])
+        return entered
 
-    monkeypatch.setattr(stage.engine, "dequeue", late)
+    monkeypatch.setattr(stage.engine, "try_enter", late)
     status, answer = stage.call().chat("plan").answer()
     assert status == 502
     assert "plan: its server" in message_of(answer)

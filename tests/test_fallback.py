@@ -54,7 +54,8 @@ class Routed:
     def __init__(self, stage: Stage, **settings: Any) -> None:
         self.stage = stage
         self.log = HeardLog()
-        self.app = llmstack.RouterApp(stage.config, stage.app, self.log, **settings)
+        self.app = llmstack.RouterApp(stage.config, stage.app, self.log,
+                                      llmstack.Setting(**settings))
         self.server = llmstack.make_server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
@@ -99,6 +100,29 @@ def test_a_stream_falls_back_when_a_load_fails_long_after_it_was_opened(routed: 
     assert "code-fast says " in "".join(events)
     assert routed.app._breaker.down().keys() == {"code-smart"}
     routed.log.line_with("fell back code-smart\u2192code-fast")
+
+
+def test_what_a_loaded_server_holds_is_what_counts(routed: Routed) -> None:
+    """ctx_size promises 65,536; its server gives each conversation 2,048."""
+    routed.stage.put("code-smart.context", "2048")
+    assert routed.call().chat("code-smart").answer()[0] == 200
+    wait_for(lambda: routed.app.config.by_name("code-smart").ctx_size == 2048,  # type: ignore[union-attr]
+             "the router has taken note")
+    call = routed.call().chat("auto", "word " * 2_000)
+    assert call.status() == 200
+    assert call.headers["x-llmstack-model"] == "code-fast"
+    assert "code-smart holds 2,048 tokens" in call.headers["x-llmstack-reason"]
+    assert not routed.app._about()["changed"], "models.ini is what it was"
+
+
+def test_slots_that_are_asked_for_share_a_context(routed: Routed) -> None:
+    """By --kv-unified each may fill it; a build without that says itself what its slots hold."""
+    config = LOCAL._replace(server=(("parallel", 4),))
+    app = routed.app
+    app._snapshot = app._adopt(config, {}, {})
+    assert [t.ctx_size for t in app.config.tiers] == [t.ctx_size for t in LOCAL.tiers]
+    app._snapshot = app._adopt(config, {}, {"code-fast": 8_192})
+    assert app.config.tiers[0].ctx_size == 8_192, "what a server says wins"
 
 
 def until_broken(call: Call) -> Iterator[str]:
@@ -153,7 +177,7 @@ def test_what_a_stream_waits_for_is_said_truly(routed: Routed) -> None:
 
 
 def test_a_visible_wait_is_a_chat_s_reasoning(routed: Routed) -> None:
-    routed.app._snapshot = routed.app._adopt(LOCAL._replace(loading_state="visible"), {})
+    routed.app._snapshot = routed.app._adopt(LOCAL._replace(loading_state="visible"), {}, {})
     routed.stage.put("code-smart.slow")
     call = routed.call().chat("auto", stream=True)
     assert call.status() == 200

@@ -53,9 +53,11 @@ class Rig:
         self.url = url or f"{'https' if tls else 'http'}://127.0.0.1:{self.host.port}{path}"
         ultra = Tier("code-ultra", "ultra", base_url=self.url, **settings)
         self.config = Config(tiers=(ultra, *tiers), local_only=local_only)
-        self.app = llmstack.RouterApp(self.config, llmstack.Upstream("127.0.0.1", self.engine.port), self.log,
-                                      env=ENV if env is None else env, clock=self.clock, use_next=bool(tier.get("model_next")),
-                                      reload=lambda: self.config)
+        setting = llmstack.Setting(
+            env=ENV if env is None else env, clock=self.clock,
+            use_next=bool(tier.get("model_next")), reload=lambda: self.config)
+        behind = llmstack.UpstreamApp(llmstack.Upstream("127.0.0.1", self.engine.port), self.log)
+        self.app = llmstack.RouterApp(self.config, behind, self.log, setting)
         self._server = llmstack.make_server("127.0.0.1", 0, self.app)
         self.port: int = self._server.server_port
         self._clients: list[Client] = []
@@ -176,7 +178,7 @@ def test_a_host_gets_its_own_id_its_key_and_nothing_of_the_clients(start: Start,
 
 def test_the_routers_own_key_goes_to_no_host(start: Start) -> None:
     rig = start()
-    rig.app._key = "ours-and-nobodys"
+    rig.app._given = rig.app._given._replace(key="ours-and-nobodys")
     for line in ("Authorization: Bearer ours-and-nobodys", "x-api-key: ours-and-nobodys"):
         assert rig.ask(chat("code-ultra", line)).status == 200
         assert b"ours-and-nobodys" not in rig.host.requests[-1].raw

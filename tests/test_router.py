@@ -100,7 +100,8 @@ class Rig:
         self.log = HeardLog()
         self.never_logged = ["internal error"]      # checked at the end
         behind = llmstack.Upstream("127.0.0.1", upstream_port or self.upstream.port, prefix, tls is not None)
-        self.app = llmstack.RouterApp(CONFIG, behind, self.log, **settings)
+        self.app = llmstack.RouterApp(CONFIG, llmstack.UpstreamApp(behind, self.log), self.log,
+                                      llmstack.Setting(**settings))
         self._server = llmstack.make_server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
         self.port: int = self._server.server_port
         self._clients: list[Client] = []
@@ -1304,7 +1305,7 @@ def test_models_ini_read_again_changes_the_routing(start: Start) -> None:
 
 def test_no_tier_of_the_ladder_is_a_400(start: Start) -> None:
     rig = start()
-    rig.app._snapshot = rig.app._adopt(CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan")), {})
+    rig.app._snapshot = rig.app._adopt(CONFIG._replace(tiers=tuple(t for t in CONFIG.tiers if t.role == "plan")), {}, {})
     assert "auto" in error_of(rig.ask(chat()))["message"]
 
 
