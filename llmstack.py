@@ -64,7 +64,7 @@ Map of the file, bottom-up; each section is built from those above it:
     OLLAMA               its API, turned into OpenAI's and back
     ROUTER               the application on 10101
     LLAMA-SERVER         which one, which flags it takes
-    FIT                  the hub and its cache; a model's header from either; what each tier takes
+    FIT                  the hub and its cache; what each tier takes; trials, and what they found
     LITELLM              which one, its environment, its configuration read by its own parser
     PARKING              what a model's slots hold, saved before it stops, restored after its load
     ENGINE               llama-server processes within the memory there is, and their API on 10102
@@ -2490,7 +2490,7 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
 
 
 def settings_words(config: Config, tier: Tier) -> str:
-    """What models.ini tells a tier's llama-server beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
+    """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
     for key, value in {**dict(config.server), **tier.settings}.items():
         values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
@@ -3257,6 +3257,7 @@ class Machine(NamedTuple):
     gpu: bool
     cuda: bool = False
     host_gb: float = 0.0                        # beside a card of its own; 0: it is one memory
+    cards: Tuple[float, ...] = ()               # GB of each, where they have memory of their own
 
 
 class LoadOptions(NamedTuple):
@@ -3270,13 +3271,35 @@ class LoadOptions(NamedTuple):
     slots: int = SERVER_SLOTS                   # they share one cache
     ubatch: int = SERVER_UBATCH                 # tokens that are computed together
     cpu_moe: int = 0                            # layers whose experts stay on the host
+    cards: int = 1                              # that the model is split over
+
+
+_NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
+
+
+def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
+    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT].
+
+    llama.cpp numbers them as CUDA0, ROCm1, Vulkan2; a name without a number may be any.
+    """
+    every = tuple(range(len(machine.cards)))
+    settings = config.settings
+    named = [_NUMBERED.match(name) for name in settings.get("device", "").split(",")]
+    chosen = tuple(int(match.group(1)) for match in named if match)
+    if not set(chosen) <= set(every) or len(chosen) < len(named):
+        chosen = every
+    if settings.get("split_mode") == "none":
+        first = settings.get("main_gpu", 0)
+        chosen = chosen[first:first + 1] or chosen
+    return chosen
 
 
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
-    settings = tier_config(config, tier).settings
+    own = tier_config(config, tier)
+    settings = own.settings
     layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
-    if not machine.gpu:
+    if not machine.gpu or settings.get("device") == "none":
         count = 0
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
     return LoadOptions(
@@ -3288,6 +3311,7 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
         cpu_moe=settings.get("n_cpu_moe", 0),
+        cards=max(len(cards_of(own, machine)), 1),
     )
 
 
@@ -3622,7 +3646,7 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
     if offload:                                 # the first layers are on the host as they are
         host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
-    context = CUDA_CONTEXT_BYTES if load.cuda else 0
+    context = CUDA_CONTEXT_BYTES * load.cards if load.cuda else 0
     cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
     if offload:
         host += cache
@@ -3716,6 +3740,7 @@ class TierFit(NamedTuple):
     cache_mib: int = 0                          # what prompts may take, checkpoints too
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
     slots: int = SERVER_SLOTS
+    cards: Tuple[int, ...] = ()                 # that it is on, where the machine has several
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3730,6 +3755,10 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
     load = load_options(tier, config, machine)
+    cards = cards_of(tier_config(config, tier), machine)
+    limit_gb = machine.budget_gb
+    if len(cards) < len(machine.cards):         # it may use some of them only
+        limit_gb = min(limit_gb, sum(machine.cards[card] for card in cards))
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
@@ -3742,7 +3771,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 
     def fits(ctx: int) -> bool:
         need_gb, host_gb = needs(memory_at(ctx))
-        return need_gb <= machine.budget_gb and host_gb <= machine.host_gb
+        return need_gb <= limit_gb and host_gb <= machine.host_gb
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
@@ -3750,7 +3779,8 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
                    largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
                    checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained, load.slots)
+                   memory.cache // MIB, trained, load.slots,
+                   cards if len(machine.cards) > 1 and load.gpu_layers else ())
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -6047,7 +6077,8 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb)
+    each = tuple(card.total_gb for card in cards)
+    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -6061,9 +6092,9 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
     share_gb = total_gb * HOST_SHARE
     if sizes:
-        usable_gb = sum(size - CARD_RESERVE_GB for size in sizes)
+        each = tuple(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
         source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
-        return Machine(usable_gb, source, True, host_gb=share_gb)
+        return Machine(sum(each), source, True, host_gb=share_gb, cards=each)
     shared = sum(own) + sum(_amd_memory_gb("gtt"))
     if not seen or not shared:
         return None
@@ -9481,7 +9512,6 @@ class Recorder:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._salt = os.urandom(16)
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
@@ -9657,6 +9687,7 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
+        self._salt = os.urandom(16)
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -9665,6 +9696,14 @@ class Events:
         self._asking = threading.Lock()
         self._state: Dict[str, Any] = {}
         self._asked_s = -1e9
+
+    def name_of(self, conversation: str) -> str:
+        """What a conversation is called: a hash of its key that nobody can look up."""
+        import hashlib
+        if not conversation:
+            return ""
+        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
+        return digest.hexdigest()[:12]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -11194,6 +11233,29 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     return frozenset(refused)
 
 
+class Device(NamedTuple):
+    """What llama-server can load layers on; MiB."""
+
+    name: str                                   # as `device` of models.ini names it
+    description: str
+    total_mib: int
+    free_mib: int
+
+
+_DEVICE = re.compile(r"\s+([\w.:-]+): (.+) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*\Z")
+
+
+def parse_devices(text: str) -> List[Device]:
+    """What `llama-server --list-devices` prints. Source: arg.cpp, b11669."""
+    found = filter(None, map(_DEVICE.match, text.splitlines()))
+    return [Device(m.group(1), m.group(2), int(m.group(3)), int(m.group(4))) for m in found]
+
+
+def list_devices(program: Sequence[str]) -> List[Device]:
+    """The devices of a llama-server; none where it has none, or is too old to say."""
+    return parse_devices(_output([*program, "--list-devices"])) if program else []
+
+
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
     """As refused_settings, of each tier by its own llama-server; none where that does not run."""
     notes: List[str] = []
@@ -11770,7 +11832,7 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
 
 
 def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
-    """Whether a tier drafts because that was left to us: `speculative` is auto, or a draft alone."""
+    """Whether a tier drafts because that was left to us: speculative = auto, or a draft alone."""
     settings = ready.settings
     can = settings.get("speculative") == "mtp" or "draft" in settings
     return can and asked.settings.get("speculative", "auto") == "auto"
@@ -14677,11 +14739,13 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
         return None
     told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
+    cards = told.get("cards")
     numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
     if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
         return None
+    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
     return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0))
+                   told.get("cuda") is True, float(host_gb or 0), each)
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,

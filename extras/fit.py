@@ -33,7 +33,13 @@ def wrapped(text: str, indent: str) -> List[str]:
                          break_long_words=False, break_on_hyphens=False)
 
 
-def tier_lines(fit: Any, width: int, llmstack: Any) -> List[str]:
+def card_words(cards: Sequence[int], devices: Sequence[Any]) -> str:
+    """`on CUDA0 and CUDA1`, by the names that llama-server gives them."""
+    names = [devices[card].name if card < len(devices) else f"card {card}" for card in cards]
+    return "on " + " and ".join(names)
+
+
+def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> List[str]:
     """A tier's row, and below it what it is made of and where that is known from."""
     total, largest, parts = f"~{fit.need_gb:.1f}", "?", []
     if fit.memory is not None:
@@ -44,6 +50,8 @@ def tier_lines(fit: Any, width: int, llmstack: Any) -> List[str]:
         parts.append(f"{fit.host_gb:.2f} of these on the host")
     if fit.cache_mib:
         parts.append(f"prompt cache up to {fit.cache_mib * llmstack.MIB / 1e9:.2f}")
+    if fit.cards:
+        parts.append(card_words(fit.cards, devices))
     parts.append(llmstack.FIT_SOURCES[fit.source])
     verdict = llmstack.paint("does not fit", "31")
     if fit.fits:
@@ -52,13 +60,24 @@ def tier_lines(fit: Any, width: int, llmstack: Any) -> List[str]:
     return [row, *wrapped(", ".join(parts), "  "), *wrapped(fit.note, "  ")]
 
 
-def fit_lines(machine: Any, fits: Sequence[Any], sets: Sequence[Dict[str, Any]],
-              llmstack: Any) -> List[str]:
+def device_lines(devices: Sequence[Any], llmstack: Any) -> List[str]:
+    lines = []
+    for device in devices:
+        size_gb = device.total_mib * llmstack.MIB / 1e9
+        free_gb = device.free_mib * llmstack.MIB / 1e9
+        name = f"{device.name}: {llmstack.visible(device.description)}"
+        lines += wrapped(f"{name}, {size_gb:.1f} GB, {free_gb:.1f} free now", "  ")
+    return lines
+
+
+def fit_lines(machine: Any, devices: Sequence[Any], fits: Sequence[Any],
+              sets: Sequence[Dict[str, Any]], llmstack: Any) -> List[str]:
     width = max([4, *(len(fit.name) for fit in fits)])
     lines = wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
+    lines += device_lines(devices, llmstack)
     lines += ["", f"{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}"]
     for fit in fits:
-        lines += tier_lines(fit, width, llmstack)
+        lines += tier_lines(fit, width, devices, llmstack)
     if sets:
         lines += ["", "Together, in GB:"]
     for together in sets:
@@ -66,6 +85,16 @@ def fit_lines(machine: Any, fits: Sequence[Any], sets: Sequence[Dict[str, Any]],
         if not together["fits"]:
             lines.append("          " + llmstack.paint("does not fit: they take turns", "33"))
     return lines
+
+
+def seen_devices(config: Any, places: Any, llmstack: Any) -> List[Any]:
+    """What llama-server lists; nothing where there is none to ask."""
+    try:
+        program = llmstack.find_llama_server(config, places.env, places.data)
+    except llmstack.UserError:                  # which is said where it matters
+        return []
+    devices: List[Any] = llmstack.list_devices(program)
+    return devices
 
 
 def as_row(fit: Any) -> Dict[str, Any]:
@@ -89,15 +118,18 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     use_next = llmstack.wants_next(places, config, args.next)
     config = llmstack.true_config(config, places, use_next, llmstack.warn)
     machine = llmstack.running_machine(places, config) or llmstack.this_machine(config)
+    devices = seen_devices(config, places, llmstack) if machine.gpu else []
     fits = llmstack.measure_tiers(config, machine, os.environ, use_next, True)
     fits = [fit for fit in fits if fit.name in chosen]
     sets = [{"tiers": tiers, "need_gb": need_gb, "fits": need_gb <= machine.budget_gb}
             for tiers, need_gb in llmstack.fit_sets(config, fits, machine.budget_gb)]
     if args.json:
         found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                 "host_gb": machine.host_gb, "tiers": [as_row(fit) for fit in fits], "sets": sets}
+                 "host_gb": machine.host_gb,
+                 "devices": [device._asdict() for device in devices],
+                 "tiers": [as_row(fit) for fit in fits], "sets": sets}
         llmstack.say(llmstack.as_json(found))
     else:
-        for line in fit_lines(machine, fits, sets, llmstack):
+        for line in fit_lines(machine, devices, fits, sets, llmstack):
             llmstack.say(line)
     return int(not all(fit.fits for fit in fits))

@@ -16,11 +16,12 @@ import base64
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import time
 import zlib
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 SPEED_TOKENS = (2_048, 16_384)                  # of the prompts that are read
 WRITTEN_TOKENS = 32                             # behind each of them
@@ -133,7 +134,7 @@ def probe_tools(trial: Any) -> Verdict:
         return Verdict(False, reply.error)
     call = first_of(reply.message.get("tool_calls"))
     if not call and reply.is_cut:
-        return Verdict(None, f"it says more than {ANSWER_TOKENS:,} tokens before a call")
+        return Verdict(None, "its answer is cut off before a call")
     if not call:
         return Verdict(False, "it answers without a call")
     if not called_city(call):
@@ -162,7 +163,7 @@ def probe_json(trial: Any) -> Verdict:
     if holds:
         return Verdict(True)
     if reply.is_cut:
-        return Verdict(None, f"it says more than {ANSWER_TOKENS:,} tokens")
+        return Verdict(None, "its answer is cut off")
     return Verdict(False, "its answer does not keep to the schema")
 
 
@@ -177,6 +178,16 @@ def probe_reasoning(trial: Any) -> Verdict:
     if "<think>" in reply.text:
         return Verdict(True, "its thinking stands in the answer: see reasoning_format")
     return Verdict(False)
+
+
+def in_time(trial: Any, test: Callable[[Any], Verdict]) -> Verdict:
+    """What a test finds; nothing where its answer takes too long. Errors: OSError, ValueError."""
+    try:
+        return test(trial)
+    except OSError as exc:
+        if trial.process.poll() is not None:    # its server has died
+            raise
+        return Verdict(None, str(exc))
 
 
 def red_png(side: int = 64) -> bytes:
@@ -348,7 +359,7 @@ class Prober:
             if tier.has_projector:
                 tests.append(("pictures", probe_pictures))
             for key, test in tests:
-                row[key], row[f"{key}_note"] = test(trial)
+                row[key], row[f"{key}_note"] = in_time(trial, test)
             row["speeds"], row["speeds_note"] = measure_speeds(trial, row["context_tokens"])
 
 
@@ -437,6 +448,35 @@ def tell_router(places: Any, llmstack: Any) -> None:
         llmstack.say("`llmstack install` writes what was found into opencode.json.")
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def measure(tiers: Sequence[Any], prober: Prober, as_json: bool) -> Tuple[List[Any], List[str]]:
+    """(what was found, the tiers that failed), said as it comes.
+
+    A signal that would end us ends the server first, which is in a session of its own.
+    """
+    llmstack = prober.llmstack
+    rows, failed = [], []
+    signals = [getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")]
+    before = [(number, signal.signal(number, interrupted)) for number in dict.fromkeys(signals)]
+    try:
+        for tier in tiers:
+            try:
+                rows.append(prober.probe(tier))
+            except llmstack.UserError as exc:
+                failed.append(tier.name)
+                llmstack.warn(f"{exc}; {exc.hint}")
+                continue
+            if not as_json:
+                show(rows[-1], llmstack)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    return rows, failed
+
+
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("probe", __doc__)
     parser.usage = "llmstack probe [--next] [--json] [TIER ...]"
@@ -451,16 +491,8 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     use_next = args.next or llmstack.running_channel(places) == "next"
     config = llmstack.true_config(config, places, use_next)
     prober = Prober(places, config, use_next, llmstack)
-    rows, failed = [], []
-    for tier in chosen(args.tiers, config, use_next, llmstack):
-        try:
-            rows.append(prober.probe(tier))
-        except llmstack.UserError as exc:
-            failed.append(tier.name)
-            llmstack.warn(f"{exc}; {exc.hint}")
-            continue
-        if not args.json:
-            show(rows[-1], llmstack)
+    tiers = chosen(args.tiers, config, use_next, llmstack)
+    rows, failed = measure(tiers, prober, args.json)
     if args.json:
         llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
     elif rows:

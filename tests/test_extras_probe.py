@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 from typing import Any, Mapping
@@ -47,7 +48,7 @@ REFUSAL = (500, {"error": {"code": 500, "message": "this template\nis broken"}})
     ([call(), reply("It is warm.")], True, "its answer leaves out what the tool said"),
     ([call(), REFUSAL], False, "the tool's answer is refused: this template is broken"),
     ([reply("It is sunny.")], False, "it answers without a call"),
-    ([reply("so", "length")], None, "it says more than 1,024 tokens before a call"),
+    ([reply("so", "length")], None, "its answer is cut off before a call"),
     ([call("other")], False, "its call is not one that was offered"),
     ([call(arguments="{")], False, "its call is not one that was offered"),
     ([call(arguments="[]")], False, "its call is not one that was offered"),
@@ -89,6 +90,28 @@ def test_a_picture(answer: Any, verdict: Any) -> None:
     assert PROBE.probe_pictures(trial) == verdict
     content = trial.asked[0][1]["messages"][0]["content"]
     assert content[1]["image_url"]["url"].startswith("data:image/png;base64,iVBORw0KGgo")
+
+
+class Process:
+    """One that has ended, or not."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+def test_an_answer_that_takes_too_long_tells_nothing() -> None:
+    def slow(trial: Any) -> Any:
+        raise OSError("no answer within 600 s")
+
+    trial: Any = Told()
+    trial.process = Process(None)
+    assert PROBE.in_time(trial, slow) == (None, "no answer within 600 s")
+    trial.process = Process(1)
+    with pytest.raises(OSError, match="no answer"):
+        PROBE.in_time(trial, slow)
 
 
 @pytest.mark.parametrize(("context", "sizes"), [
@@ -209,6 +232,22 @@ def test_what_cannot_be_measured(
     Path("noise.gguf").unlink()
     assert llmstack.main(["probe"]) == 1
     assert "no model of this project is here" in capsys.readouterr().err
+    assert not Path(llmstack.probes_file(places.data)).exists()
+
+
+def test_a_signal_leaves_no_server(
+    places: llmstack.Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a session of its own, so nobody else would end it."""
+    def ended(trial: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(llmstack, "load_extra", lambda name: PROBE)
+    monkeypatch.setattr(PROBE, "template_error", ended)
+    assert llmstack.main(["probe"]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
     assert not Path(llmstack.probes_file(places.data)).exists()
 
 

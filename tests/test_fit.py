@@ -557,7 +557,7 @@ def test_nvidia_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: s
 def test_an_nvidia_gpu_that_shares_the_machines_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
     found = machine(monkeypatch, 128.0, outputs={"nvidia-smi": "GPU-1, [N/A], [N/A], [N/A]\n"})
-    assert found[:1] + found[2:] == (96.0, True, True, 0.0)
+    assert found[:1] + found[2:] == (96.0, True, True, 0.0, ())
 
 
 TWO = "GPU-aa, 10000, 0, 0\nGPU-bb, 20000, 0, 0\n"
