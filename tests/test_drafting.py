@@ -134,9 +134,9 @@ def test_a_damaged_record_is_none(text: str, places: llmstack.Places) -> None:
 def test_events_are_heard() -> None:
     events, heard = llmstack.Events(), []       # type: Any, list[Any]
     events.hearers.append(heard.append)
-    said = {"time": 1.0, "path": "/v1/chat/completions", "tier": "a", "rung": "explicit",
-            "ended": "done", "stream": False, "status": 200,
-            "wait_s": 0.0, "first_byte_s": 0.1, "total_s": 0.2, "truth": 5, "tokens": 5, "cached": 0, "output": 3}
+    said = {"time": 1.0, "path": "/v1/chat/completions", "tier": "a", "rung": "explicit", "ended": "done",
+            "stream": False, "status": 200, "wait_s": 0.0, "first_byte_s": 0.1, "total_s": 0.2,
+            "truth": 5, "tokens": 5, "cached": 0, "output": 3}
     events.add(said)
     assert heard == [said]
 
