@@ -92,14 +92,6 @@ def candidates(rows: Sequence[Any], llmstack: Any) -> List[Candidate]:
     return sorted(found, key=lambda c: -c.size_bytes)
 
 
-def projector(rows: Sequence[Any]) -> str:
-    """The file that lets a repository's model take pictures, "" for none; F16 before others."""
-    files = [str(row["path"]) for row in rows]
-    found = [f for f in files if f.endswith(".gguf") and os.path.basename(f).startswith("mmproj")]
-    found.sort(key=lambda f: ("-F16" not in f.upper() or "BF16" in f.upper(), f))
-    return found[0] if found else ""
-
-
 def named(found: Sequence[Candidate], wanted: Wanted, llmstack: Any) -> List[Candidate]:
     """Those that were asked for by file or quant, all where neither was. Errors: UserError."""
     if not found:
@@ -289,7 +281,7 @@ def choose(args: Any, config: Optional[Any], llmstack: Any) -> Tuple[Choice, Cho
         rows = ask_hub(f"{wanted.repo}/tree/main?recursive=true", wanted.repo, llmstack)
         found = named(candidates(rows, llmstack), wanted, llmstack)
         licence = licence_words(ask_hub(wanted.repo, wanted.repo, llmstack))
-        mmproj = projector(rows)
+        mmproj = llmstack.choose_projector(str(row["path"]) for row in rows)
         if mmproj:
             tier = tier._replace(server=(("mmproj", f"{wanted.repo}:{mmproj}"),))
         is_asked = bool(wanted.quant or wanted.file)
@@ -327,7 +319,7 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
         return
     llmstack.check_run_trust(places)
     setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack._ask, [], [])
-    seconds, words = llmstack.prove_tier(tier, config, program, setup)
+    seconds, words = llmstack.prove_tier(tier, config, setup)
     llmstack.say(llmstack.visible(f"{name} is loaded in {seconds:.1f} s and answers {words!r}"))
 
 

@@ -712,6 +712,8 @@ def connect(llmstack: Any, name: str, url: str, show: bool) -> int:
     client = load_client(llmstack, name)
     if "command" in client:
         command = list(client["command"])
+        if url:
+            command += ["--external", url]
         if show:
             command.append("--print")
         return int(llmstack.run_command(command))

@@ -10,7 +10,6 @@ examples:
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
@@ -40,7 +39,7 @@ def wanted_by(config: Any, llmstack: Any) -> Dict[Tuple[str, str], List[str]]:
             label = f"{tier.name} (next)" if weights.channel == "next" else tier.name
             if label not in names:
                 names.append(label)
-        for where in llmstack.hub_files(tier):
+        for where in {*llmstack.hub_files(tier), *llmstack.hub_files(tier, True)}:
             found.setdefault(where, []).append(tier.name)
     return found
 
@@ -89,6 +88,8 @@ def held_models(config: Any, env: Any, llmstack: Any) -> List[Held]:
     found = []
     for (repo, first), paths in parts.items():
         tiers = wanted.get((repo, first), [])
+        if llmstack.choose_projector([first]):
+            tiers = tiers + wanted.get((repo, llmstack.ANY_PROJECTOR), [])
         held = is_model_here(llmstack, f"{repo}:{first}", list(paths.values()), tiers)
         missing = [part for part in llmstack.split_parts(first) if part not in paths]
         if missing:
@@ -142,7 +143,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     models = held_models(llmstack.planned_config(places), os.environ, llmstack)
     if args.json:
         rows = [held._asdict() for held in models]
-        llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
+        llmstack.say(llmstack.as_json(rows))
         return 0
     if not models:
         llmstack.say("There is no model on this disk. `llmstack download` fetches the tiers' own.")

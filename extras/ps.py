@@ -48,7 +48,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     upstream, _ = llmstack.running_router(llmstack.find_places(os.environ))
     rows = ask_requests(upstream, llmstack)
     if args.json:
-        llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
+        llmstack.say(llmstack.as_json(rows))
         return 0
     if not rows:
         llmstack.say("Nothing is being answered.")

@@ -1,8 +1,9 @@
 """Run another ladder over the record of decisions.
 
 Reads FILE..., else this project's logs/decisions.jsonl with its older parts, and decides each
-request to `auto` once more by models.ini, or by the one of --models-ini. No model is asked and
-nothing is sent. Hosts that were down and credentials that were missing then are not counted.
+request to `auto` once more by models.ini, or by the one of --models-ini; once each with `stay` of
+[ROUTING] as no, loop and warm. No model is asked and nothing is sent. Hosts that were down and
+credentials that were missing then are not counted.
 
   switches    turns of a conversation that went to another tier than the turn before
   read anew   tokens of prompts that the tier had not in its cache: all of them after a switch,
@@ -21,7 +22,7 @@ import json
 import os
 import sys
 from operator import itemgetter
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 # What is read of a line, and of what type that is.
 FIELDS = itemgetter("conversation", "tier", "rung", "tokens", "estimate", "truth", "output",
@@ -39,6 +40,9 @@ class Ledger:
         self._contexts = contexts
         # Conversation -> the tier that answered last, and the tokens it holds of it.
         self._last: Dict[str, Tuple[str, int]] = {}
+
+    def last(self, conversation: str) -> Tuple[str, int]:
+        return self._last.get(conversation, ("", 0)) if conversation else ("", 0)
 
     def add(self, conversation: str, tier: str, prompt: int, output: int) -> None:
         held = 0
@@ -61,14 +65,26 @@ def sums(ledger: Ledger, cost: float) -> Dict[str, Any]:
             "overflows": ledger.overflows, "cost": round(cost, 6)}
 
 
-class Replay:
-    """The record as it was, and as another ladder would have had it."""
+STAYS = ("no", "loop", "warm")
 
-    def __init__(self, llmstack: Any, config: Any) -> None:
+
+class Replay:
+    """The record as it was, and as another ladder would have had it, with each kind of `stay`.
+
+    `speeds` are what this machine has shown of the tiers; `warm` goes by them.
+    """
+
+    def __init__(self, llmstack: Any, config: Any, speeds: Any) -> None:
         contexts = {tier.name: tier.ctx_size for tier in config.tiers}
         self.rows = self.named = self.unread = 0
         self.rungs: Rungs = {}
-        self.recorded, self.replayed = Ledger(contexts), Ledger(contexts)
+        self.recorded = Ledger(contexts)
+        self.ledgers = {stay: Ledger(contexts) for stay in STAYS}
+        self.replayed = self.ledgers[config.routing.stay]
+        self._configs = {
+            stay: config._replace(routing=config.routing._replace(stay=stay)) for stay in STAYS}
+        self._speeds = speeds
+        self._identities = {tier.name: speeds.identity_of(tier.name) for tier in config.tiers}
         self.cost = 0.0                         # of the requests to auto, as recorded
         self._llmstack, self._config = llmstack, config
         self._costs: Dict[str, float] = {}      # tier -> of all its requests that told it
@@ -110,13 +126,32 @@ class Replay:
         facts = llmstack.Facts(True, "auto", fim, tokens * llmstack.CHARS_PER_TOKEN, 0, 0,
                                pictures, turns, max_tokens, trigger, (), classes)
         decision = llmstack.decide(facts, self._config)
-        name = decision.tier
         self.recorded.add(conversation, tier, prompt, output)
-        self.replayed.add(conversation, name, prompt, output)
-        tiers = self.rungs.setdefault(decision.rung, {})
-        tiers[name] = tiers.get(name, 0) + 1
+        for stay, ledger in self.ledgers.items():
+            name = self._stayed(decision, stay, ledger.last(conversation), prompt,
+                                row.get("loop") is True)
+            ledger.add(conversation, name, prompt, output)
+            if ledger is self.replayed:
+                tiers = self.rungs.setdefault(decision.rung, {})
+                tiers[name] = tiers.get(name, 0) + 1
         self.rows += 1
         self.cost += cost
+
+    def _pace(self, tier: str, tokens: int) -> Any:
+        per_s = self._speeds.reading(self._identities.get(tier, ""), tokens)
+        return self._llmstack.Pace(per_s, loaded=True)
+
+    def _stayed(self, decision: Any, stay: str, last: Tuple[str, int], prompt: int,
+                loop: bool) -> str:
+        """The tier of a request whose conversation's last turn was on another, maybe."""
+        tier, held = last
+        if stay == "no" or tier in ("", decision.tier):
+            return str(decision.tier)
+        old, new = self._pace(tier, prompt), self._pace(decision.tier, prompt)
+        cost_s = self._llmstack.leaving_cost(prompt, old, held, new, 0)
+        leaving = self._llmstack.Leaving(tier, held, cost_s)
+        decision = decision._replace(config=self._configs[stay])
+        return str(self._llmstack.stay_or_go(decision, leaving, loop).tier)
 
     def replayed_cost(self) -> Tuple[float, List[str]]:
         """(by what tokens of a tier cost in the record, hosted tiers of which it tells none)."""
@@ -136,7 +171,13 @@ class Replay:
         return {"requests": self.rows, "named": self.named, "unread_lines": self.unread,
                 "rungs": self.rungs,
                 "recorded": sums(self.recorded, self.cost),
-                "replayed": {**sums(self.replayed, cost), "cost_unknown": unknown}}
+                "replayed": {**sums(self.replayed, cost), "cost_unknown": unknown},
+                "stay": {stay: self.moves(ledger) for stay, ledger in self.ledgers.items()}}
+
+    @staticmethod
+    def moves(ledger: Ledger) -> Dict[str, int]:
+        return {"switches": ledger.switches, "read_anew_tokens": ledger.read_anew,
+                "overflows": ledger.overflows}
 
 
 def show_table(rows: Sequence[Sequence[str]], llmstack: Any) -> None:
@@ -159,12 +200,14 @@ def show(replay: Replay, llmstack: Any) -> None:
     show_table(rows, llmstack)
     llmstack.say()
     old, new = result["recorded"], result["replayed"]
-    rows = [["", "as recorded", "replayed"]]
+    stays = result["stay"]
+    rows = [["", "as recorded", "replayed", *(f"stay = {stay}" for stay in stays)]]
     for label, key in (("switches", "switches"), ("read anew", "read_anew_tokens"),
                        ("overflows", "overflows")):
-        rows.append([label, f"{old[key]:,}", f"{new[key]:,}"])
+        rows.append([label, f"{old[key]:,}", f"{new[key]:,}",
+                     *(f"{moves[key]:,}" for moves in stays.values())])
     if old["cost"] or new["cost"] or new["cost_unknown"]:
-        rows.append(["cost", f"{old['cost']:.2f}", f"{new['cost']:.2f}"])
+        rows.append(["cost", f"{old['cost']:.2f}", f"{new['cost']:.2f}", *([""] * len(stays))])
     show_table(rows, llmstack)
     for tier in new["cost_unknown"]:
         llmstack.say(f"What {tier} costs is not in the record, and not in this sum.")
@@ -185,14 +228,14 @@ def record_files(path: str, llmstack: Any) -> List[str]:
     return found
 
 
-def read_file(name: str, replay: Replay, llmstack: Any) -> None:
+def read_file(name: str, take: Callable[[Iterable[str]], None], llmstack: Any) -> None:
     """Take all lines of a record. Errors: UserError where it cannot be read."""
     try:
         if name == "-":
-            replay.take(sys.stdin)
+            take(sys.stdin)
         else:
             with open(name, encoding="utf-8", errors="replace") as file:
-                replay.take(file)
+                take(file)
     except OSError as exc:
         raise llmstack.UserError(f"cannot read {name}: {exc.strerror}", "name a record") from None
 
@@ -211,13 +254,13 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
             raise llmstack.UserError(f"there is no {args.models_ini}", "name a models.ini", 2)
         places = places._replace(models_ini=path)
     config = llmstack.planned_config(places, llmstack.warn)
-    replay = Replay(llmstack, config)
+    replay = Replay(llmstack, config, llmstack.Speeds(places.data))
     for name in args.files or record_files(places.log("decisions.jsonl"), llmstack):
-        read_file(name, replay, llmstack)
+        read_file(name, replay.take, llmstack)
     if not replay.rows:
         raise llmstack.UserError("the record holds no request to auto", "name another file")
     if args.json:
-        llmstack.say(json.dumps(replay.result(), indent=2, ensure_ascii=False))
+        llmstack.say(llmstack.as_json(replay.result()))
     else:
         show(replay, llmstack)
     return 0

@@ -66,6 +66,16 @@ def counts_of(event: Dict[str, Any]) -> Dict[str, Any]:
     return counts
 
 
+def refused(said: str, llmstack: Any) -> Any:
+    """The UserError for what an answer says of a failure; a server's log is not for the terminal."""
+    first = said.partition("\n")[0]
+    name = first.partition(":")[0]
+    if "while loading" in first:
+        said = f"{name} failed to load: {llmstack.load_failure_words(said)}"
+        return llmstack.UserError(said, f"see `llmstack logs {name}`")
+    return llmstack.UserError(said, "see `llmstack status`, or the router's log")
+
+
 def events_of(response: http.client.HTTPResponse, llmstack: Any) -> Iterator[Dict[str, Any]]:
     """The JSON objects of an event stream. Errors: UserError for an error event, or no end."""
     while True:
@@ -82,8 +92,7 @@ def events_of(response: http.client.HTTPResponse, llmstack: Any) -> Iterator[Dic
             return
         event = llmstack.parse_json_object(data)
         if event.get("error"):
-            raise llmstack.UserError(llmstack.said_error(data.decode("utf-8", "replace")),
-                                     "see `llmstack status`, or the router's log")
+            raise refused(llmstack.said_error(data.decode("utf-8", "replace")), llmstack)
         yield event
 
 
@@ -182,8 +191,7 @@ class Session:
         if response.status != 200:
             response.close()
             said = llmstack.said_error(refusal.decode("utf-8", "replace"))
-            raise llmstack.UserError(said or f"the router answers {response.status}",
-                                     "see `llmstack status`, or the router's log")
+            raise refused(said or f"the router answers {response.status}", llmstack)
         return response
 
     def _show(self, text: str, dim: bool = False) -> None:
@@ -209,7 +217,8 @@ class Session:
             words.append(f"{answer.prompt_tokens:,} tokens ({answer.cached_tokens:,} cached)")
         if answer.output_tokens:
             speed = answer.output_tokens / max(answer.writing_s, 0.001)
-            words.append(f"{answer.output_tokens:,} written, {speed:,.0f} a second")
+            digits = 1 if speed < 10 else 0
+            words.append(f"{answer.output_tokens:,} written, {speed:,.{digits}f} a second")
         if not answer.is_whole:
             words.append("ended by you")
         line = self.llmstack.visible(", ".join(words))

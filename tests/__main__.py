@@ -18,10 +18,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TOOLS = ("pytest==8.4.2", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
+TOOLS = ("pytest==8.4.2", "pytest-xdist==3.8.0", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
 OPENCODE = "1.18.33"                            # of npm's opencode-ai
 CLIENTS = {                                     # what tests/test_clients.py runs, by its directory's name
     "claude": "@anthropic-ai/claude-code@2.1.197",
@@ -155,6 +156,31 @@ def provision_peer(python: str) -> str:
     return directory
 
 
+def memory_disk() -> str:
+    """A directory whose files are in memory and may be run, "" where there is none.
+
+    The tests write tens of thousands of small files, and wait for the disk with each.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+            program = os.path.join(directory, "true")
+            with open(program, "w") as file:
+                file.write("#!/bin/sh\n")
+            os.chmod(program, 0o700)
+            subprocess.run([program], check=True)
+            free = os.statvfs(directory)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    enough = free.f_bavail * free.f_frsize > 4 * 10**9
+    return "/dev/shm" if enough else ""
+
+
+def at_once(words: list[str]) -> list[str]:
+    """What makes pytest run all tests in two processes, where no file is named and nobody debugs."""
+    chosen = any(not word.startswith("-") or word in ("-n", "-s", "--pdb") for word in words)
+    return [] if chosen else ["-n", "2", "--dist", "loadgroup"]
+
+
 def main() -> int:
     os.chdir(ROOT)
     python = tools_python()
@@ -172,7 +198,10 @@ def main() -> int:
                    "LLMSTACK_TEST_PEER": provision_peer(python)}
     if os.environ.get("LLMSTACK_TEST_CLIENTS") == "1":
         environment["LLMSTACK_TEST_CLIENTS"] = provision_clients()
-    return subprocess.call([python, "-m", "pytest", *sys.argv[1:]], env=environment)
+    temporary = memory_disk()
+    if temporary:
+        environment.setdefault("PYTEST_DEBUG_TEMPROOT", temporary)
+    return subprocess.call([python, "-m", "pytest", *at_once(sys.argv[1:]), *sys.argv[1:]], env=environment)
 
 
 if __name__ == "__main__":

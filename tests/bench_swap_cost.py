@@ -1,7 +1,7 @@
 """What a swap costs a conversation: two tiers that cannot be together, one real model, four stacks.
 
     python3 -m tests.bench_swap_cost [--tokens N] [--rounds N] [--model GGUF] [--server PROGRAM]
-                                     [--swap PROGRAM] [--json]
+                                     [--swap PROGRAM] [--gpu-layers N] [--park-after S] [--json]
 
     ours           llmstack's embedded engine, from `start` to `stop`
     ours, off      the same with park_gb = 0
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import llmstack
 
@@ -64,7 +64,7 @@ def free_port() -> int:
 
 
 def ask(port: int, model: str, messages: Sequence[Dict[str, str]]) -> Turn:
-    """A streamed chat of a few tokens."""
+    """A streamed chat of a few tokens. Errors: SystemExit where it says nothing, or no timings."""
     body = json.dumps({"model": model, "messages": messages, "stream": True, "max_tokens": 12,
                        "temperature": 0, "stream_options": {"include_usage": True}})
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1_800)
@@ -87,8 +87,10 @@ def ask(port: int, model: str, messages: Sequence[Dict[str, str]]) -> Turn:
             timings = event.get("timings") or timings
     finally:
         connection.close()
+    if not first_s or "prompt_n" not in timings:
+        raise SystemExit(f"{model}: an answer without text or timings: {text!r} {timings}")
     cached = timings.get("cache_n", 0)
-    return Turn(first_s, timings.get("prompt_n", 0) + cached, cached, text)
+    return Turn(first_s, timings["prompt_n"] + cached, cached, text)
 
 
 def conversation(tokens: int, tag: str) -> List[Dict[str, str]]:
@@ -143,21 +145,26 @@ def spawned(command: List[str], port: int, path: str, log: Path) -> Iterator[int
             process.wait()
 
 
+TIERS = {"one": "agent", "two": "plan"}         # name -> role
+
+
 @contextlib.contextmanager
-def ours(asked: Any, directory: Path, park_gb: int) -> Iterator[int]:
-    """A project of its own, from `start` to `stop`."""
+def ours(asked: Any, directory: Path, park_gb: int,
+         tiers: Mapping[str, str] = TIERS) -> Iterator[int]:
+    """A project of its own, from `start` to `stop`; one of its tiers fits in memory."""
     project = directory / "project"
     (project / ".llmstack").mkdir(parents=True)
     port, engine_port = free_port(), free_port()
-    tier = (f"path = {asked.model}\nctx_size = {context_for(asked.tokens)}\nsize_gb = 0.2\n"
-            "tier = {0}\nrole = {0}\n")
+    same = f"path = {asked.model}\nctx_size = {context_for(asked.tokens)}\nsize_gb = 0.2\n"
+    sections = "".join(f"[{name}]\n{same}tier = {role}\nrole = {role}\n"
+                       for name, role in tiers.items())
 
     def write_ini(memory_gb: object) -> None:
         (project / ".llmstack" / "models.ini").write_text(
             f"[DEFAULT]\nrouter_port = {port}\nengine_port = {engine_port}\nengine = embedded\n"
-            f"memory_gb = {memory_gb}\npark_gb = {park_gb}\nn_gpu_layers = 0\n"
-            f"llama_server_bin = {asked.server}\n"
-            f"[one]\n{tier.format('agent')}[two]\n{tier.format('plan')}", encoding="utf-8")
+            f"memory_gb = {memory_gb}\npark_gb = {park_gb}\npark_after_s = {asked.park_after}\n"
+            f"n_gpu_layers = {asked.gpu_layers}\n"
+            f"llama_server_bin = {asked.server}\n{sections}", encoding="utf-8")
 
     env = {**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory / "data"),
            "LLMSTACK_WORK_DIR": str(project), "LLMSTACK_DATA_DIR": str(directory / "data")}
@@ -208,7 +215,7 @@ def router_mode(asked: Any, directory: Path) -> Any:
 
 def server_flags(asked: Any) -> List[str]:
     """What llmstack gives a llama-server that changes its speed, in pairs."""
-    return ["-c", str(context_for(asked.tokens)), "-ngl", "0", "-fa", "on",
+    return ["-c", str(context_for(asked.tokens)), "-ngl", str(asked.gpu_layers), "-fa", "on",
             "--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
 
 
@@ -260,6 +267,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default=smol, metavar="GGUF")
     parser.add_argument("--server", default=shutil.which("llama-server") or "", metavar="PROGRAM")
     parser.add_argument("--swap", default=shutil.which("llama-swap") or "", metavar="PROGRAM")
+    parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="of each stack (0)")
+    parser.add_argument("--park-after", type=int, default=3, metavar="S",
+                        help="park_after_s of ours (3); 0 parks what a fast machine reads at once")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
     if not asked.server or not os.path.exists(asked.model):

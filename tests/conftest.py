@@ -16,6 +16,17 @@ sys.path.insert(0, str(ROOT))
 
 import llmstack  # noqa: E402
 
+SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with model servers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes, one has all tests that start model servers: these take the first free port."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if item.path.name == "test_engine.py" or not SERVERS.isdisjoint(fixtures):
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -41,11 +52,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_left_behind(home: Path) -> Iterator[None]:
     """No process that a test started survives it. Proof: all of them inherit the test's HOME."""
+    before = _processes()
     yield
     mark = f"HOME={home}".encode()
     deadline = time.monotonic() + 5
     while True:
-        left = [pid for pid in _processes() if mark in _environment(pid)]
+        left = [pid for pid in _processes() - before if mark in _environment(pid)]
         if not left or time.monotonic() > deadline:
             break
         threading.Event().wait(0.02)
@@ -54,10 +66,10 @@ def nothing_left_behind(home: Path) -> Iterator[None]:
     assert not left, f"processes left behind: {left}"
 
 
-def _processes() -> list[int]:
+def _processes() -> set[int]:
     if not os.path.isdir("/proc/self"):
-        return []
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+        return set()
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
 
 
 def _environment(pid: int) -> list[bytes]:

@@ -22,9 +22,12 @@ def value(item: Any) -> tuple[int, bytes]:
         return 6, struct.pack("<f", item)
     if isinstance(item, str):
         return 8, struct.pack("<Q", len(item.encode())) + item.encode()
-    items = [value(x) for x in item]
-    kind = 5 if items[0][0] == 4 else items[0][0]
-    return 9, struct.pack("<IQ", kind, len(items)) + b"".join(raw for _, raw in items)
+    kind = {4: 5}.get(value(item[0])[0], value(item[0])[0])
+    if kind in (5, 6):                          # a vocabulary has a quarter of a million
+        raw = struct.pack(f"<{len(item)}{'i' if kind == 5 else 'f'}", *item)
+    else:
+        raw = b"".join(value(x)[1] for x in item)
+    return 9, struct.pack("<IQ", kind, len(item)) + raw
 
 
 def header_bytes(meta: dict[str, Any], tensors: list[Tensor], version: int = 3) -> tuple[bytes, int]:

@@ -16,7 +16,7 @@ import pytest
 
 import llmstack
 from tests.conftest import ROOT
-from tests.provider import Provider, Tool
+from tests.provider import Asked, Provider, Tool
 
 PROGRAM = str(ROOT / "llmstack.py")
 CLIENTS = Path(os.environ.get("LLMSTACK_TEST_CLIENTS", "/nowhere"))
@@ -24,7 +24,7 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY")
 KEY = "a-key-of-the-test"
 NO_CLIENTS = "needs LLMSTACK_TEST_CLIENTS=1, which installs the real clients"
 OUTSIDE = "http://127.0.0.1:9"                  # nothing listens there: no client gets out
-LADDER = "[ROUTING]\nmid_fidelity_ceiling = 20000\n" + "".join(
+LADDER = "[DEFAULT]\nbuild_model = auto\n[ROUTING]\nmid_fidelity_ceiling = 20000\n" + "".join(
     f"[{name}]\nrole = {role}\nmodel = x/y\nctx_size = {context}\nmax_output_tokens = 4000\n"
     for name, role, context in (("code-smart", "agent", "64k"), ("code-fast", "fast", "128k")))
 
@@ -37,6 +37,7 @@ class Trial(NamedTuple):
     tool: Optional[Tool]                        # its own that writes FILE
     connected: tuple[str, ...] = ()             # words only where `connect` has set it up
     env: tuple[tuple[str, str], ...] = ()
+    connected_env: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[str, str], ...] = ()     # of the user, in the home directory
     rewrites: bool = False                      # it writes its own file anew, once it has read it
 
@@ -78,14 +79,14 @@ TRIALS = {
     "opencode": Trial(
         os.environ.get("LLMSTACK_TEST_OPENCODE") or "opencode/none", ("run",),
         Tool("write", {"filePath": "{here}/hello.txt", "content": "from the stack"}),
-        env=(("OPENCODE_DISABLE_MODELS_FETCH", "1"), ("OPENCODE_DISABLE_AUTOUPDATE", "1"))),
+        env=(("OPENCODE_DISABLE_MODELS_FETCH", "1"), ("OPENCODE_DISABLE_AUTOUPDATE", "1")),
+        connected_env=(("OPENCODE_CONFIG", ".llmstack/opencode.json"),)),
     "pi": Trial(
         "pi/node_modules/.bin/pi", ("--offline", "-p"),
         Tool("write", {"path": "{here}/hello.txt", "content": "from the stack"}),
         env=(("PI_TELEMETRY", "0"), ("PI_OFFLINE", "1"))),
 }
 BY_ENVIRONMENT = ("claude", "codex", "qwen", "aider", "llm", "opencode")
-BY_FILE = tuple(name for name in TRIALS if name != "opencode")  # which tests/test_opencode.py does
 
 
 def needs(name: str) -> Trial:
@@ -146,6 +147,7 @@ def ask(name: str, stack: Stack, prompt: str, by_environment: bool) -> str:
     trial = TRIALS[name]
     env = environment(name, stack)
     command = [str(CLIENTS / trial.program), *trial.connected, *trial.words, prompt]
+    env.update(trial.connected_env if not by_environment else ())
     if by_environment:
         command = [sys.executable, PROGRAM, "run-with", name, *trial.words, prompt]
     done = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, text=True,
@@ -184,7 +186,13 @@ def script(name: str, stack: Stack) -> None:
         stack.provider.text = f"all done\n\n{FILE}\n```\nfrom the stack\n```\n"
 
 
-WAYS = [*(pytest.param(name, False, id=name + "-connect") for name in BY_FILE),
+def of_agent(name: str, stack: Stack) -> list[Asked]:
+    """What its agent has asked, without titles and the like."""
+    trial = TRIALS[name]
+    return [asked for asked in stack.provider.asked if asked.tools or trial.tool is None]
+
+
+WAYS = [*(pytest.param(name, False, id=name + "-connect") for name in TRIALS),
         *(pytest.param(name, True, id=name + "-run-with") for name in BY_ENVIRONMENT)]
 
 
@@ -198,10 +206,10 @@ def test_prompt_tool_call_tool_run_answer(name: str, by_environment: bool, stack
     assert Path(FILE).read_text().strip() == "from the stack"
     assert "all done" in output
     provider = stack.provider
-    agent = [a.body["model"] for a in provider.asked if a.tools or TRIALS[name].tool is None]
-    assert set(agent) == {"code-smart"}
+    asked = [(one.body["model"], one.body["stream"]) for one in of_agent(name, stack)]
+    assert set(asked) == {("code-smart", True)}
     assert not any(KEY in str(a.headers) for a in provider.asked), "the key stays with the router"
-    if not by_environment:
+    if not by_environment and name != "opencode":       # that one's files are the project's
         assert llmstack.main(["connect", name, "--undo"]) == 0
         for path, data in files.items():
             now = path.read_bytes()
@@ -218,9 +226,8 @@ def test_a_long_prompt_arrives_whole(name: str, by_environment: bool, stack: Sta
     prompt = "Say something. " + "".join(f"{n} quick brown foxes. " for n in range(5000))
     output = ask(name, stack, prompt, by_environment)
     assert "all done" in output, output[-3000:]
-    whole = [a for a in stack.provider.asked if a.holds("4999 quick brown foxes.")]
-    assert whole
-    assert whole[-1].body["model"] == "code-fast", "the ladder went by its length"
+    whole = [a for a in of_agent(name, stack) if a.holds("4999 quick brown foxes.")]
+    assert {asked.body["model"] for asked in whole} == {"code-fast"}, "the ladder went by its length"
 
 
 @pytest.mark.parametrize(("name", "by_environment"), WAYS)

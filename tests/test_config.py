@@ -79,6 +79,10 @@ TIERS = [
         "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic.i1-Q6_K.gguf", 13, 20, 131072, (0.0, 0),
         {"temp": 0.85, "top_p": 0.95, "top_k": 50, "min_p": 0.05}, 1200,
         ("uncensored", "nofilter", "plan-nofilter", "heretic"), id="plan-uncensored"),
+    # Beside the specification's.
+    pytest.param(
+        "embed", "embed", "", "nomic-ai/nomic-embed-text-v1.5-GGUF", "nomic-embed-text-v1.5.Q8_0.gguf", "",
+        0.15, 0.0, 2048, (0.0, 0), {}, 1200, (), id="embed"),
 ]
 
 
@@ -102,7 +106,7 @@ def test_bundled_tier(config: Config, name: str, role: str, kind: str, repo: str
 
 def test_bundled_file_holds_these_tiers_and_the_documented_defaults() -> None:
     config = load(BUNDLED)
-    assert [t.name for t in config.tiers] == ["code-fast", "code-smart", "plan", "plan-uncensored"]
+    assert [t.name for t in config.tiers] == ["code-fast", "code-smart", "plan", "plan-uncensored", "embed"]
     assert config.routing == Routing(12_000, 32_000, 10, ("[ultra]", "[opus]", "ultra:", "opus:"))
     # Left out altogether, every setting of [DEFAULT] and [ROUTING] means what the bundled file says.
     assert config._replace(tiers=()) == Config()
@@ -164,8 +168,8 @@ def test_all_stand_ins_at_once_make_an_all_hosted_file() -> None:
     for name in ("code-fast", "code-smart", "plan", "plan-uncensored"):
         text = swapped(text, name)
     config = load(text)
-    assert [t.backend for t in config.tiers] == ["litellm"] * 5
-    assert llmstack.local_tiers(config) == []
+    assert [t.backend for t in config.tiers if t.chats] == ["litellm"] * 5
+    assert [t.name for t in llmstack.local_tiers(config)] == ["embed"]
 
 
 # ---- The peer's format
@@ -492,7 +496,8 @@ WRONG_KIND = {
           "ctx_size": "64m", "max_output_tokens": "1.5k",
           "size_gb": "big", "size_gb_next": "-", "sampler": "hot", "rope_scaling": "4", "aliases": "a\\b", "ttl": "30m",
           "base_url": "groq.com", "tool_call": "2", "reasoning": "maybe"},
-    "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??"},
+    "ROUTING": {"high_fidelity_ceiling": "12.5", "mid_fidelity_ceiling": "x", "multi_turn": "ten", "ultra_triggers": "??",
+                "stay": "yes", "stay_s": "long"},
 }
 _DEFAULTS_OF_SERVERS = {key: value for key, value in WRONG_KIND["DEFAULT"].items() if key in llmstack.SERVER_OPTIONS}
 WRONG_KIND["SERVER"].update(_DEFAULTS_OF_SERVERS)
@@ -679,7 +684,7 @@ def test_a_warning_is_printed_and_the_command_goes_on(
     path = write_ini(f"{A}role = fast\ncontex_size = 64k\n")
     assert ask_why(monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("a: ")
+    assert out.startswith("a. ")
     assert f"{path}:5: unknown key contex_size in [a], did you mean ctx_size?" in err
     assert err.count("\n") == 1
 

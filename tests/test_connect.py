@@ -393,6 +393,15 @@ def test_run_with_gives_it_all_and_writes_nothing(name: str, key: str, program: 
     assert (snapshot(home), snapshot(Path.cwd())) == before
 
 
+def test_opencode_is_led_to_the_router_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(llmstack, "run_command", lambda words: ran.append(words) or 0)
+    connect = llmstack.load_extra("connect").connect
+    assert connect(llmstack, "opencode", "", True) == 0
+    assert connect(llmstack, "opencode", "http://127.0.0.1:1", False) == 0
+    assert ran == [["install", "--print"], ["install", "--external", "http://127.0.0.1:1"]]
+
+
 @pytest.mark.parametrize(("name", "says"), [
     ("zed", "`llmstack connect zed`"), ("vi", "one of"), ("claude", "install it first")])
 def test_run_with_says_what_to_do_instead(name: str, says: str,

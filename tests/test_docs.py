@@ -33,7 +33,7 @@ OF_OTHER_PROGRAMS = {
     "--lint", "--peer", "--pyz", "--rounds", "--swap",                              # tests, benchmarks
     "--clients", "--kills", "--program", "--quick", "--seconds", "--seed",          # chaos
     "--api-key", "--cache-ram", "--ctx-checkpoints", "--device", "--no-jinja",      # llama-server
-    "--slot-save-path",
+    "--slot-save-path", "--slot-prompt-similarity",
     "--oss", "--user"}
 SET_FOR_CHILDREN = {llmstack.STACK_VARIABLE, "HF_HUB_DISABLE_PROGRESS_BARS",
                     "HF_HUB_DISABLE_TELEMETRY", "LLAMA_API_KEY"}
@@ -62,9 +62,9 @@ def prose(page: str) -> str:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    parser = llmstack.make_parser()
-    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return {n: sub for n, sub in actions[0].choices.items() if not n.startswith("_")}
+    aliases = [name for command in llmstack.COMMANDS.values() for name in command.aliases]
+    return {name: llmstack.command_parser(llmstack.command_called(name))
+            for name in [*llmstack.COMMANDS, *aliases] if not name.startswith("_")}
 
 
 def options() -> Iterator[tuple[str, str]]:
@@ -142,13 +142,14 @@ def command_lines() -> list[list[str]]:
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_every_command_line_is_one(words: list[str]) -> None:
     if words[0] not in llmstack.extra_names():
-        assert llmstack.make_parser().parse_args(words).run
+        name = llmstack.command_called(words[0])
+        assert llmstack.command_parser(name).parse_args(words[1:])
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert llmstack.main(["help"]) == 0
     out = capsys.readouterr().out
-    for name in llmstack.make_parser().summaries:
+    for name in llmstack.COMMANDS:
         assert (f"\n  {name} " in out) is not name.startswith("_")
 
 
@@ -184,7 +185,7 @@ def words_for(value: object) -> tuple[str, ...]:
 def test_the_defaults_in_the_tables_are_the_programs() -> None:
     config = llmstack.Config()
     for key in sorted({*llmstack.DEFAULT_OPTIONS} - {"router_host", "memory_gb"}):
-        value = {**config._asdict(), **config.settings}.get(key, "")    # some keys have no default
+        value = getattr(config, key, config.settings.get(key, ""))
         assert default_of(key) in words_for(value), key
     for key in ("high_fidelity_ceiling", "mid_fidelity_ceiling", "multi_turn"):
         assert default_of(key) == str(getattr(config.routing, key)), key

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 EXTRAS = sorted(path.stem.replace("_", "-") for path in (ROOT / "extras").glob("*.py"))
 LISTED = " ".join(names for _, names in llmstack.COMMAND_GROUPS).split()
-BUILT_IN = [name for name in llmstack.make_parser().summaries if not name.startswith("_")]
+BUILT_IN = [name for name in llmstack.COMMANDS if not name.startswith("_")]
 GREETING = '''"""Greet somebody.
 
 examples:
@@ -137,7 +137,7 @@ def test_the_examples_of_a_command_are_command_lines(name: str) -> None:
     for line in llmstack.render_examples(f"llmstack {name}").splitlines()[2:]:
         words = line.partition("#")[0].partition(" | ")[0].partition(" <")[0].split()[1:]
         if "--help" not in words:
-            llmstack.make_parser().parse_args(words)
+            llmstack.command_parser(words[0]).parse_args(words[1:])
 
 
 # ---- the program as it was called

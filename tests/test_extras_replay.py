@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Optional
 
@@ -40,7 +41,8 @@ def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
     counts = llmstack.tokens_said(outcome.said)
     made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, counts, outcome)
     made.update(rung=decision.rung, reason=decision.reason, passed_over=decision.passed_over)
-    return {"time": 1.5, "conversation": conversation, **made, "total_s": 1.0, **more}
+    made["conversation"] = conversation
+    return {"time": 1.5, **made, "total_s": 1.0, **more}
 
 
 def write(*rows: Any, name: str = ".llmstack/logs/decisions.jsonl") -> None:
@@ -129,6 +131,23 @@ def test_older_parts_come_first_and_files_can_be_named(capsys: pytest.CaptureFix
     assert replay(capsys, ".llmstack/logs/decisions.jsonl.1")["requests"] == 1
 
 
+def test_the_kinds_of_stay_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """30,000 tokens on code-smart, a tool's result that makes them 40,000, then a question."""
+    write(row(30_000), row(40_000, loop=True), row(41_000), row(1_000, "other"))
+    assert {name: found["switches"] for name, found in replay(capsys)["stay"].items()} == {
+        "no": 1, "loop": 1, "warm": 1}, "at the question, where nothing is known of speeds"
+    found = replay(capsys)["stay"]
+    assert found["no"]["read_anew_tokens"] > found["warm"]["read_anew_tokens"] - 10_000
+    places = llmstack.find_places(os.environ)
+    speeds = llmstack.Speeds(places.data)
+    speeds.note("i", "code-fast", "read", 500.0)
+    speeds.note("j", "code-smart", "read", 500.0)
+    speeds.keep()
+    found = replay(capsys)["stay"]
+    assert (found["loop"]["switches"], found["warm"]["switches"]) == (1, 0)
+    assert found["warm"]["read_anew_tokens"] < found["no"]["read_anew_tokens"]
+
+
 HOSTILE = [
     "",
     "no JSON",
@@ -165,10 +184,10 @@ rung  requests  code-smart  code-fast
 high         1           1          0
 long         1           0          1
 
-           as recorded  replayed
-switches             1         1
-read anew       41,000    41,000
-overflows            0         0
+           as recorded  replayed  stay = no  stay = loop  stay = warm
+switches             1         1          1            1            1
+read anew       41,000    41,000     41,000       41,000       41,000
+overflows            0         0          0            0            0
 1 more asked for a tier by its name.
 """
     )

@@ -17,18 +17,9 @@ import pytest
 import llmstack
 from tests.scripted import Connection, Message, ScriptedUpstream, answer
 from tests.test_demo import smol  # noqa: F401  # a fixture
+from tests.test_extras_replay import LADDER
 from tests.test_stack import Project
 
-INI = b"""\
-[code-fast]
-role = fast
-path = /fast.gguf
-ctx_size = 128k
-[code-smart]
-role = agent
-path = /smart.gguf
-ctx_size = 64k
-"""
 PROGRAM = str(Path(llmstack.__file__))
 
 
@@ -72,7 +63,7 @@ class Router:
     def _answer(self, connection: Connection) -> None:
         asked = connection.read()
         if asked.target == "/models.ini":
-            connection.send(answer(INI))
+            connection.send(answer(LADDER.encode()))
             return
         self.asked.append(asked)
         sent = self.answers.pop(0) if self.answers else HELLO

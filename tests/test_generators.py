@@ -60,7 +60,7 @@ def config_of(*tiers: Tier) -> Config:
 
 
 SHARED = {"--host": "127.0.0.1", "--port": "10007", "-ngl": "999", "-fa": "on", "--jinja": "", "--cache-type-k": "q8_0",
-          "--cache-type-v": "q8_0", "--threads": "-1", "--no-warmup": "", "--no-mmap": "",
+          "--cache-type-v": "q8_0", "--threads": "-1", "--slot-prompt-similarity": "0.8", "--no-warmup": "", "--no-mmap": "",
           "--cors-origins": "localhost"}
 HERETIC = "Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic"
 OWN = {
@@ -77,6 +77,9 @@ OWN = {
     "plan-uncensored": {
         "-hf": f"mradermacher/{HERETIC}-i1-GGUF", "-hff": f"{HERETIC}.i1-Q4_K_M.gguf", "--alias": "plan-uncensored",
         "-c": "131072", "--temp": "0.85", "--top-p": "0.95", "--top-k": "50", "--min-p": "0.05"},
+    "embed": {
+        "-hf": "nomic-ai/nomic-embed-text-v1.5-GGUF", "-hff": "nomic-embed-text-v1.5.Q8_0.gguf", "--alias": "embed",
+        "-c": "2048", "--embedding": "", "--ubatch-size": "2048"},
 }
 NEXT_FILES = {"code-smart": "Qwen3-Coder-Next-UD-Q4_K_XL.gguf", "plan": "Qwopus-GLM-18B-Healed-Q6_K.gguf",
               "plan-uncensored": f"{HERETIC}.i1-Q6_K.gguf"}
@@ -100,7 +103,8 @@ def test_settings_of_default_reach_the_command_line() -> None:
                                      "cache_type_k": "f16", "cache_type_v": "bf16"})
     flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
-                     "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6", "--no-warmup": "", "--no-mmap": "",
+                     "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6",
+                     "--slot-prompt-similarity": "0.8", "--no-warmup": "", "--no-mmap": "",
                      "--no-jinja": "",
                      "--cors-origins": "localhost",
                      "--alias": "a", "-c": "32768"}
@@ -380,7 +384,7 @@ def test_choose_evictions(target: str, running: list[str], sets: list[ResidencyS
 
 def test_evictions_always_leave_a_set_and_never_cost_more_than_another_set(config: Config) -> None:
     sets = llmstack.residency_sets(config)
-    names = [t.name for t in config.tiers]
+    names = [t.name for t in config.tiers if t.chats]
     costs = {t.name: llmstack.evict_cost(t.size_gb) for t in config.tiers}
     for size in range(len(names)):
         for running in itertools.combinations(names, size):
@@ -436,8 +440,8 @@ def test_yaml_models(config: Config) -> None:
             "proxy": "http://127.0.0.1:${PORT}",
             "ttl": mine.ttl,
             "concurrencyLimit": 512,
-            "aliases": list(mine.aliases),
-            "metadata": {"tier": mine.tier, "role": mine.role, "ctx_size": mine.ctx_size, "size_gb": mine.size_gb,
+            **({"aliases": list(mine.aliases)} if mine.aliases else {}),
+            "metadata": {"tier": mine.tier or mine.role, "role": mine.role, "ctx_size": mine.ctx_size, "size_gb": mine.size_gb,
                          "quant": mine.quant, "channel": "current"},
         }
 
@@ -456,11 +460,12 @@ def test_yaml_runs_the_same_command_as_the_embedded_engine(config: Config, use_n
 def test_yaml_matrix(config: Config) -> None:
     matrix = render_and_load(config)["matrix"]
     assert matrix == {
-        "vars": {"f": "code-fast", "c": "code-smart", "p": "plan", "u": "plan-uncensored"},
-        "evict_costs": {"f": 2, "c": 30, "p": 6, "u": 9},
+        "vars": {"f": "code-fast", "c": "code-smart", "p": "plan", "u": "plan-uncensored", "x4": "embed"},
+        "evict_costs": {"f": 2, "c": 30, "p": 6, "u": 9, "x4": 1},
         "sets": {"a_agent": "f & c", "b_plan": "f & p", "c_plan_uncensored": "f & u", "d_chats": "f & p & u"},
     }
-    assert render_and_load(config, use_next=True)["matrix"]["evict_costs"] == {"f": 2, "c": 30, "p": 8, "u": 13}
+    assert render_and_load(config, use_next=True)["matrix"]["evict_costs"] == {
+        "f": 2, "c": 30, "p": 8, "u": 13, "x4": 1}
 
 
 @pytest.mark.parametrize("tiers", [
@@ -677,7 +682,7 @@ class Swap:
 
 # What a real YAML parser of Go's is to read as well as PyYAML does.
 REAL_TEXTS = {"code-fast": "- für: Köche #1 \U0001f600", "code-smart": 'it\'s "quoted" \\ and 50 % off', "plan": "yes",
-              "plan-uncensored": "2026-01-01"}
+              "plan-uncensored": "2026-01-01", "embed": "~"}
 
 
 @pytest.fixture

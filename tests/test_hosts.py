@@ -811,7 +811,7 @@ GROQ = "[code-ultra]\nrole = ultra\nbase_url = https://api.groq.com/openai/v1\nm
 
 
 @pytest.mark.parametrize(("defaults", "model", "env", "tier", "said"), [
-    ("", "auto", "x", "code-ultra", "top tier"),
+    ("", "auto", "x", "code-ultra", "the best tier you have"),
     ("", "auto", "", "code-fast", "GROQ_API_KEY is not set"),
     ("[DEFAULT]\nlocal_only = yes\n", "auto", "x", "code-fast", "local_only = yes"),
     ("[DEFAULT]\nlocal_only = yes\n", "code-ultra", "x", "code-ultra", "local_only = yes"),
@@ -827,7 +827,7 @@ def test_why_knows_what_the_configuration_alone_tells(
     Path("r.json").write_text(json.dumps({"model": model, "messages": []}))
     assert llmstack.main(["why", "r.json"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{tier}: ")
+    assert out.startswith(f"{tier}. ")
     assert said in out
     assert KEY not in out
 

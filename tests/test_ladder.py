@@ -10,6 +10,7 @@ import ast
 import io
 import itertools
 import json
+import os
 import random
 import re
 import time
@@ -934,10 +935,12 @@ def test_why_explains_a_request_to_people(capsys: pytest.CaptureFixture[str]) ->
     assert why(chat("x" * 4 * 13_240)) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "code-smart: 13,240 tokens <= 32,000: heavy local coder (rung mid)",
-        "  not code-fast: below the tier taken",
-        "  not code-ultra: 13,240 tokens > 12,000 and no trigger",
-        "  nearest change: 1,240 fewer tokens \u2192 code-ultra",
+        "code-smart. Longer prompt (13,240 of 32,000 tokens): the heavy coder",
+        "",
+        "   code-ultra  ultra   24k  13,240 tokens > 12,000 and no trigger",
+        "\u2192  code-smart  agent   64k  taken",
+        "   code-fast   fast   128k  below the tier taken",
+        "Nearest change: 1,240 fewer tokens \u2192 code-ultra",
     ]
     assert err == ""
 
@@ -947,14 +950,31 @@ def test_why_explains_a_request_to_programs(capsys: pytest.CaptureFixture[str]) 
     write_ini(INI)
     assert why(chat("x" * 4 * 33_000), "--json") == 0
     out = json.loads(capsys.readouterr().out)
-    assert list(out) == ["tier", "rung", "tokens", "reason", "refused", "nearest"]
+    assert list(out) == ["tier", "rung", "tokens", "reason", "refused", "nearest", "takes"]
     assert out == {
         "tier": "code-fast", "rung": "long", "tokens": 33_000,
         "reason": "33,000 tokens > 32,000: stepping down to the long window",
         "refused": {"code-smart": "33,000 tokens > 32,000 and 1 user turns < 10",
                     "code-ultra": "code-ultra holds 24,000 tokens, this needs 34,024"},
         "nearest": "9 more user turns \u2192 code-smart",
+        "takes": {},
     }
+
+
+def test_why_says_what_a_tier_takes_where_that_is_known(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    write_ini(INI)
+    speeds = llmstack.Speeds(llmstack.find_places(os.environ).data)
+    speeds.note("i", "code-fast", "read", 1_000.0)
+    speeds.note("i", "code-fast", "load", 4.0)
+    speeds.keep()
+    body = chat("x" * 4 * 33_000)
+    assert why(body, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["takes"] == {
+        "code-fast": {"read_s": 33.0, "load_s": 4.0}}
+    assert why(body) == 0
+    assert ("On code-fast: about 33.0 s to read it anew, 4.0 s more where it must be loaded"
+            in capsys.readouterr().out)
 
 
 def test_why_knows_no_nearest_at_the_top(capsys: pytest.CaptureFixture[str]) -> None:
@@ -963,14 +983,14 @@ def test_why_knows_no_nearest_at_the_top(capsys: pytest.CaptureFixture[str]) -> 
     out = json.loads(capsys.readouterr().out)
     assert (out["tier"], out["rung"], out["nearest"]) == ("code-ultra", "trigger", None)
     assert why(chat("[opus] hi")) == 0
-    assert "nearest" not in capsys.readouterr().out
+    assert "Nearest" not in capsys.readouterr().out
 
 
 def test_why_takes_the_bundled_tiers_where_there_is_no_project(capsys: pytest.CaptureFixture[str]) -> None:
     assert why(chat("hi"), "--json") == 0
     out = json.loads(capsys.readouterr().out)
     assert out["tier"] == "code-smart"
-    assert set(out["refused"]) == {"code-fast", "plan", "plan-uncensored"}
+    assert set(out["refused"]) == {"code-fast", "plan", "plan-uncensored", "embed"}
 
 
 def test_why_reads_the_project_s_routing(capsys: pytest.CaptureFixture[str]) -> None:

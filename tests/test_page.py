@@ -113,7 +113,9 @@ class Shown(llmstack.Behind):
     def watched(self) -> dict[str, Any]:
         parts = {"weights": 3 * GB, "kv": 2 * GB, "recurrent": 0, "compute": GB}
         known = {"since": 0, "loads": 1, "evictions": 0, "reason": ""}
-        return {"budget": 56 * GB, "models": {
+        parked = [{"tier": "code-smart", "tokens": 31_200, "turns": 9, "bytes": 2 * GB,
+                   "saved": round(time.time()) - 720}]
+        return {"budget": 56 * GB, "parked": parked, "models": {
             "code-fast": {**known, "state": "loaded", "bytes": 6 * GB, "parts": parts},
             "code-smart": {**known, "state": "failed to load", "bytes": 40 * GB,
                            "reason": "<b>the file is cut short</b>"},
@@ -121,8 +123,10 @@ class Shown(llmstack.Behind):
 
 
 @pytest.fixture
-def shown(start: Start) -> Rig:
-    rig = start(always(answer(b'{"usage":{"prompt_tokens":1234,"completion_tokens":9}}')))
+def shown(start: Start, tmp_path: Path) -> Rig:
+    record = llmstack.Recorder(str(tmp_path / "decisions.jsonl"))
+    rig = start(always(answer(b'{"usage":{"prompt_tokens":1234,"completion_tokens":9,'
+                              b'"prompt_tokens_details":{"cached_tokens":1200}}}')), record=record)
     rig.app.behind = Shown(rig.app.behind.upstream)         # type: ignore[attr-defined]
     return rig
 
@@ -149,7 +153,9 @@ def test_a_browser_shows_what_runs(tmp_path: Path, shown: Rig) -> None:
     dom = browse(tmp_path, shown, "--dump-dom")
     body = html.unescape(re.sub(r"<[^>]*>", " ", dom.partition("<main>")[2].partition("<script>")[0]))
     for words in ("code-fast", "loaded", "Unload", "<b>the file is cut short</b>", "llmstack download plan",
-                  "6.0 GB of 56.0 GB, code-fast", "weights 3.0 GB", "KV 2.0 GB", "1,234 tokens", "why"):
+                  "6.0 GB of 56.0 GB, code-fast", "weights 3.0 GB", "KV 2.0 GB", "1,234 tokens", "why",
+                  "1,200 of 1,234 tokens were in the cache", "31,200", "2.0 GB on the disk", "12 min ago",
+                  "parked conversations on disk: 2.0 GB"):
         assert words in body, words
     assert re.search(r'<span id="link"[^>]*>live</span>', dom)
     assert '<circle class="dot"' in dom

@@ -87,7 +87,7 @@ class Rig:
         self.data = data
         self.log = llmstack.Log(str(data / "log"))
         self.parking = llmstack.Parking(str(data), config)
-        self.parking.note_speed(IDENTITY, "m", "read", 100.0)
+        self.parking.speeds.note(IDENTITY, "m", "read", 100.0)
         self.slots = Slots(self.parking.directory)
 
     def load(self, identity: str = IDENTITY, context: int = 100_000) -> llmstack.Bay:
@@ -159,10 +159,10 @@ def test_speeds_are_learned_from_answers_and_kept(rig: Rig) -> None:
     bay = rig.load("b" * 24)
     bay.note("", b"", counts(100))              # too few to tell
     bay.note("", b"", counts(1_000, cached=990))
-    assert rig.parking.speed("b" * 24, "read") == 0
+    assert rig.parking.speeds.get("b" * 24, "read") == 0
     bay.note("", b"", counts(1_000))
     bay.save(ending=True)
-    assert llmstack.Parking(str(rig.data), CONFIG).speed("b" * 24, "read") == 100.0
+    assert llmstack.Parking(str(rig.data), CONFIG).speeds.get("b" * 24, "read") == 100.0
 
 
 def test_a_busy_slot_is_left_alone(rig: Rig) -> None:
@@ -441,7 +441,10 @@ def test_status_says_what_is_not_parked(rig: Rig, capsys: pytest.CaptureFixture[
 
 def test_parking_can_be_off(tmp_path: Path) -> None:
     log = llmstack.Log(str(tmp_path / "log"))
-    assert llmstack.open_parking(str(tmp_path), CONFIG._replace(park_gb=0), log) is None
+    parking = llmstack.open_parking(str(tmp_path), CONFIG._replace(park_gb=0), log)
+    assert parking is not None
+    parking.speeds.note(IDENTITY, "m", "read", 100.0)
+    assert not parking.worth(IDENTITY, 90_000)
     assert not (tmp_path / "parked").exists()
     (tmp_path / "parked").write_text("a file in its place")
     assert llmstack.open_parking(str(tmp_path), CONFIG, log) is None
@@ -598,7 +601,7 @@ def test_a_full_disk_loses_a_real_conversation_and_nothing_else(
     bay = real.engine.models["code-smart"].bay
     assert bay is not None
     for number in range(4):
-        os.symlink("/dev/full", real.parking.path(f"{bay._identity}-{number}.tmp"))
+        os.symlink("/dev/full", real.parking.path(f"{bay.identity}-{number}.tmp"))
     real.turn("plan", conversation("c"))
     assert not list(Path(real.parking.directory).glob("*.kv"))
     assert "not parked" in real.log()
@@ -632,3 +635,19 @@ def test_a_conversation_survives_a_swap_and_a_restart(
         assert turn("one", said)[1] >= now - 1, project.log("engine")
     finally:
         llmstack.main(["stop"])
+
+
+# ---- who looks on
+
+
+def test_who_looks_on_is_told_what_is_parked_and_no_word_of_it(rig: Rig) -> None:
+    park(rig, tokens=500, turns=3)
+    (row,) = rig.parking.rows()
+    path = Path(rig.parking.directory, f"{IDENTITY}-2.kv")
+    assert row == {"tier": "m", "tokens": 504, "turns": 3, "bytes": path.stat().st_size,
+                   "saved": round(path.stat().st_mtime)}
+    for broken in ("{", "[]", '{"slot": "x"}'):
+        (path.parent / f"{IDENTITY}-7.json").write_text(broken)
+        assert rig.parking.rows() == [row]
+    path.unlink()
+    assert rig.parking.rows()[0]["bytes"] == 0

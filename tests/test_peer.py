@@ -15,6 +15,7 @@ import llmstack
 from tests.test_stack import PROGRAM
 
 PEER = os.environ.get("LLMSTACK_TEST_PEER", "")
+SPOKEN = ("code-fast", "code-smart", "plan", "plan-uncensored")  # the peer lists embed as one of them
 STATE = Path(".llmstack")
 pytestmark = pytest.mark.skipif(not PEER, reason="the peer needs Python 3.11; or not run by `python3 -m tests`")
 
@@ -67,7 +68,7 @@ def test_a_directory_of_ours_works_there() -> None:
     ini, pin, ours = (STATE / "models.ini").read_bytes(), (STATE / "default-channel").read_text(), contexts()
     peer("install")
     theirs = contexts()
-    assert {name: ours[name] for name in theirs if name != "auto"} == {n: theirs[n] for n in theirs if n != "auto"}
+    assert {name: ours[name] for name in SPOKEN} == {name: theirs[name] for name in SPOKEN}
     assert len(theirs) > 4
     assert (STATE / "models.ini").read_bytes() == ini
     assert (STATE / "default-channel").read_text() == pin
@@ -83,7 +84,7 @@ def test_the_peer_is_a_thin_client_of_our_router_and_its_directory_one_of_ours(r
     assert llmstack.main(["start"]) == 0
     assert llmstack.main(["install"]) == 0
     ours = contexts()
-    assert {name: ours[name] for name in theirs if name != "auto"} == {n: theirs[n] for n in theirs if n != "auto"}
+    assert {name: ours[name] for name in SPOKEN} == {name: theirs[name] for name in SPOKEN}
     assert (STATE / "default-channel").read_text() == f"external {router}\n"
     assert f'LLMSTACK_REMOTE_URL="{router}"' in peer("reload")
     assert not (STATE / "models.ini").exists()

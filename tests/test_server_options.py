@@ -30,7 +30,7 @@ SAID = {
     "cache_type_v": ("f16", "--cache-type-v f16"),
     "threads": ("2", "--threads 2"),
     "llama_server_bin": ("/opt/mine", ""),
-    "parallel": ("4", "--parallel 4"),
+    "parallel": ("4", "--parallel 4 --kv-unified"),
     "batch": ("1024", "--batch-size 1024"),
     "ubatch": ("256", "--ubatch-size 256"),
     "n_cpu_moe": ("3", "--n-cpu-moe 3"),
@@ -269,8 +269,8 @@ def test_a_quantised_v_needs_flash_attention_in_a_tier_too() -> None:
 def test_the_slots_of_a_tier_count() -> None:
     machine = llmstack.Machine(16.0, "memory", False)
     config = configured("[a]\npath = a.gguf\nparallel = 3\ncache_type_k = f16\n[b]\npath = b.gguf\n")
-    loads = [llmstack.load_options(llmstack.tier_config(config, tier), machine) for tier in config.tiers]
-    assert [(load.slots, load.cache_type_k) for load in loads] == [(3, "f16"), (0, "q8_0")]
+    loads = [llmstack.load_options(tier, config, machine) for tier in config.tiers]
+    assert [(load.slots, load.cache_type_k) for load in loads] == [(3, "f16"), (4, "q8_0")]
 
 
 # ---- projects of opencode-llmstack 1.0.3
@@ -290,4 +290,5 @@ def test_their_keys_are_read() -> None:
 
 @pytest.mark.parametrize("name", ["init", "configure"])
 def test_their_commands_are_ours(name: str) -> None:
-    assert llmstack.make_parser().parse_args([name, "--current"]).run is llmstack._cmd_install
+    parser = llmstack.command_parser(llmstack.command_called(name))
+    assert parser.parse_args(["--current"]).run is llmstack._cmd_install

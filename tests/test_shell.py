@@ -391,10 +391,10 @@ def test_links_to_endless_devices_are_no_files(tmp_path: Path, capsys: pytest.Ca
     assert "is not trusted here" in capsys.readouterr().err
 
 
-def test_a_huge_file_is_never_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "MAX_STATE_BYTES", 100)
+def test_a_huge_file_is_never_trusted(tmp_path: Path) -> None:
     project = make_project(tmp_path / "p", trusted=False)
-    (project / ".llmstack" / "opencode.json").write_text(" " * 101)
+    with open(project / ".llmstack" / "opencode.json", "wb") as file:
+        file.truncate(llmstack.MAX_STATE_BYTES + 1)
     llmstack.trust_project(places_of(project))
     assert not llmstack.is_trusted(places_of(project), "hook")
 

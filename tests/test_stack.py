@@ -134,7 +134,7 @@ def test_a_start_that_is_refused_leaves_nothing_behind(monkeypatch: pytest.Monke
 
 def test_start_seeds_a_directory_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(llmstack, "check_plan", lambda plan: None)
-    monkeypatch.setattr(llmstack, "start_stack", lambda plan, say, again: True)
+    monkeypatch.setattr(llmstack, "start_stack", lambda plan, again: True)
     assert llmstack.main(["start"]) == 0
     assert "Wrote" in capsys.readouterr().out
     assert Path(".llmstack/models.ini").read_bytes() == llmstack.seed_text()[0]

@@ -35,7 +35,7 @@ SNAPSHOT: dict[str, Any] = {
     "memory": {"budget": 56 * GB, "resident": round(52.4 * GB)},
     "tiers": [
         tier("code-fast", "fast", 131_072, "loaded", 5.6, per_s=81.2),
-        tier("code-smart", "agent", 65_536, "loading", 49.9, since=NOW_S - 14),
+        tier("code-smart", "agent", 65_536, "loading", 49.9, since=NOW_S - 14, share=0.62),
         tier("plan", "plan", 65_536, "not here", 9.2, reason="llmstack download plan"),
         tier("plan-uncensored", "plan-uncensored", 32_768, "failed to load", 9.2, since=NOW_S - 8,
              reason=f"the file is cut short ({LOG})"),

@@ -103,7 +103,7 @@ def test_it_runs_alone_in_an_empty_directory(pyz: Path, python: str, tmp_path: P
     assert run(python, "llmstack.pyz", "version", cwd=directory).stdout == f"llmstack {llmstack.VERSION}\n"
     (directory / "body.json").write_text('{"model":"auto","messages":[{"role":"user","content":"hi"}]}')
     why = run(python, "llmstack.pyz", "why", "body.json", cwd=directory)
-    assert why.stdout.startswith("code-smart: "), why.stderr
+    assert why.stdout.startswith("code-smart. "), why.stderr
     status = run(python, "./llmstack.pyz", "status", cwd=directory)
     assert status.returncode == 1, status.stderr
     assert "llmstack.pyz start`" in status.stdout

@@ -172,6 +172,7 @@ OPTIONS = (
     Option("--cache-reuse", "n_cache_reuse", within(int, 0)),
     Option("-ctxcp --ctx-checkpoints --swa-checkpoints", "n_ctx_checkpoints", within(int, 0)),
     Option("--slot-save-path", "slot_save_path", directory),
+    Option("-sps --slot-prompt-similarity", "slot_prompt_similarity", within(float, 0)),
     # ---- the context and the sampler
     Option("--rope-scaling", "rope_scaling_type", {"none": 0, "linear": 1, "yarn": 2}),
     Option("--rope-scale", "rope_freq_scale", lambda text: 1 / within(float, 1e-6)(text)),

@@ -1,0 +1,135 @@
+"""Show what each tier takes in memory, and what fits together here.
+
+Weights, KV cache and buffers of each tier, from the header of its GGUF on this disk or the hub.
+Exit code 1 when a tier cannot fit.
+
+examples:
+  llmstack fit                              # memory, tier by tier
+  llmstack fit --next code-smart            # of the queued upgrade of one
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from typing import Any, Dict, List, Sequence
+
+COLUMNS = 60                                    # of the table, where no name is long
+PARTS = ("weights", "KV", "state", "compute", "CUDA", "least cache")
+
+
+def chosen_tiers(config: Any, names: Sequence[str], llmstack: Any) -> List[str]:
+    """The names of the tiers to show, all without `names`. Errors: UserError."""
+    for name in names:
+        if config.by_name(name) is None:
+            raise llmstack.UserError(f"there is no tier {name}",
+                                     "one of " + ", ".join(t.name for t in config.tiers), 2)
+    asked = set(names)
+    return [t.name for t in config.tiers if not asked or asked & {t.name, *t.aliases}]
+
+
+def wrapped(text: str, indent: str) -> List[str]:
+    return textwrap.wrap(text, COLUMNS, initial_indent=indent, subsequent_indent=indent,
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def card_words(cards: Sequence[int], devices: Sequence[Any]) -> str:
+    """`on CUDA0 and CUDA1`, by the names that llama-server gives them."""
+    names = [devices[card].name if card < len(devices) else f"card {card}" for card in cards]
+    return "on " + " and ".join(names)
+
+
+def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> List[str]:
+    """A tier's row, and below it what it is made of and where that is known from."""
+    total, largest, parts = f"~{fit.need_gb:.1f}", "?", []
+    if fit.memory is not None:
+        total, largest = f"{fit.need_gb:.2f}", f"{fit.largest_ctx:,}"
+        sizes = zip(PARTS, fit.memory)
+        parts = [f"{name} {size / 1e9:.2f}" for name, size in sizes if size]
+    if fit.host_gb:
+        parts.append(f"{fit.host_gb:.2f} of these on the host")
+    if fit.cache_mib:
+        parts.append(f"prompt cache up to {fit.cache_mib * llmstack.MIB / 1e9:.2f}")
+    if fit.cards:
+        parts.append(card_words(fit.cards, devices))
+    parts.append(llmstack.FIT_SOURCES[fit.source])
+    verdict = llmstack.paint("does not fit", "31")
+    if fit.fits:
+        verdict = llmstack.paint("fits", "32")
+    row = f"{fit.name:<{width}}{total:>8}{fit.ctx_size:>10,}{largest:>10}  {verdict}"
+    return [row, *wrapped(", ".join(parts), "  "), *wrapped(fit.note, "  ")]
+
+
+def device_lines(devices: Sequence[Any], llmstack: Any) -> List[str]:
+    lines = []
+    for device in devices:
+        size_gb = device.total_mib * llmstack.MIB / 1e9
+        free_gb = device.free_mib * llmstack.MIB / 1e9
+        name = f"{device.name}: {llmstack.visible(device.description)}"
+        lines += wrapped(f"{name}, {size_gb:.1f} GB, {free_gb:.1f} free now", "  ")
+    return lines
+
+
+def fit_lines(machine: Any, devices: Sequence[Any], fits: Sequence[Any],
+              sets: Sequence[Dict[str, Any]], llmstack: Any) -> List[str]:
+    width = max([4, *(len(fit.name) for fit in fits)])
+    lines = wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
+    lines += device_lines(devices, llmstack)
+    lines += ["", f"{'tier':<{width}}{'GB':>8}{'ctx_size':>10}{'largest':>10}"]
+    for fit in fits:
+        lines += tier_lines(fit, width, devices, llmstack)
+    if sets:
+        lines += ["", "Together, in GB:"]
+    for together in sets:
+        lines.append(f"  {together['need_gb']:>6.2f}  {' + '.join(together['tiers'])}")
+        if not together["fits"]:
+            lines.append("          " + llmstack.paint("does not fit: they take turns", "33"))
+    return lines
+
+
+def seen_devices(config: Any, places: Any, llmstack: Any) -> List[Any]:
+    """What llama-server lists; nothing where there is none to ask."""
+    try:
+        program = llmstack.find_llama_server(config, places.env, places.data)
+    except llmstack.UserError:                  # which is said where it matters
+        return []
+    devices: List[Any] = llmstack.list_devices(program)
+    return devices
+
+
+def as_row(fit: Any) -> Dict[str, Any]:
+    row: Dict[str, Any] = fit._asdict()
+    if fit.memory:
+        row["memory"] = fit.memory.parts
+    return row
+
+
+def main(argv: Sequence[str], llmstack: Any) -> int:
+    parser = llmstack.extra_parser("fit", __doc__)
+    parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
+    parser.add_argument("--next", action="store_const", const="next", default="",
+                        help="the queued upgrades (hf_file_next)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args(list(argv))
+    places = llmstack.find_places(os.environ)
+    llmstack.refuse_external(places)
+    config = llmstack.planned_config(places, llmstack.warn)
+    chosen = chosen_tiers(config, args.tiers, llmstack)
+    use_next = llmstack.wants_next(places, config, args.next)
+    config = llmstack.true_config(config, places, use_next, llmstack.warn)
+    machine = llmstack.running_machine(places, config) or llmstack.this_machine(config)
+    devices = seen_devices(config, places, llmstack) if machine.gpu else []
+    fits = llmstack.measure_tiers(config, machine, os.environ, use_next, True)
+    fits = [fit for fit in fits if fit.name in chosen]
+    sets = [{"tiers": tiers, "need_gb": need_gb, "fits": need_gb <= machine.budget_gb}
+            for tiers, need_gb in llmstack.fit_sets(config, fits, machine.budget_gb)]
+    if args.json:
+        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
+                 "host_gb": machine.host_gb,
+                 "devices": [device._asdict() for device in devices],
+                 "tiers": [as_row(fit) for fit in fits], "sets": sets}
+        llmstack.say(llmstack.as_json(found))
+    else:
+        for line in fit_lines(machine, devices, fits, sets, llmstack):
+            llmstack.say(line)
+    return int(not all(fit.fits for fit in fits))

@@ -1,0 +1,112 @@
+"""Several cards: which of them a tier is on, whether it fits there, and what llama-server calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmstack
+from tests import gguf_models
+
+CUDA = """\
+ggml_cuda_init: found 2 CUDA devices:
+  Device 0: NVIDIA GeForce RTX 4090, compute capability 8.9, VMM: yes
+Available devices:
+  CUDA0: NVIDIA GeForce RTX 4090 (24081 MiB, 23650 MiB free)
+  CUDA1: NVIDIA GeForce RTX 3060 (11907 MiB, 11800 MiB free)
+"""
+TWO = llmstack.Machine(36.0, "two cards", True, True, 48.0, (24.0, 12.0))
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    (CUDA, [("CUDA0", "NVIDIA GeForce RTX 4090", 24081, 23650), ("CUDA1", "NVIDIA GeForce RTX 3060", 11907, 11800)]),
+    ("Available devices:\n  Vulkan0: AMD Radeon RX 7900 XTX (RADV NAVI31) (24560 MiB, 24100 MiB free)\n",
+     [("Vulkan0", "AMD Radeon RX 7900 XTX (RADV NAVI31)", 24560, 24100)]),
+    ("Available devices:\r\n  ROCm0: AMD Radeon Graphics (98304 MiB, 97000 MiB free)\r\n",
+     [("ROCm0", "AMD Radeon Graphics", 98304, 97000)]),
+    ("Available devices:\n  MTL0: Apple M2 Max (49152 MiB, 49151 MiB free)\n", [("MTL0", "Apple M2 Max", 49152, 49151)]),
+    ("Available devices:\n  (none)\n", []), ("error: invalid argument: --list-devices\n", []), ("", []),
+])
+def test_what_llama_server_lists(text: str, found: list[Any]) -> None:
+    assert llmstack.parse_devices(text) == found
+
+
+def test_a_real_llama_server_that_has_none(real_data: Path) -> None:
+    assert llmstack.list_devices(()) == []
+    assert llmstack.list_devices(("/bin/false",)) == []
+
+
+def configured(*lines: str) -> llmstack.Config:
+    return llmstack.parse_models_ini("\n".join(("[a]", "role = agent", "path = /a.gguf", *lines)) + "\n")[0]
+
+
+@pytest.mark.parametrize(("lines", "cards"), [
+    ((), (0, 1)), (("device = CUDA1",), (1,)), (("device = CUDA1,CUDA0",), (1, 0)), (("device = Metal",), (0, 1)),
+    (("device = CUDA7",), (0, 1)), (("split_mode = none",), (0,)), (("split_mode = none", "main_gpu = 1"), (1,)),
+    (("split_mode = none", "main_gpu = 9"), (0, 1)), (("split_mode = none", "device = Vulkan1"), (1,)),
+])
+def test_the_cards_of_a_tier(lines: tuple[str, ...], cards: tuple[int, ...]) -> None:
+    config = configured(*lines)
+    assert llmstack.cards_of(llmstack.tier_config(config, config.tiers[0]), TWO) == cards
+
+
+def fit(*lines: str, machine: llmstack.Machine = TWO) -> llmstack.TierFit:
+    config = configured("ctx_size = 8k", *lines)
+    header = gguf_models.header_of("Qwen3-Coder-30B-A3B-Instruct-Q6_K")     # 25.1 GB
+    assert header is not None
+    return llmstack.fit_tier(config.tiers[0], config, machine, header, "hub", "")
+
+
+def test_a_tier_fits_on_the_cards_that_it_may_use() -> None:
+    assert fit().fits
+    assert not fit("device = CUDA0").fits
+    assert not fit("split_mode = none", "main_gpu = 1").fits
+    assert fit("device = CUDA1", "n_cpu_moe = 40").fits
+    assert (fit().cards, fit("device = CUDA1").cards, fit("device = none").cards) == ((0, 1), (1,), ())
+    assert fit(machine=TWO._replace(budget_gb=24.0, cards=(24.0,))).cards == (), "of one card there is nothing to say"
+
+
+def test_cudas_context_counts_on_each() -> None:
+    spread, alone = fit().memory, fit("device = CUDA0").memory
+    assert spread is not None
+    assert alone is not None
+    assert spread.context == 2 * alone.context == 2 * llmstack.CUDA_CONTEXT_BYTES
+
+
+def test_a_tier_on_no_device_is_the_processors() -> None:
+    memory = fit("device = none").memory
+    assert memory is not None
+    assert (memory.context, memory.host) == (0, 0)
+
+
+def test_the_budget_knows_each_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = "GPU-1, 24576, 0, 0\nGPU-2, 12288, 0, 1024\n"
+    monkeypatch.setattr(llmstack, "IS_MAC", False)
+    monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
+    monkeypatch.setattr(llmstack, "_output", lambda command: listed if command[0] == "nvidia-smi" else "")
+    found = llmstack.this_machine(llmstack.Config())
+    assert [round(gb, 2) for gb in found.cards] == [25.77, 12.88]
+    assert found.budget_gb == pytest.approx(sum(found.cards) - 1.07, abs=0.01)
+
+
+def test_fit_says_which_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(".llmstack").mkdir()
+    made = gguf_models.write(Path("m.gguf"), *gguf_models.model("qwen3", vocab=300))
+    places = llmstack.find_places(os.environ)
+    Path(places.models_ini).write_text(f"[a]\nrole = fast\npath = {made.absolute()}\ndevice = CUDA1\n"
+                                       f"[b]\nrole = agent\npath = {made.absolute()}\n")
+    monkeypatch.setattr(llmstack, "this_machine", lambda config, ours_gb=0.0: TWO)
+    monkeypatch.setattr(llmstack, "list_devices", lambda program: llmstack.parse_devices(CUDA))
+    assert llmstack.main(["fit"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "CUDA1: NVIDIA GeForce RTX 3060, 12.5 GB, 12.4 free now" in out
+    assert "on CUDA1, by its file" in out
+    assert "on CUDA0 and CUDA1, by its file" in out
+    assert llmstack.main(["fit", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [device["name"] for device in found["devices"]] == ["CUDA0", "CUDA1"]
+    assert [tier["cards"] for tier in found["tiers"]] == [[1], [0, 1]]
