@@ -313,6 +313,7 @@ class Tier(NamedTuple):
     api_key_env: str = ""                       # the variable that holds its key
     server: Tuple[Tuple[str, Any], ...] = ()    # what it says of TIER_SERVER_OPTIONS
     prices: Tuple[Tuple[str, float], ...] = ()  # opencode's name -> dollars per million tokens
+    channel: str = "current"                    # what it runs: current, or next, what is queued
 
     @property
     def names(self) -> Tuple[str, ...]:
@@ -342,6 +343,12 @@ class Tier(NamedTuple):
         if self.backend == "gguf":
             return bool(self.hf_file_next or self.hf_repo_next)
         return bool(self.model_next)
+
+    def on_channel(self, channel: str) -> Tier:
+        """The same on a channel; one for which nothing is queued stays on the current one."""
+        if channel != "next" or not self.has_next:
+            channel = "current"
+        return self._replace(channel=channel)
 
     @property
     def remote(self) -> bool:
@@ -374,6 +381,7 @@ class _Settings(NamedTuple):
     """The values of models.ini, and what they are where it is silent."""
 
     tiers: Tuple[Tier, ...] = ()
+    channel: str = "current"                    # of its tiers: current | next
     routing: Routing = Routing()
     host: str = ROUTER_HOST
     router_port: int = ROUTER_PORT
@@ -399,6 +407,13 @@ class _Settings(NamedTuple):
 
 class Config(_Settings):
     """models.ini, parsed. Frozen: a reload makes a new one, so what follows is worked out once."""
+
+    def on_channel(self, channel: str) -> Config:
+        """The same with its tiers on a channel: everything behind this asks them alone."""
+        tiers = tuple(tier.on_channel(channel) for tier in self.tiers)
+        if channel != "next":                   # "": nothing runs; external: another's to say
+            channel = "current"
+        return self._replace(tiers=tiers, channel=channel)
 
     @property
     def settings(self) -> Dict[str, Any]:
@@ -2315,7 +2330,7 @@ def choose_projector(files: Iterable[str]) -> str:
     return found[0] if found else ""
 
 
-def hub_files(tier: Tier, use_next: bool = False) -> List[Tuple[str, str]]:
+def hub_files(tier: Tier) -> List[Tuple[str, str]]:
     """(repository, file) of what a tier needs of the hub besides its model.
 
     A file may be ANY_PROJECTOR.
@@ -2327,17 +2342,16 @@ def hub_files(tier: Tier, use_next: bool = False) -> List[Tuple[str, str]]:
         if _HUB_REFERENCE.match(value):
             found.append((repo, file))
         elif value == "auto":
-            found.append((weights_for(tier, use_next).repo, ANY_PROJECTOR))
+            found.append((weights_for(tier).repo, ANY_PROJECTOR))
         return value
 
     with_files(tier, note)
     return [(repo, file) for repo, file in found if repo]
 
 
-def weights_for(tier: Tier, use_next: bool) -> Weights:
-    """The GGUF `tier` runs: its queued upgrade when `use_next` and it has one."""
-    # A tier without a queued upgrade runs the same model on both channels.
-    if not (use_next and tier.backend == "gguf" and tier.has_next):
+def weights_for(tier: Tier) -> Weights:
+    """The GGUF that a local tier runs on its channel."""
+    if tier.channel != "next" or tier.backend != "gguf":
         return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
     return Weights(
         tier.hf_repo_next or tier.hf_repo,
@@ -2346,6 +2360,11 @@ def weights_for(tier: Tier, use_next: bool) -> Weights:
         tier.size_gb_next or tier.size_gb,
         tier.quant_next or tier.quant,
         "next")
+
+
+def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
+    """What a tier runs on the current channel, and on the next one."""
+    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 # ---- flags of llama-server
@@ -2500,11 +2519,11 @@ def settings_words(config: Config, tier: Tier) -> str:
     return ", ".join(words)
 
 
-def server_command(program: Sequence[str], tier: Tier, config: Config, port: int, use_next: bool,
+def server_command(program: Sequence[str], tier: Tier, config: Config, port: int,
                    refused: FrozenSet[str]) -> List[str]:
     """The whole command line that serves `tier` on 127.0.0.1:`port`."""
     command = [*program, "--host", "127.0.0.1", "--port", str(port)]
-    weights = weight_flags(weights_for(tier, use_next))
+    weights = weight_flags(weights_for(tier))
     for flag in [*weights, *accepted_flags(all_flags(tier, config), refused)]:
         command += flag
     return command
@@ -2637,12 +2656,12 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
-def tier_cost(tier: Tier, use_next: bool, weights_gb: float = 0.0) -> int:
+def tier_cost(tier: Tier, weights_gb: float = 0.0) -> int:
     """evict_cost of a tier, by its real weights where they are known.
 
     A tier of unknown size counts as 5 GB.
     """
-    return evict_cost(weights_gb or weights_for(tier, use_next).size_gb or 5.0)
+    return evict_cost(weights_gb or weights_for(tier).size_gb or 5.0)
 
 
 def footprint_gb(size_gb: float) -> float:
@@ -2725,7 +2744,6 @@ class SwapPlan(NamedTuple):
 
     config: Config
     server: Binary                              # of the tiers that have none of their own
-    use_next: bool
     quote: Callable[[str], str]                 # protects a word in a command line
     first_port: int = FIRST_SERVER_PORT
     need_gb: Optional[Mapping[str, float]] = None
@@ -2777,10 +2795,10 @@ _SWAP_PROXY = """
 """
 
 
-def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
+def _swap_notes(tier: Tier) -> List[str]:
     """Comments at the weights of a tier's command: where to change them, how to go back."""
-    current, queued = weights_for(tier, False), weights_for(tier, True)
-    if queued.channel == "next" and use_next:
+    current, queued = both_weights(tier)
+    if tier.channel == "next":
         return [
             f"# >>> RUNNING NEXT ({tier.name}): the queued upgrade,"
             " not the pair of hf_repo / hf_file.",
@@ -2790,7 +2808,7 @@ def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
         f"# >>> UPGRADE-POINT ({tier.name}): the pair below is hf_repo / hf_file of models.ini;",
         "# change it there (see UPGRADING.md), then: llmstack restart",
     ]
-    if queued.channel == "next":
+    if tier.has_next:
         notes.append(f"# Queued: -hff {queued.file}. Try it with: llmstack restart --next")
     return notes
 
@@ -2798,12 +2816,12 @@ def _swap_notes(tier: Tier, use_next: bool) -> List[str]:
 def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
     """The lines of the command that serves a tier: server_command's words, and notes."""
     server = plan.own.get(tier.name, plan.server)
-    weights = weight_flags(weights_for(tier, plan.use_next))
+    weights = weight_flags(weights_for(tier))
     flags = accepted_flags(all_flags(tier, plan.config), server.refused)
     return [
         plan.words(server.program),
         "--host 127.0.0.1 --port ${PORT}",
-        *_swap_notes(tier, plan.use_next),
+        *_swap_notes(tier),
         *map(plan.words, weights),
         *map(plan.words, flags),
     ]
@@ -2818,7 +2836,7 @@ def _swap_model(plan: SwapPlan, tier: Tier) -> str:
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
     if tier.aliases:
         text += f"    aliases: {_yaml_list(tier.aliases)}\n"
-    weights = weights_for(tier, plan.use_next)
+    weights = weights_for(tier)
     return text + f"""\
     metadata:
       tier: {_yaml_text(tier.tier or tier.role)}
@@ -2859,7 +2877,7 @@ def _swap_matrix(plan: SwapPlan) -> str:
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
-        costs[tier.name] = tier_cost(tier, plan.use_next, weights_gb)
+        costs[tier.name] = tier_cost(tier, weights_gb)
     everywhere: Tuple[str, ...] = ()
     if plan.proxy:
         everywhere = (plan.proxy.tier.name,)
@@ -2886,9 +2904,8 @@ matrix:
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
     """The configuration of llama-swap v250 and newer."""
     local, proxy = local_tiers(plan.config), plan.proxy
-    channel = "next" if plan.use_next else "current"
     text = _SWAP_HEAD.format(
-        channel=channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
+        channel=plan.config.channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
     if not local and not proxy:
         return text + "\nmodels: {}\n"
     text += "\nmodels:"
@@ -2910,16 +2927,16 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
-def hosted_model(tier: Tier, use_next: bool) -> str:
-    """The provider's id of a hosted tier's model on a channel."""
-    if use_next and tier.model_next:
+def hosted_model(tier: Tier) -> str:
+    """The provider's id of a hosted tier's model on its channel."""
+    if tier.channel == "next":
         return tier.model_next
     return tier.model
 
 
-def entry_name(tier: Tier, use_next: bool) -> str:
+def entry_name(tier: Tier) -> str:
     """The name of a LiteLLM tier's entry in the proxy's model_list."""
-    if use_next and tier.model_next:
+    if tier.channel == "next":
         return f"{tier.name}_next"
     return tier.name
 
@@ -2975,13 +2992,13 @@ SAMPLED_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"})
 
 
-def plan_route(tier: Tier, config: Config, use_next: bool, missing: Mapping[str, str]) -> Route:
+def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
-    model = json.dumps(hosted_model(tier, use_next))[1:-1]
+    model = json.dumps(hosted_model(tier))[1:-1]
     if tier.backend == "litellm":
-        model = entry_name(tier, use_next)
+        model = entry_name(tier)
     # A llama-server has its sampler on its command line; a provider is sent it each time.
     sampler = []
     for key, value in tier.sampler:
@@ -3071,21 +3088,20 @@ def auto_entry(config: Config) -> Dict[str, Any]:
     return {**entry, "description": "the best tier for the length of the conversation"}
 
 
-def tier_entry(tier: Tier, use_next: bool) -> Dict[str, Any]:
+def tier_entry(tier: Tier) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
-    weights = weights_for(tier, use_next)
-    channel = "next" if use_next and tier.has_next else "current"
-    meta: Dict[str, Any] = {"tier": tier.tier or tier.role, "role": tier.role, "channel": channel,
+    weights = weights_for(tier)
+    meta: Dict[str, Any] = {"tier": tier.tier or tier.role, "role": tier.role, "channel": tier.channel,
                             "backend": tier.backend}
     if tier.backend == "gguf":
         meta.update(size_gb=weights.size_gb, quant=weights.quant)
         if tier.has_projector:
             meta["input_modalities"] = ["text", "image"]
     else:
-        meta["model"] = hosted_model(tier, use_next)
+        meta["model"] = hosted_model(tier)
     output = tier.max_output_tokens or tier.ctx_size
     entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
-    return {**entry, "channel": channel, "description": tier.description,
+    return {**entry, "channel": tier.channel, "description": tier.description,
             "aliases": list(tier.aliases)}
 
 
@@ -3097,7 +3113,7 @@ def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]
     return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
 
 
-def list_models(config: Config, use_next: bool,
+def list_models(config: Config,
                 theirs: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """The entries of /v1/models: auto, each tier once, then what else is behind the router.
 
@@ -3107,7 +3123,7 @@ def list_models(config: Config, use_next: bool,
     said = {str(entry.get("id")): entry for entry in reversed(theirs)}
     listed = [auto_entry(config)]
     for tier in config.offered:
-        own = tier_entry(tier, use_next)
+        own = tier_entry(tier)
         found = [said[name] for name in tier.names if name in said]
         if found:
             listed.append(_merged_entry(own, found[0]))
@@ -4116,12 +4132,12 @@ def _provider_of(model: str) -> str:
     return ""
 
 
-def _wanted_credentials(tier: Tier, entry: LitellmEntry, use_next: bool,
+def _wanted_credentials(tier: Tier, entry: LitellmEntry,
                         certain: bool) -> Sequence[str]:
     """The variables an entry needs, | between those that do instead of each other."""
     if entry.references or entry.has_key:
         return entry.references
-    provider = _provider_of(entry.model or hosted_model(tier, use_next))
+    provider = _provider_of(entry.model or hosted_model(tier))
     if certain and provider in AMBIENT:
         return ()
     wanted = CREDENTIALS.get(provider, ())
@@ -4131,7 +4147,7 @@ def _wanted_credentials(tier: Tier, entry: LitellmEntry, use_next: bool,
 
 
 def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmFile],
-                     use_next: bool = False, certain: bool = False) -> Tuple[str, ...]:
+                     certain: bool = False) -> Tuple[str, ...]:
     """The names of the variables a LiteLLM tier lacks in `env`; none where that cannot be told.
 
     What its entry refers to as os.environ/NAME decides, else what its provider is known to need;
@@ -4139,9 +4155,9 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     """
     if file is None:
         return ()
-    entry = file.entries.get(entry_name(tier, use_next), LitellmEntry(""))
+    entry = file.entries.get(entry_name(tier), LitellmEntry(""))
     lacking: Dict[str, None] = {}
-    for choices in _wanted_credentials(tier, entry, use_next, certain):
+    for choices in _wanted_credentials(tier, entry, certain):
         names = choices.split("|")
         if not any(env.get(name, "").strip() or name in file.environment for name in names):
             lacking[names[0]] = None
@@ -5502,12 +5518,13 @@ def _files_by_repo(config: Config) -> Dict[str, List[str]]:
     for tier in config.tiers:
         if tier.backend != "gguf":
             continue
-        for use_next in (False, True):
-            weights = weights_for(tier, use_next)
+        for channel in ("current", "next"):
+            tier = tier.on_channel(channel)
+            weights = weights_for(tier)
             if weights.repo:
                 parts = dict.fromkeys(split_parts(weights.file))
                 wanted.setdefault(weights.repo, {}).update(parts)
-            for repo, file in hub_files(tier, use_next):
+            for repo, file in hub_files(tier):
                 wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
     return {repo: list(files) for repo, files in wanted.items()}
 
@@ -5516,7 +5533,7 @@ def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
                wanted: Mapping[str, Sequence[str]]) -> List[Job]:
     """A tier's model with what it needs of the same repository, then what it needs of others."""
     repos = {repo: list(files)}
-    for other, file in hub_files(tier, label == "next"):
+    for other, file in hub_files(tier.on_channel(label)):
         repos.setdefault(other, []).extend(split_parts(file))
     jobs: List[Job] = []
     for number, (name, names) in enumerate(repos.items()):
@@ -5541,7 +5558,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     skipped: List[str] = []
     for label in labels:
         for tier in tiers:
-            weights = weights_for(tier, label == "next")
+            weights = weights_for(tier.on_channel(label))
             if tier.backend != "gguf":
                 skipped.append(f"{tier.name} is hosted, so there is nothing to fetch")
             elif weights.path:
@@ -10426,7 +10443,6 @@ class Setting(NamedTuple):
     models_ini: str = ""                        # the path of the file that it serves...
     bundled: bytes = b""                        # ...and what it serves where that is not there
     reload: Optional[Callable[[], Config]] = None       # reads that file again. Errors: UserError
-    use_next: bool = False
     unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}     # tier -> why nobody does
     foreign_logs: Sequence[str] = ()            # of other programs, to be rotated
     remedy: str = "run `llmstack start`"        # where nothing answers behind it
@@ -10493,7 +10509,7 @@ class RouterApp(App):
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
-            route = plan_route(tier, config, self._given.use_next, missing)
+            route = plan_route(tier, config, missing)
             if tier.backend == "openai":
                 url = tier.base_url
                 host = hosts.get(url) or known.get(url) or self._host(url)
@@ -10702,8 +10718,8 @@ class RouterApp(App):
             theirs = [e for e in listing["data"] if isinstance(e, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t, self._given.use_next) for t in config.tiers]
-        return {**listing, "data": list_models(config, self._given.use_next, theirs)}
+            theirs = [tier_entry(t) for t in config.tiers]
+        return {**listing, "data": list_models(config, theirs)}
 
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
@@ -11345,9 +11361,9 @@ def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     return parts[0] if all(parts) else ""
 
 
-def fetching_words(tier: Tier, use_next: bool) -> str:
+def fetching_words(tier: Tier) -> str:
     """What brings a tier's missing file here, as `status` says it."""
-    weights = weights_for(tier, use_next)
+    weights = weights_for(tier)
     if weights.repo:
         return f"llmstack download {tier.name}"
     return f"there is no {visible(weights.path)}"
@@ -11565,7 +11581,7 @@ def _predicts_tokens(path: str) -> bool:
         return False
 
 
-def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
+def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
     """A tier as its command line needs it: its further files by their paths, `auto` decided.
 
     A file that is not here is left out, or, where the tier is no use without it, an error.
@@ -11573,7 +11589,7 @@ def ready_tier(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
     """
     if not tier.server:
         return tier
-    model = cached_model(weights_for(tier, use_next), env)
+    model = cached_model(weights_for(tier), env)
 
     def find(name: str) -> str:
         path = _further_file(name, model, env)
@@ -11630,7 +11646,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     return TierFit(tier.name, source, where, need_gb, fits, tier.ctx_size, note=note)
 
 
-def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_next: bool,
+def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
                   hub: bool = False) -> List[TierFit]:
     """What each tier takes here: see _measure_tier; the hub is asked only with `hub`."""
     fits = []
@@ -11638,7 +11654,7 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str], use_
         if tier.backend != "gguf":
             fits.append(TierFit(tier.name, "hosted", "", 0.0, True, tier.ctx_size))
             continue
-        weights = weights_for(tier, use_next)
+        weights = weights_for(tier)
         path = cached_model(weights, env)
         url = note = ""
         if hub and weights.repo and not path:
@@ -11660,8 +11676,7 @@ def _trained_for(path: str) -> int:
         return 0
 
 
-def trained_contexts(config: Config, env: Mapping[str, str], data: str,
-                     use_next: bool) -> Dict[str, int]:
+def trained_contexts(config: Config, env: Mapping[str, str], data: str) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
 
     Each file's header is read once: contexts.json of the data directory holds what it says.
@@ -11671,7 +11686,7 @@ def trained_contexts(config: Config, env: Mapping[str, str], data: str,
     found: Dict[str, int] = {}
     read: Dict[str, Any] = {}
     for tier in local_tiers(config):
-        path = cached_model(weights_for(tier, use_next), env)
+        path = cached_model(weights_for(tier), env)
         if not path:
             continue
         status = os.stat(path)
@@ -11689,17 +11704,17 @@ def trained_contexts(config: Config, env: Mapping[str, str], data: str,
     return found
 
 
-def true_config(config: Config, places: Places, use_next: bool,
+def true_config(config: Config, places: Places,
                 warn: Optional[Callable[[str], None]] = None) -> Config:
     """`config` with the contexts that its models really have; what that takes away is warned of."""
-    trained = trained_contexts(config, os.environ, places.data, use_next)
+    trained = trained_contexts(config, os.environ, places.data)
     true = with_true_contexts(config, trained)
     for before, after in zip(config.tiers, true.tiers):
         if warn and before != after:
             at = ini_line(places, before.name, "ctx_size")
             warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, os.environ, places.data, use_next))
+    return with_probes(true, known_probes(true, os.environ, places.data))
 
 
 class Trial:
@@ -11708,9 +11723,8 @@ class Trial:
     Errors, at the block's beginning: UserError where the tier does not load.
     """
 
-    def __init__(self, tier: Tier, config: Config, places: Places, env: Mapping[str, str],
-                 use_next: bool = False) -> None:
-        self.tier, self.config, self.use_next = tier, config, use_next
+    def __init__(self, tier: Tier, config: Config, places: Places, env: Mapping[str, str]) -> None:
+        self.tier, self.config = tier, config
         self.log = places.log(f"{tier.name}.log")
         self.loaded_s = 0.0
         self.process: Any = None
@@ -11724,8 +11738,8 @@ class Trial:
             raise UserError("there is no llama-server on this machine",
                             "install llama.cpp, or run `llmstack setup`")
         refused = probe_flags(program, self.config, data)
-        tier = ready_tier(self.tier, env, self.use_next)
-        command = server_command(program, tier, self.config, self._upstream.port, self.use_next,
+        tier = ready_tier(self.tier, env)
+        command = server_command(program, tier, self.config, self._upstream.port,
                                  refused)
         own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
                STACK_VARIABLE: new_mark(self._places.project)}
@@ -11903,12 +11917,11 @@ def probes_file(data: str) -> str:
     return os.path.join(data, "probes.json")
 
 
-def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str,
-                   use_next: bool) -> str:
+def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
     import hashlib
     tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
-    path = cached_model(weights_for(tier, use_next), env)
+    path = cached_model(weights_for(tier), env)
     try:
         program = find_llama_server(tier_config(config, tier), env, data)
         if not (path and program):
@@ -11922,15 +11935,14 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
     return hashlib.sha256("\0".join(facts).encode("utf-8", "replace")).hexdigest()[:24]
 
 
-def known_probes(config: Config, env: Mapping[str, str], data: str,
-                 use_next: bool) -> Dict[str, Dict[str, Any]]:
+def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
     """Tier -> what `probe` has found, of those for which it holds still."""
     rows = _read_json(probes_file(data))
     if not rows:
         return {}
     found = {}
     for tier in local_tiers(config):
-        row = rows.get(probe_identity(tier, config, env, data, use_next))
+        row = rows.get(probe_identity(tier, config, env, data))
         if isinstance(row, dict):
             found[tier.name] = row
     return found
@@ -11946,7 +11958,7 @@ def keep_probe(data: str, identity: str, row: Mapping[str, Any]) -> None:
 
 def probe_problems(config: Config, places: Places) -> List[str]:
     """What a probe has found that keeps a tier from working, a line each."""
-    probes = known_probes(true_config(config, places, False), os.environ, places.data, False)
+    probes = known_probes(true_config(config, places), os.environ, places.data)
     errors = {name: row.get("template_error") for name, row in probes.items()}
     return [f"{name}: its template does not compile: {visible(error)}"
             for name, error in errors.items() if isinstance(error, str) and error]
@@ -12116,7 +12128,6 @@ _CREDENTIAL_FILES = (
 
 
 def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
-                        use_next: bool = False,
                         certain: bool = False) -> Dict[str, Tuple[str, ...]]:
     """LiteLLM tier -> names of the variables it lacks; `env`, `certain` as for tier_credentials."""
     tiers = litellm_tiers(config)
@@ -12127,12 +12138,11 @@ def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     file = read_litellm_file(places, env)
-    found = {t.name: tier_credentials(t, known, file, use_next, certain) for t in tiers}
+    found = {t.name: tier_credentials(t, known, file, certain) for t in tiers}
     return {name: names for name, names in found.items() if names}
 
 
-def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
-               use_next: bool) -> Optional[ProxyPlan]:
+def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
     """What an engine is to run for hosted tiers; None where there are none, or no LiteLLM.
 
     Errors: UserError.
@@ -12144,15 +12154,14 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str],
     if not program:
         return None
     command = litellm_command(program, places, config.litellm_port)
-    lacking = lacking_credentials(places, config, env, use_next, True)
+    lacking = lacking_credentials(places, config, env, True)
     able = [hosted for hosted in litellm_tiers(config) if hosted.name not in lacking]
     # Only what auto may ask is worth a proxy before anybody has asked.
     preload = any(hosted.role in LADDER_ROLES for hosted in able)
     return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, preload)
 
 
-def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
-                    use_next: bool) -> Dict[str, str]:
+def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, str]:
     """LiteLLM tiers that `auto` is to leave alone, with the reason."""
     tiers = litellm_tiers(config)
     if not tiers:
@@ -12165,7 +12174,7 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str],
         why = str(exc)
     if why:
         return {tier.name: why for tier in tiers}
-    lacking = lacking_credentials(places, config, env, use_next, True)
+    lacking = lacking_credentials(places, config, env, True)
     return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
 
 
@@ -12992,14 +13001,14 @@ class Engine:
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
                  log_path: Callable[[str], str], env: Mapping[str, str], budget_gb: float,
-                 use_next: bool = False, first_port: int = FIRST_SERVER_PORT,
+                 first_port: int = FIRST_SERVER_PORT,
                  fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None,
                  parking: Optional[Parking] = None) -> None:
         self._parking = parking
         self._command, self._log, self._log_path = command, log, log_path
         self._env, self._local_env = dict(env), without_credentials(env)
         self._budget_gb, self._first_port = budget_gb, first_port
-        self.use_next, self.config = use_next, config
+        self.config = config
         self._changed = threading.Condition()
         local = local_tiers(config)
         need = self._needs_gb(local, fits)
@@ -13010,7 +13019,7 @@ class Engine:
             self.models[PROXY] = self._proxy
         self._parts = {f.name: f.memory for f in fits if f.memory}
         weights_gb = {name: memory.weights / 1e9 for name, memory in self._parts.items()}
-        self._costs = {t.name: tier_cost(t, use_next, weights_gb.get(t.name, 0.0)) for t in local}
+        self._costs = {t.name: tier_cost(t, weights_gb.get(t.name, 0.0)) for t in local}
         self._tickets: List[Ticket] = []
         self._closing = False
         self._epoch = time.time() - time.monotonic()
@@ -13020,7 +13029,7 @@ class Engine:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
         known = {f.name: f.need_gb for f in fits}
         for tier in local:
-            weights = weights_for(tier, self.use_next)
+            weights = weights_for(tier)
             size_gb = weights.size_gb
             if not size_gb and weights.path:
                 size_gb = file_size(weights.path) / 1e9
@@ -13105,7 +13114,7 @@ class Engine:
         """The share of a model's load that is done, 0.0 where that is not known."""
         if model.proxy or model.process is None:
             return 0.0
-        parts = local_parts(weights_for(model.tier, self.use_next), self._local_env)
+        parts = local_parts(weights_for(model.tier), self._local_env)
         return read_share(model.process.pid, model.command, parts)
 
     def prompt_read(self, model: Model) -> float:
@@ -13118,7 +13127,7 @@ class Engine:
         """False for a model that its server must download first."""
         if model.proxy:
             return True
-        return bool(cached_model(weights_for(model.tier, self.use_next), self._local_env))
+        return bool(cached_model(weights_for(model.tier), self._local_env))
 
     def _queue(self, ticket: Ticket) -> None:
         if ticket not in self._tickets:
@@ -13235,7 +13244,7 @@ class Engine:
         """Learn how long a load took: off the disk where half of the weights came from there."""
         if self._parking is None or model.bay is None:
             return
-        weights = cached_model(weights_for(model.tier, self.use_next), self._local_env)
+        weights = cached_model(weights_for(model.tier), self._local_env)
         fetched = bytes_fetched(model.process.pid)
         kind = "disk" if fetched > file_size(weights) / 2 else "load"
         model.identity = model.bay.identity
@@ -13276,7 +13285,7 @@ class Engine:
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
-        path = weights_for(model.tier, self.use_next).path
+        path = weights_for(model.tier).path
         if path and not os.path.exists(path):
             raise LoadError(f"{model.name}: there is no {path}")
         for tries_left in (2, 1, 0):
@@ -13288,7 +13297,7 @@ class Engine:
             if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
                 if not self._is_here(model):
-                    size = size_words(weights_for(model.tier, self.use_next).size_gb * 1e9)
+                    size = size_words(weights_for(model.tier).size_gb * 1e9)
                     raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
                                     f" llmstack download {model.name}")
                 raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
@@ -13360,7 +13369,7 @@ class Engine:
         if self._parking is None or model.proxy:
             return True
         assert model.upstream is not None
-        weights = cached_model(weights_for(model.tier, self.use_next), self._local_env)
+        weights = cached_model(weights_for(model.tier), self._local_env)
         try:
             identity = parking_identity(model.command, weights, self._local_env)
         except OSError as exc:
@@ -13536,7 +13545,7 @@ class Engine:
         for model in stopped:                   # looks at the disk, so not under the lock
             row = rows[model.name]
             if not self._is_here(model):
-                row.update(state="not here", reason=fetching_words(model.tier, self.use_next))
+                row.update(state="not here", reason=fetching_words(model.tier))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
@@ -13711,7 +13720,7 @@ class EngineApp(Behind):
             model = self.engine.find(tier.name)
             if model is not None:
                 loaded = running.get(model.name) == "ready"
-                entry = tier_entry(tier, self.engine.use_next)
+                entry = tier_entry(tier)
                 entry["status"] = {"value": "loaded" if loaded else "unloaded"}
                 entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
         return entries
@@ -14141,14 +14150,11 @@ class Plan(NamedTuple):
     config: Config
     host: str
     port: int
-    use_next: bool
     kind: str = "embedded"                      # of the engine: embedded | llama-swap
 
     @property
     def channel(self) -> str:
-        if self.use_next:
-            return "next"
-        return "current"
+        return self.config.channel
 
     @property
     def url(self) -> str:
@@ -14170,10 +14176,10 @@ def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
     return found
 
 
-def _ready_for_swap(tier: Tier, env: Mapping[str, str], use_next: bool) -> Tier:
+def _ready_for_swap(tier: Tier, env: Mapping[str, str]) -> Tier:
     """As ready_tier; where a file is not here the tier stays as it is, and alone fails to load."""
     try:
-        return ready_tier(tier, env, use_next)
+        return ready_tier(tier, env)
     except UserError:
         return tier
 
@@ -14191,20 +14197,20 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
     return found
 
 
-def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optional[ProxyPlan],
+def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
                     path: str, drafts: Optional[Drafts] = None) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
     env, local = os.environ, local_tiers(config)
     program = find_llama_server(config, env, places.data)
     refused = probe_flags(program, config, places.data) if program else frozenset()
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, env, use_next)
+    fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
-        ready = _ready_for_swap(tier, env, use_next)
+        ready = _ready_for_swap(tier, env)
         if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data, use_next)
+            identity = probe_identity(tier, config, env, places.data)
             ready = drafts.choose(tier, ready, identity)
         tiers.append(ready)
     config = config._replace(tiers=tuple(tiers))
@@ -14214,7 +14220,7 @@ def write_swap_yaml(places: Places, config: Config, use_next: bool, proxy: Optio
         if program:
             program = (*program, *parking_flags(places.data))
     plan = SwapPlan(
-        config, Binary(program, refused), use_next,
+        config, Binary(program, refused),
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.need_gb for fit in fits},
@@ -14475,7 +14481,7 @@ def program_name(program: Sequence[str]) -> str:
 def _say_started(plan: Plan) -> None:
     places, config = plan.places, plan.config
     program = find_llama_server(config, places.env, places.data)
-    proxy = plan_proxy(places, config, places.env, plan.use_next)
+    proxy = plan_proxy(places, config, places.env)
     engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
     if program:
         engine += f", llama-server is {program_name(program)}"
@@ -14510,7 +14516,7 @@ def _take_down(places: Places) -> int:
 def _daemon_command(plan: Plan) -> List[str]:
     words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
              "--engine", plan.kind]
-    if plan.use_next:
+    if plan.channel == "next":
         words.append("--next")
     return words
 
@@ -14639,25 +14645,23 @@ def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     return {name: _texts_of(row) for name, row in told.items() if isinstance(row, dict)}
 
 
-def _tier_row(tier: Tier, use_next: bool, known: Tuple[str, Any],
+def _tier_row(tier: Tier, known: Tuple[str, Any],
               told: Mapping[str, str]) -> Dict[str, Any]:
     """A tier's row of `status`: `known` of the engine, or `told` by the router of a hosted one."""
     state, since_s = known
-    weights = weights_for(tier, use_next)
-    model, channel = weights.path or weights.file, "current"
+    weights = weights_for(tier)
+    model = weights.path or weights.file
     # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
-        model = hosted_model(tier, use_next)
+        model = hosted_model(tier)
         state, since_s = told.get("state", "unknown"), None
-    if use_next and tier.has_next:
-        channel = "next"
     return {
         "name": tier.name,
         "role": tier.role,
         "backend": tier.backend,
         "ctx_size": tier.ctx_size,
         "model": model,
-        "channel": channel,
+        "channel": tier.channel,
         "state": state,
         "reason": told.get("reason", ""),
         "since_s": since_s,
@@ -14700,13 +14704,12 @@ def running_channel(places: Places) -> str:
 class _Told(NamedTuple):
     """What a running stack tells of its tiers, by name; nothing where it does not run."""
 
-    use_next: bool
     states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
     otherwise: str                              # the state of one that the engine does not name
     hosted: Dict[str, Dict[str, str]]           # by the router
 
 
-def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: Optional[Upstream],
+def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
                engine: Optional[Upstream]) -> _Told:
     states, otherwise = {}, "unknown"
     if engine is not None:
@@ -14717,7 +14720,7 @@ def _ask_tiers(places: Places, config: Config, channel: Optional[str], router: O
     else:
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
-    return _Told(channel == "next", states, otherwise, hosted)
+    return _Told(states, otherwise, hosted)
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
@@ -14751,14 +14754,14 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
 def _tier_rows(places: Places, config: Config, told: _Told,
                env: Mapping[str, str]) -> List[Dict[str, Any]]:
     """The rows of `status`; `env`: that of the daemon, whose credentials count."""
-    lacking = lacking_credentials(places, config, env, told.use_next)
+    lacking = lacking_credentials(places, config, env)
     parking = parking_notes(places.data)
     proxy = told.states.get(PROXY, ("", None))
     rows = []
     for tier in config.tiers:
         name = tier.name
         known = told.states.get(name, (told.otherwise, None))
-        row = _tier_row(tier, told.use_next, known, told.hosted.get(name, {}))
+        row = _tier_row(tier, known, told.hosted.get(name, {}))
         row["parking"] = parking.get(name, "")
         row["settings"] = ""
         if tier.backend == "gguf":
@@ -14817,7 +14820,8 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
     if owner is not None:
         rows["other_owner"] = owner.work
     rows["running"] = router is not None and engine is not None
-    told = _ask_tiers(places, config, rows["channel"], router, engine)
+    config = config.on_channel(rows["channel"] or "")
+    told = _ask_tiers(places, config, router, engine)
     rows["tiers"] = _tier_rows(places, config, told, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
@@ -14850,7 +14854,7 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     key, mcp_url = api_key(env), ""
     if local:
         marker = read_marker(places) or Marker("current")
-        config = true_config(config, places, marker.channel == "next")
+        config = true_config(config.on_channel(marker.channel), places)
         # The router may be of another terminal, and the key be known there.
         key = key or api_key(_environment_of(read_stack(places), {}))
         if any(tier.backend == "litellm" for tier in config.offered):
@@ -15159,7 +15163,7 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     rows = []
     for tier in remote.config.tiers:
         state = states.get(tier.name, (otherwise, None))
-        row = _tier_row(tier, False, state, told.get(tier.name, {}))
+        row = _tier_row(tier, state, told.get(tier.name, {}))
         shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
         rows.append({**row, **shown})
     return rows
@@ -16574,7 +16578,7 @@ def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
     blocks = swap_yaml_commands(text) if serves else {}
     drift: Dict[str, List[str]] = {}
     for tier in local_tiers(config):
-        weights = weights_for(tier, channel == "next")
+        weights = weights_for(tier.on_channel(channel))
         said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
         if meta:
             said += _drift_of_values(tier, weights, meta.get(tier.name))
@@ -16590,7 +16594,7 @@ def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, 
     """What the hub says of the files of local tiers, and a note where it does not answer."""
     wanted: Dict[str, List[str]] = {}
     for tier in tiers:
-        for weights in {weights_for(tier, False), weights_for(tier, True)}:
+        for weights in set(both_weights(tier)):
             if weights.repo:
                 wanted.setdefault(weights.repo, []).append(weights.file)
     found: _HubFiles = {}
@@ -16686,7 +16690,7 @@ def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
     """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
     files = {}
     for label in ("current", "next"):
-        weights = weights_for(tier, label == "next")
+        weights = weights_for(tier.on_channel(label))
         if weights.channel != label:
             continue
         found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
@@ -16745,7 +16749,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
     for difference in litellm_differences(config, read_litellm_file(places, env)):
         name, _, what = difference.partition(": ")
         drift.setdefault(name, []).append(what)
-    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env, False)}
+    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env)}
     busy = {(row["tier"], row["label"]) for row in download_rows(places)
             if row["state"] in ("queued", "running")}
     server, needs = _check_server(config, env, places.data)
@@ -16799,7 +16803,7 @@ def profile_files() -> List[ProfileFile]:
     for name in PROFILES:
         text = read_resource(profile_file(name)).decode("utf-8")
         for tier in local_tiers(parse_models_ini(text)[0]):
-            for weights in dict.fromkeys((weights_for(tier, False), weights_for(tier, True))):
+            for weights in dict.fromkeys(both_weights(tier)):
                 known = known_header(weights.file, weights.size_gb, models)
                 size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
                 users = found.setdefault((weights.repo, weights.file, size_gb), [])
@@ -16882,7 +16886,7 @@ def _may_ask_hub(setup: Setup) -> bool:
 def _setup_hardware(setup: Setup) -> str:
     config = load_config(setup.places)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False, _may_ask_hub(setup))
+    fits = measure_tiers(config, machine, setup.env, _may_ask_hub(setup))
     large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
     said = "every tier fits"
     if large:
@@ -17035,7 +17039,7 @@ def _models_here(config: Config, env: Mapping[str, str]) -> List[Tuple[int, Tier
     """(bytes, tier) of each local tier whose current model is on the disk, the smallest first."""
     here = []
     for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier, False), env)]
+        sizes = [file_size(part) for part in local_parts(weights_for(tier), env)]
         if all(sizes):
             here.append((sum(sizes), tier))
     return sorted(here, key=lambda pair: pair[0])
@@ -17103,7 +17107,7 @@ def _setup_answer(setup: Setup) -> str:
         raise _Skipped("there is no model to load yet")
     size, tier = here[0]
     path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier, False)} {size}"
+    proof = f"{_stamp(program)} {weights_for(tier)} {size}"
     if _read_json(path).get(tier.name) == proof:
         return f"{tier.name} has answered before"
     seconds, words = prove_tier(tier, config, setup)
@@ -17565,7 +17569,7 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
     return upstream, load_config(places)
 
 
-def wants_next(places: Places, config: Config, asked: str = "", running: str = "") -> bool:
+def chosen_channel(places: Places, config: Config, asked: str = "", running: str = "") -> str:
     """The channel to run: as `asked`, else the one that is `running`, else the project's own.
 
     Errors: UserError where nothing is queued.
@@ -17573,19 +17577,19 @@ def wants_next(places: Places, config: Config, asked: str = "", running: str = "
     # What is asked on the command line goes before the environment, that before what runs.
     use_next = places.env.get("LLMSTACK_USE_NEXT", "")
     if asked == "current":
-        return False
+        return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
         check_queued(config)
-        return True
+        return "next"
     marker = read_marker(places)
     if not running and marker:
         running = marker.channel
     if running != "next":
-        return False
+        return "current"
     if not any(t.has_next for t in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
-        return False
-    return True
+        return "current"
+    return "next"
 
 
 def _warn_of_missing(config: Config) -> None:
@@ -17614,8 +17618,8 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     check_exposure(host, config, places.env)
     _warn_of_missing(config)
     kind = choose_engine(config, places.env, places.data)
-    use_next = wants_next(places, config, args.channel, channel)
-    return Plan(places, config, host, port, use_next, kind)
+    config = config.on_channel(chosen_channel(places, config, args.channel, channel))
+    return Plan(places, config, host, port, kind)
 
 
 def port_number(text: str) -> int:
@@ -17935,9 +17939,8 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row
-    use_next = rows["channel"] == "next"
-    if not cached_model(weights_for(tier, use_next), places.env):
-        row.update(state="not here", reason=fetching_words(tier, use_next))
+    if not cached_model(weights_for(tier), places.env):
+        row.update(state="not here", reason=fetching_words(tier))
     return row
 
 
@@ -18044,7 +18047,7 @@ def _cmd_status(args: Any) -> int:
     try:
         if not pinned_url(places):
             config = planned_config(places)
-            config = true_config(config, places, running_channel(places) == "next")
+            config = true_config(config.on_channel(running_channel(places)), places)
     except UserError as exc:
         # What runs is of interest all the more.
         broken = exc
@@ -18199,16 +18202,14 @@ def _install_local(args: Any, places: Places) -> int:
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, _ask)
-    use_next = wants_next(places, config, args.channel)
-    config = true_config(config, places, use_next, warn)
+    config = config.on_channel(chosen_channel(places, config, args.channel))
+    config = true_config(config, places, warn)
     url = base_url(*router_address(places, config))
     text = project_opencode_json(places, config, url, places.env)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    channel = "current"
-    if use_next:
-        channel = "next"
+    channel = config.channel
     _wire(places, Marker(channel), text, config)
     running = running_channel(places)
     if not running:
@@ -18234,7 +18235,7 @@ def _why_config(places: Places) -> Config:
     if url:
         return fetch_remote(url, os.environ).config
     config = planned_config(places, warn)
-    return true_config(config, places, running_channel(places) == "next", warn)
+    return true_config(config.on_channel(running_channel(places)), places, warn)
 
 
 def _read_body(file: str) -> Dict[str, Any]:
@@ -18294,7 +18295,7 @@ def _why_body(words: Sequence[str], path: str) -> Dict[str, Any]:
 def _why_decision(body: Dict[str, Any], places: Places, config: Config, path: str) -> Decision:
     """The decision for a body, as the router would make it. Errors: UserError."""
     barred = {**missing_credentials(config, os.environ),
-              **unserved_hosted(places, config, os.environ, False)}
+              **unserved_hosted(places, config, os.environ)}
     try:
         facts = read_facts(path, body, config.routing.ultra_triggers)
         return decide(facts, config, barred=barred)
@@ -18407,7 +18408,7 @@ def _cmd_why(args: Any) -> int:
     wrong = ""
     tier = config.by_name(decision.tier)
     if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
-        wrong = plan_route(tier, config, False, decision.down).refused[1]
+        wrong = plan_route(tier, config, decision.down).refused[1]
     costs = _known_costs(places, decision)
     if not args.json:
         _say_why(decision, renamed, wrong, costs)
@@ -18431,7 +18432,7 @@ class Unserved:
 
     def __call__(self, config: Config) -> Dict[str, str]:
         places = self._plan.places
-        found = unserved_hosted(places, config, places.env, self._plan.use_next)
+        found = unserved_hosted(places, config, places.env)
         for tier in config.tiers:
             if tier.backend != "openai" and tier.name not in self._known:
                 found[tier.name] = "the engine does not know it before `llmstack restart`"
@@ -18452,15 +18453,14 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         # The demo's model lies elsewhere by design.
         if not places.is_demo:
             check_run_trust(places)
-        config = load_config(places, log.warning)
-        return true_config(config, places, plan.use_next, log.warning)
+        config = load_config(places, log.warning).on_channel(plan.channel)
+        return true_config(config, places, log.warning)
 
     setting = Setting(
         loopback=is_loopback(plan.host),
         key=api_key(places.env),
         models_ini=places.models_ini,
         reload=reload,
-        use_next=plan.use_next,
         unserved=Unserved(plan),
         remedy=remedy,
         env=places.env,
@@ -18534,12 +18534,12 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
-def _embedded_app(places: Places, config: Config, use_next: bool, log: Log,
+def _embedded_app(places: Places, config: Config, log: Log,
                   drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ, use_next)
+    fits = measure_tiers(config, machine, os.environ)
     config = with_caches(config, fits, machine)
     parking = open_parking(places.data, config, log)
     refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
@@ -18556,9 +18556,9 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log,
     def command(tier: Tier, port: int) -> List[str]:
         server = find_llama_server(tier_config(config, tier), os.environ, places.data)
         flags = probe(server)
-        identity = probe_identity(tier, config, os.environ, places.data, use_next)
-        tier = drafts.choose(tier, ready_tier(tier, os.environ, use_next), identity)
-        words = server_command(server, tier, config, port, use_next, flags)
+        identity = probe_identity(tier, config, os.environ, places.data)
+        tier = drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        words = server_command(server, tier, config, port, flags)
         if parking is not None and parking.parks and "--slot-save-path" not in flags:
             words += parking_flags(places.data)
         return words
@@ -18566,23 +18566,23 @@ def _embedded_app(places: Places, config: Config, use_next: bool, log: Log,
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
-                    _without_our_key(os.environ), machine.budget_gb, use_next, fits=fits,
-                    proxy=plan_proxy(places, config, os.environ, use_next), parking=parking)
+                    _without_our_key(os.environ), machine.budget_gb, fits=fits,
+                    proxy=plan_proxy(places, config, os.environ), parking=parking)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(places: Places, config: Config, use_next: bool, log: Log,
+def _swap_app(places: Places, config: Config, log: Log,
               drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
     data = places.data
     env = _without_our_key(os.environ)
-    proxy = plan_proxy(places, config, env, use_next)
+    proxy = plan_proxy(places, config, env)
     if proxy:
         env = litellm_env(env)
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
     server = find_llama_server(config, env, data)
-    write_swap_yaml(places, config, use_next, proxy, path, drafts)
+    write_swap_yaml(places, config, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
@@ -18595,8 +18595,8 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log,
     refused = probe_flags(server, config, data) if server else frozenset()
 
     def identify(tier: Tier) -> str:
-        words = server_command(server, tier, config, 0, use_next, refused)
-        weights = cached_model(weights_for(tier, use_next), env)
+        words = server_command(server, tier, config, 0, refused)
+        weights = cached_model(weights_for(tier), env)
         return parking_identity([*words, *parking_flags(data)], weights, env)
 
     if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
@@ -18607,8 +18607,8 @@ def _swap_app(places: Places, config: Config, use_next: bool, log: Log,
 def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
     """What is behind the router. Errors: UserError."""
     if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, plan.use_next, log, drafts)
-    return _embedded_app(plan.places, plan.config, plan.use_next, log, drafts)
+        return _swap_app(plan.places, plan.config, log, drafts)
+    return _embedded_app(plan.places, plan.config, log, drafts)
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
@@ -18640,9 +18640,9 @@ def _cmd_daemon(args: Any) -> int:
     level = places.env.get("LOG_LEVEL", "info")
     log = Log(places.log("router.log"), level)
     engine_log = Log(places.log("engine.log"), level)
-    use_next = args.channel == "next"
-    config = true_config(load_config(places), places, use_next, engine_log.warning)
-    plan = Plan(places, config, args.host, args.port, use_next, args.engine)
+    config = load_config(places).on_channel(args.channel)
+    config = true_config(config, places, engine_log.warning)
+    plan = Plan(places, config, args.host, args.port, args.engine)
     more_files()
     hold_little_memory()
     try:

@@ -157,7 +157,7 @@ class Chooser:
             own = tier._replace(hf_file=candidate.file, quant=candidate.quant,
                                 size_gb=round(candidate.size_bytes / 1e9, 2))
             if header is None:                  # of one, the others differ in their weights alone
-                header = llmstack.hub_header(llmstack.weights_for(own, False), os.environ)
+                header = llmstack.hub_header(llmstack.weights_for(own), os.environ)
                 measured = candidate.size_bytes
             grown = header.tensor_bytes * candidate.size_bytes // max(measured, 1)
             choice = self.with_context(own, header._replace(tensor_bytes=grown))

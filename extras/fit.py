@@ -115,11 +115,11 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     llmstack.refuse_external(places)
     config = llmstack.planned_config(places, llmstack.warn)
     chosen = chosen_tiers(config, args.tiers, llmstack)
-    use_next = llmstack.wants_next(places, config, args.next)
-    config = llmstack.true_config(config, places, use_next, llmstack.warn)
+    config = config.on_channel(llmstack.chosen_channel(places, config, args.next))
+    config = llmstack.true_config(config, places, llmstack.warn)
     machine = llmstack.running_machine(places, config) or llmstack.this_machine(config)
     devices = seen_devices(config, places, llmstack) if machine.gpu else []
-    fits = llmstack.measure_tiers(config, machine, os.environ, use_next, True)
+    fits = llmstack.measure_tiers(config, machine, os.environ, True)
     fits = [fit for fit in fits if fit.name in chosen]
     sets = [{"tiers": tiers, "need_gb": need_gb, "fits": need_gb <= machine.budget_gb}
             for tiers, need_gb in llmstack.fit_sets(config, fits, machine.budget_gb)]

@@ -32,8 +32,7 @@ def wanted_by(config: Any, llmstack: Any) -> Dict[Tuple[str, str], List[str]]:
     for tier in config.tiers:
         if tier.backend != "gguf":
             continue
-        for use_next in (False, True):
-            weights = llmstack.weights_for(tier, use_next)
+        for weights in llmstack.both_weights(tier):
             where = (weights.repo, weights.file) if weights.repo else ("", weights.path)
             names = found.setdefault(where, [])
             label = f"{tier.name} (next)" if weights.channel == "next" else tier.name

@@ -294,8 +294,8 @@ def cards_gb(llmstack: Any) -> float:
 class Prober:
     """Measures the tiers of a configuration, one after the other."""
 
-    def __init__(self, places: Any, config: Any, use_next: bool, llmstack: Any) -> None:
-        self.places, self.config, self.use_next = places, config, use_next
+    def __init__(self, places: Any, config: Any, llmstack: Any) -> None:
+        self.places, self.config = places, config
         self.llmstack = llmstack
         found = llmstack.running_machine(places, config)
         self.machine = found or llmstack.this_machine(config)
@@ -312,12 +312,12 @@ class Prober:
         """What there is to say of a tier; kept. Errors: UserError."""
         llmstack = self.llmstack
         alone = self.config._replace(tiers=(tier,))
-        fit = llmstack.measure_tiers(alone, self.machine, os.environ, self.use_next)[0]
+        fit = llmstack.measure_tiers(alone, self.machine, os.environ)[0]
         self.check_room(fit)
         least = tier._replace(cache_ram_mib=llmstack.LEAST_CACHE_MIB, ctx_checkpoints=1)
         row: Dict[str, Any] = {"tier": tier.name, "when": round(time.time())}
         before_gb = cards_gb(llmstack)
-        trial = llmstack.Trial(least, self.config, self.places, os.environ, self.use_next)
+        trial = llmstack.Trial(least, self.config, self.places, os.environ)
         try:
             with trial:
                 self._ask(trial, tier, row)
@@ -339,7 +339,7 @@ class Prober:
 
     def _keep(self, tier: Any, row: Dict[str, Any]) -> None:
         data, llmstack = self.places.data, self.llmstack
-        name = llmstack.probe_identity(tier, self.config, os.environ, data, self.use_next)
+        name = llmstack.probe_identity(tier, self.config, os.environ, data)
         if name:
             llmstack.keep_probe(data, name, row)
 
@@ -419,7 +419,7 @@ def show(row: Mapping[str, Any], llmstack: Any) -> None:
 # ---- the command
 
 
-def chosen(names: Sequence[str], config: Any, use_next: bool, llmstack: Any) -> List[Any]:
+def chosen(names: Sequence[str], config: Any, llmstack: Any) -> List[Any]:
     """The tiers to measure. Errors: UserError."""
     local = {tier.name: tier for tier in llmstack.local_tiers(config)}
     for name in names:
@@ -429,11 +429,11 @@ def chosen(names: Sequence[str], config: Any, use_next: bool, llmstack: Any) -> 
                                      f"one of: {known}", 2)
     found = []
     for tier in [local[name] for name in dict.fromkeys(names)] or local.values():
-        if llmstack.cached_model(llmstack.weights_for(tier, use_next), os.environ):
+        if llmstack.cached_model(llmstack.weights_for(tier), os.environ):
             found.append(tier)
         elif names:
             raise llmstack.UserError(f"the model of {tier.name} is not here",
-                                     llmstack.fetching_words(tier, use_next))
+                                     llmstack.fetching_words(tier))
     if not found:
         raise llmstack.UserError("no model of this project is here", "`llmstack download`")
     return found
@@ -488,10 +488,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     llmstack.refuse_external(places)
     llmstack.check_run_trust(places)
     config = llmstack.load_config(places, llmstack.warn)
-    use_next = args.next or llmstack.running_channel(places) == "next"
-    config = llmstack.true_config(config, places, use_next)
-    prober = Prober(places, config, use_next, llmstack)
-    tiers = chosen(args.tiers, config, use_next, llmstack)
+    channel = "next" if args.next else llmstack.running_channel(places)
+    config = llmstack.true_config(config.on_channel(channel), places)
+    prober = Prober(places, config, llmstack)
+    tiers = chosen(args.tiers, config, llmstack)
     rows, failed = measure(tiers, prober, args.json)
     if args.json:
         llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -32,7 +32,7 @@ def router_before(upstream: Any, places: Any, config: Any, host: str, llmstack: 
 
     def reload() -> Any:
         llmstack.check_run_trust(places)
-        return llmstack.load_config(places, log.warning)
+        return llmstack.load_config(places, log.warning).on_channel(config.channel)
 
     setting = llmstack.Setting(
         loopback=llmstack.is_loopback(host),
@@ -40,7 +40,6 @@ def router_before(upstream: Any, places: Any, config: Any, host: str, llmstack: 
         models_ini=places.models_ini,
         bundled=bundled,
         reload=reload,
-        use_next=llmstack.wants_next(places, config),
         remedy="start it, or name another --upstream",
         env=os.environ,
     )
@@ -58,6 +57,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     places = llmstack.find_places(os.environ)
     llmstack.check_run_trust(places)
     config = llmstack.load_config(places, llmstack.warn)
+    config = config.on_channel(llmstack.chosen_channel(places, config))
     host, port = args.host or config.host, args.port
     if port is None:
         port = config.router_port
@@ -67,9 +67,8 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         app = router_before(upstream, places, config, host, llmstack)
     else:
         upstream = llmstack.Upstream("127.0.0.1", config.engine_port)
-        use_next = llmstack.wants_next(places, config)
         log = llmstack.Log("", os.environ.get("LOG_LEVEL", "info"))
-        plan = llmstack.Plan(places, config, host, port, use_next)
+        plan = llmstack.Plan(places, config, host, port)
         app = llmstack.router_app(plan, llmstack.UpstreamApp(upstream, log), log)
     llmstack.more_files()
     llmstack.hold_little_memory()

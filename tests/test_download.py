@@ -859,9 +859,10 @@ def test_nothing_that_a_mirror_names_reaches_the_terminal_raw(releases: FakeRele
 def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places, server_here: None,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = llmstack.parse_models_ini(INI)
-    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, llmstack.posix_quote)
-    for use_next in (False, True):
-        text = llmstack.render_llama_swap_yaml(plan._replace(use_next=use_next))
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), llmstack.posix_quote)
+    for channel in ("current", "next"):
+        running = plan._replace(config=config.on_channel(channel))
+        text = llmstack.render_llama_swap_yaml(running)
         Path(places.in_state("llama-swap.yaml")).write_text(text)
         assert llmstack.find_drift(places, config) == {}
     text = llmstack.render_llama_swap_yaml(plan)

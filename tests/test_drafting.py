@@ -111,10 +111,10 @@ def test_what_was_asked_for_is_never_taken_back(lines: tuple[str, ...], places: 
 def test_llama_swap_is_told_the_same(places: llmstack.Places) -> None:
     config = configured(places, "draft = ../noise.gguf")
     drafts, path = open_drafts(places), Path("swap.yaml")
-    llmstack.write_swap_yaml(places, config, False, None, str(path), drafts)
+    llmstack.write_swap_yaml(places, config, None, str(path), drafts)
     assert "draft-simple" in path.read_text()
     drafts.hear(row(TRIAL, 20.0))
-    llmstack.write_swap_yaml(places, config, False, None, str(path), drafts)
+    llmstack.write_swap_yaml(places, config, None, str(path), drafts)
     assert "noise.gguf" in path.read_text()
     assert "-md" not in path.read_text()
 

@@ -193,7 +193,7 @@ class Stage:
 
     def command(self, tier: llmstack.Tier, port: int) -> List[str]:
         program = [sys.executable, "-I", "-S", str(FAKE), str(self.directory)]
-        return llmstack.server_command(program, tier, self.config, port, False, frozenset())
+        return llmstack.server_command(program, tier, self.config, port, frozenset())
 
     def call(self) -> Call:
         self.calls.append(Call(self.server.server_port))
@@ -1486,7 +1486,7 @@ def test_real_llama_cpp_is_served_and_swapped(
 
     class RealStage(Stage):
         def command(self, tier: llmstack.Tier, port: int) -> List[str]:
-            return llmstack.server_command(program, tier, config, port, False, refused)
+            return llmstack.server_command(program, tier, config, port, refused)
 
     stage = RealStage(tmp_path / "stage", config, 1e9, FIRST_PORT)
     try:

@@ -135,5 +135,5 @@ def test_from_an_empty_project_to_an_answer_in_one_command(hub: FakeHub, real_da
     assert add("owner/noise-GGUF:Q4_K_M") == 0
     assert re.search(r"noise is loaded in [0-9.]+ s and answers '.+'", capsys.readouterr().out)
     tier = llmstack.load_config(llmstack.find_places(os.environ)).tiers[0]
-    path = llmstack.cached_model(llmstack.weights_for(tier, False), os.environ)
+    path = llmstack.cached_model(llmstack.weights_for(tier), os.environ)
     assert Path(path).read_bytes() == hub.repos["owner/noise-GGUF"]["noise-Q4_K_M.gguf"]

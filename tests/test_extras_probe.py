@@ -167,7 +167,7 @@ def write_ini(lines: str) -> None:
 
 
 def true_tier(places: llmstack.Places) -> llmstack.Tier:
-    return llmstack.true_config(llmstack.load_config(places), places, False).tiers[0]
+    return llmstack.true_config(llmstack.load_config(places), places).tiers[0]
 
 
 def test_a_tier_is_measured_and_that_counts(
@@ -189,11 +189,11 @@ def test_a_tier_is_measured_and_that_counts(
     path = Path(llmstack.probes_file(places.data))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert not true_tier(places).tool_call
-    config = llmstack.true_config(llmstack.load_config(places), places, False)
+    config = llmstack.true_config(llmstack.load_config(places), places)
     text = llmstack.render_opencode_json(config, "http://x", "/a")
     models = json.loads(text)["provider"]["llama.cpp"]["models"]
     assert models["code-fast"]["tool_call"] is False
-    assert "tools" not in llmstack.tier_entry(config.tiers[0], False)["capabilities"]
+    assert "tools" not in llmstack.tier_entry(config.tiers[0])["capabilities"]
     write_ini("tool_call = yes\n")
     assert true_tier(places).tool_call, "what models.ini says itself"
     write_ini("cache_type_k = f16\n")

@@ -442,7 +442,7 @@ def test_a_silent_hub_is_asked_once_and_not_for_each_tier(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("urllib.request.urlopen", silent)
     tiers = tuple(llmstack.Tier(name, hf_repo="owner/name", hf_file=f"{name}.gguf", size_gb=1) for name in ("a", "b"))
-    fits = llmstack.measure_tiers(llmstack.Config(tiers=tiers), llmstack.Machine(4.0, "test", False), os.environ, False, True)
+    fits = llmstack.measure_tiers(llmstack.Config(tiers=tiers), llmstack.Machine(4.0, "test", False), os.environ, True)
     assert fits[0].note == "the model hub cannot be reached at huggingface.co: timed out"
     assert [fit.source for fit in fits] == ["size_gb", "size_gb"]
     assert len(asked) == 1
@@ -493,7 +493,7 @@ def test_sets_beyond_the_budget_are_left_out_and_named(config: llmstack.Config) 
     assert [s.tiers for s in llmstack.residency_sets(config, need, 51.5)] == [
         ("code-fast", "plan"), ("code-fast", "plan-uncensored"), ("code-fast", "plan", "plan-uncensored"), ("code-smart",)]
     weights = {"code-smart": 9.0}
-    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, str,
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), str,
                              need_gb=need, weights_gb=weights, budget_gb=40.0)
     text = llmstack.render_llama_swap_yaml(plan)
     assert "# left out: code-fast + code-smart would take ~55.1 GB, and there are 40.0" in text

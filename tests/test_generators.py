@@ -87,7 +87,7 @@ NEXT_FILES = {"code-smart": "Qwen3-Coder-Next-UD-Q4_K_XL.gguf", "plan": "Qwopus-
 
 @pytest.mark.parametrize("name", OWN)
 def test_server_command_of_each_bundled_tier(config: Config, name: str) -> None:
-    command = llmstack.server_command((*PROGRAM, "_sub"), tier(config, name), config, 10007, False, NONE)
+    command = llmstack.server_command((*PROGRAM, "_sub"), tier(config, name), config, 10007, NONE)
     assert command[:2] == [*PROGRAM, "_sub"]
     assert options(command[2:]) == {**SHARED, **OWN[name]}
 
@@ -101,7 +101,7 @@ def test_the_next_channel_changes_the_file_and_nothing_else(config: Config, name
 def test_settings_of_default_reach_the_command_line() -> None:
     config = Config().with_settings({"n_gpu_layers": "all", "flash_attn": "off", "jinja": False, "threads": 6,
                                      "cache_type_k": "f16", "cache_type_v": "bf16"})
-    flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, False, NONE)[1:])
+    flags = options(llmstack.server_command(PROGRAM, local("a"), config, 1, NONE)[1:])
     assert flags == {"--host": "127.0.0.1", "--port": "1", "-hf": "owner/a-GGUF", "-hff": "a.gguf", "-ngl": "all", "-fa": "off",
                      "--cache-type-k": "f16", "--cache-type-v": "bf16", "--threads": "6",
                      "--slot-prompt-similarity": "0.8", "--no-warmup": "", "--no-mmap": "",
@@ -111,7 +111,7 @@ def test_settings_of_default_reach_the_command_line() -> None:
 
 
 def test_a_path_is_given_as_a_file_and_never_as_a_repository() -> None:
-    flags = options(llmstack.server_command(PROGRAM, Tier("a", path="/big disk/a.gguf"), Config(), 1, False, NONE)[1:])
+    flags = options(llmstack.server_command(PROGRAM, Tier("a", path="/big disk/a.gguf"), Config(), 1, NONE)[1:])
     assert flags["-m"] == "/big disk/a.gguf"
     assert not {"-hf", "-hff"} & set(flags)
 
@@ -132,8 +132,8 @@ def test_numbers_of_a_sampler_are_written_plainly(value: float, word: str) -> No
 ])
 def test_what_the_next_channel_runs(queued: dict[str, Any], repo: str, file: str, gb: float, quant: str, channel: str) -> None:
     mine = local("a", size_gb=9.0, quant="Q4", **queued)
-    assert llmstack.weights_for(mine, True) == llmstack.Weights(repo, file, "", gb, quant, channel)
-    assert llmstack.weights_for(mine, False) == llmstack.Weights("owner/a-GGUF", "a.gguf", "", 9.0, "Q4", "current")
+    assert llmstack.weights_for(mine.on_channel("next")) == llmstack.Weights(repo, file, "", gb, quant, channel)
+    assert llmstack.weights_for(mine) == llmstack.Weights("owner/a-GGUF", "a.gguf", "", 9.0, "Q4", "current")
 
 
 # ---- What an installed llama-server refuses
@@ -153,7 +153,7 @@ def test_accepted_flags(flags: list[tuple[str, ...]], refused: list[str], kept: 
 
 def test_a_command_holds_nothing_that_is_refused(config: Config) -> None:
     refused = frozenset({"--no-mmap", "--jinja", "--min-p", "--no-warmup"})
-    flags = options(llmstack.server_command(PROGRAM, tier(config, "plan"), config, 10007, False, refused)[1:])
+    flags = options(llmstack.server_command(PROGRAM, tier(config, "plan"), config, 10007, refused)[1:])
     expected = {k: v for k, v in {**SHARED, **OWN["plan"]}.items() if k not in refused}
     assert flags == {**expected, "--load-mode": "none"}
 
@@ -216,7 +216,7 @@ def test_every_question_ends_in_version_and_the_first_asks_for_all(
     assert len(asked) <= 2, "one question is enough for a build that takes everything"
     flags = set(options(max(asked, key=len)))
     for name in OWN:
-        command = llmstack.server_command((), tier(config, name), config, 1, False, NONE)
+        command = llmstack.server_command((), tier(config, name), config, 1, NONE)
         assert set(options(command)) - {"--host", "--port", "-hf", "-hff"} <= flags
 
 
@@ -225,7 +225,7 @@ def test_a_probed_command_is_taken_by_the_build(
     binary.build("--no-mmap", "--min-p")
     refused = probe()
     for name in OWN:
-        command = llmstack.server_command((str(binary.path),), tier(config, name), config, 1, False, refused)
+        command = llmstack.server_command((str(binary.path),), tier(config, name), config, 1, refused)
         assert subprocess.run(command, check=False).returncode == 0
 
 
@@ -400,14 +400,14 @@ def test_evictions_always_leave_a_set_and_never_cost_more_than_another_set(confi
 # ---- llama-swap.yaml
 
 
-def render(config: Config, program: Sequence[str] = PROGRAM, use_next: bool = False, refused: frozenset[str] = NONE) -> str:
+def render(config: Config, program: Sequence[str] = PROGRAM, refused: frozenset[str] = NONE) -> str:
     server = llmstack.Binary(tuple(program), refused)
-    return llmstack.render_llama_swap_yaml(llmstack.SwapPlan(config, server, use_next, llmstack.posix_quote))
+    return llmstack.render_llama_swap_yaml(llmstack.SwapPlan(config, server, llmstack.posix_quote))
 
 
-def render_and_load(config: Config, program: Sequence[str] = PROGRAM, use_next: bool = False,
+def render_and_load(config: Config, program: Sequence[str] = PROGRAM,
                     refused: frozenset[str] = NONE) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(render(config, program, use_next, refused))
+    loaded: dict[str, Any] = yaml.safe_load(render(config, program, refused))
     return loaded
 
 
@@ -446,12 +446,13 @@ def test_yaml_models(config: Config) -> None:
         }
 
 
-@pytest.mark.parametrize("use_next", [False, True])
+@pytest.mark.parametrize("channel", ["current", "next"])
 @pytest.mark.parametrize("refused", [NONE, frozenset({"--no-mmap"}), frozenset({"--no-mmap", "--load-mode", "--min-p", "-fa"})])
-def test_yaml_runs_the_same_command_as_the_embedded_engine(config: Config, use_next: bool, refused: frozenset[str]) -> None:
-    loaded = render_and_load(config, PROGRAM, use_next, refused)
+def test_yaml_runs_the_same_command_as_the_embedded_engine(config: Config, channel: str, refused: frozenset[str]) -> None:
+    config = config.on_channel(channel)
+    loaded = render_and_load(config, PROGRAM, refused)
     for mine in config.tiers:
-        expected = llmstack.server_command(PROGRAM, mine, config, 10007, use_next, refused)
+        expected = llmstack.server_command(PROGRAM, mine, config, 10007, refused)
         words = words_of(loaded, mine.name, 10007)
         assert words[0] == PROGRAM[0]
         assert options(words[1:]) == options(expected[1:])
@@ -464,7 +465,7 @@ def test_yaml_matrix(config: Config) -> None:
         "evict_costs": {"f": 2, "c": 30, "p": 6, "u": 9, "x4": 1},
         "sets": {"a_agent": "f & c", "b_plan": "f & p", "c_plan_uncensored": "f & u", "d_chats": "f & p & u"},
     }
-    assert render_and_load(config, use_next=True)["matrix"]["evict_costs"] == {
+    assert render_and_load(config.on_channel("next"))["matrix"]["evict_costs"] == {
         "f": 2, "c": 30, "p": 8, "u": 13, "x4": 1}
 
 
@@ -520,7 +521,7 @@ def test_upgrade_points_stand_at_every_tier(config: Config) -> None:
 
 
 def test_the_next_channel_says_so_where_it_applies(config: Config) -> None:
-    text = render(config, use_next=True)
+    text = render(config.on_channel("next"))
     assert "(channel next)" in text.splitlines()[0]
     models = yaml.safe_load(text)["models"]
     for mine in config.tiers:
@@ -739,7 +740,7 @@ def test_the_real_llama_swap_reads_the_file_and_evicts_as_we_do(swap: Swap, conf
         port = int(options(words)["--port"])
         assert words[0].startswith("--")
         assert options(words) == options(
-            llmstack.server_command((), target, config, port, False, frozenset({"--no-mmap"})))
+            llmstack.server_command((), target, config, port, frozenset({"--no-mmap"})))
         loaded = {*loaded, target.name} - set(llmstack.choose_evictions(target.name, sorted(loaded), sets, costs))
         assert loaded == together
         assert swap.running() == dict.fromkeys(together, "ready")
@@ -757,13 +758,13 @@ def test_the_entry_of_auto(config: Config) -> None:
 
 def test_the_entry_of_a_tier(config: Config) -> None:
     smart = tier(config, "code-smart")
-    current, queued = (llmstack.tier_entry(smart, use_next) for use_next in (False, True))
+    current, queued = (llmstack.tier_entry(smart.on_channel(channel)) for channel in ("current", "next"))
     assert current["id"] == "code-smart"
     assert current["aliases"] == ["agent", "smart", "code", "coder"]
     assert current["meta"]["llmstack"] == {"tier": "code", "role": "agent", "ctx_size": 65536, "channel": "current",
                                            "backend": "gguf", "size_gb": 45.0, "quant": "Q4_K_M"}
     assert queued["meta"]["llmstack"] == {**current["meta"]["llmstack"], "channel": "next", "size_gb": 50.0,
                                           "quant": "UD-Q4_K_XL"}
-    hosted = llmstack.tier_entry(HOSTED, False)["meta"]["llmstack"]
+    hosted = llmstack.tier_entry(HOSTED)["meta"]["llmstack"]
     assert (hosted["backend"], hosted["model"]) == ("litellm", "x/y")
     assert "size_gb" not in hosted

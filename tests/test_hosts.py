@@ -52,10 +52,11 @@ class Rig:
                                     "aliases": ("best",), **tier}
         self.url = url or f"{'https' if tls else 'http'}://127.0.0.1:{self.host.port}{path}"
         ultra = Tier("code-ultra", "ultra", base_url=self.url, **settings)
-        self.config = Config(tiers=(ultra, *tiers), local_only=local_only)
+        channel = "next" if tier.get("model_next") else "current"
+        self.config = Config(tiers=(ultra, *tiers), local_only=local_only).on_channel(channel)
         setting = llmstack.Setting(
             env=ENV if env is None else env, clock=self.clock,
-            use_next=bool(tier.get("model_next")), reload=lambda: self.config)
+            reload=lambda: self.config)
         behind = llmstack.UpstreamApp(llmstack.Upstream("127.0.0.1", self.engine.port), self.log)
         self.app = llmstack.RouterApp(self.config, behind, self.log, setting)
         self._server = llmstack.make_server("127.0.0.1", 0, self.app)

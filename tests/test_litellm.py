@@ -255,18 +255,19 @@ def test_a_variable_that_the_file_sets_is_not_missing() -> None:
 
 
 def test_the_next_channel_has_credentials_of_its_own() -> None:
-    tier = hosted(model_next="groq/x")
+    tier = hosted(model_next="groq/x").on_channel("next")
     file = llmstack.LitellmFile({}, frozenset())
-    assert llmstack.tier_credentials(tier, {"ANTHROPIC_API_KEY": "k"}, file, True) == ("GROQ_API_KEY",)
+    assert llmstack.tier_credentials(tier, {"ANTHROPIC_API_KEY": "k"}, file) == ("GROQ_API_KEY",)
 
 
 def test_the_proxy_starts_at_once_where_the_channel_that_runs_has_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("x",))
     config = Config(tiers=(hosted(model="groq/a", model_next="openai/b"),))
-    for use_next in (False, True):
-        plan = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"OPENAI_API_KEY": "x"}, use_next)
+    for channel in ("current", "next"):
+        plan = llmstack.plan_proxy(llmstack.find_places(os.environ), config.on_channel(channel),
+                                   {"OPENAI_API_KEY": "x"})
         assert plan is not None
-        assert plan.preload == use_next
+        assert plan.preload == (channel == "next")
 
 
 def test_llama_server_gets_no_credentials_and_the_proxy_no_database() -> None:
@@ -444,7 +445,7 @@ def test_code_ultra_is_switched_on_where_litellm_is(monkeypatch: pytest.MonkeyPa
 def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it() -> None:
     places = llmstack.find_places(os.environ)
     config = Config(tiers=(hosted(), Tier("code-smart", role="agent", path="x")))
-    assert llmstack.unserved_hosted(places, config, {}, False) == {"code-ultra": llmstack.INSTALL_LITELLM}
+    assert llmstack.unserved_hosted(places, config, {}) == {"code-ultra": llmstack.INSTALL_LITELLM}
     asked: list[str] = []
     why = llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
     assert why == llmstack.INSTALL_LITELLM
@@ -468,7 +469,7 @@ def test_llama_swap_keeps_the_proxy_beside_everything() -> None:
     tier = llmstack.proxy_tier(Config(tiers=(hosted(aliases=("opus",), model_next="a/b"),)))
     assert tier is not None
     proxy = llmstack.ProxyPlan(tier, ("py", "a b"), 10103, llmstack.PROXY_HEALTH, True)
-    swap = llmstack.SwapPlan(Config((smart, plan)), llmstack.Binary(("x",)), False, llmstack.posix_quote, proxy=proxy)
+    swap = llmstack.SwapPlan(Config((smart, plan)), llmstack.Binary(("x",)), llmstack.posix_quote, proxy=proxy)
     value = yaml.safe_load(llmstack.render_llama_swap_yaml(swap))
     model = value["models"]["litellm_proxy"]
     assert model["aliases"] == ["code-ultra", "code-ultra_next", "opus"]
@@ -503,7 +504,7 @@ def engine(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     config = Config(tiers=(hosted(aliases=("opus",)), Tier("code-smart", role="agent", path="/nowhere", size_gb=1)),
                     litellm_port=free_ports(1)[0])
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: (program,))
-    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"ANTHROPIC_API_KEY": "k"}, False)
+    proxy = llmstack.plan_proxy(llmstack.find_places(os.environ), config, {"ANTHROPIC_API_KEY": "k"})
     assert proxy is not None
     assert proxy.preload
     engine = llmstack.Engine(config, lambda tier, port: [], llmstack.Log(str(tmp_path / "log")), lambda n: str(tmp_path / n),

@@ -156,13 +156,13 @@ def test_the_caches_of_all_that_is_resident_are_within_the_budget() -> None:
 
 def test_both_engines_get_the_flags() -> None:
     config = llmstack.with_caches(CONFIG, fits_of(NEED), llmstack.Machine(60.0, "", True))
-    words = llmstack.server_command(["x"], config.tiers[1], config, 1, False, frozenset())
+    words = llmstack.server_command(["x"], config.tiers[1], config, 1, frozenset())
     assert words[words.index("--cache-ram") + 1] == str(config.tiers[1].cache_ram_mib)
     assert "--ctx-checkpoints" not in words, "where we know of none, the server may know better"
     hybrid = llmstack.with_caches(CONFIG, fits_of(NEED, 75.0), llmstack.Machine(60.0, "", True))
-    words = llmstack.server_command(["x"], hybrid.tiers[1], hybrid, 1, False, frozenset())
+    words = llmstack.server_command(["x"], hybrid.tiers[1], hybrid, 1, frozenset())
     assert words[words.index("--ctx-checkpoints") + 1] == str(hybrid.tiers[1].ctx_checkpoints)
-    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, str)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), str)
     text = llmstack.render_llama_swap_yaml(plan)
     assert f"--cache-ram {config.tiers[1].cache_ram_mib}" in text
     assert "--cache-ram" not in llmstack.render_llama_swap_yaml(plan._replace(config=CONFIG))
@@ -227,7 +227,7 @@ def test_many_tiers_take_no_time() -> None:
 
 
 def test_the_yaml_has_the_sets_that_grew() -> None:
-    plan = llmstack.SwapPlan(CONFIG, llmstack.Binary(("x",)), False, str, need_gb=NEED, budget_gb=92.0)
+    plan = llmstack.SwapPlan(CONFIG, llmstack.Binary(("x",)), str, need_gb=NEED, budget_gb=92.0)
     text = llmstack.render_llama_swap_yaml(plan)
     assert '    e_more: "f & c & p & u"' in text
 
@@ -237,12 +237,12 @@ def test_the_yaml_has_the_sets_that_grew() -> None:
 def test_a_profiles_model_counts_with_its_kv_before_it_is_here() -> None:
     text = llmstack.read_resource("models.ini").decode()
     config, _ = llmstack.parse_models_ini(text)
-    fits = llmstack.measure_tiers(config, llmstack.Machine(60.0, "", True), {"HF_HOME": "/nonexistent"}, False)
+    fits = llmstack.measure_tiers(config, llmstack.Machine(60.0, "", True), {"HF_HOME": "/nonexistent"})
     found = {f.name: f for f in fits}
     assert found["code-fast"].need_gb == pytest.approx(5.6, abs=0.1)        # 2.8 by size_gb and a tenth
     assert {f.source for f in fits} == {"dimensions", "size_gb"}
     assert found["plan"].source == "size_gb"
-    queued = llmstack.measure_tiers(config, llmstack.Machine(60.0, "", True), {"HF_HOME": "/nonexistent"}, True)[1]
+    queued = llmstack.measure_tiers(config.on_channel("next"), llmstack.Machine(60.0, "", True), {"HF_HOME": "/nonexistent"})[1]
     assert queued.memory is not None
     assert queued.memory.weights == pytest.approx(50e9, rel=0.01), "size_gb_next, where no file's size is known"
 
@@ -253,7 +253,7 @@ def test_a_copy_of_the_program_alone_counts_by_size(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(llmstack, "read_resource", missing)
     config = llmstack.Config(tiers=(llmstack.Tier("t", hf_repo="o/n", hf_file="Qwen3-8B-Q4_K_M.gguf", size_gb=5.0),))
-    fit = llmstack.measure_tiers(config, llmstack.Machine(60.0, "", True), {}, False)[0]
+    fit = llmstack.measure_tiers(config, llmstack.Machine(60.0, "", True), {})[0]
     assert (fit.source, fit.need_gb) == ("size_gb", pytest.approx(5.5))
 
 
@@ -275,7 +275,7 @@ def project(tmp_path: Path) -> Any:
 
 
 def true(places: llmstack.Places, said: list[str]) -> int:
-    return llmstack.true_config(llmstack.load_config(places), places, False, said.append).tiers[0].ctx_size
+    return llmstack.true_config(llmstack.load_config(places), places, said.append).tiers[0].ctx_size
 
 
 def test_no_tier_has_more_context_than_its_model(project: Any) -> None:
@@ -483,7 +483,7 @@ def test_what_is_loaded_beside_a_model_counts(tmp_path: Path) -> None:
     def weights(*lines: str) -> int:
         text = "\n".join(("[t]", "role = fast", f"path = {model}", "ctx_size = 8k", *lines))
         config, _ = llmstack.parse_models_ini(text)
-        fits = llmstack.measure_tiers(config, llmstack.Machine(24, "", False), {}, False)
+        fits = llmstack.measure_tiers(config, llmstack.Machine(24, "", False), {})
         assert fits[0].memory is not None
         assert fits[0].need_gb == fits[0].memory.total / 1e9
         return fits[0].memory.weights

@@ -183,7 +183,7 @@ def test_every_client_finds_the_context_in_the_key_it_reads(start: Start) -> Non
     assert (auto["meta"]["n_ctx"], smart["meta"]["n_ctx"]) == (131_072, 65_536)
     assert smart["capabilities"] == ["completion", "tools"]
     assert auto["capabilities"] == ["completion", "tools", "vision"]
-    thinking = llmstack.tier_entry(Tier("a", reasoning=True, tool_call=False), False)
+    thinking = llmstack.tier_entry(Tier("a", reasoning=True, tool_call=False))
     assert thinking["capabilities"] == ["completion", "reasoning", "thinking"]
 
 

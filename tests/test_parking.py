@@ -459,7 +459,7 @@ def test_llama_swaps_hook_ends_the_server_whatever_the_daemon_does(tmp_path: Pat
 
 
 def test_the_hook_stands_with_every_llama_server(config: llmstack.Config) -> None:
-    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), False, llmstack.posix_quote)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), llmstack.posix_quote)
     assert "cmdStop" not in llmstack.render_llama_swap_yaml(plan)
     hooked = llmstack.render_llama_swap_yaml(plan._replace(park=("python3", "a b.py", "10102")))
     assert hooked.count("""cmdStop: "python3 'a b.py' 10102 ${MODEL_ID} ${PID}"\n""") == len(
@@ -487,7 +487,7 @@ class RealStage(Stage):
 
     def command(self, tier: llmstack.Tier, port: int) -> List[str]:
         refused = frozenset({"--no-mmap", "--load-mode"})       # what builds disagree about
-        words = llmstack.server_command(self.program, tier, self.config, port, False, refused)
+        words = llmstack.server_command(self.program, tier, self.config, port, refused)
         return [*words, "--slot-save-path", self.parking.directory]
 
     def turn(self, model: str, said: List[Dict[str, str]]) -> Tuple[int, int]:

@@ -87,7 +87,7 @@ def one_tier(key: str, value: str) -> Config:
 
 
 def words_of(config: Config) -> list[str]:
-    return llmstack.server_command(("S",), config.tiers[0], config, 1, False, NONE)
+    return llmstack.server_command(("S",), config.tiers[0], config, 1, NONE)
 
 
 def contains(words: list[str], part: list[str]) -> bool:
@@ -104,7 +104,7 @@ def test_a_key_reaches_the_command_line_and_the_yaml(key: str, said: dict[str, A
     config = one_tier(key, value)
     assert contains(words_of(config), words)
     own = {"a": llmstack.Binary(("/opt/mine",))} if key in llmstack.SERVER_OPTIONS else {}
-    plan = llmstack.SwapPlan(config, llmstack.Binary(("S",)), False, llmstack.posix_quote, own=own)
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("S",)), llmstack.posix_quote, own=own)
     text = llmstack.render_llama_swap_yaml(plan)
     loaded = yaml.safe_load(text)
     command = loaded["models"]["a"]["cmd"]
@@ -121,7 +121,7 @@ def test_what_a_tier_says_wins_over_default(key: str, said: dict[str, Any]) -> N
     config = configured(f"[DEFAULT]\n{key} = {value}\n[a]\npath = a.gguf\n[b]\npath = b.gguf\nthreads = 9\n")
     for tier in config.tiers:
         if (tier.name, key) != ("b", "threads"):
-            assert contains(llmstack.server_command(("S",), tier, config, 1, False, NONE), words)
+            assert contains(llmstack.server_command(("S",), tier, config, 1, NONE), words)
     other = {"parallel": "7", "n_gpu_layers": "5", "cache_type_k": "q4_0"}.get(key)
     if other:
         config = configured(f"[DEFAULT]\n{key} = {value}\n[a]\npath = a.gguf\n{key} = {other}\n")
@@ -180,7 +180,7 @@ def test_pictures_are_said_of_a_tier_with_a_projector() -> None:
     import json
     models = json.loads(llmstack.render_opencode_json(config, "http://x", "/a"))["provider"]["llama.cpp"]["models"]
     assert {name: "modalities" in entry for name, entry in models.items()} == {"auto": True, "a": True, "b": False}
-    assert llmstack.tier_entry(config.tiers[0], False)["meta"]["llmstack"]["input_modalities"] == ["text", "image"]
+    assert llmstack.tier_entry(config.tiers[0])["meta"]["llmstack"]["input_modalities"] == ["text", "image"]
 
 
 def test_what_is_refused_is_said() -> None:
@@ -229,12 +229,12 @@ def test_files_of_the_hub_are_found_in_its_cache(tmp_path: Path) -> None:
     env = {"HF_HUB_CACHE": str(tmp_path)}
     cached(tmp_path, "o/m", "m.gguf")
     with pytest.raises(llmstack.UserError, match=r"a needs d\.gguf of o/d") as caught:
-        llmstack.ready_tier(config.tiers[0], env, False)
+        llmstack.ready_tier(config.tiers[0], env)
     assert caught.value.hint == "llmstack download a"
     draft = cached(tmp_path, "o/d", "d.gguf")
-    assert llmstack.ready_tier(config.tiers[0], env, False).settings == {"draft": str(draft)}
+    assert llmstack.ready_tier(config.tiers[0], env).settings == {"draft": str(draft)}
     projector = cached(tmp_path, "o/m", "mmproj-F16.gguf")
-    assert llmstack.ready_tier(config.tiers[0], env, False).settings == {"mmproj": str(projector), "draft": str(draft)}
+    assert llmstack.ready_tier(config.tiers[0], env).settings == {"mmproj": str(projector), "draft": str(draft)}
 
 
 def test_llama_swap_starts_without_a_file_that_one_tier_lacks(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_auto_speculation_looks_for_the_head(tmp_path: Path) -> None:
         meta = {"general.architecture": "llama", "llama.nextn_predict_layers": layers}
         path = write(tmp_path / f"{layers}.gguf", meta, [])
         config = configured(f"[a]\npath = {path}\nspeculative = auto\n")
-        tier = llmstack.ready_tier(config.tiers[0], {}, False)
+        tier = llmstack.ready_tier(config.tiers[0], {})
         flags = [word for flag in llmstack.tier_flags(tier) for word in flag]
         assert flags[4:] == expected
 

@@ -36,9 +36,8 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def model_hub(hub: FakeHub, config: llmstack.Config) -> FakeHub:
     """A hub that has all of the bundled models.ini, each file a small model of random weights."""
     for number, tier in enumerate(config.tiers):
-        for use_next in (False, True):
-            weights = llmstack.weights_for(tier, use_next)
-            hub.repos.setdefault(weights.repo, {}).setdefault(weights.file, render_noise_gguf(2 * number + use_next))
+        for more, weights in enumerate(llmstack.both_weights(tier)):
+            hub.repos.setdefault(weights.repo, {}).setdefault(weights.file, render_noise_gguf(2 * number + more))
     return hub
 
 
@@ -516,7 +515,7 @@ def test_the_flags_we_start_with_are_taken_by_a_current_build(real_data: Path, c
     refused = llmstack.probe_flags(program, config, str(real_data))
     fast = config.by_role("fast")
     assert fast is not None
-    command = llmstack.server_command(program, fast, config, 10001, False, refused)
+    command = llmstack.server_command(program, fast, config, 10001, refused)
     assert "--no-mmap" not in command
     assert "--load-mode" in command
     rope = command[command.index("--rope-scaling"):][:6]
@@ -529,7 +528,7 @@ def test_the_bundled_repositories_are_named_as_gguf_repositories_are(config: llm
     local = llmstack.local_tiers(config)
     assert local
     for tier in local:
-        for weights in (llmstack.weights_for(tier, False), llmstack.weights_for(tier, True)):
+        for weights in (llmstack.weights_for(tier), llmstack.weights_for(tier.on_channel("next"))):
             assert weights.repo.endswith("-GGUF")
             assert weights.file.endswith(".gguf")
 
@@ -563,9 +562,8 @@ def test_the_worked_example_of_upgrading(hub: FakeHub, real_data: Path, no_serve
     ini.parent.mkdir()
     ini.write_text(defaults + beside)
     tier = llmstack.load_config(places).tiers[0]
-    for use_next in (False, True):
-        weights = llmstack.weights_for(tier, use_next)
-        hub.repos[weights.repo] = {weights.file: render_noise_gguf(use_next)}
+    for seed, weights in enumerate(llmstack.both_weights(tier)):
+        hub.repos[weights.repo] = {weights.file: render_noise_gguf(seed)}
 
     def checked() -> list[str]:
         capsys.readouterr()

@@ -46,7 +46,7 @@ def test_it_refuses_as_llama_server_does(argv: list[str], said: str, capsys: pyt
 
 
 def test_it_takes_every_flag_we_use(config: llmstack.Config) -> None:
-    command = llmstack.server_command((), config.tiers[0], config, 10001, False, frozenset({"--no-mmap"}))
+    command = llmstack.server_command((), config.tiers[0], config, 10001, frozenset({"--no-mmap"}))
     values = llama_server.parse_command_line(command)
     assert values["n_ctx"] == 131_072
     assert values["rope_freq_scale"] == 0.25

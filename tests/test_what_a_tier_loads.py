@@ -60,7 +60,7 @@ def test_the_repositorys_projector_comes_with_the_model(
     projector = llmstack.local_file(cache, "o/eyes", "mmproj-F16.gguf")
     assert projector
     assert not llmstack.local_file(cache, "o/eyes", "mmproj-BF16.gguf")
-    assert llmstack.ready_tier(config.tiers[0], os.environ, False).settings == {"mmproj": projector}
+    assert llmstack.ready_tier(config.tiers[0], os.environ).settings == {"mmproj": projector}
     assert llmstack._setup_jobs(llmstack.Setup(places, os.environ, None, print, llmstack._never_ask, [], [])) == []
     capsys.readouterr()
     assert llmstack.main(["list", "--json"]) == 0
