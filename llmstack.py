@@ -2511,7 +2511,9 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
 def settings_words(config: Config, tier: Tier) -> str:
     """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
-    for key, value in {**dict(config.server), **tier.settings}.items():
+    for key, value in {**config.settings, **tier.settings}.items():
+        if (key, value) in DEFAULT_SERVER:
+            continue
         values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
         if key in FILE_KEYS:
             values = [re.split(r"[/\\:]", name)[-1] for name in values]

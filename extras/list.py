@@ -38,7 +38,7 @@ def wanted_by(config: Any, llmstack: Any) -> Dict[Tuple[str, str], List[str]]:
             label = f"{tier.name} (next)" if weights.channel == "next" else tier.name
             if label not in names:
                 names.append(label)
-        for where in {*llmstack.hub_files(tier), *llmstack.hub_files(tier, True)}:
+        for where in {*llmstack.hub_files(tier), *llmstack.hub_files(tier.on_channel("next"))}:
             found.setdefault(where, []).append(tier.name)
     return found
 

@@ -74,7 +74,7 @@ def open_drafts(places: llmstack.Places) -> llmstack.Drafts:
 def loaded_words(places: llmstack.Places, config: llmstack.Config, drafts: llmstack.Drafts) -> list[str]:
     """The command line of the next load, by the embedded engine."""
     log = llmstack.Log("", "error")
-    app = llmstack._embedded_app(places, config, False, log, drafts)
+    app = llmstack._embedded_app(places, config, log, drafts)
     return app.engine._command(config.tiers[0], 1)
 
 
@@ -173,6 +173,6 @@ def test_llama_swaps_daemon_logs_it(places: llmstack.Places, monkeypatch: pytest
     monkeypatch.setattr(llmstack, "probe_flags", lambda *_: frozenset({"--n-cpu-moe"}))
     monkeypatch.setattr(llmstack, "find_llama_swap", lambda *_: sys.executable)
     log = llmstack.Log(str(tmp_path / "log"), "info")
-    llmstack._swap_app(places, config, False, log, open_drafts(places))
+    llmstack._swap_app(places, config, log, open_drafts(places))
     log.flush()
     assert "[a] n_cpu_moe: this llama-server refuses --n-cpu-moe 3" in (tmp_path / "log").read_text()

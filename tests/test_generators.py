@@ -94,7 +94,8 @@ def test_server_command_of_each_bundled_tier(config: Config, name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_next_channel_changes_the_file_and_nothing_else(config: Config, name: str) -> None:
-    command = llmstack.server_command(PROGRAM, tier(config, name), config, 10007, True, NONE)
+    command = llmstack.server_command(
+        PROGRAM, tier(config, name).on_channel("next"), config, 10007, NONE)
     assert options(command[1:]) == {**SHARED, **OWN[name], "-hff": NEXT_FILES.get(name, OWN[name]["-hff"])}
 
 

@@ -239,7 +239,7 @@ def test_files_of_the_hub_are_found_in_its_cache(tmp_path: Path) -> None:
 
 def test_llama_swap_starts_without_a_file_that_one_tier_lacks(tmp_path: Path) -> None:
     config = configured("[a]\npath = a.gguf\ndraft = o/d:d.gguf\n")
-    assert llmstack._ready_for_swap(config.tiers[0], {"HF_HUB_CACHE": str(tmp_path)}, False) == config.tiers[0]
+    assert llmstack._ready_for_swap(config.tiers[0], {"HF_HUB_CACHE": str(tmp_path)}) == config.tiers[0]
 
 
 def test_they_are_downloaded_with_the_model() -> None:
