@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,11 @@ SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_configure() -> None:
+    # In the background of a shell, a run and all its children would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes, one has all tests that start model servers: these take the first free port."""
     for item in items:
