@@ -12993,6 +12993,17 @@ class Ticket(Lease):
             self._engine.dequeue(self)
 
 
+class EnginePlan(NamedTuple):
+    """What an engine goes by, besides its configuration."""
+
+    env: Mapping[str, str]                      # of what it starts
+    budget_gb: float
+    first_port: int = FIRST_SERVER_PORT
+    fits: Sequence[TierFit] = ()                # what tiers take, as far as it is known
+    proxy: Optional[ProxyPlan] = None           # for hosted tiers
+    parking: Optional[Parking] = None
+
+
 class Engine:
     """Starts and stops llama-server processes so that what is loaded fits in memory.
 
@@ -13002,14 +13013,12 @@ class Engine:
     """
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
-                 log_path: Callable[[str], str], env: Mapping[str, str], budget_gb: float,
-                 first_port: int = FIRST_SERVER_PORT,
-                 fits: Sequence[TierFit] = (), proxy: Optional[ProxyPlan] = None,
-                 parking: Optional[Parking] = None) -> None:
-        self._parking = parking
+                 log_path: Callable[[str], str], plan: EnginePlan) -> None:
+        fits, proxy, budget_gb = plan.fits, plan.proxy, plan.budget_gb
+        self._parking = plan.parking
         self._command, self._log, self._log_path = command, log, log_path
-        self._env, self._local_env = dict(env), without_credentials(env)
-        self._budget_gb, self._first_port = budget_gb, first_port
+        self._env, self._local_env = dict(plan.env), without_credentials(plan.env)
+        self._budget_gb, self._first_port = budget_gb, plan.first_port
         self.config = config
         self._changed = threading.Condition()
         local = local_tiers(config)
@@ -13675,7 +13684,7 @@ class EngineApp(Behind):
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
             target = f"/{rest}" + (f"?{query}" if query else "")
-            self._serve(client, request, name, target, body, drop)
+            self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
         if is_auto(name) and name:
@@ -13685,7 +13694,7 @@ class EngineApp(Behind):
         model = self.engine.find(name)
         if model and model.proxy and tier and body and tier.name != name:
             body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
-        self._serve(client, request, name, request.target, body, drop, stream)
+        self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
@@ -13740,14 +13749,16 @@ class EngineApp(Behind):
         from urllib.parse import parse_qs
         return parse_qs(query).get("model", [""])[0], False
 
-    def _serve(self, client: Client, request: Request, name: str, target: str, body: bytes,
+    def _serve(self, client: Client, request: Request, name: str, body: bytes,
                drop: FrozenSet[bytes], stream: bool = False) -> None:
         lease = self.engine.lease(name)
-        path = inference_path(target)
+        path = inference_path(request.target)
         client.protocol = path
         waiting = Waiting(client, path, stream, self.engine.config.loading_state)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()))
-        outcome = ask_lease(client, request, lease, target, [body] if body else [], terms, waiting)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()),
+                      waiting=lambda: waiting.tell(lease.stage))
+        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
+                            terms, waiting)
         if outcome.state == "unreachable":
             reply_failure(client, 502, f"{name}: its server {outcome.detail}")
         elif outcome.state in ("rejected", "failed"):
@@ -18567,9 +18578,9 @@ def _embedded_app(places: Places, config: Config, log: Log,
 
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"),
-                    _without_our_key(os.environ), machine.budget_gb, fits=fits,
-                    proxy=plan_proxy(places, config, os.environ), parking=parking)
+    plan = EnginePlan(_without_our_key(os.environ), machine.budget_gb, fits=fits,
+                      proxy=plan_proxy(places, config, os.environ), parking=parking)
+    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), plan)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 

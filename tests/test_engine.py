@@ -183,7 +183,7 @@ class Stage:
         self.config = config
         log = llmstack.Log(str(directory / "engine.log"), "debug")
         self.engine = llmstack.Engine(config, self.command, log, lambda name: str(directory / f"{name}.log"),
-                                      os.environ, budget_gb, first_port=first_port)
+                                      llmstack.EnginePlan(os.environ, budget_gb, first_port))
         self.engine._is_here = lambda model: True       # type: ignore[method-assign]  # nothing is downloaded
         self.app = llmstack.EngineApp(self.engine, log)
         self.server = llmstack.make_server("127.0.0.1", 0, self.app)

@@ -512,7 +512,7 @@ def test_a_tier_alone_in_its_set_evicts_all_others(config: llmstack.Config) -> N
 def test_the_embedded_engine_counts_by_header(config: llmstack.Config) -> None:
     log = llmstack.Log("", "error")
     known = fits(code_fast=5.3, code_smart=30.0, plan=10.0)
-    engine = llmstack.Engine(config, lambda *_: [], log, str, {}, 60.0, fits=known)
+    engine = llmstack.Engine(config, lambda *_: [], log, str, llmstack.EnginePlan({}, 60.0, fits=known))
     assert engine.models["code-fast"].gb == 5.3
     assert engine.models["plan-uncensored"].gb == pytest.approx(13 * 1.1)       # no header: size_gb and a tenth
     assert engine._costs["code-smart"] == llmstack.evict_cost(27)

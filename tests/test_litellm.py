@@ -508,7 +508,7 @@ def engine(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     assert proxy is not None
     assert proxy.preload
     engine = llmstack.Engine(config, lambda tier, port: [], llmstack.Log(str(tmp_path / "log")), lambda n: str(tmp_path / n),
-                             os.environ, 2.0, proxy=proxy)
+                             llmstack.EnginePlan(os.environ, 2.0, proxy=proxy))
     yield engine
     engine.close()
 

@@ -415,8 +415,8 @@ class Process:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> llmstack.Engine:
     """An engine with f and p loaded, and nothing behind them."""
-    made = llmstack.Engine(CONFIG, lambda *_: [], llmstack.Log(str(tmp_path / "log"), "info"), str, {}, 100.0,
-                           fits=fits_of(NEED))
+    made = llmstack.Engine(CONFIG, lambda *_: [], llmstack.Log(str(tmp_path / "log"), "info"), str,
+                           llmstack.EnginePlan({}, 100.0, fits=fits_of(NEED)))
     for number, name in enumerate("fp"):
         model = made.models[name]
         model.process, model.last_used = Process(), number

@@ -200,7 +200,8 @@ def test_a_browser_draws_it_in_both_themes(tmp_path: Path, shown: Rig, width: in
 
 
 def test_the_engine_s_ui_is_the_router_s_page() -> None:
-    engine = llmstack.Engine(llmstack.Config(), lambda tier, port: [], llmstack.Log("", "error"), str, {}, 1.0)
+    engine = llmstack.Engine(llmstack.Config(), lambda tier, port: [], llmstack.Log("", "error"), str,
+                             llmstack.EnginePlan({}, 1.0))
     app = llmstack.EngineApp(engine, llmstack.Log("", "error"))
     app.page_url = "http://127.0.0.1:10101/"
     server = llmstack.make_server("127.0.0.1", 0, app)
