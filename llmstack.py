@@ -7704,10 +7704,8 @@ def _run_with_progress(what: str, command: Sequence[str],
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
-            while not _ends_within(process, 0.1):
-                passed = time.monotonic() - began
-                if passed >= 1:
-                    progress.show(f"  {what}: {passed:.0f} s")
+            while not _ends_within(process, 1):
+                progress.show(f"  {what}: {time.monotonic() - began:.0f} s")
         except BaseException:
             # pip and ensurepip have children of their own.
             _signal_group(process.pid, True)
@@ -16811,17 +16809,15 @@ SIZE_TOLERANCE = 0.01                           # sizes are written with two or 
 
 def profile_files() -> List[ProfileFile]:
     """Every file that a profile names, on either channel, once for each size it counts with."""
-    found: Dict[Tuple[str, str, float], List[str]] = {}
+    found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
     models = known_models()
     for name in PROFILES:
         text = read_resource(profile_file(name)).decode("utf-8")
         for tier in local_tiers(parse_models_ini(text)[0]):
-            for weights in dict.fromkeys(both_weights(tier)):
+            for weights in both_weights(tier):
                 known = known_header(weights.file, weights.size_gb, models)
                 size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
-                users = found.setdefault((weights.repo, weights.file, size_gb), [])
-                if name not in users:
-                    users.append(name)
+                found.setdefault((weights.repo, weights.file, size_gb), {})[name] = None
     return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
 
 
