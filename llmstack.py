@@ -3181,6 +3181,8 @@ MIB = 1 << 20
 # What a process takes of an NVIDIA card beside its model: 591 MiB at its start, and at its first
 # prompt up to 120 more (measured on an H100, driver 580).
 CUDA_CONTEXT_BYTES = 711 * MIB
+BARE_CONTEXT_BYTES = 527 * MIB                  # on a card that a server sees and does not use
+PIPELINED_BATCHES = 4                           # GGML_SCHED_MAX_COPIES of llama.cpp
 LEAST_CACHE_MIB = 64                            # of prompts: with none, several slots read slower
 MOST_CACHE_MIB = 8192                           # llama-server's own default
 MOST_CHECKPOINTS = 32                           # a slot, likewise
@@ -3290,6 +3292,7 @@ class LoadOptions(NamedTuple):
     ubatch: int = SERVER_UBATCH                 # tokens that are computed together
     cpu_moe: int = 0                            # layers whose experts stay on the host
     cards: int = 1                              # that the model is split over
+    idle_cards: int = 0                         # that its server sees besides
 
 
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
@@ -3315,6 +3318,7 @@ def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     own = tier_config(config, tier)
     settings = own.settings
+    used = len(cards_of(own, machine))
     layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu or settings.get("device") == "none":
@@ -3329,7 +3333,8 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
         cpu_moe=settings.get("n_cpu_moe", 0),
-        cards=max(len(cards_of(own, machine)), 1),
+        cards=max(used, 1),
+        idle_cards=len(machine.cards) - used,
     )
 
 
@@ -3664,7 +3669,13 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
     if offload:                                 # the first layers are on the host as they are
         host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
-    context = CUDA_CONTEXT_BYTES * load.cards if load.cuda else 0
+    context = 0
+    if load.cuda:
+        context = CUDA_CONTEXT_BYTES * load.cards + BARE_CONTEXT_BYTES * load.idle_cards
+    if load.cards > 1:                          # each has its own buffer, and the mask more than once
+        compute += (load.cards - 1) * compute
+        if not left and not load.cpu_moe:       # with all layers there, batches overlap
+            compute += load.cards * (PIPELINED_BATCHES - 1) * mask
     cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
     if offload:
         host += cache
@@ -7231,6 +7242,16 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
+def _settled_environment(pid: int) -> Optional[List[str]]:
+    """process_environment of a process that may be young: in the middle of exec it has none."""
+    end = time.monotonic() + 1
+    environment = process_environment(pid)
+    while environment == [""] and process_started(pid) and time.monotonic() < end:
+        time.sleep(0.005)
+        environment = process_environment(pid)
+    return environment
+
+
 def owned_process(record: Optional[Record], project: str) -> bool:
     """True where a record's process is alive and proves to be what was started for `project`.
 
@@ -7239,7 +7260,7 @@ def owned_process(record: Optional[Record], project: str) -> bool:
     """
     if record is None or not record_is_ours(record, project) or not record.alive:
         return False
-    environment = process_environment(record.pid)
+    environment = _settled_environment(record.pid)
     if environment is not None:
         # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
@@ -9558,6 +9579,7 @@ def record_row(facts: Facts, path: str, tier: str, counts: Counts,
                outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
     row: Dict[str, Any] = {
+        "time": round(time.time(), 3),
         "conversation": "",                     # replay reads no further than the reason
         "path": path, "tier": tier, "rung": "explicit",
         "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
@@ -10986,9 +11008,8 @@ class RouterApp(App):
         asked = ongoing.asked
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
-        row = {"time": round(time.time(), 3),
-               "conversation": self.events.name_of(asked.conversation), **row}
-        row.update(wait_s=round(ongoing.wait_s, 3),
+        row.update(conversation=self.events.name_of(asked.conversation),
+                   wait_s=round(ongoing.wait_s, 3),
                    total_s=round(total_s, 3), stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)

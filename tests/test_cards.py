@@ -110,3 +110,29 @@ def test_fit_says_which_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     found = json.loads(capsys.readouterr().out)
     assert [device["name"] for device in found["devices"]] == ["CUDA0", "CUDA1"]
     assert [tier["cards"] for tier in found["tiers"]] == [[1], [0, 1]]
+
+
+# What nvidia-smi showed on two H100 after a prompt of 2,454 tokens, of llama.cpp b11549 and models
+# of these dimensions whose weights are zeros.
+DENSE = {"arch": "qwen3", "layers": 24, "embd": 2048, "heads": 16, "kv": 8, "ff": 8192}
+MOE = {"arch": "qwen3moe", "layers": 16, "embd": 2048, "heads": 16, "kv": 4, "ff": 4096,
+       "experts": 32, "used": 4, "expert_ff": 768}
+
+
+@pytest.mark.parametrize(("dimensions", "settings", "mib"), [
+    pytest.param(DENSE, {}, 8806, id="split over both"),
+    pytest.param(DENSE, {"tensor_split": "3,1"}, 8806, id="split three to one"),
+    pytest.param(DENSE, {"device": "CUDA1"}, 7842, id="on one, the other is seen"),
+    pytest.param(DENSE, {"split_mode": "none", "main_gpu": 1}, 7842, id="not split"),
+    pytest.param(MOE, {}, 8450, id="experts, split over both"),
+    pytest.param(MOE, {"n_cpu_moe": 8}, 5706, id="experts, half of them on the host"),
+])
+def test_what_two_cards_held_is_what_fit_says(tmp_path: Path, dimensions: dict[str, Any],
+                                              settings: dict[str, Any], mib: int) -> None:
+    path = gguf_models.write(tmp_path / "m.gguf", *gguf_models.model(**dimensions))
+    tier = llmstack.Tier("big", "agent", path=str(path), ctx_size=65_536,
+                         server=tuple(settings.items()))
+    machine = llmstack.Machine(170.0, "two cards", True, True, 200.0, (85.0, 85.0))
+    fit, = llmstack.measure_tiers(llmstack.Config(tiers=(tier,)), machine, {})
+    measured_gb = mib * llmstack.MIB / 1e9
+    assert measured_gb <= fit.need_gb < measured_gb * 1.02

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import threading
+import time
 from typing import Callable, Iterator, Optional
 
 import pytest
@@ -124,11 +126,27 @@ def test_a_client_that_reads_slowly_gets_it_all(start: Start, monkeypatch: pytes
     assert client.read_message("PUT").body == body
 
 
+def settled(rig: Rig) -> int:
+    """How many connections the server has, and has read all of."""
+    clients = list(rig._server._clients)
+    for client in clients:
+        with contextlib.suppress(BlockingIOError):
+            client._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return 0
+    return len(clients)
+
+
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET / HTTP/1.1\r\nHost: localhost\r\n", PUT + b"half"],
                          ids=["nothing", "a byte", "half a head", "half a body"])
 def test_the_oldest_half_open_request_gives_way(start: Start, sent: bytes) -> None:
     rig = start(most=4)
-    first, *others = [rig.client(sent) for _ in range(4)]
+    clients = []
+    for number in range(1, 5):                  # one after the other, as their age is what counts
+        clients.append(rig.client(sent))
+        end = time.monotonic() + WAIT_S
+        while settled(rig) != number and time.monotonic() < end:
+            time.sleep(0.001)
+    first, *others = clients
     last = rig.client(GET)
     assert status_of(last) == 200
     assert first.ended()

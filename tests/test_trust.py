@@ -188,9 +188,9 @@ def test_a_key_whose_row_says_nothing_of_it_needs_trust(places: llmstack.Places,
 
 def test_every_field_that_the_file_sets_has_a_row() -> None:
     rows = {option.field or key for key, option in llmstack.DEFAULT_OPTIONS.items()}
-    assert set(Config._fields) - {"tiers", "routing", "aliases", "server"} == rows - set(llmstack.SERVER_OPTIONS)
+    assert set(Config._fields) - {"tiers", "routing", "aliases", "server", "channel"} == rows - set(llmstack.SERVER_OPTIONS)
     of_tiers = set(llmstack.TIER_OPTIONS) - {"rope_scaling", *llmstack.TIER_SERVER_OPTIONS, *llmstack.PRICE_KEYS}
-    assert set(Tier._fields) - {"server", "prices"} == of_tiers | {
+    assert set(Tier._fields) - {"server", "prices", "channel", "settled"} == of_tiers | {
         "rope_scale", "rope_orig_ctx", "name", "cache_ram_mib", "ctx_checkpoints"}
     assert set(llmstack.Routing._fields) == set(llmstack.ROUTING_OPTIONS)
 
