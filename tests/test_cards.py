@@ -74,7 +74,8 @@ def test_cudas_context_counts_on_each() -> None:
     spread, alone = fit().memory, fit("device = CUDA0").memory
     assert spread is not None
     assert alone is not None
-    assert spread.context == 2 * alone.context == 2 * llmstack.CUDA_CONTEXT_BYTES
+    assert spread.context == 2 * llmstack.CUDA_CONTEXT_BYTES
+    assert alone.context == llmstack.CUDA_CONTEXT_BYTES + llmstack.BARE_CONTEXT_BYTES
 
 
 def test_a_tier_on_no_device_is_the_processors() -> None:

@@ -101,6 +101,14 @@ def log(places: llmstack.Places, name: str) -> str:
     return llmstack.read_text(places.log(f"dl-{name}.log"))
 
 
+def kill_worker(worker: llmstack.Record) -> None:
+    """Kill a worker, and wait until its child, which sees its pipe end, has gone as well."""
+    children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit()
+                and f"PPid:\t{worker.pid}\n" in llmstack.read_text(f"/proc/{pid}/status")]
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: not any(map(llmstack.process_started, children)), "its child has gone")
+
+
 def worker_gone(places: llmstack.Places) -> None:
     until(lambda: llmstack.download_worker(places) is None, "the worker is done")
 
@@ -183,7 +191,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: FakeHub, places: llmstack.P
     assert "code-fast-current: running" in capsys.readouterr().out
     worker = llmstack.download_worker(places)
     assert worker is not None
-    os.kill(worker.pid, signal.SIGKILL)
+    kill_worker(worker)
     worker_gone(places)
     assert here("owner/fast-GGUF", "fast-Q4.gguf") == b""
     llmstack.main(["status"])

@@ -128,7 +128,7 @@ def test_a_client_that_reads_slowly_gets_it_all(start: Start, monkeypatch: pytes
 
 def settled(rig: Rig) -> int:
     """How many connections the server has, and has read all of."""
-    clients = list(rig._server._clients)
+    clients = list(rig.server._clients)
     for client in clients:
         with contextlib.suppress(BlockingIOError):
             client._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
