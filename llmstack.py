@@ -178,34 +178,44 @@ IDLE_CLIENT_S = 300                # a kept-alive client that asks nothing
 SEND_TIMEOUT_S = 60                # a client that takes nothing of its answer
 TAIL_BYTES = 4096                  # of an event stream, kept to see at its end whether it was whole
 RETURN_MEMORY_S = 10               # a daemon gives back what malloc holds free; it takes some ms
-IDLE_UPSTREAM_S = 60               # older kept connections may have been dropped without a word on their way
+# Older kept connections may have been dropped without a word on their way.
+IDLE_UPSTREAM_S = 60
 CONNECT_TIMEOUT_S = 10
-HOST_CONNECT_S = 5                 # names, connection and TLS handshake of a hosted tier's host, together
-PROBE_S = 2                        # after this long an unreachable host is looked at again, then twice as long...
-MAX_PROBE_S = 60                   # ...up to this
+# Names, connection and TLS handshake of a hosted tier's host, together.
+HOST_CONNECT_S = 5
+# An unreachable host is looked at again after so long, then twice as long, up to the second.
+PROBE_S = 2
+MAX_PROBE_S = 60
 RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
-PATIENCE_MS = 50                   # how long a silent upstream goes before its client is looked at again
+# How long a silent upstream goes before its client is looked at again.
+PATIENCE_MS = 50
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
-FIRST_EVENT_BYTES = 65_536         # of a stream are held back to see whether it begins with an error
+# So much of a stream is held back to see whether it begins with an error.
+FIRST_EVENT_BYTES = 65_536
 FIRST_BYTE_S = 120                 # a hosted tier that is silent so long gives way to the next
 BREAKER_S = 20                     # a tier that failed is left alone this long...
 MAX_BREAKER_S = 300                # ...or as long as its Retry-After says, up to this
 
-LOAD_TIMEOUT_S = 600               # llama-swap's healthCheckTimeout; 45 GB from a slow disk fit in it
+# It is llama-swap's healthCheckTimeout, too; 45 GB from a slow disk fit in it.
+LOAD_TIMEOUT_S = 600
 STOP_GRACE_S = 5                   # llama-server often hangs on TERM with a request in flight
 PARK_GRACE_S = 20                  # for the daemon, to park conversations and end its own children
 START_TIMEOUT_S = 90               # until a daemon answers; llama-swap is up within a second
 WAITING_EVERY_S = 2.0              # between the first messages of a stream that waits
 FAILED_LOAD_S = 15                 # a load that failed is not tried again at once
-FAIR_WAIT_S = 10                   # after this long, newcomers queue behind the one waiting for memory
+# After this long, newcomers queue behind the one waiting for memory.
+FAIR_WAIT_S = 10
 LOG_BYTES = 10 * 1024 * 1024
 LOGS_KEPT = 3
 
-LLAMA_CPP_PIN = "2026.10.11549"    # xllamacpp on PyPI = llama.cpp b11549; wheels for Python 3.10 and newer
-LITELLM_PIN = "1.108.7"            # the newest on PyPI whose proxy installs; wheels for Python 3.10 and newer
+# This xllamacpp on PyPI is llama.cpp b11549; it has wheels for Python 3.10 and newer.
+LLAMA_CPP_PIN = "2026.10.11549"
+# The newest on PyPI whose proxy installs; wheels for Python 3.10 and newer.
+LITELLM_PIN = "1.108.7"
 
-LADDER_ROLES = ("ultra", "agent", "fast")             # top to bottom; other roles are never auto-routed
+# Top to bottom; other roles are never auto-routed.
+LADDER_ROLES = ("ultra", "agent", "fast")
 TEXT_ROLES = ("embed", "rerank")   # they turn texts into numbers; no client talks with them
 KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", *TEXT_ROLES)
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
@@ -222,7 +232,8 @@ DEFAULT_ALIASES: Tuple[Tuple[str, str], ...] = (
     ("default", "auto"),
 )
 ROLE_TTL_S = {"fast": 0, "agent": 1800, "plan": 1200, "plan-uncensored": 1200}
-RESERVED_NAMES = frozenset({"auto", "litellm_proxy", "router", "engine", "llama-swap"})     # the last three name logs
+# The last three name logs.
+RESERVED_NAMES = frozenset({"auto", "litellm_proxy", "router", "engine", "llama-swap"})
 
 # ==================================================================================================
 # ERRORS
@@ -247,7 +258,7 @@ class ConfigError(UserError):
 
 
 class HttpError(Exception):
-    """A request we answer ourselves: `status` goes on the wire, the message into an OpenAI-shaped error."""
+    """A request we answer ourselves: `status` goes on the wire, the message into its error."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
         super().__init__(message)
@@ -3093,8 +3104,12 @@ def auto_entry(config: Config) -> Dict[str, Any]:
 def tier_entry(tier: Tier) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
     weights = weights_for(tier)
-    meta: Dict[str, Any] = {"tier": tier.tier or tier.role, "role": tier.role, "channel": tier.channel,
-                            "backend": tier.backend}
+    meta: Dict[str, Any] = {
+        "tier": tier.tier or tier.role,
+        "role": tier.role,
+        "channel": tier.channel,
+        "backend": tier.backend,
+    }
     if tier.backend == "gguf":
         meta.update(size_gb=weights.size_gb, quant=weights.quant)
         if tier.has_projector:
@@ -3672,7 +3687,8 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
     context = 0
     if load.cuda:
         context = CUDA_CONTEXT_BYTES * load.cards + BARE_CONTEXT_BYTES * load.idle_cards
-    if load.cards > 1:                          # each has its own buffer, and the mask more than once
+    # Each has its own buffer, and the mask more than once.
+    if load.cards > 1:
         compute += (load.cards - 1) * compute
         if not left and not load.cpu_moe:       # with all layers there, batches overlap
             compute += load.cards * (PIPELINED_BATCHES - 1) * mask
@@ -4411,7 +4427,8 @@ REASONS = {
     200: "OK", 204: "No Content", 307: "Temporary Redirect",
     400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
     405: "Method Not Allowed", 408: "Request Timeout",
-    413: "Content Too Large", 415: "Unsupported Media Type", 417: "Expectation Failed", 429: "Too Many Requests",
+    413: "Content Too Large", 415: "Unsupported Media Type", 417: "Expectation Failed",
+    429: "Too Many Requests",
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }
 
@@ -4665,7 +4682,8 @@ class ChunkFraming:
 
     def __init__(self) -> None:
         self._state = _SIZE
-        self._left = 0                          # bytes of this chunk, or trailers, that may still come
+        # Bytes of this chunk, or trailers, that may still come.
+        self._left = 0
         self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
 
     @property
@@ -7824,13 +7842,13 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
 # RELAY
 # ==================================================================================================
 # One thread a connection, blocking sockets, bytes as they come. What was measured and chosen:
-# - A silent upstream is waited for with a kernel receive timeout of 50 ms; each time it lapses, the thread
-#   peeks at its client and cancels when it has gone. Polling both sockets costs every chunk one more system
-#   call; a watcher thread costs every request a hand-over of the interpreter's lock. A lapse costs nothing
-#   while bytes flow, and works on every platform.
-# - Chunks are relayed with their framing; only the sizes are read, to know where the answer ends.
-# - A head is split and matched by few regular expressions: 8 us. BaseHTTPRequestHandler and http.client
-#   parse far more than a relay needs.
+# - A silent upstream is waited for with a kernel receive timeout of 50 ms; each time it lapses, the
+#   thread peeks at its client and cancels when it has gone. Polling both sockets costs every chunk
+#   one more system call; a watcher thread costs every request a hand-over of the interpreter's
+#   lock. A lapse costs nothing while bytes flow, and works on every platform.
+# - A body is taken out of its framing and put into ours: so its last bytes can be read.
+# - A head is split and matched by few regular expressions, and what is the same in each request of
+#   a client is kept. BaseHTTPRequestHandler and http.client parse far more than a relay needs.
 # To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
 # moves the latency by 10 us from one start to the next.
 
@@ -7976,7 +7994,8 @@ class Client:
             return have[:length]
         body, filled = bytearray(have), len(have)
         while filled < length:
-            if filled == len(body):             # grows with what has come: saying much costs nothing
+            # Grows with what has come: saying much costs nothing.
+            if filled == len(body):
                 body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
@@ -8359,9 +8378,11 @@ def parse_upstream(url: str) -> Upstream:
 
 
 class Outcome(NamedTuple):
-    """How a relay ended. state: done | broken (mid-answer) | rejected (not passed on) | unreachable.
+    """How a relay ended.
 
-    `said` is the beginning of what the answer said (of a stream the first event) and its last bytes:
+    state: done | broken (in the middle) | rejected (not passed on) | unreachable | failed (a load).
+
+    `said` is the beginning of the answer (of a stream the first event) and its last bytes:
     what it counts stands there.
     """
 
@@ -8371,7 +8392,8 @@ class Outcome(NamedTuple):
     retry_after_s: float = 0.0
     said: bytes = b""
     first_byte_s: float = 0.0                   # from the sending of the request
-    cost: float = 0.0                           # of a hosted answer, in dollars, where LiteLLM says it
+    # Of a hosted answer, in dollars, where LiteLLM says it.
+    cost: float = 0.0
 
 
 class Translation:
@@ -8392,13 +8414,16 @@ class Terms(NamedTuple):
 
     extra: Optional[Callable[[], bytes]] = None         # makes header lines for the answer
     drop: FrozenSet[bytes] = frozenset()                # headers of the client that stay here
-    judge: Optional[Callable[[int, str], bool]] = None  # True: an error another tier may do better on
+    # True: an error another tier may do better on.
+    judge: Optional[Callable[[int, str], bool]] = None
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
-    began: Optional[Callable[[], None]] = None          # called when the answer goes on: no other is asked
+    # Called when the answer goes on: no other is asked.
+    began: Optional[Callable[[], None]] = None
     translation: Optional[Translation] = None           # the shape in which the client gets it
-    patience_s: float = 0.0                             # longest wait in all for the first byte, 0: any
+    # Longest wait in all for the first byte, 0: any.
+    patience_s: float = 0.0
 
 
 AS_IT_COMES = Terms()
@@ -8579,7 +8604,7 @@ class _Sized:
         self.over = 0                           # bytes behind the end
 
     def feed(self, data: bytes) -> bytes:
-        """The part of `data` that is the body's. Errors: UpstreamBroken, in all of these classes."""
+        """The part of `data` that is the body's. Errors: UpstreamBroken, in all these classes."""
         payload = data[:self._left]
         self._left -= len(payload)
         self.ended = self._left == 0
@@ -8719,8 +8744,10 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
 
 
 # The first event of a stream that is no comment, whole.
-_EVENT = re.compile(rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-_ERROR_EVENT = re.compile(rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_EVENT = re.compile(
+    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+_ERROR_EVENT = re.compile(
+    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
 _ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
@@ -8779,7 +8806,8 @@ class _Relay:
         response, data = _receive_head(receiver, self._request.method)
         return receiver, response, data
 
-    def judged(self, answer: _Answer, receiver: _Receiver, data: bytes) -> Tuple[Optional[Outcome], bytes]:
+    def judged(self, answer: _Answer, receiver: _Receiver,
+               data: bytes) -> Tuple[Optional[Outcome], bytes]:
         """(the outcome of an answer that is not passed on, what of its body has come).
 
         Errors: UpstreamBroken, ClientGone.
@@ -10397,7 +10425,7 @@ class Ladder:
         self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
     def judge(self, status: int, text: str) -> bool:
-        """Whether an error is to be answered by another tier. A reason it remembers: whose fault."""
+        """Whether an error is to be answered by another tier; whose fault it was is kept."""
         need = prompt_tokens_said(status, text)
         self._own_fault = bool(need) or own_fault(status, text)
         if need:
@@ -10465,7 +10493,8 @@ class Setting(NamedTuple):
     models_ini: str = ""                        # the path of the file that it serves...
     bundled: bytes = b""                        # ...and what it serves where that is not there
     reload: Optional[Callable[[], Config]] = None       # reads that file again. Errors: UserError
-    unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}     # tier -> why nobody does
+    # Tier -> why nobody does.
+    unserved: Callable[[Config], Mapping[str, str]] = lambda config: {}
     foreign_logs: Sequence[str] = ()            # of other programs, to be rotated
     remedy: str = "run `llmstack start`"        # where nothing answers behind it
     env: Mapping[str, str] = {}
@@ -11106,7 +11135,8 @@ class RouterApp(App):
             return self._ask(client, asked, route, ongoing, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {reason}; the client left after {ms:,.0f} ms")
+            self.log.info(f"auto -> {ladder.tier.name} {reason};"
+                          f" the client left after {ms:,.0f} ms")
             raise
 
     def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
@@ -11163,10 +11193,12 @@ class RouterApp(App):
             reply_failure(client, 502, message, extra=lines)
 
 
-def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str], reason: str = "") -> bytes:
+def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
+                     reason: str = "") -> bytes:
     """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
     reason = reason or decision.reason
-    lines = f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\nX-LLMStack-Reason: {reason}\r\n"
+    lines = (f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\n"
+             f"X-LLMStack-Reason: {reason}\r\n")
     facts = decision.facts
     if facts.classes:                           # the bounds did not decide: which number did
         lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
@@ -11187,7 +11219,7 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # ==================================================================================================
 
 def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tuple[str, ...]:
-    """The command that starts llama-server: configured, from the environment, on PATH, or our stand-in.
+    """The command that starts llama-server: as configured, as on PATH, or our stand-in.
 
     Empty when there is none. Errors: UserError where one is named that does not exist.
     """
@@ -11197,7 +11229,8 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
         found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
         if not found or not os.access(found, os.X_OK):
             where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
-            raise UserError(f"{where} names {named}, which is no program here", "correct it, or leave it out to search PATH", 2)
+            raise UserError(f"{where} names {named}, which is no program here",
+                            "correct it, or leave it out to search PATH", 2)
         return (found,)
     found = find_program("llama-server" + EXE)
     if found:
@@ -11208,7 +11241,10 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
-    return _expand(env["LLMSTACK_BIN_DIR"]) if env.get("LLMSTACK_BIN_DIR") else os.path.join(data, "bin")
+    named = env.get("LLMSTACK_BIN_DIR")
+    if named:
+        return _expand(named)
+    return os.path.join(data, "bin")
 
 
 def find_llama_swap(env: Mapping[str, str], data: str) -> str:
@@ -11217,14 +11253,15 @@ def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     return ours if os.access(ours, os.X_OK) else find_program("llama-swap" + EXE)
 
 
+OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
 _BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
 
 
 def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[str]:
     """Which of the flags we would use the installed llama-server refuses; asked once per binary.
 
-    `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and drop flags,
-    so all are tried together first, and one by one only where that fails.
+    `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
+    drop flags, so all are tried together first, and one by one only where that fails.
     """
     import subprocess
 
@@ -11236,8 +11273,7 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     try:
         stamp = _stamp(program)
     except OSError as exc:
-        raise UserError(f"{program[0]} does not run: {exc.strerror}", "reinstall llama.cpp, or name another one in"
-                        " llama_server_bin") from None
+        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
     cache = _read_json(cache_path)
     known = cache.get(stamp, {})
@@ -11245,17 +11281,18 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     if isinstance(known, dict) and known.get("asked") == values:
         return frozenset(known["refused"])
 
+    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+
     def takes(flags: Iterable[Tuple[str, ...]]) -> bool:
         words = [word for flag in flags for word in flag]
         try:
-            return subprocess.run([*program, *words, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
+            ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
         except (OSError, subprocess.SubprocessError) as exc:
-            raise UserError(f"{program[0]} does not run: {exc}", "reinstall llama.cpp, or name another one in"
-                            " llama_server_bin") from None
+            raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
+        return ended.returncode == 0
 
     if not takes(()):
-        raise UserError(f"{program[0]} --version fails", "reinstall llama.cpp, or name another one in llama_server_bin")
+        raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
     refused: Set[str] = set()
     swapped = [alternatives.get(name, flag) for name, flag in groups.items()]
     if takes(groups.values()):
@@ -11264,8 +11301,11 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
         refused = {name for name in alternatives if not takes([groups[name]])}
     else:
         refused = {name for name, flag in groups.items() if not takes([flag])}
-        refused |= {other[0] for name, other in alternatives.items() if name in refused and not takes([other])}
-    cache = {stamp: {"asked": values, "refused": sorted(refused)}, **{k: v for k, v in list(cache.items())[:7] if k != stamp}}
+        for name, other in alternatives.items():
+            if name in refused and not takes([other]):
+                refused.add(other[0])
+    others = {key: value for key, value in list(cache.items())[:7] if key != stamp}
+    cache = {stamp: {"asked": values, "refused": sorted(refused)}, **others}
     write_atomic(cache_path, json.dumps(cache, indent=1))
     return frozenset(refused)
 
@@ -11307,9 +11347,12 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 
 
 def _stamp(program: Sequence[str]) -> str:
-    """Names one build of a program: its path, size and time of change, and the pin of the stand-in."""
+    """Names one build of a program: path, size and time of change, and the stand-in's pin."""
     status = os.stat(program[0])
-    return f"{program[0]}:{status.st_size}:{status.st_mtime_ns}" + (f":{LLAMA_CPP_PIN}:{VERSION}" if len(program) > 1 else "")
+    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
+    if len(program) > 1:
+        stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
+    return stamp
 
 
 # ==================================================================================================
@@ -12300,7 +12343,7 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
 # in a context of 8,192, three were read again, and by default none.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
-# until its slot is saved anew. A cut file ends the server of b11549, so the ends are looked at here.
+# until its slot is saved anew. A cut file ends the server of b11549, so its ends are looked at.
 
 PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
@@ -12896,7 +12939,7 @@ class Bay:
                 self._parking.drop(self.identity, parked.slot)
 
     def _pull(self, talk: Talk, end: float) -> int:
-        """Bring a conversation from the host's prompt cache into a slot; -1 where it is not there."""
+        """Bring a conversation from the host's cache into a slot; -1 where it is not there."""
         values = parse_json_object(talk.body)
         for name in ("max_completion_tokens", "n_predict", "stream_options"):
             values.pop(name, None)
@@ -13053,7 +13096,7 @@ class Engine:
         self._tickets: List[Ticket] = []
         self._closing = False
         self._epoch = time.time() - time.monotonic()
-        self.pressure = ""                      # why no more memory is taken than now, "" for no reason
+        self.pressure = ""                      # why no more memory is taken than now, or ""
 
     def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
         """Tier -> the memory it takes: as measured, else by the size of its file."""
@@ -13474,7 +13517,7 @@ class Engine:
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
-        """Stop models because the user says so, busy, loading or not; returns when they are gone."""
+        """Stop models because the user says so, busy or loading; returns when they are gone."""
         chosen = list(models)
         with self._changed:
             for model in chosen:
