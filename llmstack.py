@@ -9086,12 +9086,12 @@ class Server:
         self._close_refused()
 
     def _accept(self, wait_s: float) -> None:
-        self._socket.settimeout(max(wait_s, 0.001))
         try:
+            self._socket.settimeout(max(wait_s, 0.001))
             sock, _ = self._socket.accept()
         except _LAPSED:
             return
-        except OSError:                         # no descriptor is free; accepting would spin
+        except OSError:                         # no descriptor is free, or it has been closed
             self._stopping.wait(0.05)
             return
         try:
@@ -13935,6 +13935,9 @@ class SwapBays:
         identity = self._parking.speeds.identity_of(name)
         return model_pace(self._parking, identity, tokens)
 
+    def parked(self) -> List[Dict[str, Any]]:
+        return self._parking.rows()
+
     def park(self, name: str) -> None:
         """Save a model that is about to be stopped."""
         with self._lock:
@@ -14067,7 +14070,10 @@ class SwapApp(UpstreamApp):
             if name in running:
                 state = STATE_WORDS.get(running[name], "loading")
             models[name] = {"state": state}
-        return {"models": models}
+        parked: List[Dict[str, Any]] = []
+        if self._bays is not None:
+            parked = self._bays.parked()
+        return {"models": models, "parked": parked}
 
     def target(self, name: str, target: str) -> str:
         """llama-swap finds a model by the body of its own paths alone."""

@@ -188,6 +188,11 @@ def project() -> Iterator[Project]:
     llmstack.main(["stop"])
 
 
+def children(pid: int) -> list[str]:
+    return [name for name in os.listdir("/proc") if name.isdigit()
+            and f"PPid:\t{pid}\n" in llmstack.read_text(f"/proc/{name}/status")]
+
+
 @pytest.fixture
 def service(project: Project) -> Iterator[subprocess.Popen[str]]:
     child = subprocess.Popen(
@@ -197,7 +202,10 @@ def service(project: Project) -> Iterator[subprocess.Popen[str]]:
         stdin=subprocess.DEVNULL,
         text=True,
     )
-    until(lambda: (project.state / "active-channel").exists(), "the stack is up")
+    assert child.stdout is not None
+    while "Stop it with" not in child.stdout.readline():    # the last line of its `start`
+        assert child.poll() is None
+    until(lambda: not children(child.pid), "its start has ended")
     yield child
     child.kill()
     child.communicate()

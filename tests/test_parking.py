@@ -632,6 +632,9 @@ def test_a_conversation_survives_a_swap_and_a_restart(
         now, cached = turn("one", said)
         assert cached >= before - 1, project.log("engine")
         assert llmstack.main(["restart", "--detach"]) == 0
+        router = llmstack.Upstream("127.0.0.1", project.router_port)
+        told = llmstack.asked_json(router, "/llmstack/snapshot")
+        assert {row["tier"] for row in told["parked"]} == {"one", "two"}, "whichever engine it is"
         assert turn("one", said)[1] >= now - 1, project.log("engine")
     finally:
         llmstack.main(["stop"])
