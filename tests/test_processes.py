@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -391,3 +392,22 @@ def test_windows_launcher_knows_the_pythons(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
     assert llmstack.suitable_python(llmstack.LLAMA_CPP) == "C:\\Python312\\python.exe"
     assert asked[0][:2] == ["C:\\py.exe", "-3.14"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps threads on a core")
+def test_what_a_thread_that_keeps_to_a_core_starts_has_all_of_them(tmp_path: Path) -> None:
+    every = os.sched_getaffinity(0)
+    seen: list[object] = []
+
+    def serve() -> None:
+        llmstack.stay_on_core(llmstack.core_here())
+        seen.append(len(os.sched_getaffinity(0)))
+        words = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+        seen.append(llmstack.spawn(words, str(tmp_path / "log"), os.environ).wait())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert seen == [1, 0]
+    assert (tmp_path / "log").read_text() == f"{sorted(every)}\n"
+    assert os.sched_getaffinity(0) == every, "the main thread is free"
