@@ -13404,9 +13404,12 @@ class Engine:
             before = file_size(log)
             self._spawn_server(model, log)
             code = self._wait_healthy(model, log, bool(path))
-            if code is None:
+            others = self._others_listening(model)
+            if code is None and not (others and tries_left):
                 return
-            if model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
+            if code is None:
+                stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+            elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
                 tail = tail_of(log) if file_size(log) > before else "it printed nothing"
                 if not self._is_here(model):
                     size = size_words(weights_for(model.tier).size_gb * 1e9)
@@ -13416,6 +13419,16 @@ class Engine:
                                 f"{tail}")
             self._log.warning(f"{model.name}: port {model.port} was taken by"
                               f" {port_holder(model.port)} meanwhile")
+
+    @staticmethod
+    def _others_listening(model: Model) -> List[int]:
+        """Processes that share a server's port, and would get some of its requests.
+
+        llama-server sets SO_REUSEPORT: two that choose a port in the same moment both have it.
+        """
+        if model.proxy or IS_WINDOWS or model.process.poll() is not None:
+            return []
+        return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
 
     def _spawn_server(self, model: Model, log: str) -> None:
         proxy = model.proxy

@@ -1198,6 +1198,26 @@ def test_a_port_that_a_stranger_has_is_passed_over(open_stage: OpenStage) -> Non
         assert stage.times("code-fast refused") == 0
 
 
+def test_a_port_that_is_shared_with_a_stranger_is_left(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-server sets SO_REUSEPORT: two that choose a port in the same moment both have it."""
+    listeners, shared = llmstack.listeners, []      # type: Any, list[int]
+
+    def listening(port: int) -> List[int]:
+        found: List[int] = listeners(port)
+        if found and port in (shared or [port]):
+            shared[:] = [port]
+            found = [*found, os.getpid()]
+        return found
+
+    free = llmstack.port_is_free
+    monkeypatch.setattr(llmstack, "listeners", listening)
+    monkeypatch.setattr(llmstack, "port_is_free", lambda host, port: port not in shared and free(host, port))
+    assert stage.hello("plan") == "plan says hello"
+    ports = [start["port"] for start in stage.starts("plan")]
+    assert len(set(ports)) == 2
+    assert ports[0] == shared[0]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="127.0.0.2 is this machine on Linux only")
 def test_a_stranger_on_the_same_port_of_another_address_is_no_matter(stage: Stage) -> None:
     with socket.socket() as stranger:
