@@ -106,11 +106,12 @@ def find_log(name: str, places: Any, config: Any, llmstack: Any) -> Follower:
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("logs", __doc__)
     parser.add_argument("names", metavar="{router,engine,TIER}", nargs="*", default=["router"])
+    parser.add_argument("--demo", action="store_true", help="the demo's")
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what comes")
     parser.add_argument("-n", "--lines", metavar="N", type=int, default=40,
                         help="begin with the last N lines (default: %(default)s)")
     args = parser.parse_intermixed_args(list(argv))
-    places = llmstack.find_places(os.environ)
+    places = llmstack.find_places(os.environ, args.demo)
     llmstack.refuse_external(places)
     config = llmstack.planned_config(places)
     logs = [find_log(name, places, config, llmstack) for name in args.names]

@@ -43,9 +43,10 @@ def cells(row: Dict[str, Any], llmstack: Any) -> List[str]:
 
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("ps", __doc__)
+    parser.add_argument("--demo", action="store_true", help="the demo's")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(list(argv))
-    upstream, _ = llmstack.running_router(llmstack.find_places(os.environ))
+    upstream, _ = llmstack.running_router(llmstack.find_places(os.environ, args.demo))
     rows = ask_requests(upstream, llmstack)
     if args.json:
         llmstack.say(llmstack.as_json(rows))

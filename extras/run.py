@@ -349,6 +349,7 @@ def chat(session: Session) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = "llmstack run [-q] [--system TEXT] [--max-tokens N] [TIER] [TEXT | -]"
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--demo", action="store_true", help="the demo's")
     parser.add_argument("-q", "--quiet", action="store_true", help="the answer alone")
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
     parser.add_argument("--max-tokens", metavar="N", type=int, help="of an answer, at most")
@@ -380,7 +381,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("run", __doc__)
     add_options(parser)
     args = parser.parse_intermixed_args(list(argv))
-    places = llmstack.find_places(os.environ)
+    places = llmstack.find_places(os.environ, args.demo)
     upstream, config = llmstack.running_router(places)
     tier, text = chosen(args.words, config, llmstack)
     if not text and not sys.stdin.isatty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,18 @@ def test_under_the_hook_the_name_works(
         check=False,
     )
     assert done.stdout == f"llmstack {llmstack.VERSION}\n", done.stderr
+
+
+@pytest.mark.parametrize("words", [["run", "hello"], ["ps"], ["logs"]], ids=lambda words: words[0])
+def test_the_demo_can_be_talked_to_and_looked_at(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start --demo --detach` left no way to ask it anything but curl."""
+    asked: list[bool] = []
+    find = llmstack.find_places
+
+    def finding(env: object, demo: bool = False) -> llmstack.Places:
+        asked.append(demo)
+        return find(os.environ, demo)
+
+    monkeypatch.setattr(llmstack, "find_places", finding)
+    llmstack.main([*words, "--demo"])
+    assert asked[-1]
