@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 import llmstack  # noqa: E402
 
 SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with model servers
+# What stands in files whose tests bring up stacks, with model servers or with fakes of them.
+STACKS = ('"start"', '"restart"', "open_stage")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,9 +30,11 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes, one has all tests that start model servers: these take the first free port."""
+    texts = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        if item.path.name == "test_engine.py" or not SERVERS.isdisjoint(fixtures):
+        text = texts[item.path]
+        if not SERVERS.isdisjoint(fixtures) or any(word in text for word in STACKS):
             item.add_marker(pytest.mark.xdist_group("servers"))
 
 
