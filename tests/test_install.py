@@ -565,9 +565,8 @@ def once(*replies: bytes) -> Script:
 
     def script(connection: Connection) -> None:
         connection.read()
-        connection.send(*left[:1])
         if left:
-            del left[0]
+            connection.send(left.pop(0))        # before it is read, the next may have come
             connection.half_close()
         connection.rest()
     return script
