@@ -6376,12 +6376,20 @@ def _has_person() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _ask(question: str) -> Optional[bool]:
+def ask_person(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
     if not _has_person():
         return None
     write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def agreed(question: str, unasked: str, hint: str) -> bool:
+    """A person's yes. Errors: UserError where there is nobody to ask."""
+    answer = ask_person(question)
+    if answer is None:
+        raise UserError(f"{unasked} unasked, and there is no terminal to ask on", hint)
+    return answer
 
 
 def _never_ask(_: str) -> Optional[bool]:
@@ -17940,7 +17948,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if args.demo:
         _prepare_demo(args, places)
     else:
-        offer_trust(places, say, _ask)
+        offer_trust(places, say, ask_person)
         if pinned_url(places):
             return _start_external(args, places)
         check_run_trust(places)
@@ -18332,7 +18340,7 @@ def _install_local(args: Any, places: Places) -> int:
         seed_project(places, say, profile=args.profile)
     config = planned_config(places, warn, args.profile)
     if not args.print:
-        _warn_unserved(places, config, _ask)
+        _warn_unserved(places, config, ask_person)
     config = config.on_channel(chosen_channel(places, config, args.channel))
     config = true_config(config, places, warn)
     url = base_url(*router_address(places, config))
@@ -18353,7 +18361,7 @@ def _install_local(args: Any, places: Places) -> int:
 def _cmd_install(args: Any) -> int:
     places = _places(args)
     if not args.print:
-        offer_trust(places, say, _ask)
+        offer_trust(places, say, ask_person)
     url = _external_url(args, places)
     if url:
         return _install_external(args, places, url)
@@ -18826,7 +18834,7 @@ def run_setup(setup: Setup) -> List[str]:
 def _cmd_setup(args: Any) -> int:
     places = _places(args)
     refuse_external(places)
-    ask = _always_yes if args.yes else _ask
+    ask = _always_yes if args.yes else ask_person
     failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
     if failed:
         raise UserError(f"setup is not complete; failed: {', '.join(failed)}",

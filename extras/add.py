@@ -318,7 +318,7 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
     if not program or tier.role in ("embed", "rerank"):
         return
     llmstack.check_run_trust(places)
-    setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack._ask, [], [])
+    setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack.ask_person, [], [])
     seconds, words = llmstack.prove_tier(tier, config, setup)
     llmstack.say(llmstack.visible(f"{name} is loaded in {seconds:.1f} s and answers {words!r}"))
 
@@ -338,14 +338,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         config = llmstack.load_config(places)
     choice, chooser, licence = choose(args, config, llmstack)
     show(choice, chooser, licence, llmstack)
-    if not args.yes:
-        answer = llmstack._ask(f"Add it to {places.models_ini} and fetch it? [y/N] ")
-        if answer is None:
-            raise llmstack.UserError("nothing is added unasked, and there is no terminal to ask on",
-                                     "say --yes")
-        if not answer:
-            llmstack.say("Nothing was changed.")
-            return 0
+    question = f"Add it to {places.models_ini} and fetch it? [y/N] "
+    if not (args.yes or llmstack.agreed(question, "nothing is added", "say --yes")):
+        llmstack.say("Nothing was changed.")
+        return 0
     write_section(places, choice.tier, llmstack)
     if not args.no_download:
         fetch(places, choice.tier.name, llmstack)

@@ -217,7 +217,7 @@ def edit(places: Any, llmstack: Any) -> int:
         except llmstack.ConfigError as exc:
             for problem in exc.problems:
                 llmstack.say(problem)
-            if not llmstack._ask("Edit it again (y/n)? "):
+            if not llmstack.ask_person("Edit it again (y/n)? "):
                 raise llmstack.UserError(
                     "models.ini is as it was", f"your edit is in {path}", 2) from None
     if read_ini(places, llmstack) != old:

@@ -27,13 +27,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     for held in unnamed:
         llmstack.say(llmstack.visible(f"{held.size_bytes / 1e9:10,.2f} GB  {held.name}", 200))
     llmstack.say("Other projects and programs may use them.")
-    if not args.yes:
-        answer = llmstack._ask(f"Delete these {len(unnamed)}? [y/N] ")
-        if answer is None:
-            raise llmstack.UserError("nothing is deleted unasked, and there is no terminal to ask on",
-                                     "say --yes, or delete one: llmstack rm MODEL")
-        if not answer:
-            return 0
+    question = f"Delete these {len(unnamed)}? [y/N] "
+    hint = "say --yes, or delete one: llmstack rm MODEL"
+    if not (args.yes or llmstack.agreed(question, "nothing is deleted", hint)):
+        return 0
     kept, freed = [held for held in models if held.tiers], 0
     try:
         for held in unnamed:

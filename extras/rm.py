@@ -29,13 +29,9 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     if held.tiers and not args.force:
         raise llmstack.UserError(f"{held.name} belongs to {', '.join(held.tiers)}",
                                  "take it out of models.ini first, or say --force")
-    if not args.yes:
-        answer = llmstack._ask(f"Delete {held.name} ({held.size_bytes / 1e9:,.2f} GB)? [y/N] ")
-        if answer is None:
-            raise llmstack.UserError("nothing is deleted unasked, and there is no terminal to ask on",
-                                     "say --yes")
-        if not answer:
-            return 0
+    question = f"Delete {held.name} ({held.size_bytes / 1e9:,.2f} GB)? [y/N] "
+    if not (args.yes or llmstack.agreed(question, "nothing is deleted", "say --yes")):
+        return 0
     kept = [other for other in models if other is not held]
     try:
         freed = listing.remove(held, kept, llmstack.hub_cache_dir(os.environ))

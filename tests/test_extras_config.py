@@ -216,7 +216,7 @@ def test_it_can_be_mended_in_a_second_go(monkeypatch: pytest.MonkeyPatch) -> Non
         "old, new = ('much', '16k') if 'much' in text else ('8k', 'much')\n"
         "path.write_text(text.replace(old, new))",
     )
-    monkeypatch.setattr(llmstack, "_ask", lambda question: True)
+    monkeypatch.setattr(llmstack, "ask_person", lambda question: True)
     assert config("edit") == 0
     assert INI.read_text() == TEXT.replace("8k", "16k")
 

@@ -550,7 +550,7 @@ def test_what_cannot_be_read_is_shown_and_stays_out(places: llmstack.Places) -> 
 def test_the_commands_ask_where_a_person_is(words: list[str], places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:
     INI.write_text("[DEFAULT]\nllama_server_bin = /opt/mine\n" + HOST)
     person = Person(False)
-    monkeypatch.setattr(llmstack, "_ask", person)
+    monkeypatch.setattr(llmstack, "ask_person", person)
     code = llmstack.main(words)
     assert code == (0 if words == ["install"] else 1)
     assert len(person.asked) == 1
