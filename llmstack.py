@@ -11840,7 +11840,10 @@ class Trial:
         self.loaded_s = 0.0
         self.process: Any = None
         self._places, self._env = places, env
-        self._upstream = Upstream("127.0.0.1", free_run(FIRST_SERVER_PORT + 500, 1))
+        # Any free port: two trials that look for the next one in the same moment get the same,
+        # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
+        self._upstream = Upstream("127.0.0.1", free_port("127.0.0.1"))
+        self._upstream.key = os.urandom(16).hex()
 
     def __enter__(self) -> Trial:
         data, env = self._places.data, self._env
@@ -11853,6 +11856,7 @@ class Trial:
         command = server_command(program, tier, self.config, self._upstream.port,
                                  refused)
         own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
+               "LLAMA_API_KEY": self._upstream.key,
                STACK_VARIABLE: new_mark(self._places.project)}
         began = time.monotonic()
         self.process = spawn(command, self.log, own)

@@ -193,3 +193,22 @@ def test_a_request_of_a_tier_with_slots_may_fill_its_context(
     with llmstack.Trial(config.tiers[0], config, places, os.environ) as trial:
         props = trial.ask("/props")[1]
     assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (4, 2048)
+
+
+def test_two_trials_at_once_each_have_a_server_of_their_own(
+    places: llmstack.Places, real_data: Path
+) -> None:
+    """llama-server shares its port: with the same one, each asked the other's server."""
+    from tests.noise_model import render_noise_gguf
+    Path("noise.gguf").write_bytes(render_noise_gguf())
+    config = write_ini("[a]", "path = ../noise.gguf", "ctx_size = 2048",
+                       "[b]", "path = ../noise.gguf", "ctx_size = 1024")
+    trials = [llmstack.Trial(tier, config, places, os.environ) for tier in config.tiers]
+    with trials[0] as first, trials[1] as second:
+        for _ in range(8):
+            contexts = [trial.ask("/props")[1]["default_generation_settings"]["n_ctx"]
+                        for trial in (first, second)]
+            assert contexts == [2048, 1024]
+        key, first._upstream.key = first._upstream.key, ""
+        assert first.ask("/props")[0] == 401, "a web page has no key"
+        first._upstream.key = key
