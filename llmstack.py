@@ -4034,17 +4034,22 @@ def choose_profile(machine: Machine) -> str:
     return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
 
 
-def find_profile(name: str) -> str:
-    """The profile for a machine of `name` GB: 32 is 24's, card-20 is card-16's. Errors: UserError.
-    """
+def _kind_and_gb(name: str) -> Tuple[str, int]:
+    """("card-" or "", GB) of what a profile is called; GB is 0 where that is no such name."""
     match = _PROFILE_NAME.match(name.strip().lower())
+    if not match:
+        return "", 0
+    return match.group(1), int(match.group(2))
+
+
+def find_profile(name: str) -> str:
+    """The profile for a machine of `name` GB: 32 is 24's, card-20 card-16's. Errors: UserError."""
+    kind, size = _kind_and_gb(name)
     found = ""
-    if match:
-        kind, size = match.groups()
-        for own in PROFILES:
-            number = own[len(kind):]
-            if own.startswith(kind) and number.isdigit() and int(number) <= int(size):
-                found = own
+    for own in PROFILES:
+        own_kind, own_size = _kind_and_gb(own)
+        if own_kind == kind and own_size <= size:
+            found = own
     if not found:
         sizes = ", ".join(PROFILES)
         raise UserError(f"there is no profile {name}",
@@ -4054,9 +4059,10 @@ def find_profile(name: str) -> str:
 
 def profile_words(name: str) -> str:
     """The machine that a profile is for."""
-    if not PROFILES[name].host_gb:
-        return f"{name} GB of memory"
-    return f"a graphics card of {name.rpartition('-')[2]} GB"
+    kind, size = _kind_and_gb(name)
+    if kind:
+        return f"a graphics card of {size} GB"
+    return f"{size} GB of memory"
 
 
 def profile_of(text: str) -> str:

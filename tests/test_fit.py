@@ -674,8 +674,8 @@ def test_on_a_card_every_tier_stays_beside_the_fast_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "queued"), [
-    ("8", ["code-smart"]), ("16", ["code-smart"]), ("card-12", ["code-smart"]), ("card-16", []), ("24", ["plan"]), ("card-24", []),
-    ("card-32", ["plan", "plan-uncensored"]), ("48", ["code-smart", "plan"]),
+    ("8", ["code-smart"]), ("16", ["code-smart"]), ("card-12", ["code-smart"]), ("card-16", []), ("24", ["plan"]),
+    ("card-24", []), ("card-32", ["plan", "plan-uncensored"]), ("48", ["code-smart", "plan"]),
     ("64", ["code-smart", "plan", "plan-uncensored"]), ("128", ["code-smart", "plan"]), ("256", ["code-smart"]), ("512", [])])
 def test_what_a_profile_queues(name: str, queued: list[str]) -> None:
     config, _ = llmstack.parse_models_ini(profile_text(name))
