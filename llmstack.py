@@ -221,7 +221,7 @@ KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", *TEXT_ROLES)
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "fast": ("fast", "small", "autocomplete"),
     "agent": ("agent", "smart", "code", "coder"),
-    "plan": ("planner", "chat"),
+    "plan": ("planner", "chat", "glm"),
     "plan-uncensored": ("uncensored", "nofilter", "plan-nofilter", "heretic"),
 }
 # What clients ask for where nobody has told them a name, and what answers that: a tier, a role or
@@ -2968,10 +2968,16 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     return found
 
 
-def check_queued(config: Config) -> None:
-    """The next channel needs an upgrade to run. Errors: UserError."""
+def check_queued(config: Config, profile: str = "") -> None:
+    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+
+    Errors: UserError.
+    """
     if not any(tier.has_next for tier in config.tiers):
-        raise UserError("no tier has a queued upgrade, so there is no next channel to run",
+        tier = "no tier"
+        if profile:
+            tier = f"no tier of this models.ini, profile {profile},"
+        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
                         "add hf_file_next or model_next to a tier of models.ini, or say --current"
                         " (and unset LLMSTACK_USE_NEXT)", 2)
 
@@ -3835,6 +3841,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     `models`: share/models.json. The token embedding counts as Q6_K, what llama-quantize gives it
     where it is the output, too.
     """
+    file = file.rpartition("/")[2]
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
@@ -3979,37 +3986,101 @@ def memory_pressure(now: MemoryState, before: MemoryState) -> str:
 # ==================================================================================================
 # PURE: PROFILES
 # ==================================================================================================
-# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
-# models.ini beside the program.
+# The same tiers and roles for other machines: share/profiles/NAME.ini has the sections that differ
+# from those of the models.ini beside the program, which is profile 64.
 
-# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
-# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
-# to it.
-PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.5, "128": 96.0}
+
+class Profile(NamedTuple):
+    """GB that each tier of a profile must fit within by itself. tests/test_fit.py holds them to it.
+
+    The budget is Metal's share of a Mac of that size, or 75 % of memory as Linux counts it,
+    whichever is less; of a card, what its driver and a desktop leave.
+    """
+
+    budget_gb: float
+    host_gb: float = 0.0                        # of memory beside a card; 0: for any machine
+
+
+# In the order of their budgets. The number in a name is GB of memory, or of a card's.
+PROFILES = {
+    "8": Profile(5.7),
+    "16": Profile(11.4),
+    "card-12": Profile(11.5, 24.0),
+    "card-16": Profile(15.4, 24.0),
+    "24": Profile(17.1),
+    "card-24": Profile(23.4, 24.0),
+    "card-32": Profile(31.0, 11.0),
+    "48": Profile(37.0),
+    "64": Profile(50.5),
+    "128": Profile(96.0),
+    "256": Profile(200.0),
+    "512": Profile(400.0),
+}
 BUNDLED_PROFILE = "64"
+_PROFILE_NAME = re.compile(r"(card-|)([0-9]{1,6})(?: *gi?b)?\Z")
+# A section's heading and settings, as far as the first empty line or comment.
+_INI_BLOCK = re.compile(r"^\[([^\]\n]+)\]\n(?:[^\n#;].*\n)*", re.MULTILINE)
+_PROFILE_TITLE = re.compile(r"^# Profile: ([^ \n]+).*\n", re.MULTILINE)
 
 
-def choose_profile(budget_gb: float) -> str:
-    """The largest profile whose every tier fits the budget, or the smallest there is."""
-    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
-    return max(fitting or [min(PROFILES, key=int)], key=int)
+def fits_machine(name: str, machine: Machine) -> bool:
+    """True where a machine has what every tier of a profile needs."""
+    profile = PROFILES[name]
+    return profile.budget_gb <= machine.budget_gb and profile.host_gb <= machine.host_gb
+
+
+def choose_profile(machine: Machine) -> str:
+    """The largest profile whose every tier fits a machine, or the smallest there is."""
+    smallest, *others = PROFILES
+    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+
+
+def _kind_and_gb(name: str) -> Tuple[str, int]:
+    """("card-" or "", GB) of what a profile is called; GB is 0 where that is no such name."""
+    match = _PROFILE_NAME.match(name.strip().lower())
+    if not match:
+        return "", 0
+    return match.group(1), int(match.group(2))
 
 
 def find_profile(name: str) -> str:
-    """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
-    number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
-    if not known:
+    """The profile for a machine of `name` GB: 32 is 24's, card-20 card-16's. Errors: UserError."""
+    kind, size = _kind_and_gb(name)
+    found = ""
+    for own in PROFILES:
+        own_kind, own_size = _kind_and_gb(own)
+        if own_kind == kind and own_size <= size:
+            found = own
+    if not found:
         sizes = ", ".join(PROFILES)
-        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
-    return max(known, key=int)
+        raise UserError(f"there is no profile {name}",
+                        f"one of {sizes} (GB of memory; card: of a graphics card)", 2)
+    return found
 
 
-def profile_file(name: str) -> str:
-    """Where the models.ini of a profile lies beside the program."""
-    if name == BUNDLED_PROFILE:
-        return "models.ini"
-    return f"share/profiles/{name}.ini"
+def profile_words(name: str) -> str:
+    """The machine that a profile is for."""
+    kind, size = _kind_and_gb(name)
+    if kind:
+        return f"a graphics card of {size} GB"
+    return f"{size} GB of memory"
+
+
+def profile_of(text: str) -> str:
+    """The profile that a models.ini was made of, "" where it does not say."""
+    match = _PROFILE_TITLE.search(text)
+    if not match:
+        return ""
+    return match.group(1)
+
+
+def render_profile(bundled: str, own: str) -> str:
+    """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
+    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    title = _PROFILE_TITLE.search(own)
+    if title:
+        bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
+    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
 
 
 # ==================================================================================================
@@ -5711,6 +5782,15 @@ def read_resource(name: str) -> bytes:
 def read_shared_text(name: str) -> str:
     """A text below share/, with plain newlines whatever a checkout has made. Errors: UserError."""
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
+
+
+def read_profile(name: str) -> bytes:
+    """The models.ini of a profile. Errors: UserError where the program was copied without it."""
+    bundled = read_resource("models.ini")
+    if name == BUNDLED_PROFILE:
+        return bundled
+    own = read_shared_text(f"profiles/{name}.ini")
+    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
 
 
 def guest_command(python: str, name: str) -> List[str]:
@@ -14486,23 +14566,27 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     """
     machine = this_machine(Config())
     # What this machine holds decides, unless the user knows better.
-    name = choose_profile(machine.budget_gb)
+    name = choose_profile(machine)
     if profile:
         name = find_profile(profile)
     lacking = ""
     try:
-        text = read_resource(profile_file(name))
+        text = read_profile(name)
     except UserError as exc:
         if profile:
             raise
         # A copy without share/ still starts: with the profile that lies beside it.
         lacking = f"{exc}; taken instead: "
         name = BUNDLED_PROFILE
-        text = read_resource(profile_file(name))
-    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+        text = read_profile(name)
+    why = (f"{lacking}Profile {name}, the tiers for {profile_words(name)}"
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
-    if machine.budget_gb < PROFILES[name]:
-        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+    if not fits_machine(name, machine):
+        need = PROFILES[name]
+        beside = ""
+        if need.host_gb:
+            beside = f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -17007,7 +17091,7 @@ def profile_files() -> List[ProfileFile]:
     found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
     models = known_models()
     for name in PROFILES:
-        text = read_resource(profile_file(name)).decode("utf-8")
+        text = read_profile(name).decode("utf-8")
         for tier in local_tiers(parse_models_ini(text)[0]):
             for weights in both_weights(tier):
                 known = known_header(weights.file, weights.size_gb, models)
@@ -17783,7 +17867,7 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config)
+        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
         return "next"
     marker = read_marker(places)
     if not running and marker:

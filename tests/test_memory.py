@@ -171,7 +171,7 @@ def test_both_engines_get_the_flags() -> None:
 @pytest.mark.parametrize(("file", "mb"), [
     ("Qwen3-Coder-Next-Q4_K_M.gguf", 79),       # 75 MiB
     ("Qwen3-32B-Q4_K_M.gguf", 0),
-    ("gpt-oss-20b-mxfp4.gguf", 10),             # 12 windows of 128 and a batch
+    ("gpt-oss-20b-MXFP4.gguf", 10),             # 12 windows of 128 and a batch
 ])
 def test_what_a_checkpoint_takes(file: str, mb: int) -> None:
     assert llmstack.checkpoint_bytes(known(file), 65_536) / 1e6 == pytest.approx(mb, abs=1)
@@ -462,7 +462,7 @@ RUNGS = {"high": "agent", "mid": "agent", "floor": "agent", "long": "fast"}
 @pytest.mark.parametrize("name", list(llmstack.PROFILES))
 def test_every_rung_of_a_profile_is_reached(name: str) -> None:
     """Some conversation meets it, and its tier holds it with room to answer."""
-    text = llmstack.read_resource(llmstack.profile_file(name)).decode("utf-8")
+    text = llmstack.read_profile(name).decode("utf-8")
     config, _ = llmstack.parse_models_ini(text)
     roles, found = {t.name: t.role for t in config.tiers}, set()
     for tokens in range(1000, 40_000, 100):
