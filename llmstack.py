@@ -11318,7 +11318,7 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
         groups["--slot-save-path"] = ("--slot-save-path", data)
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
     try:
-        stamp = _stamp(program)
+        stamp = build_stamp(program)
     except OSError as exc:
         raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
@@ -11393,7 +11393,7 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     return notes
 
 
-def _stamp(program: Sequence[str]) -> str:
+def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
     status = os.stat(program[0])
     stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
@@ -12042,7 +12042,7 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         if not (path and program):
             return ""
         status = os.stat(path)
-        facts = [socket.gethostname(), _stamp(program), os.path.realpath(path),
+        facts = [socket.gethostname(), build_stamp(program), os.path.realpath(path),
                  str(status.st_size), str(status.st_mtime_ns)]
     except (OSError, UserError):
         return ""
@@ -12468,7 +12468,8 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     import hashlib
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    changed = str(os.stat(weights).st_mtime_ns)
+    facts = [build_stamp(program), file_edges(weights), changed, *settings]
     facts += [word for flag, word in zip(["", *command], command)
               if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
@@ -17250,7 +17251,7 @@ def _setup_answer(setup: Setup) -> str:
         raise _Skipped("there is no model to load yet")
     size, tier = here[0]
     path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier)} {size}"
+    proof = f"{build_stamp(program)} {weights_for(tier)} {size}"
     if _read_json(path).get(tier.name) == proof:
         return f"{tier.name} has answered before"
     seconds, words = prove_tier(tier, config, setup)
