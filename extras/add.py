@@ -318,8 +318,9 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
     if not program or tier.role in ("embed", "rerank"):
         return
     llmstack.check_run_trust(places)
-    setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack.ask_person, [], [])
-    seconds, words = llmstack.prove_tier(tier, config, setup)
+    extra = llmstack.load_extra("setup")
+    setup = extra.Setup(places, os.environ, None, llmstack.say, llmstack.ask_person, [], [])
+    seconds, words = extra.prove_tier(tier, config, setup, llmstack)
     llmstack.say(llmstack.visible(f"{name} is loaded in {seconds:.1f} s and answers {words!r}"))
 
 

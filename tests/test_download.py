@@ -1075,7 +1075,7 @@ def test_windows_paths_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "_output", lambda command: ran.append(list(command)) or "")
     llmstack._signal_group(77, True)
     assert ran == [["taskkill", "/PID", "77", "/T", "/F"]]
-    assert llmstack.server_ways() == "winget install ggml.llamacpp"
+    assert llmstack.load_extra("setup").server_ways(llmstack) == "winget install ggml.llamacpp"
 
 
 def test_homebrew_is_found_without_a_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, 
 from tests.test_stack import ask, free_ports
 
 __all__ = ["hub", "releases"]                   # fixtures
+SETUP = llmstack.load_extra("setup")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -244,16 +245,16 @@ def test_llama_swap_is_a_must_only_where_models_ini_says_so(fake_swap: FakeRelea
 def test_a_profiles_models_ini_is_known_again_with_its_ultra_tier(monkeypatch: pytest.MonkeyPatch, no_server: None,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("litellm",))
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, Namespace(profile="16"), print, lambda question: True,
+    setup = SETUP.Setup(llmstack.find_places(os.environ), os.environ, Namespace(profile="16"), print, lambda question: True,
                            [], [])
-    llmstack._setup_ini(setup)
+    SETUP.setup_ini(setup, llmstack)
     assert llmstack.load_config(setup.places).by_role("ultra") is not None
-    assert llmstack._setup_ini(setup).endswith("is there")
+    assert SETUP.setup_ini(setup, llmstack).endswith("is there")
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ())
-    assert llmstack._setup_ini(setup).endswith("is there"), "LiteLLM may be gone again"
+    assert SETUP.setup_ini(setup, llmstack).endswith("is there"), "LiteLLM may be gone again"
     Path(setup.places.models_ini).write_text("[mine]\npath = m.gguf\n")
     with pytest.raises(llmstack.UserError, match="--profile would replace it"):
-        llmstack._setup_ini(setup)
+        SETUP.setup_ini(setup, llmstack)
 
 
 def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_server: None, home: Path,
@@ -271,16 +272,16 @@ def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_serv
         return answers.pop(0)
 
     args = Namespace(skip_download=False, skip_wait=False)
-    setup = llmstack.Setup(places, os.environ, args, said.append, ask, [], ["downloads"])
-    assert "3 of 3 models to fetch" in llmstack._setup_download(setup)
+    setup = SETUP.Setup(places, os.environ, args, said.append, ask, [], ["downloads"])
+    assert "3 of 3 models to fetch" in SETUP.setup_download(setup, llmstack)
     assert said == [f"3 of 3 models, 15.0 GB from {hub.url}: code-fast-current, code-smart-current, code-fast-next",
                     f"      Fetch them into {cache()} now? [y/N] "]
-    with pytest.raises(llmstack._Skipped, match="llmstack download"):
-        llmstack._setup_download(setup)
+    with pytest.raises(SETUP.Skipped, match="llmstack download"):
+        SETUP.setup_download(setup, llmstack)
     with pytest.raises(llmstack.UserError, match="no terminal to ask on"):
-        llmstack._setup_download(setup)
-    with pytest.raises(llmstack._Skipped, match="nothing is being fetched"):
-        llmstack._setup_wait(setup)
+        SETUP.setup_download(setup, llmstack)
+    with pytest.raises(SETUP.Skipped, match="nothing is being fetched"):
+        SETUP.setup_wait(setup, llmstack)
 
 
 def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,9 +290,9 @@ def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, 
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
-    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
+    setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
     with pytest.raises(llmstack.Unreachable, match=r"the model hub cannot be reached at http://127\.0\.0\.1:9"):
-        llmstack._setup_download(setup)
+        SETUP.setup_download(setup, llmstack)
 
 
 def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
@@ -301,9 +302,9 @@ def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
-    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
+    setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
     with pytest.raises(llmstack.UserError, match=r"nothing of it is at .*: there is no owner/"):
-        llmstack._setup_download(setup)
+        SETUP.setup_download(setup, llmstack)
 
 
 def wheel_model(path: str, data: str, progress: llmstack.Progress) -> None:
@@ -336,7 +337,7 @@ def test_where_nothing_can_be_fetched_setup_ends_with_something_that_works(
     found = steps(capsys.readouterr().out)
     assert found["small model"] == "skipped: not needed"
     assert "is loaded in" in found["first answer"]
-    assert llmstack._is_profile(Path(places.models_ini).read_bytes(), "64")
+    assert SETUP.is_profile(places.models_ini, "64", llmstack)
     worker_gone(places)
 
 
@@ -358,11 +359,11 @@ def test_a_small_model_that_is_not_wanted_is_not_had(home: Path, monkeypatch: py
     monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched unasked"))
     places = llmstack.find_places(os.environ)
     for answer in (False, None):
-        setup = llmstack.Setup(places, os.environ, Namespace(profile="", skip_download=False), print,
+        setup = SETUP.Setup(places, os.environ, Namespace(profile="", skip_download=False), print,
                                lambda question, answer=answer: answer, ["downloads"], [])  # type: ignore[misc]
-        llmstack._setup_ini(setup)
-        with pytest.raises(llmstack._Skipped, match="not wanted"):
-            llmstack._setup_small(setup)
+        SETUP.setup_ini(setup, llmstack)
+        with pytest.raises(SETUP.Skipped, match="not wanted"):
+            SETUP.setup_small(setup, llmstack)
         assert setup.failed == ["downloads"]
 
 
@@ -375,14 +376,14 @@ def test_a_network_that_swallows_everything_is_known_at_once(no_server: None, ho
     monkeypatch.setattr(llmstack, "reach_host", lapse)
     monkeypatch.setattr(llmstack, "open_url", lambda *_: pytest.fail("asked all the same"))
     places = llmstack.find_places(os.environ)
-    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False, profile="", yes=True), print,
+    setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False, profile="", yes=True), print,
                            lambda question: True, [], [])
-    llmstack._setup_ini(setup)
-    assert "GB for models" in llmstack._setup_hardware(setup)
-    with pytest.raises(llmstack._Skipped, match=r"the releases server cannot be reached at .*no answer within 3 s"):
-        llmstack._setup_llama_swap(setup)
+    SETUP.setup_ini(setup, llmstack)
+    assert "GB for models" in SETUP.setup_hardware(setup, llmstack)
+    with pytest.raises(SETUP.Skipped, match=r"the releases server cannot be reached at .*no answer within 3 s"):
+        SETUP.setup_llama_swap(setup, llmstack)
     with pytest.raises(llmstack.Unreachable, match="no answer within 3 s"):
-        llmstack._setup_download(setup)
+        SETUP.setup_download(setup, llmstack)
 
 
 def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None, monkeypatch: pytest.MonkeyPatch,
@@ -395,25 +396,25 @@ def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None
     Path(places.state).mkdir()
     Path(places.models_ini).write_text("[m]\npath = m.gguf\nctx_size = 512\n")
     Path(places.in_state("m.gguf")).write_bytes(render_noise_gguf())
-    setup = llmstack.Setup(places, os.environ, None, print, lambda question: True, [], [])
-    assert "answers '" in llmstack._setup_answer(setup)
+    setup = SETUP.Setup(places, os.environ, None, print, lambda question: True, [], [])
+    assert "answers '" in SETUP.setup_answer(setup, llmstack)
     assert releases.seen == []
 
 
 def test_advice_fits_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "find_program", lambda *_: "")
-    for known, advice in (("Package: llama.cpp", "apt install llama.cpp"), ("", "install llama.cpp")):
-        monkeypatch.setattr(llmstack, "_output", lambda command, known=known: known)
-        assert llmstack.server_ways() == advice
+    for known, advice in ((True, "apt install llama.cpp"), (False, "install llama.cpp")):
+        monkeypatch.setattr(SETUP, "has_package", lambda name, known=known: known)
+        assert SETUP.server_ways(llmstack) == advice
 
 
 def test_a_platform_without_a_binary_is_no_failure(home: Path, releases: FakeReleases, no_server: None,
                                                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     this_platform(monkeypatch, "windows", "arm64")
     releases.add("v251", {"llama-swap_251_windows_amd64.zip": b"x"})
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
-    with pytest.raises(llmstack._Skipped, match="no binary for windows/arm64"):
-        llmstack._setup_llama_swap(setup)
+    setup = SETUP.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
+    with pytest.raises(SETUP.Skipped, match="no binary for windows/arm64"):
+        SETUP.setup_llama_swap(setup, llmstack)
 
 
 @pytest.mark.parametrize(("written", "words", "code"), [
@@ -494,15 +495,15 @@ def test_a_model_that_does_not_load_says_why(hub: FakeHub, fake_swap: FakeReleas
     (65_536, 20_000, 49_152, 0), (65_536, 60_000, 49_152, 0), (131_072, 100_000, 98_304, 114_688), (16_384, 6_000, 12_288, 0),
 ])
 def test_the_wired_limit_that_fits(memory_mb: int, need_mb: float, limit_mb: float, advice: int) -> None:
-    assert llmstack.wired_limit_mb(memory_mb, need_mb, limit_mb) == advice
+    assert SETUP.wired_limit_mb(memory_mb, need_mb, limit_mb) == advice
 
 
 def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: 65_536 * 1_048_576 / 1e9)
     machine = llmstack.Machine(49_152 * 1_048_576 / 1e9, "75 % of memory", True)
     monkeypatch.setattr(llmstack, "this_machine", lambda config: machine)
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
-    assert llmstack._setup_wired(setup).endswith("sudo sysctl iogpu.wired_limit_mb=57344")
+    setup = SETUP.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
+    assert SETUP.setup_wired(setup, llmstack).endswith("sudo sysctl iogpu.wired_limit_mb=57344")
 
 
 # ---- what the peer's users met
