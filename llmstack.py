@@ -18556,7 +18556,6 @@ class Command(NamedTuple):
     description: str = ""
     arguments: Tuple[Argument, ...] = ()
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
-    aliases: Tuple[str, ...] = ()
 
 
 _CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
@@ -18595,8 +18594,7 @@ COMMANDS = {
                  **_CHANNEL),
          _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
                  f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const="")),
-        ("init", "configure")),
+                 metavar="URL", nargs="?", const=""))),
     "install-llama-swap": Command(
         _cmd_install_llama_swap, "fetch llama-swap's binary",
         "Fetch the release for this platform, verify its checksum and install it for all projects"
@@ -18651,8 +18649,7 @@ COMMANDS = {
         (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
          _flag("--next", "the queued upgrades only (hf_file_next)"),
          _flag("--wait", "wait until all is done, without a terminal, too"),
-         _flag("--stop", "end the background download; what it has is kept")),
-        aliases=("download-models", "pull")),
+         _flag("--stop", "end the background download; what it has is kept"))),
     "check": Command(
         _cmd_check, "configured models against the hub, the disk and what runs",
         "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
@@ -18661,8 +18658,7 @@ COMMANDS = {
         (_option("tiers", "these only, and where their files come from", metavar="TIER",
                  nargs="*"),
          _JSON, _flag("--offline", "do not ask the hub"),
-         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub")),
-        aliases=("check-models",)),
+         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub"))),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
@@ -18686,12 +18682,18 @@ COMMANDS = {
 }
 
 
-def command_called(name: str) -> str:
-    """The command that a name, or one of its other names, stands for; else the name itself."""
-    for known, command in COMMANDS.items():
-        if name in command.aliases:
-            return known
-    return name
+# What else a command is called -> its name.
+OTHER_NAMES = {
+    "-h": "help",
+    "--help": "help",
+    "-V": "version",
+    "--version": "version",
+    "init": "install",
+    "configure": "install",
+    "download-models": "download",
+    "pull": "download",
+    "check-models": "check",
+}
 
 
 def render_examples(prog: str) -> str:
@@ -18783,7 +18785,7 @@ def render_help() -> str:
 
 
 def _say_help(topic: str) -> int:
-    name = command_called(topic)
+    name = OTHER_NAMES.get(topic, topic)
     if name in COMMANDS:
         say(command_parser(name).format_help().rstrip("\n"))
         return 0
@@ -18793,13 +18795,10 @@ def _say_help(topic: str) -> int:
     return 0
 
 
-OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
-    name = command_called(OPTION_COMMANDS.get(name, name))
+    name = OTHER_NAMES.get(name, name)
     # A prompt waits for this one: it goes before all that costs time.
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)

@@ -62,9 +62,9 @@ def prose(page: str) -> str:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    aliases = [name for command in llmstack.COMMANDS.values() for name in command.aliases]
-    return {name: llmstack.command_parser(llmstack.command_called(name))
-            for name in [*llmstack.COMMANDS, *aliases] if not name.startswith("_")}
+    named = {name: name for name in llmstack.COMMANDS} | llmstack.OTHER_NAMES
+    return {name: llmstack.command_parser(command) for name, command in named.items()
+            if name[0] not in "_-" and command in llmstack.COMMANDS}
 
 
 def options() -> Iterator[tuple[str, str]]:
@@ -141,8 +141,8 @@ def command_lines() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_every_command_line_is_one(words: list[str]) -> None:
-    if words[0] not in llmstack.extra_names():
-        name = llmstack.command_called(words[0])
+    name = llmstack.OTHER_NAMES.get(words[0], words[0])
+    if name not in llmstack.extra_names():
         assert llmstack.command_parser(name).parse_args(words[1:])
 
 
