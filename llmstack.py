@@ -52,7 +52,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets, drift of generated files
+    PURE: DOWNLOADS      what to fetch for which tier, release assets
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -74,7 +74,6 @@ Map of the file, bottom-up; each section is built from those above it:
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
     DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
-    SETUP                what is configured against the hub, the disk and what runs
     STATUS               what runs, as people read it, and as it changes
     COMMANDS             what each command does, the table of them, and main()
 
@@ -5627,36 +5626,6 @@ def swap_version(output: str) -> str:
     """`version: v250 (abc), built at ...`, as `llama-swap -version` says it -> v250."""
     match = re.search(r"version:\s*(v?[0-9][\w.-]*)", output)
     return "v" + match.group(1).lstrip("v") if match else ""
-
-
-def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
-    blocks: Dict[str, List[str]] = {}
-    name, inside = "", False
-    for line in text.splitlines():
-        if line.lstrip().startswith("#"):
-            continue
-        top = re.match(r"(\S[^:]*):", line)
-        heading = re.match(r"  (\S.*?):\s*$", line)
-        if top:
-            inside, name = top.group(1) == "models", ""
-        elif inside and heading:
-            name = heading.group(1).strip("\"'")
-        elif name:
-            blocks.setdefault(name, []).append(line.strip())
-    return {name: "\n".join(lines) for name, lines in blocks.items()}
-
-
-def weights_drift(weights: Weights, command: str) -> str:
-    """Which other file than `weights` a llama-server command names, "" when it is the same one."""
-    for flags in weight_flags(weights):
-        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            continue
-        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-        if found:
-            return found.group(1)
-        return "something else"
-    return ""
 
 
 # ==================================================================================================
@@ -15340,6 +15309,7 @@ HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
+HUB_PATIENCE_S = 3                              # a closed network should hold up nobody
 RELEASES_URL = "https://api.github.com"
 MAX_BINARY_BYTES = 512 << 20
 MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
@@ -16001,17 +15971,6 @@ def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: b
     return True
 
 
-# ==================================================================================================
-# DEMO
-# ==================================================================================================
-
-HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
-
-
-def demo_dir(data: str) -> str:
-    return os.path.join(data, "demo")
-
-
 def reach_host(url: str, timeout_s: float) -> None:
     """Return once the host of `url` answers anything. Errors: OSError, in words.
 
@@ -16039,6 +15998,25 @@ def reach_host(url: str, timeout_s: float) -> None:
     why = found[0] if found else f"no answer within {timeout_s:g} s"
     if why:
         raise OSError(why)
+
+
+def check_reached(what: str, url: str) -> None:
+    """Return once a host answers, or say within seconds that it does not. Errors: Unreachable."""
+    try:
+        reach_host(url, HUB_PATIENCE_S)
+    except OSError as exc:
+        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
+                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
+                          ) from None
+
+
+# ==================================================================================================
+# DEMO
+# ==================================================================================================
+
+
+def demo_dir(data: str) -> str:
+    return os.path.join(data, "demo")
 
 
 def find_pip(data: str) -> List[str]:
@@ -16570,416 +16548,6 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 
 
 # ==================================================================================================
-# SETUP
-# ==================================================================================================
-
-
-def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
-              env: Mapping[str, str]) -> Dict[str, Any]:
-    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
-    parts = [rows[part] for part in split_parts(file) if part in rows]
-    if len(parts) < len(split_parts(file)):
-        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
-    return {
-        "exists": True,
-        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
-        "changed": visible(max(dates)),
-        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
-        "problem": "",
-    }
-
-
-def ask_repo(repo: str, files: Sequence[str],
-             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
-
-    Errors: UserError where it cannot be asked.
-    """
-    import urllib.error
-    wanted = [part for file in files for part in split_parts(file)]
-    form = {"paths": wanted, "expand": "true"}
-    try:
-        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
-        return {file: _ask_file(repo, file, rows, env) for file in files}
-    except urllib.error.HTTPError as exc:
-        if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}",
-                            "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
-        if exc.code == 403:
-            what = f"{repo} is closed to you"
-        return {file: {"exists": False, "problem": what} for file in files}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
-                        "see HF_ENDPOINT") from None
-
-
-def _is_begun(folder: str, sums: Sequence[str]) -> bool:
-    """True when a download has left something of one of these blobs, of any where none is known."""
-    try:
-        left = os.listdir(os.path.join(folder, "blobs"))
-    except OSError:
-        return False
-    if sums:
-        return any(name.split(".")[0] in sums for name in left)
-    return any("." in name for name in left)    # a whole one is another model's
-
-
-def local_state(weights: Weights, env: Mapping[str, str],
-                hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
-
-    `hub`: what ask_repo says of it. A hash is made where that is cheap.
-    """
-    paths = local_parts(weights, env)
-    sums = hub.get("sha256") or []
-    if not all(paths):
-        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
-        if begun:
-            return "partial", ""
-        return "missing", ""
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
-    if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
-        return "outdated", "the hub has a newer one; `llmstack download` fetches it"
-    size = sum(map(file_size, paths))
-    if hub.get("size_bytes") and size != hub["size_bytes"]:
-        return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
-    for path, blob, digest in zip(paths, blobs, sums or blobs):
-        expected = digest if len(digest) == 64 else blob
-        damage = file_damage(path)
-        if damage:
-            return "damaged", f"it {damage}"
-        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
-        if cheap and file_sha256(path) != expected:
-            return "damaged", "its SHA-256 is not the hub's"
-    return "intact", ""
-
-
-def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
-    """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
-    said = []
-    mine = weights.path or weights.file
-    if block is not None:
-        other = weights_drift(weights, block)
-        if other:
-            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-    if command is not None:
-        other = weights_drift(weights, command)
-        if other:
-            said.append(f"{visible(other)} is running, models.ini has {mine}")
-    return said
-
-
-def _drift_of_values(tier: Tier, weights: Weights, meta: Optional[Mapping[str, Any]]) -> List[str]:
-    """Where the running engine has other values for a tier; `meta` None: it does not know it."""
-    if meta is None:
-        return ["the running engine does not know this tier"]
-    said = []
-    for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
-        running = meta.get(key, value)
-        if running != value:
-            running = visible(str(running))
-            said.append(f"the running engine has {key} {running}, models.ini {value}")
-    return said
-
-
-def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
-    """What an engine says: (model -> its command line, model -> what it has from models.ini)."""
-    upstream = engine_upstream(engine)
-    try:
-        running = asked_json(upstream, "/running")["running"]
-        rows = {str(row["model"]): str(row["cmd"]) for row in running}
-        meta = {}
-        for model in asked_json(upstream, "/v1/models")["data"]:
-            told = model.get("meta") or {}
-            meta[str(model["id"])] = told.get("llmstack") or told.get("llamaswap") or {}
-        return rows, meta
-    except (KeyError, TypeError, AttributeError):
-        return {}, {}
-
-
-def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
-    """Tier -> where models.ini and what runs, or will, disagree."""
-    record = running_record(places)
-    text = read_text(places.in_state("llama-swap.yaml"))
-    channel = "next" if "(channel next)" in text else "current"
-    rows: Dict[str, str] = {}
-    meta: Dict[str, Dict[str, Any]] = {}
-    serves = True                               # llama-swap does, or will
-    if record is not None:
-        channel = record.channel
-        rows, meta = _engine_view(record)
-        serves = record.kind == "llama-swap"
-    blocks = swap_yaml_commands(text) if serves else {}
-    drift: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
-        weights = weights_for(tier.on_channel(channel))
-        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
-        if meta:
-            said += _drift_of_values(tier, weights, meta.get(tier.name))
-        if said:
-            drift[tier.name] = said
-    return drift
-
-
-_HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
-
-
-def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
-    """What the hub says of the files of local tiers, and a note where it does not answer."""
-    wanted: Dict[str, List[str]] = {}
-    for tier in tiers:
-        for weights in set(both_weights(tier)):
-            if weights.repo:
-                wanted.setdefault(weights.repo, []).append(weights.file)
-    found: _HubFiles = {}
-    for repo, files in wanted.items():
-        try:
-            rows = ask_repo(repo, files, env)
-        except UserError as exc:
-            return found, [f"{exc}; what is on the hub is not known"]
-        found.update({(repo, file): row for file, row in rows.items()})
-    return found, []
-
-
-class Need(NamedTuple):
-    """Something that `check` has found for the user to do."""
-
-    tier: str                                   # "" for what is no tier's
-    what: str
-    command: str = ""                           # of llmstack; "" where the user has to edit
-
-
-def _weights_needs(found: Mapping[str, Any], tier: Tier, label: str) -> List[Need]:
-    """What is to be done about a tier's file of a channel."""
-    fetch = f"`llmstack download {tier.name}` fetches it"
-    what, command = found["problem"], ""
-    if found["local"] == "outdated":
-        command = "download"
-    elif not what and found["local"] == "partial":
-        what, command = f"not whole yet; {fetch}", "download"
-    elif not what and found["local"] == "missing" and label == "current":
-        what, command = f"not here yet; {fetch}", "download"
-    if not what:
-        return []
-    return [Need(tier.name, f"{tier.name} ({label}): {what}", command)]
-
-
-def _check_server(config: Config, env: Mapping[str, str],
-                  data: str) -> Tuple[Optional[str], List[Need]]:
-    """(llama-server's name, what is to be done about it)."""
-    try:
-        program = find_llama_server(config, env, data)
-    except UserError as exc:                    # a program that is named and not there
-        return None, [Need("", str(exc))]
-    if program:
-        return program_name(program), []
-    if local_tiers(config):
-        return None, [Need("", "there is no llama-server on this machine", "setup")]
-    return None, []
-
-
-def _check_path(weights: Weights) -> Dict[str, Any]:
-    """A file of this disk as `check` shows it."""
-    size = file_size(weights.path)
-    damage = file_damage(weights.path) if size else ""
-    local, problem = "intact", ""
-    if not size:
-        local, problem = "missing", f"there is no {weights.path}"
-    elif damage:
-        local, problem = "damaged", f"{weights.path} {damage}"
-    return {
-        "path": weights.path,
-        "exists": bool(size),
-        "size_bytes": size,
-        "local": local,
-        "problem": problem,
-        "quant": weights.quant,
-    }
-
-
-def _check_weights(weights: Weights, hub: Mapping[str, Any],
-                   env: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
-    if weights.path:
-        return _check_path(weights)
-    state, why = local_state(weights, env, hub)
-    problem = hub.get("problem", "")
-    if why and not problem:
-        problem = f"the local copy is {state}: {why}"
-    return {
-        "repo": weights.repo,
-        "url": f"{hub_endpoint(env)}/{weights.repo}",
-        "file": weights.file,
-        "quant": weights.quant,
-        "exists": hub.get("exists"),
-        "size_bytes": hub.get("size_bytes"),
-        "changed": hub.get("changed"),
-        "local": state,
-        "problem": problem,
-    }
-
-
-def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
-                 env: Mapping[str, str]) -> Dict[str, Any]:
-    """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
-    files = {}
-    for label in ("current", "next"):
-        weights = weights_for(tier.on_channel(label))
-        if weights.channel != label:
-            continue
-        found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-        if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-            found["local"] = "downloading"
-        files[label] = found
-    return files
-
-
-def _tier_needs(tier: Tier, row: Mapping[str, Any]) -> List[Need]:
-    """What is to be done about a tier. `row`: as check_stack has it."""
-    needs = []
-    if row.get("problem"):
-        needs.append(Need(tier.name, f"{tier.name}: {row['problem']}"))
-    mends_drift = ""
-    if tier.backend == "gguf":
-        mends_drift = "restart"
-    for label in ("current", "next"):
-        if label in row:
-            needs += _weights_needs(row[label], tier, label)
-    for what in row["drift"]:
-        needs.append(Need(tier.name, f"{tier.name}: DRIFT! {what}", mends_drift))
-    return needs
-
-
-def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
-    """The commands that do what is needed, in their order, then what only the user can mend."""
-    words = []
-    for command in ("setup", "download", "restart"):
-        names = [need.tier for need in needs if need.command == command]
-        if command == "download":
-            command = " ".join([command, *dict.fromkeys(names)])
-        if names:
-            words.append(f"`llmstack {command}`")
-        if names and fetch_bytes and command.startswith("download"):
-            words[-1] += f" ({fetch_bytes / 1e9:.1f} GB)"
-    mended = dict.fromkeys(need.tier or need.what for need in needs if not need.command)
-    if mended:
-        words.append("mend " + ", ".join(mended))
-    return ", then ".join(words)
-
-
-def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool,
-                names: Sequence[str] = ()) -> Dict[str, Any]:
-    """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
-
-    `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
-    Errors: UserError for a name that is no tier's.
-    """
-    tiers = named_tiers(config, names) if names else list(config.tiers)
-    hub: _HubFiles = {}
-    notes: List[str] = []
-    if not offline:
-        hub, notes = _ask_hub([tier for tier in tiers if tier.backend == "gguf"], env)
-    drift = find_drift(places, config)
-    for difference in litellm_differences(config, read_litellm_file(places, env)):
-        name, _, what = difference.partition(": ")
-        drift.setdefault(name, []).append(what)
-    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env)}
-    busy = {(row["tier"], row["label"]) for row in download_rows(places)
-            if row["state"] in ("queued", "running")}
-    server, needs = _check_server(config, env, places.data)
-    rows = []
-    for tier in tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
-                               "drift": drift.get(tier.name, [])}
-        if tier.backend == "gguf":
-            row.update(_check_local(tier, hub, busy, env))
-        else:
-            row.update(model=tier.model, model_next=tier.model_next or None,
-                       problem=unset.get(tier.name, ""))
-        rows.append(row)
-        needs += _tier_needs(tier, row)
-    needs += [Need("", problem) for problem in probe_problems(config, places)]
-    notes += refused_notes(config, env, places.data)
-    fetch = [row["current"] for row in rows if "current" in row]
-    fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
-    return {
-        "ok": not needs,
-        "models_ini": places.models_ini,
-        "hub": None if offline else hub_endpoint(env),
-        "cache": hub_cache_dir(env),
-        "llama_server": server,
-        "llama_swap": find_llama_swap(env, places.data) or None,
-        "tiers": rows,
-        "needs": [need.what for need in needs],
-        "todo": todo_words(needs, fetch_bytes),
-        "notes": notes,
-    }
-
-
-class ProfileFile(NamedTuple):
-    """A model of the profiles, with what they say of it and what the hub does."""
-
-    repo: str
-    file: str
-    size_gb: float                              # that counts: of share/models.json, else size_gb
-    profiles: Tuple[str, ...]
-    hub_gb: float = 0.0                         # 0: the hub has not said
-    problem: str = ""
-
-
-SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
-
-
-def profile_files() -> List[ProfileFile]:
-    """Every file that a profile names, on either channel, once for each size it counts with."""
-    found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
-    models = known_models()
-    for name in PROFILES:
-        text = read_resource(profile_file(name)).decode("utf-8")
-        for tier in local_tiers(parse_models_ini(text)[0]):
-            for weights in both_weights(tier):
-                known = known_header(weights.file, weights.size_gb, models)
-                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
-                found.setdefault((weights.repo, weights.file, size_gb), {})[name] = None
-    return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
-
-
-def _judged_file(row: ProfileFile, told: Mapping[str, Any]) -> ProfileFile:
-    """`told`: what ask_repo says of it."""
-    hub_gb = (told.get("size_bytes") or 0) / 1e9
-    problem = str(told.get("problem") or "")
-    if not problem and hub_gb and abs(hub_gb - row.size_gb) > SIZE_TOLERANCE * hub_gb:
-        problem = f"the hub has {hub_gb:.2f} GB"
-    return row._replace(hub_gb=hub_gb, problem=problem)
-
-
-def check_profiles(env: Mapping[str, str]) -> List[ProfileFile]:
-    """The profiles' models against the hub. Errors: UserError where it cannot be asked."""
-    rows = profile_files()
-    told: _HubFiles = {}
-    for repo in dict.fromkeys(row.repo for row in rows):
-        files = [row.file for row in rows if row.repo == repo]
-        found = ask_repo(repo, list(dict.fromkeys(files)), env)
-        told.update({(repo, file): said for file, said in found.items()})
-    return [_judged_file(row, told[row.repo, row.file]) for row in rows]
-
-
-def check_reached(what: str, url: str) -> None:
-    """Known at once: a network that swallows what is sent would hold up each step for long.
-
-    Errors: Unreachable.
-    """
-    try:
-        reach_host(url, HUB_PATIENCE_S)
-    except OSError as exc:
-        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
-                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
-                          ) from None
-
-
-# ==================================================================================================
 # STATUS
 # ==================================================================================================
 # `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
@@ -17188,82 +16756,6 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if decisions:
         lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
     return lines
-
-
-class CheckLine(NamedTuple):
-    """A tier's row of `check`, or that of its queued file; `note` may be a sentence."""
-
-    tier: str
-    role: str
-    model: str
-    size: str
-    state: str
-    note: str
-
-
-def _check_file_line(row: Mapping[str, Any], label: str) -> CheckLine:
-    file, name = row[label], row["tier"]
-    notes = [file["problem"]]
-    if file["local"] == "missing" and not file["problem"]:
-        notes.append("queued" if label == "next" else f"llmstack download {name}")
-    if label == "current":
-        notes += [f"DRIFT! {what}" for what in row["drift"]]
-    return CheckLine(
-        tier=name if label == "current" else "  next",
-        role=row["role"] or "-",
-        model=file.get("file") or os.path.basename(file["path"]),
-        size=size_words(file["size_bytes"] or 0),
-        state=file["local"],
-        note="; ".join(filter(None, notes)),
-    )
-
-
-def check_lines(row: Mapping[str, Any]) -> List[CheckLine]:
-    """The rows of a tier of check_stack: one, and one for its queued file."""
-    if row["backend"] == "gguf":
-        return [_check_file_line(row, label) for label in ("current", "next") if label in row]
-    notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
-    if row["model_next"]:
-        notes.append(f"queued: {row['model_next']}")
-    state = "not served" if row["problem"] else "served"
-    return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
-                      "; ".join(filter(None, notes)))]
-
-
-def _where_lines(row: Mapping[str, Any]) -> List[str]:
-    """Where the files of a tier of check_stack come from."""
-    lines = []
-    for label in ("current", "next"):
-        file = row.get(label)
-        if file is None:
-            continue
-        where = file.get("path") or f"{file['url']} {file['file']}"
-        if file.get("changed"):
-            where += f", changed {file['changed']}"
-        lines.append(f"{label:<8}  {where}")
-    return lines
-
-
-def render_check(found: Mapping[str, Any], width: int, colour: Colour,
-                 detailed: bool) -> List[str]:
-    """The value of check_stack as a table, and a line of what to do.
-
-    `detailed`: with where each file comes from.
-    """
-    lines = [line for row in found["tiers"] for line in check_lines(row)]
-    shown = render_table(lines, width, colour)
-    if detailed:
-        for row in found["tiers"]:
-            for line in _where_lines(row):
-                shown += wrapped_lines(line, width, " " * 10)
-    swap = found["llama_swap"] or "none; the embedded engine serves"
-    shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
-    shown += wrapped_lines(f"llama-swap    {swap}", width, " " * 14)
-    if found["ok"]:
-        return [*shown, colour("All is as it should be.", "32")]
-    todo = wrapped_lines(f"To do: {found['todo']}.", width, "  ")
-    todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
-    return shown + todo
 
 
 def _received(sock: socket.socket) -> bytes:
@@ -18302,38 +17794,6 @@ def _cmd_install_llama_swap(args: Any) -> int:
     return 0
 
 
-def _say_profiles(as_json: bool) -> int:
-    """`check --profiles`. Errors: UserError where the hub cannot be asked."""
-    rows = check_profiles(os.environ)
-    if as_json:
-        say(json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False))
-    else:
-        for row in rows:
-            mark = paint("differs", "31") if row.problem else paint("as said", "32")
-            words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
-            say(f"{words}  (profile {', '.join(row.profiles)})")
-            if row.problem:
-                say(f"         {visible(row.problem)}")
-    return 1 if any(row.problem for row in rows) else 0
-
-
-def _cmd_check(args: Any) -> int:
-    if args.profiles:
-        return _say_profiles(args.json)
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline, args.tiers)
-    if args.json:
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        for line in render_check(found, output_columns(), paint, bool(args.tiers)):
-            say(line)
-        for note in found["notes"]:
-            warn(note)
-    return 0 if found["ok"] else 1
-
-
 def _cmd_version(args: Any) -> int:
     say(f"llmstack {VERSION}")
     return 0
@@ -18448,15 +17908,6 @@ COMMANDS = {
          _flag("--next", "the queued upgrades only (hf_file_next)"),
          _flag("--wait", "wait until all is done, without a terminal, too"),
          _flag("--stop", "end the background download; what it has is kept"))),
-    "check": Command(
-        _cmd_check, "configured models against the hub, the disk and what runs",
-        "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
-        " what runs agree with models.ini (DRIFT!), are credentials set. The last line says what to"
-        " do. Exit code 1 when something needs you.",
-        (_option("tiers", "these only, and where their files come from", metavar="TIER",
-                 nargs="*"),
-         _JSON, _flag("--offline", "do not ask the hub"),
-         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub"))),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."

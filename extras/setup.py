@@ -178,9 +178,10 @@ def hub_gb(jobs: Sequence[Any], env: Mapping[str, str], llmstack: Any) -> float:
     for job in jobs:
         files.setdefault(job.repo, []).append(job.files[0])
     total, problem = 0, ""
+    ask_repo = llmstack.load_extra("check").ask_repo
     for repo, names in files.items():
         try:
-            found = llmstack.ask_repo(repo, names, env)
+            found = ask_repo(repo, names, env, llmstack)
         except llmstack.Unreachable:
             raise
         except llmstack.UserError as exc:

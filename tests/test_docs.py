@@ -107,7 +107,11 @@ def test_every_option_stands_in_its_commands_row(name: str, option: str) -> None
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", command_rows(COMMANDS, name)[0])
 
 
-@pytest.mark.parametrize("name", llmstack.extra_names())
+OTHER_NAMES_OF_EXTRAS = [name for name, command in llmstack.OTHER_NAMES.items()
+                         if command in llmstack.extra_names()]
+
+
+@pytest.mark.parametrize("name", [*llmstack.extra_names(), *OTHER_NAMES_OF_EXTRAS])
 def test_every_extra_has_its_rows_on_the_page_of_commands(name: str) -> None:
     assert command_rows(COMMANDS, name)
     assert [page for page in PAGES if page != COMMANDS and command_rows(page, name)] == []

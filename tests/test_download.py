@@ -22,6 +22,7 @@ from tests.fake_hub import FakeHub, FakeReleases, tar_gz, zipped
 from tests.noise_model import render_noise_gguf
 from tests.test_stack import until
 
+CHECK = llmstack.load_extra("check")
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
 BIG = b"GGUF" + random.Random(1).randbytes(4_000_000)
@@ -872,17 +873,18 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
         running = plan._replace(config=config.on_channel(channel))
         text = llmstack.render_llama_swap_yaml(running)
         Path(places.in_state("llama-swap.yaml")).write_text(text)
-        assert llmstack.find_drift(places, config) == {}
+        assert CHECK.find_drift(places, config, llmstack) == {}
     text = llmstack.render_llama_swap_yaml(plan)
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff fast-Q6.gguf"))
-    assert llmstack.find_drift(places, config) == {"code-fast": ["llama-swap.yaml has fast-Q6.gguf, models.ini fast-Q4.gguf"]}
+    assert CHECK.find_drift(places, config, llmstack) == {
+        "code-fast": ["llama-swap.yaml has fast-Q6.gguf, models.ini fast-Q4.gguf"]}
     assert llmstack.main(["check", "--offline"]) == 1
     assert "DRIFT! llama-swap.yaml has fast-Q6.gguf" in capsys.readouterr().out
     Path(places.models_ini).write_text(INI.replace("= fast-Q4", "= fast-Q6"))
     config = llmstack.load_config(places)
-    assert llmstack.find_drift(places, config) == {}, "as UPGRADING says: flipped in both, no drift"
+    assert CHECK.find_drift(places, config, llmstack) == {}, "as UPGRADING says: flipped in both, no drift"
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff \x1b[2J"))
-    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has \\u001b[2J, ")
+    assert CHECK.find_drift(places, config, llmstack)["code-fast"][0].startswith("llama-swap.yaml has \\u001b[2J, ")
 
 
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -892,8 +894,8 @@ def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeyp
     monkeypatch.setattr(llmstack, "owned_process", lambda record, project: True)
     command = "llama-server -hf owner/fast-GGUF -hff fast-Q2.gguf -c 1"
     view = ({"code-fast": command}, {"code-fast": {"ctx_size": 77, "quant": ""}})
-    monkeypatch.setattr(llmstack, "_engine_view", lambda engine: view)
-    assert llmstack.find_drift(places, config) == {
+    monkeypatch.setattr(CHECK, "engine_view", lambda engine, llmstack: view)
+    assert CHECK.find_drift(places, config, llmstack) == {
         "code-fast": ["fast-Q2.gguf is running, models.ini has fast-Q4.gguf",
                       "the running engine has ctx_size 77, models.ini 32768"],
         "code-smart": ["the running engine does not know this tier"]}

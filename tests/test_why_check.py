@@ -17,6 +17,7 @@ from tests.test_engine import OpenStage, Stage, message_of, open_stage, stage
 
 __all__ = ["OpenStage", "open_stage", "stage"]  # fixtures
 
+CHECK = llmstack.load_extra("check")
 GOLDEN = Path(__file__).parent / "golden"
 LADDER = """
 [code-fast]
@@ -170,14 +171,14 @@ FOUND: dict[str, Any] = {
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_check_at_a_terminal_s_width(width: int) -> None:
-    lines = llmstack.render_check(FOUND, width, plain, False)
+    lines = CHECK.render_check(FOUND, width, plain, False, llmstack)
     shown = "\n".join(lines) + "\n"
     assert shown == (GOLDEN / f"check-{width}.txt").read_text(encoding="utf-8")
     assert [line for line in lines if len(line) > width] == []
 
 
 def test_check_of_a_tier_says_where_its_files_come_from() -> None:
-    lines = llmstack.render_check({**FOUND, "tiers": FOUND["tiers"][:1]}, 200, plain, True)
+    lines = CHECK.render_check({**FOUND, "tiers": FOUND["tiers"][:1]}, 200, plain, True, llmstack)
     assert "current   https://hub.example/owner/repo fast-Q4_K_M.gguf, changed 2026-05-04" in lines
     assert "next      https://hub.example/owner/repo fast-Q6_K.gguf, changed 2026-05-04" in lines
 
