@@ -535,7 +535,7 @@ def render_check(found: Mapping[str, Any], width: int, colour: Callable[[str, st
     `detailed`: with where each file comes from.
     """
     lines = [line for row in found["tiers"] for line in check_lines(row, llmstack)]
-    shown = llmstack.render_table(lines, width, colour)
+    shown: List[str] = llmstack.render_table(lines, width, colour)
     if detailed:
         for row in found["tiers"]:
             for line in where_lines(row):
