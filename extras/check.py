@@ -545,7 +545,7 @@ def render_check(found: Mapping[str, Any], width: int, colour: Callable[[str, st
     shown += llmstack.wrapped_lines(f"llama-swap    {swap}", width, " " * 14)
     if found["ok"]:
         return [*shown, colour("All is as it should be.", "32")]
-    todo = llmstack.wrapped_lines(f"To do: {found['todo']}.", width, "  ")
+    todo: List[str] = llmstack.wrapped_lines(f"To do: {found['todo']}.", width, "  ")
     todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
     return shown + todo
 

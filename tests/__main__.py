@@ -112,7 +112,7 @@ def provision_opencode() -> str:
     say(f"tests: opencode {OPENCODE} from npm (354 MB) ...")
     staging = f"{directory}.{os.getpid()}"      # another run may be installing it, too
     command = [npm, "install", "--no-audit", "--no-fund", "--prefix", staging, "opencode-ai@" + OPENCODE]
-    output = llmstack._run_with_progress("opencode", command, lambda line: say("tests: " + line.strip()))
+    output = llmstack.run_with_progress("opencode", command, lambda line: say("tests: " + line.strip()))
     if output is None and not os.path.exists(directory):
         os.replace(staging, directory)
     shutil.rmtree(staging, ignore_errors=True)

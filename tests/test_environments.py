@@ -169,7 +169,7 @@ def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: P
     def run(what: str, command: list[str], say: object) -> None:
         commands.append(command)
 
-    monkeypatch.setattr(llmstack, "_run_with_progress", run)
+    monkeypatch.setattr(llmstack, "run_with_progress", run)
     monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "/usr/bin/python3.12")
     data = str(home / "data")
     inside = llmstack.environment_program(llmstack.LITELLM, data)

@@ -250,7 +250,7 @@ def test_a_long_command_is_a_line_rewritten_in_place(monkeypatch: pytest.MonkeyP
     looks = itertools.count()
     monkeypatch.setattr(llmstack, "_ends_within",
                         lambda process, seconds: next(looks) > 1 and ends(process, 60))
-    assert llmstack._run_with_progress("a step", [sys.executable, "-c", "input"], said.append) is None
+    assert llmstack.run_with_progress("a step", [sys.executable, "-c", "input"], said.append) is None
     assert re.search(r"\r  a step: \d+ s", written.getvalue())
     assert len(said) == 1
     assert said[0].startswith("  a step: done in ")
