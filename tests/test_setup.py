@@ -18,10 +18,11 @@ import llmstack
 from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
+from tests.test_demo import DEMO, one_demo
 from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
-__all__ = ["hub", "releases"]                   # fixtures
+__all__ = ["hub", "one_demo", "releases"]                   # fixtures
 SETUP = llmstack.load_extra("setup")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -307,7 +308,7 @@ def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
         SETUP.setup_download(setup, llmstack)
 
 
-def wheel_model(path: str, data: str, progress: llmstack.Progress) -> None:
+def wheel_model(path: str, data: str, progress: llmstack.Progress, program: object) -> None:
     """In the place of fetch_demo_wheel."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(render_noise_gguf())
@@ -320,8 +321,8 @@ def test_where_nothing_can_be_fetched_setup_ends_with_something_that_works(
     reached = os.environ["HF_ENDPOINT"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("LLMSTACK_RELEASES_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(llmstack, "demo_dir", lambda data: os.path.abspath("demo"))
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", wheel_model)
+    monkeypatch.setattr(DEMO, "demo_dir", lambda data: os.path.abspath("demo"))
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", wheel_model)
     places = llmstack.find_places(os.environ)
     for _ in range(2):
         assert llmstack.main(["setup", "--yes"]) == 0
@@ -331,7 +332,7 @@ def test_where_nothing_can_be_fetched_setup_ends_with_something_that_works(
         assert re.search("is loaded in|has answered before", found["first answer"])
         llmstack.check_run_trust(places)
         assert {tier.path for tier in llmstack.load_config(places).tiers} == {
-            os.path.abspath(f"demo/{llmstack.WHEEL_DEMO.file}")}
+            os.path.abspath(f"demo/{DEMO.WHEEL_DEMO.file}")}
     monkeypatch.setenv("HF_ENDPOINT", reached)
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
     found = steps(capsys.readouterr().out)
@@ -346,7 +347,7 @@ def test_a_models_ini_of_the_users_is_not_replaced_by_the_small_model(
     for name in ("HF_ENDPOINT", "LLMSTACK_RELEASES_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("LLAMA_SERVER_BIN", "/bin/true")
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", lambda *_: pytest.fail("fetched"))
     Path(".llmstack").mkdir()
     Path(".llmstack/models.ini").write_text(test_download.INI)
     assert llmstack.main(["setup", "--yes"]) == 1
@@ -356,7 +357,7 @@ def test_a_models_ini_of_the_users_is_not_replaced_by_the_small_model(
 
 
 def test_a_small_model_that_is_not_wanted_is_not_had(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched unasked"))
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", lambda *_: pytest.fail("fetched unasked"))
     places = llmstack.find_places(os.environ)
     for answer in (False, None):
         setup = SETUP.Setup(places, os.environ, Namespace(profile="", skip_download=False), print,
@@ -449,7 +450,7 @@ def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fak
         raise llmstack.UserError("PyPI is gone")
 
     monkeypatch.setattr(llmstack, "install_environment", refuse)
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", refuse)
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", refuse)
     monkeypatch.setenv("HF_HOME", "elsewhere")
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
     captured = capsys.readouterr()
