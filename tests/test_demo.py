@@ -204,7 +204,7 @@ def test_a_pip_that_lies_in_the_current_directory_is_not_run(home: Path) -> None
 
 
 def test_a_python_without_pip_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DEMO, "has_pip", lambda command: False)
+    monkeypatch.setattr(llmstack, "program_output", lambda command: "")
     with pytest.raises(llmstack.UserError, match="has no pip"):
         DEMO.find_pip(str(home), llmstack)
 

@@ -1074,7 +1074,7 @@ def test_windows_paths_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert llmstack.bin_dir({}, llmstack.data_dir({"LOCALAPPDATA": "/local"})) == "/local/llmstack/bin"
     assert llmstack.environment_program(llmstack.HUB, "/d").endswith("/Scripts/python.exe")
     ran: list[list[str]] = []
-    monkeypatch.setattr(llmstack, "_output", lambda command: ran.append(list(command)) or "")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: ran.append(list(command)) or "")
     llmstack._signal_group(77, True)
     assert ran == [["taskkill", "/PID", "77", "/T", "/F"]]
     assert llmstack.load_extra("setup").server_ways(llmstack) == "winget install ggml.llamacpp"

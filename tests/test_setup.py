@@ -404,8 +404,8 @@ def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None
 
 def test_advice_fits_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "find_program", lambda *_: "")
-    for known, advice in ((True, "apt install llama.cpp"), (False, "install llama.cpp")):
-        monkeypatch.setattr(SETUP, "has_package", lambda name, known=known: known)
+    for known, advice in (("Package: llama.cpp", "apt install llama.cpp"), ("", "install llama.cpp")):
+        monkeypatch.setattr(llmstack, "program_output", lambda command, known=known: known)
         assert SETUP.server_ways(llmstack) == advice
 
 
