@@ -51,7 +51,7 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets
+    PURE: DOWNLOADS      what to fetch for which tier
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -70,7 +70,7 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
-    DOWNLOADS            models from the hub, in the background; llama-swap's releases
+    DOWNLOADS            models from the hub, in the background
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
     STATUS               what runs, as people read it, and as it changes
     COMMANDS             what each command does, the table of them, and main()
@@ -83,11 +83,10 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-probes.json, drafting.json, proven.json, litellm.json. The extras keep connect.json there. In the
+probes.json, drafting.json, litellm.json. The extras keep connect.json and proven.json there. In the
 home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
-RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
-LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,
+HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
 HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
 LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
 Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
@@ -5540,34 +5539,6 @@ def plan_downloads(config: Config, names: Sequence[str],
                 files = split_parts(weights.file)
                 jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
     return jobs, list(dict.fromkeys(skipped))
-
-
-def parse_checksums(text: str) -> Dict[str, str]:
-    """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    sums = {}
-    for line in text.splitlines():
-        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
-        if match:
-            sums[match.group(2)] = match.group(1).lower()
-    return sums
-
-
-def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
-    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
-    return next(filter(wanted.match, names), "")
-
-
-def asset_platforms(names: Sequence[str]) -> str:
-    """The platforms that a release of llama-swap has archives for, for people."""
-    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
-    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
-
-
-def swap_version(output: str) -> str:
-    """`version: v250 (abc), built at ...`, as `llama-swap -version` says it -> v250."""
-    match = re.search(r"version:\s*(v?[0-9][\w.-]*)", output)
-    return "v" + match.group(1).lstrip("v") if match else ""
 
 
 # ==================================================================================================
@@ -15251,14 +15222,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 HUB_PATIENCE_S = 3                              # a closed network should hold up nobody
-RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 << 20
-MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
-MAX_CHECKSUMS_BYTES = 1 << 20
-
-
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15279,24 +15243,6 @@ def progress_words(have: int, size: int, rate: float) -> str:
     if rate <= 0:
         return words
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
-
-
-def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
-                        limit: int) -> None:
-    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
-    began, said, done = time.monotonic(), 0.0, 0
-    while True:
-        data = source.read(1 << 18)
-        if not data:
-            return
-        file.write(data)
-        done += len(data)
-        if done > limit:
-            raise ValueError(f"more than {limit:,} bytes")
-        passed = time.monotonic() - began
-        if passed - said >= 2:
-            said = passed
-            say(f"  {name}: {progress_words(done, total, done / passed)}")
 
 
 def file_sha256(path: str) -> str:
@@ -15695,223 +15641,6 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
         say("The download goes on in the background: `llmstack status` shows it,"
             " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
-
-
-# llama-swap's releases. One binary serves all projects.
-def platform_names() -> Tuple[str, str]:
-    """(system, machine) of this computer as Go's releases name them."""
-    import platform
-    system = platform.system().lower()
-    if IS_WINDOWS:
-        system = "windows"
-    elif IS_MAC:
-        system = "darwin"
-    machine = platform.machine().lower()
-    known = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}
-    return system, known.get(machine, machine)
-
-
-def installed_swap(path: str) -> str:
-    """The version an installed llama-swap gives itself, "" when it does not run."""
-    if not os.access(path, os.X_OK):
-        return ""
-    return swap_version(program_output([path, "-version"]))
-
-
-def _release_refusal(exc: Any, what: str) -> UserError:
-    """What an HTTPError of the releases' server means for the user."""
-    if exc.code == 404:
-        return UserError(f"there is no {what}",
-                         "see https://github.com/mostlygeek/llama-swap/releases")
-    after = exc.headers.get("Retry-After", "")
-    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
-    if exc.code not in (403, 429) or not limited:
-        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
-    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
-    if after.isdigit():
-        wait_s = float(after)
-    elif reset.isdigit():
-        wait_s = max(float(reset) - time.time(), 0.0)
-    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
-    return UserError("the releases server lets this address ask no more for now",
-                     f"wait until {clock}, or put the binary in place yourself")
-
-
-def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
-    """A file or an answer of the releases' server. Errors: UserError."""
-    import http.client
-    import urllib.error
-    try:
-        with open_url(url, {}, "the releases server") as answer:
-            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, total, what, say, limit_bytes)
-    except urllib.error.HTTPError as exc:
-        raise _release_refusal(exc, what) from None
-    except (OSError, ValueError, http.client.HTTPException) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
-    have = len(out.getbuffer())
-    if total and have != total:
-        raise UserError(f"{what} did not arrive: the connection ended at"
-                        f" {have:,} of {total:,} bytes", "try again")
-    return out.getvalue()
-
-
-def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
-    import zipfile
-    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-        for info in pack.infolist():
-            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
-            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
-            if info.filename == wanted and plain:
-                return pack.read(info)
-    return None
-
-
-def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
-    import tarfile
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        for member in tar:
-            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
-            if member.name in (wanted, "./" + wanted) and plain:
-                source = tar.extractfile(member)
-                return source.read() if source else None
-    return None
-
-
-def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
-
-    Nothing of the archive touches the disk.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
-              NotImplementedError)
-    read = _extract_tar_gz
-    if name.endswith(".zip"):
-        read = _extract_zip
-    try:
-        data = read(archive, wanted)
-    except broken as exc:
-        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    if data is None:
-        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
-    return data
-
-
-class Release(NamedTuple):
-    """A release of llama-swap, as GitHub's API describes it."""
-
-    tag: str
-    addresses: Dict[str, str]                   # file -> where it is
-    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
-
-
-def _parse_release(data: bytes) -> Release:
-    """Errors: ValueError where it is none."""
-    try:
-        found = json.loads(data)
-        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
-        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
-        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
-        return Release(str(found["tag_name"]), addresses, digests)
-    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise ValueError(str(exc)) from None
-
-
-def _release_digest(release: Release, name: str, say: Say) -> str:
-    """The SHA-256 that a release names for one of its files. Errors: UserError without one."""
-    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
-    digest = ""
-    if listed:
-        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
-        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
-    digest = digest or release.digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", digest):
-        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
-                        " so it is not installed", "try another --version")
-    return digest
-
-
-def releases_url(env: Mapping[str, str]) -> str:
-    return (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
-
-
-def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
-    """What is known of a release ("": of the latest). Errors: UserError."""
-    server = releases_url(env)
-    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
-    url, what = base + "latest", "latest release of llama-swap"
-    if tag:
-        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
-    try:
-        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
-    except ValueError:
-        raise UserError(f"{base} does not answer like GitHub's releases API",
-                        "see LLMSTACK_RELEASES_URL") from None
-
-
-def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it. Errors: UserError.
-
-    One that runs keeps its file.
-    """
-    new = path[:len(path) - len(EXE)] + ".new" + EXE
-    write_atomic(new, data, 0o755)
-    try:
-        if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
-                            f" {visible(tag)}", "the old one stays; try another --version")
-        try:
-            os.replace(new, path)
-        except PermissionError:                 # on Windows a running one can only be renamed
-            _remove(path + ".old")
-            os.replace(path, path + ".old")
-            os.replace(new, path)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}",
-                        "stop what uses it, or mend its permissions") from None
-    finally:
-        _remove(new)
-
-
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
-                       say: Say) -> bool:
-    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
-
-    Errors: UserError; what was there stays.
-    """
-    import hashlib
-    version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
-        raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
-    tag = "v" + version.lstrip("v") if version else ""
-    path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
-    have = installed_swap(path)
-    if tag and have == tag and not force:
-        say(f"llama-swap {have} is here already: {path}")
-        return False
-    release = _find_release(env, tag, say)
-    if have == release.tag and not force:
-        say(f"llama-swap {have} is the latest and here already: {path}")
-        return False
-    system, machine = platform_names()
-    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
-    if not name:
-        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
-                        f" {asset_platforms(list(release.addresses))}",
-                        "nothing is missing without it: llmstack brings an engine along")
-    digest = _release_digest(release, name, say)
-    say(f"Fetching llama-swap {shown} for {system}/{machine}")
-    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != digest:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
-                        " the release", "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
-    say(f"Installed {path}: llama-swap {shown}, checksum verified")
-    return True
 
 
 def reach_host(url: str, timeout_s: float) -> None:
@@ -17568,13 +17297,6 @@ def _cmd_download_worker(_: Any) -> int:
     return run_downloads(places, places.env)
 
 
-def _cmd_install_llama_swap(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    install_llama_swap(places.env, places.data, args.release, args.force, say)
-    return 0
-
-
 def _cmd_version(args: Any) -> int:
     say(f"llmstack {VERSION}")
     return 0
@@ -17615,7 +17337,6 @@ _PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", 
                 type=port_number)
 _JSON = _flag("--json", "for programs")
 _DEMO = _flag("--demo", "the demo's")
-_FORCE = _flag("--force -f", "install it even where that version is there")
 _PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
                    f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
                    metavar="NAME", default="")
@@ -17642,14 +17363,6 @@ COMMANDS = {
          _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
                  f" {_default_remote()}) instead of one of this project",
                  metavar="URL", nargs="?", const=""))),
-    "install-llama-swap": Command(
-        _cmd_install_llama_swap, "fetch llama-swap's binary",
-        "Fetch the release for this platform, verify its checksum and install it for all projects"
-        " (in LLMSTACK_BIN_DIR, or bin of the data directory). The same version again: nothing is"
-        " done.",
-        (_FORCE,
-         _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                 " the latest)", metavar="V", dest="release", default=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"

@@ -29,6 +29,7 @@ from typing import (
 )
 
 HubFiles = Dict[Tuple[str, str], Dict[str, Any]]        # (repository, file) -> what ask_repo says
+CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
 
 
@@ -133,7 +134,7 @@ def local_state(weights: Any, env: Mapping[str, str], hub: Mapping[str, Any],
         damage = llmstack.file_damage(path)
         if damage:
             return "damaged", f"it {damage}"
-        is_cheap = llmstack.file_size(path) <= llmstack.CHEAP_HASH_BYTES
+        is_cheap = llmstack.file_size(path) <= CHEAP_HASH_BYTES
         is_known = re.match(r"[0-9a-f]{64}\Z", expected)
         if is_cheap and is_known and llmstack.file_sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"

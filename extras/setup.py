@@ -151,8 +151,9 @@ def setup_llama_swap(setup: Setup, llmstack: Any) -> str:
     if found:
         return str(found)
     try:
-        llmstack.check_reached("the releases server", llmstack.releases_url(setup.env))
-        llmstack.install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
+        extra = llmstack.load_extra("install-llama-swap")
+        llmstack.check_reached("the releases server", extra.releases_url(setup.env))
+        extra.install_llama_swap(setup.env, setup.places.data, "", False, setup.say, llmstack)
     except llmstack.UserError as exc:
         if engine == "llama-swap":
             raise

@@ -234,7 +234,8 @@ def test_ini_examples_load(page: str) -> None:
 
 
 def variables() -> list[str]:
-    read = re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', SOURCE)
+    sources = [SOURCE, *(path.read_text(encoding="utf-8") for path in (ROOT / "extras").glob("*.py"))]
+    read = re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', "\n".join(sources))
     # A name that ends in _ is the beginning of many.
     return sorted({name + "*" if name.endswith("_") else name for name in read} - SET_FOR_CHILDREN)
 

@@ -23,6 +23,7 @@ from tests.noise_model import render_noise_gguf
 from tests.test_stack import until
 
 CHECK = llmstack.load_extra("check")
+SWAP = llmstack.load_extra("install-llama-swap")
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
 BIG = b"GGUF" + random.Random(1).randbytes(4_000_000)
@@ -909,7 +910,10 @@ def swap(version: str) -> bytes:
 
 
 def this_platform(monkeypatch: pytest.MonkeyPatch, system: str = "linux", machine: str = "amd64") -> None:
-    monkeypatch.setattr(llmstack, "platform_names", lambda: (system, machine))
+    """What the program loads is SWAP, on another platform."""
+    load = llmstack.load_extra
+    monkeypatch.setattr(SWAP, "platform_names", lambda llmstack: (system, machine))
+    monkeypatch.setattr(llmstack, "load_extra", lambda name: SWAP if name == "install-llama-swap" else load(name))
 
 
 def binary() -> Path:
@@ -1041,7 +1045,7 @@ def test_the_asset_of_every_platform(sysname: str, windows: bool, mac: bool, mac
     monkeypatch.setattr(platform, "machine", lambda: machine)
     names = ["llama-swap_251_checksums.txt", *(f"llama-swap_251_{s}_{m}.tar.gz" for s in ("linux", "darwin") for m in
              ("amd64", "arm64")), "llama-swap_251_freebsd_amd64.tar.gz", "llama-swap_251_windows_amd64.zip"]
-    assert llmstack.choose_asset(names, *llmstack.platform_names()) == asset
+    assert SWAP.choose_asset(names, *SWAP.platform_names(llmstack)) == asset
 
 
 def test_windows_gets_an_exe_out_of_a_zip_even_while_it_runs(releases: FakeReleases, monkeypatch: pytest.MonkeyPatch,

@@ -19,7 +19,7 @@ from tests import test_download
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
 from tests.test_demo import DEMO, one_demo
-from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
+from tests.test_download import PROGRAM, SMALL, SWAP, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
 __all__ = ["hub", "one_demo", "releases"]                   # fixtures
@@ -113,8 +113,8 @@ def test_from_an_empty_home_to_answers_through_auto(engine: str, model_hub: Fake
                    "ctx_size = 4096\nsize_gb = 0.1\n")
     if engine == "llama-swap":
         binary = Path(real_swap()).read_bytes()
-        version = llmstack.installed_swap(real_swap())
-        system, machine = llmstack.platform_names()
+        version = SWAP.installed_swap(real_swap(), llmstack)
+        system, machine = SWAP.platform_names(llmstack)
         releases.add(version, {f"llama-swap_{version[1:]}_{system}_{machine}.tar.gz": tar_gz({"llama-swap": binary})})
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
@@ -186,10 +186,11 @@ def test_without_a_terminal_nothing_is_asked_and_nothing_is_brought(home: Path, 
 def test_on_a_terminal_it_asks_first(answer: bytes, brought: bool, home: Path, no_server: None,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
+    monkeypatch.setenv("LLMSTACK_RELEASES_URL", "http://127.0.0.1:9")
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llmstack\nllmstack.USUAL_PLACES = ()\n"
             "llmstack.environment_ready = lambda *_: False\n"
             "def bring(*_):\n    raise llmstack.UserError('it was asked to bring it')\n"
-            "llmstack.install_environment = bring\nllmstack.install_llama_swap = lambda *_: True\n"
+            "llmstack.install_environment = bring\n"
             "sys.exit(llmstack.main(['setup', '--skip-download']))")
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave)
