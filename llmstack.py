@@ -86,9 +86,9 @@ and litellm/ (private environments), demo/, parked/ (conversations), lock, trust
 probes.json, drafting.json, litellm.json. The extras keep connect.json and proven.json there. In the
 home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
 Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,
-HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
-LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
+HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials,
+MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME,
+XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS, LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
 Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
 process that the stack starts: LLMSTACK_STACK, the mark by which it is known as ours.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
