@@ -72,7 +72,7 @@ Map of the file, bottom-up; each section is built from those above it:
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            models from the hub, in the background
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
-    STATUS               what runs, as people read it, and as it changes
+    STATUS               what runs, as people read it
     COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
@@ -16112,10 +16112,8 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 # ==================================================================================================
 # STATUS
 # ==================================================================================================
-# `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
-# another process's word.
+# `status` as people read it: it shows a router's snapshot, whose values are another process's word.
 
-WATCH_SILENCE_S = 40                            # the stream says something every 15 s
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
                  "failed to load": "31", "failing": "31", "no credential": "31",
@@ -16320,63 +16318,6 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     return lines
 
 
-def _received(sock: socket.socket) -> bytes:
-    data = sock.recv(RECV_BYTES)
-    if not data:
-        raise OSError("the stream has ended")
-    return data
-
-
-def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
-    now: Dict[str, Any] = {}
-    framing, text = ChunkFraming(), b""
-    heard_s = time.monotonic()
-    sock.settimeout(1.0)
-    while True:
-        payload: List[bytes] = []
-        framing.feed(data, payload)
-        blocks = (text + b"".join(payload)).split(b"\n\n")
-        text = blocks.pop()
-        if len(text) > MAX_ANSWER_BYTES or framing.done:
-            raise ValueError("its stream is none of events")
-        for block in blocks:
-            now.update(parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))
-        if now:
-            yield now
-        try:
-            data = _received(sock)
-            heard_s = time.monotonic()
-        except _LAPSED:
-            data = b""
-            if time.monotonic() - heard_s > WATCH_SILENCE_S:
-                raise OSError("the stream says nothing any more") from None
-
-
-def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
-    """The snapshot of a router anew with each change, and each second without one.
-
-    Errors: OSError, ValueError where the stream ends or is none.
-    """
-    sock = upstream.connect()
-    try:
-        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
-        if upstream.key:
-            lines.append(b"Authorization: Bearer " + upstream.key.encode())
-        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
-        sock.settimeout(WATCH_SILENCE_S)
-        head = b""
-        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
-            head += _received(sock)
-        end = head_end(head, 0)
-        response = parse_response_head(head[:end], "GET")
-        if response.status != 200 or response.framing != "chunked":
-            raise ValueError(f"it answers {response.status}")
-        yield from _snapshots(sock, head[end + 4:])
-    finally:
-        sock.close()
-
-
 # ==================================================================================================
 # COMMANDS
 # ==================================================================================================
@@ -16527,7 +16468,7 @@ def extra_file(name: str) -> str:
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs demo"),
+    ("Every day", "start stop restart status watch reload run ps logs demo"),
     ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit probe"),
     ("Programs", "install-llama-swap install-litellm"),
@@ -16787,45 +16728,10 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
     return lines + _status_notes(rows)
 
 
-def _draw(lines: Sequence[str], in_place: bool) -> None:
-    """Lines over those drawn before; one below the other where that cannot be."""
-    if not in_place:
-        for line in lines:
-            say(line)
-        return
-    import shutil
-    # What does not fit would scroll, and the next picture would land elsewhere.
-    most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = [f"{visible_colours(line)}\x1b[K\n" for line in lines[:most]]
-    write_out("".join(["\x1b[H", *shown, "\x1b[J"]))
-
-
-def _watch_once(upstream: Upstream, in_place: bool) -> None:
-    """Show a router's snapshots until their stream breaks, and that it has."""
-    url = upstream.url
-    try:
-        for now in follow_events(upstream):
-            _draw(render_snapshot(now, url, output_columns(), time.time(), paint), in_place)
-    except (OSError, ValueError) as exc:
-        _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
-
-
-def _watch(places: Places) -> int:
-    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, _ = running_router(places)
-    try:
-        while True:
-            _watch_once(upstream, is_live_terminal())
-            # A router that is being restarted is back soon.
-            time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
-
-
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return _watch(places)
+        return run_extra("watch", ["--demo"] if args.demo else [])
     broken: Optional[UserError] = None
     config = Config()
     try:
