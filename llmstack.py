@@ -15473,7 +15473,7 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
-def _failure_words(error: str, hint: str) -> str:
+def failure_words(error: str, hint: str) -> str:
     """`failed: what (what to do)`, as the log of a download says it."""
     if not hint:
         return f"failed: {error}"
@@ -15493,14 +15493,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             size = fetch_job(job, places.data, env, note, tell)
         except Unreachable as exc:
             code = 1
-            note(_failure_words(str(exc), exc.hint))
+            note(failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
         except Exception as exc:                # the next file may fare better
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
             tell(state="failed", error=what, hint=hint)
-            note(_failure_words(what, hint))
+            note(failure_words(what, hint))
         else:
             tell(state="done", bytes=size)
             note(f"done: {size:,} bytes (download done)")
@@ -15587,7 +15587,7 @@ def _ended_words(row: Mapping[str, Any]) -> str:
     error, hint = f"the worker was {state}", GO_ON
     if state == "failed":
         error, hint = row["error"], row["hint"]
-    return _failure_words(error, hint)
+    return failure_words(error, hint)
 
 
 def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
