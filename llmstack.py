@@ -70,7 +70,7 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
-    DOWNLOADS            models from the hub, in the background
+    DOWNLOADS            the queue of models from the hub, and its worker
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
     STATUS               what runs, as people read it
     COMMANDS             what each command does, the table of them, and main()
@@ -15222,7 +15222,6 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-HUB_PATIENCE_S = 3                              # a closed network should hold up nobody
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15528,158 +15527,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
             "hint": visible(job.get("hint", "")),
         })
     return rows
-
-
-class _Bar:
-    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = is_live_terminal()
-        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
-        self._file = ""
-        self._shown = ""
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
-            self._shown = ""
-
-    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
-        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
-        import shutil
-        if row["file"] != self._file:
-            self._file = row["file"]
-            self._samples.clear()
-        self._samples.append((time.monotonic(), row["bytes"]))
-        columns = shutil.get_terminal_size().columns - 1
-        line = self._line(row, behind, last, columns)[:columns]
-        sys.stdout.write("\r" + line.ljust(len(self._shown)))
-        sys.stdout.flush()
-        self._shown = line
-
-    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
-        began, start = self._samples[0]
-        now, have = self._samples[-1]
-        stands = have == start and len(self._samples) > 15
-        if stands and ("trying again" in last or "waiting" in last):
-            return last.partition(" ")[2]
-        total = row["total_bytes"]
-        share = min(have / total, 1.0) if total else 0.0
-        rate = (have - start) / max(now - began, 0.001)
-        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
-        if behind > 0:
-            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
-        name = f"{row['tier']}-{row['label']}"
-        width = columns - len(name) - len(words) - len(" [] ")
-        if width < 4:                           # the words say it, too
-            return f"{name} {words}"
-        width = min(width, 24)
-        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
-
-
-def _ended_words(row: Mapping[str, Any]) -> str:
-    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
-    state = row.get("state", "stopped")
-    if state in ("queued", "running"):
-        return ""
-    if state == "done":
-        return f"done, {progress_words(row['bytes'], 0, 0)}"
-    error, hint = f"the worker was {state}", GO_ON
-    if state == "failed":
-        error, hint = row["error"], row["hint"]
-    return failure_words(error, hint)
-
-
-def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
-                  names: Iterable[str]) -> Dict[str, List[str]]:
-    """How downloads have ended -> those that did so: a hub that is not there is said once."""
-    ended: Dict[str, List[str]] = {}
-    for name in names:
-        words = _ended_words(rows.get(name, {}))
-        if words:
-            ended.setdefault(words, []).append(name)
-    return ended
-
-
-def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
-                  behind: int) -> None:
-    """Show the download that goes on now on the terminal's last line."""
-    row = next((row for row in rows if row["state"] == "running"), None)
-    if bar.live and row:
-        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
-        bar.show(row, behind, tail_of(log, 1))
-
-
-def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Show the named jobs until they have ended; those that failed."""
-    bar = _Bar()
-    left = list(names)
-    failed: List[str] = []
-    while left:
-        rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-        for words, ended in _group_by_end(rows, left).items():
-            bar.clear()
-            say(f"{', '.join(ended)}: {words}")
-            left = [name for name in left if name not in ended]
-            if words.startswith("failed"):
-                failed += ended
-        if left:
-            _show_running(places, rows.values(), bar, len(left) - 1)
-            time.sleep(0.2)
-    return failed
-
-
-def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
-
-    Errors: KeyboardInterrupt, once it has said that the worker goes on.
-    """
-    try:
-        return _watch_downloads(places, names, say)
-    except KeyboardInterrupt:
-        say("")
-        say("The download goes on in the background: `llmstack status` shows it,"
-            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
-        raise
-
-
-def reach_host(url: str, timeout_s: float) -> None:
-    """Return once the host of `url` answers anything. Errors: OSError, in words.
-
-    The look-up of its name counts, too: urllib's own timeout does not bound that.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-    found: List[str] = []                       # "" for an answer, else why there is none
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
-            found.append("")
-        except urllib.error.HTTPError:          # a refusal is an answer
-            found.append("")
-        except (OSError, ValueError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "reason", exc)
-            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    why = found[0] if found else f"no answer within {timeout_s:g} s"
-    if why:
-        raise OSError(why)
-
-
-def check_reached(what: str, url: str) -> None:
-    """Return once a host answers, or say within seconds that it does not. Errors: Unreachable."""
-    try:
-        reach_host(url, HUB_PATIENCE_S)
-    except OSError as exc:
-        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
-                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
-                          ) from None
 
 
 # ==================================================================================================
@@ -17149,54 +16996,6 @@ def _cmd_daemon(args: Any) -> int:
     return 0
 
 
-def _stop_download(args: Any, places: Places) -> int:
-    """`download --stop`. Errors: UserError."""
-    if args.tiers or args.next or args.wait:
-        raise UserError("--stop ends the whole download, and takes nothing beside it",
-                        "see `llmstack download --help`", 2)
-    if stop_downloads(places):
-        say("Stopped; `llmstack download` goes on from there.")
-    else:
-        say("Nothing is being downloaded.")
-    return 0
-
-
-def _cmd_download(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    if args.stop:
-        return _stop_download(args, places)
-    seed_project(places, say)
-    config = load_config(places, warn)
-    labels: Sequence[str] = ("current", "next")
-    known, _ = plan_downloads(config, (), labels)
-    if args.next:
-        labels = ("next",)
-    jobs, skipped = plan_downloads(config, args.tiers, labels)
-    for line in skipped:
-        say(line)
-    if not jobs:
-        say("Nothing to download.")
-        return 0
-    check_links(places)
-    if not environment_ready(HUB, places.data):     # it is not installed for nothing
-        check_reached("the model hub", hub_endpoint(places.env))
-    pid = start_downloads(places, jobs, known, places.env, say)
-    many = jobs[0].name
-    if len(jobs) > 1:
-        many = f"{len(jobs)} models"
-    logs = places.log("dl-TIER-LABEL.log")
-    say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
-    # A script goes on at once; a person watches.
-    if not args.wait and not sys.stdout.isatty():
-        return 0
-    failed = follow_downloads(places, [job.name for job in jobs], say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run it again")
-    return 0
-
-
 def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
     places = find_places(os.environ)
@@ -17298,16 +17097,6 @@ COMMANDS = {
         (_DEMO,
          _option("--shell", "whose language to print (default: that of the hook, of"
                  " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
-    "download": Command(
-        _cmd_download, "fetch the models, in the background",
-        "Fetch current and queued GGUFs into the hub cache that llama-server reads, one after"
-        " another, in the background; on a terminal, show it until it is done. What was"
-        " interrupted goes on where it ended. HF_TOKEN in the environment opens gated"
-        " repositories.",
-        (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
-         _flag("--next", "the queued upgrades only (hf_file_next)"),
-         _flag("--wait", "wait until all is done, without a terminal, too"),
-         _flag("--stop", "end the background download; what it has is kept"))),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."

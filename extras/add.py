@@ -303,7 +303,8 @@ def fetch(places: Any, name: str, llmstack: Any) -> None:
         return
     known, _ = llmstack.plan_downloads(config, (), ("current", "next"))
     llmstack.start_downloads(places, jobs, known, os.environ, llmstack.say)
-    failed = llmstack.follow_downloads(places, [job.name for job in jobs], llmstack.say)
+    follow = llmstack.load_extra("download").follow_downloads
+    failed = follow(places, [job.name for job in jobs], llmstack.say, llmstack)
     if failed:
         raise llmstack.UserError(f"not downloaded: {', '.join(failed)}",
                                  f"mend what its line says, then `llmstack download {name}`")

@@ -152,8 +152,9 @@ def ensure_demo_model(data: str, env: Mapping[str, str], progress: Any,
         if os.path.exists(path):
             return model, path
     path = os.path.join(demo_dir(data), HUB_DEMO.file)
+    download = llmstack.load_extra("download")
     try:
-        llmstack.reach_host(llmstack.hub_endpoint(env), llmstack.HUB_PATIENCE_S)
+        download.reach_host(llmstack.hub_endpoint(env), download.HUB_PATIENCE_S)
         progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
         fetch_demo_file(path, data, env, progress, llmstack)
         return HUB_DEMO, path

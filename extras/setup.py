@@ -60,8 +60,9 @@ def may_ask_hub(setup: Setup, llmstack: Any) -> bool:
     """True where a model is yet to be fetched, and the hub is there."""
     if setup.args.skip_download or not setup_jobs(setup, llmstack):
         return False
+    download = llmstack.load_extra("download")
     try:
-        llmstack.check_reached("the model hub", llmstack.hub_endpoint(setup.env))
+        download.check_reached("the model hub", llmstack.hub_endpoint(setup.env), llmstack)
     except llmstack.Unreachable:
         return False
     return True
@@ -152,7 +153,8 @@ def setup_llama_swap(setup: Setup, llmstack: Any) -> str:
         return str(found)
     try:
         extra = llmstack.load_extra("install-llama-swap")
-        llmstack.check_reached("the releases server", extra.releases_url(setup.env))
+        url = extra.releases_url(setup.env)
+        llmstack.load_extra("download").check_reached("the releases server", url, llmstack)
         extra.install_llama_swap(setup.env, setup.places.data, "", False, setup.say, llmstack)
     except llmstack.UserError as exc:
         if engine == "llama-swap":
@@ -196,9 +198,10 @@ def setup_download(setup: Setup, llmstack: Any) -> str:
     config = llmstack.load_config(setup.places)
     known, _ = llmstack.plan_downloads(config, (), ("current", "next"))
     names = ", ".join(job.name for job in jobs)
-    llmstack.check_reached("the model hub", llmstack.hub_endpoint(setup.env))
+    hub = llmstack.hub_endpoint(setup.env)
+    llmstack.load_extra("download").check_reached("the model hub", hub, llmstack)
     setup.say(f"{len(jobs)} of {len(known)} models, {hub_gb(jobs, setup.env, llmstack):,.1f} GB"
-              f" from {llmstack.hub_endpoint(setup.env)}: {names}")
+              f" from {hub}: {names}")
     answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
     if answer is None:
         raise llmstack.UserError("nothing is fetched unasked, and there is no terminal to ask on",
@@ -219,7 +222,8 @@ def setup_wait(setup: Setup, llmstack: Any) -> str:
         return "every current model is here"
     if "downloads" in (*setup.failed, *setup.skipped):
         raise Skipped("nothing is being fetched")
-    failed = llmstack.follow_downloads(setup.places, [job.name for job in jobs], setup.say)
+    follow = llmstack.load_extra("download").follow_downloads
+    failed = follow(setup.places, [job.name for job in jobs], setup.say, llmstack)
     if failed:
         raise llmstack.UserError(f"not downloaded: {', '.join(failed)}",
                                  "mend what its line says, then run this again")

@@ -20,21 +20,21 @@ from typing import Any, Iterator
 import pytest
 
 import llmstack
+from tests.conftest import load_always
 from tests.fake_hub import FakeHub
 from tests.test_download import BIG, hub
 from tests.test_stack import Project, alive, ask, free_ports, only_llama_swap, until
 
 __all__ = ["hub"]                               # a fixture
 DEMO = llmstack.load_extra("demo")
+DOWNLOAD = llmstack.load_extra("download")
 WEIGHTS = b"GGUF" + bytes(range(256)) * 100
 CLOSED = "http://127.0.0.1:9"
 
 
 @pytest.fixture(autouse=True)
 def one_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the program loads is DEMO, with all that a test has changed in it."""
-    load = llmstack.load_extra
-    monkeypatch.setattr(llmstack, "load_extra", lambda name: DEMO if name == "demo" else load(name))
+    load_always(monkeypatch, "demo", DEMO)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_hub_that_says_nothing_is_given_up_soon(monkeypatch: pytest.MonkeyPatc
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(OSError, match=r"no answer within 0\.05 s|timed out"):
-            llmstack.reach_host(url, 0.05)
+            DOWNLOAD.reach_host(url, 0.05)
 
 
 @pytest.mark.parametrize("said", [b"", b"220 mail.example ESMTP\r\n", b"\0\xff" * 40 + b"\r\n"])
@@ -136,18 +136,18 @@ def test_a_host_that_is_no_hub_is_an_oserror(said: bytes) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(OSError, match=r"\w"):
-            llmstack.reach_host(f"http://127.0.0.1:{server.getsockname()[1]}", 20)
+            DOWNLOAD.reach_host(f"http://127.0.0.1:{server.getsockname()[1]}", 20)
         thread.join()
 
 
 def test_a_hub_that_refuses_is_there(hub: FakeHub) -> None:
-    llmstack.reach_host(hub.url, 20)
+    DOWNLOAD.reach_host(hub.url, 20)
 
 
 @pytest.mark.parametrize("url", [CLOSED, "nonsense", "http://[", "http://host.invalid"])
 def test_a_hub_that_is_not_there_is_an_oserror(url: str) -> None:
     with pytest.raises(OSError, match=r"\w"):
-        llmstack.reach_host(url, 20)
+        DOWNLOAD.reach_host(url, 20)
 
 
 @pytest.mark.parametrize(("weights", "member", "why"), [

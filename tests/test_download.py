@@ -18,6 +18,7 @@ from typing import Any, Iterator
 import pytest
 
 import llmstack
+from tests.conftest import load_always
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz, zipped
 from tests.noise_model import render_noise_gguf
 from tests.test_stack import until
@@ -438,6 +439,7 @@ def test_refs_main_moves_only_when_all_is_there(hub: FakeHub, places: llmstack.P
 def test_a_copy_without_its_guests_downloads_nothing_and_says_why(hub: FakeHub, places: llmstack.Places, real_data: Path,
                                                                   tmp_path: Path) -> None:
     copy = shutil.copy(PROGRAM, tmp_path)
+    shutil.copytree(Path(PROGRAM).parent / "extras", tmp_path / "extras")
     done = subprocess.run([sys.executable, copy, "download"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "hub_download.py" in done.stderr.splitlines()[0]
@@ -641,7 +643,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(hub: FakeHub, places: llm
 @pytest.mark.parametrize(("columns", "bar"), [(120, 24), (80, 10), (70, 0)])
 def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
     row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
-    shown = llmstack._Bar()
+    shown = llmstack.load_extra("download").Bar(llmstack)
     shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
     line = shown._line(row, 1, "", columns)
     assert len(line) <= columns
@@ -910,10 +912,8 @@ def swap(version: str) -> bytes:
 
 
 def this_platform(monkeypatch: pytest.MonkeyPatch, system: str = "linux", machine: str = "amd64") -> None:
-    """What the program loads is SWAP, on another platform."""
-    load = llmstack.load_extra
     monkeypatch.setattr(SWAP, "platform_names", lambda llmstack: (system, machine))
-    monkeypatch.setattr(llmstack, "load_extra", lambda name: SWAP if name == "install-llama-swap" else load(name))
+    load_always(monkeypatch, "install-llama-swap", SWAP)
 
 
 def binary() -> Path:

@@ -16,6 +16,7 @@ import pytest
 
 import llmstack
 from tests import test_download
+from tests.conftest import load_always
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
 from tests.test_demo import DEMO, one_demo
@@ -375,7 +376,9 @@ def test_a_network_that_swallows_everything_is_known_at_once(no_server: None, ho
     def lapse(url: str, timeout_s: float) -> None:
         raise OSError(f"no answer within {timeout_s:g} s")
 
-    monkeypatch.setattr(llmstack, "reach_host", lapse)
+    download = llmstack.load_extra("download")
+    monkeypatch.setattr(download, "reach_host", lapse)
+    load_always(monkeypatch, "download", download)
     monkeypatch.setattr(llmstack, "open_url", lambda *_: pytest.fail("asked all the same"))
     places = llmstack.find_places(os.environ)
     setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False, profile="", yes=True), print,
