@@ -2414,7 +2414,8 @@ def tier_config(config: Config, tier: Tier) -> Config:
 # How much of a prompt a slot must hold to be taken for it. llama-server's default is 0.1: then a
 # long conversation that comes back takes the slot of a side request with the same system text, is
 # never looked for in the host's cache, and read anew (docs/conversations.md has figures).
-SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
+SLOT_SIMILARITY = 0.8
+SLOT_FLAG = ("--slot-prompt-similarity", str(SLOT_SIMILARITY))
 
 
 def common_flags(config: Config) -> List[Flag]:
@@ -8110,6 +8111,9 @@ def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None
                 ready.unregister(key.fileobj)
 
 
+JSON_LINE = b"Content-Type: application/json\r\n"
+
+
 class Upstream:
     """A host we ask, and its idle keep-alive connections, the last used first."""
 
@@ -9118,6 +9122,7 @@ class Lease:
         """What is about to be asked, kept while its answer streams where it may be parked."""
         if self.bay is not None and self.bay.wants(sum(map(len, body))):
             self._target, self._body = target, b"".join(body)
+            self.bay.settle(self._body)
 
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
@@ -11764,8 +11769,7 @@ class Trial:
         method, data = "GET", b""
         if body is not None:
             method, data = "POST", json.dumps(body).encode()
-        response, said = self._upstream.get(path, timeout_s, method,
-                                            b"Content-Type: application/json\r\n", body=data)
+        response, said = self._upstream.get(path, timeout_s, method, JSON_LINE, body=data)
         return response.status, parse_json_object(said)
 
 
@@ -12265,6 +12269,8 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # token before the end. --no-cache-idle-slots would leave them in their slots, but what the context
 # has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
 # in a context of 8,192, three were read again, and by default none.
+# A restored slot is found by a prompt that it holds most of, and goes to the host's cache only as
+# a task begins: see Bay.settle.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so its ends are looked at.
 
@@ -12272,6 +12278,7 @@ PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
 PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
+SURE_SIMILARITY = (1 + SLOT_SIMILARITY) / 2     # of bytes, which are no tokens
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed...
 LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
@@ -12279,6 +12286,25 @@ MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one 
 _EDGE_BYTES = 64 * 1024
 # Whose values do not change what is saved.
 _NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
+
+
+def talk_turns(values: Mapping[str, Any]) -> Any:
+    """What a request's prompt grows by: a list of messages, or text."""
+    for key in ("messages", "input", "prompt"):
+        if isinstance(values.get(key), (list, str)):
+            return values[key]
+    return ""
+
+
+def beginning(values: Mapping[str, Any], turns: int) -> str:
+    """A hash of the first `turns` of a request; "" where it has fewer."""
+    import hashlib
+    said = talk_turns(values)
+    if not turns or len(said) < turns:
+        return ""
+    above = [values.get("system"), values.get("instructions"), values.get("tools")]
+    text = json.dumps([above, said[:turns]])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class Talk(NamedTuple):
@@ -12290,13 +12316,14 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+    at: float                                   # when, in seconds since 1970
 
     def is_in(self, slot_tokens: int) -> bool:
         """Whether a slot with so many tokens holds it: all but the last, which was never read."""
         return slot_tokens in (self.tokens - 1, self.tokens)
 
 
-NO_TALK = Talk("", b"", 0, "", 0, 0)
+NO_TALK = Talk("", b"", 0, "", 0, 0, 0.0)
 
 
 class Parked(NamedTuple):
@@ -12308,6 +12335,11 @@ class Parked(NamedTuple):
     turns: int                                  # of the conversation in it, see Talk
     begins: str
     prompt: int
+    body_bytes: int                             # of its last request
+
+    def goes_on_in(self, values: Mapping[str, Any]) -> bool:
+        """Whether a request begins with all of its conversation."""
+        return bool(self.begins) and beginning(values, self.turns) == self.begins
 
 
 def parked_dir(data: str) -> str:
@@ -12345,25 +12377,6 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     facts += [word for flag, word in zip(["", *command], command)
               if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
-
-
-def talk_turns(values: Mapping[str, Any]) -> Any:
-    """What a request's prompt grows by: a list of messages, or text."""
-    for key in ("messages", "input", "prompt"):
-        if isinstance(values.get(key), (list, str)):
-            return values[key]
-    return ""
-
-
-def beginning(values: Mapping[str, Any], turns: int) -> str:
-    """A hash of the first `turns` of a request; "" where it has fewer."""
-    import hashlib
-    said = talk_turns(values)
-    if not turns or len(said) < turns:
-        return ""
-    above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    text = json.dumps([above, said[:turns]])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def parking_notes(data: str) -> Dict[str, str]:
@@ -12484,12 +12497,6 @@ def bytes_fetched(pid: int) -> int:
     """What a process has had read from disks; -1 where the system does not say."""
     found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
     return int(found.group(1)) if found else -1
-def _changed_s(path: str) -> float:
-    """When a file was written last, 0.0 for none."""
-    try:
-        return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
 
 
 class Parking:
@@ -12538,7 +12545,11 @@ class Parking:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
-        """What is there of a model, the longest first."""
+        """What is there of a model, the last used first, of several at once the longest.
+
+        By length, two long conversations that nobody asks any more would take the context
+        from those that are under way.
+        """
         found = []
         for name in _names_in(self.directory):
             if name.startswith(identity + "-") and name.endswith(".json"):
@@ -12546,21 +12557,24 @@ class Parking:
                 try:
                     found.append(Parked(
                         int(row["slot"]), int(row["tokens"]), str(row["edges"]),
-                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"]),
+                        int(row["body_bytes"])))
                 except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
-        return sorted(found, key=lambda parked: -parked.tokens)
+        found.sort(key=lambda parked: parked.tokens, reverse=True)
+        return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
 
     def rows(self) -> List[Dict[str, Any]]:
-        """What is parked of every model, the last saved first: counts, bytes, a time, no text."""
+        """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
         for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
             model = self.speeds.model_of(identity)
             for parked in self.saved(identity):
                 path = self.path(f"{identity}-{parked.slot}.kv")
                 rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
-                             "bytes": file_size(path), "saved": round(_changed_s(path))})
-        return sorted(rows, key=lambda row: -row["saved"])
+                             "bytes": file_size(path),
+                             "used": round(self.used(identity, parked.slot))})
+        return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
@@ -12568,10 +12582,11 @@ class Parking:
         except OSError:
             return False
 
-    def keep(self, identity: str, parked: Parked, temporary: str) -> None:
-        """Take a file that has been written whole. Errors: OSError, UserError."""
+    def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
+        """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
         stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
+        os.utime(temporary, (used, used))
         write_atomic(stem + ".json", json.dumps(parked._asdict()))
         replace_file(temporary, stem + ".kv")
         self.make_room()
@@ -12580,8 +12595,12 @@ class Parking:
         for end in (".kv", ".json"):
             _remove(self.path(f"{identity}-{slot}{end}"))
 
-    def used(self, identity: str, slot: int) -> None:
-        os.utime(self.path(f"{identity}-{slot}.kv"))
+    def used(self, identity: str, slot: int) -> float:
+        """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
+        try:
+            return os.stat(self.path(f"{identity}-{slot}.kv")).st_mtime
+        except OSError:
+            return 0.0
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
         """Drop the longest unused until the rest fits; False, and none, where it never will."""
@@ -12628,6 +12647,33 @@ def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
     return Pace(per_s, speeds.load_s(identity), False, keeps and not parking.off(identity))
 
 
+class Numbers:
+    """Under which number a slot is saved, and so into which slot it comes back."""
+
+    def __init__(self, slots: Sequence[int], saved: Sequence[Parked]) -> None:
+        self._slots, self._saved = slots, saved
+        self.used: List[int] = []               # in this round
+
+    def left(self) -> List[int]:
+        return [slot for slot in self._slots if slot not in self.used]
+
+    def choose(self, slot: int, talk: Talk) -> int:
+        """Its conversation's own, else its slot's, else one without a file, else the oldest file's.
+
+        The file of its slot may hold another conversation, which was restored there and has left
+        for the host's cache as this one was asked.
+        """
+        values = parse_json_object(talk.body)
+        kept = [parked for parked in self._saved if parked.slot in self.left()]
+        own = [parked.slot for parked in kept if parked.goes_on_in(values)]
+        taken = {parked.slot for parked in kept}
+        empty = [number for number in self.left() if number not in taken]
+        if slot in empty:
+            empty = [slot]
+        oldest = [parked.slot for parked in reversed(kept)]
+        return [*own, *empty, *oldest, slot][0]
+
+
 class Bay:
     """The parking of one loaded model: restores its slots, watches its answers, saves its slots."""
 
@@ -12672,7 +12718,6 @@ class Bay:
             if not status:
                 return False
             if status == 200:
-                parking.used(identity, parked.slot)
                 self._restored.append(parked)
                 left -= parked.tokens
         if self._restored:
@@ -12693,6 +12738,25 @@ class Bay:
         worth = self._parking.worth(self.identity, body_bytes // 2)
         return worth or not known or bool(self._restored)
 
+    def settle(self, body: bytes) -> None:
+        """Make a restored conversation findable for `body`, the first to be asked after a load.
+
+        llama-server looks for a prompt in the slots that hold SLOT_SIMILARITY of it, then in the
+        host's cache. A restored slot that holds less, for a tool has said a lot meanwhile, goes
+        there only as a task begins: one of a single token, here.
+        """
+        with self._lock:
+            restored = self._restored if self._asked == 1 else []
+        values = parse_json_object(body) if restored else {}
+        found = [parked for parked in restored if parked.goes_on_in(values)]
+        if not any(parked.body_bytes < SURE_SIMILARITY * len(body) for parked in found):
+            return
+        task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
+        try:
+            self._upstream.get("/completion", PARK_S, "POST", JSON_LINE, body=task)
+        except (OSError, ValueError) as exc:
+            self._log.warning(f"{self._name}: what was restored may be read again: {exc}")
+
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         parking, identity = self._parking, self.identity
@@ -12709,7 +12773,7 @@ class Bay:
         values = parse_json_object(body)
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
-            if ignored and beginning(values, parked.turns) == parked.begins != "":
+            if ignored and parked.goes_on_in(values):
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
@@ -12720,7 +12784,7 @@ class Bay:
         turns = len(talk_turns(values))
         if turns and worth:
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
-                        counts.prompt + counts.output)
+                        counts.prompt + counts.output, time.time())
             with self._lock:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
@@ -12761,42 +12825,40 @@ class Bay:
                 self._log.warning(f"{self._name}: not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
-        began, held, numbers = time.monotonic(), self._slots(), []
+        began, held = time.monotonic(), self._slots()
+        numbers = Numbers([slot for slot, _, _ in held], self._parking.saved(self.identity))
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
+        unknown = NO_TALK._replace(at=time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
-            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talk = next((talk for talk in talks if talk.is_in(tokens)), unknown)
             talks = [other for other in talks if other is not talk]
             if busy or not self._parking.worth(self.identity, tokens):
                 continue
             quick = ending or tokens / per_s < 1
-            if quick and self._save_slot(slot, slot, tokens, talk, end):
-                numbers.append(slot)
-        saved = len(numbers)
+            number = numbers.choose(slot, talk)
+            if quick and self._save_slot(slot, number, tokens, talk, end):
+                numbers.used.append(number)
         if ending and not any(busy for _, _, busy in held):
-            free = [slot for slot, _, _ in held if slot not in numbers]
-            saved += self._save_cached(talks, free, end)
-        if saved:
-            self._log.info(f"{self._name}: parked {saved} conversations"
+            self._save_cached(talks, numbers, end)
+        if numbers.used:
+            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
                            f" in {time.monotonic() - began:.2f} s")
 
-    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
-        """Save what the host's cache has, under the numbers that are free; returns how many.
+    def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
+        """Save what the host's cache has, as long as there are numbers.
 
         Where one is there no more, the others are older, and looking for them costs seconds.
         """
-        saved = 0
         for talk in sorted(talks, key=lambda talk: -talk.prompt):
-            slot = self._pull(talk, end) if free else -1
+            slot = self._pull(talk, end) if numbers.left() else -1
             if slot < 0:
                 break
-            number = slot if slot in free else min(free)
+            number = numbers.choose(slot, talk)
             if self._save_slot(slot, number, talk.prompt, talk, end):
-                free.remove(number)
-                saved += 1
-        return saved
+                numbers.used.append(number)
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.
@@ -12845,8 +12907,9 @@ class Bay:
             parking.speeds.note(identity, self._name, "saved", saved / took_s)
             self._drop_older(number, talk)
             edges = file_edges(temporary)
-            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt)
-            parking.keep(identity, parked, temporary)
+            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt,
+                            len(talk.body))
+            parking.keep(identity, parked, temporary, talk.at)
             return True
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
@@ -12858,8 +12921,7 @@ class Bay:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
         for parked in self._parking.saved(self.identity):
-            same = beginning(values, parked.turns) == parked.begins != ""
-            if same and parked.slot != number:
+            if parked.goes_on_in(values) and parked.slot != number:
                 self._parking.drop(self.identity, parked.slot)
 
     def _pull(self, talk: Talk, end: float) -> int:
@@ -12871,9 +12933,8 @@ class Bay:
         values["stream"] = False
         body = json.dumps(values).encode()
         timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
-        kind = b"Content-Type: application/json\r\n"
         try:
-            self._upstream.get(talk.target, timeout_s, "POST", kind, body=body)
+            self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():
