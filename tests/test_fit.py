@@ -524,7 +524,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, total: float, mac: bool = False, ou
             layers: str = "999", **config: Any) -> llmstack.Machine:
     monkeypatch.setattr(llmstack, "IS_MAC", mac)
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: total)
-    monkeypatch.setattr(llmstack, "_output", lambda command: (outputs or {}).get(command[0], ""))
+    monkeypatch.setattr(llmstack, "program_output", lambda command: (outputs or {}).get(command[0], ""))
     return llmstack.this_machine(llmstack.Config(**config).with_settings({"n_gpu_layers": layers}))
 
 

@@ -373,13 +373,13 @@ def test_this_machines_state_can_be_read() -> None:
 def test_a_mac_is_asked_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {"sysctl": "4\n", "vm_stat": "Mach Virtual Memory Statistics:\nSwapins:  7.\nSwapouts:      100.\n"}
     monkeypatch.setattr(llmstack, "IS_MAC", True)
-    monkeypatch.setattr(llmstack, "_output", lambda command: outputs[command[0]])
+    monkeypatch.setattr(llmstack, "program_output", lambda command: outputs[command[0]])
     state = llmstack.read_memory_state(False)
     assert (state.critical, state.swapped_bytes) == (True, 1_638_400)
 
 
 def test_what_is_free_on_the_card_is_nvidias_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "_output", lambda command: "GPU-1, 10000, 100, 9850\n")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: "GPU-1, 10000, 100, 9850\n")
     assert llmstack.read_memory_state(True).card_free_gb == pytest.approx(50 * MIB / 1e9)
 
 
