@@ -2301,6 +2301,8 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # loaded together, llama-swap's configuration, the way of a request, the list of models. Both
 # engines take their flags and their sets from here, so that they do the same.
 
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
+
 
 class Weights(NamedTuple):
     """What a local tier runs on one channel."""
@@ -2315,6 +2317,24 @@ class Weights(NamedTuple):
 
 def local_tiers(config: Config) -> List[Tier]:
     return [tier for tier in config.tiers if tier.backend == "gguf"]
+
+
+def weights_for(tier: Tier) -> Weights:
+    """The GGUF that a local tier runs on its channel."""
+    if tier.channel != "next" or tier.backend != "gguf":
+        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    return Weights(
+        tier.hf_repo_next or tier.hf_repo,
+        tier.hf_file_next or tier.hf_file,
+        "",
+        tier.size_gb_next or tier.size_gb,
+        tier.quant_next or tier.quant,
+        "next")
+
+
+def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
+    """What a tier runs on the current channel, and on the next one."""
+    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
@@ -2358,24 +2378,6 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     with_files(tier, note)
     return [(repo, file) for repo, file in found if repo]
-
-
-def weights_for(tier: Tier) -> Weights:
-    """The GGUF that a local tier runs on its channel."""
-    if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
-    return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
-        "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
-        "next")
-
-
-def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
-    """What a tier runs on the current channel, and on the next one."""
-    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 # ---- flags of llama-server
@@ -2936,8 +2938,6 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 
 # ---- routes, and the list of models
-
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
 def hosted_model(tier: Tier) -> str:
