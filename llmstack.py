@@ -2354,11 +2354,16 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
+def _projector_rank(file: str) -> Tuple[bool, str]:
+    """What projectors sort by: F16 first, which BF16 is not, then their names."""
+    name = file.upper()
+    is_f16 = "-F16" in name and "BF16" not in name
+    return not is_f16, file
+
+
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    found = [file for file in files if _PROJECTOR.match(file)]
-    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
-    return found[0] if found else ""
+    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2402,8 +2407,11 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     if not option.flags:
         return []
     if option.kind == "bool":
-        said = [flag for flag in option.flags if flag.startswith("--no-") != value]
-        return [(flag,) for flag in said[:1]]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        for flag in option.flags:
+            if flag.startswith("--no-") != value:
+                return [(flag,)]
+        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
@@ -2514,21 +2522,25 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
-        flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
-        for key, flag in flags:
-            if flag[0] in lost:
-                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+        for key, value in settings.items():
+            refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
+            for flag in refused_flags:
+                what = " ".join(flag)
+                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
     return list(said)
 
 
 def settings_words(config: Config, tier: Tier) -> str:
     """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
-    for key, value in {**config.settings, **tier.settings}.items():
+    settings = {**config.settings, **tier.settings}
+    for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        parts = value if isinstance(value, tuple) else (value,)
+        values = [str(part) for part in parts]
         if key in FILE_KEYS:
+            # A status line has room for a file's name, not for its path.
             values = [re.split(r"[/\\:]", name)[-1] for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
@@ -2560,11 +2572,15 @@ class ResidencySet(NamedTuple):
 MOST_GROWN = 24                                 # tiers
 
 
+def _together_gb(names: Iterable[str], need_gb: Mapping[str, float]) -> float:
+    return sum(need_gb.get(name, 0.0) for name in names)
+
+
 def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, float],
             budget_gb: float) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
     members = list(base)
-    taken_gb = sum(need_gb[name] for name in base)
+    taken_gb = _together_gb(base, need_gb)
     for name in others:
         if name not in members and taken_gb + need_gb[name] <= budget_gb:
             members.append(name)
@@ -2618,6 +2634,25 @@ def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     return groups
 
 
+def _budgeted_groups(local: Sequence[Tier], groups: Sequence[Tuple[str, Tuple[str, ...]]],
+                     need_gb: Mapping[str, float],
+                     budget_gb: float) -> List[Tuple[str, Tuple[str, ...]]]:
+    """Those of the groups that fit, each other tier alone, and what fits beside any of these."""
+    fitting = []
+    for label, tiers in groups:
+        if _together_gb(tiers, need_gb) <= budget_gb:
+            fitting.append((label, tiers))
+    grouped = {name for _, tiers in fitting for name in tiers}
+    for tier in local:
+        if tier.name not in grouped:
+            fitting.append((tier.role or tier.name, (tier.name,)))
+    bases = [tiers for _, tiers in fitting]
+    names = [tier.name for tier in local]
+    for grown in _grown(bases, names, need_gb, budget_gb):
+        fitting.append(("more", grown))
+    return fitting
+
+
 def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
                    budget_gb: float = 0.0) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
@@ -2629,28 +2664,23 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     local = local_tiers(config)
     groups = _labelled_sets(local)
     if need_gb is not None:
-        groups = [(label, tiers) for label, tiers in groups
-                  if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
-        together = {name for _, tiers in groups for name in tiers}
-        for tier in local:
-            if tier.name not in together:
-                groups.append((tier.role or tier.name, (tier.name,)))
-        bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
-        groups += [("more", tiers) for tiers in grown]
+        groups = _budgeted_groups(local, groups, need_gb, budget_gb)
     sets = []
     for number, (label, tiers) in enumerate(groups):
-        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        prefix = _set_prefix(number, len(groups))
+        name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
     return sets
 
 
 LOADED_GB_PER_S = 1.5
+MOST_EVICT_COST = 30
 
 
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
-    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
+    load_s = round(size_gb / LOADED_GB_PER_S)
+    return max(1, min(load_s, MOST_EVICT_COST))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
@@ -2671,8 +2701,8 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
-def tier_cost(tier: Tier, weights_gb: float = 0.0) -> int:
-    """evict_cost of a tier, by its real weights where they are known.
+def tier_cost(tier: Tier, weights_gb: float) -> int:
+    """evict_cost of a tier, by its real weights where they are known, which 0 says they are not.
 
     A tier of unknown size counts as 5 GB.
     """
@@ -2695,9 +2725,11 @@ def _yaml_quoted(value: str) -> str:
 
     No surrogate pairs stand in it: Go's parser refuses them.
     """
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
-                  lambda found: f"\\u{ord(found.group()):04x}",
-                  json.dumps(value, ensure_ascii=False))
+    def escaped(found: Match[str]) -> str:
+        return f"\\u{ord(found.group()):04x}"
+
+    quoted = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", escaped, quoted)
 
 
 _YAML_PLAIN = re.compile(
@@ -2843,9 +2875,10 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
+    command = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
         name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(f"      {line}" for line in _swap_command(plan, tier)))
+        command="\n".join(command))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
@@ -2874,11 +2907,12 @@ def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
         return ""
-    text, kept = "", [group.tiers for group in sets]
+    text = ""
+    kept = [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
-            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
+            taken_gb = _together_gb(tiers, plan.need_gb)
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{taken_gb:.1f} GB,"
                      f" and there are {plan.budget_gb:.1f}\n")
     return text
 
@@ -2888,15 +2922,17 @@ _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
-    keys, costs = {}, {}
+    keys = {}                                   # model -> its short name in the sets
+    costs = {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, weights_gb)
     everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        everywhere = (plan.proxy.tier.name,)
-        keys[PROXY], costs[PROXY] = "l", 30
+        everywhere = (PROXY,)
+        keys[PROXY] = "l"
+        costs[PROXY] = MOST_EVICT_COST
     text = """
 # What may be loaded together; the cheapest way to make room wins, the first of equals.
 matrix:
@@ -3093,12 +3129,16 @@ def _model_entry(name: str, context: int, output: int, able: Iterable[str],
 
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
-    ladder = config.ladder
-    context = max((tier.ctx_size for tier in ladder), default=0)
-    output = max((tier.max_output_tokens or tier.ctx_size for tier in ladder), default=0)
-    able = [word for tier in ladder for word in capabilities(tier)]
-    entry = _model_entry("auto", context, output, able, {"ladder": [tier.name for tier in ladder]})
-    return {**entry, "description": "the best tier for the length of the conversation"}
+    context = output = 0
+    names, able = [], []
+    for tier in config.ladder:
+        names.append(tier.name)
+        able += capabilities(tier)
+        context = max(context, tier.ctx_size)
+        output = max(output, tier.max_output_tokens or tier.ctx_size)
+    entry = _model_entry("auto", context, output, able, {"ladder": names})
+    entry["description"] = "the best tier for the length of the conversation"
+    return entry
 
 
 def tier_entry(tier: Tier) -> Dict[str, Any]:
@@ -3118,16 +3158,22 @@ def tier_entry(tier: Tier) -> Dict[str, Any]:
         meta["model"] = hosted_model(tier)
     output = tier.max_output_tokens or tier.ctx_size
     entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
-    return {**entry, "channel": tier.channel, "description": tier.description,
-            "aliases": list(tier.aliases)}
+    entry["channel"] = tier.channel
+    entry["description"] = tier.description
+    entry["aliases"] = list(tier.aliases)
+    return entry
 
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    merged = {**own, **theirs}
     # What serves a model knows it better than models.ini does, but for these three.
-    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
-    ours = {key: own[key] for key in ("id", "channel", "aliases")}
-    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
+    for key in ("id", "channel", "aliases"):
+        merged[key] = own[key]
+    merged["meta"] = own["meta"]
+    if isinstance(theirs.get("meta"), dict):
+        merged["meta"] = {**theirs["meta"], **own["meta"]}
+    return merged
 
 
 def list_models(config: Config,
@@ -3137,7 +3183,9 @@ def list_models(config: Config,
     `theirs` is the list of what is behind; a tier that is not in it is left out, but for hosts that
     the router asks itself. What local_only forbids is left out as well.
     """
-    said = {str(entry.get("id")): entry for entry in reversed(theirs)}
+    said: Dict[str, Dict[str, Any]] = {}
+    for entry in theirs:
+        said.setdefault(str(entry.get("id")), entry)
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier)
@@ -3149,9 +3197,9 @@ def list_models(config: Config,
     known = {"auto"}
     for tier in config.tiers:
         known.update(tier.names)
-    for entry in theirs:
+    for name, entry in said.items():
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
+        if name not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
