@@ -7066,12 +7066,14 @@ def _remember(places: Places, name: str, data: bytes) -> None:
 # ==================================================================================================
 # PROCESSES
 # ==================================================================================================
+# The room of processes and ports: whose they are, starting and stopping them. It may read /proc, or
+# ask ps, lsof and netstat, and signal what is ours; it knows nothing of tiers and engines.
 
-# Whose a process is. All that we start carries a mark in its environment, made for one start and
-# handed down to what it starts in turn. A record names the process, its start time and its mark.
-# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
-# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
-# own child opens the door to a signal.
+# All that we start carries a mark in its environment, made for one start and handed down to what it
+# starts in turn. A record names the process, its start time and its mark. Nothing is signalled on a
+# record's word alone: it may have come along with a copied directory, or have been made up by
+# whoever made the directory. Only owned_process, the mark itself, or being our own child opens the
+# door to a signal.
 
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
@@ -7193,8 +7195,18 @@ def _ps(*options: str) -> Dict[int, str]:
     return found
 
 
-def _ps_environments(*which: str) -> Dict[int, List[str]]:
-    """Process -> the words of its environment, which ps writes behind the command line."""
+def _variables(words: Iterable[str]) -> Dict[str, str]:
+    """NAME=value words by name; the first of a name counts, as it does for getenv."""
+    found: Dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            found.setdefault(name, value)
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
+    """Process -> its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
     whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
@@ -7203,18 +7215,18 @@ def _ps_environments(*which: str) -> Dict[int, List[str]]:
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
         if words and text.startswith(command):
-            found[pid] = words
+            found[pid] = _variables(words)
     return found
 
 
-def process_environment(pid: int) -> Optional[List[str]]:
-    """NAME=value words of a process's environment; None where it cannot be read."""
+def process_environment(pid: int) -> Optional[Dict[str, str]]:
+    """The environment a process was started with; None where it cannot be read."""
     if IS_WINDOWS:
         return None
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
     except OSError:
         return None
 
@@ -7245,25 +7257,21 @@ def process_user(pid: int) -> Optional[int]:
     return int(uid)
 
 
-def _mark_in(words: Optional[Iterable[str]]) -> str:
+def _mark_in(environment: Optional[Mapping[str, str]]) -> str:
     """The mark in an environment, "" for none."""
-    for word in words or ():
-        name, _, mark = word.partition("=")
-        if name == STACK_VARIABLE:
-            return mark
-    return ""
+    return (environment or {}).get(STACK_VARIABLE, "")
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    environments: Mapping[int, Optional[List[str]]] = {}
+    environments: Mapping[int, Optional[Mapping[str, str]]] = {}
     if _has_proc():
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
     marks = {}
-    for pid, words in environments.items():
-        mark = _mark_in(words)
+    for pid, environment in environments.items():
+        mark = _mark_in(environment)
         if mark and pid != os.getpid():
             marks[pid] = mark
     return marks
@@ -7271,16 +7279,16 @@ def _marks() -> Dict[int, str]:
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    marks = _marks()
-    return {pid: mark for pid, mark in marks.items() if mark == stack}
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    code = _project_code(project)
     found = {}
     for pid, mark in _marks().items():
-        if of_project.fullmatch(mark):
+        start, _, marked = mark.partition(":")
+        if start.startswith(f"{kind}-") and marked == code:
             found[pid] = mark
     return found
 
@@ -7317,12 +7325,9 @@ def record_is_ours(record: Record, project: str) -> bool:
 MAX_PID = 2 ** 32 - 1
 
 
-_IS_PORT = ("port", "engine_port")
-
-
 def _is_recorded(name: str, value: Any) -> bool:
     """True for a value that we write into a pid file."""
-    if name in _IS_PORT:
+    if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
     if name in ("started", "stack") and not value:
@@ -7336,12 +7341,11 @@ def parse_record(text: str) -> Optional[Record]:
     if not re.match(r"[0-9]{1,10}\Z", number):
         return None
     pid = int(number)
+    if not 1 < pid <= MAX_PID:
+        return None
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
     fields = {name: values[name] for name in Record._fields[1:]}
-    for name, value in fields.items():
-        if not _is_recorded(name, value):
-            return None
-    if not 1 < pid <= MAX_PID:
+    if not all(_is_recorded(name, value) for name, value in fields.items()):
         return None
     return Record(pid, **fields)
 
@@ -7352,11 +7356,11 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
-def _settled_environment(pid: int) -> Optional[List[str]]:
+def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     """process_environment of a process that may be young: in the middle of exec it has none."""
     end = time.monotonic() + 1
     environment = process_environment(pid)
-    while environment == [""] and process_started(pid) and time.monotonic() < end:
+    while environment == {} and process_started(pid) and time.monotonic() < end:
         time.sleep(0.005)
         environment = process_environment(pid)
     return environment
@@ -7426,8 +7430,7 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             _signal_process(pid, number)
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
-          cwd: Optional[str] = None) -> Any:
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     """Start a process in a session of its own, its output appended to `log`; its Popen.
 
     Errors: UserError.
@@ -7446,7 +7449,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+                                    stderr=output, env=dict(env), close_fds=True, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7548,9 +7551,7 @@ def _listen_once(host: str, port: int) -> int:
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET
-    if ":" in host:
-        family = socket.AF_INET6
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7602,12 +7603,14 @@ def free_run(first: int, count: int) -> int:
     for port in range(first, 65_536):
         if not port_is_free("127.0.0.1", port):
             start = port + 1
+        # From `start` to here all are free; of none of them, any port will do.
         if port - start + 1 >= count:
             return start
     raise UserError(f"there are no {count} free ports in a row above {first}",
                     "stop something that listens on them")
 
 
+# As /proc/net/tcp has them: 127.0.0.1, every address of either kind, ::ffff:127.0.0.1 and ::1.
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
                     "00000000000000000000000001000000")
 
@@ -7635,7 +7638,6 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
-            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
@@ -7697,9 +7699,7 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "program"
-        if _is_llmstack(pid):
-            what = "llmstack"
+        what = "llmstack" if _is_llmstack(pid) else "program"
         return f"another user's {what} (pid {pid})"
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
@@ -7726,7 +7726,7 @@ class PrivateEnvironment(NamedTuple):
 
     name: str                                   # its directory, with the version below it
     version: str
-    requirements: Tuple[str, ...]
+    package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
@@ -7734,9 +7734,13 @@ class PrivateEnvironment(NamedTuple):
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
 
 LLAMA_CPP = PrivateEnvironment(
-    "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
+    "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
@@ -7747,9 +7751,8 @@ LLAMA_CPP = PrivateEnvironment(
     ))
 OLDEST_PIP = (22, 3)                            # of those that know --python
 
-
 LITELLM = PrivateEnvironment(
-    "litellm", LITELLM_PIN, (f"litellm[proxy]=={LITELLM_PIN}",), "litellm.proxy.proxy_server",
+    "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
     f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
@@ -7758,13 +7761,10 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
 
-def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
-    """A program of the environment, whether or not that is there."""
-    folder = "bin"
-    if IS_WINDOWS:
-        folder = "Scripts"
-    directory = environment_dir(wanted, data)
-    return os.path.join(directory, folder, program + EXE)
+def environment_python(wanted: PrivateEnvironment, data: str) -> str:
+    """The Python of an environment, whether or not that is there."""
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
 def _has_its_python(directory: str, python: str) -> bool:
@@ -7787,7 +7787,7 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    return _has_its_python(directory, environment_program(wanted, data))
+    return _has_its_python(directory, environment_python(wanted, data))
 
 
 def _launched_python(minor: int) -> str:
@@ -7860,8 +7860,11 @@ def outside_pip(python: str) -> List[str]:
     """
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
-        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
+        said = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        if not said:
+            continue
+        major, minor = map(int, said.groups())
+        if (major, minor) >= OLDEST_PIP:
             return command
     return []
 
@@ -7869,8 +7872,9 @@ def outside_pip(python: str) -> List[str]:
 def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
-        return list(wanted.requirements)
-    words = [*wanted.requirements, *(f"--hash=sha256:{digest}" for digest in wanted.hashes)]
+        return [wanted.requirement]
+    words = [wanted.requirement]
+    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
     path = os.path.join(directory, "requirements.txt")
     write_atomic(path, " ".join(words) + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
@@ -7888,8 +7892,9 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    inside = environment_program(wanted, data)
-    make, pip = [python, "-m", "venv", directory], [inside, "-m", "pip"]
+    inside = environment_python(wanted, data)
+    make = [python, "-m", "venv", directory]
+    pip = [inside, "-m", "pip"]
     outside = outside_pip(python)
     if outside:
         make.append("--without-pip")
@@ -7905,9 +7910,11 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        lines = [line for line in output.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
+        # pip and venv say the reason last.
+        said = output.strip() or "no reason given"
+        reason = said.splitlines()[-1]
         hint = "see that PyPI can be reached, then again"
+        # Debian keeps venv's part of Python in a package of its own.
         if "ensurepip" in output:
             hint = "apt install python3-venv, then again"
         raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
@@ -11332,7 +11339,7 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
         return (found,)
     if not environment_ready(LLAMA_CPP, data):
         return ()
-    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
+    return tuple(guest_command(environment_python(LLAMA_CPP, data), "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -12156,6 +12163,7 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
+    # env looks for a bare name on PATH.
     if "/" in named:
         return named
     return find_program(named)
@@ -12197,7 +12205,7 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
     if all(map(importlib.util.find_spec, needed)):
         return sys.executable
     if environment_ready(LITELLM, data):
-        return environment_program(LITELLM, data)
+        return environment_python(LITELLM, data)
     return ""
 
 
@@ -14546,16 +14554,6 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def process_variables(pid: int) -> Dict[str, str]:
-    """The environment a process was started with, {} where that cannot be told."""
-    variables = {}
-    for word in process_environment(pid) or []:
-        name, found, value = word.partition("=")
-        if found:
-            variables[name] = value
-    return variables
-
-
 def _stack_name(places: Places) -> str:
     if places.is_demo:
         return "another llmstack (the demo)"
@@ -14572,7 +14570,7 @@ def _listening_stack(data: str, port: int) -> Optional[Places]:
     """The project of the llmstack that listens on `port`; None for any other program."""
     # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
-        env = process_variables(pid)
+        env = process_environment(pid) or {}
         work = env.get("LLMSTACK_WORK_DIR")
         if env.get(STACK_VARIABLE) and work:
             return places_at(data, work)
@@ -14865,7 +14863,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return process_variables(record.pid) or env
+    return process_environment(record.pid) or env
 
 
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
@@ -15395,7 +15393,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
-HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
+HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
 RELEASES_URL = "https://api.github.com"
@@ -15546,7 +15544,7 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     """
     check_links(places)
     install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    guest_command(environment_python(HUB, places.data), "hub_download")   # fails here, not unseen
     with queue_lock(places):
         queue, worker = read_queue(places), download_worker(places)
         if worker is None:
@@ -15646,7 +15644,7 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
     wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
-    command = guest_command(environment_program(HUB, data), "hub_download")
+    command = guest_command(environment_python(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
         assert guest.stdin is not None
@@ -16104,7 +16102,7 @@ def find_pip(data: str) -> List[str]:
     -I keeps a pip.py of the current directory from being taken for it.
     """
     pythons = [sys.executable]
-    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
+    pythons += [environment_python(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
     for python in pythons:
         command = [python, "-I", "-m", "pip"]
         if os.path.exists(python) and _output([*command, "--version"]):

@@ -689,7 +689,7 @@ def serve(argv: list[str], program: list[str], env: dict[str, str]) -> bytes:
 
 def servers(real_data: Path) -> list[list[str]]:
     found = shutil.which("llama-server")
-    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
+    python = llmstack.environment_python(llmstack.LLAMA_CPP, str(real_data))
     stand_in = llmstack.guest_command(python, "llama_server")
     return [stand_in, *([[found]] if found else [])]
 
@@ -1070,7 +1070,7 @@ def test_windows_paths_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "IS_WINDOWS", True)
     monkeypatch.setattr(llmstack, "EXE", ".exe")
     assert llmstack.bin_dir({}, llmstack.data_dir({"LOCALAPPDATA": "/local"})) == "/local/llmstack/bin"
-    assert llmstack.environment_program(llmstack.HUB, "/d").endswith("/Scripts/python.exe")
+    assert llmstack.environment_python(llmstack.HUB, "/d").endswith("/Scripts/python.exe")
     ran: list[list[str]] = []
     monkeypatch.setattr(llmstack, "_output", lambda command: ran.append(list(command)) or "")
     llmstack._signal_group(77, True)
