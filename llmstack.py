@@ -5777,7 +5777,10 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute, and the environment it works in."""
+    """Directories and files of one invocation, absolute, and the environment it works in.
+
+    As a rule made by places_at or find_places.
+    """
 
     work: str                                   # the project
     state: str                                  # its .llmstack
@@ -5801,6 +5804,12 @@ class Places(NamedTuple):
         return os.path.dirname(os.path.realpath(self.state))
 
 
+def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
+    """The places of the project in a directory."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+
+
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
         return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
@@ -5814,20 +5823,19 @@ def data_dir(env: Mapping[str, str]) -> str:
 _PROJECT_FILES = ("models.ini", "default-channel", "opencode.json")
 
 
-def find_project(directory: str) -> str:
-    """The nearest directory at or above that one with a .llmstack/ of ours, as git finds its own.
+def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
+    """The nearest directory at or above that one whose .llmstack/ is a project's, "" for none."""
+    while not is_project(os.path.join(directory, ".llmstack")):
+        above = os.path.dirname(directory)
+        if above == directory:
+            return ""
+        directory = above
+    return directory
 
-    Where there is none, the directory itself.
-    """
-    above = directory
-    while True:
-        state = os.path.join(above, ".llmstack")
-        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
-        if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
-            return above
-        if os.path.dirname(above) == above:
-            return directory
-        above = os.path.dirname(above)
+
+def _is_state(state: str) -> bool:
+    """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
+    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -5836,24 +5844,25 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     The demo has its own place.
     """
     data = data_dir(env)
-    work = os.path.join(data, "demo")
-    if not demo and env.get("LLMSTACK_WORK_DIR"):
+    if demo:
+        # The demo brings a models.ini of its own, whatever the environment names.
+        return places_at(data, os.path.join(data, "demo"), env)
+    if env.get("LLMSTACK_WORK_DIR"):
         work = os.path.abspath(env["LLMSTACK_WORK_DIR"])
-    elif not demo:
+    else:
         try:
-            work = find_project(os.getcwd())
+            here = os.getcwd()
         except FileNotFoundError:
             raise UserError("the current directory is gone", "cd into another") from None
-    state = os.path.join(work, ".llmstack")
-    models_ini = os.path.join(state, "models.ini")
-    # The demo brings a models.ini of its own, whatever the environment names.
-    if env.get("LLMSTACK_MODELS_INI") and not demo:
+        work = nearest_project(here, _is_state) or here
+    places = places_at(data, work, env)
+    if env.get("LLMSTACK_MODELS_INI"):
         models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data, env)
+        return places._replace(models_ini=models_ini)
+    return places
 
 
 _IN_ITS_PLACE = "move away what stands in its place"
-_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
 _PATH_HINTS = {
     errno.EISDIR: _IN_ITS_PLACE,
     errno.ENOTDIR: _IN_ITS_PLACE,
@@ -5866,9 +5875,8 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno is None:
-        return _USUAL_PATH_HINT
-    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+    usual = "mend its permissions, or those of its directory"
+    return _PATH_HINTS.get(exc.errno or 0, usual)
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
@@ -5926,11 +5934,6 @@ def close_to_others(*paths: str) -> None:
             _close_open_file(handle)
         finally:
             os.close(handle)
-
-
-def close_places(places: Places) -> None:
-    """Close the directories of ours that an older version, or a clone, has left open to others."""
-    close_to_others(places.data, places.state, places.in_state("logs"))
 
 
 def replace_file(source: str, target: str) -> None:
@@ -6028,10 +6031,7 @@ def _read_json(path: str) -> Dict[str, Any]:
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails.
-
-    In C and UTC: ps prints local times.
-    """
+    """What a small system program prints, "" when it is missing or fails."""
     import subprocess
     # A translated answer would not be understood, and ps prints local times.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
@@ -6070,8 +6070,6 @@ def total_memory_gb() -> float:
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
-
-
 HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
@@ -6158,7 +6156,7 @@ def _amd_memory_gb(which: str) -> List[float]:
     return sizes_gb
 
 
-def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
+def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     """The budget on NVIDIA cards, None where a program sees none."""
     cards = _seen_nvidia_cards(env)
     if not cards:
@@ -6167,7 +6165,7 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
         return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
-    held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
+    held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
@@ -6214,18 +6212,14 @@ def _mac_gpu(total_gb: float) -> Machine:
     return Machine(total_gb * share, source, True)
 
 
-def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
-    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory.
-
-    `ours_gb`: what servers of ours hold of cards now.
-    """
+def this_machine(config: Config) -> Machine:
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total_gb = total_memory_gb()
     found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total_gb)
     elif config.settings["n_gpu_layers"] != "0":
-        found = _nvidia_machine(total_gb, os.environ, ours_gb)
-        found = found or _amd_machine(total_gb, os.environ)
+        found = _nvidia_machine(total_gb, os.environ) or _amd_machine(total_gb, os.environ)
     if found is None:
         found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
     if config.memory_gb:
@@ -6367,7 +6361,6 @@ def paint(text: str, code: str) -> str:
 def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
-        # Flushed line by line: who pipes us sees progress.
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -6390,7 +6383,6 @@ def called_as() -> str:
 
 def as_called(text: str) -> str:
     """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    # Most lines name no command, and JSON is for programs.
     if "`llmstack " not in text or text.startswith("{"):
         return text
     return text.replace("`llmstack ", f"`{called_as()} ")
@@ -6706,11 +6698,10 @@ class FileLock:
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
 
-def terminal_columns(terminal: TextIO) -> int:
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+def terminal_columns() -> int:
+    """How wide the terminal of standard output is; $COLUMNS wins, and 80 stands for unknown."""
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def live_terminal() -> Optional[TextIO]:
@@ -6749,9 +6740,8 @@ class Progress:
         if text == self._shown:
             return
         if self._terminal is not None:
-            columns = terminal_columns(self._terminal)
             # A line that wraps cannot be taken back.
-            text = text[:columns - 1]
+            text = text[:terminal_columns() - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -6874,7 +6864,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path, MAX_STATE_BYTES)
+        return read_regular(path)
     except OSError:
         return b""
 
@@ -6910,7 +6900,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -6954,25 +6944,24 @@ def _link_effects(places: Places) -> List[Effect]:
     return effects
 
 
-def _hook_effects(places: Places) -> List[Effect]:
-    return _file_effects(places, _HOOK_FILES)
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS = ("hook", "run")
 
 
-def _run_effects(places: Places) -> List[Effect]:
+def part_effects(places: Places, part: str) -> List[Effect]:
+    """What of a part takes effect now."""
+    if part == "hook":
+        return _file_effects(places, _HOOK_FILES)
     effects = _ini_effects(places)
     effects += _file_effects(places, _RUN_FILES)
     effects += _link_effects(places)
     return effects
 
 
-# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
-# out of the project.
-_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
-
-
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
     """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
-    return {part: effects(places) for part, effects in _PARTS.items()}
+    return {part: part_effects(places, part) for part in _PARTS}
 
 
 def trust_file(data: str) -> str:
@@ -7022,7 +7011,7 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
 
 def is_trusted(places: Places, part: str) -> bool:
     """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
-    return not untrusted(places, part, _PARTS[part](places))
+    return not untrusted(places, part, part_effects(places, part))
 
 
 def check_links(places: Places) -> None:
@@ -7044,7 +7033,7 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
 def record_trust(places: Places, *parts: str) -> None:
     """trust_project, for who holds the trust_lock."""
     for part in parts or _PARTS:
-        record_effects(places, part, _PARTS[part](places))
+        record_effects(places, part, part_effects(places, part))
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -14458,12 +14447,6 @@ def check_plan(plan: Plan) -> None:
         probe_flags(program, config, places.data)
 
 
-def places_at(data: str, work: str) -> Places:
-    """The places of another project than the one we are in."""
-    state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data)
-
-
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
@@ -14521,12 +14504,11 @@ def check_state(places: Places) -> None:
 
     Errors: UserError.
     """
-    close_places(places)
+    # An older version, or a clone, may have left these open to others.
+    close_to_others(places.data, places.state, places.in_state("logs"))
     target = os.path.realpath(places.state)
     # A link to another project's .llmstack is how worktrees share one.
-    if not os.path.islink(places.state):
-        return
-    if os.path.basename(target) != ".llmstack":
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
@@ -15727,33 +15709,21 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
 
 
 class _Bar:
-    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
+    """How far a download is, in the words of one line; it remembers how fast that went."""
 
     def __init__(self) -> None:
-        self.live = is_live_terminal()
         self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
         self._file = ""
-        self._shown = ""
 
-    def clear(self) -> None:
-        if self._shown:
-            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
-            self._shown = ""
-
-    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
-        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
-        import shutil
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Remember where a running download is now."""
         if row["file"] != self._file:
             self._file = row["file"]
             self._samples.clear()
         self._samples.append((time.monotonic(), row["bytes"]))
-        columns = shutil.get_terminal_size().columns - 1
-        line = self._line(row, behind, last, columns)[:columns]
-        sys.stdout.write("\r" + line.ljust(len(self._shown)))
-        sys.stdout.flush()
-        self._shown = line
 
-    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
+    def line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
+        """`row`: a download noted before; `behind`: how many wait; `last`: its log's last line."""
         began, start = self._samples[0]
         now, have = self._samples[-1]
         stands = have == start and len(self._samples) > 15
@@ -15761,16 +15731,17 @@ class _Bar:
             return last.partition(" ")[2]
         total = row["total_bytes"]
         share = min(have / total, 1.0) if total else 0.0
+        waiting = f" (+{behind})" if behind > 0 else ""
         rate = (have - start) / max(now - began, 0.001)
-        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
-        if behind > 0:
-            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
+        words = f"{share * 100:3.0f} %{waiting} {progress_words(have, total, rate)}"
         name = f"{row['tier']}-{row['label']}"
         width = columns - len(name) - len(words) - len(" [] ")
-        if width < 4:                           # the words say it, too
+        # In a narrow terminal the words say it alone.
+        if width < 4:
             return f"{name} {words}"
         width = min(width, 24)
-        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
+        done = "#" * int(share * width)
+        return f"{name} [{done:<{width}}] {words}"
 
 
 def _ended_words(row: Mapping[str, Any]) -> str:
@@ -15797,16 +15768,19 @@ def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
     return ended
 
 
-def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
-                  behind: int) -> None:
-    """Show the download that goes on now on the terminal's last line."""
-    row = next((row for row in rows if row["state"] == "running"), None)
-    if bar.live and row:
-        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
-        bar.show(row, behind, tail_of(log, 1))
+def _running_line(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
+                  behind: int) -> str:
+    """The line of the download that goes on now, "" where none does."""
+    for row in rows:
+        if row["state"] == "running":
+            log = places.log(f"dl-{row['tier']}-{row['label']}.log")
+            bar.note(row)
+            return bar.line(row, behind, tail_of(log, 1), terminal_columns() - 1)
+    return ""
 
 
-def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
+def _watch_downloads(places: Places, names: Sequence[str], progress: Progress,
+                     is_live: bool) -> List[str]:
     """Show the named jobs until they have ended; those that failed."""
     bar = _Bar()
     left = list(names)
@@ -15814,13 +15788,14 @@ def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
     while left:
         rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
         for words, ended in _group_by_end(rows, left).items():
-            bar.clear()
-            say(f"{', '.join(ended)}: {words}")
+            progress.say(f"{', '.join(ended)}: {words}")
             left = [name for name in left if name not in ended]
             if words.startswith("failed"):
                 failed += ended
+        if left and is_live:
+            line = _running_line(places, rows.values(), bar, len(left) - 1)
+            progress.show(line)
         if left:
-            _show_running(places, rows.values(), bar, len(left) - 1)
             time.sleep(0.2)
     return failed
 
@@ -15830,10 +15805,11 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
+    terminal = live_terminal()
     try:
-        return _watch_downloads(places, names, say)
+        with Progress(say, terminal) as progress:
+            return _watch_downloads(places, names, progress, terminal is not None)
     except KeyboardInterrupt:
-        say("")
         say("The download goes on in the background: `llmstack status` shows it,"
             " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
@@ -16225,7 +16201,7 @@ def check_run_trust(places: Places) -> None:
     if is_trusted(places, "run"):
         return
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
-        new = untrusted(places, "run", _run_effects(places))
+        new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
@@ -16239,21 +16215,15 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def _is_hooked_project(directory: str) -> bool:
-    """True for a project as the shell hooks see it."""
-    state = os.path.join(directory, ".llmstack")
-    return any(os.path.isfile(os.path.join(state, name))
-               for name in ("default-channel", "opencode.json"))
+def _is_hooked(state: str) -> bool:
+    """True for the .llmstack/ of a project as the shell hooks see it."""
+    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    return any(map(os.path.isfile, files))
 
 
 def project_above(directory: str) -> str:
     """The nearest project of the shell hooks at or above a directory, "" for none."""
-    while not _is_hooked_project(directory):
-        above = os.path.dirname(directory)
-        if above == directory:
-            return ""
-        directory = above
-    return directory
+    return nearest_project(directory, _is_hooked)
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -16542,12 +16512,11 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _harmful_values(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text

@@ -641,7 +641,7 @@ def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
     row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
     shown = llmstack._Bar()
     shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
-    line = shown._line(row, 1, "", columns)
+    line = shown.line(row, 1, "", columns)
     assert len(line) <= columns
     assert line.endswith(" 27 % (+1) 12.3 of 45.0 GB, 85.0 MB/s, 6 min left")
     assert len(re.sub(r".*\[|\].*|^[^\[]*$", "", line)) == bar
