@@ -2572,15 +2572,11 @@ class ResidencySet(NamedTuple):
 MOST_GROWN = 24                                 # tiers
 
 
-def _together_gb(names: Iterable[str], need_gb: Mapping[str, float]) -> float:
-    return sum(need_gb.get(name, 0.0) for name in names)
-
-
 def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, float],
             budget_gb: float) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
     members = list(base)
-    taken_gb = _together_gb(base, need_gb)
+    taken_gb = sum(need_gb[name] for name in base)
     for name in others:
         if name not in members and taken_gb + need_gb[name] <= budget_gb:
             members.append(name)
@@ -2634,25 +2630,6 @@ def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     return groups
 
 
-def _budgeted_groups(local: Sequence[Tier], groups: Sequence[Tuple[str, Tuple[str, ...]]],
-                     need_gb: Mapping[str, float],
-                     budget_gb: float) -> List[Tuple[str, Tuple[str, ...]]]:
-    """Those of the groups that fit, each other tier alone, and what fits beside any of these."""
-    fitting = []
-    for label, tiers in groups:
-        if _together_gb(tiers, need_gb) <= budget_gb:
-            fitting.append((label, tiers))
-    grouped = {name for _, tiers in fitting for name in tiers}
-    for tier in local:
-        if tier.name not in grouped:
-            fitting.append((tier.role or tier.name, (tier.name,)))
-    bases = [tiers for _, tiers in fitting]
-    names = [tier.name for tier in local]
-    for grown in _grown(bases, names, need_gb, budget_gb):
-        fitting.append(("more", grown))
-    return fitting
-
-
 def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
                    budget_gb: float = 0.0) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
@@ -2664,7 +2641,15 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     local = local_tiers(config)
     groups = _labelled_sets(local)
     if need_gb is not None:
-        groups = _budgeted_groups(local, groups, need_gb, budget_gb)
+        groups = [(label, tiers) for label, tiers in groups
+                  if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
+        together = {name for _, tiers in groups for name in tiers}
+        for tier in local:
+            if tier.name not in together:
+                groups.append((tier.role or tier.name, (tier.name,)))
+        bases = [tiers for _, tiers in groups]
+        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
+        groups += [("more", tiers) for tiers in grown]
     sets = []
     for number, (label, tiers) in enumerate(groups):
         prefix = _set_prefix(number, len(groups))
@@ -2907,12 +2892,11 @@ def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
         return ""
-    text = ""
-    kept = [group.tiers for group in sets]
+    text, kept = "", [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
-            taken_gb = _together_gb(tiers, plan.need_gb)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{taken_gb:.1f} GB,"
+            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
                      f" and there are {plan.budget_gb:.1f}\n")
     return text
 
@@ -6219,7 +6203,8 @@ def this_machine(config: Config) -> Machine:
     if IS_MAC:
         found = _mac_gpu(total_gb)
     elif config.settings["n_gpu_layers"] != "0":
-        found = _nvidia_machine(total_gb, os.environ) or _amd_machine(total_gb, os.environ)
+        found = _nvidia_machine(total_gb, os.environ)
+        found = found or _amd_machine(total_gb, os.environ)
     if found is None:
         found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
     if config.memory_gb:
