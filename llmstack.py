@@ -13042,6 +13042,9 @@ class Bay:
 # ==================================================================================================
 # ENGINE
 # ==================================================================================================
+# The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
+# starts and stops servers, and asks them whether they are well; which tier a request is for was
+# decided before, and what is said to a client goes through a Lease.
 
 
 class Model:
@@ -13091,11 +13094,12 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4, of
     which 3 MB are the program's own.
     """
-    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read, size = bytes_read(pid), sum(map(file_size, paths))
-    if not whole or not OWN_READ_BYTES < read < size:
+    is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    read_bytes = bytes_read(pid)
+    size_bytes = sum(map(file_size, paths))
+    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
-    return read / size
+    return read_bytes / size_bytes
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13191,9 +13195,9 @@ class Engine:
         return known
 
     def find(self, name: str) -> Optional[Model]:
-        tier = self.config.by_name(name)
-        if self._proxy and (name == PROXY or name in self._proxy.tier.aliases):
+        if self._proxy and name in self._proxy.tier.names:
             return self._proxy
+        tier = self.config.by_name(name)
         return self.models.get(tier.name) if tier else None
 
     # ---- for requests
@@ -13217,30 +13221,34 @@ class Engine:
         """
         model = ticket.model
         process = model.process
-        died = process is not None and process.poll() is not None   # a system call: before the lock
+        # poll() is a system call, so it stands before the lock.
+        died = process is not None and process.poll() is not None
         with self._changed:
             if self._closing:
                 raise LoadError("the engine is stopping")
             if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
-                                  f" (exit {model.process.returncode}); starting it again")
+                                  f" (exit {process.returncode}); starting it again")
                 self._forget(model)
-            if model.state == "ready":
-                if self._tickets and self._must_yield(ticket):
-                    self._queue(ticket)
-                    return False
+            if model.state == "ready" and not self._must_yield(ticket):
                 self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
             self._queue(ticket)
             if model.state == "stopped":
-                if time.monotonic() - model.failed_at < FAILED_LOAD_S:
-                    raise LoadError(model.failure)
-                victims = self._room_for(ticket)
-                if victims is not None:
-                    self._begin_load(model, victims)
+                self._load_where_room(ticket)
             return False
+
+    def _load_where_room(self, ticket: Ticket) -> None:
+        """Begin to load a ticket's model where nothing busy has to go. Errors: LoadError."""
+        model = ticket.model
+        # What has just failed would fail again, and each try takes others' memory.
+        if time.monotonic() - model.failed_at < FAILED_LOAD_S:
+            raise LoadError(model.failure)
+        victims = self._room_for(ticket)
+        if victims is not None:
+            self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
         with self._changed:
@@ -13359,40 +13367,44 @@ class Engine:
                          daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
+        """A load's whole thread; however it ends, its model is not "starting" for ever."""
         try:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
                 victim.evictions += 1
-            began = time.monotonic()
-            self._start(model)
-            load_s = time.monotonic() - began
-            while not self._restore(model):
-                self._start(model)
-            self._note_load(model, load_s)
-            self._learn_context(model)
-            with self._changed:
-                self._check_wanted(model)       # unwanted in the moment it became healthy?
-                took = time.monotonic() - model.since
-                model.turn_to("ready")
-                model.loads += 1
-                model.last_used = time.monotonic()
-                self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+            self._bring_up(model)
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._note_failure(model, str(exc))
             self._log.error(str(exc))
-            self._stop(model)
-        except Exception:                       # a bug must not leave a model starting for ever
+            self._give_up(model, str(exc))
+        except Exception:
             import traceback
             self._log.error(traceback.format_exc())
-            self._note_failure(model, f"{model.name} could not be started; see the log")
-            self._stop(model)
+            self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _bring_up(self, model: Model) -> None:
+        """Start a model with what was parked of it. Errors: LoadError, _Cancelled."""
+        began = time.monotonic()
+        self._start(model)
+        load_s = time.monotonic() - began
+        while not self._restore(model):
+            self._start(model)
+        self._note_load(model, load_s)
+        self._learn_context(model)
+        with self._changed:
+            # It may have become unwanted in the moment it became healthy.
+            self._check_wanted(model)
+            took_s = time.monotonic() - model.since
+            model.turn_to("ready")
+            model.loads += 1
+            model.last_used = time.monotonic()
+            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
 
     def _note_load(self, model: Model, load_s: float) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
@@ -13427,9 +13439,10 @@ class Engine:
             back_s += model.bay.back_s()
         return back_s / (1 + max(now - model.last_used, 0.0) / 60)
 
-    def _note_failure(self, model: Model, why: str) -> None:
+    def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
             model.failure, model.failed_at = why, time.monotonic()
+        self._stop(model)
 
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
@@ -13450,17 +13463,27 @@ class Engine:
             if code is None and not (others and tries_left):
                 return
             if code is None:
-                stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+                self._end_server(model)
             elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                if not self._is_here(model):
-                    size = size_words(weights_for(model.tier).size_gb * 1e9)
-                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
-                                    f" llmstack download {model.name}")
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
-                                f"{tail}")
+                raise LoadError(self._exit_words(model, code, log, before))
             self._log.warning(f"{model.name}: port {model.port} was taken by"
                               f" {port_holder(model.port)} meanwhile")
+
+    def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
+        """What to say of a server that has ended while it was loading."""
+        if not self._is_here(model):
+            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
+            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+        tail = "it printed nothing"
+        if file_size(log) > log_bytes:
+            tail = tail_of(log)
+        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+
+    @staticmethod
+    def _end_server(model: Model) -> bool:
+        """True once a model's server is gone, False where it does not die."""
+        process = model.process
+        return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
     def _others_listening(model: Model) -> List[int]:
@@ -13472,30 +13495,33 @@ class Engine:
             return []
         return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
 
+    def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
+        """The command line and the environment of a model's server. Errors: UserError."""
+        port = upstream.port
+        if model.proxy is None:
+            # A key that nobody but us knows keeps web pages out.
+            upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
+            return self._command(model.tier, port), env
+        if not port_is_free("127.0.0.1", port):
+            raise UserError(f"port {port} is taken by {port_holder(port)}",
+                            "choose another litellm_port in models.ini")
+        return list(model.proxy.command), litellm_env(self._env)
+
     def _spawn_server(self, model: Model, log: str) -> None:
-        proxy = model.proxy
         with self._changed:
-            port = proxy.port if proxy else self._free_port(model)
-            model.port, model.upstream = port, Upstream("127.0.0.1", port)
+            port = model.proxy.port if model.proxy else self._free_port(model)
+            upstream = Upstream("127.0.0.1", port)
+            model.port, model.upstream = port, upstream
         try:
-            if proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}",
-                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
+            model.command, env = self._server_start(model, upstream)
+            with self._changed:
+                self._check_wanted(model)
+                model.process = spawn(model.command, log, env)
+                model.started = process_started(model.process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-        env = litellm_env(self._env)
-        if not proxy:                           # a key that nobody but us knows keeps web pages out
-            model.upstream.key = os.urandom(16).hex()
-            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
-        with self._changed:
-            self._check_wanted(model)
-            try:
-                model.process = spawn(model.command, log, env)
-            except UserError as exc:
-                raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-            model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
@@ -13510,10 +13536,8 @@ class Engine:
 
         Errors: LoadError, _Cancelled.
         """
-        assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        path = model.proxy.health if model.proxy else "/health"
-        while not self._healthy(model.process, model.upstream, path):
+        while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
@@ -13525,7 +13549,9 @@ class Engine:
             if not (on_disk or model.proxy or model.listening):
                 # It does not listen before it has downloaded its model.
                 end = time.monotonic() + LOAD_TIMEOUT_S
-            time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
+            # A small model is there in a second or two, a large one in minutes.
+            is_young = time.monotonic() - model.since < 5
+            time.sleep(0.05 if is_young else 0.25)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -13545,8 +13571,8 @@ class Engine:
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
         bay.parks = bay.parks and "--slot-save-path" in model.command
         restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model.process, model.upstream, "/health"):
-            stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+        if not restored and not self._healthy(model):
+            self._end_server(model)
             return False
         model.bay = bay
         return True
@@ -13555,7 +13581,8 @@ class Engine:
         """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
         if model.proxy or model.upstream is None:
             return
-        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        told = asked_json(model.upstream, "/props")
+        settings = dict_of(told.get("default_generation_settings"))
         model.context = _quantity(settings.get("n_ctx"))
         if 0 < model.context < model.tier.ctx_size:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
@@ -13570,11 +13597,14 @@ class Engine:
             raise _Cancelled
 
     @staticmethod
-    def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
+    def _healthy(model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
+        process, upstream = model.process, model.upstream
+        assert upstream is not None
+        path = model.proxy.health if model.proxy else "/health"
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -13582,19 +13612,21 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        ours = any(_group_of(pid) == process.pid for pid in pids)
-        return not pids or IS_WINDOWS or ours
+        # Windows has no groups, and not every system tells who listens.
+        if IS_WINDOWS or not pids:
+            return True
+        return any(_group_of(pid) == process.pid for pid in pids)
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
 
         A server that does not die keeps its memory: its model stays "stopping" until it is gone.
         """
-        process, started = model.process, model.started
+        process = model.process
         if process is not None:
             if model.bay is not None and process.poll() is None:
                 model.bay.save(ending=True)
-            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+            while not self._end_server(model):
                 self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
                 if self._closing:
                     break
@@ -13616,13 +13648,13 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
-    def _stop_soon(self, model: Model) -> None:
+    def _begin_stop(self, model: Model) -> None:
+        model.turn_to("stopping")
         threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
                          daemon=True).start()
 
@@ -13638,8 +13670,7 @@ class Engine:
                     self._forget(model)
                 elif model.tier.ttl and now - model.last_used > model.tier.ttl:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
 
@@ -13654,19 +13685,18 @@ class Engine:
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                model.turn_to("stopping")
-                self._stop_soon(model)
+                self._begin_stop(model)
 
-    def rotate_logs(self) -> None:
+    def tend_files(self) -> None:
+        """Rotate the servers' logs, and write down how fast they were."""
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
-
-    def keep_speeds(self) -> None:
-        if self._parking is not None:
-            try:
-                self._parking.speeds.keep()
-            except UserError as exc:
-                self._log.warning(str(exc))
+        if self._parking is None:
+            return
+        try:
+            self._parking.speeds.keep()
+        except UserError as exc:
+            self._log.warning(str(exc))
 
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
@@ -13696,23 +13726,34 @@ class Engine:
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
+        rows = []
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
-                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
-                     "name": m.name, "description": m.tier.description,
-                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
-                    for m in self.models.values() if m.state != "stopped"]
+            for model in self.models.values():
+                if model.state == "stopped":
+                    continue
+                rows.append({
+                    "model": model.name,
+                    "state": model.state,
+                    "cmd": " ".join(model.command),
+                    "proxy": model.upstream.url if model.upstream else "",
+                    "ttl": model.tier.ttl,
+                    "name": model.name,
+                    "description": model.tier.description,
+                    "in_flight": model.in_flight,
+                    "seconds": round(now - model.since, 1),
+                })
+        return rows
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
         with self._changed:
             rows = {name: self._watched_row(model) for name, model in self.models.items()}
             stopped = [m for m in self.models.values() if m.state == "stopped"]
-        for model in stopped:                   # looks at the disk, so not under the lock
-            row = rows[model.name]
+        # This looks at the disk, so not under the lock.
+        for model in stopped:
             if not self._is_here(model):
-                row.update(state="not here", reason=fetching_words(model.tier))
+                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
@@ -13720,17 +13761,22 @@ class Engine:
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
-        state, reason, since = STATE_WORDS[model.state], "", model.since
+        row: Dict[str, Any] = {
+            "state": STATE_WORDS[model.state],
+            "reason": "",
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
+            "since": round(model.since + self._epoch),
+        }
         if model.state == "stopped" and model.failed_at > model.last_used:
-            state, since = "failed to load", model.failed_at
-            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
-               "evictions": model.evictions, "since": round(since + self._epoch)}
-        if not model.proxy:
-            row["bytes"] = round(model.gb * 1e9)
-        share = self._loaded(model) if model.state == "starting" else 0.0
-        if share:
-            row["share"] = round(share, 2)
+            row["state"] = "failed to load"
+            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+            row["since"] = round(model.failed_at + self._epoch)
+        if model.state == "starting":
+            share = self._loaded(model)
+            if share:
+                row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory.parts
@@ -13798,8 +13844,7 @@ class EngineApp(Behind):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            self.engine.rotate_logs()
-            self.engine.keep_speeds()
+            self.engine.tend_files()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
@@ -13839,17 +13884,18 @@ class EngineApp(Behind):
             return
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}" + (f"?{query}" if query else "")
+            target = f"/{rest}?{query}" if query else f"/{rest}"
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
-        if is_auto(name) and name:
+        if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        # LiteLLM knows no aliases.
         if model and model.proxy and tier and body and tier.name != name:
-            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+            body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -13861,7 +13907,7 @@ class EngineApp(Behind):
         elif not post and path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
-            listing = {"object": "list", "data": self._listing()}
+            listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
         elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
@@ -13886,10 +13932,10 @@ class EngineApp(Behind):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
-                loaded = running.get(model.name) == "ready"
+                is_loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
