@@ -13976,30 +13976,36 @@ class EngineApp(Behind):
 # a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
 
 
-def _running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
-    """The rows of llama-swap's /running; None where it does not tell them."""
+def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
+    """The rows of an engine's /running that name a model and its state; None without an answer."""
     rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
-    return [row for row in rows if isinstance(row, dict)]
+    named = []
+    for row in map(dict_of, rows):
+        if isinstance(row.get("model"), str) and isinstance(row.get("state"), str):
+            named.append(row)
+    return named
+
+
+def server_port(row: Mapping[str, Any]) -> int:
+    """The port of a model's server by its row of /running, 0 where that has none."""
+    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    return int(found.group(1)) if found else 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = _running_rows(upstream)
+    rows = running_rows(upstream)
     if rows is None:
         return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows}
+    return {row["model"]: row["state"] for row in rows}
 
 
 def swap_ports(upstream: Upstream) -> Dict[str, int]:
     """Model -> the port of its server, of those that are ready."""
-    ports = {}
-    for row in _running_rows(upstream) or ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
+    rows = running_rows(upstream) or ()
+    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -14050,7 +14056,8 @@ class SwapBays:
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
-        make_private_dir(self._parking.directory)   # its servers do not start without
+        # A llama-server with --slot-save-path does not start without that directory.
+        make_private_dir(self._parking.directory)
         is_up = name in (running_states(swap) or {})
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
@@ -14195,7 +14202,8 @@ class SwapApp(UpstreamApp):
     def close(self) -> None:
         self._closing = True
         grace_s = STOP_GRACE_S
-        if self._bays:                          # its models are parked before they stop
+        # Its models are parked before they stop.
+        if self._bays:
             grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
@@ -14293,8 +14301,8 @@ def stack_is_alive(places: Places) -> bool:
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
     # An address that means every interface can be listened on, but not connected to everywhere.
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return loopback.get(host, host)
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -14383,17 +14391,27 @@ class Plan(NamedTuple):
         return base_url(self.host, self.port)
 
 
+def _can_park(config: Config, server: Binary) -> bool:
+    return config.park_gb > 0 and "--slot-save-path" not in server.refused
+
+
+def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
+    """The llama-server that llama-swap is to run, told where to park. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    if not program:
+        return Binary(program)
+    server = Binary(program, probe_flags(program, config, data))
+    if _can_park(config, server):
+        return server._replace(program=(*program, *parking_flags(data)))
+    return server
+
+
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if not any(key in SERVER_OPTIONS for key in tier.settings):
-            continue
-        program = find_llama_server(tier_config(config, tier), env, data)
-        refused = probe_flags(program, config, data) if program else frozenset()
-        if program and config.park_gb and "--slot-save-path" not in refused:
-            program = (*program, *parking_flags(data))
-        found[tier.name] = Binary(program, refused)
+        if any(key in SERVER_OPTIONS for key in tier.settings):
+            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
     return found
 
 
@@ -14419,29 +14437,24 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
-                    path: str, drafts: Optional[Drafts] = None) -> None:
+                    path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = os.environ, local_tiers(config)
-    program = find_llama_server(config, env, places.data)
-    refused = probe_flags(program, config, places.data) if program else frozenset()
+    env, local = places.env, local_tiers(config)
+    server = swap_binary(config, env, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data)
-            ready = drafts.choose(tier, ready, identity)
-        tiers.append(ready)
+        identity = probe_identity(tier, config, env, places.data)
+        tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
     park: Tuple[str, ...] = ()
-    if config.park_gb and "--slot-save-path" not in refused:
+    if _can_park(config, server):
         park = (*guest_command(sys.executable, "park"), str(config.engine_port))
-        if program:
-            program = (*program, *parking_flags(places.data))
     plan = SwapPlan(
-        config, Binary(program, refused),
+        config, server,
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.need_gb for fit in fits},
@@ -14450,7 +14463,7 @@ def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
         proxy=proxy,
         own=own_binaries(config, env, places.data),
         park=park)
-    write_atomic(path, render_llama_swap_yaml(plan), 0o600)
+    write_atomic(path, render_llama_swap_yaml(plan))
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14612,7 +14625,7 @@ def _refuse_second_stack(places: Places) -> None:
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
-    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+    """Refuse ports that others hold, and a second stack: one message says all. Errors: UserError.
 
     `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
     project's own daemon holds is no obstacle: it is up, or is ended first.
@@ -14620,13 +14633,11 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     _refuse_second_stack(places)
     free = [0]
     record = running_record(places)
-    # What this project's own daemon holds is free once that is ended.
     if record is not None:
         free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        # All ports are looked at before anything is said: one message names them all.
         if port in free or port_is_free(host, port):
             continue
         other = _listening_stack(places.data, port)
@@ -14652,12 +14663,15 @@ def stack_lock(places: Places, tell: Say = say) -> FileLock:
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
-    """A running stack is not silently left on another channel or address than was asked for."""
+    """A running stack is not silently left on another channel or address than was asked for.
+
+    Errors: UserError.
+    """
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
+        url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
@@ -14740,8 +14754,8 @@ def _start_daemon(plan: Plan) -> None:
     }
     process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
         # The copy is what finds the daemon when .llmstack is deleted under it.
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -14814,11 +14828,11 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     told = row.get("seconds")
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
-    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    port = server_port(row)
     # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    for pid in listeners(int(port.group(1))):
+    for pid in listeners(port):
         return process_age_s(pid)
     return None
 
@@ -14828,15 +14842,10 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running").get("running")
-    if not isinstance(running, list):
+    rows = running_rows(upstream)
+    if rows is None:
         return None
-    states = {}
-    for row in map(dict_of, running):
-        model, state = row.get("model"), row.get("state")
-        if isinstance(model, str) and isinstance(state, str):
-            states[model] = state, _since_s(upstream, row)
-    return states
+    return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
 def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
@@ -14925,14 +14934,15 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(states, otherwise, hosted)
+
+
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
     if record is None:
         return 0.0
     now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    memory = now.get("memory")
-    resident = memory.get("resident") if isinstance(memory, dict) else None
+    resident = dict_of(now.get("memory")).get("resident")
     return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
 
 
@@ -14946,13 +14956,16 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
         return None
     told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    cards = told.get("cards")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
         return None
-    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0), each)
+    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    cards = told.get("cards")
+    each: Tuple[float, ...] = ()
+    if isinstance(cards, list):
+        each = tuple(gb for gb in cards if isinstance(gb, float))
+    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
+                   each)
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
