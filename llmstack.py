@@ -4056,7 +4056,7 @@ def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
     if config.local_only:
         return []
-    return [t for t in config.tiers if t.backend == "litellm"]
+    return [tier for tier in config.tiers if tier.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -4099,9 +4099,11 @@ def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
     """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
     lines = []
     for name, model in entries:
-        lines += [f"  - model_name: {_yaml_text(name)}",
-                  "    litellm_params:",
-                  f"      model: {_yaml_text(model)}"]
+        lines += [
+            f"  - model_name: {_yaml_text(name)}",
+            "    litellm_params:",
+            f"      model: {_yaml_text(model)}",
+        ]
     return "\n".join(lines)
 
 
@@ -4229,10 +4231,13 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
     if file is None:
         return []
-    said = [(name, model, file.entries[name].model)
-            for name, model in litellm_entries(config) if name in file.entries]
-    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
-            for name, model, other in said if other not in ("", model)]
+    lines = []
+    for name, model in litellm_entries(config):
+        written = file.entries.get(name, LitellmEntry("")).model
+        if written not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+                         " which is what is asked")
+    return lines
 
 
 # ==================================================================================================
@@ -4292,16 +4297,17 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
-        "tool_call": any(_calls_tools(t, config) for t in tiers),
+        "tool_call": any(_calls_tools(tier, config) for tier in tiers),
     }
-    if all(t.reasoning for t in tiers):
+    if all(tier.reasoning for tier in tiers):
         entry["reasoning"] = True
-    if any(t.has_projector for t in tiers):
+    if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    # What one of several hosted tiers will cost is not known before it is asked.
     if len(tiers) == 1 and tiers[0].prices:
         entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
-    elif not any(t.remote for t in tiers):
+    elif not any(tier.remote for tier in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -4309,13 +4315,14 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
 def _opencode_models(config: Config) -> Dict[str, Any]:
     """opencode's list of models: auto where there is a ladder, and every tier that chats."""
     models = {}
-    if config.ladder:
-        models["auto"] = _client_model("auto: the best tier for the length",
-                                       _auto_limits(config.ladder), config.ladder, config)
+    ladder = config.ladder
+    if ladder:
+        shown = "auto: the best tier for the length"
+        models["auto"] = _client_model(shown, _auto_limits(ladder), ladder, config)
     for tier in config.tiers:
         if tier.chats:
-            name = tier.description or tier.name
-            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+            shown = tier.description or tier.name
+            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
     return models
 
 
@@ -4381,13 +4388,13 @@ def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict
     return agents, commands
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key: bool = False,
                          mcp_url: str = "") -> str:
     """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
 
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
-    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
-    arguments give the same bytes.
+    `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
+    same bytes.
     """
     config = config._replace(tiers=config.offered or config.tiers)
     models = _opencode_models(config)
@@ -4398,7 +4405,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
         "headerTimeout": _SILENCE_MS,
         "chunkTimeout": _SILENCE_MS,
     }
-    if api_key:
+    if wants_key:
         options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
     provider = {
         "npm": "@ai-sdk/openai-compatible",
@@ -12150,7 +12157,8 @@ def _python_of(program: str) -> str:
     try:
         with open(program, "rb") as file:
             python = _named_python(file.read(4096))
-    except OSError:                             # a program may be executable and not readable
+    except OSError:
+        # A program may be executable and not readable.
         python = ""
     if not python:
         python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
@@ -12210,9 +12218,8 @@ def litellm_config_path(places: Places) -> str:
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
-    import hashlib
     path = litellm_config_path(places)
-    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    digest = _digest(_read_bytes(path))
     return [*program, digest, "--config", path, "--host", "127.0.0.1",
             "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
@@ -12246,20 +12253,24 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest(data)
+    cache = _read_json(cache_path)
+    digest = _digest(data)
     known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
-        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        program = find_litellm(env, places.data)
         if not program:
             return None
+        text = data.decode("utf-8")
         answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            latest = dict([*cache.items()][-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
+            # Eight versions are enough for the files of the projects in use.
+            latest = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
     except (UserError, UnicodeDecodeError):
+        # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
     return known
 
@@ -12283,8 +12294,12 @@ def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     file = read_litellm_file(places, env)
-    found = {t.name: tier_credentials(t, known, file, certain) for t in tiers}
-    return {name: names for name, names in found.items() if names}
+    lacking = {}
+    for tier in tiers:
+        names = tier_credentials(tier, known, file, certain)
+        if names:
+            lacking[tier.name] = names
+    return lacking
 
 
 def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
@@ -12342,8 +12357,9 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
-    named = all(name in text for name, _ in wanted)
-    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
+    if all(name in text for name, _ in wanted):
+        return {}
+    return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
 def write_litellm_config(places: Places, config: Config, program: Sequence[str],
@@ -12353,12 +12369,14 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
-    path, wanted = litellm_config_path(places), litellm_entries(config)
+    path = litellm_config_path(places)
+    wanted = litellm_entries(config)
     if not wanted:
         return False
+    there = os.path.exists(path)
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if os.path.exists(path) else "not written"
+        fate = "left alone" if there else "not written"
         say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
@@ -12377,8 +12395,7 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -15077,7 +15094,7 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
-    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
+    return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
 
 
 def _replace_file(path: str, data: bytes) -> bool:
