@@ -5357,6 +5357,8 @@ description = {model.name}, as {name}
 # ==================================================================================================
 # PURE: SHELL
 # ==================================================================================================
+# Text that a shell evaluates: hooks, variables, prompts. Whatever a directory, a file or another
+# machine has named is quoted here for the shell that reads it, and expanded by none.
 
 SHELL_VARIABLES = (
     "OPENCODE_CONFIG",
@@ -5399,7 +5401,8 @@ def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
     units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    return f"(-join[char[]]({','.join(map(str, units))}))"
+    codes = ",".join(map(str, units))
+    return f"(-join[char[]]({codes}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5466,10 +5469,11 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    places = {"python": python, "program": program, "trust": trust}
-    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
-             for name, path in places.items()]
-    return "\n".join([*lines, text])
+    lines = []
+    for name, path in {"python": python, "program": program, "trust": trust}.items():
+        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
+    lines.append(text)
+    return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
@@ -5478,6 +5482,7 @@ def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable
     before = set(exported)
     lines = []
     for name, value in values.items():
+        # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
         kind = "x" if name in before else "s"
         lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
     lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
@@ -15085,7 +15090,8 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key, mcp_url = api_key(env), ""
+    key = api_key(env)
+    mcp_url = ""
     if local:
         marker = read_marker(places) or Marker("current")
         config = true_config(config.on_channel(marker.channel), places)
@@ -15097,8 +15103,8 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
     return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
 
 
-def _replace_file(path: str, data: bytes) -> bool:
-    """Give a file this content; False where it has it."""
+def write_where_other(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it already. Errors: UserError."""
     if _read_bytes(path) == data:
         return False
     write_atomic(path, data)
@@ -15118,7 +15124,7 @@ def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     if old and not _is_ours(places, name, old):
         if name == "AGENTS.md":
             say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            return _replace_file(path + ".new", data)
+            return write_where_other(path + ".new", data)
         write_atomic(path + ".old", old)
         say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
@@ -15145,7 +15151,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if notes:
         changed |= write_ours(places, "AGENTS.md", notes, say)
     pin = places.in_state("default-channel")
-    if _replace_file(pin, render_marker(marker).encode()):
+    if write_where_other(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
@@ -15291,8 +15297,12 @@ def _said(body: bytes) -> str:
     return ": " + visible(message)
 
 
-def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
-    """(what is wrong, what to do) when something else than a models.ini came."""
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
+                       problem: str) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came.
+
+    `problem`: what its reader says of a text.
+    """
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
@@ -15313,7 +15323,8 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
-    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    return (f"is no models.ini, {problem}",
+            "correct the URL: it is to be a llmstack router's, without /v1")
 
 
 def _read_remote(body: bytes, where: str) -> Config:
@@ -15347,13 +15358,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
+    problem = ""
     if response.status == 200:
         try:
             config = _read_remote(body, where)
             return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
         except ValueError as exc:
-            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+            problem = str(exc)
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key), problem)
     raise UserError(f"{where} {what}", hint)
 
 
@@ -15392,7 +15404,8 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     states = _engine_states(remote.upstream)
     told = _router_states(remote.upstream)
     otherwise = "stopped"
-    if states is None:                          # its engine is not ours to ask
+    # A router that serves no engine's paths tells of hosted tiers alone.
+    if states is None:
         otherwise, states = "unknown", {}
     rows = []
     for tier in remote.config.tiers:
@@ -15432,6 +15445,8 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
+# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
+# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
@@ -15498,7 +15513,8 @@ def _sha256(path: str) -> str:
 # .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
 # a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-
+_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+_ENDED = ("done", "failed")
 
 GO_ON = "run `llmstack download` again: it goes on from there"
 
@@ -15518,13 +15534,16 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
-        job = parse_job(row) if isinstance(row, dict) else None
-        if job is None or job.name != name:
+        row = dict_of(row)
+        job = parse_job(row)
+        state = row.get("state")
+        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
             continue
-        if row.get("state") not in ("queued", "running", "done", "failed"):
-            continue
-        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
-        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        jobs[name] = {**job._asdict(), "state": state}
+        for key, kind in _QUEUE_VALUES.items():
+            # A bool is an int, too.
+            if type(row.get(key)) is kind:
+                jobs[name][key] = row[key]
     return jobs
 
 
@@ -15551,7 +15570,7 @@ def _left_over(queue: Mapping[str, Dict[str, Any]],
     """The queue of a worker that has ended, as the next one finds it."""
     left = {}
     for name, row in queue.items():
-        if row["state"] in ("done", "failed"):
+        if row["state"] in _ENDED:
             left[name] = row
         elif parse_job(row) in known:
             left[name] = {**row, "state": "queued"}
@@ -15574,7 +15593,8 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     record = Record(0, "", new_mark(places.project, "download"), kind="download")
     process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
                                      places.in_state("download.pid"), record)
-    process.returncode = 0                      # Popen would warn that it is still running
+    # The worker stays; Popen is not to warn of that.
+    process.returncode = 0
     return worker
 
 
@@ -15587,15 +15607,18 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     """
     check_links(places)
     install_environment(HUB, places.data, say)
-    guest_command(environment_python(HUB, places.data), "hub_download")   # fails here, not unseen
+    # Where share/ is missing this fails here, not unseen in the worker.
+    guest_command(environment_python(HUB, places.data), "hub_download")
     with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
+        queue = read_queue(places)
+        worker = download_worker(places)
         if worker is None:
             queue = _left_over(queue, known)
         for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
+            state = queue.get(job.name, {}).get("state")
+            if worker is None or state not in _GOES_ON:
+                # A job that is asked for again goes to the end of the queue.
+                queue.pop(job.name, None)
                 queue[job.name] = {**job._asdict(), "state": "queued"}
         write_queue(places, queue)
         if worker is None:
@@ -15620,7 +15643,7 @@ def _next_job(places: Places) -> Optional[Job]:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="running", error="")
                 write_queue(places, queue)
                 return parse_job(row)
@@ -15645,7 +15668,7 @@ def _fail_all(places: Places, why: UserError) -> None:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="failed", error=str(why), hint=why.hint)
         write_queue(places, queue)
 
@@ -15665,7 +15688,8 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     except Unreachable:
         raise
     except (UserError, OSError, LookupError, TypeError):
-        pass                                    # fetching says what is wrong with the repository
+        # Fetching says what is wrong with the repository.
+        pass
 
     def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
         named = [found if file == ANY_PROJECTOR else file for file in files]
@@ -15674,14 +15698,27 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     return job._replace(files=real(job.files), beside=real(job.beside))
 
 
+def _guest_events(command: Sequence[str],
+                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
+
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    """
+    import subprocess
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        yield from map(json.loads, guest.stdout)
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    Errors: UserError, Unreachable.
     """
-    import subprocess
     asked, job = job, _with_projector(job, env)
     if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
@@ -15689,20 +15726,15 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_python(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        for line in guest.stdout:
-            event = json.loads(line)
-            if "say" in event:
-                note(visible(event["say"]))
-            elif "part" in event:
-                tell(**event)
-            elif "size" in event:
-                words = progress_words(event["bytes"], event["size"], event["rate"])
-                note(f"{event['file']}: {words}")
+    for event in _guest_events(command, wanted):
+        if "say" in event:
+            note(visible(event["say"]))
+        elif "part" in event:
+            tell(**event)
+        elif "size" in event:
+            words = progress_words(event["bytes"], event["size"], event["rate"])
+            note(f"{event['file']}: {words}")
+    # Its last event is how it has ended.
     if "done" in event:
         return int(event["done"])
     what = event.get("failed", "huggingface_hub has ended in the middle")
@@ -15734,7 +15766,8 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             code = 1
             note(_failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
+        # One file that fails, for whatever reason, does not stop those behind it.
+        except Exception as exc:
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
@@ -15747,12 +15780,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
-    worker, cache = download_worker(places), hub_cache_dir(os.environ)
+    worker = download_worker(places)
+    cache = hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in ("queued", "running"):
+        if worker is None and state in _GOES_ON:
             state = "interrupted"
+        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
         path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
         have = job.get("bytes") or job.get("before", 0) + file_size(path)
@@ -15808,7 +15843,7 @@ class _Bar:
 def _ended_words(row: Mapping[str, Any]) -> str:
     """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
     state = row.get("state", "stopped")
-    if state in ("queued", "running"):
+    if state in _GOES_ON:
         return ""
     if state == "done":
         return f"done, {progress_words(row['bytes'], 0, 0)}"
@@ -16369,7 +16404,7 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    _replace_file(path, raw)
+    write_where_other(path, raw)
     return path
 
 
