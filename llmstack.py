@@ -6027,9 +6027,12 @@ def _read_json(path: str) -> Dict[str, Any]:
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a small system program prints, "" when it is missing or fails."""
+    """What a small system program prints, "" when it is missing or fails.
+
+    In C and UTC: ps prints local times.
+    """
     import subprocess
-    # A translated answer would not be understood, and ps prints local times.
+    # A translated answer would not be understood.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -7747,7 +7750,7 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
 
-def environment_python(wanted: PrivateEnvironment, data: str) -> str:
+def environment_program(wanted: PrivateEnvironment, data: str) -> str:
     """The Python of an environment, whether or not that is there."""
     folder = "Scripts" if IS_WINDOWS else "bin"
     return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
@@ -7773,7 +7776,7 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    return _has_its_python(directory, environment_python(wanted, data))
+    return _has_its_python(directory, environment_program(wanted, data))
 
 
 def _launched_python(minor: int) -> str:
@@ -7846,11 +7849,8 @@ def outside_pip(python: str) -> List[str]:
     """
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        said = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
-        if not said:
-            continue
-        major, minor = map(int, said.groups())
-        if (major, minor) >= OLDEST_PIP:
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
             return command
     return []
 
@@ -7878,7 +7878,7 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
-    inside = environment_python(wanted, data)
+    inside = environment_program(wanted, data)
     make = [python, "-m", "venv", directory]
     pip = [inside, "-m", "pip"]
     outside = outside_pip(python)
@@ -11325,7 +11325,7 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
         return (found,)
     if not environment_ready(LLAMA_CPP, data):
         return ()
-    return tuple(guest_command(environment_python(LLAMA_CPP, data), "llama_server"))
+    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -12192,7 +12192,7 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
     if all(map(importlib.util.find_spec, needed)):
         return sys.executable
     if environment_ready(LITELLM, data):
-        return environment_python(LITELLM, data)
+        return environment_program(LITELLM, data)
     return ""
 
 
@@ -13217,9 +13217,9 @@ class Engine:
         return known
 
     def find(self, name: str) -> Optional[Model]:
-        if self._proxy and name in self._proxy.tier.names:
-            return self._proxy
         tier = self.config.by_name(name)
+        if self._proxy and (name == PROXY or name in self._proxy.tier.aliases):
+            return self._proxy
         return self.models.get(tier.name) if tier else None
 
     # ---- for requests
@@ -15608,7 +15608,7 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     check_links(places)
     install_environment(HUB, places.data, say)
     # Where share/ is missing this fails here, not unseen in the worker.
-    guest_command(environment_python(HUB, places.data), "hub_download")
+    guest_command(environment_program(HUB, places.data), "hub_download")
     with queue_lock(places):
         queue = read_queue(places)
         worker = download_worker(places)
@@ -15724,7 +15724,7 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
     wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
-    command = guest_command(environment_python(HUB, data), "hub_download")
+    command = guest_command(environment_program(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
     for event in _guest_events(command, wanted):
         if "say" in event:
@@ -15805,21 +15805,33 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
 
 
 class _Bar:
-    """How far a download is, in the words of one line; it remembers how fast that went."""
+    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
 
     def __init__(self) -> None:
+        self.live = is_live_terminal()
         self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
         self._file = ""
+        self._shown = ""
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        """Remember where a running download is now."""
+    def clear(self) -> None:
+        if self._shown:
+            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
+            self._shown = ""
+
+    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
+        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
+        import shutil
         if row["file"] != self._file:
             self._file = row["file"]
             self._samples.clear()
         self._samples.append((time.monotonic(), row["bytes"]))
+        columns = shutil.get_terminal_size().columns - 1
+        line = self._line(row, behind, last, columns)[:columns]
+        sys.stdout.write("\r" + line.ljust(len(self._shown)))
+        sys.stdout.flush()
+        self._shown = line
 
-    def line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
-        """`row`: a download noted before; `behind`: how many wait; `last`: its log's last line."""
+    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
         began, start = self._samples[0]
         now, have = self._samples[-1]
         stands = have == start and len(self._samples) > 15
@@ -15827,23 +15839,22 @@ class _Bar:
             return last.partition(" ")[2]
         total = row["total_bytes"]
         share = min(have / total, 1.0) if total else 0.0
-        waiting = f" (+{behind})" if behind > 0 else ""
         rate = (have - start) / max(now - began, 0.001)
-        words = f"{share * 100:3.0f} %{waiting} {progress_words(have, total, rate)}"
+        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
+        if behind > 0:
+            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
         name = f"{row['tier']}-{row['label']}"
         width = columns - len(name) - len(words) - len(" [] ")
-        # In a narrow terminal the words say it alone.
-        if width < 4:
+        if width < 4:                           # the words say it, too
             return f"{name} {words}"
         width = min(width, 24)
-        done = "#" * int(share * width)
-        return f"{name} [{done:<{width}}] {words}"
+        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
 
 
 def _ended_words(row: Mapping[str, Any]) -> str:
     """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
     state = row.get("state", "stopped")
-    if state in _GOES_ON:
+    if state in ("queued", "running"):
         return ""
     if state == "done":
         return f"done, {progress_words(row['bytes'], 0, 0)}"
@@ -15864,19 +15875,16 @@ def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
     return ended
 
 
-def _running_line(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
-                  behind: int) -> str:
-    """The line of the download that goes on now, "" where none does."""
-    for row in rows:
-        if row["state"] == "running":
-            log = places.log(f"dl-{row['tier']}-{row['label']}.log")
-            bar.note(row)
-            return bar.line(row, behind, tail_of(log, 1), terminal_columns() - 1)
-    return ""
+def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
+                  behind: int) -> None:
+    """Show the download that goes on now on the terminal's last line."""
+    row = next((row for row in rows if row["state"] == "running"), None)
+    if bar.live and row:
+        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
+        bar.show(row, behind, tail_of(log, 1))
 
 
-def _watch_downloads(places: Places, names: Sequence[str], progress: Progress,
-                     is_live: bool) -> List[str]:
+def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
     """Show the named jobs until they have ended; those that failed."""
     bar = _Bar()
     left = list(names)
@@ -15884,14 +15892,13 @@ def _watch_downloads(places: Places, names: Sequence[str], progress: Progress,
     while left:
         rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
         for words, ended in _group_by_end(rows, left).items():
-            progress.say(f"{', '.join(ended)}: {words}")
+            bar.clear()
+            say(f"{', '.join(ended)}: {words}")
             left = [name for name in left if name not in ended]
             if words.startswith("failed"):
                 failed += ended
-        if left and is_live:
-            line = _running_line(places, rows.values(), bar, len(left) - 1)
-            progress.show(line)
         if left:
+            _show_running(places, rows.values(), bar, len(left) - 1)
             time.sleep(0.2)
     return failed
 
@@ -15901,11 +15908,10 @@ def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str
 
     Errors: KeyboardInterrupt, once it has said that the worker goes on.
     """
-    terminal = live_terminal()
     try:
-        with Progress(say, terminal) as progress:
-            return _watch_downloads(places, names, progress, terminal is not None)
+        return _watch_downloads(places, names, say)
     except KeyboardInterrupt:
+        say("")
         say("The download goes on in the background: `llmstack status` shows it,"
             " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
         raise
@@ -16174,7 +16180,7 @@ def find_pip(data: str) -> List[str]:
     -I keeps a pip.py of the current directory from being taken for it.
     """
     pythons = [sys.executable]
-    pythons += [environment_python(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
+    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
     for python in pythons:
         command = [python, "-I", "-m", "pip"]
         if os.path.exists(python) and _output([*command, "--version"]):

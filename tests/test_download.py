@@ -641,7 +641,7 @@ def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
     row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
     shown = llmstack._Bar()
     shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
-    line = shown.line(row, 1, "", columns)
+    line = shown._line(row, 1, "", columns)
     assert len(line) <= columns
     assert line.endswith(" 27 % (+1) 12.3 of 45.0 GB, 85.0 MB/s, 6 min left")
     assert len(re.sub(r".*\[|\].*|^[^\[]*$", "", line)) == bar
@@ -689,7 +689,7 @@ def serve(argv: list[str], program: list[str], env: dict[str, str]) -> bytes:
 
 def servers(real_data: Path) -> list[list[str]]:
     found = shutil.which("llama-server")
-    python = llmstack.environment_python(llmstack.LLAMA_CPP, str(real_data))
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
     stand_in = llmstack.guest_command(python, "llama_server")
     return [stand_in, *([[found]] if found else [])]
 
@@ -1070,7 +1070,7 @@ def test_windows_paths_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "IS_WINDOWS", True)
     monkeypatch.setattr(llmstack, "EXE", ".exe")
     assert llmstack.bin_dir({}, llmstack.data_dir({"LOCALAPPDATA": "/local"})) == "/local/llmstack/bin"
-    assert llmstack.environment_python(llmstack.HUB, "/d").endswith("/Scripts/python.exe")
+    assert llmstack.environment_program(llmstack.HUB, "/d").endswith("/Scripts/python.exe")
     ran: list[list[str]] = []
     monkeypatch.setattr(llmstack, "_output", lambda command: ran.append(list(command)) or "")
     llmstack._signal_group(77, True)

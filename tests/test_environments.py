@@ -172,7 +172,7 @@ def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: P
     monkeypatch.setattr(llmstack, "_run_with_progress", run)
     monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "/usr/bin/python3.12")
     data = str(home / "data")
-    inside = llmstack.environment_python(llmstack.LITELLM, data)
+    inside = llmstack.environment_program(llmstack.LITELLM, data)
     for pip in (["python3", "-m", "pip"], []):
         monkeypatch.setattr(llmstack, "outside_pip", lambda python, pip=pip: pip)
         commands.clear()

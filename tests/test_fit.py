@@ -62,7 +62,7 @@ os._exit(0)
 
 def reported(data: Path, path: Path, *flags: str) -> llmstack.Memory:
     """What the real llama.cpp says it has allocated."""
-    python = llmstack.environment_python(llmstack.LLAMA_CPP, str(data))
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(data))
     command = [python, "-c", REPORTER, str(ROOT / "share" / "guests"), "-m", str(path), "--port", "0",
                "--load-mode", "mmap", "--no-warmup", *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,

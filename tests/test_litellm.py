@@ -301,7 +301,7 @@ def test_which_litellm_is_taken(tmp_path: Path) -> None:
         llmstack.find_litellm({"LITELLM_BIN": "/nowhere"}, data)
     assert llmstack.find_litellm({"LITELLM_BIN": sys.executable}, data) == proxy_command(sys.executable)
     make_environment(llmstack.LITELLM, data)
-    python = llmstack.environment_python(llmstack.LITELLM, data)
+    python = llmstack.environment_program(llmstack.LITELLM, data)
     assert llmstack.find_litellm({}, data) == proxy_command(python)
 
 

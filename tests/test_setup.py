@@ -510,7 +510,7 @@ def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_flags_we_start_with_are_taken_by_a_current_build(real_data: Path, config: llmstack.Config) -> None:
     """The peer's defaults hold --no-mmap, which current builds refuse: nothing loads. And no YaRN for 131k."""
-    python = llmstack.environment_python(llmstack.LLAMA_CPP, str(real_data))
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
     program = llmstack.guest_command(python, "llama_server")
     refused = llmstack.probe_flags(program, config, str(real_data))
     fast = config.by_role("fast")

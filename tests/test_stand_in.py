@@ -87,7 +87,7 @@ def test_files_that_flags_name(tmp_path: Path) -> None:
 
 @pytest.fixture
 def program(real_data: Path) -> list[str]:
-    python = llmstack.environment_python(llmstack.LLAMA_CPP, str(real_data))
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
     return llmstack.guest_command(python, "llama_server")
 
 

@@ -130,7 +130,7 @@ def test_a_layer_on_the_host_counts_once(tmp_path: Path) -> None:
 
 def test_llama_cpp_keeps_what_is_counted(real_data: Path, tmp_path: Path) -> None:
     path = moe_file(tmp_path)
-    python = llmstack.environment_python(llmstack.LLAMA_CPP, str(real_data))
+    python = llmstack.environment_program(llmstack.LLAMA_CPP, str(real_data))
     command = [python, "-c", REPORTER, str(ROOT / "share" / "guests"), "-m", str(path), "--port", "0", "-c", "256",
                "--load-mode", "mmap", "--no-warmup", "--n-cpu-moe", "3"]
     said = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
