@@ -14219,7 +14219,11 @@ class SwapApp(UpstreamApp):
         stop_stack_members(self._env.get(STACK_VARIABLE, ""))
         if self._bays:
             self._bays.forget_all()
-        self._spawn()
+        try:
+            self._spawn()
+        except UserError as exc:
+            # Its program may be gone for a moment; this listener is asked all the same.
+            self.log.error(f"{exc}; {exc.hint}")
 
     def close(self) -> None:
         self._closing = True
