@@ -2101,7 +2101,8 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
     # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
-    for name, role in [(tier.name, tier.role) for tier in tiers]:
+    for tier in tiers:
+        name, role = tier.name, tier.role
         if name.lower() in RESERVED_NAMES:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
@@ -2116,9 +2117,11 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
 
     An alias that comes with the role, and is not written, gives way to any other.
     """
-    at, aliases = reader.line_of(tier.name, "aliases"), []
+    at = reader.line_of(tier.name, "aliases")
+    aliases = []
     for alias in tier.aliases:
-        if _WILDCARD.search(alias):             # a pattern, see _alias_patterns
+        # A pattern leads elsewhere only where no name does, see _alias_patterns.
+        if _WILDCARD.search(alias):
             continue
         owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
@@ -2135,19 +2138,23 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+    def is_implied(tier: Tier) -> bool:
+        return not reader.line_of(tier.name, "aliases")
+
     # The written ones first: those that come with a role give way to them.
-    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
+    for tier in sorted(tiers, key=is_implied):
         aliases[tier.name] = _own_aliases(reader, tier, owners)
     return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    known, patterns = ["auto", *KNOWN_ROLES], []
+    known = ["auto", *KNOWN_ROLES]
+    patterns = []
     for tier in tiers:
         known += tier.names
-        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
-        patterns += [(alias, tier.name) for alias in wild]
+        for alias in filter(_WILDCARD.search, tier.aliases):
+            patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
     for number, _, pattern, target in reader.keys_of("ALIASES"):
@@ -2192,12 +2199,16 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    sections = {tier.name: tier.settings for tier in config.tiers}
-    for section, own in [("DEFAULT", {}), *sections.items()]:
+    sections: Dict[str, Dict[str, Any]] = {"DEFAULT": {}}
+    for tier in config.tiers:
+        sections[tier.name] = tier.settings
+    for section, own in sections.items():
         settings = {**config.settings, **own}
         cache_type = settings["cache_type_v"]
+        quantised = cache_type not in ("f32", "f16", "bf16")
+        # A tier that says nothing of either inherits both, and [DEFAULT] is told already.
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        if at and quantised and settings["flash_attn"] == "off":
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
 
@@ -2241,11 +2252,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
 
 
 def _effect_text(option: Option, value: Any) -> str:
+    """A value as models.ini would have it."""
     if value is True:
         return "yes"
-    if isinstance(value, tuple):
-        return (" " if option.kind == "args" else ", ").join(map(str, value))
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    between = " " if option.kind == "args" else ", "
+    return between.join(map(str, value))
 
 
 def _values_of(record: Any) -> Dict[str, Any]:
@@ -2288,9 +2301,10 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        rest = exc.object                       # without the BOM
-        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
-        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        # The codec counts from behind the BOM, and so does its object.
+        rest = exc.object
+        line = rest.count(b"\n", 0, exc.start) + 1
+        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -5806,9 +5820,13 @@ def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Plac
     return Places(work, state, os.path.join(state, "models.ini"), data, env)
 
 
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
-        return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
+        return _expand(env["LLMSTACK_DATA_DIR"])
     variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
         variable, usual = "LOCALAPPDATA", "~/AppData/Local"
@@ -5853,8 +5871,7 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
         work = nearest_project(here, _is_state) or here
     places = places_at(data, work, env)
     if env.get("LLMSTACK_MODELS_INI"):
-        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-        return places._replace(models_ini=models_ini)
+        return places._replace(models_ini=_expand(env["LLMSTACK_MODELS_INI"]))
     return places
 
 
@@ -6879,8 +6896,6 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-# LiteLLM imports the Python modules that its configuration names.
-_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -6919,8 +6934,10 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
     except ConfigError as exc:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
-    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
-            for key, value in config_effects(config)]
+    effects = []
+    for key, value in config_effects(config):
+        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+    return effects
 
 
 def _link_effects(places: Places) -> List[Effect]:
@@ -6954,7 +6971,8 @@ def part_effects(places: Places, part: str) -> List[Effect]:
     if part == "hook":
         return _file_effects(places, _HOOK_FILES)
     effects = _ini_effects(places)
-    effects += _file_effects(places, _RUN_FILES)
+    # LiteLLM imports the Python modules that its configuration names.
+    effects += _file_effects(places, ["litellm_config.yaml"])
     effects += _link_effects(places)
     return effects
 
@@ -6993,7 +7011,7 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     project = _of_project(ledger, places)
     project[what] = dict(known)
     ledger[os.path.realpath(places.state)] = project
-    # The second line of the file: there shell hooks look for news.
+    # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
     write_atomic(trust_file(places.data), text)
@@ -7004,7 +7022,8 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        if effect.problem or known.get(effect.name) != _digest(effect.data):
+        is_known = known.get(effect.name) == _digest(effect.data)
+        if effect.problem or not is_known:
             new.append(effect)
     return new
 
@@ -7044,12 +7063,16 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    return _known(places, "written").get(name) == _digest(data)
+    written = _known(places, "written")
+    return written.get(name) == _digest(data)
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
+    """Note the bytes of a file in .llmstack/ as ours. Errors: UserError."""
     with trust_lock(places):
-        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
+        written = _known(places, "written")
+        written[name] = _digest(data)
+        _note(places, "written", written)
 
 
 # ==================================================================================================
@@ -7704,10 +7727,6 @@ def port_holder(port: int) -> str:
 # ==================================================================================================
 # The room of programs that are not ours: where they lie, and the packages of PyPI's that a private
 # environment brings. Nothing is ever put into the user's own Python.
-
-
-def _expand(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 class PrivateEnvironment(NamedTuple):
