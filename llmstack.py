@@ -2097,7 +2097,8 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
     # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
-    for name, role in [(tier.name, tier.role) for tier in tiers]:
+    for tier in tiers:
+        name, role = tier.name, tier.role
         if name.lower() in RESERVED_NAMES:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
@@ -2112,9 +2113,11 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
 
     An alias that comes with the role, and is not written, gives way to any other.
     """
-    at, aliases = reader.line_of(tier.name, "aliases"), []
+    at = reader.line_of(tier.name, "aliases")
+    aliases = []
     for alias in tier.aliases:
-        if _WILDCARD.search(alias):             # a pattern, see _alias_patterns
+        # A pattern leads elsewhere only where no name does, see _alias_patterns.
+        if _WILDCARD.search(alias):
             continue
         owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
@@ -2131,19 +2134,23 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+    def is_implied(tier: Tier) -> bool:
+        return not reader.line_of(tier.name, "aliases")
+
     # The written ones first: those that come with a role give way to them.
-    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
+    for tier in sorted(tiers, key=is_implied):
         aliases[tier.name] = _own_aliases(reader, tier, owners)
     return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    known, patterns = ["auto", *KNOWN_ROLES], []
+    known = ["auto", *KNOWN_ROLES]
+    patterns = []
     for tier in tiers:
         known += tier.names
-        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
-        patterns += [(alias, tier.name) for alias in wild]
+        for alias in filter(_WILDCARD.search, tier.aliases):
+            patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
     for number, _, pattern, target in reader.keys_of("ALIASES"):
@@ -2188,12 +2195,16 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    sections = {tier.name: tier.settings for tier in config.tiers}
-    for section, own in [("DEFAULT", {}), *sections.items()]:
+    sections: Dict[str, Dict[str, Any]] = {"DEFAULT": {}}
+    for tier in config.tiers:
+        sections[tier.name] = tier.settings
+    for section, own in sections.items():
         settings = {**config.settings, **own}
         cache_type = settings["cache_type_v"]
+        quantised = cache_type not in ("f32", "f16", "bf16")
+        # A tier that says nothing of either inherits both, and [DEFAULT] is told already.
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        if at and quantised and settings["flash_attn"] == "off":
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
 
@@ -2237,11 +2248,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
 
 
 def _effect_text(option: Option, value: Any) -> str:
+    """A value as models.ini would have it."""
     if value is True:
         return "yes"
-    if isinstance(value, tuple):
-        return (" " if option.kind == "args" else ", ").join(map(str, value))
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    between = " " if option.kind == "args" else ", "
+    return between.join(map(str, value))
 
 
 def _values_of(record: Any) -> Dict[str, Any]:
@@ -2284,9 +2297,10 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        rest = exc.object                       # without the BOM
-        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
-        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        # The codec counts from behind the BOM, and so does its object.
+        rest = exc.object
+        line = rest.count(b"\n", 0, exc.start) + 1
+        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -2296,6 +2310,8 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # What a Config means to others: the command line of a llama-server, the sets of tiers that may be
 # loaded together, llama-swap's configuration, the way of a request, the list of models. Both
 # engines take their flags and their sets from here, so that they do the same.
+
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
 class Weights(NamedTuple):
@@ -2311,6 +2327,24 @@ class Weights(NamedTuple):
 
 def local_tiers(config: Config) -> List[Tier]:
     return [tier for tier in config.tiers if tier.backend == "gguf"]
+
+
+def weights_for(tier: Tier) -> Weights:
+    """The GGUF that a local tier runs on its channel."""
+    if tier.channel != "next" or tier.backend != "gguf":
+        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    return Weights(
+        tier.hf_repo_next or tier.hf_repo,
+        tier.hf_file_next or tier.hf_file,
+        "",
+        tier.size_gb_next or tier.size_gb,
+        tier.quant_next or tier.quant,
+        "next")
+
+
+def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
+    """What a tier runs on the current channel, and on the next one."""
+    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
@@ -2330,11 +2364,16 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
+def _projector_rank(file: str) -> Tuple[bool, str]:
+    """What projectors sort by: F16 first, which BF16 is not, then their names."""
+    name = file.upper()
+    is_f16 = "-F16" in name and "BF16" not in name
+    return not is_f16, file
+
+
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    found = [file for file in files if _PROJECTOR.match(file)]
-    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
-    return found[0] if found else ""
+    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2354,24 +2393,6 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     with_files(tier, note)
     return [(repo, file) for repo, file in found if repo]
-
-
-def weights_for(tier: Tier) -> Weights:
-    """The GGUF that a local tier runs on its channel."""
-    if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
-    return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
-        "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
-        "next")
-
-
-def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
-    """What a tier runs on the current channel, and on the next one."""
-    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 # ---- flags of llama-server
@@ -2396,8 +2417,11 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     if not option.flags:
         return []
     if option.kind == "bool":
-        said = [flag for flag in option.flags if flag.startswith("--no-") != value]
-        return [(flag,) for flag in said[:1]]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        for flag in option.flags:
+            if flag.startswith("--no-") != value:
+                return [(flag,)]
+        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
@@ -2509,21 +2533,25 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
-        flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
-        for key, flag in flags:
-            if flag[0] in lost:
-                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+        for key, value in settings.items():
+            refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
+            for flag in refused_flags:
+                what = " ".join(flag)
+                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
     return list(said)
 
 
 def settings_words(config: Config, tier: Tier) -> str:
     """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
-    for key, value in {**config.settings, **tier.settings}.items():
+    settings = {**config.settings, **tier.settings}
+    for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        parts = value if isinstance(value, tuple) else (value,)
+        values = [str(part) for part in parts]
         if key in FILE_KEYS:
+            # A status line has room for a file's name, not for its path.
             values = [re.split(r"[/\\:]", name)[-1] for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
@@ -2635,17 +2663,20 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
         groups += [("more", tiers) for tiers in grown]
     sets = []
     for number, (label, tiers) in enumerate(groups):
-        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        prefix = _set_prefix(number, len(groups))
+        name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
     return sets
 
 
 LOADED_GB_PER_S = 1.5
+MOST_EVICT_COST = 30
 
 
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
-    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
+    load_s = round(size_gb / LOADED_GB_PER_S)
+    return max(1, min(load_s, MOST_EVICT_COST))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
@@ -2666,8 +2697,8 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
-def tier_cost(tier: Tier, weights_gb: float = 0.0) -> int:
-    """evict_cost of a tier, by its real weights where they are known.
+def tier_cost(tier: Tier, weights_gb: float) -> int:
+    """evict_cost of a tier, by its real weights where they are known, which 0 says they are not.
 
     A tier of unknown size counts as 5 GB.
     """
@@ -2690,9 +2721,11 @@ def _yaml_quoted(value: str) -> str:
 
     No surrogate pairs stand in it: Go's parser refuses them.
     """
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
-                  lambda found: f"\\u{ord(found.group()):04x}",
-                  json.dumps(value, ensure_ascii=False))
+    def escaped(found: Match[str]) -> str:
+        return f"\\u{ord(found.group()):04x}"
+
+    quoted = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", escaped, quoted)
 
 
 _YAML_PLAIN = re.compile(
@@ -2838,9 +2871,10 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
+    command = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
         name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(f"      {line}" for line in _swap_command(plan, tier)))
+        command="\n".join(command))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
@@ -2883,15 +2917,17 @@ _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
-    keys, costs = {}, {}
+    keys = {}                                   # model -> its short name in the sets
+    costs = {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, weights_gb)
     everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        everywhere = (plan.proxy.tier.name,)
-        keys[PROXY], costs[PROXY] = "l", 30
+        everywhere = (PROXY,)
+        keys[PROXY] = "l"
+        costs[PROXY] = MOST_EVICT_COST
     text = """
 # What may be loaded together; the cheapest way to make room wins, the first of equals.
 matrix:
@@ -2933,8 +2969,6 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 
 # ---- routes, and the list of models
-
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
 def hosted_model(tier: Tier) -> str:
@@ -3096,12 +3130,16 @@ def _model_entry(name: str, context: int, output: int, able: Iterable[str],
 
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
-    ladder = config.ladder
-    context = max((tier.ctx_size for tier in ladder), default=0)
-    output = max((tier.max_output_tokens or tier.ctx_size for tier in ladder), default=0)
-    able = [word for tier in ladder for word in capabilities(tier)]
-    entry = _model_entry("auto", context, output, able, {"ladder": [tier.name for tier in ladder]})
-    return {**entry, "description": "the best tier for the length of the conversation"}
+    context = output = 0
+    names, able = [], []
+    for tier in config.ladder:
+        names.append(tier.name)
+        able += capabilities(tier)
+        context = max(context, tier.ctx_size)
+        output = max(output, tier.max_output_tokens or tier.ctx_size)
+    entry = _model_entry("auto", context, output, able, {"ladder": names})
+    entry["description"] = "the best tier for the length of the conversation"
+    return entry
 
 
 def tier_entry(tier: Tier) -> Dict[str, Any]:
@@ -3121,16 +3159,22 @@ def tier_entry(tier: Tier) -> Dict[str, Any]:
         meta["model"] = hosted_model(tier)
     output = tier.max_output_tokens or tier.ctx_size
     entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
-    return {**entry, "channel": tier.channel, "description": tier.description,
-            "aliases": list(tier.aliases)}
+    entry["channel"] = tier.channel
+    entry["description"] = tier.description
+    entry["aliases"] = list(tier.aliases)
+    return entry
 
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    merged = {**own, **theirs}
     # What serves a model knows it better than models.ini does, but for these three.
-    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
-    ours = {key: own[key] for key in ("id", "channel", "aliases")}
-    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
+    for key in ("id", "channel", "aliases"):
+        merged[key] = own[key]
+    merged["meta"] = own["meta"]
+    if isinstance(theirs.get("meta"), dict):
+        merged["meta"] = {**theirs["meta"], **own["meta"]}
+    return merged
 
 
 def list_models(config: Config,
@@ -3140,7 +3184,9 @@ def list_models(config: Config,
     `theirs` is the list of what is behind; a tier that is not in it is left out, but for hosts that
     the router asks itself. What local_only forbids is left out as well.
     """
-    said = {str(entry.get("id")): entry for entry in reversed(theirs)}
+    said: Dict[str, Dict[str, Any]] = {}
+    for entry in theirs:
+        said.setdefault(str(entry.get("id")), entry)
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier)
@@ -3152,9 +3198,9 @@ def list_models(config: Config,
     known = {"auto"}
     for tier in config.tiers:
         known.update(tier.names)
-    for entry in theirs:
+    for name, entry in said.items():
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
+        if name not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -4092,7 +4138,7 @@ def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
     if config.local_only:
         return []
-    return [t for t in config.tiers if t.backend == "litellm"]
+    return [tier for tier in config.tiers if tier.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -4135,9 +4181,11 @@ def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
     """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
     lines = []
     for name, model in entries:
-        lines += [f"  - model_name: {_yaml_text(name)}",
-                  "    litellm_params:",
-                  f"      model: {_yaml_text(model)}"]
+        lines += [
+            f"  - model_name: {_yaml_text(name)}",
+            "    litellm_params:",
+            f"      model: {_yaml_text(model)}",
+        ]
     return "\n".join(lines)
 
 
@@ -4265,10 +4313,13 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
     if file is None:
         return []
-    said = [(name, model, file.entries[name].model)
-            for name, model in litellm_entries(config) if name in file.entries]
-    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
-            for name, model, other in said if other not in ("", model)]
+    lines = []
+    for name, model in litellm_entries(config):
+        written = file.entries.get(name, LitellmEntry("")).model
+        if written not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+                         " which is what is asked")
+    return lines
 
 
 # ==================================================================================================
@@ -4328,16 +4379,17 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
-        "tool_call": any(_calls_tools(t, config) for t in tiers),
+        "tool_call": any(_calls_tools(tier, config) for tier in tiers),
     }
-    if all(t.reasoning for t in tiers):
+    if all(tier.reasoning for tier in tiers):
         entry["reasoning"] = True
-    if any(t.has_projector for t in tiers):
+    if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    # What one of several hosted tiers will cost is not known before it is asked.
     if len(tiers) == 1 and tiers[0].prices:
         entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
-    elif not any(t.remote for t in tiers):
+    elif not any(tier.remote for tier in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -4345,13 +4397,14 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
 def _opencode_models(config: Config) -> Dict[str, Any]:
     """opencode's list of models: auto where there is a ladder, and every tier that chats."""
     models = {}
-    if config.ladder:
-        models["auto"] = _client_model("auto: the best tier for the length",
-                                       _auto_limits(config.ladder), config.ladder, config)
+    ladder = config.ladder
+    if ladder:
+        shown = "auto: the best tier for the length"
+        models["auto"] = _client_model(shown, _auto_limits(ladder), ladder, config)
     for tier in config.tiers:
         if tier.chats:
-            name = tier.description or tier.name
-            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+            shown = tier.description or tier.name
+            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
     return models
 
 
@@ -4417,13 +4470,13 @@ def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict
     return agents, commands
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key: bool = False,
                          mcp_url: str = "") -> str:
     """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
 
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
-    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
-    arguments give the same bytes.
+    `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
+    same bytes.
     """
     config = config._replace(tiers=config.offered or config.tiers)
     models = _opencode_models(config)
@@ -4434,7 +4487,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
         "headerTimeout": _SILENCE_MS,
         "chunkTimeout": _SILENCE_MS,
     }
-    if api_key:
+    if wants_key:
         options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
     provider = {
         "npm": "@ai-sdk/openai-compatible",
@@ -5330,6 +5383,8 @@ def percent_words(share: float) -> str:
 # ==================================================================================================
 # PURE: SHELL
 # ==================================================================================================
+# Text that a shell evaluates: hooks, variables, prompts. Whatever a directory, a file or another
+# machine has named is quoted here for the shell that reads it, and expanded by none.
 
 SHELL_VARIABLES = (
     "OPENCODE_CONFIG",
@@ -5372,7 +5427,8 @@ def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
     units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    return f"(-join[char[]]({','.join(map(str, units))}))"
+    codes = ",".join(map(str, units))
+    return f"(-join[char[]]({codes}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5439,10 +5495,11 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    places = {"python": python, "program": program, "trust": trust}
-    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
-             for name, path in places.items()]
-    return "\n".join([*lines, text])
+    lines = []
+    for name, path in {"python": python, "program": program, "trust": trust}.items():
+        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
+    lines.append(text)
+    return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
@@ -5451,6 +5508,7 @@ def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable
     before = set(exported)
     lines = []
     for name, value in values.items():
+        # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
         kind = "x" if name in before else "s"
         lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
     lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
@@ -5681,7 +5739,10 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute, and the environment it works in."""
+    """Directories and files of one invocation, absolute, and the environment it works in.
+
+    As a rule made by places_at or find_places.
+    """
 
     work: str                                   # the project
     state: str                                  # its .llmstack
@@ -5705,9 +5766,19 @@ class Places(NamedTuple):
         return os.path.dirname(os.path.realpath(self.state))
 
 
+def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
+    """The places of the project in a directory."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+
+
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
-        return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
+        return _expand(env["LLMSTACK_DATA_DIR"])
     variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
         variable, usual = "LOCALAPPDATA", "~/AppData/Local"
@@ -5718,20 +5789,19 @@ def data_dir(env: Mapping[str, str]) -> str:
 _PROJECT_FILES = ("models.ini", "default-channel", "opencode.json")
 
 
-def find_project(directory: str) -> str:
-    """The nearest directory at or above that one with a .llmstack/ of ours, as git finds its own.
+def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
+    """The nearest directory at or above that one whose .llmstack/ is a project's, "" for none."""
+    while not is_project(os.path.join(directory, ".llmstack")):
+        above = os.path.dirname(directory)
+        if above == directory:
+            return ""
+        directory = above
+    return directory
 
-    Where there is none, the directory itself.
-    """
-    above = directory
-    while True:
-        state = os.path.join(above, ".llmstack")
-        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
-        if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
-            return above
-        if os.path.dirname(above) == above:
-            return directory
-        above = os.path.dirname(above)
+
+def _is_state(state: str) -> bool:
+    """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
+    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -5740,24 +5810,24 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     The demo has its own place.
     """
     data = data_dir(env)
-    work = os.path.join(data, "demo")
-    if not demo and env.get("LLMSTACK_WORK_DIR"):
+    if demo:
+        # The demo brings a models.ini of its own, whatever the environment names.
+        return places_at(data, os.path.join(data, "demo"), env)
+    if env.get("LLMSTACK_WORK_DIR"):
         work = os.path.abspath(env["LLMSTACK_WORK_DIR"])
-    elif not demo:
+    else:
         try:
-            work = find_project(os.getcwd())
+            here = os.getcwd()
         except FileNotFoundError:
             raise UserError("the current directory is gone", "cd into another") from None
-    state = os.path.join(work, ".llmstack")
-    models_ini = os.path.join(state, "models.ini")
-    # The demo brings a models.ini of its own, whatever the environment names.
-    if env.get("LLMSTACK_MODELS_INI") and not demo:
-        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data, env)
+        work = nearest_project(here, _is_state) or here
+    places = places_at(data, work, env)
+    if env.get("LLMSTACK_MODELS_INI"):
+        return places._replace(models_ini=_expand(env["LLMSTACK_MODELS_INI"]))
+    return places
 
 
 _IN_ITS_PLACE = "move away what stands in its place"
-_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
 _PATH_HINTS = {
     errno.EISDIR: _IN_ITS_PLACE,
     errno.ENOTDIR: _IN_ITS_PLACE,
@@ -5770,9 +5840,8 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno is None:
-        return _USUAL_PATH_HINT
-    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+    usual = "mend its permissions, or those of its directory"
+    return _PATH_HINTS.get(exc.errno or 0, usual)
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
@@ -5830,11 +5899,6 @@ def close_to_others(*paths: str) -> None:
             _close_open_file(handle)
         finally:
             os.close(handle)
-
-
-def close_places(places: Places) -> None:
-    """Close the directories of ours that an older version, or a clone, has left open to others."""
-    close_to_others(places.data, places.state, places.in_state("logs"))
 
 
 def replace_file(source: str, target: str) -> None:
@@ -5937,7 +6001,7 @@ def program_output(command: Sequence[str]) -> str:
     In C and UTC: ps prints local times.
     """
     import subprocess
-    # A translated answer would not be understood, and ps prints local times.
+    # A translated answer would not be understood.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -5974,8 +6038,6 @@ def total_memory_gb() -> float:
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
-
-
 HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
@@ -6062,7 +6124,7 @@ def _amd_memory_gb(which: str) -> List[float]:
     return sizes_gb
 
 
-def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
+def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     """The budget on NVIDIA cards, None where a program sees none."""
     cards = _seen_nvidia_cards(env)
     if not cards:
@@ -6071,7 +6133,7 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
         return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
-    held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
+    held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
@@ -6118,17 +6180,14 @@ def _mac_gpu(total_gb: float) -> Machine:
     return Machine(total_gb * share, source, True)
 
 
-def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
-    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory.
-
-    `ours_gb`: what servers of ours hold of cards now.
-    """
+def this_machine(config: Config) -> Machine:
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total_gb = total_memory_gb()
     found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total_gb)
     elif config.settings["n_gpu_layers"] != "0":
-        found = _nvidia_machine(total_gb, os.environ, ours_gb)
+        found = _nvidia_machine(total_gb, os.environ)
         found = found or _amd_machine(total_gb, os.environ)
     if found is None:
         found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
@@ -6271,7 +6330,6 @@ def paint(text: str, code: str) -> str:
 def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
-        # Flushed line by line: who pipes us sees progress.
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -6294,7 +6352,6 @@ def called_as() -> str:
 
 def as_called(text: str) -> str:
     """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    # Most lines name no command, and JSON is for programs.
     if "`llmstack " not in text or text.startswith("{"):
         return text
     return text.replace("`llmstack ", f"`{called_as()} ")
@@ -6610,11 +6667,10 @@ class FileLock:
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
 
-def terminal_columns(terminal: TextIO) -> int:
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+def terminal_columns() -> int:
+    """How wide the terminal of standard output is; $COLUMNS wins, and 80 stands for unknown."""
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def live_terminal() -> Optional[TextIO]:
@@ -6653,9 +6709,8 @@ class Progress:
         if text == self._shown:
             return
         if self._terminal is not None:
-            columns = terminal_columns(self._terminal)
             # A line that wraps cannot be taken back.
-            text = text[:columns - 1]
+            text = text[:terminal_columns() - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -6778,7 +6833,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path, MAX_STATE_BYTES)
+        return read_regular(path)
     except OSError:
         return b""
 
@@ -6793,8 +6848,6 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-# LiteLLM imports the Python modules that its configuration names.
-_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -6814,7 +6867,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -6833,8 +6886,10 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
     except ConfigError as exc:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
-    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
-            for key, value in config_effects(config)]
+    effects = []
+    for key, value in config_effects(config):
+        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+    return effects
 
 
 def _link_effects(places: Places) -> List[Effect]:
@@ -6858,25 +6913,25 @@ def _link_effects(places: Places) -> List[Effect]:
     return effects
 
 
-def _hook_effects(places: Places) -> List[Effect]:
-    return _file_effects(places, _HOOK_FILES)
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS = ("hook", "run")
 
 
-def _run_effects(places: Places) -> List[Effect]:
+def part_effects(places: Places, part: str) -> List[Effect]:
+    """What of a part takes effect now."""
+    if part == "hook":
+        return _file_effects(places, _HOOK_FILES)
     effects = _ini_effects(places)
-    effects += _file_effects(places, _RUN_FILES)
+    # LiteLLM imports the Python modules that its configuration names.
+    effects += _file_effects(places, ["litellm_config.yaml"])
     effects += _link_effects(places)
     return effects
 
 
-# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
-# out of the project.
-_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
-
-
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
     """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
-    return {part: effects(places) for part, effects in _PARTS.items()}
+    return {part: part_effects(places, part) for part in _PARTS}
 
 
 def trust_file(data: str) -> str:
@@ -6908,7 +6963,7 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     project = _of_project(ledger, places)
     project[what] = dict(known)
     ledger[os.path.realpath(places.state)] = project
-    # The second line of the file: there shell hooks look for news.
+    # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
     write_atomic(trust_file(places.data), text)
@@ -6919,14 +6974,15 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        if effect.problem or known.get(effect.name) != _digest(effect.data):
+        is_known = known.get(effect.name) == _digest(effect.data)
+        if effect.problem or not is_known:
             new.append(effect)
     return new
 
 
 def is_trusted(places: Places, part: str) -> bool:
     """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
-    return not untrusted(places, part, _PARTS[part](places))
+    return not untrusted(places, part, part_effects(places, part))
 
 
 def check_links(places: Places) -> None:
@@ -6948,7 +7004,7 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
 def record_trust(places: Places, *parts: str) -> None:
     """trust_project, for who holds the trust_lock."""
     for part in parts or _PARTS:
-        record_effects(places, part, _PARTS[part](places))
+        record_effects(places, part, part_effects(places, part))
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -6959,23 +7015,29 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    return _known(places, "written").get(name) == _digest(data)
+    written = _known(places, "written")
+    return written.get(name) == _digest(data)
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
+    """Note the bytes of a file in .llmstack/ as ours. Errors: UserError."""
     with trust_lock(places):
-        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
+        written = _known(places, "written")
+        written[name] = _digest(data)
+        _note(places, "written", written)
 
 
 # ==================================================================================================
 # PROCESSES
 # ==================================================================================================
+# The room of processes and ports: whose they are, starting and stopping them. It may read /proc, or
+# ask ps, lsof and netstat, and signal what is ours; it knows nothing of tiers and engines.
 
-# Whose a process is. All that we start carries a mark in its environment, made for one start and
-# handed down to what it starts in turn. A record names the process, its start time and its mark.
-# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
-# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
-# own child opens the door to a signal.
+# All that we start carries a mark in its environment, made for one start and handed down to what it
+# starts in turn. A record names the process, its start time and its mark. Nothing is signalled on a
+# record's word alone: it may have come along with a copied directory, or have been made up by
+# whoever made the directory. Only owned_process, the mark itself, or being our own child opens the
+# door to a signal.
 
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
@@ -7097,8 +7159,18 @@ def _ps(*options: str) -> Dict[int, str]:
     return found
 
 
-def _ps_environments(*which: str) -> Dict[int, List[str]]:
-    """Process -> the words of its environment, which ps writes behind the command line."""
+def _variables(words: Iterable[str]) -> Dict[str, str]:
+    """NAME=value words by name; the first of a name counts, as it does for getenv."""
+    found: Dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            found.setdefault(name, value)
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
+    """Process -> its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
     whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
@@ -7107,18 +7179,18 @@ def _ps_environments(*which: str) -> Dict[int, List[str]]:
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
         if words and text.startswith(command):
-            found[pid] = words
+            found[pid] = _variables(words)
     return found
 
 
-def process_environment(pid: int) -> Optional[List[str]]:
-    """NAME=value words of a process's environment; None where it cannot be read."""
+def process_environment(pid: int) -> Optional[Dict[str, str]]:
+    """The environment a process was started with; None where it cannot be read."""
     if IS_WINDOWS:
         return None
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
     except OSError:
         return None
 
@@ -7149,25 +7221,21 @@ def process_user(pid: int) -> Optional[int]:
     return int(uid)
 
 
-def _mark_in(words: Optional[Iterable[str]]) -> str:
+def _mark_in(environment: Optional[Mapping[str, str]]) -> str:
     """The mark in an environment, "" for none."""
-    for word in words or ():
-        name, _, mark = word.partition("=")
-        if name == STACK_VARIABLE:
-            return mark
-    return ""
+    return (environment or {}).get(STACK_VARIABLE, "")
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    environments: Mapping[int, Optional[List[str]]] = {}
+    environments: Mapping[int, Optional[Mapping[str, str]]] = {}
     if _has_proc():
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
     marks = {}
-    for pid, words in environments.items():
-        mark = _mark_in(words)
+    for pid, environment in environments.items():
+        mark = _mark_in(environment)
         if mark and pid != os.getpid():
             marks[pid] = mark
     return marks
@@ -7175,16 +7243,16 @@ def _marks() -> Dict[int, str]:
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    marks = _marks()
-    return {pid: mark for pid, mark in marks.items() if mark == stack}
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    code = _project_code(project)
     found = {}
     for pid, mark in _marks().items():
-        if of_project.fullmatch(mark):
+        start, _, marked = mark.partition(":")
+        if start.startswith(f"{kind}-") and marked == code:
             found[pid] = mark
     return found
 
@@ -7221,12 +7289,9 @@ def record_is_ours(record: Record, project: str) -> bool:
 MAX_PID = 2 ** 32 - 1
 
 
-_IS_PORT = ("port", "engine_port")
-
-
 def _is_recorded(name: str, value: Any) -> bool:
     """True for a value that we write into a pid file."""
-    if name in _IS_PORT:
+    if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
     if name in ("started", "stack") and not value:
@@ -7240,12 +7305,11 @@ def parse_record(text: str) -> Optional[Record]:
     if not re.match(r"[0-9]{1,10}\Z", number):
         return None
     pid = int(number)
+    if not 1 < pid <= MAX_PID:
+        return None
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
     fields = {name: values[name] for name in Record._fields[1:]}
-    for name, value in fields.items():
-        if not _is_recorded(name, value):
-            return None
-    if not 1 < pid <= MAX_PID:
+    if not all(_is_recorded(name, value) for name, value in fields.items()):
         return None
     return Record(pid, **fields)
 
@@ -7256,11 +7320,11 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
-def _settled_environment(pid: int) -> Optional[List[str]]:
+def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     """process_environment of a process that may be young: in the middle of exec it has none."""
     end = time.monotonic() + 1
     environment = process_environment(pid)
-    while environment == [""] and process_started(pid) and time.monotonic() < end:
+    while environment == {} and process_started(pid) and time.monotonic() < end:
         time.sleep(0.005)
         environment = process_environment(pid)
     return environment
@@ -7330,8 +7394,7 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             _signal_process(pid, number)
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
-          cwd: Optional[str] = None) -> Any:
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     """Start a process in a session of its own, its output appended to `log`; its Popen.
 
     Errors: UserError.
@@ -7350,7 +7413,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+                                    stderr=output, env=dict(env), close_fds=True, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7452,9 +7515,7 @@ def _listen_once(host: str, port: int) -> int:
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET
-    if ":" in host:
-        family = socket.AF_INET6
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7506,12 +7567,14 @@ def free_run(first: int, count: int) -> int:
     for port in range(first, 65_536):
         if not port_is_free("127.0.0.1", port):
             start = port + 1
+        # From `start` to here all are free; of none of them, any port will do.
         if port - start + 1 >= count:
             return start
     raise UserError(f"there are no {count} free ports in a row above {first}",
                     "stop something that listens on them")
 
 
+# As /proc/net/tcp has them: 127.0.0.1, every address of either kind, ::ffff:127.0.0.1 and ::1.
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
                     "00000000000000000000000001000000")
 
@@ -7539,7 +7602,6 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
-            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
@@ -7601,9 +7663,7 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "program"
-        if _is_llmstack(pid):
-            what = "llmstack"
+        what = "llmstack" if _is_llmstack(pid) else "program"
         return f"another user's {what} (pid {pid})"
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
@@ -7621,16 +7681,12 @@ def port_holder(port: int) -> str:
 # environment brings. Nothing is ever put into the user's own Python.
 
 
-def _expand(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
 class PrivateEnvironment(NamedTuple):
     """Pinned packages of PyPI's in a virtual environment of llmstack's own."""
 
     name: str                                   # its directory, with the version below it
     version: str
-    requirements: Tuple[str, ...]
+    package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
@@ -7638,9 +7694,13 @@ class PrivateEnvironment(NamedTuple):
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
 
 LLAMA_CPP = PrivateEnvironment(
-    "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
+    "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
@@ -7651,9 +7711,8 @@ LLAMA_CPP = PrivateEnvironment(
     ))
 OLDEST_PIP = (22, 3)                            # of those that know --python
 
-
 LITELLM = PrivateEnvironment(
-    "litellm", LITELLM_PIN, (f"litellm[proxy]=={LITELLM_PIN}",), "litellm.proxy.proxy_server",
+    "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
     f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
@@ -7662,13 +7721,10 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
 
-def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
-    """A program of the environment, whether or not that is there."""
-    folder = "bin"
-    if IS_WINDOWS:
-        folder = "Scripts"
-    directory = environment_dir(wanted, data)
-    return os.path.join(directory, folder, program + EXE)
+def environment_program(wanted: PrivateEnvironment, data: str) -> str:
+    """The Python of an environment, whether or not that is there."""
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
 def _has_its_python(directory: str, python: str) -> bool:
@@ -7774,8 +7830,9 @@ def outside_pip(python: str) -> List[str]:
 def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
-        return list(wanted.requirements)
-    words = [*wanted.requirements, *(f"--hash=sha256:{digest}" for digest in wanted.hashes)]
+        return [wanted.requirement]
+    words = [wanted.requirement]
+    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
     path = os.path.join(directory, "requirements.txt")
     write_atomic(path, " ".join(words) + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
@@ -7794,7 +7851,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
     inside = environment_program(wanted, data)
-    make, pip = [python, "-m", "venv", directory], [inside, "-m", "pip"]
+    make = [python, "-m", "venv", directory]
+    pip = [inside, "-m", "pip"]
     outside = outside_pip(python)
     if outside:
         make.append("--without-pip")
@@ -7810,9 +7868,11 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        lines = [line for line in output.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
+        # pip and venv say the reason last.
+        said = output.strip() or "no reason given"
+        reason = said.splitlines()[-1]
         hint = "see that PyPI can be reached, then again"
+        # Debian keeps venv's part of Python in a package of its own.
         if "ensurepip" in output:
             hint = "apt install python3-venv, then again"
         raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
@@ -12064,6 +12124,7 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
+    # env looks for a bare name on PATH.
     if "/" in named:
         return named
     return find_program(named)
@@ -12076,7 +12137,8 @@ def _python_of(program: str) -> str:
     try:
         with open(program, "rb") as file:
             python = _named_python(file.read(4096))
-    except OSError:                             # a program may be executable and not readable
+    except OSError:
+        # A program may be executable and not readable.
         python = ""
     if not python:
         python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
@@ -12136,9 +12198,8 @@ def litellm_config_path(places: Places) -> str:
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
-    import hashlib
     path = litellm_config_path(places)
-    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    digest = _digest(_read_bytes(path))
     return [*program, digest, "--config", path, "--host", "127.0.0.1",
             "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
@@ -12172,20 +12233,24 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest(data)
+    cache = _read_json(cache_path)
+    digest = _digest(data)
     known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
-        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        program = find_litellm(env, places.data)
         if not program:
             return None
+        text = data.decode("utf-8")
         answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            latest = dict([*cache.items()][-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
+            # Eight versions are enough for the files of the projects in use.
+            latest = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
     except (UserError, UnicodeDecodeError):
+        # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
     return known
 
@@ -12209,8 +12274,12 @@ def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     file = read_litellm_file(places, env)
-    found = {t.name: tier_credentials(t, known, file, certain) for t in tiers}
-    return {name: names for name, names in found.items() if names}
+    lacking = {}
+    for tier in tiers:
+        names = tier_credentials(tier, known, file, certain)
+        if names:
+            lacking[tier.name] = names
+    return lacking
 
 
 def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
@@ -12268,8 +12337,9 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
-    named = all(name in text for name, _ in wanted)
-    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
+    if all(name in text for name, _ in wanted):
+        return {}
+    return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
 def write_litellm_config(places: Places, config: Config, program: Sequence[str],
@@ -12279,12 +12349,14 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
-    path, wanted = litellm_config_path(places), litellm_entries(config)
+    path = litellm_config_path(places)
+    wanted = litellm_entries(config)
     if not wanted:
         return False
+    there = os.path.exists(path)
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if os.path.exists(path) else "not written"
+        fate = "left alone" if there else "not written"
         say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
@@ -12303,8 +12375,7 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -13026,6 +13097,9 @@ class Bay:
 # ==================================================================================================
 # ENGINE
 # ==================================================================================================
+# The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
+# starts and stops servers, and asks them whether they are well; which tier a request is for was
+# decided before, and what is said to a client goes through a Lease.
 
 
 class Model:
@@ -13075,11 +13149,12 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4, of
     which 3 MB are the program's own.
     """
-    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read, size = bytes_read(pid), sum(map(file_size, paths))
-    if not whole or not OWN_READ_BYTES < read < size:
+    is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    read_bytes = bytes_read(pid)
+    size_bytes = sum(map(file_size, paths))
+    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
-    return read / size
+    return read_bytes / size_bytes
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13201,30 +13276,34 @@ class Engine:
         """
         model = ticket.model
         process = model.process
-        died = process is not None and process.poll() is not None   # a system call: before the lock
+        # poll() is a system call, so it stands before the lock.
+        died = process is not None and process.poll() is not None
         with self._changed:
             if self._closing:
                 raise LoadError("the engine is stopping")
             if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
-                                  f" (exit {model.process.returncode}); starting it again")
+                                  f" (exit {process.returncode}); starting it again")
                 self._forget(model)
-            if model.state == "ready":
-                if self._tickets and self._must_yield(ticket):
-                    self._queue(ticket)
-                    return False
+            if model.state == "ready" and not self._must_yield(ticket):
                 self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
             self._queue(ticket)
             if model.state == "stopped":
-                if time.monotonic() - model.failed_at < FAILED_LOAD_S:
-                    raise LoadError(model.failure)
-                victims = self._room_for(ticket)
-                if victims is not None:
-                    self._begin_load(model, victims)
+                self._load_where_room(ticket)
             return False
+
+    def _load_where_room(self, ticket: Ticket) -> None:
+        """Begin to load a ticket's model where nothing busy has to go. Errors: LoadError."""
+        model = ticket.model
+        # What has just failed would fail again, and each try takes others' memory.
+        if time.monotonic() - model.failed_at < FAILED_LOAD_S:
+            raise LoadError(model.failure)
+        victims = self._room_for(ticket)
+        if victims is not None:
+            self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
         with self._changed:
@@ -13343,40 +13422,44 @@ class Engine:
                          daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
+        """A load's whole thread; however it ends, its model is not "starting" for ever."""
         try:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
                 victim.evictions += 1
-            began = time.monotonic()
-            self._start(model)
-            load_s = time.monotonic() - began
-            while not self._restore(model):
-                self._start(model)
-            self._note_load(model, load_s)
-            self._learn_context(model)
-            with self._changed:
-                self._check_wanted(model)       # unwanted in the moment it became healthy?
-                took = time.monotonic() - model.since
-                model.turn_to("ready")
-                model.loads += 1
-                model.last_used = time.monotonic()
-                self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+            self._bring_up(model)
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._note_failure(model, str(exc))
             self._log.error(str(exc))
-            self._stop(model)
-        except Exception:                       # a bug must not leave a model starting for ever
+            self._give_up(model, str(exc))
+        except Exception:
             import traceback
             self._log.error(traceback.format_exc())
-            self._note_failure(model, f"{model.name} could not be started; see the log")
-            self._stop(model)
+            self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _bring_up(self, model: Model) -> None:
+        """Start a model with what was parked of it. Errors: LoadError, _Cancelled."""
+        began = time.monotonic()
+        self._start(model)
+        load_s = time.monotonic() - began
+        while not self._restore(model):
+            self._start(model)
+        self._note_load(model, load_s)
+        self._learn_context(model)
+        with self._changed:
+            # It may have become unwanted in the moment it became healthy.
+            self._check_wanted(model)
+            took_s = time.monotonic() - model.since
+            model.turn_to("ready")
+            model.loads += 1
+            model.last_used = time.monotonic()
+            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
 
     def _note_load(self, model: Model, load_s: float) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
@@ -13411,9 +13494,10 @@ class Engine:
             back_s += model.bay.back_s()
         return back_s / (1 + max(now - model.last_used, 0.0) / 60)
 
-    def _note_failure(self, model: Model, why: str) -> None:
+    def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
             model.failure, model.failed_at = why, time.monotonic()
+        self._stop(model)
 
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
@@ -13434,17 +13518,27 @@ class Engine:
             if code is None and not (others and tries_left):
                 return
             if code is None:
-                stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+                self._end_server(model)
             elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                if not self._is_here(model):
-                    size = size_words(weights_for(model.tier).size_gb * 1e9)
-                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
-                                    f" llmstack download {model.name}")
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
-                                f"{tail}")
+                raise LoadError(self._exit_words(model, code, log, before))
             self._log.warning(f"{model.name}: port {model.port} was taken by"
                               f" {port_holder(model.port)} meanwhile")
+
+    def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
+        """What to say of a server that has ended while it was loading."""
+        if not self._is_here(model):
+            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
+            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+        tail = "it printed nothing"
+        if file_size(log) > log_bytes:
+            tail = tail_of(log)
+        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+
+    @staticmethod
+    def _end_server(model: Model) -> bool:
+        """True once a model's server is gone, False where it does not die."""
+        process = model.process
+        return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
     def _others_listening(model: Model) -> List[int]:
@@ -13456,30 +13550,33 @@ class Engine:
             return []
         return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
 
+    def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
+        """The command line and the environment of a model's server. Errors: UserError."""
+        port = upstream.port
+        if model.proxy is None:
+            # A key that nobody but us knows keeps web pages out.
+            upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
+            return self._command(model.tier, port), env
+        if not port_is_free("127.0.0.1", port):
+            raise UserError(f"port {port} is taken by {port_holder(port)}",
+                            "choose another litellm_port in models.ini")
+        return list(model.proxy.command), litellm_env(self._env)
+
     def _spawn_server(self, model: Model, log: str) -> None:
-        proxy = model.proxy
         with self._changed:
-            port = proxy.port if proxy else self._free_port(model)
-            model.port, model.upstream = port, Upstream("127.0.0.1", port)
+            port = model.proxy.port if model.proxy else self._free_port(model)
+            upstream = Upstream("127.0.0.1", port)
+            model.port, model.upstream = port, upstream
         try:
-            if proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}",
-                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
+            model.command, env = self._server_start(model, upstream)
+            with self._changed:
+                self._check_wanted(model)
+                model.process = spawn(model.command, log, env)
+                model.started = process_started(model.process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-        env = litellm_env(self._env)
-        if not proxy:                           # a key that nobody but us knows keeps web pages out
-            model.upstream.key = os.urandom(16).hex()
-            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
-        with self._changed:
-            self._check_wanted(model)
-            try:
-                model.process = spawn(model.command, log, env)
-            except UserError as exc:
-                raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-            model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
@@ -13494,10 +13591,8 @@ class Engine:
 
         Errors: LoadError, _Cancelled.
         """
-        assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        path = model.proxy.health if model.proxy else "/health"
-        while not self._healthy(model.process, model.upstream, path):
+        while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
@@ -13509,7 +13604,9 @@ class Engine:
             if not (on_disk or model.proxy or model.listening):
                 # It does not listen before it has downloaded its model.
                 end = time.monotonic() + LOAD_TIMEOUT_S
-            time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
+            # A small model is there in a second or two, a large one in minutes.
+            is_young = time.monotonic() - model.since < 5
+            time.sleep(0.05 if is_young else 0.25)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -13529,8 +13626,8 @@ class Engine:
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
         bay.parks = bay.parks and "--slot-save-path" in model.command
         restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model.process, model.upstream, "/health"):
-            stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+        if not restored and not self._healthy(model):
+            self._end_server(model)
             return False
         model.bay = bay
         return True
@@ -13539,7 +13636,8 @@ class Engine:
         """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
         if model.proxy or model.upstream is None:
             return
-        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        told = asked_json(model.upstream, "/props")
+        settings = dict_of(told.get("default_generation_settings"))
         model.context = _quantity(settings.get("n_ctx"))
         if 0 < model.context < model.tier.ctx_size:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
@@ -13554,11 +13652,14 @@ class Engine:
             raise _Cancelled
 
     @staticmethod
-    def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
+    def _healthy(model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
+        process, upstream = model.process, model.upstream
+        assert upstream is not None
+        path = model.proxy.health if model.proxy else "/health"
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -13566,19 +13667,21 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        ours = any(_group_of(pid) == process.pid for pid in pids)
-        return not pids or IS_WINDOWS or ours
+        # Windows has no groups, and not every system tells who listens.
+        if IS_WINDOWS or not pids:
+            return True
+        return any(_group_of(pid) == process.pid for pid in pids)
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
 
         A server that does not die keeps its memory: its model stays "stopping" until it is gone.
         """
-        process, started = model.process, model.started
+        process = model.process
         if process is not None:
             if model.bay is not None and process.poll() is None:
                 model.bay.save(ending=True)
-            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+            while not self._end_server(model):
                 self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
                 if self._closing:
                     break
@@ -13600,13 +13703,13 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
-    def _stop_soon(self, model: Model) -> None:
+    def _begin_stop(self, model: Model) -> None:
+        model.turn_to("stopping")
         threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
                          daemon=True).start()
 
@@ -13622,8 +13725,7 @@ class Engine:
                     self._forget(model)
                 elif model.tier.ttl and now - model.last_used > model.tier.ttl:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
 
@@ -13638,19 +13740,18 @@ class Engine:
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                model.turn_to("stopping")
-                self._stop_soon(model)
+                self._begin_stop(model)
 
-    def rotate_logs(self) -> None:
+    def tend_files(self) -> None:
+        """Rotate the servers' logs, and write down how fast they were."""
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
-
-    def keep_speeds(self) -> None:
-        if self._parking is not None:
-            try:
-                self._parking.speeds.keep()
-            except UserError as exc:
-                self._log.warning(str(exc))
+        if self._parking is None:
+            return
+        try:
+            self._parking.speeds.keep()
+        except UserError as exc:
+            self._log.warning(str(exc))
 
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
@@ -13680,23 +13781,34 @@ class Engine:
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
+        rows = []
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
-                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
-                     "name": m.name, "description": m.tier.description,
-                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
-                    for m in self.models.values() if m.state != "stopped"]
+            for model in self.models.values():
+                if model.state == "stopped":
+                    continue
+                rows.append({
+                    "model": model.name,
+                    "state": model.state,
+                    "cmd": " ".join(model.command),
+                    "proxy": model.upstream.url if model.upstream else "",
+                    "ttl": model.tier.ttl,
+                    "name": model.name,
+                    "description": model.tier.description,
+                    "in_flight": model.in_flight,
+                    "seconds": round(now - model.since, 1),
+                })
+        return rows
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
         with self._changed:
             rows = {name: self._watched_row(model) for name, model in self.models.items()}
             stopped = [m for m in self.models.values() if m.state == "stopped"]
-        for model in stopped:                   # looks at the disk, so not under the lock
-            row = rows[model.name]
+        # This looks at the disk, so not under the lock.
+        for model in stopped:
             if not self._is_here(model):
-                row.update(state="not here", reason=fetching_words(model.tier))
+                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
@@ -13704,17 +13816,22 @@ class Engine:
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
-        state, reason, since = STATE_WORDS[model.state], "", model.since
+        row: Dict[str, Any] = {
+            "state": STATE_WORDS[model.state],
+            "reason": "",
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
+            "since": round(model.since + self._epoch),
+        }
         if model.state == "stopped" and model.failed_at > model.last_used:
-            state, since = "failed to load", model.failed_at
-            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
-               "evictions": model.evictions, "since": round(since + self._epoch)}
-        if not model.proxy:
-            row["bytes"] = round(model.gb * 1e9)
-        share = self._loaded(model) if model.state == "starting" else 0.0
-        if share:
-            row["share"] = round(share, 2)
+            row["state"] = "failed to load"
+            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+            row["since"] = round(model.failed_at + self._epoch)
+        if model.state == "starting":
+            share = self._loaded(model)
+            if share:
+                row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory.parts
@@ -13782,8 +13899,7 @@ class EngineApp(Behind):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            self.engine.rotate_logs()
-            self.engine.keep_speeds()
+            self.engine.tend_files()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
@@ -13823,17 +13939,18 @@ class EngineApp(Behind):
             return
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}" + (f"?{query}" if query else "")
+            target = f"/{rest}?{query}" if query else f"/{rest}"
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
-        if is_auto(name) and name:
+        if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        # LiteLLM knows no aliases.
         if model and model.proxy and tier and body and tier.name != name:
-            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+            body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -13845,7 +13962,7 @@ class EngineApp(Behind):
         elif not post and path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
-            listing = {"object": "list", "data": self._listing()}
+            listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
         elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
@@ -13870,10 +13987,10 @@ class EngineApp(Behind):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
-                loaded = running.get(model.name) == "ready"
+                is_loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
@@ -13914,30 +14031,36 @@ class EngineApp(Behind):
 # a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
 
 
-def _running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
-    """The rows of llama-swap's /running; None where it does not tell them."""
+def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
+    """The rows of an engine's /running that name a model and its state; None without an answer."""
     rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
-    return [row for row in rows if isinstance(row, dict)]
+    named = []
+    for row in map(dict_of, rows):
+        if isinstance(row.get("model"), str) and isinstance(row.get("state"), str):
+            named.append(row)
+    return named
+
+
+def server_port(row: Mapping[str, Any]) -> int:
+    """The port of a model's server by its row of /running, 0 where that has none."""
+    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    return int(found.group(1)) if found else 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = _running_rows(upstream)
+    rows = running_rows(upstream)
     if rows is None:
         return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows}
+    return {row["model"]: row["state"] for row in rows}
 
 
 def swap_ports(upstream: Upstream) -> Dict[str, int]:
     """Model -> the port of its server, of those that are ready."""
-    ports = {}
-    for row in _running_rows(upstream) or ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
+    rows = running_rows(upstream) or ()
+    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -13988,7 +14111,8 @@ class SwapBays:
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
-        make_private_dir(self._parking.directory)   # its servers do not start without
+        # A llama-server with --slot-save-path does not start without that directory.
+        make_private_dir(self._parking.directory)
         is_up = name in (running_states(swap) or {})
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
@@ -14128,12 +14252,17 @@ class SwapApp(UpstreamApp):
         stop_stack_members(self._env.get(STACK_VARIABLE, ""))
         if self._bays:
             self._bays.forget_all()
-        self._spawn()
+        try:
+            self._spawn()
+        except UserError as exc:
+            # Its program may be gone for a moment; this listener is asked all the same.
+            self.log.error(f"{exc}; {exc.hint}")
 
     def close(self) -> None:
         self._closing = True
         grace_s = STOP_GRACE_S
-        if self._bays:                          # its models are parked before they stop
+        # Its models are parked before they stop.
+        if self._bays:
             grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
@@ -14231,8 +14360,8 @@ def stack_is_alive(places: Places) -> bool:
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
     # An address that means every interface can be listened on, but not connected to everywhere.
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return loopback.get(host, host)
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -14321,17 +14450,27 @@ class Plan(NamedTuple):
         return base_url(self.host, self.port)
 
 
+def _can_park(config: Config, server: Binary) -> bool:
+    return config.park_gb > 0 and "--slot-save-path" not in server.refused
+
+
+def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
+    """The llama-server that llama-swap is to run, told where to park. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    if not program:
+        return Binary(program)
+    server = Binary(program, probe_flags(program, config, data))
+    if _can_park(config, server):
+        return server._replace(program=(*program, *parking_flags(data)))
+    return server
+
+
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if not any(key in SERVER_OPTIONS for key in tier.settings):
-            continue
-        program = find_llama_server(tier_config(config, tier), env, data)
-        refused = probe_flags(program, config, data) if program else frozenset()
-        if program and config.park_gb and "--slot-save-path" not in refused:
-            program = (*program, *parking_flags(data))
-        found[tier.name] = Binary(program, refused)
+        if any(key in SERVER_OPTIONS for key in tier.settings):
+            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
     return found
 
 
@@ -14357,29 +14496,24 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
-                    path: str, drafts: Optional[Drafts] = None) -> None:
+                    path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = os.environ, local_tiers(config)
-    program = find_llama_server(config, env, places.data)
-    refused = probe_flags(program, config, places.data) if program else frozenset()
+    env, local = places.env, local_tiers(config)
+    server = swap_binary(config, env, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data)
-            ready = drafts.choose(tier, ready, identity)
-        tiers.append(ready)
+        identity = probe_identity(tier, config, env, places.data)
+        tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
     park: Tuple[str, ...] = ()
-    if config.park_gb and "--slot-save-path" not in refused:
+    if _can_park(config, server):
         park = (*guest_command(sys.executable, "park"), str(config.engine_port))
-        if program:
-            program = (*program, *parking_flags(places.data))
     plan = SwapPlan(
-        config, Binary(program, refused),
+        config, server,
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.need_gb for fit in fits},
@@ -14388,7 +14522,7 @@ def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
         proxy=proxy,
         own=own_binaries(config, env, places.data),
         park=park)
-    write_atomic(path, render_llama_swap_yaml(plan), 0o600)
+    write_atomic(path, render_llama_swap_yaml(plan))
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14414,12 +14548,6 @@ def check_plan(plan: Plan) -> None:
     # llama-swap's YAML needs to know which flags there are.
     if program and plan.kind == "llama-swap":
         probe_flags(program, config, places.data)
-
-
-def places_at(data: str, work: str) -> Places:
-    """The places of another project than the one we are in."""
-    state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data)
 
 
 def other_owner(places: Places) -> Optional[Places]:
@@ -14483,12 +14611,11 @@ def check_state(places: Places) -> None:
 
     Errors: UserError.
     """
-    close_places(places)
+    # An older version, or a clone, may have left these open to others.
+    close_to_others(places.data, places.state, places.in_state("logs"))
     target = os.path.realpath(places.state)
     # A link to another project's .llmstack is how worktrees share one.
-    if not os.path.islink(places.state):
-        return
-    if os.path.basename(target) != ".llmstack":
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
@@ -14516,16 +14643,6 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def process_variables(pid: int) -> Dict[str, str]:
-    """The environment a process was started with, {} where that cannot be told."""
-    variables = {}
-    for word in process_environment(pid) or []:
-        name, found, value = word.partition("=")
-        if found:
-            variables[name] = value
-    return variables
-
-
 def _stack_name(places: Places) -> str:
     if places.is_demo:
         return "another llmstack (the demo)"
@@ -14542,7 +14659,7 @@ def _listening_stack(data: str, port: int) -> Optional[Places]:
     """The project of the llmstack that listens on `port`; None for any other program."""
     # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
-        env = process_variables(pid)
+        env = process_environment(pid) or {}
         work = env.get("LLMSTACK_WORK_DIR")
         if env.get(STACK_VARIABLE) and work:
             return places_at(data, work)
@@ -14571,7 +14688,7 @@ def _refuse_second_stack(places: Places) -> None:
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
-    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+    """Refuse ports that others hold, and a second stack: one message says all. Errors: UserError.
 
     `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
     project's own daemon holds is no obstacle: it is up, or is ended first.
@@ -14579,13 +14696,11 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     _refuse_second_stack(places)
     free = [0]
     record = running_record(places)
-    # What this project's own daemon holds is free once that is ended.
     if record is not None:
         free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        # All ports are looked at before anything is said: one message names them all.
         if port in free or port_is_free(host, port):
             continue
         other = _listening_stack(places.data, port)
@@ -14611,12 +14726,15 @@ def stack_lock(places: Places, tell: Say = say) -> FileLock:
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
-    """A running stack is not silently left on another channel or address than was asked for."""
+    """A running stack is not silently left on another channel or address than was asked for.
+
+    Errors: UserError.
+    """
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
+        url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
@@ -14699,8 +14817,8 @@ def _start_daemon(plan: Plan) -> None:
     }
     process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
         # The copy is what finds the daemon when .llmstack is deleted under it.
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -14773,11 +14891,11 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     told = row.get("seconds")
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
-    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    port = server_port(row)
     # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    for pid in listeners(int(port.group(1))):
+    for pid in listeners(port):
         return process_age_s(pid)
     return None
 
@@ -14787,15 +14905,10 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running").get("running")
-    if not isinstance(running, list):
+    rows = running_rows(upstream)
+    if rows is None:
         return None
-    states = {}
-    for row in map(dict_of, running):
-        model, state = row.get("model"), row.get("state")
-        if isinstance(model, str) and isinstance(state, str):
-            states[model] = state, _since_s(upstream, row)
-    return states
+    return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
 def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
@@ -14835,7 +14948,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return process_variables(record.pid) or env
+    return process_environment(record.pid) or env
 
 
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
@@ -14884,14 +14997,15 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(states, otherwise, hosted)
+
+
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
     if record is None:
         return 0.0
     now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    memory = now.get("memory")
-    resident = memory.get("resident") if isinstance(memory, dict) else None
+    resident = dict_of(now.get("memory")).get("resident")
     return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
 
 
@@ -14905,13 +15019,16 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
         return None
     told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    cards = told.get("cards")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
         return None
-    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0), each)
+    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    cards = told.get("cards")
+    each: Tuple[float, ...] = ()
+    if isinstance(cards, list):
+        each = tuple(gb for gb in cards if isinstance(gb, float))
+    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
+                   each)
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
@@ -15014,7 +15131,8 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key, mcp_url = api_key(env), ""
+    key = api_key(env)
+    mcp_url = ""
     if local:
         marker = read_marker(places) or Marker("current")
         config = true_config(config.on_channel(marker.channel), places)
@@ -15023,11 +15141,11 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
-    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
+    return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
 
 
-def _replace_file(path: str, data: bytes) -> bool:
-    """Give a file this content; False where it has it."""
+def write_where_other(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it already. Errors: UserError."""
     if _read_bytes(path) == data:
         return False
     write_atomic(path, data)
@@ -15047,7 +15165,7 @@ def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     if old and not _is_ours(places, name, old):
         if name == "AGENTS.md":
             say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            return _replace_file(path + ".new", data)
+            return write_where_other(path + ".new", data)
         write_atomic(path + ".old", old)
         say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
@@ -15074,7 +15192,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if notes:
         changed |= write_ours(places, "AGENTS.md", notes, say)
     pin = places.in_state("default-channel")
-    if _replace_file(pin, render_marker(marker).encode()):
+    if write_where_other(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
@@ -15220,8 +15338,12 @@ def _said(body: bytes) -> str:
     return ": " + visible(message)
 
 
-def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
-    """(what is wrong, what to do) when something else than a models.ini came."""
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
+                       problem: str) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came.
+
+    `problem`: what its reader says of a text.
+    """
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
@@ -15242,7 +15364,8 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
-    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    return (f"is no models.ini, {problem}",
+            "correct the URL: it is to be a llmstack router's, without /v1")
 
 
 def _read_remote(body: bytes, where: str) -> Config:
@@ -15276,13 +15399,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
+    problem = ""
     if response.status == 200:
         try:
             config = _read_remote(body, where)
             return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
         except ValueError as exc:
-            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+            problem = str(exc)
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key), problem)
     raise UserError(f"{where} {what}", hint)
 
 
@@ -15321,7 +15445,8 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     states = _engine_states(remote.upstream)
     told = _router_states(remote.upstream)
     otherwise = "stopped"
-    if states is None:                          # its engine is not ours to ask
+    # A router that serves no engine's paths tells of hosted tiers alone.
+    if states is None:
         otherwise, states = "unknown", {}
     rows = []
     for tier in remote.config.tiers:
@@ -15361,11 +15486,13 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
+# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
+# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
-HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
+HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
@@ -15403,7 +15530,8 @@ def file_sha256(path: str) -> str:
 # .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
 # a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-
+_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+_ENDED = ("done", "failed")
 
 GO_ON = "run `llmstack download` again: it goes on from there"
 
@@ -15423,13 +15551,16 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
-        job = parse_job(row) if isinstance(row, dict) else None
-        if job is None or job.name != name:
+        row = dict_of(row)
+        job = parse_job(row)
+        state = row.get("state")
+        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
             continue
-        if row.get("state") not in ("queued", "running", "done", "failed"):
-            continue
-        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
-        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        jobs[name] = {**job._asdict(), "state": state}
+        for key, kind in _QUEUE_VALUES.items():
+            # A bool is an int, too.
+            if type(row.get(key)) is kind:
+                jobs[name][key] = row[key]
     return jobs
 
 
@@ -15456,7 +15587,7 @@ def _left_over(queue: Mapping[str, Dict[str, Any]],
     """The queue of a worker that has ended, as the next one finds it."""
     left = {}
     for name, row in queue.items():
-        if row["state"] in ("done", "failed"):
+        if row["state"] in _ENDED:
             left[name] = row
         elif parse_job(row) in known:
             left[name] = {**row, "state": "queued"}
@@ -15479,7 +15610,8 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     record = Record(0, "", new_mark(places.project, "download"), kind="download")
     process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
                                      places.in_state("download.pid"), record)
-    process.returncode = 0                      # Popen would warn that it is still running
+    # The worker stays; Popen is not to warn of that.
+    process.returncode = 0
     return worker
 
 
@@ -15492,15 +15624,18 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     """
     check_links(places)
     install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    # Where share/ is missing this fails here, not unseen in the worker.
+    guest_command(environment_program(HUB, places.data), "hub_download")
     with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
+        queue = read_queue(places)
+        worker = download_worker(places)
         if worker is None:
             queue = _left_over(queue, known)
         for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
+            state = queue.get(job.name, {}).get("state")
+            if worker is None or state not in _GOES_ON:
+                # A job that is asked for again goes to the end of the queue.
+                queue.pop(job.name, None)
                 queue[job.name] = {**job._asdict(), "state": "queued"}
         write_queue(places, queue)
         if worker is None:
@@ -15525,7 +15660,7 @@ def _next_job(places: Places) -> Optional[Job]:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="running", error="")
                 write_queue(places, queue)
                 return parse_job(row)
@@ -15550,7 +15685,7 @@ def _fail_all(places: Places, why: UserError) -> None:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="failed", error=str(why), hint=why.hint)
         write_queue(places, queue)
 
@@ -15570,7 +15705,8 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     except Unreachable:
         raise
     except (UserError, OSError, LookupError, TypeError):
-        pass                                    # fetching says what is wrong with the repository
+        # Fetching says what is wrong with the repository.
+        pass
 
     def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
         named = [found if file == ANY_PROJECTOR else file for file in files]
@@ -15579,14 +15715,27 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     return job._replace(files=real(job.files), beside=real(job.beside))
 
 
+def _guest_events(command: Sequence[str],
+                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
+
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    """
+    import subprocess
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        yield from map(json.loads, guest.stdout)
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    Errors: UserError, Unreachable.
     """
-    import subprocess
     asked, job = job, _with_projector(job, env)
     if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
@@ -15594,20 +15743,15 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_program(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        for line in guest.stdout:
-            event = json.loads(line)
-            if "say" in event:
-                note(visible(event["say"]))
-            elif "part" in event:
-                tell(**event)
-            elif "size" in event:
-                words = progress_words(event["bytes"], event["size"], event["rate"])
-                note(f"{event['file']}: {words}")
+    for event in _guest_events(command, wanted):
+        if "say" in event:
+            note(visible(event["say"]))
+        elif "part" in event:
+            tell(**event)
+        elif "size" in event:
+            words = progress_words(event["bytes"], event["size"], event["rate"])
+            note(f"{event['file']}: {words}")
+    # Its last event is how it has ended.
     if "done" in event:
         return int(event["done"])
     what = event.get("failed", "huggingface_hub has ended in the middle")
@@ -15639,7 +15783,8 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             code = 1
             note(failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
+        # One file that fails, for whatever reason, does not stop those behind it.
+        except Exception as exc:
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
@@ -15652,12 +15797,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
-    worker, cache = download_worker(places), hub_cache_dir(os.environ)
+    worker = download_worker(places)
+    cache = hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in ("queued", "running"):
+        if worker is None and state in _GOES_ON:
             state = "interrupted"
+        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
         path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
         have = job.get("bytes") or job.get("before", 0) + file_size(path)
@@ -15702,7 +15849,7 @@ def check_run_trust(places: Places) -> None:
     if is_trusted(places, "run"):
         return
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
-        new = untrusted(places, "run", _run_effects(places))
+        new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
@@ -15716,21 +15863,15 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def _is_hooked_project(directory: str) -> bool:
-    """True for a project as the shell hooks see it."""
-    state = os.path.join(directory, ".llmstack")
-    return any(os.path.isfile(os.path.join(state, name))
-               for name in ("default-channel", "opencode.json"))
+def _is_hooked(state: str) -> bool:
+    """True for the .llmstack/ of a project as the shell hooks see it."""
+    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    return any(map(os.path.isfile, files))
 
 
 def project_above(directory: str) -> str:
     """The nearest project of the shell hooks at or above a directory, "" for none."""
-    while not _is_hooked_project(directory):
-        above = os.path.dirname(directory)
-        if above == directory:
-            return ""
-        directory = above
-    return directory
+    return nearest_project(directory, _is_hooked)
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -15815,7 +15956,7 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    _replace_file(path, raw)
+    write_where_other(path, raw)
     return path
 
 
@@ -16019,12 +16160,11 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _harmful_values(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text

@@ -100,7 +100,7 @@ def test_fit_says_which_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     places = llmstack.find_places(os.environ)
     Path(places.models_ini).write_text(f"[a]\nrole = fast\npath = {made.absolute()}\ndevice = CUDA1\n"
                                        f"[b]\nrole = agent\npath = {made.absolute()}\n")
-    monkeypatch.setattr(llmstack, "this_machine", lambda config, ours_gb=0.0: TWO)
+    monkeypatch.setattr(llmstack, "this_machine", lambda config: TWO)
     monkeypatch.setattr(llmstack, "list_devices", lambda program: llmstack.parse_devices(CUDA))
     assert llmstack.main(["fit"]) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -421,7 +421,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> llmstack.Engine:
         model = made.models[name]
         model.process, model.last_used = Process(), number
         model.turn_to("ready")
-    monkeypatch.setattr(made, "_stop_soon", lambda model: None)
+    monkeypatch.setattr(made, "_stop", lambda model: None)
     return made
 
 

@@ -155,7 +155,7 @@ def test_the_parts_are_what_is_needed(places: llmstack.Places, tmp_path: Path, m
                                       capsys: pytest.CaptureFixture[str]) -> None:
     write_ini("[a]", "role = agent", f"path = {moe_file(tmp_path)}", "ctx_size = 8k", "n_cpu_moe = 2")
     for machine in (CARD, llmstack.Machine(24.0, "one memory", True)):
-        monkeypatch.setattr(llmstack, "this_machine", lambda config, ours_gb=0.0, found=machine: found)
+        monkeypatch.setattr(llmstack, "this_machine", lambda config, found=machine: found)
         assert llmstack.main(["fit", "--json"]) == 0
         row, = json.loads(capsys.readouterr().out)["tiers"]
         assert sum(row["memory"].values()) / 1e9 == pytest.approx(row["need_gb"] + row["host_gb"])
