@@ -3403,7 +3403,8 @@ def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     own = tier_config(config, tier)
     settings = own.settings
-    cards, split = (0,), (1.0,)
+    cards: Tuple[int, ...] = (0,)
+    split: Tuple[float, ...] = (1.0,)
     if machine.cards:
         cards = cards_of(own, machine)
         split = _split_over(cards, settings, machine)
@@ -3986,7 +3987,7 @@ def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) ->
     each = [0.0] * len(machine.budgets_gb)
     for card, part in zip(load.cards, load.split):
         each[card] = need_gb * part / sum(load.split)
-    fits = fits_together([each], machine.budgets_gb)
+    fits = fits_together([tuple(each)], machine.budgets_gb)
     source = "size_gb" if need_gb else "unknown"
     return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
 
@@ -11999,6 +12000,7 @@ class Trial:
         self.log = places.log(f"{tier.name}.log")
         self.loaded_s = 0.0
         self.process: Any = None
+        self.command: List[str] = []
         self._places, self._env = places, env
         # Any free port: two trials that look for the next one in the same moment get the same,
         # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
@@ -12013,13 +12015,12 @@ class Trial:
                             "install llama.cpp, or run `llmstack setup`")
         refused = probe_flags(program, self.config, data)
         tier = ready_tier(self.tier, env)
-        command = server_command(program, tier, self.config, self._upstream.port,
-                                 refused)
+        self.command = server_command(program, tier, self.config, self._upstream.port, refused)
         own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
                "LLAMA_API_KEY": self._upstream.key,
                STACK_VARIABLE: new_mark(self._places.project)}
         began = time.monotonic()
-        self.process = spawn(command, self.log, own)
+        self.process = spawn(self.command, self.log, own)
         try:
             while not self._is_up():
                 if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
@@ -12565,8 +12566,10 @@ LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
-# Whose values do not change what is saved.
-_NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
+# Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
+# that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
+_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
+              "--slot-prompt-similarity", "--slot-save-path")
 
 
 class Talk(NamedTuple):
@@ -12685,12 +12688,33 @@ def _names_in(directory: str) -> List[str]:
         return []
 
 
+def bytes_read(pid: int) -> int:
+    """What a process has read, as Linux counts it; 0 elsewhere."""
+    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
+    return int(counted.group(1)) if counted else 0
+
+
+def bytes_fetched(pid: int) -> int:
+    """What a process has had read from disks; -1 where the system does not say."""
+    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+    return int(found.group(1)) if found else -1
+
+
+def _changed_s(path: str) -> float:
+    """When a file was written last, 0.0 for none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
 class Speeds:
     """What this machine has shown of each model, build and flags: speeds.json.
 
     "read", "written", "saved" and "restored" are tokens a second, "bytes" those of a saved token,
     "load" and "disk" the seconds of a load, out of memory and off the disk. Reading slows down as
-    a prompt grows: "read8192" is that of prompts from so many tokens on.
+    a prompt grows: "read8192" is that of prompts from so many tokens on. Several processes learn,
+    such as a daemon and `probe`: what one has written the others take in.
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
@@ -12698,9 +12722,22 @@ class Speeds:
 
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
-        self._rows = _read_json(self._path)
-        self._changed = False
         self._lock = threading.Lock()
+        self._rows: Dict[str, Any] = {}
+        self._news: Set[str] = set()            # identities of what is not written yet
+        self._read_s = 0.0                      # when what has been read was written
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Read the file where another process has written it."""
+        changed_s = _changed_s(self._path)
+        if changed_s == self._read_s:
+            return
+        with self._lock:
+            rows = _read_json(self._path)
+            news = {i: row for i, row in self._rows.items() if i in self._news}
+            older = {identity: row for identity, row in rows.items() if identity not in news}
+            self._rows, self._read_s = {**older, **news}, changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
         row = self._rows.get(identity)
@@ -12714,9 +12751,7 @@ class Speeds:
             row = self._rows.pop(identity, None)
             row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
-            for stale in list(self._rows)[:-self.MOST]:
-                del self._rows[stale]
-            self._changed = True
+            self._news.add(identity)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
@@ -12738,6 +12773,13 @@ class Speeds:
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
             self.note(identity, model, "written", counts.written_per_s)
 
+    def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
+        """Learn how long a load took: off the disk where half of the weights came from there."""
+        kind = "load"
+        if bytes_fetched(pid) > file_size(weights) / 2:
+            kind = "disk"
+        self.note(identity, model, kind, load_s)
+
     def load_s(self, identity: str) -> float:
         """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
         return self.get(identity, "load") or self.get(identity, "disk")
@@ -12748,35 +12790,20 @@ class Speeds:
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
+        self._take_in()
         rows = list(self._rows.items())
         return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
 
     def keep(self) -> None:
         """Write them down, where there is something new. Errors: UserError."""
+        self._take_in()
         with self._lock:
-            if not self._changed:
+            if not self._news:
                 return
-            self._changed = False
-            text = json.dumps(self._rows, indent=1)
-        write_atomic(self._path, text)
-
-
-def bytes_read(pid: int) -> int:
-    """What a process has read, as Linux counts it; 0 elsewhere."""
-    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
-    return int(counted.group(1)) if counted else 0
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
-def _changed_s(path: str) -> float:
-    """When a file was written last, 0.0 for none."""
-    try:
-        return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
+            self._news.clear()
+            self._rows = dict(list(self._rows.items())[-self.MOST:])
+            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            self._read_s = _changed_s(self._path)
 
 
 class Parking:
@@ -13533,14 +13560,13 @@ class Engine:
                 self._changed.notify_all()
 
     def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took: off the disk where half of the weights came from there."""
+        """Learn how long a load took."""
         if self._parking is None or model.bay is None:
             return
         weights = cached_model(weights_for(model.tier), self._local_env)
-        fetched = bytes_fetched(model.process.pid)
-        kind = "disk" if fetched > file_size(weights) / 2 else "load"
         model.identity = model.bay.identity
-        self._parking.speeds.note(model.identity, model.name, kind, load_s)
+        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
+                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
@@ -18907,9 +18933,10 @@ def _swap_app(places: Places, config: Config, log: Log,
     refused = probe_flags(server, config, data) if server else frozenset()
 
     def identify(tier: Tier) -> str:
-        words = server_command(server, tier, config, 0, refused)
-        weights = cached_model(weights_for(tier), env)
-        return parking_identity([*words, *parking_flags(data)], weights, env)
+        own = find_llama_server(tier_config(config, tier), env, data)
+        ready = _ready_for_swap(tier, env)
+        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
+        return parking_identity(words, cached_model(weights_for(tier), env), env)
 
     if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)
