@@ -262,12 +262,16 @@ def measure_speed(trial: Any, size: int) -> Dict[str, Any]:
 def measure_speeds(trial: Any, context: int) -> Tuple[List[Dict[str, Any]], str]:
     """(a row for each size, what to say of those left out). Errors: OSError, ValueError."""
     rows: List[Dict[str, Any]] = []
-    for size in speed_sizes(context):
+    sizes = speed_sizes(context)
+    for size in sizes:
         if rows:
             needed_s = size / max(rows[-1]["read_per_s"], 0.01)
             if needed_s > PATIENCE_S / 2:
                 return rows, f"{size:,} tokens would take {needed_s / 60:,.0f} minutes or more"
         rows.append(measure_speed(trial, size))
+    missing = [f"{size:,}" for size in SPEED_TOKENS if size not in sizes]
+    if missing:
+        return rows, f"{' and '.join(missing)} tokens and an answer are more than it holds"
     return rows, ""
 
 
