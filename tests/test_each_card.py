@@ -181,6 +181,17 @@ def test_two_tiers_that_are_each_on_a_card_of_their_own_stay_together() -> None:
     assert not any({"f", "p"} <= found for found in sets), "20 and 5 on a card of 24, though 48 are there"
 
 
+def test_llama_swap_is_told_the_same_sets() -> None:
+    config, _ = llmstack.parse_models_ini(PINNED)
+    fits = pinned_fits(config, {"f": 5.0, "c": 20.0, "p": 20.0})
+    plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), str, budgets_gb=TWO.budgets_gb,
+                             need_gb={found.name: found.needs for found in fits})
+    text = llmstack.render_llama_swap_yaml(plan)
+    assert re.search(r"# left out: f \+ p would take ~25\.[0-9] \+ 0\.0 GB and [0-9.]+ of the host's,"
+                     r" and there are 24\.0 \+ 24\.0 GB and 64\.0 of the host's", text)
+    assert '"f & c"' in text
+
+
 def test_the_hosts_memory_is_a_limit_too() -> None:
     config, _ = llmstack.parse_models_ini(PINNED.replace("CUDA1", "none").replace("CUDA0", "none"))
     fits = pinned_fits(config, {"f": 30.0, "c": 30.0, "p": 30.0})
