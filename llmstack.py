@@ -2418,7 +2418,8 @@ def tier_config(config: Config, tier: Tier) -> Config:
 # How much of a prompt a slot must hold to be taken for it. llama-server's default is 0.1: then a
 # long conversation that comes back takes the slot of a side request with the same system text, is
 # never looked for in the host's cache, and read anew (docs/conversations.md has figures).
-SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
+SLOT_SIMILARITY = 0.8
+SLOT_FLAG = ("--slot-prompt-similarity", str(SLOT_SIMILARITY))
 
 
 def common_flags(config: Config) -> List[Flag]:
@@ -8400,6 +8401,9 @@ def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None
                 ready.unregister(key.fileobj)
 
 
+JSON_LINE = b"Content-Type: application/json\r\n"
+
+
 class Upstream:
     """A host we ask, and its idle keep-alive connections, the last used first."""
 
@@ -9408,6 +9412,7 @@ class Lease:
         """What is about to be asked, kept while its answer streams where it may be parked."""
         if self.bay is not None and self.bay.wants(sum(map(len, body))):
             self._target, self._body = target, b"".join(body)
+            self.bay.settle(self._body)
 
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
@@ -12053,8 +12058,7 @@ class Trial:
         method, data = "GET", b""
         if body is not None:
             method, data = "POST", json.dumps(body).encode()
-        response, said = self._upstream.get(path, timeout_s, method,
-                                            b"Content-Type: application/json\r\n", body=data)
+        response, said = self._upstream.get(path, timeout_s, method, JSON_LINE, body=data)
         return response.status, parse_json_object(said)
 
 
@@ -12554,6 +12558,8 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # token before the end. --no-cache-idle-slots would leave them in their slots, but what the context
 # has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
 # in a context of 8,192, three were read again, and by default none.
+# A restored slot is found by a prompt that it holds most of, and goes to the host's cache only as
+# a task begins: see Bay.settle.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so its ends are looked at.
 
@@ -12561,6 +12567,7 @@ PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
 PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
+SURE_SIMILARITY = (1 + SLOT_SIMILARITY) / 2     # of bytes, which are no tokens
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed...
 LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
@@ -12572,6 +12579,25 @@ _NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
               "--slot-prompt-similarity", "--slot-save-path")
 
 
+def talk_turns(values: Mapping[str, Any]) -> Any:
+    """What a request's prompt grows by: a list of messages, or text."""
+    for key in ("messages", "input", "prompt"):
+        if isinstance(values.get(key), (list, str)):
+            return values[key]
+    return ""
+
+
+def beginning(values: Mapping[str, Any], turns: int) -> str:
+    """A hash of the first `turns` of a request; "" where it has fewer."""
+    import hashlib
+    said = talk_turns(values)
+    if not turns or len(said) < turns:
+        return ""
+    above = [values.get("system"), values.get("instructions"), values.get("tools")]
+    text = json.dumps([above, said[:turns]])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 class Talk(NamedTuple):
     """A conversation that a loaded model has answered, as it was asked last."""
 
@@ -12581,13 +12607,14 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+    at: float                                   # when, in seconds since 1970
 
     def is_in(self, slot_tokens: int) -> bool:
         """Whether a slot with so many tokens holds it: all but the last, which was never read."""
         return slot_tokens in (self.tokens - 1, self.tokens)
 
 
-NO_TALK = Talk("", b"", 0, "", 0, 0)
+NO_TALK = Talk("", b"", 0, "", 0, 0, 0.0)
 
 
 class Parked(NamedTuple):
@@ -12599,6 +12626,11 @@ class Parked(NamedTuple):
     turns: int                                  # of the conversation in it, see Talk
     begins: str
     prompt: int
+    body_bytes: int                             # of its last request
+
+    def goes_on_in(self, values: Mapping[str, Any]) -> bool:
+        """Whether a request begins with all of its conversation."""
+        return bool(self.begins) and beginning(values, self.turns) == self.begins
 
 
 def parked_dir(data: str) -> str:
@@ -12635,25 +12667,6 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     facts += [word for flag, word in zip(["", *command], command)
               if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
-
-
-def talk_turns(values: Mapping[str, Any]) -> Any:
-    """What a request's prompt grows by: a list of messages, or text."""
-    for key in ("messages", "input", "prompt"):
-        if isinstance(values.get(key), (list, str)):
-            return values[key]
-    return ""
-
-
-def beginning(values: Mapping[str, Any], turns: int) -> str:
-    """A hash of the first `turns` of a request; "" where it has fewer."""
-    import hashlib
-    said = talk_turns(values)
-    if not turns or len(said) < turns:
-        return ""
-    above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    text = json.dumps([above, said[:turns]])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def parking_notes(data: str) -> Dict[str, str]:
@@ -12852,7 +12865,11 @@ class Parking:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
-        """What is there of a model, the longest first."""
+        """What is there of a model, the last used first, of several at once the longest.
+
+        By length, two long conversations that nobody asks any more would take the context
+        from those that are under way.
+        """
         found = []
         for name in _names_in(self.directory):
             if name.startswith(identity + "-") and name.endswith(".json"):
@@ -12860,21 +12877,24 @@ class Parking:
                 try:
                     found.append(Parked(
                         int(row["slot"]), int(row["tokens"]), str(row["edges"]),
-                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"]),
+                        int(row["body_bytes"])))
                 except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
-        return sorted(found, key=lambda parked: -parked.tokens)
+        found.sort(key=lambda parked: parked.tokens, reverse=True)
+        return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
 
     def rows(self) -> List[Dict[str, Any]]:
-        """What is parked of every model, the last saved first: counts, bytes, a time, no text."""
+        """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
         for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
             model = self.speeds.model_of(identity)
             for parked in self.saved(identity):
                 path = self.path(f"{identity}-{parked.slot}.kv")
                 rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
-                             "bytes": file_size(path), "saved": round(_changed_s(path))})
-        return sorted(rows, key=lambda row: -row["saved"])
+                             "bytes": file_size(path),
+                             "used": round(self.used(identity, parked.slot))})
+        return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
@@ -12882,10 +12902,11 @@ class Parking:
         except OSError:
             return False
 
-    def keep(self, identity: str, parked: Parked, temporary: str) -> None:
-        """Take a file that has been written whole. Errors: OSError, UserError."""
+    def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
+        """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
         stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
+        os.utime(temporary, (used, used))
         write_atomic(stem + ".json", json.dumps(parked._asdict()))
         replace_file(temporary, stem + ".kv")
         self.make_room()
@@ -12894,8 +12915,12 @@ class Parking:
         for end in (".kv", ".json"):
             _remove(self.path(f"{identity}-{slot}{end}"))
 
-    def used(self, identity: str, slot: int) -> None:
-        os.utime(self.path(f"{identity}-{slot}.kv"))
+    def used(self, identity: str, slot: int) -> float:
+        """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
+        try:
+            return os.stat(self.path(f"{identity}-{slot}.kv")).st_mtime
+        except OSError:
+            return 0.0
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
         """Drop the longest unused until the rest fits; False, and none, where it never will."""
@@ -12986,7 +13011,6 @@ class Bay:
             if not status:
                 return False
             if status == 200:
-                parking.used(identity, parked.slot)
                 self._restored.append(parked)
                 left -= parked.tokens
         if self._restored:
@@ -13007,6 +13031,25 @@ class Bay:
         worth = self._parking.worth(self.identity, body_bytes // 2)
         return worth or not known or bool(self._restored)
 
+    def settle(self, body: bytes) -> None:
+        """Make a restored conversation findable for `body`, the first to be asked after a load.
+
+        llama-server looks for a prompt in the slots that hold SLOT_SIMILARITY of it, then in the
+        host's cache. A restored slot that holds less, for a tool has said a lot meanwhile, goes
+        there only as a task begins: one of a single token, here.
+        """
+        with self._lock:
+            restored = self._restored if self._asked == 1 else []
+        values = parse_json_object(body) if restored else {}
+        found = [parked for parked in restored if parked.goes_on_in(values)]
+        if not any(parked.body_bytes < SURE_SIMILARITY * len(body) for parked in found):
+            return
+        task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
+        try:
+            self._upstream.get("/completion", PARK_S, "POST", JSON_LINE, body=task)
+        except (OSError, ValueError) as exc:
+            self._log.warning(f"{self._name}: what was restored may be read again: {exc}")
+
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         parking, identity = self._parking, self.identity
@@ -13023,7 +13066,7 @@ class Bay:
         values = parse_json_object(body)
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
-            if ignored and beginning(values, parked.turns) == parked.begins != "":
+            if ignored and parked.goes_on_in(values):
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
@@ -13034,7 +13077,7 @@ class Bay:
         turns = len(talk_turns(values))
         if turns and worth:
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
-                        counts.prompt + counts.output)
+                        counts.prompt + counts.output, time.time())
             with self._lock:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
@@ -13078,10 +13121,11 @@ class Bay:
         began, held, numbers = time.monotonic(), self._slots(), []
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
+        unknown = NO_TALK._replace(at=time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
-            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talk = next((talk for talk in talks if talk.is_in(tokens)), unknown)
             talks = [other for other in talks if other is not talk]
             if busy or not self._parking.worth(self.identity, tokens):
                 continue
@@ -13159,8 +13203,9 @@ class Bay:
             parking.speeds.note(identity, self._name, "saved", saved / took_s)
             self._drop_older(number, talk)
             edges = file_edges(temporary)
-            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt)
-            parking.keep(identity, parked, temporary)
+            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt,
+                            len(talk.body))
+            parking.keep(identity, parked, temporary, talk.at)
             return True
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
@@ -13172,8 +13217,7 @@ class Bay:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
         for parked in self._parking.saved(self.identity):
-            same = beginning(values, parked.turns) == parked.begins != ""
-            if same and parked.slot != number:
+            if parked.goes_on_in(values) and parked.slot != number:
                 self._parking.drop(self.identity, parked.slot)
 
     def _pull(self, talk: Talk, end: float) -> int:
@@ -13185,9 +13229,8 @@ class Bay:
         values["stream"] = False
         body = json.dumps(values).encode()
         timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
-        kind = b"Content-Type: application/json\r\n"
         try:
-            self._upstream.get(talk.target, timeout_s, "POST", kind, body=body)
+            self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():

@@ -52,6 +52,8 @@ class Slots:
             rows = [{"id": i, "is_processing": i in self.busy,
                      **({} if n is None else {"n_prompt_tokens": n})} for i, n in self.held.items()]
             return answer(200, rows)
+        if path == "/completion":
+            return answer(200, {})
         if path.startswith("/v1/"):
             words = json.loads(body)
             assert (words["max_tokens"], words["stream"]) == (1, False)
@@ -181,7 +183,24 @@ def test_conversations_in_the_hosts_cache_are_saved_too(rig: Rig) -> None:
         rig.slots.host_cache[last.encode()] = tokens
     rig.slots.held.update({0: 404, 1: 0})
     bay.save(ending=True)
-    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [800, 404]
+    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [404, 800]
+
+
+def test_where_not_all_fits_the_last_used_come_back(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By length, old conversations took the context from those that were under way."""
+    clock = iter(range(1_000, 2_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    for slot, (last, tokens) in enumerate([("old", 800), ("older", 900), ("new", 400)]):
+        bay = rig.load()
+        rig.slots.held[slot] = tokens + 4
+        bay.note("/v1/chat/completions", asked(3, last), counts(tokens))
+        bay.save(ending=True)
+    for _ in range(2):                          # coming back is no use, either
+        rig.slots.asked.clear()
+        assert rig.load(context=1_320).restore()
+        assert rig.slots.actions("restore") == ["/slots/2?action=restore", "/slots/1?action=restore"]
 
 
 def test_of_two_that_are_as_long_the_last_is_in_the_slot(rig: Rig) -> None:
@@ -384,6 +403,24 @@ def test_what_was_asked_beside_another_request_proves_nothing(rig: Rig) -> None:
     assert llmstack.parking_notes(str(rig.data)) == {}
 
 
+@pytest.mark.parametrize(("more", "asked_before", "settled"), [
+    (8, 0, True), (0, 0, False), (8, 1, False),
+], ids=["it has grown", "its slot is found", "another was asked first"])
+def test_a_conversation_that_has_grown_goes_to_the_hosts_cache(
+    rig: Rig, more: int, asked_before: int, settled: bool
+) -> None:
+    park(rig, 500)
+    bay = rig.load()
+    bay.restore()
+    for _ in range(asked_before + 1):
+        assert bay.wants(10)
+    said = [*messages(3), *messages(more)] if more else messages(3)
+    bay.settle(json.dumps({"model": "m", "messages": said}).encode())
+    assert ("/completion" in rig.slots.asked) is settled
+    bay.settle(asked(3, "of another conversation"))
+    assert rig.slots.asked.count("/completion") == settled
+
+
 # ---- what it is restored under
 
 
@@ -540,6 +577,21 @@ def test_a_real_conversation_survives_a_swap(real: RealStage) -> None:
     assert llmstack.parking_notes(str(Path(real.parking.directory).parent)) == {}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_real_conversation_that_has_grown_a_lot_is_found(real: RealStage, path: str) -> None:
+    """A tool's long result: what its slot shares with the prompt is less than the server looks for."""
+    said = conversation("a")
+    before, _ = real.turn("code-smart", said)
+    real.turn("plan", conversation("b"))
+    said += conversation("result", 90)
+    status, told = real.ask("POST", path, {"model": "code-smart", "max_tokens": 8, "messages": said})
+    assert status == 200, told
+    usage = told["usage"]
+    cached = usage.get("cache_read_input_tokens", told.get("timings", {}).get("cache_n"))
+    assert cached >= before - 1, real.log()
+    assert llmstack.parking_notes(str(Path(real.parking.directory).parent)) == {}
+
+
 def test_six_real_conversations_on_three_models_in_turn(real: RealStage) -> None:
     """LLMSTACK_TEST_PARK_S: go on for so many seconds."""
     end = time.monotonic() + float(os.environ.get("LLMSTACK_TEST_PARK_S", "0"))
@@ -648,7 +700,7 @@ def test_who_looks_on_is_told_what_is_parked_and_no_word_of_it(rig: Rig) -> None
     (row,) = rig.parking.rows()
     path = Path(rig.parking.directory, f"{IDENTITY}-2.kv")
     assert row == {"tier": "m", "tokens": 504, "turns": 3, "bytes": path.stat().st_size,
-                   "saved": round(path.stat().st_mtime)}
+                   "used": round(path.stat().st_mtime)}
     for broken in ("{", "[]", '{"slot": "x"}'):
         (path.parent / f"{IDENTITY}-7.json").write_text(broken)
         assert rig.parking.rows() == [row]
