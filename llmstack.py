@@ -3971,15 +3971,24 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
-    need_gb, host_gb = memory.total / 1e9, 0.0
+    each_gb, host_gb = needs(memory), 0.0
+    need_gb = sum(each_gb)
     if machine.host_gb:
-        on_cards = sum(memory.each)
-        need_gb, host_gb = on_cards / 1e9, (memory.total - on_cards) / 1e9
-    return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size),
-                   tier.ctx_size, largest_context(trained or tier.ctx_size, fits), memory, "",
-                   host_gb, checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained, load.slots,
-                   load.cards if load.seen > 1 and load.gpu_layers else (), needs(memory))
+        need_gb, host_gb = sum(each_gb[:-1]), each_gb[-1]
+    cards: Tuple[int, ...] = ()
+    if load.seen > 1 and load.gpu_layers:
+        cards = load.cards
+    return TierFit(
+        tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        memory=memory,
+        host_gb=host_gb,
+        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        cache_mib=memory.cache // MIB,
+        trained_ctx=trained,
+        slots=load.slots,
+        cards=cards,
+        each_gb=each_gb)
 
 
 def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
