@@ -12976,6 +12976,33 @@ def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
     return Pace(per_s, speeds.load_s(identity), False, keeps and not parking.off(identity))
 
 
+class Numbers:
+    """Under which number a slot is saved, and so into which slot it comes back."""
+
+    def __init__(self, slots: Sequence[int], saved: Sequence[Parked]) -> None:
+        self._slots, self._saved = slots, saved
+        self.used: List[int] = []               # in this round
+
+    def left(self) -> List[int]:
+        return [slot for slot in self._slots if slot not in self.used]
+
+    def choose(self, slot: int, talk: Talk) -> int:
+        """Its conversation's own, else its slot's, else one without a file, else the oldest file's.
+
+        The file of its slot may hold another conversation, which was restored there and has left
+        for the host's cache as this one was asked.
+        """
+        values = parse_json_object(talk.body)
+        kept = [parked for parked in self._saved if parked.slot in self.left()]
+        own = [parked.slot for parked in kept if parked.goes_on_in(values)]
+        taken = {parked.slot for parked in kept}
+        empty = [number for number in self.left() if number not in taken]
+        if slot in empty:
+            empty = [slot]
+        oldest = [parked.slot for parked in reversed(kept)]
+        return [*own, *empty, *oldest, slot][0]
+
+
 class Bay:
     """The parking of one loaded model: restores its slots, watches its answers, saves its slots."""
 
@@ -13127,7 +13154,8 @@ class Bay:
                 self._log.warning(f"{self._name}: not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
-        began, held, numbers = time.monotonic(), self._slots(), []
+        began, held = time.monotonic(), self._slots()
+        numbers = Numbers([slot for slot, _, _ in held], self._parking.saved(self.identity))
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
         unknown = NO_TALK._replace(at=time.time())
@@ -13139,31 +13167,27 @@ class Bay:
             if busy or not self._parking.worth(self.identity, tokens):
                 continue
             quick = ending or tokens / per_s < 1
-            if quick and self._save_slot(slot, slot, tokens, talk, end):
-                numbers.append(slot)
-        saved = len(numbers)
+            number = numbers.choose(slot, talk)
+            if quick and self._save_slot(slot, number, tokens, talk, end):
+                numbers.used.append(number)
         if ending and not any(busy for _, _, busy in held):
-            free = [slot for slot, _, _ in held if slot not in numbers]
-            saved += self._save_cached(talks, free, end)
-        if saved:
-            self._log.info(f"{self._name}: parked {saved} conversations"
+            self._save_cached(talks, numbers, end)
+        if numbers.used:
+            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
                            f" in {time.monotonic() - began:.2f} s")
 
-    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
-        """Save what the host's cache has, under the numbers that are free; returns how many.
+    def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
+        """Save what the host's cache has, as long as there are numbers.
 
         Where one is there no more, the others are older, and looking for them costs seconds.
         """
-        saved = 0
         for talk in sorted(talks, key=lambda talk: -talk.prompt):
-            slot = self._pull(talk, end) if free else -1
+            slot = self._pull(talk, end) if numbers.left() else -1
             if slot < 0:
                 break
-            number = slot if slot in free else min(free)
+            number = numbers.choose(slot, talk)
             if self._save_slot(slot, number, talk.prompt, talk, end):
-                free.remove(number)
-                saved += 1
-        return saved
+                numbers.used.append(number)
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.

@@ -142,6 +142,25 @@ def test_files_are_the_users_alone(rig: Rig) -> None:
         assert os.stat(rig.parking.path(name)).st_mode & 0o777 == 0o600
 
 
+def test_no_conversation_is_saved_over_another(rig: Rig) -> None:
+    """It is asked in the slot that another was restored to, which is in the host's cache by then."""
+    for slot, last in ((2, "first"), (2, "second"), (2, "third"), (0, "fourth"), (1, "first")):
+        bay = rig.load()
+        assert bay.restore()
+        rig.slots.held[slot] = 604
+        bay.note("/v1/chat/completions", asked(3, last), counts(600, 600))
+        bay.save(ending=True)
+    said = [json.loads(asked(3, last)) for last in ("first", "second", "third", "fourth")]
+    parked = rig.parking.saved(IDENTITY)
+    assert [sum(p.goes_on_in(values) for p in parked) for values in said] == [1, 1, 1, 1]
+    bay = rig.load()
+    rig.slots.held[3] = 604
+    bay.note("/v1/chat/completions", asked(3, "fifth"), counts(600))
+    bay.save(ending=True)
+    assert len(rig.files()) == 4
+    assert not any(p.goes_on_in(said[1]) for p in rig.parking.saved(IDENTITY)), "the oldest goes"
+
+
 def test_a_file_stays_where_its_slot_was_not_used(rig: Rig) -> None:
     park(rig)
     bay = rig.load()
@@ -255,7 +274,8 @@ def test_an_older_state_of_a_conversation_goes(rig: Rig) -> None:
     bay.note("/v1/chat/completions", json.dumps({"messages": [*messages(3), *messages(2)]}).encode(),
              counts(700, 500))
     bay.save(ending=True)
-    assert rig.files() == [f"{IDENTITY}-1.kv"]
+    assert rig.files() == [f"{IDENTITY}-2.kv"]
+    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [704]
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "gone"])
