@@ -2580,28 +2580,51 @@ class ResidencySet(NamedTuple):
     tiers: Tuple[str, ...]
 
 
+# GB of each memory: of each card, then of the host; of one memory alone where all share it.
+Needs = Tuple[float, ...]
+
+
+def needs_together(needs: Iterable[Needs]) -> Needs:
+    """What several tiers take of each memory."""
+    return tuple(map(sum, itertools.zip_longest(*needs, fillvalue=0.0)))
+
+
+def gb_words(needs: Needs) -> str:
+    """`5.3 GB`, or what it is of each memory: `5.3 + 2.1 GB and 1.0 of the host's`."""
+    words = [f"{need_gb:.1f}" for need_gb in needs]
+    if len(words) < 2:
+        return f"{words[0]} GB"
+    return f"{' + '.join(words[:-1])} GB and {words[-1]} of the host's"
+
+
+def fits_together(needs: Iterable[Needs], budgets_gb: Needs) -> bool:
+    """Whether what takes so much of each memory may be loaded at once."""
+    taken = needs_together(needs)
+    return all(taken_gb <= budget_gb for taken_gb, budget_gb in zip(taken, budgets_gb))
+
+
 MOST_GROWN = 24                                 # tiers
 
 
-def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, float],
-            budget_gb: float) -> FrozenSet[str]:
+def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Needs],
+            budgets_gb: Needs) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
     members = list(base)
-    taken_gb = sum(need_gb[name] for name in base)
+    taken = needs_together(need_gb[name] for name in base)
     for name in others:
-        if name not in members and taken_gb + need_gb[name] <= budget_gb:
+        if name not in members and fits_together([taken, need_gb[name]], budgets_gb):
             members.append(name)
-            taken_gb += need_gb[name]
+            taken = needs_together([taken, need_gb[name]])
     return frozenset(members)
 
 
-def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, float],
-           budget_gb: float) -> List[Tuple[str, ...]]:
+def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, Needs],
+           budgets_gb: Needs) -> List[Tuple[str, ...]]:
     """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
 
     Where a need is not known nothing grows. No result lies within another, or within a base.
     """
-    known = [name for name in names if need_gb.get(name, 0.0) > 0]
+    known = [name for name in names if any(need_gb.get(name, ()))]
     # A sum with an unknown part would promise memory that is not there.
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
@@ -2610,7 +2633,7 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     for base in growing:
         for first in known:
             if first not in base:
-                found[_filled(base, [first, *known], need_gb, budget_gb)] = None
+                found[_filled(base, [first, *known], need_gb, budgets_gb)] = None
     kept = []
     for members in found:
         in_a_base = any(members <= set(base) for base in bases)
@@ -2641,8 +2664,8 @@ def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     return groups
 
 
-def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
-                   budget_gb: float = 0.0) -> List[ResidencySet]:
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None,
+                   budgets_gb: Needs = ()) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
 
     With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
@@ -2653,13 +2676,13 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     groups = _labelled_sets(local)
     if need_gb is not None:
         groups = [(label, tiers) for label, tiers in groups
-                  if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
+                  if fits_together([need_gb.get(name, ()) for name in tiers], budgets_gb)]
         together = {name for _, tiers in groups for name in tiers}
         for tier in local:
             if tier.name not in together:
                 groups.append((tier.role or tier.name, (tier.name,)))
         bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
+        grown = _grown(bases, [tier.name for tier in local], need_gb, budgets_gb)
         groups += [("more", tiers) for tiers in grown]
     sets = []
     for number, (label, tiers) in enumerate(groups):
@@ -2789,9 +2812,9 @@ class SwapPlan(NamedTuple):
     server: Binary                              # of the tiers that have none of their own
     quote: Callable[[str], str]                 # protects a word in a command line
     first_port: int = FIRST_SERVER_PORT
-    need_gb: Optional[Mapping[str, float]] = None
+    need_gb: Optional[Mapping[str, Needs]] = None
     weights_gb: Mapping[str, float] = {}
-    budget_gb: float = 0.0
+    budgets_gb: Needs = ()
     proxy: Optional[ProxyPlan] = None
     own: Mapping[str, Binary] = {}              # tiers with settings of their own -> their server
     park: Tuple[str, ...] = ()                  # the command that parks a model before it stops
@@ -2906,9 +2929,9 @@ def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     text, kept = "", [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
-            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
-                     f" and there are {plan.budget_gb:.1f}\n")
+            taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{gb_words(taken)},"
+                     f" and there are {gb_words(plan.budgets_gb)}\n")
     return text
 
 
@@ -2939,7 +2962,7 @@ matrix:
     for name, cost in costs.items():
         text += f"    {keys[name]}: {cost}\n"
     text += "  sets:\n"
-    sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
+    sets = residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
     text += _left_out(plan, sets)
     for group in sets or [ResidencySet("a_hosted", ())]:
         members = [keys[name] for name in group.tiers + everywhere]
@@ -3305,7 +3328,7 @@ class GgufHeader(NamedTuple):
     widest: int                                 # values a token takes in the widest layer
     parts: int = 1                              # files it is split into
     end: int = 0                                # where its tensors end: a smaller file is not whole
-    experts: Mapping[int, int] = {}             # layer -> bytes of its experts
+    tensors: Mapping[str, int] = {}             # name -> bytes
 
 
 class Memory(NamedTuple):
@@ -3317,12 +3340,14 @@ class Memory(NamedTuple):
     compute: int
     context: int = 0                            # CUDA's own, once a process
     cache: int = 0                              # the least of prompts and checkpoints it keeps
-    host: int = 0                               # of all the above, what is not on the card
+    host: int = 0                               # of all the above, what is not on a card
+    each: Tuple[int, ...] = ()                  # and what is on each card
 
     @property
     def parts(self) -> Dict[str, int]:
-        """What it is made of; together, what it takes of card and host."""
-        return {name: size for name, size in self._asdict().items() if name != "host"}
+        """What it is made of; together, what it takes of cards and host."""
+        places = ("host", "each")
+        return {name: size for name, size in self._asdict().items() if name not in places}
 
     @property
     def total(self) -> int:
@@ -3343,6 +3368,40 @@ class Machine(NamedTuple):
     host_gb: float = 0.0                        # beside a card of its own; 0: it is one memory
     cards: Tuple[float, ...] = ()               # GB of each, where they have memory of their own
 
+    @property
+    def budgets_gb(self) -> Needs:
+        """The budget of each memory there is. Of several cards each has its part of the sum."""
+        each: Needs = (self.budget_gb,)
+        if len(self.cards) > 1:
+            part = self.budget_gb / max(sum(self.cards), 0.1)
+            each = tuple(card_gb * part for card_gb in self.cards)
+        if self.host_gb:
+            each += (self.host_gb,)
+        return each
+
+
+class Override(NamedTuple):
+    """Where tensors go whose name a pattern is found in: CPU, or a device such as CUDA1."""
+
+    pattern: str
+    buffer: str
+
+
+# What --n-cpu-moe keeps on the host. Source: common.h, llm_ffn_exps_block_regex.
+_EXPERTS = r"blk\.(%s)\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+def tensor_overrides(settings: Mapping[str, Any]) -> Tuple[Override, ...]:
+    """What override_tensor and n_cpu_moe move, in the order of their flags."""
+    found = []
+    for key, value in settings.items():
+        if key == "override_tensor":
+            found += [Override(*rule.split("=", 1)) for rule in value.split(",")]
+        elif key == "n_cpu_moe" and value:
+            layers = "|".join(map(str, range(value)))
+            found.append(Override(_EXPERTS % layers, "CPU"))
+    return tuple(found)
+
 
 class LoadOptions(NamedTuple):
     """How llama-server is to load a model, as far as memory depends on it."""
@@ -3354,9 +3413,10 @@ class LoadOptions(NamedTuple):
     cuda: bool = False
     slots: int = SERVER_SLOTS                   # they share one cache
     ubatch: int = SERVER_UBATCH                 # tokens that are computed together
-    cpu_moe: int = 0                            # layers whose experts stay on the host
-    cards: int = 1                              # that the model is split over
-    idle_cards: int = 0                         # that its server sees besides
+    overrides: Tuple[Override, ...] = ()        # the first that matches a tensor's name counts
+    seen: int = 1                               # cards that its server sees
+    cards: Tuple[int, ...] = (0,)               # of these, those that the model is split over...
+    split: Tuple[float, ...] = (1.0,)           # ...and in which proportions
 
 
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
@@ -3379,10 +3439,24 @@ def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
     return chosen
 
 
+def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
+                machine: Machine) -> Tuple[float, ...]:
+    """The proportions in which llama.cpp splits a model: as told, else by what is free on each."""
+    told = [float(part) for part in settings.get("tensor_split", "0").split(",")]
+    told = (told + [0.0] * len(cards))[:len(cards)]
+    if any(told):
+        return tuple(told)
+    return tuple(max(machine.cards[card], 0.1) for card in cards)
+
+
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     own = tier_config(config, tier)
     settings = own.settings
-    used = len(cards_of(own, machine))
+    cards: Tuple[int, ...] = (0,)
+    split: Tuple[float, ...] = (1.0,)
+    if machine.cards:
+        cards = cards_of(own, machine)
+        split = _split_over(cards, settings, machine)
     layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu or settings.get("device") == "none":
@@ -3396,9 +3470,10 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
-        cpu_moe=settings.get("n_cpu_moe", 0),
-        cards=max(used, 1),
-        idle_cards=len(machine.cards) - used,
+        overrides=tensor_overrides(settings),
+        seen=max(len(machine.cards), 1),
+        cards=cards,
+        split=split,
     )
 
 
@@ -3479,6 +3554,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     if reader.take(4) != b"GGUF":
         raise BrokenGgufError("is not a GGUF file")
     version, = reader.numbers("I")
+    if not version:
+        raise BrokenGgufError("has nothing in its header")
     if not version & 0xFFFF:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
@@ -3490,6 +3567,9 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         value = reader.value()
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
+    parts = _small(meta.get("split.count"), 1)
+    if not tensors and parts == 1:              # the first of a split may have none
+        raise BrokenGgufError("holds no weights")
     arch = meta.get("general.architecture")
     if not isinstance(arch, str):               # of a split only the first part says it
         if not meta.get("split.no"):
@@ -3500,7 +3580,6 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     tokens = meta.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, (list, range)) else 0
     vocab = _quantity(keys.get("vocab_size", count))
-    parts = _small(meta.get("split.count"), 1)
     header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
 
@@ -3509,10 +3588,6 @@ def _small(value: object, default: int) -> int:
     if isinstance(value, int) and 0 < value <= 256:
         return value
     return default
-
-
-# What --n-cpu-moe keeps on the host. Source: common.h, LLM_FFN_EXPS_REGEX.
-_EXPERT = re.compile(r"blk\.([0-9]{1,4})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
 
 
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
@@ -3537,15 +3612,10 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
     sizes.sort()
     starts = [offset for offset, _, _ in sizes]
     bytes_of: Dict[str, int] = {}
-    experts: Dict[int, int] = {}
     for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - at)
         bytes_of[name] = size
-        expert = _EXPERT.match(name)
-        if expert:
-            layer = int(expert.group(1))
-            experts[layer] = experts.get(layer, 0) + size
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     data = -(-reader.at // alignment) * alignment
@@ -3556,16 +3626,14 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         tied="output.weight" not in bytes_of,
         widest=max(widths.values()),
         end=end,
-        experts=experts)
+        tensors=bytes_of)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
     parts = [first, *others]
-    layers = {layer for part in parts for layer in part.experts}
-    experts = {layer: sum(part.experts.get(layer, 0) for part in parts) for layer in layers}
     return first._replace(
-        experts=experts,
+        tensors={name: size for part in parts for name, size in part.tensors.items()},
         tensor_bytes=sum(p.tensor_bytes for p in parts),
         embd_bytes=sum(p.embd_bytes for p in parts),
         tied=all(p.tied for p in parts),
@@ -3654,6 +3722,7 @@ class _Layers:
 class _CacheLayer(NamedTuple):
     """What one layer keeps of each token."""
 
+    layer: int
     cells: int
     k: int                                      # values
     v: int
@@ -3681,7 +3750,7 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
             suffix = "_swa" if slides[i] else ""
             k = layers.number("attention.key_length" + suffix, layers.key) * heads
             v = layers.number("attention.value_length" + suffix, layers.value) * heads
-            found.append(_CacheLayer(sliding if slides[i] else cells, k, v, slides[i]))
+            found.append(_CacheLayer(i, sliding if slides[i] else cells, k, v, slides[i]))
     return found
 
 
@@ -3699,16 +3768,87 @@ def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v
     return found + _row_bytes(layer.v if load.flash_attn else widest_v, load.cache_type_v)
 
 
+_ON_HOST = -1                                   # a place; others are cards
+_LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
+
+
+def _layer_places(count: int, load: LoadOptions) -> List[int]:
+    """Where each of so many layers is, and behind them the output.
+
+    Source: llama-model.cpp, get_layer_buft_list.
+    """
+    on_cards = min(load.gpu_layers, count + 1)
+    bounds = [part / sum(load.split) for part in itertools.accumulate(load.split)]
+    places = [_ON_HOST] * (count + 1 - on_cards)
+    for number in range(on_cards):
+        card = bisect.bisect_right(bounds, number / on_cards)
+        places.append(load.cards[min(card, len(load.cards) - 1)])
+    return places
+
+
+class _Placing:
+    """Says where each tensor of a model goes. Source: llama-model-loader.cpp, create_tensor."""
+
+    def __init__(self, count: int, load: LoadOptions) -> None:
+        self.layers = _layer_places(count, load)
+        self._rules: List[Tuple[Pattern[str], int]] = []
+        for rule in load.overrides:
+            number = _NUMBERED.match(rule.buffer)
+            place = _ON_HOST
+            if number:
+                place = min(int(number.group(1)), load.seen - 1)
+            try:
+                self._rules.append((re.compile(rule.pattern), place))
+            except re.error:                    # which llama-server says itself
+                pass
+
+    def of(self, name: str, otherwise: int) -> int:
+        """The place of a tensor, `otherwise` where no override names it."""
+        for pattern, place in self._rules:
+            if pattern.search(name):
+                return place
+        return otherwise
+
+    def of_layer(self, name: str) -> int:
+        """The place of a tensor of a layer, or of one beside the output."""
+        found = _LAYER.match(name)
+        number = int(found.group(1)) if found else len(self.layers)
+        return self.of(name, self.layers[min(number, len(self.layers) - 1)])
+
+
+def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
+    """Add to `held` the weights on each card, and on the host, its last; the bytes of all.
+
+    The token embedding is on the host. Where it is the output, too, a card has a second copy.
+    """
+    embedding, weights = "token_embd.weight", header.tensor_bytes
+    first = placing.of(embedding, _ON_HOST)
+    held[first] += header.embd_bytes
+    again = placing.of(embedding, placing.layers[-1])
+    if header.tied and again != first:
+        weights += header.embd_bytes
+        held[again] += header.embd_bytes
+    rest = header.tensor_bytes - header.embd_bytes
+    for name, size in header.tensors.items():
+        if name != embedding:
+            held[placing.of_layer(name)] += size
+            rest -= size
+    for place in placing.layers:                # what no tensor is known of
+        held[place] += rest // len(placing.layers)
+    held[placing.layers[-1]] += rest % len(placing.layers)
+    return weights
+
+
 _PLAIN_LOAD = LoadOptions()
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    offload, slots = load.gpu_layers > 0, load.slots
+    slots, used = load.slots, len(load.cards)
     caches = _cache_layers(layers, ctx_size, load)
     widest_v = max((c.v for c in caches), default=0)
-    kv = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches)
+    kv_of = {c.layer: c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches}
     # A mask for each of the two caches; the GPU gets its copy.
     tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
     masked = {(c.slides, c.cells) for c in caches}
@@ -3721,30 +3861,36 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         peak = max(peak, _converted_bytes(layers, caches, load, tokens))
     outputs = header.vocab * slots * 4
     compute = mask + peak + outputs
-    weights, host = header.tensor_bytes, 0
-    if offload:
-        compute += mask
-        host = header.embd_bytes + mask + outputs
-        if header.tied:
-            weights += header.embd_bytes
-    recurrent = sum(layers.recurs()) * layers.state_floats() * 4 * slots
-    left = max(0, layers.count + 1 - load.gpu_layers)           # the output is one more
-    if offload and left:
-        host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
-    if offload:                                 # the first layers are on the host as they are
-        host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
+    recurs, state = layers.recurs(), layers.state_floats() * 4 * slots
+    kv, recurrent = sum(kv_of.values()), sum(recurs) * state
+    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
+    if not load.gpu_layers:
+        memory = Memory(header.tensor_bytes, kv, recurrent, compute, 0, cache)
+        return _within_reason(memory)
+    compute = (compute + mask) * used           # each card has its own buffer
+    placing = _Placing(layers.count, load)
+    held = [0] * load.seen + [mask + outputs + cache]
+    weights = _placed_weights(header, placing, held)
+    for layer, place in enumerate(placing.layers[:-1]):
+        held[place] += kv_of.get(layer, 0) + recurs[layer] * state
+    # With all layers on several cards batches overlap, and each has the mask more than once.
+    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
+        compute += used * (PIPELINED_BATCHES - 1) * mask
+    for card in load.cards:
+        held[card] += (compute - mask - outputs) // used
     context = 0
     if load.cuda:
-        context = CUDA_CONTEXT_BYTES * load.cards + BARE_CONTEXT_BYTES * load.idle_cards
-    # Each has its own buffer, and the mask more than once.
-    if load.cards > 1:
-        compute += (load.cards - 1) * compute
-        if not left and not load.cpu_moe:       # with all layers there, batches overlap
-            compute += load.cards * (PIPELINED_BATCHES - 1) * mask
-    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
-    if offload:
-        host += cache
-    memory = Memory(weights, kv, recurrent, compute, context, cache, host)
+        contexts = [BARE_CONTEXT_BYTES] * load.seen
+        for card in load.cards:
+            contexts[card] = CUDA_CONTEXT_BYTES
+        held = [size + of_it for size, of_it in zip(held, [*contexts, 0])]
+        context = sum(contexts)
+    memory = Memory(weights, kv, recurrent, compute, context, cache, held[_ON_HOST])
+    return _within_reason(memory._replace(each=tuple(held[:_ON_HOST])))
+
+
+def _within_reason(memory: Memory) -> Memory:
+    """Errors: GgufError."""
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
     return memory
@@ -3835,6 +3981,11 @@ class TierFit(NamedTuple):
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
     slots: int = SERVER_SLOTS
     cards: Tuple[int, ...] = ()                 # that it is on, where the machine has several
+    each_gb: Needs = ()                         # of each memory, as Machine.budgets_gb has them
+
+    @property
+    def needs(self) -> Needs:
+        return self.each_gb or (self.need_gb,)
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3849,32 +4000,54 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
     load = load_options(tier, config, machine)
-    cards = cards_of(tier_config(config, tier), machine)
-    limit_gb = machine.budget_gb
-    if len(cards) < len(machine.cards):         # it may use some of them only
-        limit_gb = min(limit_gb, sum(machine.cards[card] for card in cards))
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
-        return memory._replace(weights=memory.weights + beside)
+        each = list(memory.each)
+        if each:
+            each[load.cards[0]] += beside
+        return memory._replace(weights=memory.weights + beside, each=tuple(each))
 
-    def needs(memory: Memory) -> Tuple[float, float]:
-        if machine.host_gb:
-            return memory.card / 1e9, memory.host / 1e9
-        return memory.total / 1e9, 0.0
+    def needs(memory: Memory) -> Needs:
+        if not machine.host_gb:
+            return (memory.total / 1e9,)
+        each = memory.each or (0,) * load.seen
+        return tuple(size / 1e9 for size in (*each, memory.total - sum(each)))
 
     def fits(ctx: int) -> bool:
-        need_gb, host_gb = needs(memory_at(ctx))
-        return need_gb <= limit_gb and host_gb <= machine.host_gb
+        return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
-    need_gb, host_gb = needs(memory)
-    return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
-                   largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
-                   checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained, load.slots,
-                   cards if len(machine.cards) > 1 and load.gpu_layers else ())
+    each_gb, host_gb = needs(memory), 0.0
+    need_gb = sum(each_gb)
+    if machine.host_gb:
+        need_gb, host_gb = sum(each_gb[:-1]), each_gb[-1]
+    cards: Tuple[int, ...] = ()
+    if load.seen > 1 and load.gpu_layers:
+        cards = load.cards
+    return TierFit(
+        tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        memory=memory,
+        host_gb=host_gb,
+        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        cache_mib=memory.cache // MIB,
+        trained_ctx=trained,
+        slots=load.slots,
+        cards=cards,
+        each_gb=each_gb)
+
+
+def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
+    """Whether a tier fits the budget of which no more is known than its size."""
+    load = load_options(tier, config, machine)
+    each = [0.0] * len(machine.budgets_gb)
+    for card, part in zip(load.cards, load.split):
+        each[card] = need_gb * part / sum(load.split)
+    fits = fits_together([tuple(each)], machine.budgets_gb)
+    source = "size_gb" if need_gb else "unknown"
+    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -3895,11 +4068,11 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
     header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
                         row["tied"], widest)
-    return header._replace(experts=_known_experts(header))
+    return header._replace(tensors=_known_experts(header))
 
 
-def _known_experts(header: GgufHeader) -> Dict[int, int]:
-    """The experts' bytes of a header without tensors: their part of all that is in its layers."""
+def _known_experts(header: GgufHeader) -> Dict[str, int]:
+    """The experts of a header without tensors: their part of all that is in its layers."""
     layers = _Layers(header)
     wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
     experts = 3 * wide * count
@@ -3909,19 +4082,20 @@ def _known_experts(header: GgufHeader) -> Dict[int, int]:
     attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
     in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
     each = in_layers * experts // (experts + attention) // layers.count
-    return dict.fromkeys(range(layers.count), each)
+    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
 
 
-def fit_sets(config: Config, fits: Iterable[TierFit],
-             budget_gb: float = 0.0) -> List[Tuple[Tuple[str, ...], float]]:
+def fit_sets(config: Config, fits: Sequence[TierFit],
+             budgets_gb: Needs = ()) -> List[Tuple[Tuple[str, ...], float]]:
     """Every set of the matrix, whether or not it fits, with what it needs in GB.
 
     With a budget, the sets that grow within it follow.
     """
     need = {f.name: f.need_gb for f in fits}
+    needs = {f.name: f.needs for f in fits}
     sets = [s.tiers for s in residency_sets(config)]
     known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
-    grown = [s.tiers for s in residency_sets(known, need, budget_gb)] if budget_gb else []
+    grown = [s.tiers for s in residency_sets(known, needs, budgets_gb)] if budgets_gb else []
     sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
     return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
 
@@ -3935,15 +4109,15 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
     chats = {t.name for t in config.tiers if t.chats}
-    need = {name: f.need_gb for name, f in by_name.items()}
-    limit_gb, taken = machine.budget_gb, need
+    limit_gb, taken = machine.budget_gb, {name: f.need_gb for name, f in by_name.items()}
     if machine.host_gb:
         limit_gb, taken = machine.host_gb, {name: f.host_gb for name, f in by_name.items()}
-    sets = residency_sets(config, need, machine.budget_gb)
+    sets = residency_sets(config, {name: f.needs for name, f in by_name.items()},
+                          machine.budgets_gb)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
-        if tier.chats and fit is not None and fit.need_gb:
+        if tier.chats and fit is not None and any(fit.needs):
             parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(chats & {*s.tiers})
                      for s in sets if tier.name in s.tiers]
             tier = _with_cache(tier, fit, min(parts, default=0.0))
@@ -6139,7 +6313,7 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    each = tuple(card.total_gb for card in cards)
+    each = tuple(max(0.0, card.total_gb - card.used_gb) for card in cards)
     return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
 
 
@@ -11760,7 +11934,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
             need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-            return TierFit(tier.name, "broken", path, need_gb, False, tier.ctx_size, note=note)
+            fit = fit_by_size(tier, config, machine, need_gb)
+            return fit._replace(source="broken", where=path, fits=False, note=note)
     except Unreachable:
         raise
     except OSError as exc:
@@ -11769,9 +11944,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     if known and not path:
         return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
     need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    fits = need_gb <= machine.budget_gb
-    source = "size_gb" if need_gb else "unknown"
-    return TierFit(tier.name, source, where, need_gb, fits, tier.ctx_size, note=note)
+    return fit_by_size(tier, config, machine, need_gb)._replace(where=where, note=note)
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
@@ -11856,6 +12029,7 @@ class Trial:
         self.log = places.log(f"{tier.name}.log")
         self.loaded_s = 0.0
         self.process: Any = None
+        self.command: List[str] = []
         self._places, self._env = places, env
         # Any free port: two trials that look for the next one in the same moment get the same,
         # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
@@ -11870,13 +12044,12 @@ class Trial:
                             "install llama.cpp, or run `llmstack setup`")
         refused = probe_flags(program, self.config, data)
         tier = ready_tier(self.tier, env)
-        command = server_command(program, tier, self.config, self._upstream.port,
-                                 refused)
+        self.command = server_command(program, tier, self.config, self._upstream.port, refused)
         own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
                "LLAMA_API_KEY": self._upstream.key,
                STACK_VARIABLE: new_mark(self._places.project)}
         began = time.monotonic()
-        self.process = spawn(command, self.log, own)
+        self.process = spawn(self.command, self.log, own)
         try:
             while not self._is_up():
                 if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
@@ -12435,8 +12608,10 @@ LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
-# Whose values do not change what is saved.
-_NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
+# Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
+# that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
+_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
+              "--slot-prompt-similarity", "--slot-save-path")
 
 
 def talk_turns(values: Mapping[str, Any]) -> Any:
@@ -12562,12 +12737,33 @@ def _names_in(directory: str) -> List[str]:
         return []
 
 
+def bytes_read(pid: int) -> int:
+    """What a process has read, as Linux counts it; 0 elsewhere."""
+    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
+    return int(counted.group(1)) if counted else 0
+
+
+def bytes_fetched(pid: int) -> int:
+    """What a process has had read from disks; -1 where the system does not say."""
+    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+    return int(found.group(1)) if found else -1
+
+
+def _changed_s(path: str) -> float:
+    """When a file was written last, 0.0 for none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
 class Speeds:
     """What this machine has shown of each model, build and flags: speeds.json.
 
     "read", "written", "saved" and "restored" are tokens a second, "bytes" those of a saved token,
     "load" and "disk" the seconds of a load, out of memory and off the disk. Reading slows down as
-    a prompt grows: "read8192" is that of prompts from so many tokens on.
+    a prompt grows: "read8192" is that of prompts from so many tokens on. Several processes learn,
+    such as a daemon and `probe`: what one has written the others take in.
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
@@ -12575,9 +12771,22 @@ class Speeds:
 
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
-        self._rows = _read_json(self._path)
-        self._changed = False
         self._lock = threading.Lock()
+        self._rows: Dict[str, Any] = {}
+        self._news: Set[str] = set()            # identities of what is not written yet
+        self._read_s = 0.0                      # when what has been read was written
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Read the file where another process has written it."""
+        changed_s = _changed_s(self._path)
+        if changed_s == self._read_s:
+            return
+        with self._lock:
+            rows = _read_json(self._path)
+            news = {i: row for i, row in self._rows.items() if i in self._news}
+            older = {identity: row for identity, row in rows.items() if identity not in news}
+            self._rows, self._read_s = {**older, **news}, changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
         row = self._rows.get(identity)
@@ -12591,9 +12800,7 @@ class Speeds:
             row = self._rows.pop(identity, None)
             row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
-            for stale in list(self._rows)[:-self.MOST]:
-                del self._rows[stale]
-            self._changed = True
+            self._news.add(identity)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
@@ -12615,6 +12822,13 @@ class Speeds:
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
             self.note(identity, model, "written", counts.written_per_s)
 
+    def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
+        """Learn how long a load took: off the disk where half of the weights came from there."""
+        kind = "load"
+        if bytes_fetched(pid) > file_size(weights) / 2:
+            kind = "disk"
+        self.note(identity, model, kind, load_s)
+
     def load_s(self, identity: str) -> float:
         """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
         return self.get(identity, "load") or self.get(identity, "disk")
@@ -12625,29 +12839,20 @@ class Speeds:
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
+        self._take_in()
         rows = list(self._rows.items())
         return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
 
     def keep(self) -> None:
         """Write them down, where there is something new. Errors: UserError."""
+        self._take_in()
         with self._lock:
-            if not self._changed:
+            if not self._news:
                 return
-            self._changed = False
-            text = json.dumps(self._rows, indent=1)
-        write_atomic(self._path, text)
-
-
-def bytes_read(pid: int) -> int:
-    """What a process has read, as Linux counts it; 0 elsewhere."""
-    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
-    return int(counted.group(1)) if counted else 0
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
+            self._news.clear()
+            self._rows = dict(list(self._rows.items())[-self.MOST:])
+            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            self._read_s = _changed_s(self._path)
 
 
 class Parking:
@@ -13107,6 +13312,7 @@ class Model:
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
+        self.needs: Needs = (gb,)               # of each memory
         self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
@@ -13204,6 +13410,7 @@ class EnginePlan(NamedTuple):
     fits: Sequence[TierFit] = ()                # what tiers take, as far as it is known
     proxy: Optional[ProxyPlan] = None           # for hosted tiers
     parking: Optional[Parking] = None
+    budgets_gb: Needs = ()                      # of each memory; (): there is one
 
 
 class Engine:
@@ -13225,8 +13432,12 @@ class Engine:
         self._changed = threading.Condition()
         local = local_tiers(config)
         need = self._needs_gb(local, fits)
-        self._sets = residency_sets(config, need if fits else None, budget_gb)
+        self._budgets_gb = plan.budgets_gb or (budget_gb,)
+        needs = {f.name: f.needs for f in fits}
+        self._sets = residency_sets(config, needs if fits else None, self._budgets_gb)
         self.models = {t.name: Model(t, need[t.name]) for t in local}
+        for model in self.models.values():
+            model.needs = needs.get(model.name, model.needs)
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
@@ -13386,9 +13597,9 @@ class Engine:
         model = ticket.model
         if model.proxy:
             return []
-        if model.gb > self._budget_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is"
-                            f" {self._budget_gb:.1f} GB (memory_gb in models.ini)")
+        if not fits_together([model.needs], self._budgets_gb):
+            raise LoadError(f"{model.name} needs about {gb_words(model.needs)} and the budget is"
+                            f" {gb_words(self._budgets_gb)} (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
@@ -13401,12 +13612,14 @@ class Engine:
         names = [m.name for m in running]
         victims = choose_evictions(model.name, names, self._sets, costs)
         staying = [n for n in names if n not in victims]
-        limit_gb = self._budget_gb
+        limits_gb = self._budgets_gb
         if self.pressure:                       # no more than is held now
-            limit_gb = sum(m.gb for m in running)
-        if model.gb > limit_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB, and {self.pressure}")
-        while sum(self.models[n].gb for n in staying) + model.gb > limit_gb:
+            limits_gb = needs_together(m.needs for m in running) or (0.0,) * len(limits_gb)
+        if not fits_together([model.needs], limits_gb):
+            raise LoadError(f"{model.name} needs about {gb_words(model.needs)}, and"
+                            f" {self.pressure}")
+        while not fits_together([model.needs, *(self.models[n].needs for n in staying)],
+                                limits_gb):
             victims.append(staying.pop(0))      # idle ones first, the cheapest to bring back
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
@@ -13462,14 +13675,13 @@ class Engine:
             self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
 
     def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took: off the disk where half of the weights came from there."""
+        """Learn how long a load took."""
         if self._parking is None or model.bay is None:
             return
         weights = cached_model(weights_for(model.tier), self._local_env)
-        fetched = bytes_fetched(model.process.pid)
-        kind = "disk" if fetched > file_size(weights) / 2 else "load"
         model.identity = model.bay.identity
-        self._parking.speeds.note(model.identity, model.name, kind, load_s)
+        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
+                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
@@ -14516,9 +14728,9 @@ def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
         config, server,
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
-        need_gb={fit.name: fit.need_gb for fit in fits},
+        need_gb={fit.name: fit.needs for fit in fits},
         weights_gb=costly_gb(local, fits, Speeds(places.data)),
-        budget_gb=machine.budget_gb,
+        budgets_gb=machine.budgets_gb,
         proxy=proxy,
         own=own_binaries(config, env, places.data),
         park=park)
@@ -17194,7 +17406,8 @@ def _embedded_app(places: Places, config: Config, log: Log,
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
     plan = EnginePlan(_without_our_key(os.environ), machine.budget_gb, fits=fits,
-                      proxy=plan_proxy(places, config, os.environ), parking=parking)
+                      proxy=plan_proxy(places, config, os.environ), parking=parking,
+                      budgets_gb=machine.budgets_gb)
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), plan)
     return EngineApp(engine, log, MemoryWatch(machine))
 
@@ -17223,9 +17436,10 @@ def _swap_app(places: Places, config: Config, log: Log,
     refused = probe_flags(server, config, data) if server else frozenset()
 
     def identify(tier: Tier) -> str:
-        words = server_command(server, tier, config, 0, refused)
-        weights = cached_model(weights_for(tier), env)
-        return parking_identity([*words, *parking_flags(data)], weights, env)
+        own = find_llama_server(tier_config(config, tier), env, data)
+        ready = _ready_for_swap(tier, env)
+        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
+        return parking_identity(words, cached_model(weights_for(tier), env), env)
 
     if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)

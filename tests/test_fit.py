@@ -197,7 +197,9 @@ KEY = gguf_models.value("k")[1]
     (raw(pairs=2, body=KEY + struct.pack("<IIQ", 9, 4, 2 ** 62)), "beyond any reason"),  # as many numbers
     (raw(body=KEY + struct.pack("<IIQ", 9, 9, 5)), "unknown type 9"),
     (raw(body=KEY + struct.pack("<I", 77)), "unknown type 77"),
-    (raw(body=KEY + struct.pack("<II", 4, 1)), "names no architecture"),
+    (raw(body=KEY + struct.pack("<II", 4, 1)), "holds no weights"),
+    (raw(tensors=1, body=KEY + struct.pack("<II", 4, 1)), "names no architecture"),
+    (b"GGUF" + bytes(100), "has nothing in its header"),
     (raw(tensors=1, body=gguf_models.value("general.architecture")[1] + struct.pack("<I", 8) + gguf_models.value("llama")[1]
          + KEY + struct.pack("<I", 2 ** 31)), "dimensions"),
 ])
@@ -403,7 +405,7 @@ def test_fit_says_what_each_tier_takes_and_from_where(hub: FakeHub, project: Any
         assert row["fits"]
     assert smart["largest_ctx"] == 131_072
     assert found["sets"] == [{"tiers": ["code-fast", "code-smart"], "need_gb": pytest.approx(fast["need_gb"] + smart["need_gb"]),
-                              "fits": True}]
+                              "each_gb": [pytest.approx(fast["need_gb"] + smart["need_gb"])], "fits": True}]
 
 
 def test_fit_fails_where_a_tier_cannot_fit(hub: FakeHub, project: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,24 +489,30 @@ def fits(**need: float) -> list[llmstack.TierFit]:
             for n, gb in need.items()]
 
 
+def vectors(need: dict[str, float]) -> dict[str, llmstack.Needs]:
+    """Of one memory."""
+    return {name: (gb,) for name, gb in need.items()}
+
+
 def test_sets_beyond_the_budget_are_left_out_and_named(config: llmstack.Config) -> None:
     need = {"code-fast": 5.3, "code-smart": 49.8, "plan": 10.1, "plan-uncensored": 25.7}
     config = config._replace(tiers=tuple(t for t in config.tiers if t.chats))
-    assert [s.tiers for s in llmstack.residency_sets(config, need, 51.5)] == [
+    assert [s.tiers for s in llmstack.residency_sets(config, vectors(need), (51.5,))] == [
         ("code-fast", "plan"), ("code-fast", "plan-uncensored"), ("code-fast", "plan", "plan-uncensored"), ("code-smart",)]
     weights = {"code-smart": 9.0}
     plan = llmstack.SwapPlan(config, llmstack.Binary(("x",)), str,
-                             need_gb=need, weights_gb=weights, budget_gb=40.0)
+                             need_gb=vectors(need), weights_gb=weights, budgets_gb=(40.0,))
     text = llmstack.render_llama_swap_yaml(plan)
-    assert "# left out: code-fast + code-smart would take ~55.1 GB, and there are 40.0" in text
+    assert "# left out: code-fast + code-smart would take ~55.1 GB, and there are 40.0 GB" in text
     assert "# left out: code-fast + plan + plan-uncensored would take ~41.1 GB" in text
     assert '"f & p & u"' not in text
     assert "    c: 6\n" in text                 # 9 GB of weights by the header, not the 45 of size_gb
-    assert "left out" not in llmstack.render_llama_swap_yaml(plan._replace(weights_gb={}, budget_gb=60.0))
+    assert "left out" not in llmstack.render_llama_swap_yaml(plan._replace(weights_gb={}, budgets_gb=(60.0,)))
 
 
 def test_a_tier_alone_in_its_set_evicts_all_others(config: llmstack.Config) -> None:
-    sets = llmstack.residency_sets(config, {"code-fast": 5.3, "code-smart": 49.8, "plan": 10.1, "plan-uncensored": 25.7}, 51.5)
+    need = {"code-fast": 5.3, "code-smart": 49.8, "plan": 10.1, "plan-uncensored": 25.7}
+    sets = llmstack.residency_sets(config, vectors(need), (51.5,))
     assert llmstack.choose_evictions("code-smart", ["code-fast", "plan"], sets, {}) == ["code-fast", "plan"]
     assert llmstack.choose_evictions("plan", ["code-fast"], sets, {}) == []
 
