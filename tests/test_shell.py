@@ -164,7 +164,8 @@ def open_shell(home: Path, box: Path, terminals: list[Terminal], monkeypatch: py
         (home / "data/fish/generated_completions").mkdir(parents=True, exist_ok=True)
         path.write_text(PLAIN[shell] + before + source + rc, encoding="utf-8")
         names = ("PATH", "HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
-        full = {n: os.environ[n] for n in names} | {"TERM": "xterm", "LANG": "C.UTF-8", "SHELL": program} | env
+        measured = {n: value for n, value in os.environ.items() if n.startswith("COVERAGE_")}
+        full = {n: os.environ[n] for n in names} | measured | {"TERM": "xterm", "LANG": "C.UTF-8", "SHELL": program} | env
         terminal = Terminal(argv or [program], full, cwd or box)
         terminals.append(terminal)
         return terminal
