@@ -6383,6 +6383,7 @@ def number_found(pattern: str, text: str, otherwise: float = 0.0) -> float:
 
 def read_memory_state(cards: bool) -> MemoryState:
     """What the system tells of its memory now; `cards`: ask NVIDIA's driver, too."""
+    import mmap
     free_gb = -1.0
     if cards:
         found = _seen_nvidia_cards(os.environ)
@@ -6390,16 +6391,17 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
-        return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
-                           card_free_gb=free_gb)
+        told = program_output(["vm_stat"])
+        page_bytes = number_found(r"page size of ([0-9]+)", told, 16_384)
+        swapped = number_found(r"Swapouts:\s+([0-9]+)", told) * page_bytes
+        return MemoryState(swapped_bytes=int(swapped), critical=level == "4", card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
-    pages = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    swapped = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
     return MemoryState(
         stalled_pct=number_found(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
         available_gb=number_found(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
         total_gb=number_found(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
-        swapped_bytes=int(pages) * 4096,
+        swapped_bytes=int(swapped) * mmap.PAGESIZE,
         card_free_gb=free_gb,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def test_what_linux_has_swapped_is_counted_in_its_own_pages(monkeypatch: Patch) 
     """An ARM server's kernel has pages of 64 KiB."""
     files = {"/proc/vmstat": "pswpin 5\npswpout 1000\n"}
     monkeypatch.setattr(llmstack, "read_text", lambda path: files.get(path, ""))
-    monkeypatch.setattr(llmstack.os, "sysconf", lambda name: 65_536)
+    monkeypatch.setattr(mmap, "PAGESIZE", 65_536)
     assert llmstack.read_memory_state(False).swapped_bytes == 1000 * 65_536
 
 
@@ -214,7 +215,13 @@ def test_windows_tells_its_memory(kernel: Kernel32) -> None:
     assert llmstack.total_memory_gb() == 0.0
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("windows")
+def test_windows_does_not_tell_how_short_memory_is(asked: Any) -> None:
+    asked({})
+    state = llmstack.read_memory_state(True)
+    assert llmstack.memory_pressure(state, state) == ""
+
+
 def test_where_memory_is_not_told_every_model_may_load(kernel: Kernel32, asked: Any) -> None:
     asked({})
     kernel.memory_works = False
