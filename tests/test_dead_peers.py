@@ -1,0 +1,288 @@
+"""llama-swap and our own daemon, asked from outside: dead, broken, older, or another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
+
+import pytest
+
+import llmstack
+from tests.scripted import Message, ScriptedUpstream, answer, reply_with, wait
+
+Patch = pytest.MonkeyPatch
+Answers = dict[str, Any]
+TIER = "[code-fast]\nrole = fast\npath = m.gguf\nctx_size = 8k\n"
+HOSTED = "[far]\nrole = agent\nmodel = provider/some-model\n"
+
+
+@pytest.fixture
+def peer() -> Iterator[Callable[[Answers], ScriptedUpstream]]:
+    """Start a server that answers these paths with JSON (or bytes, or a status), others with 404."""
+    servers: list[ScriptedUpstream] = []
+
+    def start(answers: Answers) -> ScriptedUpstream:
+        def reply(request: Message) -> Optional[bytes]:
+            found = answers.get(request.target)
+            if found is None:
+                return answer(b"", "404 Not Found")
+            if isinstance(found, int):
+                return answer(b"", f"{found} Said So")
+            data = found if isinstance(found, bytes) else json.dumps(found).encode()
+            return answer(data)
+
+        servers.append(ScriptedUpstream(reply_with(reply)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def upstream_of(server: ScriptedUpstream) -> llmstack.Upstream:
+    return llmstack.Upstream("127.0.0.1", server.port)
+
+
+def dead() -> llmstack.Upstream:
+    """An upstream where nobody listens any more."""
+    return llmstack.Upstream("127.0.0.1", llmstack.free_port("127.0.0.1"))
+
+
+# ---- llama-swap
+
+
+class Swap:
+    """Our listener's application before a llama-swap that a test plays."""
+
+    def __init__(self, directory: Path, swap: llmstack.Upstream, parks: bool = True) -> None:
+        config = llmstack.parse_models_ini(TIER + HOSTED)[0]
+        self.log_path = directory / "engine.log"
+        log = llmstack.Log(str(self.log_path))
+        self.bays: Optional[llmstack.SwapBays] = None
+        if parks:
+            parking = llmstack.Parking(str(directory / "data"), config)
+            self.bays = llmstack.SwapBays(parking, llmstack.local_tiers(config),
+                                          lambda tier: "a" * 24, log)
+        self.app = llmstack.SwapApp(config, lambda port: [sys.executable], {"LLAMA_API_KEY": "k"},
+                                    log, str(directory / "swap.log"), self.bays)
+        self.app.upstream = swap
+
+    def settled(self) -> llmstack.Lease:
+        """A lease of the tier, once its restoring has ended one way or the other."""
+        lease = self.app.lease("code-fast")
+        wait(self.bays.settle("code-fast", self.app.upstream).done)
+        return lease
+
+
+RUNNING = {"running": [
+    {"model": "code-fast", "state": "starting", "proxy": "http://127.0.0.1:5800"},
+    {"model": 7, "state": "ready"}, "no row", {"state": "ready"},
+]}
+
+
+@pytest.mark.parametrize("told", [b"not JSON", [], {}, {"running": None}, {"running": {}}, 500])
+def test_a_llama_swap_that_tells_nonsense_tells_nothing(peer: Any, tmp_path: Path,
+                                                        told: Any) -> None:
+    swap = Swap(tmp_path, upstream_of(peer({"/running": told})))
+    assert llmstack.running_states(swap.app.upstream) is None
+    assert llmstack.swap_ports(swap.app.upstream) == {}
+    assert swap.app.watched() == {}
+    lease = swap.app.lease("other")
+    assert lease.ready(), "it is no tier: llama-swap says so itself"
+    assert lease.stage() == "waiting for llama-swap to load other"
+
+
+def test_what_llama_swap_has_loaded_is_told_in_our_words(peer: Any, tmp_path: Path) -> None:
+    swap = Swap(tmp_path, upstream_of(peer({"/running": RUNNING})))
+    told = swap.app.watched()
+    assert told["models"]["code-fast"] == {"state": "loading"}
+    assert told["models"][llmstack.PROXY] == {"state": "not loaded"}
+    assert told["parked"] == []
+    assert llmstack.SwapLease(swap.app.upstream, "code-fast").stage() == "loading code-fast"
+    ready = {"running": [{"model": "code-fast", "state": "ready"}]}
+    up = upstream_of(peer({"/running": ready}))
+    assert llmstack.SwapLease(up, "code-fast").stage() == ""
+    assert llmstack.swap_ports(up) == {"code-fast": 0}, "it says no address"
+
+
+def test_a_path_that_llama_swap_cannot_route_names_its_model(tmp_path: Path) -> None:
+    app = Swap(tmp_path, dead(), parks=False).app
+    assert app.target("code-fast", "/v1/chat/completions") == "/v1/chat/completions"
+    assert app.target("code-fast", "/tokenize") == "/upstream/code-fast/tokenize"
+    assert app.pace("code-fast", 5000) == llmstack.Pace()
+    assert app.watched() == {}
+
+
+def test_a_llama_swap_that_is_gone_keeps_no_request_waiting(tmp_path: Path) -> None:
+    """What is parked stays; the request goes on and gets llama-swap's own error."""
+    swap = Swap(tmp_path, dead())
+    lease = swap.settled()
+    lease.wait(15)
+    assert lease.ready()
+    assert lease.bay is None
+    swap.app.log.flush()
+    assert "code-fast: nothing is restored: " in swap.log_path.read_text()
+    assert swap.bays._settling == {}, "the next request tries again"
+    swap.bays.park("code-fast")
+    swap.bays.save_when_due()
+
+
+def test_a_model_that_did_not_get_ready_is_tried_again(peer: Any, tmp_path: Path) -> None:
+    """llama-swap answers /health for a model that it has evicted again at once."""
+    swap = Swap(tmp_path, upstream_of(peer({
+        "/running": RUNNING, "/upstream/code-fast/health": {"status": "ok"}})))
+    lease = swap.settled()
+    assert lease.ready()
+    assert lease.bay is None
+    assert swap.bays._settling == {}
+
+
+def test_a_models_speed_is_known_before_it_is_loaded(tmp_path: Path) -> None:
+    swap = Swap(tmp_path, dead())
+    speeds = swap.bays._parking.speeds
+    speeds.note("a" * 24, "code-fast", "load", 12.0)
+    assert swap.app.pace("code-fast", 5000).load_s == 12.0
+    assert swap.app.pace("far", 5000) == llmstack.Pace(), "LiteLLM's proxy reads no prompt"
+    assert swap.app.pace("unknown", 5000) == llmstack.Pace()
+
+
+# ---- our own daemon
+
+
+@pytest.fixture
+def daemon(monkeypatch: Patch, peer: Any) -> Callable[[Answers], llmstack.Places]:
+    """Have this project's daemon, whose process is this one, answer as given."""
+
+    def start(answers: Answers) -> llmstack.Places:
+        places = llmstack.find_places(os.environ)
+        port = peer(answers).port
+        record = llmstack.Record(os.getpid(), llmstack.process_started(os.getpid()),
+                                 llmstack.new_mark(places.work), "127.0.0.1", port, "embedded",
+                                 engine_port=port)
+        monkeypatch.setattr(llmstack, "running_record", lambda places: record)
+        monkeypatch.setattr(llmstack, "read_stack", lambda places: record)
+        monkeypatch.setattr(llmstack, "owned_process", lambda record, project: True)
+        return places
+
+    return start
+
+
+@pytest.mark.parametrize(("told", "is_up"), [
+    (401, True), (404, True), (500, False), (b"[t]\n", False)])
+def test_a_daemon_is_up_where_its_router_answers_for_itself(daemon: Any, told: Any,
+                                                            is_up: bool) -> None:
+    """A key that is wanted, and a models.ini that is gone, are its words; 200 without a pid not."""
+    places = daemon({"/models.ini": told})
+    record = llmstack.read_stack(places)
+    assert llmstack.answers(record, {}) is is_up
+    assert not llmstack.answers(record._replace(started="then"), {})
+    assert not llmstack.answers(record._replace(port=llmstack.free_port("127.0.0.1")), {})
+
+
+def test_a_key_that_no_header_carries_is_said() -> None:
+    with pytest.raises(llmstack.UserError, match="more than printable ASCII") as caught:
+        llmstack.api_key({"LLMSTACK_API_KEY": "\ufeffsecret"})
+    assert caught.value.exit_code == 2
+    assert llmstack.api_key({"LLMSTACK_API_KEY": "secret\n"}) == "secret"
+
+
+@pytest.mark.parametrize(("memory", "gb"), [
+    ({"resident": 5_000_000_000}, 5.0), ({"resident": "much"}, 0.0), ({}, 0.0), ("none", 0.0)])
+def test_what_a_daemon_says_that_it_holds(daemon: Any, memory: Any, gb: float) -> None:
+    places = daemon({"/llmstack/snapshot": {"memory": memory}})
+    assert llmstack.running_gb(places) == gb
+
+
+BUDGET = {"budget_gb": 20.5, "host_gb": 48.0, "source": "2 NVIDIA cards", "gpu": True,
+          "cuda": True, "cards": [10.5, "x", 10.0]}
+
+
+def test_the_budget_of_a_running_daemon_counts(daemon: Any) -> None:
+    places = daemon({"/llmstack/memory": BUDGET})
+    found = llmstack.running_machine(places, llmstack.Config())
+    assert found == llmstack.Machine(20.5, "2 NVIDIA cards", True, True, 48.0, (10.5, 10.0))
+    assert llmstack.running_machine(places, llmstack.Config(memory_gb=12.0)) is None
+
+
+@pytest.mark.parametrize("change", [
+    {"budget_gb": None}, {"budget_gb": "20"}, {"host_gb": None}, {"source": 5},
+    {"source": "memory_gb in models.ini"}])
+def test_a_daemon_that_tells_no_budget_has_none(daemon: Any, change: dict[str, Any]) -> None:
+    places = daemon({"/llmstack/memory": {**BUDGET, **change}})
+    assert llmstack.running_machine(places, llmstack.Config()) is None
+
+
+def test_a_daemon_that_is_older_tells_no_cards(daemon: Any) -> None:
+    told = {name: value for name, value in BUDGET.items() if name != "cards"}
+    found = llmstack.running_machine(daemon({"/llmstack/memory": told}), llmstack.Config())
+    assert found is not None
+    assert found.cards == ()
+
+
+def test_a_router_that_died_or_is_older_cannot_reload(daemon: Any) -> None:
+    places = daemon({})
+    record = llmstack.read_stack(places)
+    assert llmstack.ask_reload(record, {}) == "it answers 404"
+    gone = record._replace(port=llmstack.free_port("127.0.0.1"))
+    with pytest.raises(llmstack.UserError, match="the router does not answer"):
+        llmstack.ask_reload(gone, {})
+
+
+@pytest.mark.parametrize(("answers", "says"), [
+    ({"/models.ini": 401}, "Engine   alive, but does not answer"),
+    ({"/models.ini": 500, "/health": {}}, "Router   alive, but does not answer"),
+    ({"/models.ini": 401, "/health": {}, "/llmstack/memory": {"pressure": "the machine swaps"}},
+     "Memory   the machine swaps: idle models are unloaded, and none takes more"),
+])
+def test_status_says_which_half_of_a_daemon_ails(daemon: Any, answers: Answers, says: str,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    daemon(answers)
+    state = Path.cwd() / ".llmstack"
+    state.mkdir()
+    (state / "models.ini").write_text("[DEFAULT]\nlocal_only = yes\n" + TIER)
+    code = llmstack.main(["status"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(says) for line in lines), lines
+    assert "local_only: no request leaves this machine" in lines
+    assert code == int("Memory" not in says)
+
+
+# ---- the programs that a start needs
+
+
+def test_a_llama_server_that_is_named_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no program")
+    for named in (str(tmp_path / "gone"), str(tmp_path / "text"), "no-such-llama-server"):
+        with pytest.raises(llmstack.UserError, match="LLAMA_SERVER_BIN names") as caught:
+            llmstack.find_llama_server(llmstack.Config(), {"LLAMA_SERVER_BIN": named}, str(tmp_path))
+        assert caught.value.exit_code == 2
+    config = llmstack.Config().with_settings({"llama_server_bin": "no-such-llama-server"})
+    with pytest.raises(llmstack.UserError, match=r"llama_server_bin in models\.ini names"):
+        llmstack.find_llama_server(config, {}, str(tmp_path))
+    assert llmstack.refused_notes(config._replace(tiers=llmstack.parse_models_ini(TIER)[0].tiers),
+                                  {}, str(tmp_path)) == [], "check_plan has said it"
+
+
+def test_an_engine_that_is_asked_for_must_be_there(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(llmstack, "find_llama_swap", lambda env, data: "")
+    with pytest.raises(llmstack.UserError, match="there is no llama-swap on PATH"):
+        llmstack.choose_engine(llmstack.Config(engine="llama-swap"), {}, str(tmp_path))
+    assert llmstack.choose_engine(llmstack.Config(engine="auto"), {}, str(tmp_path)) == "embedded"
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
+def test_an_address_of_every_interface_needs_a_key(host: str) -> None:
+    with pytest.raises(llmstack.UserError, match="can be reached by others"):
+        llmstack.check_exposure(host, llmstack.Config(), {})
+    llmstack.check_exposure(host, llmstack.Config(), {"LLMSTACK_API_KEY": "k"})
+
+
+def test_a_port_that_another_took_meanwhile_is_named(peer: Any) -> None:
+    server = peer({})
+    app: Any = None
+    with pytest.raises(llmstack.UserError, match=f"port {server.port}: taken by ") as caught:
+        llmstack.listen("127.0.0.1", server.port, app)
+    assert "choose another --port" in caught.value.hint
