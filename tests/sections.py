@@ -2,19 +2,18 @@
 
     python3 -m tests --coverage [pytest arguments]
 
-Every Python process that a test starts is measured, too, unless it is killed or has an
-environment of its own.
+Every Python process that a test starts is measured, too, but for one that is killed, and one that
+is given an environment of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 COVERAGE = "coverage==7.17.5"
@@ -34,61 +33,53 @@ program =
 [report]
 ignore_errors = true
 """
-BANNER = re.compile(r"# =+\n# (.+)\n# =+\n")
+BANNER = re.compile(r"# =+\n# ([A-Z][A-Z:. -]+[A-Z])\b.*\n# =+\n")
 
 
-class Row(NamedTuple):
-    """How many lines and branches there are, and how many of them were run."""
-
-    name: str
-    lines: list[bool]
-    branches: list[bool]
-
-    def render(self) -> str:
-        lines, branches = map(percent, (self.lines, self.branches))
-        return f"{self.name:<24} {lines:>6} {branches:>9} of {len(self.branches)}"
+def section_finder(text: str) -> Callable[[int], str]:
+    """What tells, for the number of a line, its section."""
+    starts = [(text.count("\n", 0, m.start()), m.group(1)) for m in BANNER.finditer(text)]
+    starts = [(0, "docstring, imports"), *starts]
+    return lambda line: [name for start, name in starts if start < line][-1]
 
 
 def percent(run: list[bool]) -> str:
     return f"{100 * sum(run) / len(run):.1f}" if run else "-"
 
 
-def sections(text: str) -> list[tuple[int, str]]:
-    """(the line before which it begins, its name) of each section, the last one first."""
-    found = [(text.count("\n", 0, m.start()), m.group(1)) for m in BANNER.finditer(text)]
-    return [*reversed(found), (0, "docstring, imports")]
+def render_table(report: dict[str, Any], text: str) -> str:
+    """Percent by section of llmstack.py, whose text is `text`, then by file.
 
-
-def rows(report: dict[str, dict[str, dict[str, list[int]]]]) -> Iterator[Row]:
-    """The table: a row for each section of llmstack.py, then one for each other file."""
+    `report`: coverage's, as JSON.
+    """
+    section = section_finder(text)
+    found: dict[str, tuple[list[bool], list[bool]]] = {}
     for name, of_file in sorted(report["files"].items(), key=lambda item: item[0] != "llmstack.py"):
-        starts = [(0, name)]
-        if name == "llmstack.py":
-            starts = sections((ROOT / name).read_text(encoding="utf-8"))
-        found = {title: Row(title, [], []) for _, title in reversed(starts)}
-
-        def row_of(line: int, starts: list = starts, found: dict = found) -> Row:
-            return next(found[title] for start, title in starts if line > start)
-
-        for key in ("executed", "missing"):
-            for line in of_file[key + "_lines"]:
-                row_of(line).lines.append(key == "executed")
-            for line, _ in of_file[key + "_branches"]:
-                row_of(line).branches.append(key == "executed")
-        yield from found.values()
+        for state in ("executed", "missing"):
+            lines = [(line, 0) for line in of_file[state + "_lines"]]
+            branches = [(line, 1) for line, _ in of_file[state + "_branches"]]
+            for line, kind in sorted(lines + branches):
+                row = section(line) if name == "llmstack.py" else name
+                found.setdefault(row, ([], []))[kind].append(state == "executed")
+    shown = [f"{'':<22} {'lines %':>8} {'branches %':>11} {'of':>5}"]
+    for row, (lines, branches) in found.items():
+        shown.append(f"{row:<22} {percent(lines):>8} {percent(branches):>11} {len(branches):>5}")
+    return "\n".join(shown)
 
 
 def measure(python: str, words: list[str], environment: dict[str, str]) -> int:
     """Run pytest under coverage and print the table; pytest's exit code."""
-    coverage = [python, "-m", "coverage"]
     with tempfile.TemporaryDirectory() as data:
         settings = Path(data, "settings")
         settings.write_text(SETTINGS.format(data=data, root=ROOT), encoding="utf-8")
-        rc, report = f"--rcfile={settings}", os.path.join(data, "report.json")
-        code = subprocess.call([*coverage, "run", rc, "-m", "pytest", *words], env=environment)
-        subprocess.run([*coverage, "combine", rc, "-q"], check=True)
-        subprocess.run([*coverage, "json", rc, "-q", "-o", report], check=True)
-        print(f"{'section':<24} {'lines':>6} {'branches':>9}")
-        for row in rows(json.loads(Path(report).read_text(encoding="utf-8"))):
-            print(row.render())
+
+        def coverage(command: str, *more: str) -> int:
+            line = [python, "-m", "coverage", command, f"--rcfile={settings}", *more]
+            return subprocess.call(line, env=environment)
+
+        code = coverage("run", "-m", "pytest", *words)
+        coverage("combine", "-q")
+        coverage("json", "-q", "-o", f"{data}/report")
+        report = json.loads(Path(data, "report").read_text(encoding="utf-8"))
+    print(render_table(report, (ROOT / "llmstack.py").read_text(encoding="utf-8")))
     return code

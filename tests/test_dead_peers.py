@@ -21,7 +21,7 @@ HOSTED = "[far]\nrole = agent\nmodel = provider/some-model\n"
 
 @pytest.fixture
 def peer() -> Iterator[Callable[[Answers], ScriptedUpstream]]:
-    """Start a server that answers these paths with JSON (or bytes, or a status), others with 404."""
+    """Start a server that answers these paths with JSON, bytes or a status, others with 404."""
     servers: list[ScriptedUpstream] = []
 
     def start(answers: Answers) -> ScriptedUpstream:
@@ -255,15 +255,16 @@ def test_status_says_which_half_of_a_daemon_ails(daemon: Any, answers: Answers, 
 
 def test_a_llama_server_that_is_named_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no program")
+    data = str(tmp_path)
     for named in (str(tmp_path / "gone"), str(tmp_path / "text"), "no-such-llama-server"):
         with pytest.raises(llmstack.UserError, match="LLAMA_SERVER_BIN names") as caught:
-            llmstack.find_llama_server(llmstack.Config(), {"LLAMA_SERVER_BIN": named}, str(tmp_path))
+            llmstack.find_llama_server(llmstack.Config(), {"LLAMA_SERVER_BIN": named}, data)
         assert caught.value.exit_code == 2
     config = llmstack.Config().with_settings({"llama_server_bin": "no-such-llama-server"})
     with pytest.raises(llmstack.UserError, match=r"llama_server_bin in models\.ini names"):
-        llmstack.find_llama_server(config, {}, str(tmp_path))
-    assert llmstack.refused_notes(config._replace(tiers=llmstack.parse_models_ini(TIER)[0].tiers),
-                                  {}, str(tmp_path)) == [], "check_plan has said it"
+        llmstack.find_llama_server(config, {}, data)
+    config = config._replace(tiers=llmstack.parse_models_ini(TIER)[0].tiers)
+    assert llmstack.refused_notes(config, {}, data) == [], "check_plan has said it"
 
 
 def test_an_engine_that_is_asked_for_must_be_there(tmp_path: Path, monkeypatch: Patch) -> None:

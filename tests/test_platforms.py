@@ -158,8 +158,10 @@ class MemoryStatus(ctypes.Structure):
 
     _fields_ = [
         ("length", ctypes.c_uint32), ("load", ctypes.c_uint32),
-        *[(name, ctypes.c_uint64) for name in
-          ("total", "free", "page_total", "page_free", "virtual_total", "virtual_free", "extended")],
+        ("total", ctypes.c_uint64), ("free", ctypes.c_uint64),
+        ("page_total", ctypes.c_uint64), ("page_free", ctypes.c_uint64),
+        ("virtual_total", ctypes.c_uint64), ("virtual_free", ctypes.c_uint64),
+        ("extended_free", ctypes.c_uint64),
     ]
 
 
@@ -352,7 +354,7 @@ def test_a_reader_that_does_not_let_go_is_said(monkeypatch: Patch, tmp_path: Pat
     monkeypatch.setattr(llmstack.os, "replace", replace)
     monkeypatch.setattr(llmstack.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(llmstack.time, "sleep", sleep)
-    with pytest.raises(llmstack.UserError, match="cannot write .*cannot access") as caught:
+    with pytest.raises(llmstack.UserError, match=r"cannot write .*cannot access") as caught:
         llmstack.write_atomic(str(tmp_path / "file"), "new")
     assert caught.value.hint
     assert (tmp_path / "file").read_text() == "old"
