@@ -250,6 +250,57 @@ def test_status_says_which_half_of_a_daemon_ails(daemon: Any, answers: Answers, 
     assert code == int("Memory" not in says)
 
 
+PROXY_TIER = "[far]\nrole = agent\nmodel = anthropic/claude-sonnet-4-5\n"
+
+
+@pytest.mark.parametrize(("told", "engine", "key", "state", "reason"), [
+    ("available", "ready", "k", "loaded", ""),
+    ("available", "starting", "k", "loading", ""),
+    ("available", "", "k", "cold", ""),
+    ("available", "ready", "", "no credential", "missing ANTHROPIC_API_KEY"),
+    ("failing", "ready", "", "failing", "HTTP 529"),
+])
+def test_a_hosted_tier_is_as_its_router_and_its_proxy_say(
+        daemon: Any, monkeypatch: Patch, told: str, engine: str, key: str, state: str,
+        reason: str) -> None:
+    rows = [{"model": llmstack.PROXY, "state": engine, "seconds": 5}] if engine else []
+    said = {"state": told, "reason": "HTTP 529" if told == "failing" else ""}
+    places = daemon({"/models.ini": 401, "/health": {}, "/running": {"running": rows},
+                     "/llmstack/state": {"far": said, "near": "no row"}})
+    # The credentials of the daemon's terminal count, not those of this one.
+    env = {"HOME": "/h", **({"ANTHROPIC_API_KEY": key} if key else {})}
+    monkeypatch.setattr(llmstack, "process_environment", lambda pid: env)
+    config = llmstack.parse_models_ini(PROXY_TIER)[0]
+    row, = llmstack.stack_status(places, config)["tiers"]
+    assert (row["state"], row["reason"]) == (state, reason)
+    assert row["since_s"] == (5.0 if engine and told == "available" else None)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+def test_how_long_a_model_of_llama_swap_has_run_is_its_servers_age(peer: Any) -> None:
+    """llama-swap tells no times; of a server on another machine nothing is known."""
+    server = peer({})
+    row = {"model": "m", "state": "ready", "proxy": f"http://127.0.0.1:{server.port}"}
+    age_s = llmstack._since_s(upstream_of(server), row)
+    assert age_s is not None
+    assert age_s >= 0
+    assert llmstack._since_s(llmstack.Upstream("192.0.2.1", 1), row) is None
+    assert llmstack._since_s(upstream_of(server), {**row, "seconds": "soon"}) is None
+    gone = {**row, "proxy": f"http://127.0.0.1:{dead().port}"}
+    assert llmstack._since_s(upstream_of(server), gone) is None
+
+
+def test_a_tier_that_the_engine_was_started_without_is_not_served() -> None:
+    """The router reads models.ini again; the engine and LiteLLM's proxy do not."""
+    places = llmstack.find_places(os.environ)
+    plan = llmstack.Plan(places, llmstack.parse_models_ini(TIER)[0], "127.0.0.1", 0)
+    direct = "[direct]\nrole = agent\nbase_url = http://127.0.0.1:1/v1\nmodel = m\n"
+    more = TIER.replace("code-fast", "new").replace("role = fast", "role = plan")
+    config = llmstack.parse_models_ini(TIER + more + direct)[0]
+    told = llmstack.Unserved(plan)(config)
+    assert told == {"new": "the engine does not know it before `llmstack restart`"}
+
+
 # ---- the programs that a start needs
 
 

@@ -305,6 +305,19 @@ def test_windows_has_neither_modes_nor_limits_of_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("windows")
+def test_a_daemon_on_windows_knows_no_hangup() -> None:
+    before, ended = signal.getsignal(signal.SIGTERM), []     # type: Any, list[str]
+    try:
+        llmstack._on_signals(lambda: None, lambda: ended.append("server"))
+        terminate: Any = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(llmstack._Terminated):
+            terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ["server"]
+
+
+@pytest.mark.usefixtures("windows")
 def test_a_lock_on_windows_is_waited_for(monkeypatch: Patch, tmp_path: Path) -> None:
     refusals, said = [1, 2], []         # type: Any, list[str]
 
