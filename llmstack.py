@@ -9834,7 +9834,7 @@ class Recorder:
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
-                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                fd = open_log(self._path)
                 try:
                     os.write(fd, text.encode("utf-8", "replace"))
                 finally:
@@ -11769,7 +11769,8 @@ def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
 
 def _part_header(path: str) -> GgufHeader:
     """The header of one file of a GGUF. Errors: GgufError, OSError."""
-    with open(path, "rb") as file:
+    # A pipe in its place would keep a start waiting.
+    with open(path, "rb", opener=_open_at_once) as file:
         def read(offset: int, count: int) -> bytes:
             file.seek(offset)
             return file.read(count)
@@ -12687,7 +12688,7 @@ def file_edges(path: str) -> str:
     """Tells files apart by their size, beginning and end. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(_EDGE_BYTES))
         file.seek(max(size - _EDGE_BYTES, 0))

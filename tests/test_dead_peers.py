@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
@@ -46,9 +47,12 @@ def upstream_of(server: ScriptedUpstream) -> llmstack.Upstream:
     return llmstack.Upstream("127.0.0.1", server.port)
 
 
-def dead() -> llmstack.Upstream:
-    """An upstream where nobody listens any more."""
-    return llmstack.Upstream("127.0.0.1", llmstack.free_port("127.0.0.1"))
+@pytest.fixture
+def dead() -> Iterator[llmstack.Upstream]:
+    """An upstream where nobody listens, and nobody else can begin to."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield llmstack.Upstream("127.0.0.1", held.getsockname()[1])
 
 
 # ---- llama-swap
@@ -108,17 +112,19 @@ def test_what_llama_swap_has_loaded_is_told_in_our_words(peer: Any, tmp_path: Pa
     assert llmstack.swap_ports(up) == {"code-fast": 0}, "it says no address"
 
 
-def test_a_path_that_llama_swap_cannot_route_names_its_model(tmp_path: Path) -> None:
-    app = Swap(tmp_path, dead(), parks=False).app
+def test_a_path_that_llama_swap_cannot_route_names_its_model(tmp_path: Path,
+                                                             dead: llmstack.Upstream) -> None:
+    app = Swap(tmp_path, dead, parks=False).app
     assert app.target("code-fast", "/v1/chat/completions") == "/v1/chat/completions"
     assert app.target("code-fast", "/tokenize") == "/upstream/code-fast/tokenize"
     assert app.pace("code-fast", 5000) == llmstack.Pace()
     assert app.watched() == {}
 
 
-def test_a_llama_swap_that_is_gone_keeps_no_request_waiting(tmp_path: Path) -> None:
+def test_a_llama_swap_that_is_gone_keeps_no_request_waiting(tmp_path: Path,
+                                                            dead: llmstack.Upstream) -> None:
     """What is parked stays; the request goes on and gets llama-swap's own error."""
-    swap = Swap(tmp_path, dead())
+    swap = Swap(tmp_path, dead)
     lease = swap.settled()
     lease.wait(15)
     assert lease.ready()
@@ -140,8 +146,9 @@ def test_a_model_that_did_not_get_ready_is_tried_again(peer: Any, tmp_path: Path
     assert swap.bays._settling == {}
 
 
-def test_a_models_speed_is_known_before_it_is_loaded(tmp_path: Path) -> None:
-    swap = Swap(tmp_path, dead())
+def test_a_models_speed_is_known_before_it_is_loaded(tmp_path: Path,
+                                                     dead: llmstack.Upstream) -> None:
+    swap = Swap(tmp_path, dead)
     speeds = swap.bays._parking.speeds
     speeds.note("a" * 24, "code-fast", "load", 12.0)
     assert swap.app.pace("code-fast", 5000).load_s == 12.0
@@ -172,14 +179,14 @@ def daemon(monkeypatch: Patch, peer: Any) -> Callable[[Answers], llmstack.Places
 
 @pytest.mark.parametrize(("told", "is_up"), [
     (401, True), (404, True), (500, False), (b"[t]\n", False)])
-def test_a_daemon_is_up_where_its_router_answers_for_itself(daemon: Any, told: Any,
-                                                            is_up: bool) -> None:
+def test_a_daemon_is_up_where_its_router_answers_for_itself(
+        daemon: Any, dead: llmstack.Upstream, told: Any, is_up: bool) -> None:
     """A key that is wanted, and a models.ini that is gone, are its words; 200 without a pid not."""
     places = daemon({"/models.ini": told})
     record = llmstack.read_stack(places)
     assert llmstack.answers(record, {}) is is_up
     assert not llmstack.answers(record._replace(started="then"), {})
-    assert not llmstack.answers(record._replace(port=llmstack.free_port("127.0.0.1")), {})
+    assert not llmstack.answers(record._replace(port=dead.port), {})
 
 
 def test_a_key_that_no_header_carries_is_said() -> None:
@@ -222,11 +229,12 @@ def test_a_daemon_that_is_older_tells_no_cards(daemon: Any) -> None:
     assert found.cards == ()
 
 
-def test_a_router_that_died_or_is_older_cannot_reload(daemon: Any) -> None:
+def test_a_router_that_died_or_is_older_cannot_reload(daemon: Any,
+                                                      dead: llmstack.Upstream) -> None:
     places = daemon({})
     record = llmstack.read_stack(places)
     assert llmstack.ask_reload(record, {}) == "it answers 404"
-    gone = record._replace(port=llmstack.free_port("127.0.0.1"))
+    gone = record._replace(port=dead.port)
     with pytest.raises(llmstack.UserError, match="the router does not answer"):
         llmstack.ask_reload(gone, {})
 
@@ -277,7 +285,8 @@ def test_a_hosted_tier_is_as_its_router_and_its_proxy_say(
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-def test_how_long_a_model_of_llama_swap_has_run_is_its_servers_age(peer: Any) -> None:
+def test_how_long_a_model_of_llama_swap_has_run_is_its_servers_age(
+        peer: Any, dead: llmstack.Upstream) -> None:
     """llama-swap tells no times; of a server on another machine nothing is known."""
     server = peer({})
     row = {"model": "m", "state": "ready", "proxy": f"http://127.0.0.1:{server.port}"}
@@ -286,7 +295,7 @@ def test_how_long_a_model_of_llama_swap_has_run_is_its_servers_age(peer: Any) ->
     assert age_s >= 0
     assert llmstack._since_s(llmstack.Upstream("192.0.2.1", 1), row) is None
     assert llmstack._since_s(upstream_of(server), {**row, "seconds": "soon"}) is None
-    gone = {**row, "proxy": f"http://127.0.0.1:{dead().port}"}
+    gone = {**row, "proxy": f"http://127.0.0.1:{dead.port}"}
     assert llmstack._since_s(upstream_of(server), gone) is None
 
 

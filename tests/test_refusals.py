@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable
 
@@ -157,14 +158,59 @@ def test_the_record_of_decisions_rotates(tmp_path: Path, monkeypatch: Patch) -> 
 
 
 def test_a_record_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "gone" / "decisions.jsonl"
+    path = tmp_path / "decisions.jsonl"
+    path.mkdir()
     record = llmstack.Recorder(str(path))
     record.add({"number": 1})
     record.flush()
-    path.parent.mkdir()
+    path.rmdir()
     record.add({"number": 2})
     record.flush()
     assert path.read_text() == '{"number":2}\n'
+
+
+def hangs(path: Path, call: Callable[[], object]) -> bool:
+    """Whether a call waits for the other end of a pipe at `path`."""
+    os.mkfifo(path)
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(5)                              # only what hangs ever takes this long
+    hung = thread.is_alive()
+    if hung:
+        with open(path, "rb"):
+            thread.join()
+    return hung
+
+
+def test_a_pipe_in_the_place_of_the_record_stops_no_router(tmp_path: Path) -> None:
+    """A project's logs/ may have come with it, out of an archive."""
+    path = tmp_path / "decisions.jsonl"
+    record = llmstack.Recorder(str(path))
+    record.add({"number": 1})
+    assert not hangs(path, record.flush)
+
+
+def test_a_record_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.touch(0o644)
+    record = llmstack.Recorder(str(path))
+    record.add({"number": 1})
+    record.flush()
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_pipe_in_the_place_of_a_model_stops_no_start(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    said: list[str] = []
+
+    def read() -> None:
+        try:
+            llmstack.local_header(str(path))
+        except (OSError, llmstack.GgufError) as exc:
+            said.append(str(exc))
+
+    assert not hangs(path, read)
+    assert said
 
 
 def test_the_record_says_what_a_request_cost_and_what_was_drafted() -> None:
@@ -347,10 +393,9 @@ def test_a_port_of_the_other_family_is_found() -> None:
     except OSError:
         pytest.skip("there is no IPv6 here")
     with server:
-        port = server.getsockname()[1]
-        assert not llmstack.port_is_free("::1", port)
-    assert llmstack.port_is_free("::1", port)
-    assert llmstack.base_url("::", port) == f"http://[::1]:{port}"
+        assert not llmstack.port_is_free("::1", server.getsockname()[1])
+    assert llmstack.free_port("::1")
+    assert llmstack.base_url("::", 10101) == "http://[::1]:10101"
 
 
 def test_a_run_of_ports_has_nobody_in_it(monkeypatch: Patch) -> None:
