@@ -16460,7 +16460,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return int(demo.show_demo(places, plan.url, sys.modules[__name__]))
+        return int(demo.show_demo(args, places, plan.url, sys.modules[__name__]))
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     # Whoever restarts knows these two.
     if started and not again:
