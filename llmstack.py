@@ -217,7 +217,7 @@ KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", *TEXT_ROLES)
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "fast": ("fast", "small", "autocomplete"),
     "agent": ("agent", "smart", "code", "coder"),
-    "plan": ("planner", "chat"),
+    "plan": ("planner", "chat", "glm"),
     "plan-uncensored": ("uncensored", "nofilter", "plan-nofilter", "heretic"),
 }
 # What clients ask for where nobody has told them a name, and what answers that: a tier, a role or
@@ -2097,7 +2097,8 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
     # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
-    for name, role in [(tier.name, tier.role) for tier in tiers]:
+    for tier in tiers:
+        name, role = tier.name, tier.role
         if name.lower() in RESERVED_NAMES:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
@@ -2112,9 +2113,11 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
 
     An alias that comes with the role, and is not written, gives way to any other.
     """
-    at, aliases = reader.line_of(tier.name, "aliases"), []
+    at = reader.line_of(tier.name, "aliases")
+    aliases = []
     for alias in tier.aliases:
-        if _WILDCARD.search(alias):             # a pattern, see _alias_patterns
+        # A pattern leads elsewhere only where no name does, see _alias_patterns.
+        if _WILDCARD.search(alias):
             continue
         owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
@@ -2131,19 +2134,23 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+    def is_implied(tier: Tier) -> bool:
+        return not reader.line_of(tier.name, "aliases")
+
     # The written ones first: those that come with a role give way to them.
-    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
+    for tier in sorted(tiers, key=is_implied):
         aliases[tier.name] = _own_aliases(reader, tier, owners)
     return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    known, patterns = ["auto", *KNOWN_ROLES], []
+    known = ["auto", *KNOWN_ROLES]
+    patterns = []
     for tier in tiers:
         known += tier.names
-        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
-        patterns += [(alias, tier.name) for alias in wild]
+        for alias in filter(_WILDCARD.search, tier.aliases):
+            patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
     for number, _, pattern, target in reader.keys_of("ALIASES"):
@@ -2188,12 +2195,16 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    sections = {tier.name: tier.settings for tier in config.tiers}
-    for section, own in [("DEFAULT", {}), *sections.items()]:
+    sections: Dict[str, Dict[str, Any]] = {"DEFAULT": {}}
+    for tier in config.tiers:
+        sections[tier.name] = tier.settings
+    for section, own in sections.items():
         settings = {**config.settings, **own}
         cache_type = settings["cache_type_v"]
+        quantised = cache_type not in ("f32", "f16", "bf16")
+        # A tier that says nothing of either inherits both, and [DEFAULT] is told already.
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        if at and quantised and settings["flash_attn"] == "off":
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
 
@@ -2237,11 +2248,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
 
 
 def _effect_text(option: Option, value: Any) -> str:
+    """A value as models.ini would have it."""
     if value is True:
         return "yes"
-    if isinstance(value, tuple):
-        return (" " if option.kind == "args" else ", ").join(map(str, value))
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    between = " " if option.kind == "args" else ", "
+    return between.join(map(str, value))
 
 
 def _values_of(record: Any) -> Dict[str, Any]:
@@ -2284,9 +2297,10 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        rest = exc.object                       # without the BOM
-        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
-        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        # The codec counts from behind the BOM, and so does its object.
+        rest = exc.object
+        line = rest.count(b"\n", 0, exc.start) + 1
+        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -2296,6 +2310,8 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # What a Config means to others: the command line of a llama-server, the sets of tiers that may be
 # loaded together, llama-swap's configuration, the way of a request, the list of models. Both
 # engines take their flags and their sets from here, so that they do the same.
+
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
 class Weights(NamedTuple):
@@ -2311,6 +2327,24 @@ class Weights(NamedTuple):
 
 def local_tiers(config: Config) -> List[Tier]:
     return [tier for tier in config.tiers if tier.backend == "gguf"]
+
+
+def weights_for(tier: Tier) -> Weights:
+    """The GGUF that a local tier runs on its channel."""
+    if tier.channel != "next" or tier.backend != "gguf":
+        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    return Weights(
+        tier.hf_repo_next or tier.hf_repo,
+        tier.hf_file_next or tier.hf_file,
+        "",
+        tier.size_gb_next or tier.size_gb,
+        tier.quant_next or tier.quant,
+        "next")
+
+
+def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
+    """What a tier runs on the current channel, and on the next one."""
+    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
@@ -2330,11 +2364,16 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
+def _projector_rank(file: str) -> Tuple[bool, str]:
+    """What projectors sort by: F16 first, which BF16 is not, then their names."""
+    name = file.upper()
+    is_f16 = "-F16" in name and "BF16" not in name
+    return not is_f16, file
+
+
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    found = [file for file in files if _PROJECTOR.match(file)]
-    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
-    return found[0] if found else ""
+    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2354,24 +2393,6 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     with_files(tier, note)
     return [(repo, file) for repo, file in found if repo]
-
-
-def weights_for(tier: Tier) -> Weights:
-    """The GGUF that a local tier runs on its channel."""
-    if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
-    return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
-        "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
-        "next")
-
-
-def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
-    """What a tier runs on the current channel, and on the next one."""
-    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 # ---- flags of llama-server
@@ -2396,8 +2417,11 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     if not option.flags:
         return []
     if option.kind == "bool":
-        said = [flag for flag in option.flags if flag.startswith("--no-") != value]
-        return [(flag,) for flag in said[:1]]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        for flag in option.flags:
+            if flag.startswith("--no-") != value:
+                return [(flag,)]
+        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
@@ -2509,21 +2533,25 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
-        flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
-        for key, flag in flags:
-            if flag[0] in lost:
-                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+        for key, value in settings.items():
+            refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
+            for flag in refused_flags:
+                what = " ".join(flag)
+                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
     return list(said)
 
 
 def settings_words(config: Config, tier: Tier) -> str:
     """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
-    for key, value in {**config.settings, **tier.settings}.items():
+    settings = {**config.settings, **tier.settings}
+    for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        parts = value if isinstance(value, tuple) else (value,)
+        values = [str(part) for part in parts]
         if key in FILE_KEYS:
+            # A status line has room for a file's name, not for its path.
             values = [re.split(r"[/\\:]", name)[-1] for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
@@ -2552,28 +2580,51 @@ class ResidencySet(NamedTuple):
     tiers: Tuple[str, ...]
 
 
+# GB of each memory: of each card, then of the host; of one memory alone where all share it.
+Needs = Tuple[float, ...]
+
+
+def needs_together(needs: Iterable[Needs]) -> Needs:
+    """What several tiers take of each memory."""
+    return tuple(map(sum, itertools.zip_longest(*needs, fillvalue=0.0)))
+
+
+def gb_words(needs: Needs) -> str:
+    """`5.3 GB`, or what it is of each memory: `5.3 + 2.1 GB and 1.0 of the host's`."""
+    words = [f"{need_gb:.1f}" for need_gb in needs]
+    if len(words) < 2:
+        return f"{words[0]} GB"
+    return f"{' + '.join(words[:-1])} GB and {words[-1]} of the host's"
+
+
+def fits_together(needs: Iterable[Needs], budgets_gb: Needs) -> bool:
+    """Whether what takes so much of each memory may be loaded at once."""
+    taken = needs_together(needs)
+    return all(taken_gb <= budget_gb for taken_gb, budget_gb in zip(taken, budgets_gb))
+
+
 MOST_GROWN = 24                                 # tiers
 
 
-def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, float],
-            budget_gb: float) -> FrozenSet[str]:
+def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Needs],
+            budgets_gb: Needs) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
     members = list(base)
-    taken_gb = sum(need_gb[name] for name in base)
+    taken = needs_together(need_gb[name] for name in base)
     for name in others:
-        if name not in members and taken_gb + need_gb[name] <= budget_gb:
+        if name not in members and fits_together([taken, need_gb[name]], budgets_gb):
             members.append(name)
-            taken_gb += need_gb[name]
+            taken = needs_together([taken, need_gb[name]])
     return frozenset(members)
 
 
-def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, float],
-           budget_gb: float) -> List[Tuple[str, ...]]:
+def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, Needs],
+           budgets_gb: Needs) -> List[Tuple[str, ...]]:
     """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
 
     Where a need is not known nothing grows. No result lies within another, or within a base.
     """
-    known = [name for name in names if need_gb.get(name, 0.0) > 0]
+    known = [name for name in names if any(need_gb.get(name, ()))]
     # A sum with an unknown part would promise memory that is not there.
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
@@ -2582,7 +2633,7 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     for base in growing:
         for first in known:
             if first not in base:
-                found[_filled(base, [first, *known], need_gb, budget_gb)] = None
+                found[_filled(base, [first, *known], need_gb, budgets_gb)] = None
     kept = []
     for members in found:
         in_a_base = any(members <= set(base) for base in bases)
@@ -2613,8 +2664,8 @@ def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     return groups
 
 
-def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
-                   budget_gb: float = 0.0) -> List[ResidencySet]:
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None,
+                   budgets_gb: Needs = ()) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
 
     With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
@@ -2625,27 +2676,30 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     groups = _labelled_sets(local)
     if need_gb is not None:
         groups = [(label, tiers) for label, tiers in groups
-                  if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
+                  if fits_together([need_gb.get(name, ()) for name in tiers], budgets_gb)]
         together = {name for _, tiers in groups for name in tiers}
         for tier in local:
             if tier.name not in together:
                 groups.append((tier.role or tier.name, (tier.name,)))
         bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
+        grown = _grown(bases, [tier.name for tier in local], need_gb, budgets_gb)
         groups += [("more", tiers) for tiers in grown]
     sets = []
     for number, (label, tiers) in enumerate(groups):
-        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        prefix = _set_prefix(number, len(groups))
+        name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
     return sets
 
 
 LOADED_GB_PER_S = 1.5
+MOST_EVICT_COST = 30
 
 
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
-    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
+    load_s = round(size_gb / LOADED_GB_PER_S)
+    return max(1, min(load_s, MOST_EVICT_COST))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
@@ -2666,8 +2720,8 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
-def tier_cost(tier: Tier, weights_gb: float = 0.0) -> int:
-    """evict_cost of a tier, by its real weights where they are known.
+def tier_cost(tier: Tier, weights_gb: float) -> int:
+    """evict_cost of a tier, by its real weights where they are known, which 0 says they are not.
 
     A tier of unknown size counts as 5 GB.
     """
@@ -2690,9 +2744,11 @@ def _yaml_quoted(value: str) -> str:
 
     No surrogate pairs stand in it: Go's parser refuses them.
     """
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
-                  lambda found: f"\\u{ord(found.group()):04x}",
-                  json.dumps(value, ensure_ascii=False))
+    def escaped(found: Match[str]) -> str:
+        return f"\\u{ord(found.group()):04x}"
+
+    quoted = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", escaped, quoted)
 
 
 _YAML_PLAIN = re.compile(
@@ -2756,9 +2812,9 @@ class SwapPlan(NamedTuple):
     server: Binary                              # of the tiers that have none of their own
     quote: Callable[[str], str]                 # protects a word in a command line
     first_port: int = FIRST_SERVER_PORT
-    need_gb: Optional[Mapping[str, float]] = None
+    need_gb: Optional[Mapping[str, Needs]] = None
     weights_gb: Mapping[str, float] = {}
-    budget_gb: float = 0.0
+    budgets_gb: Needs = ()
     proxy: Optional[ProxyPlan] = None
     own: Mapping[str, Binary] = {}              # tiers with settings of their own -> their server
     park: Tuple[str, ...] = ()                  # the command that parks a model before it stops
@@ -2838,9 +2894,10 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
+    command = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
         name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(f"      {line}" for line in _swap_command(plan, tier)))
+        command="\n".join(command))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
@@ -2872,9 +2929,9 @@ def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     text, kept = "", [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
-            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
-                     f" and there are {plan.budget_gb:.1f}\n")
+            taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{gb_words(taken)},"
+                     f" and there are {gb_words(plan.budgets_gb)}\n")
     return text
 
 
@@ -2883,15 +2940,17 @@ _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
-    keys, costs = {}, {}
+    keys = {}                                   # model -> its short name in the sets
+    costs = {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, weights_gb)
     everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        everywhere = (plan.proxy.tier.name,)
-        keys[PROXY], costs[PROXY] = "l", 30
+        everywhere = (PROXY,)
+        keys[PROXY] = "l"
+        costs[PROXY] = MOST_EVICT_COST
     text = """
 # What may be loaded together; the cheapest way to make room wins, the first of equals.
 matrix:
@@ -2903,7 +2962,7 @@ matrix:
     for name, cost in costs.items():
         text += f"    {keys[name]}: {cost}\n"
     text += "  sets:\n"
-    sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
+    sets = residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
     text += _left_out(plan, sets)
     for group in sets or [ResidencySet("a_hosted", ())]:
         members = [keys[name] for name in group.tiers + everywhere]
@@ -2934,8 +2993,6 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 # ---- routes, and the list of models
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
-
 
 def hosted_model(tier: Tier) -> str:
     """The provider's id of a hosted tier's model on its channel."""
@@ -2964,10 +3021,16 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     return found
 
 
-def check_queued(config: Config) -> None:
-    """The next channel needs an upgrade to run. Errors: UserError."""
+def check_queued(config: Config, profile: str = "") -> None:
+    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+
+    Errors: UserError.
+    """
     if not any(tier.has_next for tier in config.tiers):
-        raise UserError("no tier has a queued upgrade, so there is no next channel to run",
+        tier = "no tier"
+        if profile:
+            tier = f"no tier of this models.ini, profile {profile},"
+        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
                         "add hf_file_next or model_next to a tier of models.ini, or say --current"
                         " (and unset LLMSTACK_USE_NEXT)", 2)
 
@@ -3090,12 +3153,16 @@ def _model_entry(name: str, context: int, output: int, able: Iterable[str],
 
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
-    ladder = config.ladder
-    context = max((tier.ctx_size for tier in ladder), default=0)
-    output = max((tier.max_output_tokens or tier.ctx_size for tier in ladder), default=0)
-    able = [word for tier in ladder for word in capabilities(tier)]
-    entry = _model_entry("auto", context, output, able, {"ladder": [tier.name for tier in ladder]})
-    return {**entry, "description": "the best tier for the length of the conversation"}
+    context = output = 0
+    names, able = [], []
+    for tier in config.ladder:
+        names.append(tier.name)
+        able += capabilities(tier)
+        context = max(context, tier.ctx_size)
+        output = max(output, tier.max_output_tokens or tier.ctx_size)
+    entry = _model_entry("auto", context, output, able, {"ladder": names})
+    entry["description"] = "the best tier for the length of the conversation"
+    return entry
 
 
 def tier_entry(tier: Tier) -> Dict[str, Any]:
@@ -3115,16 +3182,22 @@ def tier_entry(tier: Tier) -> Dict[str, Any]:
         meta["model"] = hosted_model(tier)
     output = tier.max_output_tokens or tier.ctx_size
     entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
-    return {**entry, "channel": tier.channel, "description": tier.description,
-            "aliases": list(tier.aliases)}
+    entry["channel"] = tier.channel
+    entry["description"] = tier.description
+    entry["aliases"] = list(tier.aliases)
+    return entry
 
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    merged = {**own, **theirs}
     # What serves a model knows it better than models.ini does, but for these three.
-    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
-    ours = {key: own[key] for key in ("id", "channel", "aliases")}
-    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
+    for key in ("id", "channel", "aliases"):
+        merged[key] = own[key]
+    merged["meta"] = own["meta"]
+    if isinstance(theirs.get("meta"), dict):
+        merged["meta"] = {**theirs["meta"], **own["meta"]}
+    return merged
 
 
 def list_models(config: Config,
@@ -3134,7 +3207,9 @@ def list_models(config: Config,
     `theirs` is the list of what is behind; a tier that is not in it is left out, but for hosts that
     the router asks itself. What local_only forbids is left out as well.
     """
-    said = {str(entry.get("id")): entry for entry in reversed(theirs)}
+    said: Dict[str, Dict[str, Any]] = {}
+    for entry in theirs:
+        said.setdefault(str(entry.get("id")), entry)
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier)
@@ -3146,9 +3221,9 @@ def list_models(config: Config,
     known = {"auto"}
     for tier in config.tiers:
         known.update(tier.names)
-    for entry in theirs:
+    for name, entry in said.items():
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
+        if name not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3253,7 +3328,7 @@ class GgufHeader(NamedTuple):
     widest: int                                 # values a token takes in the widest layer
     parts: int = 1                              # files it is split into
     end: int = 0                                # where its tensors end: a smaller file is not whole
-    experts: Mapping[int, int] = {}             # layer -> bytes of its experts
+    tensors: Mapping[str, int] = {}             # name -> bytes
 
 
 class Memory(NamedTuple):
@@ -3265,12 +3340,14 @@ class Memory(NamedTuple):
     compute: int
     context: int = 0                            # CUDA's own, once a process
     cache: int = 0                              # the least of prompts and checkpoints it keeps
-    host: int = 0                               # of all the above, what is not on the card
+    host: int = 0                               # of all the above, what is not on a card
+    each: Tuple[int, ...] = ()                  # and what is on each card
 
     @property
     def parts(self) -> Dict[str, int]:
-        """What it is made of; together, what it takes of card and host."""
-        return {name: size for name, size in self._asdict().items() if name != "host"}
+        """What it is made of; together, what it takes of cards and host."""
+        places = ("host", "each")
+        return {name: size for name, size in self._asdict().items() if name not in places}
 
     @property
     def total(self) -> int:
@@ -3291,6 +3368,40 @@ class Machine(NamedTuple):
     host_gb: float = 0.0                        # beside a card of its own; 0: it is one memory
     cards: Tuple[float, ...] = ()               # GB of each, where they have memory of their own
 
+    @property
+    def budgets_gb(self) -> Needs:
+        """The budget of each memory there is. Of several cards each has its part of the sum."""
+        each: Needs = (self.budget_gb,)
+        if len(self.cards) > 1:
+            part = self.budget_gb / max(sum(self.cards), 0.1)
+            each = tuple(card_gb * part for card_gb in self.cards)
+        if self.host_gb:
+            each += (self.host_gb,)
+        return each
+
+
+class Override(NamedTuple):
+    """Where tensors go whose name a pattern is found in: CPU, or a device such as CUDA1."""
+
+    pattern: str
+    buffer: str
+
+
+# What --n-cpu-moe keeps on the host. Source: common.h, llm_ffn_exps_block_regex.
+_EXPERTS = r"blk\.(%s)\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+def tensor_overrides(settings: Mapping[str, Any]) -> Tuple[Override, ...]:
+    """What override_tensor and n_cpu_moe move, in the order of their flags."""
+    found = []
+    for key, value in settings.items():
+        if key == "override_tensor":
+            found += [Override(*rule.split("=", 1)) for rule in value.split(",")]
+        elif key == "n_cpu_moe" and value:
+            layers = "|".join(map(str, range(value)))
+            found.append(Override(_EXPERTS % layers, "CPU"))
+    return tuple(found)
+
 
 class LoadOptions(NamedTuple):
     """How llama-server is to load a model, as far as memory depends on it."""
@@ -3302,9 +3413,10 @@ class LoadOptions(NamedTuple):
     cuda: bool = False
     slots: int = SERVER_SLOTS                   # they share one cache
     ubatch: int = SERVER_UBATCH                 # tokens that are computed together
-    cpu_moe: int = 0                            # layers whose experts stay on the host
-    cards: int = 1                              # that the model is split over
-    idle_cards: int = 0                         # that its server sees besides
+    overrides: Tuple[Override, ...] = ()        # the first that matches a tensor's name counts
+    seen: int = 1                               # cards that its server sees
+    cards: Tuple[int, ...] = (0,)               # of these, those that the model is split over...
+    split: Tuple[float, ...] = (1.0,)           # ...and in which proportions
 
 
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
@@ -3327,10 +3439,24 @@ def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
     return chosen
 
 
+def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
+                machine: Machine) -> Tuple[float, ...]:
+    """The proportions in which llama.cpp splits a model: as told, else by what is free on each."""
+    told = [float(part) for part in settings.get("tensor_split", "0").split(",")]
+    told = (told + [0.0] * len(cards))[:len(cards)]
+    if any(told):
+        return tuple(told)
+    return tuple(max(machine.cards[card], 0.1) for card in cards)
+
+
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     own = tier_config(config, tier)
     settings = own.settings
-    used = len(cards_of(own, machine))
+    cards: Tuple[int, ...] = (0,)
+    split: Tuple[float, ...] = (1.0,)
+    if machine.cards:
+        cards = cards_of(own, machine)
+        split = _split_over(cards, settings, machine)
     layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu or settings.get("device") == "none":
@@ -3344,9 +3470,10 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
-        cpu_moe=settings.get("n_cpu_moe", 0),
-        cards=max(used, 1),
-        idle_cards=len(machine.cards) - used,
+        overrides=tensor_overrides(settings),
+        seen=max(len(machine.cards), 1),
+        cards=cards,
+        split=split,
     )
 
 
@@ -3427,6 +3554,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     if reader.take(4) != b"GGUF":
         raise BrokenGgufError("is not a GGUF file")
     version, = reader.numbers("I")
+    if not version:
+        raise BrokenGgufError("has nothing in its header")
     if not version & 0xFFFF:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
@@ -3438,6 +3567,9 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         value = reader.value()
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
+    parts = _small(meta.get("split.count"), 1)
+    if not tensors and parts == 1:              # the first of a split may have none
+        raise BrokenGgufError("holds no weights")
     arch = meta.get("general.architecture")
     if not isinstance(arch, str):               # of a split only the first part says it
         if not meta.get("split.no"):
@@ -3448,7 +3580,6 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     tokens = meta.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, (list, range)) else 0
     vocab = _quantity(keys.get("vocab_size", count))
-    parts = _small(meta.get("split.count"), 1)
     header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
 
@@ -3457,10 +3588,6 @@ def _small(value: object, default: int) -> int:
     if isinstance(value, int) and 0 < value <= 256:
         return value
     return default
-
-
-# What --n-cpu-moe keeps on the host. Source: common.h, LLM_FFN_EXPS_REGEX.
-_EXPERT = re.compile(r"blk\.([0-9]{1,4})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
 
 
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
@@ -3485,15 +3612,10 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
     sizes.sort()
     starts = [offset for offset, _, _ in sizes]
     bytes_of: Dict[str, int] = {}
-    experts: Dict[int, int] = {}
     for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - at)
         bytes_of[name] = size
-        expert = _EXPERT.match(name)
-        if expert:
-            layer = int(expert.group(1))
-            experts[layer] = experts.get(layer, 0) + size
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     data = -(-reader.at // alignment) * alignment
@@ -3504,16 +3626,14 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         tied="output.weight" not in bytes_of,
         widest=max(widths.values()),
         end=end,
-        experts=experts)
+        tensors=bytes_of)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
     parts = [first, *others]
-    layers = {layer for part in parts for layer in part.experts}
-    experts = {layer: sum(part.experts.get(layer, 0) for part in parts) for layer in layers}
     return first._replace(
-        experts=experts,
+        tensors={name: size for part in parts for name, size in part.tensors.items()},
         tensor_bytes=sum(p.tensor_bytes for p in parts),
         embd_bytes=sum(p.embd_bytes for p in parts),
         tied=all(p.tied for p in parts),
@@ -3602,6 +3722,7 @@ class _Layers:
 class _CacheLayer(NamedTuple):
     """What one layer keeps of each token."""
 
+    layer: int
     cells: int
     k: int                                      # values
     v: int
@@ -3629,7 +3750,7 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
             suffix = "_swa" if slides[i] else ""
             k = layers.number("attention.key_length" + suffix, layers.key) * heads
             v = layers.number("attention.value_length" + suffix, layers.value) * heads
-            found.append(_CacheLayer(sliding if slides[i] else cells, k, v, slides[i]))
+            found.append(_CacheLayer(i, sliding if slides[i] else cells, k, v, slides[i]))
     return found
 
 
@@ -3647,16 +3768,87 @@ def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v
     return found + _row_bytes(layer.v if load.flash_attn else widest_v, load.cache_type_v)
 
 
+_ON_HOST = -1                                   # a place; others are cards
+_LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
+
+
+def _layer_places(count: int, load: LoadOptions) -> List[int]:
+    """Where each of so many layers is, and behind them the output.
+
+    Source: llama-model.cpp, get_layer_buft_list.
+    """
+    on_cards = min(load.gpu_layers, count + 1)
+    bounds = [part / sum(load.split) for part in itertools.accumulate(load.split)]
+    places = [_ON_HOST] * (count + 1 - on_cards)
+    for number in range(on_cards):
+        card = bisect.bisect_right(bounds, number / on_cards)
+        places.append(load.cards[min(card, len(load.cards) - 1)])
+    return places
+
+
+class _Placing:
+    """Says where each tensor of a model goes. Source: llama-model-loader.cpp, create_tensor."""
+
+    def __init__(self, count: int, load: LoadOptions) -> None:
+        self.layers = _layer_places(count, load)
+        self._rules: List[Tuple[Pattern[str], int]] = []
+        for rule in load.overrides:
+            number = _NUMBERED.match(rule.buffer)
+            place = _ON_HOST
+            if number:
+                place = min(int(number.group(1)), load.seen - 1)
+            try:
+                self._rules.append((re.compile(rule.pattern), place))
+            except re.error:                    # which llama-server says itself
+                pass
+
+    def of(self, name: str, otherwise: int) -> int:
+        """The place of a tensor, `otherwise` where no override names it."""
+        for pattern, place in self._rules:
+            if pattern.search(name):
+                return place
+        return otherwise
+
+    def of_layer(self, name: str) -> int:
+        """The place of a tensor of a layer, or of one beside the output."""
+        found = _LAYER.match(name)
+        number = int(found.group(1)) if found else len(self.layers)
+        return self.of(name, self.layers[min(number, len(self.layers) - 1)])
+
+
+def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
+    """Add to `held` the weights on each card, and on the host, its last; the bytes of all.
+
+    The token embedding is on the host. Where it is the output, too, a card has a second copy.
+    """
+    embedding, weights = "token_embd.weight", header.tensor_bytes
+    first = placing.of(embedding, _ON_HOST)
+    held[first] += header.embd_bytes
+    again = placing.of(embedding, placing.layers[-1])
+    if header.tied and again != first:
+        weights += header.embd_bytes
+        held[again] += header.embd_bytes
+    rest = header.tensor_bytes - header.embd_bytes
+    for name, size in header.tensors.items():
+        if name != embedding:
+            held[placing.of_layer(name)] += size
+            rest -= size
+    for place in placing.layers:                # what no tensor is known of
+        held[place] += rest // len(placing.layers)
+    held[placing.layers[-1]] += rest % len(placing.layers)
+    return weights
+
+
 _PLAIN_LOAD = LoadOptions()
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    offload, slots = load.gpu_layers > 0, load.slots
+    slots, used = load.slots, len(load.cards)
     caches = _cache_layers(layers, ctx_size, load)
     widest_v = max((c.v for c in caches), default=0)
-    kv = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches)
+    kv_of = {c.layer: c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches}
     # A mask for each of the two caches; the GPU gets its copy.
     tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
     masked = {(c.slides, c.cells) for c in caches}
@@ -3669,30 +3861,36 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         peak = max(peak, _converted_bytes(layers, caches, load, tokens))
     outputs = header.vocab * slots * 4
     compute = mask + peak + outputs
-    weights, host = header.tensor_bytes, 0
-    if offload:
-        compute += mask
-        host = header.embd_bytes + mask + outputs
-        if header.tied:
-            weights += header.embd_bytes
-    recurrent = sum(layers.recurs()) * layers.state_floats() * 4 * slots
-    left = max(0, layers.count + 1 - load.gpu_layers)           # the output is one more
-    if offload and left:
-        host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
-    if offload:                                 # the first layers are on the host as they are
-        host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
+    recurs, state = layers.recurs(), layers.state_floats() * 4 * slots
+    kv, recurrent = sum(kv_of.values()), sum(recurs) * state
+    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
+    if not load.gpu_layers:
+        memory = Memory(header.tensor_bytes, kv, recurrent, compute, 0, cache)
+        return _within_reason(memory)
+    compute = (compute + mask) * used           # each card has its own buffer
+    placing = _Placing(layers.count, load)
+    held = [0] * load.seen + [mask + outputs + cache]
+    weights = _placed_weights(header, placing, held)
+    for layer, place in enumerate(placing.layers[:-1]):
+        held[place] += kv_of.get(layer, 0) + recurs[layer] * state
+    # With all layers on several cards batches overlap, and each has the mask more than once.
+    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
+        compute += used * (PIPELINED_BATCHES - 1) * mask
+    for card in load.cards:
+        held[card] += (compute - mask - outputs) // used
     context = 0
     if load.cuda:
-        context = CUDA_CONTEXT_BYTES * load.cards + BARE_CONTEXT_BYTES * load.idle_cards
-    # Each has its own buffer, and the mask more than once.
-    if load.cards > 1:
-        compute += (load.cards - 1) * compute
-        if not left and not load.cpu_moe:       # with all layers there, batches overlap
-            compute += load.cards * (PIPELINED_BATCHES - 1) * mask
-    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
-    if offload:
-        host += cache
-    memory = Memory(weights, kv, recurrent, compute, context, cache, host)
+        contexts = [BARE_CONTEXT_BYTES] * load.seen
+        for card in load.cards:
+            contexts[card] = CUDA_CONTEXT_BYTES
+        held = [size + of_it for size, of_it in zip(held, [*contexts, 0])]
+        context = sum(contexts)
+    memory = Memory(weights, kv, recurrent, compute, context, cache, held[_ON_HOST])
+    return _within_reason(memory._replace(each=tuple(held[:_ON_HOST])))
+
+
+def _within_reason(memory: Memory) -> Memory:
+    """Errors: GgufError."""
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
     return memory
@@ -3783,6 +3981,11 @@ class TierFit(NamedTuple):
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
     slots: int = SERVER_SLOTS
     cards: Tuple[int, ...] = ()                 # that it is on, where the machine has several
+    each_gb: Needs = ()                         # of each memory, as Machine.budgets_gb has them
+
+    @property
+    def needs(self) -> Needs:
+        return self.each_gb or (self.need_gb,)
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3797,32 +4000,54 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
     load = load_options(tier, config, machine)
-    cards = cards_of(tier_config(config, tier), machine)
-    limit_gb = machine.budget_gb
-    if len(cards) < len(machine.cards):         # it may use some of them only
-        limit_gb = min(limit_gb, sum(machine.cards[card] for card in cards))
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
-        return memory._replace(weights=memory.weights + beside)
+        each = list(memory.each)
+        if each:
+            each[load.cards[0]] += beside
+        return memory._replace(weights=memory.weights + beside, each=tuple(each))
 
-    def needs(memory: Memory) -> Tuple[float, float]:
-        if machine.host_gb:
-            return memory.card / 1e9, memory.host / 1e9
-        return memory.total / 1e9, 0.0
+    def needs(memory: Memory) -> Needs:
+        if not machine.host_gb:
+            return (memory.total / 1e9,)
+        each = memory.each or (0,) * load.seen
+        return tuple(size / 1e9 for size in (*each, memory.total - sum(each)))
 
     def fits(ctx: int) -> bool:
-        need_gb, host_gb = needs(memory_at(ctx))
-        return need_gb <= limit_gb and host_gb <= machine.host_gb
+        return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
-    need_gb, host_gb = needs(memory)
-    return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
-                   largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
-                   checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained, load.slots,
-                   cards if len(machine.cards) > 1 and load.gpu_layers else ())
+    each_gb, host_gb = needs(memory), 0.0
+    need_gb = sum(each_gb)
+    if machine.host_gb:
+        need_gb, host_gb = sum(each_gb[:-1]), each_gb[-1]
+    cards: Tuple[int, ...] = ()
+    if load.seen > 1 and load.gpu_layers:
+        cards = load.cards
+    return TierFit(
+        tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        memory=memory,
+        host_gb=host_gb,
+        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        cache_mib=memory.cache // MIB,
+        trained_ctx=trained,
+        slots=load.slots,
+        cards=cards,
+        each_gb=each_gb)
+
+
+def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
+    """Whether a tier fits the budget of which no more is known than its size."""
+    load = load_options(tier, config, machine)
+    each = [0.0] * len(machine.budgets_gb)
+    for card, part in zip(load.cards, load.split):
+        each[card] = need_gb * part / sum(load.split)
+    fits = fits_together([tuple(each)], machine.budgets_gb)
+    source = "size_gb" if need_gb else "unknown"
+    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -3831,6 +4056,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     `models`: share/models.json. The token embedding counts as Q6_K, what llama-quantize gives it
     where it is the output, too.
     """
+    file = file.rpartition("/")[2]
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
@@ -3842,11 +4068,11 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
     header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
                         row["tied"], widest)
-    return header._replace(experts=_known_experts(header))
+    return header._replace(tensors=_known_experts(header))
 
 
-def _known_experts(header: GgufHeader) -> Dict[int, int]:
-    """The experts' bytes of a header without tensors: their part of all that is in its layers."""
+def _known_experts(header: GgufHeader) -> Dict[str, int]:
+    """The experts of a header without tensors: their part of all that is in its layers."""
     layers = _Layers(header)
     wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
     experts = 3 * wide * count
@@ -3856,19 +4082,20 @@ def _known_experts(header: GgufHeader) -> Dict[int, int]:
     attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
     in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
     each = in_layers * experts // (experts + attention) // layers.count
-    return dict.fromkeys(range(layers.count), each)
+    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
 
 
-def fit_sets(config: Config, fits: Iterable[TierFit],
-             budget_gb: float = 0.0) -> List[Tuple[Tuple[str, ...], float]]:
+def fit_sets(config: Config, fits: Sequence[TierFit],
+             budgets_gb: Needs = ()) -> List[Tuple[Tuple[str, ...], float]]:
     """Every set of the matrix, whether or not it fits, with what it needs in GB.
 
     With a budget, the sets that grow within it follow.
     """
     need = {f.name: f.need_gb for f in fits}
+    needs = {f.name: f.needs for f in fits}
     sets = [s.tiers for s in residency_sets(config)]
     known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
-    grown = [s.tiers for s in residency_sets(known, need, budget_gb)] if budget_gb else []
+    grown = [s.tiers for s in residency_sets(known, needs, budgets_gb)] if budgets_gb else []
     sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
     return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
 
@@ -3882,15 +4109,15 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
     chats = {t.name for t in config.tiers if t.chats}
-    need = {name: f.need_gb for name, f in by_name.items()}
-    limit_gb, taken = machine.budget_gb, need
+    limit_gb, taken = machine.budget_gb, {name: f.need_gb for name, f in by_name.items()}
     if machine.host_gb:
         limit_gb, taken = machine.host_gb, {name: f.host_gb for name, f in by_name.items()}
-    sets = residency_sets(config, need, machine.budget_gb)
+    sets = residency_sets(config, {name: f.needs for name, f in by_name.items()},
+                          machine.budgets_gb)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
-        if tier.chats and fit is not None and fit.need_gb:
+        if tier.chats and fit is not None and any(fit.needs):
             parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(chats & {*s.tiers})
                      for s in sets if tier.name in s.tiers]
             tier = _with_cache(tier, fit, min(parts, default=0.0))
@@ -3975,37 +4202,101 @@ def memory_pressure(now: MemoryState, before: MemoryState) -> str:
 # ==================================================================================================
 # PURE: PROFILES
 # ==================================================================================================
-# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
-# models.ini beside the program.
+# The same tiers and roles for other machines: share/profiles/NAME.ini has the sections that differ
+# from those of the models.ini beside the program, which is profile 64.
 
-# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
-# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
-# to it.
-PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.5, "128": 96.0}
+
+class Profile(NamedTuple):
+    """GB that each tier of a profile must fit within by itself. tests/test_fit.py holds them to it.
+
+    The budget is Metal's share of a Mac of that size, or 75 % of memory as Linux counts it,
+    whichever is less; of a card, what its driver and a desktop leave.
+    """
+
+    budget_gb: float
+    host_gb: float = 0.0                        # of memory beside a card; 0: for any machine
+
+
+# In the order of their budgets. The number in a name is GB of memory, or of a card's.
+PROFILES = {
+    "8": Profile(5.7),
+    "16": Profile(11.4),
+    "card-12": Profile(11.5, 24.0),
+    "card-16": Profile(15.4, 24.0),
+    "24": Profile(17.1),
+    "card-24": Profile(23.4, 24.0),
+    "card-32": Profile(31.0, 11.0),
+    "48": Profile(37.0),
+    "64": Profile(50.5),
+    "128": Profile(96.0),
+    "256": Profile(200.0),
+    "512": Profile(400.0),
+}
 BUNDLED_PROFILE = "64"
+_PROFILE_NAME = re.compile(r"(card-|)([0-9]{1,6})(?: *gi?b)?\Z")
+# A section's heading and settings, as far as the first empty line or comment.
+_INI_BLOCK = re.compile(r"^\[([^\]\n]+)\]\n(?:[^\n#;].*\n)*", re.MULTILINE)
+_PROFILE_TITLE = re.compile(r"^# Profile: ([^ \n]+).*\n", re.MULTILINE)
 
 
-def choose_profile(budget_gb: float) -> str:
-    """The largest profile whose every tier fits the budget, or the smallest there is."""
-    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
-    return max(fitting or [min(PROFILES, key=int)], key=int)
+def fits_machine(name: str, machine: Machine) -> bool:
+    """True where a machine has what every tier of a profile needs."""
+    profile = PROFILES[name]
+    return profile.budget_gb <= machine.budget_gb and profile.host_gb <= machine.host_gb
+
+
+def choose_profile(machine: Machine) -> str:
+    """The largest profile whose every tier fits a machine, or the smallest there is."""
+    smallest, *others = PROFILES
+    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+
+
+def _kind_and_gb(name: str) -> Tuple[str, int]:
+    """("card-" or "", GB) of what a profile is called; GB is 0 where that is no such name."""
+    match = _PROFILE_NAME.match(name.strip().lower())
+    if not match:
+        return "", 0
+    return match.group(1), int(match.group(2))
 
 
 def find_profile(name: str) -> str:
-    """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
-    number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
-    if not known:
+    """The profile for a machine of `name` GB: 32 is 24's, card-20 card-16's. Errors: UserError."""
+    kind, size = _kind_and_gb(name)
+    found = ""
+    for own in PROFILES:
+        own_kind, own_size = _kind_and_gb(own)
+        if own_kind == kind and own_size <= size:
+            found = own
+    if not found:
         sizes = ", ".join(PROFILES)
-        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
-    return max(known, key=int)
+        raise UserError(f"there is no profile {name}",
+                        f"one of {sizes} (GB of memory; card: of a graphics card)", 2)
+    return found
 
 
-def profile_file(name: str) -> str:
-    """Where the models.ini of a profile lies beside the program."""
-    if name == BUNDLED_PROFILE:
-        return "models.ini"
-    return f"share/profiles/{name}.ini"
+def profile_words(name: str) -> str:
+    """The machine that a profile is for."""
+    kind, size = _kind_and_gb(name)
+    if kind:
+        return f"a graphics card of {size} GB"
+    return f"{size} GB of memory"
+
+
+def profile_of(text: str) -> str:
+    """The profile that a models.ini was made of, "" where it does not say."""
+    match = _PROFILE_TITLE.search(text)
+    if not match:
+        return ""
+    return match.group(1)
+
+
+def render_profile(bundled: str, own: str) -> str:
+    """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
+    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    title = _PROFILE_TITLE.search(own)
+    if title:
+        bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
+    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
 
 
 # ==================================================================================================
@@ -4021,7 +4312,7 @@ def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
     if config.local_only:
         return []
-    return [t for t in config.tiers if t.backend == "litellm"]
+    return [tier for tier in config.tiers if tier.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -4064,9 +4355,11 @@ def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
     """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
     lines = []
     for name, model in entries:
-        lines += [f"  - model_name: {_yaml_text(name)}",
-                  "    litellm_params:",
-                  f"      model: {_yaml_text(model)}"]
+        lines += [
+            f"  - model_name: {_yaml_text(name)}",
+            "    litellm_params:",
+            f"      model: {_yaml_text(model)}",
+        ]
     return "\n".join(lines)
 
 
@@ -4194,10 +4487,13 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
     if file is None:
         return []
-    said = [(name, model, file.entries[name].model)
-            for name, model in litellm_entries(config) if name in file.entries]
-    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
-            for name, model, other in said if other not in ("", model)]
+    lines = []
+    for name, model in litellm_entries(config):
+        written = file.entries.get(name, LitellmEntry("")).model
+        if written not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+                         " which is what is asked")
+    return lines
 
 
 # ==================================================================================================
@@ -4257,16 +4553,17 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
-        "tool_call": any(_calls_tools(t, config) for t in tiers),
+        "tool_call": any(_calls_tools(tier, config) for tier in tiers),
     }
-    if all(t.reasoning for t in tiers):
+    if all(tier.reasoning for tier in tiers):
         entry["reasoning"] = True
-    if any(t.has_projector for t in tiers):
+    if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    # What one of several hosted tiers will cost is not known before it is asked.
     if len(tiers) == 1 and tiers[0].prices:
         entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
-    elif not any(t.remote for t in tiers):
+    elif not any(tier.remote for tier in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -4274,13 +4571,14 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
 def _opencode_models(config: Config) -> Dict[str, Any]:
     """opencode's list of models: auto where there is a ladder, and every tier that chats."""
     models = {}
-    if config.ladder:
-        models["auto"] = _client_model("auto: the best tier for the length",
-                                       _auto_limits(config.ladder), config.ladder, config)
+    ladder = config.ladder
+    if ladder:
+        shown = "auto: the best tier for the length"
+        models["auto"] = _client_model(shown, _auto_limits(ladder), ladder, config)
     for tier in config.tiers:
         if tier.chats:
-            name = tier.description or tier.name
-            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+            shown = tier.description or tier.name
+            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
     return models
 
 
@@ -4346,13 +4644,13 @@ def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict
     return agents, commands
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key: bool = False,
                          mcp_url: str = "") -> str:
     """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
 
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
-    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
-    arguments give the same bytes.
+    `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
+    same bytes.
     """
     config = config._replace(tiers=config.offered or config.tiers)
     models = _opencode_models(config)
@@ -4363,7 +4661,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
         "headerTimeout": _SILENCE_MS,
         "chunkTimeout": _SILENCE_MS,
     }
-    if api_key:
+    if wants_key:
         options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
     provider = {
         "npm": "@ai-sdk/openai-compatible",
@@ -5259,6 +5557,8 @@ def percent_words(share: float) -> str:
 # ==================================================================================================
 # PURE: SHELL
 # ==================================================================================================
+# Text that a shell evaluates: hooks, variables, prompts. Whatever a directory, a file or another
+# machine has named is quoted here for the shell that reads it, and expanded by none.
 
 SHELL_VARIABLES = (
     "OPENCODE_CONFIG",
@@ -5301,7 +5601,8 @@ def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
     units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    return f"(-join[char[]]({','.join(map(str, units))}))"
+    codes = ",".join(map(str, units))
+    return f"(-join[char[]]({codes}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5368,10 +5669,11 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    places = {"python": python, "program": program, "trust": trust}
-    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
-             for name, path in places.items()]
-    return "\n".join([*lines, text])
+    lines = []
+    for name, path in {"python": python, "program": program, "trust": trust}.items():
+        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
+    lines.append(text)
+    return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
@@ -5380,6 +5682,7 @@ def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable
     before = set(exported)
     lines = []
     for name, value in values.items():
+        # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
         kind = "x" if name in before else "s"
         lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
     lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
@@ -5584,6 +5887,15 @@ def read_shared_text(name: str) -> str:
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
+def read_profile(name: str) -> bytes:
+    """The models.ini of a profile. Errors: UserError where the program was copied without it."""
+    bundled = read_resource("models.ini")
+    if name == BUNDLED_PROFILE:
+        return bundled
+    own = read_shared_text(f"profiles/{name}.ini")
+    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
+
+
 def guest_command(python: str, name: str) -> List[str]:
     """The command that runs share/guests/NAME.py inside another environment's Python.
 
@@ -5601,7 +5913,10 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute, and the environment it works in."""
+    """Directories and files of one invocation, absolute, and the environment it works in.
+
+    As a rule made by places_at or find_places.
+    """
 
     work: str                                   # the project
     state: str                                  # its .llmstack
@@ -5625,9 +5940,19 @@ class Places(NamedTuple):
         return os.path.dirname(os.path.realpath(self.state))
 
 
+def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
+    """The places of the project in a directory."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+
+
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
-        return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
+        return _expand(env["LLMSTACK_DATA_DIR"])
     variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
         variable, usual = "LOCALAPPDATA", "~/AppData/Local"
@@ -5638,20 +5963,19 @@ def data_dir(env: Mapping[str, str]) -> str:
 _PROJECT_FILES = ("models.ini", "default-channel", "opencode.json")
 
 
-def find_project(directory: str) -> str:
-    """The nearest directory at or above that one with a .llmstack/ of ours, as git finds its own.
+def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
+    """The nearest directory at or above that one whose .llmstack/ is a project's, "" for none."""
+    while not is_project(os.path.join(directory, ".llmstack")):
+        above = os.path.dirname(directory)
+        if above == directory:
+            return ""
+        directory = above
+    return directory
 
-    Where there is none, the directory itself.
-    """
-    above = directory
-    while True:
-        state = os.path.join(above, ".llmstack")
-        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
-        if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
-            return above
-        if os.path.dirname(above) == above:
-            return directory
-        above = os.path.dirname(above)
+
+def _is_state(state: str) -> bool:
+    """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
+    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -5660,24 +5984,24 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     The demo has its own place.
     """
     data = data_dir(env)
-    work = os.path.join(data, "demo")
-    if not demo and env.get("LLMSTACK_WORK_DIR"):
+    if demo:
+        # The demo brings a models.ini of its own, whatever the environment names.
+        return places_at(data, os.path.join(data, "demo"), env)
+    if env.get("LLMSTACK_WORK_DIR"):
         work = os.path.abspath(env["LLMSTACK_WORK_DIR"])
-    elif not demo:
+    else:
         try:
-            work = find_project(os.getcwd())
+            here = os.getcwd()
         except FileNotFoundError:
             raise UserError("the current directory is gone", "cd into another") from None
-    state = os.path.join(work, ".llmstack")
-    models_ini = os.path.join(state, "models.ini")
-    # The demo brings a models.ini of its own, whatever the environment names.
-    if env.get("LLMSTACK_MODELS_INI") and not demo:
-        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data, env)
+        work = nearest_project(here, _is_state) or here
+    places = places_at(data, work, env)
+    if env.get("LLMSTACK_MODELS_INI"):
+        return places._replace(models_ini=_expand(env["LLMSTACK_MODELS_INI"]))
+    return places
 
 
 _IN_ITS_PLACE = "move away what stands in its place"
-_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
 _PATH_HINTS = {
     errno.EISDIR: _IN_ITS_PLACE,
     errno.ENOTDIR: _IN_ITS_PLACE,
@@ -5690,9 +6014,8 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno is None:
-        return _USUAL_PATH_HINT
-    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+    usual = "mend its permissions, or those of its directory"
+    return _PATH_HINTS.get(exc.errno or 0, usual)
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
@@ -5750,11 +6073,6 @@ def close_to_others(*paths: str) -> None:
             _close_open_file(handle)
         finally:
             os.close(handle)
-
-
-def close_places(places: Places) -> None:
-    """Close the directories of ours that an older version, or a clone, has left open to others."""
-    close_to_others(places.data, places.state, places.in_state("logs"))
 
 
 def replace_file(source: str, target: str) -> None:
@@ -5857,7 +6175,7 @@ def program_output(command: Sequence[str]) -> str:
     In C and UTC: ps prints local times.
     """
     import subprocess
-    # A translated answer would not be understood, and ps prints local times.
+    # A translated answer would not be understood.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -5894,8 +6212,6 @@ def total_memory_gb() -> float:
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
-
-
 HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
@@ -5982,7 +6298,7 @@ def _amd_memory_gb(which: str) -> List[float]:
     return sizes_gb
 
 
-def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
+def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     """The budget on NVIDIA cards, None where a program sees none."""
     cards = _seen_nvidia_cards(env)
     if not cards:
@@ -5991,13 +6307,13 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
         return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
-    held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
+    held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    each = tuple(card.total_gb for card in cards)
+    each = tuple(max(0.0, card.total_gb - card.used_gb) for card in cards)
     return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
 
 
@@ -6038,17 +6354,14 @@ def _mac_gpu(total_gb: float) -> Machine:
     return Machine(total_gb * share, source, True)
 
 
-def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
-    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory.
-
-    `ours_gb`: what servers of ours hold of cards now.
-    """
+def this_machine(config: Config) -> Machine:
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total_gb = total_memory_gb()
     found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total_gb)
     elif config.settings["n_gpu_layers"] != "0":
-        found = _nvidia_machine(total_gb, os.environ, ours_gb)
+        found = _nvidia_machine(total_gb, os.environ)
         found = found or _amd_machine(total_gb, os.environ)
     if found is None:
         found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
@@ -6191,7 +6504,6 @@ def paint(text: str, code: str) -> str:
 def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
-        # Flushed line by line: who pipes us sees progress.
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -6214,7 +6526,6 @@ def called_as() -> str:
 
 def as_called(text: str) -> str:
     """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    # Most lines name no command, and JSON is for programs.
     if "`llmstack " not in text or text.startswith("{"):
         return text
     return text.replace("`llmstack ", f"`{called_as()} ")
@@ -6530,11 +6841,10 @@ class FileLock:
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
 
-def terminal_columns(terminal: TextIO) -> int:
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+def terminal_columns() -> int:
+    """How wide the terminal of standard output is; $COLUMNS wins, and 80 stands for unknown."""
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def live_terminal() -> Optional[TextIO]:
@@ -6573,9 +6883,8 @@ class Progress:
         if text == self._shown:
             return
         if self._terminal is not None:
-            columns = terminal_columns(self._terminal)
             # A line that wraps cannot be taken back.
-            text = text[:columns - 1]
+            text = text[:terminal_columns() - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -6698,7 +7007,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path, MAX_STATE_BYTES)
+        return read_regular(path)
     except OSError:
         return b""
 
@@ -6713,8 +7022,6 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-# LiteLLM imports the Python modules that its configuration names.
-_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -6734,7 +7041,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -6753,8 +7060,10 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
     except ConfigError as exc:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
-    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
-            for key, value in config_effects(config)]
+    effects = []
+    for key, value in config_effects(config):
+        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+    return effects
 
 
 def _link_effects(places: Places) -> List[Effect]:
@@ -6778,25 +7087,25 @@ def _link_effects(places: Places) -> List[Effect]:
     return effects
 
 
-def _hook_effects(places: Places) -> List[Effect]:
-    return _file_effects(places, _HOOK_FILES)
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS = ("hook", "run")
 
 
-def _run_effects(places: Places) -> List[Effect]:
+def part_effects(places: Places, part: str) -> List[Effect]:
+    """What of a part takes effect now."""
+    if part == "hook":
+        return _file_effects(places, _HOOK_FILES)
     effects = _ini_effects(places)
-    effects += _file_effects(places, _RUN_FILES)
+    # LiteLLM imports the Python modules that its configuration names.
+    effects += _file_effects(places, ["litellm_config.yaml"])
     effects += _link_effects(places)
     return effects
 
 
-# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
-# out of the project.
-_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
-
-
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
     """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
-    return {part: effects(places) for part, effects in _PARTS.items()}
+    return {part: part_effects(places, part) for part in _PARTS}
 
 
 def trust_file(data: str) -> str:
@@ -6828,7 +7137,7 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     project = _of_project(ledger, places)
     project[what] = dict(known)
     ledger[os.path.realpath(places.state)] = project
-    # The second line of the file: there shell hooks look for news.
+    # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
     write_atomic(trust_file(places.data), text)
@@ -6839,14 +7148,15 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        if effect.problem or known.get(effect.name) != _digest(effect.data):
+        is_known = known.get(effect.name) == _digest(effect.data)
+        if effect.problem or not is_known:
             new.append(effect)
     return new
 
 
 def is_trusted(places: Places, part: str) -> bool:
     """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
-    return not untrusted(places, part, _PARTS[part](places))
+    return not untrusted(places, part, part_effects(places, part))
 
 
 def check_links(places: Places) -> None:
@@ -6868,7 +7178,7 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
 def record_trust(places: Places, *parts: str) -> None:
     """trust_project, for who holds the trust_lock."""
     for part in parts or _PARTS:
-        record_effects(places, part, _PARTS[part](places))
+        record_effects(places, part, part_effects(places, part))
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -6879,23 +7189,29 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    return _known(places, "written").get(name) == _digest(data)
+    written = _known(places, "written")
+    return written.get(name) == _digest(data)
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
+    """Note the bytes of a file in .llmstack/ as ours. Errors: UserError."""
     with trust_lock(places):
-        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
+        written = _known(places, "written")
+        written[name] = _digest(data)
+        _note(places, "written", written)
 
 
 # ==================================================================================================
 # PROCESSES
 # ==================================================================================================
+# The room of processes and ports: whose they are, starting and stopping them. It may read /proc, or
+# ask ps, lsof and netstat, and signal what is ours; it knows nothing of tiers and engines.
 
-# Whose a process is. All that we start carries a mark in its environment, made for one start and
-# handed down to what it starts in turn. A record names the process, its start time and its mark.
-# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
-# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
-# own child opens the door to a signal.
+# All that we start carries a mark in its environment, made for one start and handed down to what it
+# starts in turn. A record names the process, its start time and its mark. Nothing is signalled on a
+# record's word alone: it may have come along with a copied directory, or have been made up by
+# whoever made the directory. Only owned_process, the mark itself, or being our own child opens the
+# door to a signal.
 
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
@@ -7017,8 +7333,18 @@ def _ps(*options: str) -> Dict[int, str]:
     return found
 
 
-def _ps_environments(*which: str) -> Dict[int, List[str]]:
-    """Process -> the words of its environment, which ps writes behind the command line."""
+def _variables(words: Iterable[str]) -> Dict[str, str]:
+    """NAME=value words by name; the first of a name counts, as it does for getenv."""
+    found: Dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            found.setdefault(name, value)
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
+    """Process -> its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
     whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
@@ -7027,18 +7353,18 @@ def _ps_environments(*which: str) -> Dict[int, List[str]]:
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
         if words and text.startswith(command):
-            found[pid] = words
+            found[pid] = _variables(words)
     return found
 
 
-def process_environment(pid: int) -> Optional[List[str]]:
-    """NAME=value words of a process's environment; None where it cannot be read."""
+def process_environment(pid: int) -> Optional[Dict[str, str]]:
+    """The environment a process was started with; None where it cannot be read."""
     if IS_WINDOWS:
         return None
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
     except OSError:
         return None
 
@@ -7069,25 +7395,21 @@ def process_user(pid: int) -> Optional[int]:
     return int(uid)
 
 
-def _mark_in(words: Optional[Iterable[str]]) -> str:
+def _mark_in(environment: Optional[Mapping[str, str]]) -> str:
     """The mark in an environment, "" for none."""
-    for word in words or ():
-        name, _, mark = word.partition("=")
-        if name == STACK_VARIABLE:
-            return mark
-    return ""
+    return (environment or {}).get(STACK_VARIABLE, "")
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    environments: Mapping[int, Optional[List[str]]] = {}
+    environments: Mapping[int, Optional[Mapping[str, str]]] = {}
     if _has_proc():
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
     marks = {}
-    for pid, words in environments.items():
-        mark = _mark_in(words)
+    for pid, environment in environments.items():
+        mark = _mark_in(environment)
         if mark and pid != os.getpid():
             marks[pid] = mark
     return marks
@@ -7095,16 +7417,16 @@ def _marks() -> Dict[int, str]:
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    marks = _marks()
-    return {pid: mark for pid, mark in marks.items() if mark == stack}
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    code = _project_code(project)
     found = {}
     for pid, mark in _marks().items():
-        if of_project.fullmatch(mark):
+        start, _, marked = mark.partition(":")
+        if start.startswith(f"{kind}-") and marked == code:
             found[pid] = mark
     return found
 
@@ -7141,12 +7463,9 @@ def record_is_ours(record: Record, project: str) -> bool:
 MAX_PID = 2 ** 32 - 1
 
 
-_IS_PORT = ("port", "engine_port")
-
-
 def _is_recorded(name: str, value: Any) -> bool:
     """True for a value that we write into a pid file."""
-    if name in _IS_PORT:
+    if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
     if name in ("started", "stack") and not value:
@@ -7160,12 +7479,11 @@ def parse_record(text: str) -> Optional[Record]:
     if not re.match(r"[0-9]{1,10}\Z", number):
         return None
     pid = int(number)
+    if not 1 < pid <= MAX_PID:
+        return None
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
     fields = {name: values[name] for name in Record._fields[1:]}
-    for name, value in fields.items():
-        if not _is_recorded(name, value):
-            return None
-    if not 1 < pid <= MAX_PID:
+    if not all(_is_recorded(name, value) for name, value in fields.items()):
         return None
     return Record(pid, **fields)
 
@@ -7176,11 +7494,11 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
-def _settled_environment(pid: int) -> Optional[List[str]]:
+def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     """process_environment of a process that may be young: in the middle of exec it has none."""
     end = time.monotonic() + 1
     environment = process_environment(pid)
-    while environment == [""] and process_started(pid) and time.monotonic() < end:
+    while environment == {} and process_started(pid) and time.monotonic() < end:
         time.sleep(0.005)
         environment = process_environment(pid)
     return environment
@@ -7250,8 +7568,7 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             _signal_process(pid, number)
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
-          cwd: Optional[str] = None) -> Any:
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     """Start a process in a session of its own, its output appended to `log`; its Popen.
 
     Errors: UserError.
@@ -7270,7 +7587,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+                                    stderr=output, env=dict(env), close_fds=True, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7372,9 +7689,7 @@ def _listen_once(host: str, port: int) -> int:
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET
-    if ":" in host:
-        family = socket.AF_INET6
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7426,12 +7741,14 @@ def free_run(first: int, count: int) -> int:
     for port in range(first, 65_536):
         if not port_is_free("127.0.0.1", port):
             start = port + 1
+        # From `start` to here all are free; of none of them, any port will do.
         if port - start + 1 >= count:
             return start
     raise UserError(f"there are no {count} free ports in a row above {first}",
                     "stop something that listens on them")
 
 
+# As /proc/net/tcp has them: 127.0.0.1, every address of either kind, ::ffff:127.0.0.1 and ::1.
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
                     "00000000000000000000000001000000")
 
@@ -7459,7 +7776,6 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
-            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
@@ -7521,9 +7837,7 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "program"
-        if _is_llmstack(pid):
-            what = "llmstack"
+        what = "llmstack" if _is_llmstack(pid) else "program"
         return f"another user's {what} (pid {pid})"
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
@@ -7541,16 +7855,12 @@ def port_holder(port: int) -> str:
 # environment brings. Nothing is ever put into the user's own Python.
 
 
-def _expand(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
 class PrivateEnvironment(NamedTuple):
     """Pinned packages of PyPI's in a virtual environment of llmstack's own."""
 
     name: str                                   # its directory, with the version below it
     version: str
-    requirements: Tuple[str, ...]
+    package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
@@ -7558,9 +7868,13 @@ class PrivateEnvironment(NamedTuple):
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
 
 LLAMA_CPP = PrivateEnvironment(
-    "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
+    "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
@@ -7571,9 +7885,8 @@ LLAMA_CPP = PrivateEnvironment(
     ))
 OLDEST_PIP = (22, 3)                            # of those that know --python
 
-
 LITELLM = PrivateEnvironment(
-    "litellm", LITELLM_PIN, (f"litellm[proxy]=={LITELLM_PIN}",), "litellm.proxy.proxy_server",
+    "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
     f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
@@ -7582,13 +7895,10 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
 
-def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
-    """A program of the environment, whether or not that is there."""
-    folder = "bin"
-    if IS_WINDOWS:
-        folder = "Scripts"
-    directory = environment_dir(wanted, data)
-    return os.path.join(directory, folder, program + EXE)
+def environment_program(wanted: PrivateEnvironment, data: str) -> str:
+    """The Python of an environment, whether or not that is there."""
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
 def _has_its_python(directory: str, python: str) -> bool:
@@ -7694,8 +8004,9 @@ def outside_pip(python: str) -> List[str]:
 def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
-        return list(wanted.requirements)
-    words = [*wanted.requirements, *(f"--hash=sha256:{digest}" for digest in wanted.hashes)]
+        return [wanted.requirement]
+    words = [wanted.requirement]
+    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
     path = os.path.join(directory, "requirements.txt")
     write_atomic(path, " ".join(words) + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
@@ -7714,7 +8025,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
     inside = environment_program(wanted, data)
-    make, pip = [python, "-m", "venv", directory], [inside, "-m", "pip"]
+    make = [python, "-m", "venv", directory]
+    pip = [inside, "-m", "pip"]
     outside = outside_pip(python)
     if outside:
         make.append("--without-pip")
@@ -7730,9 +8042,11 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        lines = [line for line in output.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
+        # pip and venv say the reason last.
+        said = output.strip() or "no reason given"
+        reason = said.splitlines()[-1]
         hint = "see that PyPI can be reached, then again"
+        # Debian keeps venv's part of Python in a package of its own.
         if "ensurepip" in output:
             hint = "apt install python3-venv, then again"
         raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
@@ -11620,7 +11934,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
             need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-            return TierFit(tier.name, "broken", path, need_gb, False, tier.ctx_size, note=note)
+            fit = fit_by_size(tier, config, machine, need_gb)
+            return fit._replace(source="broken", where=path, fits=False, note=note)
     except Unreachable:
         raise
     except OSError as exc:
@@ -11629,9 +11944,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     if known and not path:
         return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
     need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    fits = need_gb <= machine.budget_gb
-    source = "size_gb" if need_gb else "unknown"
-    return TierFit(tier.name, source, where, need_gb, fits, tier.ctx_size, note=note)
+    return fit_by_size(tier, config, machine, need_gb)._replace(where=where, note=note)
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
@@ -11716,6 +12029,7 @@ class Trial:
         self.log = places.log(f"{tier.name}.log")
         self.loaded_s = 0.0
         self.process: Any = None
+        self.command: List[str] = []
         self._places, self._env = places, env
         # Any free port: two trials that look for the next one in the same moment get the same,
         # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
@@ -11730,13 +12044,12 @@ class Trial:
                             "install llama.cpp, or run `llmstack setup`")
         refused = probe_flags(program, self.config, data)
         tier = ready_tier(self.tier, env)
-        command = server_command(program, tier, self.config, self._upstream.port,
-                                 refused)
+        self.command = server_command(program, tier, self.config, self._upstream.port, refused)
         own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
                "LLAMA_API_KEY": self._upstream.key,
                STACK_VARIABLE: new_mark(self._places.project)}
         began = time.monotonic()
-        self.process = spawn(command, self.log, own)
+        self.process = spawn(self.command, self.log, own)
         try:
             while not self._is_up():
                 if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
@@ -11984,6 +12297,7 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
+    # env looks for a bare name on PATH.
     if "/" in named:
         return named
     return find_program(named)
@@ -11996,7 +12310,8 @@ def _python_of(program: str) -> str:
     try:
         with open(program, "rb") as file:
             python = _named_python(file.read(4096))
-    except OSError:                             # a program may be executable and not readable
+    except OSError:
+        # A program may be executable and not readable.
         python = ""
     if not python:
         python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
@@ -12056,9 +12371,8 @@ def litellm_config_path(places: Places) -> str:
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
-    import hashlib
     path = litellm_config_path(places)
-    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    digest = _digest(_read_bytes(path))
     return [*program, digest, "--config", path, "--host", "127.0.0.1",
             "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
@@ -12092,20 +12406,24 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest(data)
+    cache = _read_json(cache_path)
+    digest = _digest(data)
     known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
-        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        program = find_litellm(env, places.data)
         if not program:
             return None
+        text = data.decode("utf-8")
         answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            latest = dict([*cache.items()][-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
+            # Eight versions are enough for the files of the projects in use.
+            latest = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
     except (UserError, UnicodeDecodeError):
+        # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
     return known
 
@@ -12129,8 +12447,12 @@ def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     file = read_litellm_file(places, env)
-    found = {t.name: tier_credentials(t, known, file, certain) for t in tiers}
-    return {name: names for name, names in found.items() if names}
+    lacking = {}
+    for tier in tiers:
+        names = tier_credentials(tier, known, file, certain)
+        if names:
+            lacking[tier.name] = names
+    return lacking
 
 
 def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
@@ -12188,8 +12510,9 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
-    named = all(name in text for name, _ in wanted)
-    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
+    if all(name in text for name, _ in wanted):
+        return {}
+    return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
 def write_litellm_config(places: Places, config: Config, program: Sequence[str],
@@ -12199,12 +12522,14 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
-    path, wanted = litellm_config_path(places), litellm_entries(config)
+    path = litellm_config_path(places)
+    wanted = litellm_entries(config)
     if not wanted:
         return False
+    there = os.path.exists(path)
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if os.path.exists(path) else "not written"
+        fate = "left alone" if there else "not written"
         say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
@@ -12223,8 +12548,7 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -12284,8 +12608,10 @@ LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
-# Whose values do not change what is saved.
-_NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
+# Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
+# that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
+_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
+              "--slot-prompt-similarity", "--slot-save-path")
 
 
 def talk_turns(values: Mapping[str, Any]) -> Any:
@@ -12411,12 +12737,33 @@ def _names_in(directory: str) -> List[str]:
         return []
 
 
+def bytes_read(pid: int) -> int:
+    """What a process has read, as Linux counts it; 0 elsewhere."""
+    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
+    return int(counted.group(1)) if counted else 0
+
+
+def bytes_fetched(pid: int) -> int:
+    """What a process has had read from disks; -1 where the system does not say."""
+    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+    return int(found.group(1)) if found else -1
+
+
+def _changed_s(path: str) -> float:
+    """When a file was written last, 0.0 for none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
 class Speeds:
     """What this machine has shown of each model, build and flags: speeds.json.
 
     "read", "written", "saved" and "restored" are tokens a second, "bytes" those of a saved token,
     "load" and "disk" the seconds of a load, out of memory and off the disk. Reading slows down as
-    a prompt grows: "read8192" is that of prompts from so many tokens on.
+    a prompt grows: "read8192" is that of prompts from so many tokens on. Several processes learn,
+    such as a daemon and `probe`: what one has written the others take in.
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
@@ -12424,9 +12771,22 @@ class Speeds:
 
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
-        self._rows = _read_json(self._path)
-        self._changed = False
         self._lock = threading.Lock()
+        self._rows: Dict[str, Any] = {}
+        self._news: Set[str] = set()            # identities of what is not written yet
+        self._read_s = 0.0                      # when what has been read was written
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Read the file where another process has written it."""
+        changed_s = _changed_s(self._path)
+        if changed_s == self._read_s:
+            return
+        with self._lock:
+            rows = _read_json(self._path)
+            news = {i: row for i, row in self._rows.items() if i in self._news}
+            older = {identity: row for identity, row in rows.items() if identity not in news}
+            self._rows, self._read_s = {**older, **news}, changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
         row = self._rows.get(identity)
@@ -12440,9 +12800,7 @@ class Speeds:
             row = self._rows.pop(identity, None)
             row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
-            for stale in list(self._rows)[:-self.MOST]:
-                del self._rows[stale]
-            self._changed = True
+            self._news.add(identity)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
@@ -12464,6 +12822,13 @@ class Speeds:
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
             self.note(identity, model, "written", counts.written_per_s)
 
+    def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
+        """Learn how long a load took: off the disk where half of the weights came from there."""
+        kind = "load"
+        if bytes_fetched(pid) > file_size(weights) / 2:
+            kind = "disk"
+        self.note(identity, model, kind, load_s)
+
     def load_s(self, identity: str) -> float:
         """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
         return self.get(identity, "load") or self.get(identity, "disk")
@@ -12474,29 +12839,20 @@ class Speeds:
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
+        self._take_in()
         rows = list(self._rows.items())
         return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
 
     def keep(self) -> None:
         """Write them down, where there is something new. Errors: UserError."""
+        self._take_in()
         with self._lock:
-            if not self._changed:
+            if not self._news:
                 return
-            self._changed = False
-            text = json.dumps(self._rows, indent=1)
-        write_atomic(self._path, text)
-
-
-def bytes_read(pid: int) -> int:
-    """What a process has read, as Linux counts it; 0 elsewhere."""
-    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
-    return int(counted.group(1)) if counted else 0
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
+            self._news.clear()
+            self._rows = dict(list(self._rows.items())[-self.MOST:])
+            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            self._read_s = _changed_s(self._path)
 
 
 class Parking:
@@ -12946,6 +13302,9 @@ class Bay:
 # ==================================================================================================
 # ENGINE
 # ==================================================================================================
+# The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
+# starts and stops servers, and asks them whether they are well; which tier a request is for was
+# decided before, and what is said to a client goes through a Lease.
 
 
 class Model:
@@ -12953,6 +13312,7 @@ class Model:
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
+        self.needs: Needs = (gb,)               # of each memory
         self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
@@ -12995,11 +13355,12 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4, of
     which 3 MB are the program's own.
     """
-    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read, size = bytes_read(pid), sum(map(file_size, paths))
-    if not whole or not OWN_READ_BYTES < read < size:
+    is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    read_bytes = bytes_read(pid)
+    size_bytes = sum(map(file_size, paths))
+    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
-    return read / size
+    return read_bytes / size_bytes
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13049,6 +13410,7 @@ class EnginePlan(NamedTuple):
     fits: Sequence[TierFit] = ()                # what tiers take, as far as it is known
     proxy: Optional[ProxyPlan] = None           # for hosted tiers
     parking: Optional[Parking] = None
+    budgets_gb: Needs = ()                      # of each memory; (): there is one
 
 
 class Engine:
@@ -13070,8 +13432,12 @@ class Engine:
         self._changed = threading.Condition()
         local = local_tiers(config)
         need = self._needs_gb(local, fits)
-        self._sets = residency_sets(config, need if fits else None, budget_gb)
+        self._budgets_gb = plan.budgets_gb or (budget_gb,)
+        needs = {f.name: f.needs for f in fits}
+        self._sets = residency_sets(config, needs if fits else None, self._budgets_gb)
         self.models = {t.name: Model(t, need[t.name]) for t in local}
+        for model in self.models.values():
+            model.needs = needs.get(model.name, model.needs)
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
@@ -13121,30 +13487,34 @@ class Engine:
         """
         model = ticket.model
         process = model.process
-        died = process is not None and process.poll() is not None   # a system call: before the lock
+        # poll() is a system call, so it stands before the lock.
+        died = process is not None and process.poll() is not None
         with self._changed:
             if self._closing:
                 raise LoadError("the engine is stopping")
             if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
-                                  f" (exit {model.process.returncode}); starting it again")
+                                  f" (exit {process.returncode}); starting it again")
                 self._forget(model)
-            if model.state == "ready":
-                if self._tickets and self._must_yield(ticket):
-                    self._queue(ticket)
-                    return False
+            if model.state == "ready" and not self._must_yield(ticket):
                 self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
             self._queue(ticket)
             if model.state == "stopped":
-                if time.monotonic() - model.failed_at < FAILED_LOAD_S:
-                    raise LoadError(model.failure)
-                victims = self._room_for(ticket)
-                if victims is not None:
-                    self._begin_load(model, victims)
+                self._load_where_room(ticket)
             return False
+
+    def _load_where_room(self, ticket: Ticket) -> None:
+        """Begin to load a ticket's model where nothing busy has to go. Errors: LoadError."""
+        model = ticket.model
+        # What has just failed would fail again, and each try takes others' memory.
+        if time.monotonic() - model.failed_at < FAILED_LOAD_S:
+            raise LoadError(model.failure)
+        victims = self._room_for(ticket)
+        if victims is not None:
+            self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
         with self._changed:
@@ -13227,9 +13597,9 @@ class Engine:
         model = ticket.model
         if model.proxy:
             return []
-        if model.gb > self._budget_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is"
-                            f" {self._budget_gb:.1f} GB (memory_gb in models.ini)")
+        if not fits_together([model.needs], self._budgets_gb):
+            raise LoadError(f"{model.name} needs about {gb_words(model.needs)} and the budget is"
+                            f" {gb_words(self._budgets_gb)} (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
@@ -13242,12 +13612,14 @@ class Engine:
         names = [m.name for m in running]
         victims = choose_evictions(model.name, names, self._sets, costs)
         staying = [n for n in names if n not in victims]
-        limit_gb = self._budget_gb
+        limits_gb = self._budgets_gb
         if self.pressure:                       # no more than is held now
-            limit_gb = sum(m.gb for m in running)
-        if model.gb > limit_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB, and {self.pressure}")
-        while sum(self.models[n].gb for n in staying) + model.gb > limit_gb:
+            limits_gb = needs_together(m.needs for m in running) or (0.0,) * len(limits_gb)
+        if not fits_together([model.needs], limits_gb):
+            raise LoadError(f"{model.name} needs about {gb_words(model.needs)}, and"
+                            f" {self.pressure}")
+        while not fits_together([model.needs, *(self.models[n].needs for n in staying)],
+                                limits_gb):
             victims.append(staying.pop(0))      # idle ones first, the cheapest to bring back
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
@@ -13263,50 +13635,53 @@ class Engine:
                          daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
+        """A load's whole thread; however it ends, its model is not "starting" for ever."""
         try:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
                 victim.evictions += 1
-            began = time.monotonic()
-            self._start(model)
-            load_s = time.monotonic() - began
-            while not self._restore(model):
-                self._start(model)
-            self._note_load(model, load_s)
-            self._learn_context(model)
-            with self._changed:
-                self._check_wanted(model)       # unwanted in the moment it became healthy?
-                took = time.monotonic() - model.since
-                model.turn_to("ready")
-                model.loads += 1
-                model.last_used = time.monotonic()
-                self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+            self._bring_up(model)
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._note_failure(model, str(exc))
             self._log.error(str(exc))
-            self._stop(model)
-        except Exception:                       # a bug must not leave a model starting for ever
+            self._give_up(model, str(exc))
+        except Exception:
             import traceback
             self._log.error(traceback.format_exc())
-            self._note_failure(model, f"{model.name} could not be started; see the log")
-            self._stop(model)
+            self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
             with self._changed:
                 self._changed.notify_all()
 
+    def _bring_up(self, model: Model) -> None:
+        """Start a model with what was parked of it. Errors: LoadError, _Cancelled."""
+        began = time.monotonic()
+        self._start(model)
+        load_s = time.monotonic() - began
+        while not self._restore(model):
+            self._start(model)
+        self._note_load(model, load_s)
+        self._learn_context(model)
+        with self._changed:
+            # It may have become unwanted in the moment it became healthy.
+            self._check_wanted(model)
+            took_s = time.monotonic() - model.since
+            model.turn_to("ready")
+            model.loads += 1
+            model.last_used = time.monotonic()
+            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
+
     def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took: off the disk where half of the weights came from there."""
+        """Learn how long a load took."""
         if self._parking is None or model.bay is None:
             return
         weights = cached_model(weights_for(model.tier), self._local_env)
-        fetched = bytes_fetched(model.process.pid)
-        kind = "disk" if fetched > file_size(weights) / 2 else "load"
         model.identity = model.bay.identity
-        self._parking.speeds.note(model.identity, model.name, kind, load_s)
+        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
+                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
@@ -13331,9 +13706,10 @@ class Engine:
             back_s += model.bay.back_s()
         return back_s / (1 + max(now - model.last_used, 0.0) / 60)
 
-    def _note_failure(self, model: Model, why: str) -> None:
+    def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
             model.failure, model.failed_at = why, time.monotonic()
+        self._stop(model)
 
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
@@ -13354,17 +13730,27 @@ class Engine:
             if code is None and not (others and tries_left):
                 return
             if code is None:
-                stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+                self._end_server(model)
             elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                if not self._is_here(model):
-                    size = size_words(weights_for(model.tier).size_gb * 1e9)
-                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
-                                    f" llmstack download {model.name}")
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
-                                f"{tail}")
+                raise LoadError(self._exit_words(model, code, log, before))
             self._log.warning(f"{model.name}: port {model.port} was taken by"
                               f" {port_holder(model.port)} meanwhile")
+
+    def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
+        """What to say of a server that has ended while it was loading."""
+        if not self._is_here(model):
+            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
+            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+        tail = "it printed nothing"
+        if file_size(log) > log_bytes:
+            tail = tail_of(log)
+        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+
+    @staticmethod
+    def _end_server(model: Model) -> bool:
+        """True once a model's server is gone, False where it does not die."""
+        process = model.process
+        return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
     def _others_listening(model: Model) -> List[int]:
@@ -13376,30 +13762,33 @@ class Engine:
             return []
         return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
 
+    def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
+        """The command line and the environment of a model's server. Errors: UserError."""
+        port = upstream.port
+        if model.proxy is None:
+            # A key that nobody but us knows keeps web pages out.
+            upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
+            return self._command(model.tier, port), env
+        if not port_is_free("127.0.0.1", port):
+            raise UserError(f"port {port} is taken by {port_holder(port)}",
+                            "choose another litellm_port in models.ini")
+        return list(model.proxy.command), litellm_env(self._env)
+
     def _spawn_server(self, model: Model, log: str) -> None:
-        proxy = model.proxy
         with self._changed:
-            port = proxy.port if proxy else self._free_port(model)
-            model.port, model.upstream = port, Upstream("127.0.0.1", port)
+            port = model.proxy.port if model.proxy else self._free_port(model)
+            upstream = Upstream("127.0.0.1", port)
+            model.port, model.upstream = port, upstream
         try:
-            if proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}",
-                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
+            model.command, env = self._server_start(model, upstream)
+            with self._changed:
+                self._check_wanted(model)
+                model.process = spawn(model.command, log, env)
+                model.started = process_started(model.process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-        env = litellm_env(self._env)
-        if not proxy:                           # a key that nobody but us knows keeps web pages out
-            model.upstream.key = os.urandom(16).hex()
-            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
-        with self._changed:
-            self._check_wanted(model)
-            try:
-                model.process = spawn(model.command, log, env)
-            except UserError as exc:
-                raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-            model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
@@ -13414,10 +13803,8 @@ class Engine:
 
         Errors: LoadError, _Cancelled.
         """
-        assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        path = model.proxy.health if model.proxy else "/health"
-        while not self._healthy(model.process, model.upstream, path):
+        while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
@@ -13429,7 +13816,9 @@ class Engine:
             if not (on_disk or model.proxy or model.listening):
                 # It does not listen before it has downloaded its model.
                 end = time.monotonic() + LOAD_TIMEOUT_S
-            time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
+            # A small model is there in a second or two, a large one in minutes.
+            is_young = time.monotonic() - model.since < 5
+            time.sleep(0.05 if is_young else 0.25)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -13449,8 +13838,8 @@ class Engine:
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
         bay.parks = bay.parks and "--slot-save-path" in model.command
         restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model.process, model.upstream, "/health"):
-            stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+        if not restored and not self._healthy(model):
+            self._end_server(model)
             return False
         model.bay = bay
         return True
@@ -13459,7 +13848,8 @@ class Engine:
         """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
         if model.proxy or model.upstream is None:
             return
-        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        told = asked_json(model.upstream, "/props")
+        settings = dict_of(told.get("default_generation_settings"))
         model.context = _quantity(settings.get("n_ctx"))
         if 0 < model.context < model.tier.ctx_size:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
@@ -13474,11 +13864,14 @@ class Engine:
             raise _Cancelled
 
     @staticmethod
-    def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
+    def _healthy(model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
+        process, upstream = model.process, model.upstream
+        assert upstream is not None
+        path = model.proxy.health if model.proxy else "/health"
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -13486,19 +13879,21 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        ours = any(_group_of(pid) == process.pid for pid in pids)
-        return not pids or IS_WINDOWS or ours
+        # Windows has no groups, and not every system tells who listens.
+        if IS_WINDOWS or not pids:
+            return True
+        return any(_group_of(pid) == process.pid for pid in pids)
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
 
         A server that does not die keeps its memory: its model stays "stopping" until it is gone.
         """
-        process, started = model.process, model.started
+        process = model.process
         if process is not None:
             if model.bay is not None and process.poll() is None:
                 model.bay.save(ending=True)
-            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+            while not self._end_server(model):
                 self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
                 if self._closing:
                     break
@@ -13520,13 +13915,13 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
-    def _stop_soon(self, model: Model) -> None:
+    def _begin_stop(self, model: Model) -> None:
+        model.turn_to("stopping")
         threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
                          daemon=True).start()
 
@@ -13542,8 +13937,7 @@ class Engine:
                     self._forget(model)
                 elif model.tier.ttl and now - model.last_used > model.tier.ttl:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
 
@@ -13558,19 +13952,18 @@ class Engine:
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                model.turn_to("stopping")
-                self._stop_soon(model)
+                self._begin_stop(model)
 
-    def rotate_logs(self) -> None:
+    def tend_files(self) -> None:
+        """Rotate the servers' logs, and write down how fast they were."""
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
-
-    def keep_speeds(self) -> None:
-        if self._parking is not None:
-            try:
-                self._parking.speeds.keep()
-            except UserError as exc:
-                self._log.warning(str(exc))
+        if self._parking is None:
+            return
+        try:
+            self._parking.speeds.keep()
+        except UserError as exc:
+            self._log.warning(str(exc))
 
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
@@ -13600,23 +13993,34 @@ class Engine:
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
+        rows = []
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
-                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
-                     "name": m.name, "description": m.tier.description,
-                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
-                    for m in self.models.values() if m.state != "stopped"]
+            for model in self.models.values():
+                if model.state == "stopped":
+                    continue
+                rows.append({
+                    "model": model.name,
+                    "state": model.state,
+                    "cmd": " ".join(model.command),
+                    "proxy": model.upstream.url if model.upstream else "",
+                    "ttl": model.tier.ttl,
+                    "name": model.name,
+                    "description": model.tier.description,
+                    "in_flight": model.in_flight,
+                    "seconds": round(now - model.since, 1),
+                })
+        return rows
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
         with self._changed:
             rows = {name: self._watched_row(model) for name, model in self.models.items()}
             stopped = [m for m in self.models.values() if m.state == "stopped"]
-        for model in stopped:                   # looks at the disk, so not under the lock
-            row = rows[model.name]
+        # This looks at the disk, so not under the lock.
+        for model in stopped:
             if not self._is_here(model):
-                row.update(state="not here", reason=fetching_words(model.tier))
+                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
@@ -13624,17 +14028,22 @@ class Engine:
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
-        state, reason, since = STATE_WORDS[model.state], "", model.since
+        row: Dict[str, Any] = {
+            "state": STATE_WORDS[model.state],
+            "reason": "",
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
+            "since": round(model.since + self._epoch),
+        }
         if model.state == "stopped" and model.failed_at > model.last_used:
-            state, since = "failed to load", model.failed_at
-            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
-               "evictions": model.evictions, "since": round(since + self._epoch)}
-        if not model.proxy:
-            row["bytes"] = round(model.gb * 1e9)
-        share = self._loaded(model) if model.state == "starting" else 0.0
-        if share:
-            row["share"] = round(share, 2)
+            row["state"] = "failed to load"
+            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+            row["since"] = round(model.failed_at + self._epoch)
+        if model.state == "starting":
+            share = self._loaded(model)
+            if share:
+                row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory.parts
@@ -13702,8 +14111,7 @@ class EngineApp(Behind):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            self.engine.rotate_logs()
-            self.engine.keep_speeds()
+            self.engine.tend_files()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
@@ -13743,17 +14151,18 @@ class EngineApp(Behind):
             return
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}" + (f"?{query}" if query else "")
+            target = f"/{rest}?{query}" if query else f"/{rest}"
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
-        if is_auto(name) and name:
+        if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        # LiteLLM knows no aliases.
         if model and model.proxy and tier and body and tier.name != name:
-            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+            body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -13765,7 +14174,7 @@ class EngineApp(Behind):
         elif not post and path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
-            listing = {"object": "list", "data": self._listing()}
+            listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
         elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
@@ -13790,10 +14199,10 @@ class EngineApp(Behind):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
-                loaded = running.get(model.name) == "ready"
+                is_loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
@@ -13834,30 +14243,36 @@ class EngineApp(Behind):
 # a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
 
 
-def _running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
-    """The rows of llama-swap's /running; None where it does not tell them."""
+def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
+    """The rows of an engine's /running that name a model and its state; None without an answer."""
     rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
-    return [row for row in rows if isinstance(row, dict)]
+    named = []
+    for row in map(dict_of, rows):
+        if isinstance(row.get("model"), str) and isinstance(row.get("state"), str):
+            named.append(row)
+    return named
+
+
+def server_port(row: Mapping[str, Any]) -> int:
+    """The port of a model's server by its row of /running, 0 where that has none."""
+    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    return int(found.group(1)) if found else 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = _running_rows(upstream)
+    rows = running_rows(upstream)
     if rows is None:
         return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows}
+    return {row["model"]: row["state"] for row in rows}
 
 
 def swap_ports(upstream: Upstream) -> Dict[str, int]:
     """Model -> the port of its server, of those that are ready."""
-    ports = {}
-    for row in _running_rows(upstream) or ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
+    rows = running_rows(upstream) or ()
+    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -13908,7 +14323,8 @@ class SwapBays:
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
-        make_private_dir(self._parking.directory)   # its servers do not start without
+        # A llama-server with --slot-save-path does not start without that directory.
+        make_private_dir(self._parking.directory)
         is_up = name in (running_states(swap) or {})
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
@@ -14048,12 +14464,17 @@ class SwapApp(UpstreamApp):
         stop_stack_members(self._env.get(STACK_VARIABLE, ""))
         if self._bays:
             self._bays.forget_all()
-        self._spawn()
+        try:
+            self._spawn()
+        except UserError as exc:
+            # Its program may be gone for a moment; this listener is asked all the same.
+            self.log.error(f"{exc}; {exc.hint}")
 
     def close(self) -> None:
         self._closing = True
         grace_s = STOP_GRACE_S
-        if self._bays:                          # its models are parked before they stop
+        # Its models are parked before they stop.
+        if self._bays:
             grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
@@ -14151,8 +14572,8 @@ def stack_is_alive(places: Places) -> bool:
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
     # An address that means every interface can be listened on, but not connected to everywhere.
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return loopback.get(host, host)
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -14241,17 +14662,27 @@ class Plan(NamedTuple):
         return base_url(self.host, self.port)
 
 
+def _can_park(config: Config, server: Binary) -> bool:
+    return config.park_gb > 0 and "--slot-save-path" not in server.refused
+
+
+def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
+    """The llama-server that llama-swap is to run, told where to park. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    if not program:
+        return Binary(program)
+    server = Binary(program, probe_flags(program, config, data))
+    if _can_park(config, server):
+        return server._replace(program=(*program, *parking_flags(data)))
+    return server
+
+
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if not any(key in SERVER_OPTIONS for key in tier.settings):
-            continue
-        program = find_llama_server(tier_config(config, tier), env, data)
-        refused = probe_flags(program, config, data) if program else frozenset()
-        if program and config.park_gb and "--slot-save-path" not in refused:
-            program = (*program, *parking_flags(data))
-        found[tier.name] = Binary(program, refused)
+        if any(key in SERVER_OPTIONS for key in tier.settings):
+            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
     return found
 
 
@@ -14277,38 +14708,33 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
-                    path: str, drafts: Optional[Drafts] = None) -> None:
+                    path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = os.environ, local_tiers(config)
-    program = find_llama_server(config, env, places.data)
-    refused = probe_flags(program, config, places.data) if program else frozenset()
+    env, local = places.env, local_tiers(config)
+    server = swap_binary(config, env, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data)
-            ready = drafts.choose(tier, ready, identity)
-        tiers.append(ready)
+        identity = probe_identity(tier, config, env, places.data)
+        tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
     park: Tuple[str, ...] = ()
-    if config.park_gb and "--slot-save-path" not in refused:
+    if _can_park(config, server):
         park = (*guest_command(sys.executable, "park"), str(config.engine_port))
-        if program:
-            program = (*program, *parking_flags(places.data))
     plan = SwapPlan(
-        config, Binary(program, refused),
+        config, server,
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
-        need_gb={fit.name: fit.need_gb for fit in fits},
+        need_gb={fit.name: fit.needs for fit in fits},
         weights_gb=costly_gb(local, fits, Speeds(places.data)),
-        budget_gb=machine.budget_gb,
+        budgets_gb=machine.budgets_gb,
         proxy=proxy,
         own=own_binaries(config, env, places.data),
         park=park)
-    write_atomic(path, render_llama_swap_yaml(plan), 0o600)
+    write_atomic(path, render_llama_swap_yaml(plan))
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14336,12 +14762,6 @@ def check_plan(plan: Plan) -> None:
         probe_flags(program, config, places.data)
 
 
-def places_at(data: str, work: str) -> Places:
-    """The places of another project than the one we are in."""
-    state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data)
-
-
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
@@ -14359,23 +14779,27 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     """
     machine = this_machine(Config())
     # What this machine holds decides, unless the user knows better.
-    name = choose_profile(machine.budget_gb)
+    name = choose_profile(machine)
     if profile:
         name = find_profile(profile)
     lacking = ""
     try:
-        text = read_resource(profile_file(name))
+        text = read_profile(name)
     except UserError as exc:
         if profile:
             raise
         # A copy without share/ still starts: with the profile that lies beside it.
         lacking = f"{exc}; taken instead: "
         name = BUNDLED_PROFILE
-        text = read_resource(profile_file(name))
-    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+        text = read_profile(name)
+    why = (f"{lacking}Profile {name}, the tiers for {profile_words(name)}"
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
-    if machine.budget_gb < PROFILES[name]:
-        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+    if not fits_machine(name, machine):
+        need = PROFILES[name]
+        beside = ""
+        if need.host_gb:
+            beside = f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -14399,12 +14823,11 @@ def check_state(places: Places) -> None:
 
     Errors: UserError.
     """
-    close_places(places)
+    # An older version, or a clone, may have left these open to others.
+    close_to_others(places.data, places.state, places.in_state("logs"))
     target = os.path.realpath(places.state)
     # A link to another project's .llmstack is how worktrees share one.
-    if not os.path.islink(places.state):
-        return
-    if os.path.basename(target) != ".llmstack":
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
@@ -14432,16 +14855,6 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def process_variables(pid: int) -> Dict[str, str]:
-    """The environment a process was started with, {} where that cannot be told."""
-    variables = {}
-    for word in process_environment(pid) or []:
-        name, found, value = word.partition("=")
-        if found:
-            variables[name] = value
-    return variables
-
-
 def _stack_name(places: Places) -> str:
     if places.is_demo:
         return "another llmstack (the demo)"
@@ -14458,7 +14871,7 @@ def _listening_stack(data: str, port: int) -> Optional[Places]:
     """The project of the llmstack that listens on `port`; None for any other program."""
     # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
-        env = process_variables(pid)
+        env = process_environment(pid) or {}
         work = env.get("LLMSTACK_WORK_DIR")
         if env.get(STACK_VARIABLE) and work:
             return places_at(data, work)
@@ -14487,7 +14900,7 @@ def _refuse_second_stack(places: Places) -> None:
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
-    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+    """Refuse ports that others hold, and a second stack: one message says all. Errors: UserError.
 
     `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
     project's own daemon holds is no obstacle: it is up, or is ended first.
@@ -14495,13 +14908,11 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     _refuse_second_stack(places)
     free = [0]
     record = running_record(places)
-    # What this project's own daemon holds is free once that is ended.
     if record is not None:
         free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        # All ports are looked at before anything is said: one message names them all.
         if port in free or port_is_free(host, port):
             continue
         other = _listening_stack(places.data, port)
@@ -14527,12 +14938,15 @@ def stack_lock(places: Places, tell: Say = say) -> FileLock:
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
-    """A running stack is not silently left on another channel or address than was asked for."""
+    """A running stack is not silently left on another channel or address than was asked for.
+
+    Errors: UserError.
+    """
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
+        url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
@@ -14615,8 +15029,8 @@ def _start_daemon(plan: Plan) -> None:
     }
     process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
         # The copy is what finds the daemon when .llmstack is deleted under it.
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -14689,11 +15103,11 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     told = row.get("seconds")
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
-    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    port = server_port(row)
     # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    for pid in listeners(int(port.group(1))):
+    for pid in listeners(port):
         return process_age_s(pid)
     return None
 
@@ -14703,15 +15117,10 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running").get("running")
-    if not isinstance(running, list):
+    rows = running_rows(upstream)
+    if rows is None:
         return None
-    states = {}
-    for row in map(dict_of, running):
-        model, state = row.get("model"), row.get("state")
-        if isinstance(model, str) and isinstance(state, str):
-            states[model] = state, _since_s(upstream, row)
-    return states
+    return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
 def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
@@ -14751,7 +15160,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return process_variables(record.pid) or env
+    return process_environment(record.pid) or env
 
 
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
@@ -14800,14 +15209,15 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(states, otherwise, hosted)
+
+
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
     if record is None:
         return 0.0
     now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    memory = now.get("memory")
-    resident = memory.get("resident") if isinstance(memory, dict) else None
+    resident = dict_of(now.get("memory")).get("resident")
     return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
 
 
@@ -14821,13 +15231,16 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
         return None
     told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    cards = told.get("cards")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
         return None
-    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0), each)
+    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    cards = told.get("cards")
+    each: Tuple[float, ...] = ()
+    if isinstance(cards, list):
+        each = tuple(gb for gb in cards if isinstance(gb, float))
+    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
+                   each)
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
@@ -14930,7 +15343,8 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key, mcp_url = api_key(env), ""
+    key = api_key(env)
+    mcp_url = ""
     if local:
         marker = read_marker(places) or Marker("current")
         config = true_config(config.on_channel(marker.channel), places)
@@ -14939,11 +15353,11 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
-    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
+    return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
 
 
-def _replace_file(path: str, data: bytes) -> bool:
-    """Give a file this content; False where it has it."""
+def write_where_other(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it already. Errors: UserError."""
     if _read_bytes(path) == data:
         return False
     write_atomic(path, data)
@@ -14963,7 +15377,7 @@ def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     if old and not _is_ours(places, name, old):
         if name == "AGENTS.md":
             say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            return _replace_file(path + ".new", data)
+            return write_where_other(path + ".new", data)
         write_atomic(path + ".old", old)
         say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
@@ -14990,7 +15404,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if notes:
         changed |= write_ours(places, "AGENTS.md", notes, say)
     pin = places.in_state("default-channel")
-    if _replace_file(pin, render_marker(marker).encode()):
+    if write_where_other(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
@@ -15136,8 +15550,12 @@ def _said(body: bytes) -> str:
     return ": " + visible(message)
 
 
-def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
-    """(what is wrong, what to do) when something else than a models.ini came."""
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
+                       problem: str) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came.
+
+    `problem`: what its reader says of a text.
+    """
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
@@ -15158,7 +15576,8 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
-    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    return (f"is no models.ini, {problem}",
+            "correct the URL: it is to be a llmstack router's, without /v1")
 
 
 def _read_remote(body: bytes, where: str) -> Config:
@@ -15192,13 +15611,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
+    problem = ""
     if response.status == 200:
         try:
             config = _read_remote(body, where)
             return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
         except ValueError as exc:
-            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+            problem = str(exc)
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key), problem)
     raise UserError(f"{where} {what}", hint)
 
 
@@ -15237,7 +15657,8 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     states = _engine_states(remote.upstream)
     told = _router_states(remote.upstream)
     otherwise = "stopped"
-    if states is None:                          # its engine is not ours to ask
+    # A router that serves no engine's paths tells of hosted tiers alone.
+    if states is None:
         otherwise, states = "unknown", {}
     rows = []
     for tier in remote.config.tiers:
@@ -15277,11 +15698,13 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
+# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
+# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
-HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
+HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
@@ -15319,7 +15742,8 @@ def file_sha256(path: str) -> str:
 # .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
 # a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-
+_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+_ENDED = ("done", "failed")
 
 GO_ON = "run `llmstack download` again: it goes on from there"
 
@@ -15339,13 +15763,16 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
-        job = parse_job(row) if isinstance(row, dict) else None
-        if job is None or job.name != name:
+        row = dict_of(row)
+        job = parse_job(row)
+        state = row.get("state")
+        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
             continue
-        if row.get("state") not in ("queued", "running", "done", "failed"):
-            continue
-        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
-        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        jobs[name] = {**job._asdict(), "state": state}
+        for key, kind in _QUEUE_VALUES.items():
+            # A bool is an int, too.
+            if type(row.get(key)) is kind:
+                jobs[name][key] = row[key]
     return jobs
 
 
@@ -15372,7 +15799,7 @@ def _left_over(queue: Mapping[str, Dict[str, Any]],
     """The queue of a worker that has ended, as the next one finds it."""
     left = {}
     for name, row in queue.items():
-        if row["state"] in ("done", "failed"):
+        if row["state"] in _ENDED:
             left[name] = row
         elif parse_job(row) in known:
             left[name] = {**row, "state": "queued"}
@@ -15395,7 +15822,8 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     record = Record(0, "", new_mark(places.project, "download"), kind="download")
     process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
                                      places.in_state("download.pid"), record)
-    process.returncode = 0                      # Popen would warn that it is still running
+    # The worker stays; Popen is not to warn of that.
+    process.returncode = 0
     return worker
 
 
@@ -15408,15 +15836,18 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     """
     check_links(places)
     install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    # Where share/ is missing this fails here, not unseen in the worker.
+    guest_command(environment_program(HUB, places.data), "hub_download")
     with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
+        queue = read_queue(places)
+        worker = download_worker(places)
         if worker is None:
             queue = _left_over(queue, known)
         for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
+            state = queue.get(job.name, {}).get("state")
+            if worker is None or state not in _GOES_ON:
+                # A job that is asked for again goes to the end of the queue.
+                queue.pop(job.name, None)
                 queue[job.name] = {**job._asdict(), "state": "queued"}
         write_queue(places, queue)
         if worker is None:
@@ -15441,7 +15872,7 @@ def _next_job(places: Places) -> Optional[Job]:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="running", error="")
                 write_queue(places, queue)
                 return parse_job(row)
@@ -15466,7 +15897,7 @@ def _fail_all(places: Places, why: UserError) -> None:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="failed", error=str(why), hint=why.hint)
         write_queue(places, queue)
 
@@ -15486,7 +15917,8 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     except Unreachable:
         raise
     except (UserError, OSError, LookupError, TypeError):
-        pass                                    # fetching says what is wrong with the repository
+        # Fetching says what is wrong with the repository.
+        pass
 
     def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
         named = [found if file == ANY_PROJECTOR else file for file in files]
@@ -15495,14 +15927,27 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     return job._replace(files=real(job.files), beside=real(job.beside))
 
 
+def _guest_events(command: Sequence[str],
+                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
+
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    """
+    import subprocess
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        yield from map(json.loads, guest.stdout)
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    Errors: UserError, Unreachable.
     """
-    import subprocess
     asked, job = job, _with_projector(job, env)
     if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
@@ -15510,20 +15955,15 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_program(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        for line in guest.stdout:
-            event = json.loads(line)
-            if "say" in event:
-                note(visible(event["say"]))
-            elif "part" in event:
-                tell(**event)
-            elif "size" in event:
-                words = progress_words(event["bytes"], event["size"], event["rate"])
-                note(f"{event['file']}: {words}")
+    for event in _guest_events(command, wanted):
+        if "say" in event:
+            note(visible(event["say"]))
+        elif "part" in event:
+            tell(**event)
+        elif "size" in event:
+            words = progress_words(event["bytes"], event["size"], event["rate"])
+            note(f"{event['file']}: {words}")
+    # Its last event is how it has ended.
     if "done" in event:
         return int(event["done"])
     what = event.get("failed", "huggingface_hub has ended in the middle")
@@ -15555,7 +15995,8 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             code = 1
             note(failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
+        # One file that fails, for whatever reason, does not stop those behind it.
+        except Exception as exc:
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
@@ -15568,12 +16009,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
-    worker, cache = download_worker(places), hub_cache_dir(os.environ)
+    worker = download_worker(places)
+    cache = hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in ("queued", "running"):
+        if worker is None and state in _GOES_ON:
             state = "interrupted"
+        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
         path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
         have = job.get("bytes") or job.get("before", 0) + file_size(path)
@@ -15618,7 +16061,7 @@ def check_run_trust(places: Places) -> None:
     if is_trusted(places, "run"):
         return
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
-        new = untrusted(places, "run", _run_effects(places))
+        new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
@@ -15632,21 +16075,15 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def _is_hooked_project(directory: str) -> bool:
-    """True for a project as the shell hooks see it."""
-    state = os.path.join(directory, ".llmstack")
-    return any(os.path.isfile(os.path.join(state, name))
-               for name in ("default-channel", "opencode.json"))
+def _is_hooked(state: str) -> bool:
+    """True for the .llmstack/ of a project as the shell hooks see it."""
+    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    return any(map(os.path.isfile, files))
 
 
 def project_above(directory: str) -> str:
     """The nearest project of the shell hooks at or above a directory, "" for none."""
-    while not _is_hooked_project(directory):
-        above = os.path.dirname(directory)
-        if above == directory:
-            return ""
-        directory = above
-    return directory
+    return nearest_project(directory, _is_hooked)
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -15731,7 +16168,7 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    _replace_file(path, raw)
+    write_where_other(path, raw)
     return path
 
 
@@ -15935,12 +16372,11 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _harmful_values(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text
@@ -16264,7 +16700,7 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config)
+        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
         return "next"
     marker = read_marker(places)
     if not running and marker:
@@ -16970,7 +17406,8 @@ def _embedded_app(places: Places, config: Config, log: Log,
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
     plan = EnginePlan(_without_our_key(os.environ), machine.budget_gb, fits=fits,
-                      proxy=plan_proxy(places, config, os.environ), parking=parking)
+                      proxy=plan_proxy(places, config, os.environ), parking=parking,
+                      budgets_gb=machine.budgets_gb)
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), plan)
     return EngineApp(engine, log, MemoryWatch(machine))
 
@@ -16999,9 +17436,10 @@ def _swap_app(places: Places, config: Config, log: Log,
     refused = probe_flags(server, config, data) if server else frozenset()
 
     def identify(tier: Tier) -> str:
-        words = server_command(server, tier, config, 0, refused)
-        weights = cached_model(weights_for(tier), env)
-        return parking_identity([*words, *parking_flags(data)], weights, env)
+        own = find_llama_server(tier_config(config, tier), env, data)
+        ready = _ready_for_swap(tier, env)
+        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
+        return parking_identity(words, cached_model(weights_for(tier), env), env)
 
     if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)

@@ -473,7 +473,7 @@ def profile_files(llmstack: Any) -> List[ProfileFile]:
     found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
     models = llmstack.known_models()
     for name in llmstack.PROFILES:
-        text = llmstack.read_resource(llmstack.profile_file(name)).decode("utf-8")
+        text = llmstack.read_profile(name).decode("utf-8")
         for tier in llmstack.local_tiers(llmstack.parse_models_ini(text)[0]):
             for weights in llmstack.both_weights(tier):
                 size_gb = counted_gb(weights, models, llmstack)

@@ -327,16 +327,10 @@ def test_a_chat_follows_on_a_terminal_but_not_what_was_detached(
 # ---- Progress
 
 
-class Screen(io.StringIO):
-    """A terminal of no size."""
-
-    def fileno(self) -> int:
-        raise OSError
-
-
-def test_progress_on_a_terminal_is_one_line() -> None:
+def test_progress_on_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     lines: list[str] = []
-    screen = Screen()
+    screen = io.StringIO()
     with llmstack.Progress(lines.append, screen) as progress:
         progress.show("  100 of 300 MB")
         progress.show("  50 s")

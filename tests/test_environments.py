@@ -159,7 +159,7 @@ def test_a_wheel_is_taken_by_its_hash_alone(home: Path, tmp_path: Path) -> None:
     assert lines[0] == f"xllamacpp=={llmstack.LLAMA_CPP_PIN}"
     assert len(lines) == 1 + len(llmstack.LLAMA_CPP.hashes) > 1
     assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", line) for line in lines[1:])
-    assert llmstack._requirement_words(llmstack.LITELLM, directory) == list(llmstack.LITELLM.requirements)
+    assert llmstack._requirement_words(llmstack.LITELLM, directory) == [llmstack.LITELLM.requirement]
 
 
 def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: P
             assert commands[1][:5] == [*pip, "--python", inside]
         else:
             assert commands[1][:3] == [inside, "-m", "pip"]
-        assert commands[1][-1] == llmstack.LITELLM.requirements[0]
+        assert commands[1][-1] == llmstack.LITELLM.requirement
         shutil.rmtree(data)
 
 

@@ -242,7 +242,7 @@ def test_macos_tells_an_environment_from_arguments(monkeypatch: pytest.MonkeyPat
     assert llmstack._marks() == {8: "stack-2:/p"}
     assert llmstack.process_environment(9) is None, "it hides its environment"
     environment = llmstack.process_environment(7)
-    assert environment == ["HOME=/h"]
+    assert environment == {"HOME": "/h"}
     assert llmstack.project_members("/p") == {8: "stack-2:/p"}
 
 
