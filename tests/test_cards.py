@@ -89,7 +89,7 @@ def test_the_budget_knows_each_card(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     listed = "GPU-1, 24576, 0, 0\nGPU-2, 12288, 0, 1024\n"
     monkeypatch.setattr(llmstack, "IS_MAC", False)
     monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
-    monkeypatch.setattr(llmstack, "_output", lambda command: listed if command[0] == "nvidia-smi" else "")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: listed if command[0] == "nvidia-smi" else "")
     found = llmstack.this_machine(llmstack.Config())
     assert [round(gb, 2) for gb in found.cards] == [25.77, 11.81]
     assert found.budget_gb == pytest.approx(sum(found.cards))

@@ -176,7 +176,7 @@ def test_both_engines_get_the_flags() -> None:
 @pytest.mark.parametrize(("file", "mb"), [
     ("Qwen3-Coder-Next-Q4_K_M.gguf", 79),       # 75 MiB
     ("Qwen3-32B-Q4_K_M.gguf", 0),
-    ("gpt-oss-20b-mxfp4.gguf", 10),             # 12 windows of 128 and a batch
+    ("gpt-oss-20b-MXFP4.gguf", 10),             # 12 windows of 128 and a batch
 ])
 def test_what_a_checkpoint_takes(file: str, mb: int) -> None:
     assert llmstack.checkpoint_bytes(known(file), 65_536) / 1e6 == pytest.approx(mb, abs=1)
@@ -378,13 +378,13 @@ def test_this_machines_state_can_be_read() -> None:
 def test_a_mac_is_asked_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {"sysctl": "4\n", "vm_stat": "Mach Virtual Memory Statistics:\nSwapins:  7.\nSwapouts:      100.\n"}
     monkeypatch.setattr(llmstack, "IS_MAC", True)
-    monkeypatch.setattr(llmstack, "_output", lambda command: outputs[command[0]])
+    monkeypatch.setattr(llmstack, "program_output", lambda command: outputs[command[0]])
     state = llmstack.read_memory_state(False)
     assert (state.critical, state.swapped_bytes) == (True, 1_638_400)
 
 
 def test_what_is_free_on_the_card_is_nvidias_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "_output", lambda command: "GPU-1, 10000, 100, 9850\n")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: "GPU-1, 10000, 100, 9850\n")
     assert llmstack.read_memory_state(True).card_free_gb == pytest.approx(50 * MIB / 1e9)
 
 
@@ -426,7 +426,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> llmstack.Engine:
         model = made.models[name]
         model.process, model.last_used = Process(), number
         model.turn_to("ready")
-    monkeypatch.setattr(made, "_stop_soon", lambda model: None)
+    monkeypatch.setattr(made, "_stop", lambda model: None)
     return made
 
 
@@ -467,7 +467,7 @@ RUNGS = {"high": "agent", "mid": "agent", "floor": "agent", "long": "fast"}
 @pytest.mark.parametrize("name", list(llmstack.PROFILES))
 def test_every_rung_of_a_profile_is_reached(name: str) -> None:
     """Some conversation meets it, and its tier holds it with room to answer."""
-    text = llmstack.read_resource(llmstack.profile_file(name)).decode("utf-8")
+    text = llmstack.read_profile(name).decode("utf-8")
     config, _ = llmstack.parse_models_ini(text)
     roles, found = {t.name: t.role for t in config.tiers}, set()
     for tokens in range(1000, 40_000, 100):

@@ -61,7 +61,9 @@ def test_the_repositorys_projector_comes_with_the_model(
     assert projector
     assert not llmstack.local_file(cache, "o/eyes", "mmproj-BF16.gguf")
     assert llmstack.ready_tier(config.tiers[0], os.environ).settings == {"mmproj": projector}
-    assert llmstack._setup_jobs(llmstack.Setup(places, os.environ, None, print, llmstack._never_ask, [], [])) == []
+    extra = llmstack.load_extra("setup")
+    setup = extra.Setup(places, os.environ, None, print, llmstack._never_ask, [], [])
+    assert extra.setup_jobs(setup, llmstack) == []
     capsys.readouterr()
     assert llmstack.main(["list", "--json"]) == 0
     assert {row["name"]: row["tiers"] for row in json.loads(capsys.readouterr().out)} == {
