@@ -2138,6 +2138,7 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+
     def is_implied(tier: Tier) -> bool:
         return not reader.line_of(tier.name, "aliases")
 
@@ -6658,6 +6659,11 @@ def leave_core() -> None:
             os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
     except OSError:
         pass
+
+
+def in_background(name: str, work: Callable[..., None], *args: Any) -> None:
+    """Do some work in a thread that keeps nobody from ending."""
+    threading.Thread(target=work, args=args, name=name, daemon=True).start()
 
 
 def more_files() -> None:
@@ -13116,6 +13122,10 @@ class Model:
     def name(self) -> str:
         return self.tier.name
 
+    @property
+    def is_idle(self) -> bool:
+        return self.state == "ready" and not self.in_flight
+
     def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
 
@@ -13380,7 +13390,7 @@ class Engine:
         running = [m for m in others if m.state in ("starting", "ready")]
         before = self._tickets[:self._tickets.index(ticket)]
         wanted = {t.model.name for t in before}
-        busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
+        busy = {m.name for m in running if not m.is_idle or m.name in wanted}
         now = time.monotonic()
         costs = {m.name: self._keeping_cost(m, now) for m in running}
         running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
@@ -13404,8 +13414,7 @@ class Engine:
         model.cancelled = model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
-        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}",
-                         daemon=True).start()
+        in_background(f"load {model.name}", self._load, model, victims)
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
         """A load's whole thread; however it ends, its model is not "starting" for ever."""
@@ -13566,7 +13575,7 @@ class Engine:
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
-        taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
+        taken = {other.port for other in self.models.values() if other is not model}
         for port in range(self._first_port, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
@@ -13696,15 +13705,14 @@ class Engine:
 
     def _begin_stop(self, model: Model) -> None:
         model.turn_to("stopping")
-        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
-                         daemon=True).start()
+        in_background(f"stop {model.name}", self._stop, model)
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            ready = [m for m in self.models.values() if m.state == "ready" and not m.in_flight]
-            for model in ready:
+            idle = [model for model in self.models.values() if model.is_idle]
+            for model in idle:
                 if model.process.poll() is not None:
                     code = model.process.returncode
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
@@ -13721,8 +13729,7 @@ class Engine:
             if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
             self.pressure = pressure
-            idle = [m for m in self.models.values()
-                    if m.state == "ready" and not m.in_flight and not m.proxy]
+            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
@@ -13846,7 +13853,7 @@ class MemoryWatch:
 
     def start(self, ease: Callable[[str], None]) -> None:
         """Tell `ease` after each look what is short."""
-        threading.Thread(target=self._run, args=(ease,), name="memory", daemon=True).start()
+        in_background("memory", self._run, ease)
 
     def _run(self, ease: Callable[[str], None]) -> None:
         while not self._stopped.wait(self.INTERVAL_S):
@@ -14079,8 +14086,7 @@ class SwapBays:
             known = self._settling.get(name)
             if known is None:
                 known = self._settling[name] = Settling()
-                threading.Thread(target=self._restore, args=(name, swap, known),
-                                 name=f"restore {name}", daemon=True).start()
+                in_background(f"restore {name}", self._restore, name, swap, known)
             return known
 
     def _restore(self, name: str, swap: Upstream, settling: Settling) -> None:
@@ -14789,8 +14795,9 @@ def _start_daemon(plan: Plan) -> None:
     places = plan.places
     log = places.log("router.log")
     log_bytes = file_size(log)
-    blank = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-                   plan.config.engine_port)
+    blank = Record(
+        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+        plan.config.engine_port)
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
@@ -14893,14 +14900,14 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
-def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
-    return {key: value for key, value in row.items() if isinstance(value, str)}
-
-
 def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     """Tier -> what a router tells of it: its state, and the reason for that."""
-    told = asked_json(upstream, "/llmstack/state")
-    return {name: _texts_of(row) for name, row in told.items() if isinstance(row, dict)}
+    states = {}
+    for name, row in asked_json(upstream, "/llmstack/state").items():
+        if isinstance(row, dict):
+            texts = {key: value for key, value in row.items() if isinstance(value, str)}
+            states[name] = texts
+    return states
 
 
 def _tier_row(tier: Tier, known: Tuple[str, Any],
@@ -16325,14 +16332,17 @@ def check_run_trust(places: Places) -> None:
     """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
         new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
         if effect.problem:
-            load_config(places)                 # says more, where it is models.ini
-            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+            # Of a models.ini this says more.
+            load_config(places)
+            path = visible(places.in_state(effect.name))
+            raise UserError(f"{path} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
     what = visible(", ".join(effect.name for effect in new))
     raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
@@ -16353,7 +16363,8 @@ def project_above(directory: str) -> str:
 
 def _shells_project(env: Mapping[str, str]) -> str:
     """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
-    here = env.get("PWD", "")                   # its spelling: a link may lead out of a project
+    # $PWD has the shell's spelling: a link in it may lead out of a project.
+    here = env.get("PWD", "")
     if not os.path.isabs(here) or not os.path.samefile(here, "."):
         here = os.getcwd()
     project = project_above(here)
@@ -16450,8 +16461,10 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
 
     `tell` gets the reason.
     """
-    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
-        return ""                               # it has gone since the shell looked
+    files = [places.in_state(name) for name in _HOOK_FILES]
+    # The project may have gone since the shell looked.
+    if not any(map(os.path.lexists, files)):
+        return ""
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -16629,8 +16642,10 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
     if value in ("deny", "disabled"):
         return True
     for known in _HARMLESS:
-        inside = len(path) >= len(known)
-        if inside and all(word in ("*", key) for word, key in zip(known, path)):
+        # All that lies below a harmless key is harmless, too.
+        if len(path) < len(known):
+            continue
+        if all(word in ("*", key) for word, key in zip(known, path)):
             return True
     return False
 
@@ -16705,7 +16720,8 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     if all(is_trusted(places, part) for part in _PARTS):
         return
     new: List[Effect] = []
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
         effects = project_effects(places)
         for part, of_part in effects.items():
             new += untrusted(places, part, of_part)
