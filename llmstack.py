@@ -3044,6 +3044,7 @@ def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
+    # As JSON escapes it, without its quotes: with_model puts those around it.
     model = json.dumps(hosted_model(tier))[1:-1]
     if tier.backend == "litellm":
         model = entry_name(tier)
@@ -7055,16 +7056,11 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
     _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
 
 
-def record_trust(places: Places, *parts: str) -> None:
-    """trust_project, for who holds the trust_lock."""
-    for part in parts or _PARTS:
-        record_effects(places, part, part_effects(places, part))
-
-
 def trust_project(places: Places, *parts: str) -> None:
     """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
-        record_trust(places, *parts)
+        for part in parts or _PARTS:
+            record_effects(places, part, part_effects(places, part))
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
@@ -12415,11 +12411,12 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     if not answer.get("added"):
         return False
     verb = "Extended" if _read_bytes(path) else "Wrote"
+    # What was trusted stays so: the change is ours.
     with trust_lock(places):
         trusted = is_trusted(places, "run")
-        write_atomic(path, answer["text"].encode("utf-8"))
+        write_atomic(path, answer["text"])
         if trusted:
-            record_trust(places, "run")
+            record_effects(places, "run", part_effects(places, "run"))
     say(f"{verb} {path}: {', '.join(answer['added'])}")
     return True
 
@@ -13332,6 +13329,7 @@ class Engine:
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
+        # The log numbers requests by itself: of several, none can be told to be this one.
         if model.proxy or model.in_flight != 1:
             return 0.0
         return prompt_read(tail_of(self._log_path(model.name), 200))
@@ -13699,6 +13697,7 @@ class Engine:
             for model in chosen:
                 if model.state == "ready":
                     self._begin_stop(model)
+                # A load ends itself: its thread alone may touch the process before it is ready.
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
@@ -13730,6 +13729,7 @@ class Engine:
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
             self.pressure = pressure
             idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            # One goes a look: the next look sees what that has freed.
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
@@ -13758,6 +13758,7 @@ class Engine:
                     ticket.ready()
                 except LoadError as exc:
                     self._log.error(str(exc))
+                # Nobody waits: a load that has begun goes on without a ticket.
                 ticket.end()
 
     def close(self) -> None:
