@@ -5734,6 +5734,8 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
 # ==================================================================================================
 # PURE: DOWNLOADS
 # ==================================================================================================
+# What is to be fetched from the hub for which tier, as jobs of a queue. Names come from models.ini
+# and from a queue that a clone may have brought along: none leads out of its directory.
 
 
 class Job(NamedTuple):
@@ -5753,15 +5755,13 @@ class Job(NamedTuple):
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     """A job of the queue file; None where it is none, or a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
-    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
+    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
-              tuple(map(str, files)), tuple(map(str, beside)))
-    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+    tier, label, repo = (str(row.get(key)) for key in ("tier", "label", "repo"))
+    job = Job(tier, label, repo, tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(tier) or label not in ("current", "next") or not _REPO.match(repo):
         return None
-    if not _REPO.match(job.repo):
-        return None
-    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+    if not files or not all(map(_HUB_PATH.match, job.files + job.beside)):
         return None
     return job
 
@@ -5776,49 +5776,55 @@ def split_parts(file: str) -> Tuple[str, ...]:
     if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
     stem, _, count = match.groups()
-    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
+    numbers = range(1, int(count) + 1)
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
 
 
 def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
     """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
-    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    known = [name for tier in config.tiers for name in tier.names]
+    asked = set()
     for name in names:
-        if config.by_name(name) is None:
+        tier = config.by_name(name)
+        if tier is None:
             raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
                             "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-    asked = {config.by_name(name) for name in names}
-    return [tier for tier in config.tiers if tier in asked]
+        asked.add(tier.name)
+    return [tier for tier in config.tiers if tier.name in asked]
 
 
-def _files_by_repo(config: Config) -> Dict[str, List[str]]:
-    """Repository -> the files of it that any tier has, on either channel, each once."""
-    wanted: Dict[str, Dict[str, None]] = {}
-    for tier in config.tiers:
-        if tier.backend != "gguf":
-            continue
+# Repository -> files of it, each once, in the order in which they are wanted.
+_RepoFiles = Dict[str, Dict[str, None]]
+
+
+def _tier_files(tier: Tier) -> _RepoFiles:
+    """What a local tier needs of the hub on its channel; its model's repository is the first."""
+    weights = weights_for(tier)
+    wanted: _RepoFiles = {}
+    for repo, file in [(weights.repo, weights.file), *hub_files(tier)]:
+        if repo:
+            parts = dict.fromkeys(split_parts(file))
+            wanted.setdefault(repo, {}).update(parts)
+    return wanted
+
+
+def _project_files(config: Config) -> _RepoFiles:
+    """What all tiers need, on either channel."""
+    wanted: _RepoFiles = {}
+    for tier in local_tiers(config):
         for channel in ("current", "next"):
-            tier = tier.on_channel(channel)
-            weights = weights_for(tier)
-            if weights.repo:
-                parts = dict.fromkeys(split_parts(weights.file))
-                wanted.setdefault(weights.repo, {}).update(parts)
-            for repo, file in hub_files(tier):
-                wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
-    return {repo: list(files) for repo, files in wanted.items()}
+            for repo, files in _tier_files(tier.on_channel(channel)).items():
+                wanted.setdefault(repo, {}).update(files)
+    return wanted
 
 
-def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
-               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
+def _tier_jobs(tier: Tier, label: str, wanted: _RepoFiles) -> List[Job]:
     """A tier's model with what it needs of the same repository, then what it needs of others."""
-    repos = {repo: list(files)}
-    for other, file in hub_files(tier.on_channel(label)):
-        repos.setdefault(other, []).extend(split_parts(file))
     jobs: List[Job] = []
-    for number, (name, names) in enumerate(repos.items()):
-        own = tuple(dict.fromkeys(names))
-        beside = tuple(file for file in wanted[name] if file not in own)
-        suffix = f".more{number}" if number else ""
-        jobs.append(Job(tier.name + suffix, label, name, own, beside))
+    for repo, files in _tier_files(tier.on_channel(label)).items():
+        beside = tuple(file for file in wanted[repo] if file not in files)
+        suffix = f".more{len(jobs)}" if jobs else ""
+        jobs.append(Job(tier.name + suffix, label, repo, tuple(files), beside))
     return jobs
 
 
@@ -5831,7 +5837,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     tiers = list(config.tiers)
     if names:
         tiers = named_tiers(config, names)
-    wanted = _files_by_repo(config)
+    wanted = _project_files(config)
     jobs: List[Job] = []
     skipped: List[str] = []
     for label in labels:
@@ -5842,8 +5848,7 @@ def plan_downloads(config: Config, names: Sequence[str],
             elif weights.path:
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
-                files = split_parts(weights.file)
-                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
+                jobs += _tier_jobs(tier, label, wanted)
     return jobs, list(dict.fromkeys(skipped))
 
 
@@ -15915,8 +15920,7 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
 
     Where it has none, or does not tell, the file is left out. Errors: Unreachable.
     """
-    names = {*job.files, *job.beside}
-    if ANY_PROJECTOR not in names:
+    if ANY_PROJECTOR not in job.files + job.beside:
         return job
     found = ""
     try:
@@ -15928,11 +15932,11 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
         # Fetching says what is wrong with the repository.
         pass
 
-    def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
-        named = [found if file == ANY_PROJECTOR else file for file in files]
-        return tuple(dict.fromkeys(filter(None, named)))
+    def named(files: Tuple[str, ...]) -> Tuple[str, ...]:
+        names = [found if file == ANY_PROJECTOR else file for file in files]
+        return tuple(dict.fromkeys(filter(None, names)))
 
-    return job._replace(files=real(job.files), beside=real(job.beside))
+    return job._replace(files=named(job.files), beside=named(job.beside))
 
 
 def _guest_events(command: Sequence[str],
