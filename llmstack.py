@@ -5856,8 +5856,8 @@ def plan_downloads(config: Config, names: Sequence[str],
 # SYSTEM EDGE
 # ==================================================================================================
 # The room of what differs between systems: directories and files, the memory there is, logs, locks,
-# and how to speak to the user. It may touch the disk and run small system programs; it starts
-# nothing that stays, opens no socket and knows nothing of a stack.
+# and how to speak to the user. It may touch the disk and run small system programs; it starts no
+# process that stays, opens no socket and knows nothing of a stack.
 
 # Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
@@ -7870,8 +7870,8 @@ class PrivateEnvironment(NamedTuple):
     package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
-    oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
-    newest: Tuple[int, int] = (3, 14)
+    oldest: int = 9                             # 3.9 to 3.14: Pythons its wheels are built for
+    newest: int = 14
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
@@ -7882,7 +7882,7 @@ class PrivateEnvironment(NamedTuple):
 
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
-    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
+    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", 10, 14,
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
         "1f2a08052bb653659bcf1bedbbaf86b97f41dd46aa2763d596d7f27c5d89a689",
@@ -7894,7 +7894,7 @@ OLDEST_PIP = (22, 3)                            # of those that know --python
 
 LITELLM = PrivateEnvironment(
     "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
-    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
+    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", 10, 13,
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
 
@@ -7950,9 +7950,10 @@ def _is_python(program: str, minor: int) -> bool:
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
     """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
-    if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
+    minors = range(wanted.oldest, wanted.newest + 1)
+    if sys.version_info[1] in minors:
         return sys.executable
-    for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
+    for minor in reversed(minors):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
@@ -8069,7 +8070,7 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
         return
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest[1]} to 3.{wanted.newest[1]},"
+        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
     with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
