@@ -2134,6 +2134,7 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+
     def is_implied(tier: Tier) -> bool:
         return not reader.line_of(tier.name, "aliases")
 
@@ -3069,6 +3070,7 @@ def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
+    # As JSON escapes it, without its quotes: with_model puts those around it.
     model = json.dumps(hosted_model(tier))[1:-1]
     if tier.backend == "litellm":
         model = entry_name(tier)
@@ -5732,6 +5734,8 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
 # ==================================================================================================
 # PURE: DOWNLOADS
 # ==================================================================================================
+# What is to be fetched from the hub for which tier, as jobs of a queue. Names come from models.ini
+# and from a queue that a clone may have brought along: none leads out of its directory.
 
 
 class Job(NamedTuple):
@@ -5751,15 +5755,13 @@ class Job(NamedTuple):
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     """A job of the queue file; None where it is none, or a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
-    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
+    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
-              tuple(map(str, files)), tuple(map(str, beside)))
-    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+    tier, label, repo = (str(row.get(key)) for key in ("tier", "label", "repo"))
+    job = Job(tier, label, repo, tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(tier) or label not in ("current", "next") or not _REPO.match(repo):
         return None
-    if not _REPO.match(job.repo):
-        return None
-    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+    if not files or not all(map(_HUB_PATH.match, job.files + job.beside)):
         return None
     return job
 
@@ -5774,49 +5776,55 @@ def split_parts(file: str) -> Tuple[str, ...]:
     if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
     stem, _, count = match.groups()
-    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
+    numbers = range(1, int(count) + 1)
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
 
 
 def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
     """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
-    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    known = [name for tier in config.tiers for name in tier.names]
+    asked = set()
     for name in names:
-        if config.by_name(name) is None:
+        tier = config.by_name(name)
+        if tier is None:
             raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
                             "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-    asked = {config.by_name(name) for name in names}
-    return [tier for tier in config.tiers if tier in asked]
+        asked.add(tier.name)
+    return [tier for tier in config.tiers if tier.name in asked]
 
 
-def _files_by_repo(config: Config) -> Dict[str, List[str]]:
-    """Repository -> the files of it that any tier has, on either channel, each once."""
-    wanted: Dict[str, Dict[str, None]] = {}
-    for tier in config.tiers:
-        if tier.backend != "gguf":
-            continue
+# Repository -> files of it, each once, in the order in which they are wanted.
+_RepoFiles = Dict[str, Dict[str, None]]
+
+
+def _tier_files(tier: Tier) -> _RepoFiles:
+    """What a local tier needs of the hub on its channel; its model's repository is the first."""
+    weights = weights_for(tier)
+    wanted: _RepoFiles = {}
+    for repo, file in [(weights.repo, weights.file), *hub_files(tier)]:
+        if repo:
+            parts = dict.fromkeys(split_parts(file))
+            wanted.setdefault(repo, {}).update(parts)
+    return wanted
+
+
+def _project_files(config: Config) -> _RepoFiles:
+    """What all tiers need, on either channel."""
+    wanted: _RepoFiles = {}
+    for tier in local_tiers(config):
         for channel in ("current", "next"):
-            tier = tier.on_channel(channel)
-            weights = weights_for(tier)
-            if weights.repo:
-                parts = dict.fromkeys(split_parts(weights.file))
-                wanted.setdefault(weights.repo, {}).update(parts)
-            for repo, file in hub_files(tier):
-                wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
-    return {repo: list(files) for repo, files in wanted.items()}
+            for repo, files in _tier_files(tier.on_channel(channel)).items():
+                wanted.setdefault(repo, {}).update(files)
+    return wanted
 
 
-def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
-               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
+def _tier_jobs(tier: Tier, label: str, wanted: _RepoFiles) -> List[Job]:
     """A tier's model with what it needs of the same repository, then what it needs of others."""
-    repos = {repo: list(files)}
-    for other, file in hub_files(tier.on_channel(label)):
-        repos.setdefault(other, []).extend(split_parts(file))
     jobs: List[Job] = []
-    for number, (name, names) in enumerate(repos.items()):
-        own = tuple(dict.fromkeys(names))
-        beside = tuple(file for file in wanted[name] if file not in own)
-        suffix = f".more{number}" if number else ""
-        jobs.append(Job(tier.name + suffix, label, name, own, beside))
+    for repo, files in _tier_files(tier.on_channel(label)).items():
+        beside = tuple(file for file in wanted[repo] if file not in files)
+        suffix = f".more{len(jobs)}" if jobs else ""
+        jobs.append(Job(tier.name + suffix, label, repo, tuple(files), beside))
     return jobs
 
 
@@ -5829,7 +5837,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     tiers = list(config.tiers)
     if names:
         tiers = named_tiers(config, names)
-    wanted = _files_by_repo(config)
+    wanted = _project_files(config)
     jobs: List[Job] = []
     skipped: List[str] = []
     for label in labels:
@@ -5840,8 +5848,7 @@ def plan_downloads(config: Config, names: Sequence[str],
             elif weights.path:
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
-                files = split_parts(weights.file)
-                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
+                jobs += _tier_jobs(tier, label, wanted)
     return jobs, list(dict.fromkeys(skipped))
 
 
@@ -5849,8 +5856,8 @@ def plan_downloads(config: Config, names: Sequence[str],
 # SYSTEM EDGE
 # ==================================================================================================
 # The room of what differs between systems: directories and files, the memory there is, logs, locks,
-# and how to speak to the user. It may touch the disk and run small system programs; it starts
-# nothing that stays, opens no socket and knows nothing of a stack.
+# and how to speak to the user. It may touch the disk and run small system programs; it starts no
+# process that stays, opens no socket and knows nothing of a stack.
 
 # Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
@@ -6786,6 +6793,11 @@ def leave_core() -> None:
         pass
 
 
+def in_background(name: str, work: Callable[..., None], *args: Any) -> None:
+    """Do some work in a thread that keeps nobody from ending."""
+    threading.Thread(target=work, args=args, name=name, daemon=True).start()
+
+
 def more_files() -> None:
     """Raise the soft limit of open files (256 on a Mac): 512 clients need two sockets each."""
     if IS_WINDOWS:
@@ -7175,16 +7187,11 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
     _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
 
 
-def record_trust(places: Places, *parts: str) -> None:
-    """trust_project, for who holds the trust_lock."""
-    for part in parts or _PARTS:
-        record_effects(places, part, part_effects(places, part))
-
-
 def trust_project(places: Places, *parts: str) -> None:
     """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
-        record_trust(places, *parts)
+        for part in parts or _PARTS:
+            record_effects(places, part, part_effects(places, part))
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
@@ -7863,8 +7870,8 @@ class PrivateEnvironment(NamedTuple):
     package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
-    oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
-    newest: Tuple[int, int] = (3, 14)
+    oldest: int = 9                             # 3.9 to 3.14: Pythons its wheels are built for
+    newest: int = 14
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
@@ -7875,7 +7882,7 @@ class PrivateEnvironment(NamedTuple):
 
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
-    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
+    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", 10, 14,
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
         "1f2a08052bb653659bcf1bedbbaf86b97f41dd46aa2763d596d7f27c5d89a689",
@@ -7887,7 +7894,7 @@ OLDEST_PIP = (22, 3)                            # of those that know --python
 
 LITELLM = PrivateEnvironment(
     "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
-    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
+    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", 10, 13,
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
 
@@ -7943,9 +7950,10 @@ def _is_python(program: str, minor: int) -> bool:
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
     """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
-    if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
+    minors = range(wanted.oldest, wanted.newest + 1)
+    if sys.version_info[1] in minors:
         return sys.executable
-    for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
+    for minor in reversed(minors):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
@@ -8062,7 +8070,7 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
         return
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest[1]} to 3.{wanted.newest[1]},"
+        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
     with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
@@ -12538,11 +12546,12 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     if not answer.get("added"):
         return False
     verb = "Extended" if _read_bytes(path) else "Wrote"
+    # What was trusted stays so: the change is ours.
     with trust_lock(places):
         trusted = is_trusted(places, "run")
-        write_atomic(path, answer["text"].encode("utf-8"))
+        write_atomic(path, answer["text"])
         if trusted:
-            record_trust(places, "run")
+            record_effects(places, "run", part_effects(places, "run"))
     say(f"{verb} {path}: {', '.join(answer['added'])}")
     return True
 
@@ -13336,6 +13345,10 @@ class Model:
     def name(self) -> str:
         return self.tier.name
 
+    @property
+    def is_idle(self) -> bool:
+        return self.state == "ready" and not self.in_flight
+
     def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
 
@@ -13547,6 +13560,7 @@ class Engine:
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
+        # The log numbers requests by itself: of several, none can be told to be this one.
         if model.proxy or model.in_flight != 1:
             return 0.0
         return prompt_read(tail_of(self._log_path(model.name), 200))
@@ -13605,7 +13619,7 @@ class Engine:
         running = [m for m in others if m.state in ("starting", "ready")]
         before = self._tickets[:self._tickets.index(ticket)]
         wanted = {t.model.name for t in before}
-        busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
+        busy = {m.name for m in running if not m.is_idle or m.name in wanted}
         now = time.monotonic()
         costs = {m.name: self._keeping_cost(m, now) for m in running}
         running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
@@ -13631,8 +13645,7 @@ class Engine:
         model.cancelled = model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
-        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}",
-                         daemon=True).start()
+        in_background(f"load {model.name}", self._load, model, victims)
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
         """A load's whole thread; however it ends, its model is not "starting" for ever."""
@@ -13792,7 +13805,7 @@ class Engine:
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
-        taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
+        taken = {other.port for other in self.models.values() if other is not model}
         for port in range(self._first_port, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
@@ -13916,21 +13929,21 @@ class Engine:
             for model in chosen:
                 if model.state == "ready":
                     self._begin_stop(model)
+                # A load ends itself: its thread alone may touch the process before it is ready.
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
     def _begin_stop(self, model: Model) -> None:
         model.turn_to("stopping")
-        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
-                         daemon=True).start()
+        in_background(f"stop {model.name}", self._stop, model)
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            ready = [m for m in self.models.values() if m.state == "ready" and not m.in_flight]
-            for model in ready:
+            idle = [model for model in self.models.values() if model.is_idle]
+            for model in idle:
                 if model.process.poll() is not None:
                     code = model.process.returncode
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
@@ -13947,8 +13960,8 @@ class Engine:
             if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
             self.pressure = pressure
-            idle = [m for m in self.models.values()
-                    if m.state == "ready" and not m.in_flight and not m.proxy]
+            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            # One goes a look: the next look sees what that has freed.
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
@@ -13977,6 +13990,7 @@ class Engine:
                     ticket.ready()
                 except LoadError as exc:
                     self._log.error(str(exc))
+                # Nobody waits: a load that has begun goes on without a ticket.
                 ticket.end()
 
     def close(self) -> None:
@@ -14072,7 +14086,7 @@ class MemoryWatch:
 
     def start(self, ease: Callable[[str], None]) -> None:
         """Tell `ease` after each look what is short."""
-        threading.Thread(target=self._run, args=(ease,), name="memory", daemon=True).start()
+        in_background("memory", self._run, ease)
 
     def _run(self, ease: Callable[[str], None]) -> None:
         while not self._stopped.wait(self.INTERVAL_S):
@@ -14305,8 +14319,7 @@ class SwapBays:
             known = self._settling.get(name)
             if known is None:
                 known = self._settling[name] = Settling()
-                threading.Thread(target=self._restore, args=(name, swap, known),
-                                 name=f"restore {name}", daemon=True).start()
+                in_background(f"restore {name}", self._restore, name, swap, known)
             return known
 
     def _restore(self, name: str, swap: Upstream, settling: Settling) -> None:
@@ -15019,8 +15032,9 @@ def _start_daemon(plan: Plan) -> None:
     places = plan.places
     log = places.log("router.log")
     log_bytes = file_size(log)
-    blank = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-                   plan.config.engine_port)
+    blank = Record(
+        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+        plan.config.engine_port)
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
@@ -15123,14 +15137,14 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
-def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
-    return {key: value for key, value in row.items() if isinstance(value, str)}
-
-
 def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     """Tier -> what a router tells of it: its state, and the reason for that."""
-    told = asked_json(upstream, "/llmstack/state")
-    return {name: _texts_of(row) for name, row in told.items() if isinstance(row, dict)}
+    states = {}
+    for name, row in asked_json(upstream, "/llmstack/state").items():
+        if isinstance(row, dict):
+            texts = {key: value for key, value in row.items() if isinstance(value, str)}
+            states[name] = texts
+    return states
 
 
 def _tier_row(tier: Tier, known: Tuple[str, Any],
@@ -15907,8 +15921,7 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
 
     Where it has none, or does not tell, the file is left out. Errors: Unreachable.
     """
-    names = {*job.files, *job.beside}
-    if ANY_PROJECTOR not in names:
+    if ANY_PROJECTOR not in job.files + job.beside:
         return job
     found = ""
     try:
@@ -15920,11 +15933,11 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
         # Fetching says what is wrong with the repository.
         pass
 
-    def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
-        named = [found if file == ANY_PROJECTOR else file for file in files]
-        return tuple(dict.fromkeys(filter(None, named)))
+    def named(files: Tuple[str, ...]) -> Tuple[str, ...]:
+        names = [found if file == ANY_PROJECTOR else file for file in files]
+        return tuple(dict.fromkeys(filter(None, names)))
 
-    return job._replace(files=real(job.files), beside=real(job.beside))
+    return job._replace(files=named(job.files), beside=named(job.beside))
 
 
 def _guest_events(command: Sequence[str],
@@ -16060,14 +16073,17 @@ def check_run_trust(places: Places) -> None:
     """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
         new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
         if effect.problem:
-            load_config(places)                 # says more, where it is models.ini
-            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+            # Of a models.ini this says more.
+            load_config(places)
+            path = visible(places.in_state(effect.name))
+            raise UserError(f"{path} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
     what = visible(", ".join(effect.name for effect in new))
     raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
@@ -16088,7 +16104,8 @@ def project_above(directory: str) -> str:
 
 def _shells_project(env: Mapping[str, str]) -> str:
     """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
-    here = env.get("PWD", "")                   # its spelling: a link may lead out of a project
+    # $PWD has the shell's spelling: a link in it may lead out of a project.
+    here = env.get("PWD", "")
     if not os.path.isabs(here) or not os.path.samefile(here, "."):
         here = os.getcwd()
     project = project_above(here)
@@ -16185,8 +16202,10 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
 
     `tell` gets the reason.
     """
-    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
-        return ""                               # it has gone since the shell looked
+    files = [places.in_state(name) for name in _HOOK_FILES]
+    # The project may have gone since the shell looked.
+    if not any(map(os.path.lexists, files)):
+        return ""
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -16364,8 +16383,10 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
     if value in ("deny", "disabled"):
         return True
     for known in _HARMLESS:
-        inside = len(path) >= len(known)
-        if inside and all(word in ("*", key) for word, key in zip(known, path)):
+        # All that lies below a harmless key is harmless, too.
+        if len(path) < len(known):
+            continue
+        if all(word in ("*", key) for word, key in zip(known, path)):
             return True
     return False
 
@@ -16440,7 +16461,8 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     if all(is_trusted(places, part) for part in _PARTS):
         return
     new: List[Effect] = []
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
         effects = project_effects(places)
         for part, of_part in effects.items():
             new += untrusted(places, part, of_part)
