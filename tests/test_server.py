@@ -200,8 +200,10 @@ def test_housekeeping_is_not_done_at_every_connection(start: Start) -> None:
     for _ in range(30):
         assert status_of(rig.client(GET)) == 200
     assert rig.app.kept_house == 0
-    rig.server.shutdown()
-    rig.client()                                # wakes it
+
+
+def test_a_server_ends_at_once_however_seldom_it_keeps_house(start: Start) -> None:
+    start(every_s=3600.0).close()
 
 
 def test_housekeeping_is_done_without_any_connection(start: Start) -> None:
