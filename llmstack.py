@@ -826,14 +826,10 @@ def _is_user_turn(content: object) -> bool:
 
 def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
     """The `word:` trigger that a user's message begins with, or ""."""
-    words = user_text[:4096].split(None, 1)
-    if not words:
+    begins = user_text[:4096].lstrip().lower()
+    if begins.startswith("[") or not begins.startswith(tuple(triggers)):
         return ""
-    word = words[0].lower()
-    for trigger in triggers:
-        if not trigger.startswith("[") and word.startswith(trigger):
-            return trigger
-    return ""
+    return next((trigger for trigger in triggers if begins.startswith(trigger)), "")
 
 
 def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
@@ -885,7 +881,7 @@ _OUTPUT_KEYS = frozenset(
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
-_COUNTED_KEYS = (*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS)
+_COUNTED_KEYS = frozenset({*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS})
 
 
 def _output_tokens_asked(body: Mapping[str, Any]) -> int:
@@ -918,8 +914,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in _COUNTED_KEYS:
-        if key not in body:
+    for key in body:
+        if key not in _COUNTED_KEYS:
             continue
         if key in _SYSTEM_KEYS:
             systems.append(body[key])
@@ -1001,10 +997,10 @@ def class_tokens(texts: Sequence[str]) -> int:
 RUNGS: Dict[str, Tuple[str, str]] = {
     "fim": ("fast", "infill belongs to the fast tier"),
     "trigger": ("ultra", "{trigger} asks for the top tier"),
-    "high": ("ultra", "{tokens} tokens <= {high}: top tier"),
-    "mid": ("agent", "{tokens} tokens <= {mid}: heavy local coder"),
-    "floor": ("agent", "{tokens} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
-    "long": ("fast", "{tokens} tokens > {mid}: stepping down to the long window"),
+    "high": ("ultra", "{tokens:,} tokens <= {high:,}: top tier"),
+    "mid": ("agent", "{tokens:,} tokens <= {mid:,}: heavy local coder"),
+    "floor": ("agent", "{tokens:,} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
+    "long": ("fast", "{tokens:,} tokens > {mid:,}: stepping down to the long window"),
 }
 
 
@@ -1128,6 +1124,9 @@ class Leaving(NamedTuple):
         return text
 
 
+STAYS = Leaving()                               # what most requests do
+
+
 def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int) -> float:
     """Seconds that a prompt takes longer on a new tier than on the old one; 0.0: not known."""
     new_s = new.turn_s(tokens, new_held)
@@ -1183,8 +1182,8 @@ class Decision(NamedTuple):
         role, words = RUNGS[self.rung]
         routing, facts = self.config.routing, self.facts
         reason = words.format(
-            trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns,
-            high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}",
+            trigger=facts.trigger, tokens=facts.tokens, turns=facts.turns,
+            high=routing.high_fidelity_ceiling, mid=routing.mid_fidelity_ceiling,
             floor=routing.multi_turn)
         if self.preference[0].role != role:
             reason += f" (no {role} tier here)"
@@ -1257,7 +1256,8 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
-    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
+    tokens = facts.full_tokens
+    holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
     chain = _to_try(holds, down, barred)
     if not chain:
         able = [t for t in order if t.name not in barred] or order
@@ -4448,6 +4448,7 @@ class Request(NamedTuple):
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
     length: int
+    words: FrozenSet[bytes] = frozenset()       # of its Connection headers, in lower case
 
     def header(self, name: bytes) -> str:
         return self.fields.get(name, b"").decode("latin-1")
@@ -4510,16 +4511,10 @@ def _split_header(line: bytes) -> Header:
     return name.lower(), value.strip(b" \t"), line
 
 
-# A client says most of its lines with each of its requests. Only short ones: they stay in memory.
-KNOWN_LINE_BYTES = 256
+# A client says most of its lines with each of its requests. Only of short heads: they stay in
+# memory.
+KNOWN_HEAD_BYTES = 2048
 _known_header = functools.lru_cache(maxsize=256)(_split_header)
-
-
-def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError."""
-    if len(line) > KNOWN_LINE_BYTES:
-        return _split_header(line)
-    return _known_header(line)
 
 
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
@@ -4574,7 +4569,8 @@ def parse_request_head(head: bytes) -> Request:
     """
     try:
         first, *lines = _split_head(head)
-        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+        parse = _known_header if len(head) <= KNOWN_HEAD_BYTES else _split_header
+        headers = tuple(map(parse, lines[:MAX_HEADERS]))
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
     method, target, minor = _parse_request_line(first)
@@ -4589,17 +4585,19 @@ def parse_request_head(head: bytes) -> Request:
     length = _request_length(fields, minor)
     if minor == 1 and b"host" not in fields:
         raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect not in (b"", b"100-continue"):
+    expect = fields.get(b"expect", b"")
+    if expect and expect.lower() != b"100-continue":
         raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers)
+    words: FrozenSet[bytes] = frozenset()
+    if b"connection" in fields:
+        words = _connection_words(headers)
     stays = minor == 1 or b"keep-alive" in words
     return Request(
-        method, target, minor, tuple(headers),
+        method, target, minor, headers,
         keep_alive=stays and b"close" not in words,
         upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
         expects=minor == 1 and expect != b"",
-        fields=fields, length=length,
+        fields=fields, length=length, words=words,
     )
 
 
@@ -4636,7 +4634,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
         raise ValueError("no HTTP status line")
     minor, code, reason = match.groups()
     status = int(code)
-    headers = [_parse_header(line) for line in lines]
+    headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
     coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
     length = _response_length(headers)
@@ -4785,7 +4783,7 @@ class ChunkFraming:
             self._state = _DONE
             return
         _refuse_controls(line)
-        _parse_header(line)
+        _split_header(line)
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"more than {MAX_HEADERS} trailers")
@@ -4952,13 +4950,14 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
     Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects). `origins` and
     `hosts` are patterns of those that may ask all the same.
     """
-    host, origin = request.header(b"host"), request.header(b"origin")
+    host = request.header(b"host")
     if loopback and host and not is_loopback(host):
         name = host.lower().partition(":")[0]
         if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
             return (f"Host {host!r} is not this machine; use 127.0.0.1,"
                     " or name it in allowed_hosts of models.ini")
-    if origin:
+    if b"origin" in request.fields:
+        origin = request.header(b"origin")
         place = origin.split("://", 1)[-1]
         if any(origin_matches(origin, pattern) for pattern in origins):
             return ""
@@ -5106,35 +5105,36 @@ def client_named(fields: Mapping[bytes, bytes]) -> str:
     return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
 
 
-def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
-    """What tells a conversation from others: its client's name for it, else how it begins."""
+def _conversation_named(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
+    """Its client's name for a conversation, "" where that has none."""
     for name in _SESSION_HEADERS:
         if fields.get(name):
             return fields[name].decode("latin-1")[:200]
     named = body.get("prompt_cache_key") or body.get("session_id")
-    if isinstance(named, str) and named:
-        return named[:200]
-    import zlib
-    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
-    for message in _messages(body):
-        begins.append(_plain_text(message.get("content")))
-        if message.get("role") == "user":
-            break
-    text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
-    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
+    return named[:200] if isinstance(named, str) else ""
 
 
-def thread_key(conversation: str, body: Mapping[str, Any]) -> str:
-    """Tells a session's own conversation from side requests under the same name.
+def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Tuple[str, str]:
+    """What tells a conversation from others, and its own requests from side requests.
 
-    By the user's first message, hashed anew in each process; "" where there is no conversation.
+    The first is its client's name for it, else how it begins; the second has the user's first
+    message, too. Texts are hashed, anew in each process. "" where there is no conversation.
     """
-    if not conversation:
-        return ""
+    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
+    first: Optional[str] = None
     for message in _messages(body):
+        text = _plain_text(message.get("content"))
+        begins.append(text)
         if message.get("role") == "user":
-            return f"{conversation}/{hash(_plain_text(message.get('content'))):x}"
-    return ""
+            first = text
+            break
+    key = _conversation_named(fields, body)
+    if not key:
+        text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+        key = f"{hash(text):x}" if text else ""
+    if not key or first is None:
+        return key, ""
+    return key, f"{key}/{hash(first):x}"
 
 
 Segments = Tuple[int, ...]                      # digest and characters, in turn
@@ -7943,13 +7943,16 @@ class Client:
 
     __slots__ = (
         "_buffer", "_sock", "answering", "asking_since", "head_timeout_s", "keep_alive", "method",
-        "minor", "opened", "origin", "protocol", "served", "unread",
+        "minor", "opened", "origin", "protocol", "received", "served", "unread",
     )
     send_timeout_s: float = SEND_TIMEOUT_S
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
+        # For what comes from upstreams, once: with one for each receive(), 200 streams of small
+        # pieces tear 30 MB of holes into malloc's heap.
+        self.received = memoryview(bytearray(RECV_BYTES))
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
@@ -7994,13 +7997,14 @@ class Client:
             if may_skip and buffer.startswith(b"\r\n"):
                 del buffer[:2]
                 may_skip = False
-            if not buffer and self.served:
+            if buffer:
+                end = head_end(buffer, searched)
+                if end >= 0:
+                    self._buffer = bytes(buffer[end + 4:])
+                    return bytes(buffer[:end])
+                searched = len(buffer)
+            elif self.served:
                 self.asking_since = 0.0
-            end = head_end(buffer, searched)
-            if end >= 0:
-                self._buffer = bytes(buffer[end + 4:])
-                return bytes(buffer[:end])
-            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -8427,16 +8431,13 @@ class Outcome(NamedTuple):
     """How a relay ended.
 
     state: done | broken (in the middle) | rejected (not passed on) | unreachable | failed (a load).
-
-    `said` is the beginning of the answer (of a stream the first event) and its last bytes:
-    what it counts stands there.
     """
 
     state: str
     status: int = 0
     detail: str = ""
     retry_after_s: float = 0.0
-    said: bytes = b""
+    counts: Counts = NOTHING_COUNTED            # what the answer says of its tokens
     first_byte_s: float = 0.0                   # from the sending of the request
     # Of a hosted answer, in dollars, where LiteLLM says it.
     cost: float = 0.0
@@ -8506,9 +8507,7 @@ class _Receiver:
 
     def __init__(self, sock: socket.socket, client: Client) -> None:
         self._sock, self._client = sock, client
-        # One buffer for all of an answer: with one for each receive(), 200 streams of small pieces
-        # tear 30 MB of holes into malloc's heap.
-        self._buffer = memoryview(bytearray(RECV_BYTES))
+        self._buffer = client.received
         self._look_at_s = time.monotonic() + LOOK_S
         self.waiting: Optional[Callable[[], None]] = None
         self.silent_until_s = 0.0               # 0: silence has no end
@@ -8628,11 +8627,11 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
              b"Host: " + upstream.authority]
-    drop = drop | _DROPPED
+    drop = drop.union(_DROPPED, request.words)
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += end_to_end(request.headers, drop)
+    lines += [line for name, _, line in request.headers if name not in drop]
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
@@ -8750,6 +8749,10 @@ class _Answer:
             return payload
         framed = chunk(payload) if payload else b""
         return framed + b"0\r\n\r\n" if last else framed
+
+    def counts(self) -> Counts:
+        """Of its tokens; they stand at its beginning (of a stream in its first event) or end."""
+        return tokens_said(self.first + b"\n" + self.tail)
 
     def why_broken(self, at_close: bool = False) -> str:
         """Why an answer that ended is broken all the same, "" when it is whole.
@@ -8966,7 +8969,7 @@ class _Relay:
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
-        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+        return Outcome("done", response.status, "", 0.0, answer.counts(),
                        self._first_byte_s, _cost(response))
 
     def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
@@ -9268,7 +9271,7 @@ class Lease:
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
         if self.bay is not None and outcome.state == "done":
-            self.bay.note(self._target, self._body, tokens_said(outcome.said))
+            self.bay.note(self._target, self._body, outcome.counts)
 
     def end(self) -> None:
         """Give the place back; once, whatever has happened."""
@@ -9668,9 +9671,9 @@ class Recorder:
                 pass
 
 
-def record_row(facts: Facts, path: str, tier: str, counts: Counts,
-               outcome: Outcome) -> Dict[str, Any]:
+def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
+    counts = outcome.counts
     row: Dict[str, Any] = {
         "time": round(time.time(), 3),
         "conversation": "",                     # replay reads no further than the reason
@@ -9765,11 +9768,12 @@ class Counters:
         tier = row["tier"]
         with self._lock:
             self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
-            self._add("llmstack_fallbacks_total", (), len(row.get("fallbacks", ())))
+            if "fallbacks" in row:
+                self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
             for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
                 if row[key]:
                     self._add("llmstack_tokens_total", (tier, kind), row[key])
-            if row.get("cost"):
+            if "cost" in row:
                 self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
             self._observe("llmstack_wait_seconds", row["wait_s"])
             if row["ended"] in ("done", "broken"):
@@ -9819,7 +9823,7 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
-        self._salt = os.urandom(16)
+        self._salt = os.urandom(16).hex()
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -9831,11 +9835,9 @@ class Events:
 
     def name_of(self, conversation: str) -> str:
         """What a conversation is called: a hash of its key that nobody can look up."""
-        import hashlib
         if not conversation:
             return ""
-        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        return digest.hexdigest()[:12]
+        return f"{hash(self._salt + conversation) % 2**48:012x}"
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -10280,6 +10282,9 @@ class Conversation(NamedTuple):
     segments: Segments = ()                     # of the prompt answered last
 
 
+NEW_CONVERSATION = Conversation()
+
+
 class Conversations:
     """The last conversations, by key, the oldest forgotten first."""
 
@@ -10290,7 +10295,7 @@ class Conversations:
 
     def get(self, key: str) -> Conversation:
         with self._lock:
-            found: Conversation = self._known.get(key, Conversation())
+            found: Conversation = self._known.get(key, NEW_CONVERSATION)
             return found
 
     def learn(self, key: str, estimate: int, truth: int) -> None:
@@ -10306,7 +10311,7 @@ class Conversations:
 
     def _keep(self, key: str, **fields: Any) -> None:
         with self._lock:
-            known: Conversation = self._known.pop(key, Conversation())
+            known: Conversation = self._known.pop(key, NEW_CONVERSATION)
             self._known[key] = known._replace(**fields)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
@@ -10321,6 +10326,7 @@ class Snapshot(NamedTuple):
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
     asked: Config                               # as it was read: `config` has the contexts served
     served: Mapping[str, int]                   # by tier, tokens
+    names: Tuple[str, ...]                      # patterns for this machine's own
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -10329,12 +10335,16 @@ _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+
+_JUDGED_HERE = frozenset({b"origin"})           # what is behind would refuse it
+
+
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
     """A client's request and its target as a host gets them: no credentials but the host's own.
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
-    drop = _OF_THE_CLIENT | _connection_words(request.headers)
+    drop = _OF_THE_CLIENT | request.words
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
@@ -10347,9 +10357,8 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     Errors: HttpError 400, 408, 413, 415; ClientGone.
     """
     body = client.read_body(request)
-    coding = request.header(b"content-encoding")
     if b"content-encoding" in request.fields:
-        body = decoded_body(coding, body)
+        body = decoded_body(request.header(b"content-encoding"), body)
         others = tuple(h for h in request.headers if h[0] != b"content-encoding")
         request = request._replace(headers=others)
     if body.startswith(b"\xef\xbb\xbf{"):
@@ -10385,7 +10394,11 @@ def _as_json(request: Request) -> Request:
 
 
 class Asked:
-    """An inference request, read. Its body goes once an answer has begun."""
+    """An inference request, read, and how far it is. Its body goes once an answer has begun."""
+
+    tier = ""                                   # that is asked now
+    lease: Optional[Lease] = None               # its place there
+    wait_s = 0.0                                # until its models were ready, of all tiers tried
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
                  values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
@@ -10401,10 +10414,9 @@ class Asked:
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
-        self.conversation = conversation_key(request.fields, values)
-        self.thread = thread_key(self.conversation, values)
+        self.conversation, self.thread = conversation_keys(request.fields, values)
         self.segments: Segments = ()            # of its prompt, once its model is at work
-        self.leaving = Leaving()
+        self.leaving = STAYS
 
     def look_at_prompt(self) -> bytes:
         """Take the prompt's digests while its model is at work; no header comes of it."""
@@ -10426,6 +10438,21 @@ class Asked:
         self.body = b""
         self.values = {}
 
+    def row(self, number: int) -> Dict[str, Any]:
+        """Its row of /llmstack/requests. Nothing of its text is in it."""
+        lease, stage, share = self.lease, "", 0.0
+        if lease is not None:
+            stage = lease.stage()
+        if not stage and not self.body:         # let go of when the answer begins
+            stage = "writing"
+        if not stage:
+            stage = "reading the prompt"
+            share = lease.prompt_read() if lease is not None else 0.0
+        seconds = round(time.monotonic() - self.began_s, 1)
+        return {"id": number, "model": str(self.model or "auto"),
+                "tier": self.tier, "path": self.path, "stream": self.stream,
+                "stage": stage + percent_words(share), "since_s": seconds}
+
 
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
@@ -10434,36 +10461,6 @@ def unknown_model(config: Config, model: object) -> HttpError:
     near = _did_you_mean(str(model), known)
     return HttpError(404, f"there is no model {str(model)[:200]!r}{near or '.'} The models here are"
                           f" {', '.join(names)}", "not_found")
-
-
-class Ongoing:
-    """An inference request that is under way, for who looks on."""
-
-    def __init__(self, number: int, client: Client, asked: Asked) -> None:
-        self.number, self._client, self.asked = number, client, asked
-        self.tier = ""
-        self.lease: Optional[Lease] = None
-        self.wait_s = 0.0                       # until its models were ready, of all tiers tried
-
-    def stop(self) -> None:
-        """End it, as if its client had left."""
-        self._client.give_way()
-
-    def row(self) -> Dict[str, Any]:
-        """Its row of /llmstack/requests. Nothing of its text is in it."""
-        asked, lease = self.asked, self.lease
-        stage, share = "", 0.0
-        if lease is not None:
-            stage = lease.stage()
-        if not stage and not asked.body:        # let go of when the answer begins
-            stage = "writing"
-        if not stage:
-            stage = "reading the prompt"
-            share = lease.prompt_read() if lease is not None else 0.0
-        seconds = round(time.monotonic() - asked.began_s, 1)
-        return {"id": self.number, "model": str(asked.model or "auto"),
-                "tier": self.tier, "path": asked.path, "stream": asked.stream,
-                "stage": stage + percent_words(share), "since_s": seconds}
 
 
 class Ladder:
@@ -10577,9 +10574,11 @@ class RouterApp(App):
         self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
         self._record = self._given.record
-        self._ongoing: Dict[int, Ongoing] = {}
+        self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
+        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
+        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
@@ -10588,8 +10587,6 @@ class RouterApp(App):
         self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
-        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
-        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
 
     @property
     def config(self) -> Config:
@@ -10633,7 +10630,8 @@ class RouterApp(App):
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys(tier.names, route))
         barred = {**self._given.unserved(config), **missing}
-        return Snapshot(config, routes, hosts, barred, asked, served)
+        names = (*config.allowed_hosts, *self._own_names)
+        return Snapshot(config, routes, hosts, barred, asked, served, names)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -10679,16 +10677,15 @@ class RouterApp(App):
         path, mark, query = request.target.partition("?")
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
-        config = self.config
-        check_caller(client, request, self._given.loopback, config.allowed_origins,
-                     (*config.allowed_hosts, *self._own_names))
+        now = self._snapshot
+        check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
             return
         if path == "/" and request.method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
+        drop = _JUDGED_HERE
         if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
@@ -10754,7 +10751,7 @@ class RouterApp(App):
             ongoing = self._ongoing.get(int(name))
             if ongoing is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            ongoing.stop()
+            ongoing[0].give_way()               # it ends as if its client had left
             client.reply(200, b'{"ok": true}')
             return
         tier = self.config.by_name(name)
@@ -10919,10 +10916,10 @@ class RouterApp(App):
     def _under_way(self) -> List[Dict[str, Any]]:
         """The requests, with their beginning instead of their age: a row that stays is no news."""
         rows = []
-        for ongoing in list(self._ongoing.values()):
-            row = ongoing.row()
+        for number, (_, asked) in list(self._ongoing.items()):
+            row = asked.row(number)
             del row["since_s"]
-            row["began"] = round(ongoing.asked.began_s + self.events.epoch)
+            row["began"] = round(asked.began_s + self.events.epoch)
             rows.append(row)
         return rows
 
@@ -10986,16 +10983,16 @@ class RouterApp(App):
     # ---- inference
 
     def _infer(self, client: Client, asked: Asked) -> None:
-        ongoing = Ongoing(next(self._number), client, asked)
-        self._ongoing[ongoing.number] = ongoing
+        number = next(self._number)
+        self._ongoing[number] = client, asked
         try:
-            self._answer_asked(client, asked, ongoing)
+            self._answer_asked(client, asked)
         except ClientGone:
-            if ongoing.tier:
-                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
+            if asked.tier:
+                self.events.counters.add("llmstack_requests_total", asked.tier, "", "left")
             raise
         finally:
-            del self._ongoing[ongoing.number]
+            del self._ongoing[number]
 
     @staticmethod
     def _read_asked(client: Client, request: Request, path: str, target: str,
@@ -11009,12 +11006,12 @@ class RouterApp(App):
             request = uncompressed(request)
         return Asked(request, path, target, body, values, drop)
 
-    def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+    def _answer_asked(self, client: Client, asked: Asked) -> None:
         name = self._resolve(asked.request, asked.model, asked.drop, asked.path)
         if name == "auto":
-            self._ask_ladder(client, asked, ongoing)
+            self._ask_ladder(client, asked)
         elif name:
-            self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
+            self._ask_named(client, asked, self._snapshot.routes[name])
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
             self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
@@ -11048,36 +11045,33 @@ class RouterApp(App):
 
     def requests(self) -> List[Dict[str, Any]]:
         """What is under way, the oldest first."""
-        return [ongoing.row() for ongoing in list(self._ongoing.values())]
+        return [asked.row(number) for number, (_, asked) in list(self._ongoing.items())]
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route,
-                   ongoing: Optional[Ongoing] = None) -> None:
+    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
         facts: List[Facts] = []
-        if ongoing is not None and asked.path in STREAM_ENDS:
+        if asked.path in STREAM_ENDS:
             try:
                 facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
             except RecursionError:
                 pass
         looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(client, asked, route, ongoing, headers=looks)
+        outcome = self._ask(client, asked, route, headers=looks)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
         for counted in facts:
-            assert ongoing is not None
-            counts = tokens_said(outcome.said)
-            self._note(ongoing, record_row(counted, asked.path, name, counts, outcome), ())
+            self._note(asked, record_row(counted, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
         known = self._conversations.get(asked.thread)
         tokens = known.held.get(known.tier, 0)
         if not tokens or known.tier == decision.tier or decision.rung == "fim":
-            return Leaving()
+            return STAYS
         needed = decision.facts.full_tokens
         old, new = (self.behind.pace(name, needed) for name in (known.tier, decision.tier))
         held = min(known.held.get(decision.tier, 0), needed)
@@ -11097,14 +11091,13 @@ class RouterApp(App):
         if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
             self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
 
-    def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
-        asked = ongoing.asked
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
         row.update(conversation=self.events.name_of(asked.conversation),
-                   wait_s=round(ongoing.wait_s, 3),
-                   total_s=round(total_s, 3), stream=asked.stream)
+                   wait_s=round(asked.wait_s, 3), total_s=round(total_s, 3),
+                   stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -11114,7 +11107,7 @@ class RouterApp(App):
             self._record.add(row)
         self.events.add(row)
 
-    def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         config = now.config
@@ -11160,7 +11153,7 @@ class RouterApp(App):
 
         while True:
             route = ladder.route
-            outcome = self._try(client, ladder, headers, reason, ongoing)
+            outcome = self._try(client, ladder, headers, reason)
             if not ladder.settle(outcome):
                 break
             asked.patience_s = 0.0
@@ -11170,26 +11163,25 @@ class RouterApp(App):
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
         self._finish(client, outcome, f"auto -> {name}", route, headers)
-        counts = tokens_said(outcome.said)
         if outcome.state == "done":
-            learn(counts.prompt)
-        row = record_row(facts, asked.path, name, counts, outcome)
+            learn(outcome.counts.prompt)
+        row = record_row(facts, asked.path, name, outcome)
         if loop:                                # before the reason: replay reads no further
             row["loop"] = True
         row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
-        self._note(ongoing, row, ladder.fallbacks)
+        self._note(asked, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
         rows = dict_of(self.behind.watched().get("models"))
-        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        busy = {asked.tier for _, asked in list(self._ongoing.values())}
         idle = [tier for tier in chain if tier.name not in busy
                 and dict_of(rows.get(tier.name)).get("state") == "loaded"]
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
-             ongoing: Ongoing) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes],
+             reason: str) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
         route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
@@ -11197,14 +11189,14 @@ class RouterApp(App):
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ongoing, ladder.judge, headers)
+            return self._ask(client, asked, route, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {ladder.tier.name} {reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
+    def _ask(self, client: Client, asked: Asked, route: Route,
              judge: Optional[Callable[[int, str], bool]] = None,
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
@@ -11214,8 +11206,7 @@ class RouterApp(App):
             name = name or route.tier.name
         pieces = asked.body_for(route, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
-        if ongoing is not None:
-            ongoing.tier, ongoing.lease = route.tier.name, lease
+        asked.tier, asked.lease = route.tier.name, lease
         first_byte_s = 0.0
         if route.host is not None:
             request, target = host_request(request, route, target)
@@ -11230,8 +11221,7 @@ class RouterApp(App):
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
-            if ongoing is not None:
-                ongoing.wait_s += waiting.ready_s
+            asked.wait_s += waiting.ready_s
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
@@ -12585,6 +12575,8 @@ class Speeds:
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
+        if identity not in self._rows:
+            return 0.0
         found = (self.get(identity, name) for name in self._read_names(max(tokens, 0)))
         return next((per_s for per_s in found if per_s), 0.0)
 
@@ -12848,8 +12840,10 @@ class Bay:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
+        if not body:
+            return
         worth = parking.worth(identity, counts.prompt)
-        if not body or not (worth or restored):
+        if not (worth or restored):
             return
         values = parse_json_object(body)
         for parked in restored:
@@ -13179,8 +13173,10 @@ class Engine:
         return known
 
     def find(self, name: str) -> Optional[Model]:
+        if name in self.models:
+            return self.models[name]
         tier = self.config.by_name(name)
-        if self._proxy and (name == PROXY or name in self._proxy.tier.aliases):
+        if self._proxy and name in self._proxy.tier.aliases:
             return self._proxy
         return self.models.get(tier.name) if tier else None
 
@@ -13295,7 +13291,8 @@ class Engine:
         with self._changed:
             model.in_flight -= 1
             model.last_used = time.monotonic()
-            self._changed.notify_all()
+            if self._tickets:
+                self._changed.notify_all()
 
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
