@@ -1173,6 +1173,7 @@ class Decision(NamedTuple):
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
     stays: str = ""                             # why this tier goes on instead of the rung's
+    held: bool = True                           # by a tier at least
 
     @property
     def tokens(self) -> int:
@@ -1198,8 +1199,8 @@ class Decision(NamedTuple):
         best, chosen = self.preference[0], self.chain[0]
         if self.stays:
             return f"{reason}; stays on {self.tier}, {self.stays}"
-        need = tokens_needed(self.facts, chosen)
-        if need > chosen.ctx_size:
+        if not self.held:
+            need = tokens_needed(self.facts, chosen)
             return (f"{reason}; no tier holds {need:,} tokens,"
                     f" {chosen.name} has the largest context")
         if chosen is not best:
@@ -1262,7 +1263,8 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not chain:
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order,
+                    held=bool(holds))
 
 
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
@@ -5105,15 +5107,6 @@ def client_named(fields: Mapping[bytes, bytes]) -> str:
     return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
 
 
-def _conversation_named(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
-    """Its client's name for a conversation, "" where that has none."""
-    for name in _SESSION_HEADERS:
-        if fields.get(name):
-            return fields[name].decode("latin-1")[:200]
-    named = body.get("prompt_cache_key") or body.get("session_id")
-    return named[:200] if isinstance(named, str) else ""
-
-
 def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Tuple[str, str]:
     """What tells a conversation from others, and its own requests from side requests.
 
@@ -5128,7 +5121,12 @@ def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) ->
         if message.get("role") == "user":
             first = text
             break
-    key = _conversation_named(fields, body)
+    named = body.get("prompt_cache_key") or body.get("session_id")
+    for name in _SESSION_HEADERS:
+        if fields.get(name):
+            named = fields[name].decode("latin-1")
+            break
+    key = named[:200] if isinstance(named, str) else ""
     if not key:
         text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
         key = f"{hash(text):x}" if text else ""
@@ -7943,16 +7941,13 @@ class Client:
 
     __slots__ = (
         "_buffer", "_sock", "answering", "asking_since", "head_timeout_s", "keep_alive", "method",
-        "minor", "opened", "origin", "protocol", "received", "served", "unread",
+        "minor", "opened", "origin", "protocol", "served", "unread",
     )
     send_timeout_s: float = SEND_TIMEOUT_S
 
     def __init__(self, sock: socket.socket, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._sock = sock
         self._buffer = b""
-        # For what comes from upstreams, once: with one for each receive(), 200 streams of small
-        # pieces tear 30 MB of holes into malloc's heap.
-        self.received = memoryview(bytearray(RECV_BYTES))
         self.head_timeout_s = head_timeout_s
         self.keep_alive = True
         self.answering = False                  # the head of an answer has gone out
@@ -8507,7 +8502,9 @@ class _Receiver:
 
     def __init__(self, sock: socket.socket, client: Client) -> None:
         self._sock, self._client = sock, client
-        self._buffer = client.received
+        # One buffer for all of an answer: with one for each receive(), 200 streams of small pieces
+        # tear 30 MB of holes into malloc's heap.
+        self._buffer = memoryview(bytearray(RECV_BYTES))
         self._look_at_s = time.monotonic() + LOOK_S
         self.waiting: Optional[Callable[[], None]] = None
         self.silent_until_s = 0.0               # 0: silence has no end
@@ -8998,15 +8995,12 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    is passed on. `body` gets the head in front, and is emptied once an answer goes on.
     Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
     body.insert(0, head)
-    try:
-        return _Relay(client, request, body, terms).run(upstream)
-    finally:
-        del body[:1]
+    return _Relay(client, request, body, terms).run(upstream)
 
 
 def _cost(response: Response) -> float:
@@ -10468,7 +10462,7 @@ class Ladder:
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  learn: Callable[[int], None]) -> None:
-        self._decision, self._snapshot, self._breaker = decision, snapshot, breaker
+        self.decision, self._snapshot, self._breaker = decision, snapshot, breaker
         self._learn = learn
         self._left = list(decision.chain)
         self._tried: Set[str] = set()
@@ -10504,7 +10498,7 @@ class Ladder:
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        decision = self._decision
+        decision = self.decision
         down = {*decision.down, *self._snapshot.barred}
         order = [t for t in decision.preference if t.name not in self._tried]
         holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
@@ -11135,29 +11129,30 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        reason = ""
         if config.patience_s and facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
             ladder.prefer(idle)
             asked.patience_s = config.patience_s if idle else 0.0
-        reason = decision.reason
 
         def headers() -> bytes:
             """Made while the model is at work, as is what the answer's counts are compared with."""
-            nonlocal estimate, texts
+            nonlocal estimate, reason, texts
             if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
                 estimate = class_tokens(texts)
             texts = ()
+            reason = reason or decision.reason
             asked.look_at_prompt()
             lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
             return lines + leaving_header(asked.leaving, ladder.tier.name)
 
         while True:
             route = ladder.route
-            outcome = self._try(client, ladder, headers, reason)
+            outcome = self._try(client, ladder, headers)
             if not ladder.settle(outcome):
                 break
             asked.patience_s = 0.0
-        name = ladder.tier.name
+        name, reason = ladder.tier.name, reason or decision.reason
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
@@ -11180,8 +11175,7 @@ class RouterApp(App):
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes],
-             reason: str) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes]) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
         route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
@@ -11192,7 +11186,7 @@ class RouterApp(App):
             return self._ask(client, asked, route, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {reason};"
+            self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
@@ -12009,11 +12003,12 @@ class Drafts:
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        tells = row["ended"] == "done" and row.get("output") and row.get("per_s")
+        if row["ended"] != "done" or not row.get("output") or not row.get("per_s"):
+            return
         with self._lock:
             identity, drafts = self._running.get(row["tier"], ("", False))
             found = self._found(identity)
-            if not (tells and identity) or found.settled:
+            if not identity or found.settled:
                 return
             found = found.learn(drafts, row)
             self._rows.pop(identity, None)
@@ -12542,6 +12537,7 @@ class Speeds:
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
+    READ_NAMES = tuple(f"read{step or ''}" for step in READ_STEPS)
     MOST = 64                                   # models, builds and flags
 
     def __init__(self, data: str) -> None:
@@ -12569,16 +12565,16 @@ class Speeds:
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
-        names = [f"read{step or ''}" for step in cls.READ_STEPS]
-        own = sum(tokens >= step for step in cls.READ_STEPS) - 1
-        return [*names[own::-1], *names[own + 1:]]
+        own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
+        return [*cls.READ_NAMES[own::-1], *cls.READ_NAMES[own + 1:]]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        if identity not in self._rows:
-            return 0.0
-        found = (self.get(identity, name) for name in self._read_names(max(tokens, 0)))
-        return next((per_s for per_s in found if per_s), 0.0)
+        for name in self._read_names(max(tokens, 0)):
+            per_s = self.get(identity, name)
+            if per_s:
+                return per_s
+        return 0.0
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
@@ -12826,9 +12822,9 @@ class Bay:
             self._asked += 1
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
-        known = self._parking.speeds.reading(self.identity, 0)
-        worth = self._parking.worth(self.identity, body_bytes // 2)
-        return worth or not known or bool(self._restored)
+        if self._restored or not self._parking.speeds.reading(self.identity, 0):
+            return True
+        return self._parking.worth(self.identity, body_bytes // 2)
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
