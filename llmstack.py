@@ -189,7 +189,7 @@ MAX_PROBE_S = 60
 RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 # How long a silent upstream goes before its client is looked at again.
 PATIENCE_MS = 50
-ACCEPT_S = 0.5                     # between two looks whether a server is to end
+ACCEPT_S = 1.0                     # between two looks whether a server is to end
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
 # So much of a stream is held back to see whether it begins with an error.
@@ -10409,6 +10409,7 @@ class Asked:
         self.model = values.get("model")
         self.stream = values.get("stream") is True
         self.conversation, self.thread = conversation_keys(request.fields, values)
+        self.known = NEW_CONVERSATION           # by the answers to its earlier turns
         self.segments: Segments = ()            # of its prompt, once its model is at work
         self.leaving = STAYS
 
@@ -10978,6 +10979,7 @@ class RouterApp(App):
 
     def _infer(self, client: Client, asked: Asked) -> None:
         number = next(self._number)
+        asked.known = self._conversations.get(asked.thread)
         self._ongoing[number] = client, asked
         try:
             self._answer_asked(client, asked)
@@ -11062,7 +11064,7 @@ class RouterApp(App):
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
-        known = self._conversations.get(asked.thread)
+        known = asked.known
         tokens = known.held.get(known.tier, 0)
         if not tokens or known.tier == decision.tier or decision.rung == "fim":
             return STAYS
@@ -11074,7 +11076,7 @@ class RouterApp(App):
 
     def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
         """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, now, tier = self._conversations.get(asked.thread), asked.segments, row["tier"]
+        known, now, tier = asked.known, asked.segments, row["tier"]
         if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
             share, where = same_beginning(known.segments, now)
             row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
@@ -11110,8 +11112,8 @@ class RouterApp(App):
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
-        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if facts.most_tokens + reserve > config.smallest_context:
+        most, reserve = facts.most_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if most + reserve > config.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -11138,7 +11140,7 @@ class RouterApp(App):
         def headers() -> bytes:
             """Made while the model is at work, as is what the answer's counts are compared with."""
             nonlocal estimate, reason, texts
-            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+            if not estimate and most >= WORTH_LEARNING_TOKENS:
                 estimate = class_tokens(texts)
             texts = ()
             reason = reason or decision.reason
