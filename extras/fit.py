@@ -33,10 +33,13 @@ def wrapped(text: str, indent: str) -> List[str]:
                          break_long_words=False, break_on_hyphens=False)
 
 
-def card_words(cards: Sequence[int], devices: Sequence[Any]) -> str:
-    """`on CUDA0 and CUDA1`, by the names that llama-server gives them."""
-    names = [devices[card].name if card < len(devices) else f"card {card}" for card in cards]
-    return "on " + " and ".join(names)
+def card_words(needs: Sequence[float], cards: Sequence[int], devices: Sequence[Any]) -> str:
+    """`4.20 on CUDA0 and 2.10 on CUDA1`, by the names that llama-server gives them."""
+    words = []
+    for card in cards:
+        name = devices[card].name if card < len(devices) else f"card {card}"
+        words.append(f"{needs[card]:.2f} on {name}")
+    return " and ".join(words)
 
 
 def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> List[str]:
@@ -51,7 +54,7 @@ def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> L
     if fit.cache_mib:
         parts.append(f"prompt cache up to {fit.cache_mib * llmstack.MIB / 1e9:.2f}")
     if fit.cards:
-        parts.append(card_words(fit.cards, devices))
+        parts.append(card_words(fit.needs, fit.cards, devices))
     parts.append(llmstack.FIT_SOURCES[fit.source])
     verdict = llmstack.paint("does not fit", "31")
     if fit.fits:
@@ -82,9 +85,24 @@ def fit_lines(machine: Any, devices: Sequence[Any], fits: Sequence[Any],
         lines += ["", "Together, in GB:"]
     for together in sets:
         lines.append(f"  {together['need_gb']:>6.2f}  {' + '.join(together['tiers'])}")
+        if len(machine.cards) > 1:
+            cards = range(len(machine.cards))
+            lines += wrapped(card_words(together["each_gb"], cards, devices), " " * 10)
         if not together["fits"]:
             lines.append("          " + llmstack.paint("does not fit: they take turns", "33"))
     return lines
+
+
+def together_rows(config: Any, fits: Sequence[Any], budgets_gb: Sequence[float],
+                  llmstack: Any) -> List[Dict[str, Any]]:
+    """The sets of tiers that are loaded together, and whether each fits."""
+    needs_of = {fit.name: fit.needs for fit in fits}
+    rows = []
+    for tiers, need_gb in llmstack.fit_sets(config, fits, budgets_gb):
+        each_gb = llmstack.needs_together(needs_of[name] for name in tiers)
+        rows.append({"tiers": tiers, "need_gb": need_gb, "each_gb": each_gb,
+                     "fits": llmstack.fits_together([each_gb], budgets_gb)})
+    return rows
 
 
 def seen_devices(config: Any, places: Any, llmstack: Any) -> List[Any]:
@@ -121,8 +139,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     devices = seen_devices(config, places, llmstack) if machine.gpu else []
     fits = llmstack.measure_tiers(config, machine, os.environ, True)
     fits = [fit for fit in fits if fit.name in chosen]
-    sets = [{"tiers": tiers, "need_gb": need_gb, "fits": need_gb <= machine.budget_gb}
-            for tiers, need_gb in llmstack.fit_sets(config, fits, machine.budget_gb)]
+    sets = together_rows(config, fits, machine.budgets_gb, llmstack)
     if args.json:
         found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
                  "host_gb": machine.host_gb,

@@ -2,8 +2,8 @@
 
 Each TIER (default: every local one whose file is here) is loaded by a llama-server of its own and
 asked a few things. What is found is kept for this machine, these weights, this build and these
-flags: opencode.json, /v1/models and `check` go by it. Where models.ini has tool_call or reasoning,
-that counts instead.
+flags: opencode.json, /v1/models and `check` go by it, and routing knows its speeds before it has
+answered. Where models.ini has tool_call or reasoning, that counts instead.
 
 examples:
   llmstack probe
@@ -262,12 +262,16 @@ def measure_speed(trial: Any, size: int) -> Dict[str, Any]:
 def measure_speeds(trial: Any, context: int) -> Tuple[List[Dict[str, Any]], str]:
     """(a row for each size, what to say of those left out). Errors: OSError, ValueError."""
     rows: List[Dict[str, Any]] = []
-    for size in speed_sizes(context):
+    sizes = speed_sizes(context)
+    for size in sizes:
         if rows:
             needed_s = size / max(rows[-1]["read_per_s"], 0.01)
             if needed_s > PATIENCE_S / 2:
                 return rows, f"{size:,} tokens would take {needed_s / 60:,.0f} minutes or more"
         rows.append(measure_speed(trial, size))
+    missing = [f"{size:,}" for size in SPEED_TOKENS if size not in sizes]
+    if missing:
+        return rows, f"{' and '.join(missing)} tokens and an answer are more than it holds"
     return rows, ""
 
 
@@ -321,6 +325,7 @@ class Prober:
         try:
             with trial:
                 self._ask(trial, tier, row)
+                self._learn(trial, tier, row.get("speeds", ()))
                 held_gb = held_bytes(trial.process.pid, llmstack) / 1e9
                 card_gb = max(cards_gb(llmstack) - before_gb, 0.0)
         except (OSError, ValueError, LookupError, TypeError) as exc:
@@ -336,6 +341,23 @@ class Prober:
                          "fit_gb": round(fit.need_gb, 3), "fit_host_gb": round(fit.host_gb, 3)}
         self._keep(tier, row)
         return row
+
+    def _learn(self, trial: Any, tier: Any, speeds: Sequence[Mapping[str, Any]]) -> None:
+        """Teach the speeds that routing counts with, as a load and answers teach them.
+
+        Errors: OSError, UserError.
+        """
+        llmstack = self.llmstack
+        weights = llmstack.cached_model(llmstack.weights_for(tier), os.environ)
+        env = llmstack.without_credentials(os.environ)
+        identity = llmstack.parking_identity(trial.command, weights, env)
+        known = llmstack.Speeds(self.places.data)
+        known.note_load(identity, tier.name, trial.loaded_s, trial.process.pid, weights)
+        for speed in speeds:
+            counts = llmstack.Counts(speed["prompt_tokens"], 0, WRITTEN_TOKENS,
+                                     speed["read_per_s"], speed["written_per_s"])
+            known.note_answer(identity, tier.name, counts)
+        known.keep()
 
     def _keep(self, tier: Any, row: Dict[str, Any]) -> None:
         data, llmstack = self.places.data, self.llmstack

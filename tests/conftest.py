@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 
@@ -20,6 +20,12 @@ import llmstack  # noqa: E402
 SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with model servers
 # What stands in files whose tests bring up stacks, with model servers or with fakes of them.
 STACKS = ('"start"', '"restart"', "open_stage")
+
+
+def load_always(monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None:
+    """Have the program load this very module as an extra, with all that a test has changed in it."""
+    load = llmstack.load_extra
+    monkeypatch.setattr(llmstack, "load_extra", lambda asked: module if asked == name else load(asked))
 
 
 @pytest.hookimpl(tryfirst=True)

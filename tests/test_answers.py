@@ -153,7 +153,7 @@ def test_a_mirror_or_hub_that_answers_nonsense_is_one_line(router: Router, body:
     assert "does not answer like GitHub's releases API" in error
     if body.startswith(b"["):
         with pytest.raises(llmstack.UserError, match="does not answer like a model hub"):
-            llmstack.ask_repo("o/r", ["f.gguf"], {"HF_ENDPOINT": router.url})
+            llmstack.load_extra("check").ask_repo("o/r", ["f.gguf"], {"HF_ENDPOINT": router.url}, llmstack)
 
 
 @pytest.mark.parametrize("body", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n[",

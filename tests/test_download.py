@@ -18,10 +18,13 @@ from typing import Any, Iterator
 import pytest
 
 import llmstack
+from tests.conftest import load_always
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz, zipped
 from tests.noise_model import render_noise_gguf
 from tests.test_stack import until
 
+CHECK = llmstack.load_extra("check")
+SWAP = llmstack.load_extra("install-llama-swap")
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
 BIG = b"GGUF" + random.Random(1).randbytes(4_000_000)
@@ -436,6 +439,7 @@ def test_refs_main_moves_only_when_all_is_there(hub: FakeHub, places: llmstack.P
 def test_a_copy_without_its_guests_downloads_nothing_and_says_why(hub: FakeHub, places: llmstack.Places, real_data: Path,
                                                                   tmp_path: Path) -> None:
     copy = shutil.copy(PROGRAM, tmp_path)
+    shutil.copytree(Path(PROGRAM).parent / "extras", tmp_path / "extras")
     done = subprocess.run([sys.executable, copy, "download"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "hub_download.py" in done.stderr.splitlines()[0]
@@ -639,7 +643,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(hub: FakeHub, places: llm
 @pytest.mark.parametrize(("columns", "bar"), [(120, 24), (80, 10), (70, 0)])
 def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
     row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
-    shown = llmstack._Bar()
+    shown = llmstack.load_extra("download").Bar(llmstack)
     shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
     line = shown._line(row, 1, "", columns)
     assert len(line) <= columns
@@ -872,17 +876,18 @@ def test_drift_between_models_ini_and_the_generated_file(places: llmstack.Places
         running = plan._replace(config=config.on_channel(channel))
         text = llmstack.render_llama_swap_yaml(running)
         Path(places.in_state("llama-swap.yaml")).write_text(text)
-        assert llmstack.find_drift(places, config) == {}
+        assert CHECK.find_drift(places, config, llmstack) == {}
     text = llmstack.render_llama_swap_yaml(plan)
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff fast-Q6.gguf"))
-    assert llmstack.find_drift(places, config) == {"code-fast": ["llama-swap.yaml has fast-Q6.gguf, models.ini fast-Q4.gguf"]}
+    assert CHECK.find_drift(places, config, llmstack) == {
+        "code-fast": ["llama-swap.yaml has fast-Q6.gguf, models.ini fast-Q4.gguf"]}
     assert llmstack.main(["check", "--offline"]) == 1
     assert "DRIFT! llama-swap.yaml has fast-Q6.gguf" in capsys.readouterr().out
     Path(places.models_ini).write_text(INI.replace("= fast-Q4", "= fast-Q6"))
     config = llmstack.load_config(places)
-    assert llmstack.find_drift(places, config) == {}, "as UPGRADING says: flipped in both, no drift"
+    assert CHECK.find_drift(places, config, llmstack) == {}, "as UPGRADING says: flipped in both, no drift"
     Path(places.in_state("llama-swap.yaml")).write_text(text.replace("      -hff fast-Q4.gguf", "      -hff \x1b[2J"))
-    assert llmstack.find_drift(places, config)["code-fast"][0].startswith("llama-swap.yaml has \\u001b[2J, ")
+    assert CHECK.find_drift(places, config, llmstack)["code-fast"][0].startswith("llama-swap.yaml has \\u001b[2J, ")
 
 
 def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -892,8 +897,8 @@ def test_drift_between_models_ini_and_what_runs(places: llmstack.Places, monkeyp
     monkeypatch.setattr(llmstack, "owned_process", lambda record, project: True)
     command = "llama-server -hf owner/fast-GGUF -hff fast-Q2.gguf -c 1"
     view = ({"code-fast": command}, {"code-fast": {"ctx_size": 77, "quant": ""}})
-    monkeypatch.setattr(llmstack, "_engine_view", lambda engine: view)
-    assert llmstack.find_drift(places, config) == {
+    monkeypatch.setattr(CHECK, "engine_view", lambda engine, llmstack: view)
+    assert CHECK.find_drift(places, config, llmstack) == {
         "code-fast": ["fast-Q2.gguf is running, models.ini has fast-Q4.gguf",
                       "the running engine has ctx_size 77, models.ini 32768"],
         "code-smart": ["the running engine does not know this tier"]}
@@ -907,7 +912,8 @@ def swap(version: str) -> bytes:
 
 
 def this_platform(monkeypatch: pytest.MonkeyPatch, system: str = "linux", machine: str = "amd64") -> None:
-    monkeypatch.setattr(llmstack, "platform_names", lambda: (system, machine))
+    monkeypatch.setattr(SWAP, "platform_names", lambda llmstack: (system, machine))
+    load_always(monkeypatch, "install-llama-swap", SWAP)
 
 
 def binary() -> Path:
@@ -1039,7 +1045,7 @@ def test_the_asset_of_every_platform(sysname: str, windows: bool, mac: bool, mac
     monkeypatch.setattr(platform, "machine", lambda: machine)
     names = ["llama-swap_251_checksums.txt", *(f"llama-swap_251_{s}_{m}.tar.gz" for s in ("linux", "darwin") for m in
              ("amd64", "arm64")), "llama-swap_251_freebsd_amd64.tar.gz", "llama-swap_251_windows_amd64.zip"]
-    assert llmstack.choose_asset(names, *llmstack.platform_names()) == asset
+    assert SWAP.choose_asset(names, *SWAP.platform_names(llmstack)) == asset
 
 
 def test_windows_gets_an_exe_out_of_a_zip_even_while_it_runs(releases: FakeReleases, monkeypatch: pytest.MonkeyPatch,
@@ -1072,10 +1078,10 @@ def test_windows_paths_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert llmstack.bin_dir({}, llmstack.data_dir({"LOCALAPPDATA": "/local"})) == "/local/llmstack/bin"
     assert llmstack.environment_program(llmstack.HUB, "/d").endswith("/Scripts/python.exe")
     ran: list[list[str]] = []
-    monkeypatch.setattr(llmstack, "_output", lambda command: ran.append(list(command)) or "")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: ran.append(list(command)) or "")
     llmstack._signal_group(77, True)
     assert ran == [["taskkill", "/PID", "77", "/T", "/F"]]
-    assert llmstack.server_ways() == "winget install ggml.llamacpp"
+    assert llmstack.load_extra("setup").server_ways(llmstack) == "winget install ggml.llamacpp"
 
 
 def test_homebrew_is_found_without_a_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,7 +386,7 @@ def test_v1_models_lists_tiers_and_aliases_with_their_status(stage: Stage) -> No
     states = {m["id"]: m["status"]["value"] for m in answer["data"]}
     assert len(states) == len(answer["data"])
     names = {n for t in stage.config.tiers for n in (t.name, *t.aliases)}
-    assert states == {n: "loaded" if n in ("plan", "planner", "chat") else "unloaded" for n in names}
+    assert states == {n: "loaded" if n in ("plan", "planner", "chat", "glm") else "unloaded" for n in names}
     smart = next(m for m in answer["data"] if m["id"] == "code-smart")
     assert smart["object"] == "model"
     assert "coder" in smart["aliases"]

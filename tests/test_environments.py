@@ -159,7 +159,7 @@ def test_a_wheel_is_taken_by_its_hash_alone(home: Path, tmp_path: Path) -> None:
     assert lines[0] == f"xllamacpp=={llmstack.LLAMA_CPP_PIN}"
     assert len(lines) == 1 + len(llmstack.LLAMA_CPP.hashes) > 1
     assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", line) for line in lines[1:])
-    assert llmstack._requirement_words(llmstack.LITELLM, directory) == list(llmstack.LITELLM.requirements)
+    assert llmstack._requirement_words(llmstack.LITELLM, directory) == [llmstack.LITELLM.requirement]
 
 
 def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: P
     def run(what: str, command: list[str], say: object) -> None:
         commands.append(command)
 
-    monkeypatch.setattr(llmstack, "_run_with_progress", run)
+    monkeypatch.setattr(llmstack, "run_with_progress", run)
     monkeypatch.setattr(llmstack, "suitable_python", lambda wanted: "/usr/bin/python3.12")
     data = str(home / "data")
     inside = llmstack.environment_program(llmstack.LITELLM, data)
@@ -182,7 +182,7 @@ def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: P
             assert commands[1][:5] == [*pip, "--python", inside]
         else:
             assert commands[1][:3] == [inside, "-m", "pip"]
-        assert commands[1][-1] == llmstack.LITELLM.requirements[0]
+        assert commands[1][-1] == llmstack.LITELLM.requirement
         shutil.rmtree(data)
 
 
@@ -190,6 +190,6 @@ def test_an_environment_gets_no_pip_where_one_is_at_hand(home: Path, tmp_path: P
     ("pip 23.2.1 from /usr/lib", True), ("pip 22.3 from /usr/lib", True), ("pip 22.0.2 from /usr/lib", False),
     ("pip 9.0.3", False), ("", False), ("no pip", False)])
 def test_only_a_pip_that_installs_elsewhere_is_taken(said: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "_output", lambda command: said)
+    monkeypatch.setattr(llmstack, "program_output", lambda command: said)
     expected = ["/usr/bin/python3", "-I", "-m", "pip"] if there else []
     assert llmstack.outside_pip("/usr/bin/python3") == expected

@@ -291,7 +291,7 @@ def opened(rig: Rig, asked: bytes) -> Message:
 def test_a_terminal_follows_the_same_stream(start: Start) -> None:
     rig = start(always(answer(SAID)))
     upstream = llmstack.Upstream("127.0.0.1", rig.port)
-    with contextlib.closing(llmstack.follow_events(upstream)) as snapshots:
+    with contextlib.closing(llmstack.load_extra("watch").follow_events(upstream, llmstack)) as snapshots:
         assert next(t["name"] for t in next(snapshots)["tiers"]) == "code-fast"
         rig.ask(chat("plan"))
         now = next(s for s in snapshots if s["decisions"])
@@ -312,7 +312,7 @@ def test_a_stream_that_is_none_ends_in_words(start: Start, reply: bytes) -> None
     rig = start(script)
     upstream = llmstack.Upstream("127.0.0.1", rig.upstream.port)
     with pytest.raises((OSError, ValueError)):
-        list(llmstack.follow_events(upstream))
+        list(llmstack.load_extra("watch").follow_events(upstream, llmstack))
 
 
 def test_the_board_asks_for_what_there_is() -> None:

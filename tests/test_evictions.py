@@ -28,7 +28,7 @@ class Learning(Stage):
         config = config._replace(tiers=tuple(tiers), park_gb=0.0)
         super().__init__(tmp_path / "stage", config, 1e9, FIRST_PORT)
         for model in self.engine.models.values():
-            model.gb = 4e8
+            model.needs = (4e8,)
         self.engine._sets = [llmstack.ResidencySet("all", TIERS)]
         self.parking = llmstack.Parking(str(tmp_path / "data"), config)
         self.engine._parking = self.parking

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +89,13 @@ def test_a_copy_without_the_extras_says_where_they_are(name: str, elsewhere: Pat
         f"llmstack: error: llmstack {name} is one of the extras, which this copy is without\n"
         "hint: copy extras/ beside llmstack.py, or use llmstack.pyz\n"
     )
+
+
+def test_a_copy_without_the_extras_has_no_demo(elsewhere: Path) -> None:
+    done = run(elsewhere, "llmstack.py", "start", "--demo")
+    assert done.returncode == 2
+    assert done.stderr.startswith("llmstack: error: llmstack demo is one of the extras, which")
+    assert run(elsewhere, "llmstack.py", "stop", "--demo").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -210,3 +219,40 @@ def test_the_demo_can_be_talked_to_and_looked_at(words: list[str], monkeypatch: 
     monkeypatch.setattr(llmstack, "find_places", finding)
     llmstack.main([*words, "--demo"])
     assert asked[-1]
+
+
+# ---- what an extra stands on
+
+
+def loaded_extra(node: ast.expr) -> str:
+    """NAME of `llmstack.load_extra("NAME")`, "" for anything else."""
+    match = re.fullmatch(r"llmstack\.load_extra\('([a-z-]+)'\)", ast.unparse(node))
+    return match.group(1) if match else ""
+
+
+def names_used(function: ast.FunctionDef) -> set[tuple[str, str]]:
+    """(extra, name) of what a function uses of an extra, ("", name) of what it uses of the program."""
+    owners = {"llmstack": ""}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and loaded_extra(node.value):
+            owners[ast.unparse(node.targets[0])] = loaded_extra(node.value)
+    found = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute):
+            owner = loaded_extra(node.value) or owners.get(ast.unparse(node.value))
+            if owner is not None:
+                found.add((owner, node.attr))
+    return found
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_an_extra_uses_public_names_that_are_there(name: str) -> None:
+    tree = ast.parse((ROOT / llmstack.extra_file(name)).read_text(encoding="utf-8"))
+    used = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            used |= names_used(function)
+    for owner, word in sorted(used):
+        module = llmstack.load_extra(owner) if owner else llmstack
+        assert hasattr(module, word), (owner, word)
+        assert not word.startswith("_"), (owner, word)

@@ -138,6 +138,17 @@ def test_a_prompt_that_would_take_too_long_is_left_out_and_said() -> None:
     assert (len(body["prompt"]), body["cache_prompt"], body["ignore_eos"]) == (2048, False, True)
 
 
+@pytest.mark.parametrize(("context", "note"), [
+    (16_448, ""), (8192, "16,384 tokens and an answer are more than it holds"),
+    (1024, "2,048 and 16,384 tokens and an answer are more than it holds"),
+])
+def test_sizes_that_the_context_does_not_hold_are_said(context: int, note: str) -> None:
+    trial = Told(*[TOKENS, timings(500.0)] * 2)
+    rows, said = PROBE.measure_speeds(trial, context)
+    assert [row["prompt_tokens"] for row in rows] == PROBE.speed_sizes(context)
+    assert said == note
+
+
 def test_the_words_of_prompts_do_not_repeat() -> None:
     trial = Told(TOKENS, TOKENS)
     PROBE.prompt_tokens(trial, 300)

@@ -125,7 +125,7 @@ def models(value: Any) -> Any:
 
 def test_golden() -> None:
     text = render_opencode_json(Config((LITTLE, HOSTED)), "http://127.0.0.1:10101", '/home/me/a "b"/.llmstack/AGENTS.md',
-                                api_key=True, mcp_url="http://127.0.0.1:10103/mcp")
+                                wants_key=True, mcp_url="http://127.0.0.1:10103/mcp")
     assert text == GOLDEN
 
 
@@ -213,7 +213,7 @@ def test_missing_tiers(roles: tuple[str, ...], model: str, small: str) -> None:
 def test_a_description_names_no_variable_file_or_terminal_code() -> None:
     """opencode puts {env:X} and {file:X} in wherever they stand; a remote models.ini is not to say which."""
     tier = Tier("t", "agent", description='{env:HOME} {file:/etc/passwd} \x1b[2J "apiKey": null')
-    text = render_opencode_json(Config((tier,)), "http://x", "/AGENTS.md", api_key=True)
+    text = render_opencode_json(Config((tier,)), "http://x", "/AGENTS.md", wants_key=True)
     assert text.count("{env:") == 1
     assert "{file:" not in text
     assert models(json.loads(text))["t"]["name"] == '{env:HOME} {file:/etc/passwd} [2J "apiKey": null'

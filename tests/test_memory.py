@@ -104,6 +104,11 @@ def fits_of(need: dict[str, float], checkpoint_mb: float = 0.0, host_gb: float =
     return [llmstack.TierFit(n, "local", "", gb, True, 4096, 0, SOME, "", host_gb, checkpoint_mb) for n, gb in need.items()]
 
 
+def vectors(need: dict[str, float]) -> dict[str, llmstack.Needs]:
+    """Of one memory."""
+    return {name: (gb,) for name, gb in need.items()}
+
+
 NEED = {"f": 5.6, "c": 49.9, "p": 10.1, "u": 26.2}
 
 
@@ -144,7 +149,7 @@ def test_the_caches_of_all_that_is_resident_are_within_the_budget() -> None:
         need = {n: chance.uniform(1, 40) for n in "fcpu"}
         budget, each_mb = chance.uniform(20, 120), chance.choice([0.0, 75.0])
         found = caches(fits_of(need, each_mb), llmstack.Machine(budget, "", True))
-        for one in llmstack.residency_sets(CONFIG, need, budget):
+        for one in llmstack.residency_sets(CONFIG, vectors(need), (budget,)):
             total = sum(need[t] for t in one.tiers)
             if len(one.tiers) == 1 and total > budget:
                 continue                        # it is refused
@@ -171,7 +176,7 @@ def test_both_engines_get_the_flags() -> None:
 @pytest.mark.parametrize(("file", "mb"), [
     ("Qwen3-Coder-Next-Q4_K_M.gguf", 79),       # 75 MiB
     ("Qwen3-32B-Q4_K_M.gguf", 0),
-    ("gpt-oss-20b-mxfp4.gguf", 10),             # 12 windows of 128 and a batch
+    ("gpt-oss-20b-MXFP4.gguf", 10),             # 12 windows of 128 and a batch
 ])
 def test_what_a_checkpoint_takes(file: str, mb: int) -> None:
     assert llmstack.checkpoint_bytes(known(file), 65_536) / 1e6 == pytest.approx(mb, abs=1)
@@ -180,7 +185,7 @@ def test_what_a_checkpoint_takes(file: str, mb: int) -> None:
 # ---- Sets that grow
 
 def sets(need: dict[str, float], budget: float) -> list[set[str]]:
-    return [set(s.tiers) for s in llmstack.residency_sets(CONFIG, need, budget)]
+    return [set(s.tiers) for s in llmstack.residency_sets(CONFIG, vectors(need), (budget,))]
 
 
 SPECIFIED = [{"f", "c"}, {"f", "p"}, {"f", "u"}, {"f", "p", "u"}]
@@ -200,7 +205,7 @@ def test_what_fits_together_stays_together(budget: float, expected: list[set[str
 def test_three_tiers_of_forty_gb_stay_on_a_card_of_eighty_four() -> None:
     need = {"f": 4.0, "c": 26.0, "p": 9.8}
     config = llmstack.Config(tiers=(F, C, P))
-    found = llmstack.residency_sets(config, need, 84.4)
+    found = llmstack.residency_sets(config, vectors(need), (84.4,))
     assert llmstack.choose_evictions("p", ["f", "c"], found, {}) == []
 
 
@@ -223,11 +228,11 @@ def test_a_tier_of_unknown_size_grows_into_no_set() -> None:
 def test_many_tiers_take_no_time() -> None:
     many = tuple(tier(f"m{i}") for i in range(300))
     need = {t.name: 1.0 + i / 1000 for i, t in enumerate(many)}
-    assert len(llmstack.residency_sets(llmstack.Config(tiers=many), need, 50.0)) < 700
+    assert len(llmstack.residency_sets(llmstack.Config(tiers=many), vectors(need), (50.0,))) < 700
 
 
 def test_the_yaml_has_the_sets_that_grew() -> None:
-    plan = llmstack.SwapPlan(CONFIG, llmstack.Binary(("x",)), str, need_gb=NEED, budget_gb=92.0)
+    plan = llmstack.SwapPlan(CONFIG, llmstack.Binary(("x",)), str, need_gb=vectors(NEED), budgets_gb=(92.0,))
     text = llmstack.render_llama_swap_yaml(plan)
     assert '    e_more: "f & c & p & u"' in text
 
@@ -373,13 +378,13 @@ def test_this_machines_state_can_be_read() -> None:
 def test_a_mac_is_asked_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = {"sysctl": "4\n", "vm_stat": "Mach Virtual Memory Statistics:\nSwapins:  7.\nSwapouts:      100.\n"}
     monkeypatch.setattr(llmstack, "IS_MAC", True)
-    monkeypatch.setattr(llmstack, "_output", lambda command: outputs[command[0]])
+    monkeypatch.setattr(llmstack, "program_output", lambda command: outputs[command[0]])
     state = llmstack.read_memory_state(False)
     assert (state.critical, state.swapped_bytes) == (True, 1_638_400)
 
 
 def test_what_is_free_on_the_card_is_nvidias_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "_output", lambda command: "GPU-1, 10000, 100, 9850\n")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: "GPU-1, 10000, 100, 9850\n")
     assert llmstack.read_memory_state(True).card_free_gb == pytest.approx(50 * MIB / 1e9)
 
 
@@ -421,7 +426,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> llmstack.Engine:
         model = made.models[name]
         model.process, model.last_used = Process(), number
         model.turn_to("ready")
-    monkeypatch.setattr(made, "_stop_soon", lambda model: None)
+    monkeypatch.setattr(made, "_stop", lambda model: None)
     return made
 
 
@@ -446,11 +451,11 @@ def test_nothing_takes_more_while_memory_is_short(engine: llmstack.Engine) -> No
     engine.pressure = "the machine swaps"
     with pytest.raises(llmstack.LoadError, match=r"u needs about 26.2 GB, and the machine swaps"):
         engine._room_for(engine.enqueue(engine.models["u"]))
-    engine.models["u"].gb = 9.0                 # takes the place of another
+    engine.models["u"].needs = (9.0,)                 # takes the place of another
     victims = engine._room_for(engine.enqueue(engine.models["u"]))
     assert [m.name for m in victims or ()] == ["f", "p"]
     engine.pressure = ""
-    engine.models["u"].gb = 26.2
+    engine.models["u"].needs = (26.2,)
     assert engine._room_for(engine.enqueue(engine.models["u"])) == []
 
 
@@ -462,7 +467,7 @@ RUNGS = {"high": "agent", "mid": "agent", "floor": "agent", "long": "fast"}
 @pytest.mark.parametrize("name", list(llmstack.PROFILES))
 def test_every_rung_of_a_profile_is_reached(name: str) -> None:
     """Some conversation meets it, and its tier holds it with room to answer."""
-    text = llmstack.read_resource(llmstack.profile_file(name)).decode("utf-8")
+    text = llmstack.read_profile(name).decode("utf-8")
     config, _ = llmstack.parse_models_ini(text)
     roles, found = {t.name: t.role for t in config.tiers}, set()
     for tokens in range(1000, 40_000, 100):

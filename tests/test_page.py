@@ -114,7 +114,7 @@ class Shown(llmstack.Behind):
         parts = {"weights": 3 * GB, "kv": 2 * GB, "recurrent": 0, "compute": GB}
         known = {"since": 0, "loads": 1, "evictions": 0, "reason": ""}
         parked = [{"tier": "code-smart", "tokens": 31_200, "turns": 9, "bytes": 2 * GB,
-                   "saved": round(time.time()) - 720}]
+                   "used": round(time.time()) - 720}]
         return {"budget": 56 * GB, "parked": parked, "models": {
             "code-fast": {**known, "state": "loaded", "bytes": 6 * GB, "parts": parts},
             "code-smart": {**known, "state": "failed to load", "bytes": 40 * GB,

@@ -52,6 +52,8 @@ class Slots:
             rows = [{"id": i, "is_processing": i in self.busy,
                      **({} if n is None else {"n_prompt_tokens": n})} for i, n in self.held.items()]
             return answer(200, rows)
+        if path == "/completion":
+            return answer(200, {})
         if path.startswith("/v1/"):
             words = json.loads(body)
             assert (words["max_tokens"], words["stream"]) == (1, False)
@@ -140,6 +142,25 @@ def test_files_are_the_users_alone(rig: Rig) -> None:
         assert os.stat(rig.parking.path(name)).st_mode & 0o777 == 0o600
 
 
+def test_no_conversation_is_saved_over_another(rig: Rig) -> None:
+    """It is asked in the slot that another was restored to, which is in the host's cache by then."""
+    for slot, last in ((2, "first"), (2, "second"), (2, "third"), (0, "fourth"), (1, "first")):
+        bay = rig.load()
+        assert bay.restore()
+        rig.slots.held[slot] = 604
+        bay.note("/v1/chat/completions", asked(3, last), counts(600, 600))
+        bay.save(ending=True)
+    said = [json.loads(asked(3, last)) for last in ("first", "second", "third", "fourth")]
+    parked = rig.parking.saved(IDENTITY)
+    assert [sum(p.goes_on_in(values) for p in parked) for values in said] == [1, 1, 1, 1]
+    bay = rig.load()
+    rig.slots.held[3] = 604
+    bay.note("/v1/chat/completions", asked(3, "fifth"), counts(600))
+    bay.save(ending=True)
+    assert len(rig.files()) == 4
+    assert not any(p.goes_on_in(said[1]) for p in rig.parking.saved(IDENTITY)), "the oldest goes"
+
+
 def test_a_file_stays_where_its_slot_was_not_used(rig: Rig) -> None:
     park(rig)
     bay = rig.load()
@@ -181,7 +202,24 @@ def test_conversations_in_the_hosts_cache_are_saved_too(rig: Rig) -> None:
         rig.slots.host_cache[last.encode()] = tokens
     rig.slots.held.update({0: 404, 1: 0})
     bay.save(ending=True)
-    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [800, 404]
+    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [404, 800]
+
+
+def test_where_not_all_fits_the_last_used_come_back(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By length, old conversations took the context from those that were under way."""
+    clock = iter(range(1_000, 2_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    for slot, (last, tokens) in enumerate([("old", 800), ("older", 900), ("new", 400)]):
+        bay = rig.load()
+        rig.slots.held[slot] = tokens + 4
+        bay.note("/v1/chat/completions", asked(3, last), counts(tokens))
+        bay.save(ending=True)
+    for _ in range(2):                          # coming back is no use, either
+        rig.slots.asked.clear()
+        assert rig.load(context=1_320).restore()
+        assert rig.slots.actions("restore") == ["/slots/2?action=restore", "/slots/1?action=restore"]
 
 
 def test_of_two_that_are_as_long_the_last_is_in_the_slot(rig: Rig) -> None:
@@ -236,7 +274,8 @@ def test_an_older_state_of_a_conversation_goes(rig: Rig) -> None:
     bay.note("/v1/chat/completions", json.dumps({"messages": [*messages(3), *messages(2)]}).encode(),
              counts(700, 500))
     bay.save(ending=True)
-    assert rig.files() == [f"{IDENTITY}-1.kv"]
+    assert rig.files() == [f"{IDENTITY}-2.kv"]
+    assert [p.tokens for p in rig.parking.saved(IDENTITY)] == [704]
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "gone"])
@@ -382,6 +421,24 @@ def test_what_was_asked_beside_another_request_proves_nothing(rig: Rig) -> None:
     assert bay.wants(10)
     bay.note("/v1/chat/completions", LONGER, counts(600, 0))
     assert llmstack.parking_notes(str(rig.data)) == {}
+
+
+@pytest.mark.parametrize(("more", "asked_before", "settled"), [
+    (8, 0, True), (0, 0, False), (8, 1, False),
+], ids=["it has grown", "its slot is found", "another was asked first"])
+def test_a_conversation_that_has_grown_goes_to_the_hosts_cache(
+    rig: Rig, more: int, asked_before: int, settled: bool
+) -> None:
+    park(rig, 500)
+    bay = rig.load()
+    bay.restore()
+    for _ in range(asked_before + 1):
+        assert bay.wants(10)
+    said = [*messages(3), *messages(more)] if more else messages(3)
+    bay.settle(json.dumps({"model": "m", "messages": said}).encode())
+    assert ("/completion" in rig.slots.asked) is settled
+    bay.settle(asked(3, "of another conversation"))
+    assert rig.slots.asked.count("/completion") == settled
 
 
 # ---- what it is restored under
@@ -540,6 +597,21 @@ def test_a_real_conversation_survives_a_swap(real: RealStage) -> None:
     assert llmstack.parking_notes(str(Path(real.parking.directory).parent)) == {}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_real_conversation_that_has_grown_a_lot_is_found(real: RealStage, path: str) -> None:
+    """A tool's long result: what its slot shares with the prompt is less than the server looks for."""
+    said = conversation("a")
+    before, _ = real.turn("code-smart", said)
+    real.turn("plan", conversation("b"))
+    said += conversation("result", 90)
+    status, told = real.ask("POST", path, {"model": "code-smart", "max_tokens": 8, "messages": said})
+    assert status == 200, told
+    usage = told["usage"]
+    cached = usage.get("cache_read_input_tokens", told.get("timings", {}).get("cache_n"))
+    assert cached >= before - 1, real.log()
+    assert llmstack.parking_notes(str(Path(real.parking.directory).parent)) == {}
+
+
 def test_six_real_conversations_on_three_models_in_turn(real: RealStage) -> None:
     """LLMSTACK_TEST_PARK_S: go on for so many seconds."""
     end = time.monotonic() + float(os.environ.get("LLMSTACK_TEST_PARK_S", "0"))
@@ -648,7 +720,7 @@ def test_who_looks_on_is_told_what_is_parked_and_no_word_of_it(rig: Rig) -> None
     (row,) = rig.parking.rows()
     path = Path(rig.parking.directory, f"{IDENTITY}-2.kv")
     assert row == {"tier": "m", "tokens": 504, "turns": 3, "bytes": path.stat().st_size,
-                   "saved": round(path.stat().st_mtime)}
+                   "used": round(path.stat().st_mtime)}
     for broken in ("{", "[]", '{"slot": "x"}'):
         (path.parent / f"{IDENTITY}-7.json").write_text(broken)
         assert rig.parking.rows() == [row]

@@ -55,13 +55,13 @@ def test_a_real_conversation_is_not_given_to_another_context(
 
 
 def test_half_a_save_of_a_killed_server_is_swept(rig: Rig) -> None:  # noqa: F811
-    """And what was parked of that slot before is still restored."""
+    """And what was parked before is still restored."""
     bay = rig.load()
     rig.slots.held[1] = 500
     bay.save(ending=True)
     bay = rig.load()
     rig.slots.held[1] = 900
-    half = Path(rig.parking.path(f"{IDENTITY}-1.tmp"))
+    half = Path(rig.parking.path(f"{IDENTITY}-0.tmp"))
     half.write_bytes(b"900 tok")
     rig.slots.refuses["save"] = ConnectionResetError("killed")
     bay.save(ending=True)

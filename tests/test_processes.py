@@ -236,13 +236,13 @@ def test_macos_tells_an_environment_from_arguments(monkeypatch: pytest.MonkeyPat
         assert command[0] == "ps"
         return PS.get((command[1], "-ax"), "")
 
-    monkeypatch.setattr(llmstack, "_output", output)
+    monkeypatch.setattr(llmstack, "program_output", output)
     monkeypatch.setattr(llmstack, "_has_proc", lambda: False)
     monkeypatch.setattr(llmstack, "_project_code", lambda project: project)
     assert llmstack._marks() == {8: "stack-2:/p"}
     assert llmstack.process_environment(9) is None, "it hides its environment"
     environment = llmstack.process_environment(7)
-    assert environment == ["HOME=/h"]
+    assert environment == {"HOME": "/h"}
     assert llmstack.project_members("/p") == {8: "stack-2:/p"}
 
 
@@ -388,7 +388,7 @@ def test_windows_launcher_knows_the_pythons(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(llmstack, "IS_WINDOWS", True)
     monkeypatch.setattr(llmstack, "find_program", lambda name: "C:\\py.exe" if name[:2] == "py" and "3" not in name else "")
-    monkeypatch.setattr(llmstack, "_output", output)
+    monkeypatch.setattr(llmstack, "program_output", output)
     monkeypatch.setattr(llmstack.sys, "version_info", (3, 9, 18))
     assert llmstack.suitable_python(llmstack.LLAMA_CPP) == "C:\\Python312\\python.exe"
     assert asked[0][:2] == ["C:\\py.exe", "-3.14"]

@@ -290,5 +290,5 @@ def test_their_keys_are_read() -> None:
 
 @pytest.mark.parametrize("name", ["init", "configure"])
 def test_their_commands_are_ours(name: str) -> None:
-    parser = llmstack.command_parser(llmstack.command_called(name))
+    parser = llmstack.command_parser(llmstack.OTHER_NAMES[name])
     assert parser.parse_args(["--current"]).run is llmstack._cmd_install

@@ -16,12 +16,15 @@ import pytest
 
 import llmstack
 from tests import test_download
+from tests.conftest import load_always
 from tests.fake_hub import FakeHub, FakeReleases, tar_gz
 from tests.noise_model import render_noise_gguf
-from tests.test_download import PROGRAM, SMALL, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
+from tests.test_demo import DEMO, one_demo
+from tests.test_download import PROGRAM, SMALL, SWAP, cache, hub, place, read_to_end, releases, swap, this_platform, worker_gone
 from tests.test_stack import ask, free_ports
 
-__all__ = ["hub", "releases"]                   # fixtures
+__all__ = ["hub", "one_demo", "releases"]                   # fixtures
+SETUP = llmstack.load_extra("setup")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -111,8 +114,8 @@ def test_from_an_empty_home_to_answers_through_auto(engine: str, model_hub: Fake
                    "ctx_size = 4096\nsize_gb = 0.1\n")
     if engine == "llama-swap":
         binary = Path(real_swap()).read_bytes()
-        version = llmstack.installed_swap(real_swap())
-        system, machine = llmstack.platform_names()
+        version = SWAP.installed_swap(real_swap(), llmstack)
+        system, machine = SWAP.platform_names(llmstack)
         releases.add(version, {f"llama-swap_{version[1:]}_{system}_{machine}.tar.gz": tar_gz({"llama-swap": binary})})
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
@@ -184,10 +187,11 @@ def test_without_a_terminal_nothing_is_asked_and_nothing_is_brought(home: Path, 
 def test_on_a_terminal_it_asks_first(answer: bytes, brought: bool, home: Path, no_server: None,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
+    monkeypatch.setenv("LLMSTACK_RELEASES_URL", "http://127.0.0.1:9")
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llmstack\nllmstack.USUAL_PLACES = ()\n"
             "llmstack.environment_ready = lambda *_: False\n"
             "def bring(*_):\n    raise llmstack.UserError('it was asked to bring it')\n"
-            "llmstack.install_environment = bring\nllmstack.install_llama_swap = lambda *_: True\n"
+            "llmstack.install_environment = bring\n"
             "sys.exit(llmstack.main(['setup', '--skip-download']))")
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave)
@@ -244,16 +248,16 @@ def test_llama_swap_is_a_must_only_where_models_ini_says_so(fake_swap: FakeRelea
 def test_a_profiles_models_ini_is_known_again_with_its_ultra_tier(monkeypatch: pytest.MonkeyPatch, no_server: None,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ("litellm",))
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, Namespace(profile="16"), print, lambda question: True,
+    setup = SETUP.Setup(llmstack.find_places(os.environ), os.environ, Namespace(profile="16"), print, lambda question: True,
                            [], [])
-    llmstack._setup_ini(setup)
+    SETUP.setup_ini(setup, llmstack)
     assert llmstack.load_config(setup.places).by_role("ultra") is not None
-    assert llmstack._setup_ini(setup).endswith("is there")
+    assert SETUP.setup_ini(setup, llmstack).endswith("is there")
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: ())
-    assert llmstack._setup_ini(setup).endswith("is there"), "LiteLLM may be gone again"
+    assert SETUP.setup_ini(setup, llmstack).endswith("is there"), "LiteLLM may be gone again"
     Path(setup.places.models_ini).write_text("[mine]\npath = m.gguf\n")
     with pytest.raises(llmstack.UserError, match="--profile would replace it"):
-        llmstack._setup_ini(setup)
+        SETUP.setup_ini(setup, llmstack)
 
 
 def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_server: None, home: Path,
@@ -271,16 +275,16 @@ def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_serv
         return answers.pop(0)
 
     args = Namespace(skip_download=False, skip_wait=False)
-    setup = llmstack.Setup(places, os.environ, args, said.append, ask, [], ["downloads"])
-    assert "3 of 3 models to fetch" in llmstack._setup_download(setup)
+    setup = SETUP.Setup(places, os.environ, args, said.append, ask, [], ["downloads"])
+    assert "3 of 3 models to fetch" in SETUP.setup_download(setup, llmstack)
     assert said == [f"3 of 3 models, 15.0 GB from {hub.url}: code-fast-current, code-smart-current, code-fast-next",
                     f"      Fetch them into {cache()} now? [y/N] "]
-    with pytest.raises(llmstack._Skipped, match="llmstack download"):
-        llmstack._setup_download(setup)
+    with pytest.raises(SETUP.Skipped, match="llmstack download"):
+        SETUP.setup_download(setup, llmstack)
     with pytest.raises(llmstack.UserError, match="no terminal to ask on"):
-        llmstack._setup_download(setup)
-    with pytest.raises(llmstack._Skipped, match="nothing is being fetched"):
-        llmstack._setup_wait(setup)
+        SETUP.setup_download(setup, llmstack)
+    with pytest.raises(SETUP.Skipped, match="nothing is being fetched"):
+        SETUP.setup_wait(setup, llmstack)
 
 
 def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,9 +293,9 @@ def test_without_a_hub_nothing_is_installed_for_it(no_server: None, home: Path, 
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
-    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
+    setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
     with pytest.raises(llmstack.Unreachable, match=r"the model hub cannot be reached at http://127\.0\.0\.1:9"):
-        llmstack._setup_download(setup)
+        SETUP.setup_download(setup, llmstack)
 
 
 def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
@@ -301,12 +305,12 @@ def test_a_hub_that_has_nothing_of_it_is_known_before_anything_is_installed(
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
-    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
+    setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False), print, lambda question: True, [], [])
     with pytest.raises(llmstack.UserError, match=r"nothing of it is at .*: there is no owner/"):
-        llmstack._setup_download(setup)
+        SETUP.setup_download(setup, llmstack)
 
 
-def wheel_model(path: str, data: str, progress: llmstack.Progress) -> None:
+def wheel_model(path: str, data: str, progress: llmstack.Progress, program: object) -> None:
     """In the place of fetch_demo_wheel."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(render_noise_gguf())
@@ -319,8 +323,8 @@ def test_where_nothing_can_be_fetched_setup_ends_with_something_that_works(
     reached = os.environ["HF_ENDPOINT"]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("LLMSTACK_RELEASES_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(llmstack, "demo_dir", lambda data: os.path.abspath("demo"))
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", wheel_model)
+    monkeypatch.setattr(DEMO, "demo_dir", lambda data: os.path.abspath("demo"))
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", wheel_model)
     places = llmstack.find_places(os.environ)
     for _ in range(2):
         assert llmstack.main(["setup", "--yes"]) == 0
@@ -330,13 +334,13 @@ def test_where_nothing_can_be_fetched_setup_ends_with_something_that_works(
         assert re.search("is loaded in|has answered before", found["first answer"])
         llmstack.check_run_trust(places)
         assert {tier.path for tier in llmstack.load_config(places).tiers} == {
-            os.path.abspath(f"demo/{llmstack.WHEEL_DEMO.file}")}
+            os.path.abspath(f"demo/{DEMO.WHEEL_DEMO.file}")}
     monkeypatch.setenv("HF_ENDPOINT", reached)
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 0
     found = steps(capsys.readouterr().out)
     assert found["small model"] == "skipped: not needed"
     assert "is loaded in" in found["first answer"]
-    assert llmstack._is_profile(Path(places.models_ini).read_bytes(), "64")
+    assert SETUP.is_profile(places.models_ini, "64", llmstack)
     worker_gone(places)
 
 
@@ -345,7 +349,7 @@ def test_a_models_ini_of_the_users_is_not_replaced_by_the_small_model(
     for name in ("HF_ENDPOINT", "LLMSTACK_RELEASES_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("LLAMA_SERVER_BIN", "/bin/true")
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", lambda *_: pytest.fail("fetched"))
     Path(".llmstack").mkdir()
     Path(".llmstack/models.ini").write_text(test_download.INI)
     assert llmstack.main(["setup", "--yes"]) == 1
@@ -355,14 +359,14 @@ def test_a_models_ini_of_the_users_is_not_replaced_by_the_small_model(
 
 
 def test_a_small_model_that_is_not_wanted_is_not_had(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", lambda *_: pytest.fail("fetched unasked"))
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", lambda *_: pytest.fail("fetched unasked"))
     places = llmstack.find_places(os.environ)
     for answer in (False, None):
-        setup = llmstack.Setup(places, os.environ, Namespace(profile="", skip_download=False), print,
+        setup = SETUP.Setup(places, os.environ, Namespace(profile="", skip_download=False), print,
                                lambda question, answer=answer: answer, ["downloads"], [])  # type: ignore[misc]
-        llmstack._setup_ini(setup)
-        with pytest.raises(llmstack._Skipped, match="not wanted"):
-            llmstack._setup_small(setup)
+        SETUP.setup_ini(setup, llmstack)
+        with pytest.raises(SETUP.Skipped, match="not wanted"):
+            SETUP.setup_small(setup, llmstack)
         assert setup.failed == ["downloads"]
 
 
@@ -372,17 +376,19 @@ def test_a_network_that_swallows_everything_is_known_at_once(no_server: None, ho
     def lapse(url: str, timeout_s: float) -> None:
         raise OSError(f"no answer within {timeout_s:g} s")
 
-    monkeypatch.setattr(llmstack, "reach_host", lapse)
+    download = llmstack.load_extra("download")
+    monkeypatch.setattr(download, "reach_host", lapse)
+    load_always(monkeypatch, "download", download)
     monkeypatch.setattr(llmstack, "open_url", lambda *_: pytest.fail("asked all the same"))
     places = llmstack.find_places(os.environ)
-    setup = llmstack.Setup(places, os.environ, Namespace(skip_download=False, profile="", yes=True), print,
+    setup = SETUP.Setup(places, os.environ, Namespace(skip_download=False, profile="", yes=True), print,
                            lambda question: True, [], [])
-    llmstack._setup_ini(setup)
-    assert "GB for models" in llmstack._setup_hardware(setup)
-    with pytest.raises(llmstack._Skipped, match=r"the releases server cannot be reached at .*no answer within 3 s"):
-        llmstack._setup_llama_swap(setup)
+    SETUP.setup_ini(setup, llmstack)
+    assert "GB for models" in SETUP.setup_hardware(setup, llmstack)
+    with pytest.raises(SETUP.Skipped, match=r"the releases server cannot be reached at .*no answer within 3 s"):
+        SETUP.setup_llama_swap(setup, llmstack)
     with pytest.raises(llmstack.Unreachable, match="no answer within 3 s"):
-        llmstack._setup_download(setup)
+        SETUP.setup_download(setup, llmstack)
 
 
 def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None, monkeypatch: pytest.MonkeyPatch,
@@ -395,25 +401,25 @@ def test_the_first_answer_goes_through_no_proxy(real_data: Path, no_server: None
     Path(places.state).mkdir()
     Path(places.models_ini).write_text("[m]\npath = m.gguf\nctx_size = 512\n")
     Path(places.in_state("m.gguf")).write_bytes(render_noise_gguf())
-    setup = llmstack.Setup(places, os.environ, None, print, lambda question: True, [], [])
-    assert "answers '" in llmstack._setup_answer(setup)
+    setup = SETUP.Setup(places, os.environ, None, print, lambda question: True, [], [])
+    assert "answers '" in SETUP.setup_answer(setup, llmstack)
     assert releases.seen == []
 
 
 def test_advice_fits_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "find_program", lambda *_: "")
     for known, advice in (("Package: llama.cpp", "apt install llama.cpp"), ("", "install llama.cpp")):
-        monkeypatch.setattr(llmstack, "_output", lambda command, known=known: known)
-        assert llmstack.server_ways() == advice
+        monkeypatch.setattr(llmstack, "program_output", lambda command, known=known: known)
+        assert SETUP.server_ways(llmstack) == advice
 
 
 def test_a_platform_without_a_binary_is_no_failure(home: Path, releases: FakeReleases, no_server: None,
                                                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     this_platform(monkeypatch, "windows", "arm64")
     releases.add("v251", {"llama-swap_251_windows_amd64.zip": b"x"})
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
-    with pytest.raises(llmstack._Skipped, match="no binary for windows/arm64"):
-        llmstack._setup_llama_swap(setup)
+    setup = SETUP.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
+    with pytest.raises(SETUP.Skipped, match="no binary for windows/arm64"):
+        SETUP.setup_llama_swap(setup, llmstack)
 
 
 @pytest.mark.parametrize(("written", "words", "code"), [
@@ -448,7 +454,7 @@ def test_a_download_that_did_not_begin_is_not_waited_for(model_hub: FakeHub, fak
         raise llmstack.UserError("PyPI is gone")
 
     monkeypatch.setattr(llmstack, "install_environment", refuse)
-    monkeypatch.setattr(llmstack, "fetch_demo_wheel", refuse)
+    monkeypatch.setattr(DEMO, "fetch_demo_wheel", refuse)
     monkeypatch.setenv("HF_HOME", "elsewhere")
     assert llmstack.main(["setup", "--yes", "--profile", "64"]) == 1
     captured = capsys.readouterr()
@@ -494,15 +500,15 @@ def test_a_model_that_does_not_load_says_why(hub: FakeHub, fake_swap: FakeReleas
     (65_536, 20_000, 49_152, 0), (65_536, 60_000, 49_152, 0), (131_072, 100_000, 98_304, 114_688), (16_384, 6_000, 12_288, 0),
 ])
 def test_the_wired_limit_that_fits(memory_mb: int, need_mb: float, limit_mb: float, advice: int) -> None:
-    assert llmstack.wired_limit_mb(memory_mb, need_mb, limit_mb) == advice
+    assert SETUP.wired_limit_mb(memory_mb, need_mb, limit_mb) == advice
 
 
 def test_a_mac_is_told_the_number(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmstack, "total_memory_gb", lambda: 65_536 * 1_048_576 / 1e9)
     machine = llmstack.Machine(49_152 * 1_048_576 / 1e9, "75 % of memory", True)
     monkeypatch.setattr(llmstack, "this_machine", lambda config: machine)
-    setup = llmstack.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
-    assert llmstack._setup_wired(setup).endswith("sudo sysctl iogpu.wired_limit_mb=57344")
+    setup = SETUP.Setup(llmstack.find_places(os.environ), os.environ, None, lambda line: None, lambda question: False, [], [])
+    assert SETUP.setup_wired(setup, llmstack).endswith("sudo sysctl iogpu.wired_limit_mb=57344")
 
 
 # ---- what the peer's users met

@@ -61,3 +61,34 @@ def test_servers_of_a_llama_swap_that_died_do_not_keep_its_ports(
     finally:
         app.close()
         llmstack.stop_stack_members(mark)
+
+
+def test_a_llama_swap_that_cannot_be_started_again_ends_nothing_else(
+        home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program may be gone, for an upgrade: the listener before it goes on, and tries again."""
+    program = home / "swap.py"
+    program.write_text(SWAP.format(pids=str(home / "pids")))
+    mark = llmstack.new_mark(os.getcwd())
+    env = {**os.environ, llmstack.STACK_VARIABLE: mark, "LLAMA_API_KEY": "k"}
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, str(program), str(port)]
+
+    log = llmstack.Log(str(home / "log"))
+    app = llmstack.SwapApp(llmstack.Config(), command, env, log, str(home / "output"))
+    monkeypatch.setattr(app, "RESTART_S", 0)
+    app.start()
+    there = app._command
+    try:
+        app._process.kill()
+        app._process.wait()
+        app._command = [str(home / "gone")]
+        app.every_second()
+        log.flush()
+        assert "cannot start" in (home / "log").read_text()
+        app._command = there
+        app.every_second()
+        assert app._process.poll() is None, "llama-swap is up again"
+    finally:
+        app.close()
+        llmstack.stop_stack_members(mark)

@@ -61,7 +61,9 @@ def test_the_repositorys_projector_comes_with_the_model(
     assert projector
     assert not llmstack.local_file(cache, "o/eyes", "mmproj-BF16.gguf")
     assert llmstack.ready_tier(config.tiers[0], os.environ).settings == {"mmproj": projector}
-    assert llmstack._setup_jobs(llmstack.Setup(places, os.environ, None, print, llmstack._never_ask, [], [])) == []
+    extra = llmstack.load_extra("setup")
+    setup = extra.Setup(places, os.environ, None, print, llmstack._never_ask, [], [])
+    assert extra.setup_jobs(setup, llmstack) == []
     capsys.readouterr()
     assert llmstack.main(["list", "--json"]) == 0
     assert {row["name"]: row["tiers"] for row in json.loads(capsys.readouterr().out)} == {
@@ -105,6 +107,10 @@ def moe_file(path: Path) -> Path:
     return gguf_models.write(path / "moe.gguf", *gguf_models.model("qwen3moe", **MOE))
 
 
+def on_the_host(count: int) -> tuple[llmstack.Override, ...]:
+    return llmstack.tensor_overrides({"n_cpu_moe": count})
+
+
 def estimate(path: Path, **options: Any) -> llmstack.Memory:
     load = llmstack.LoadOptions(gpu_layers=999, **options)
     return llmstack.estimate_memory(llmstack.local_header(str(path)), 4096, load)
@@ -113,7 +119,7 @@ def estimate(path: Path, **options: Any) -> llmstack.Memory:
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 99])
 def test_experts_that_stay_on_the_host_count_there(count: int, tmp_path: Path) -> None:
     path = moe_file(tmp_path)
-    plain, moved = estimate(path), estimate(path, cpu_moe=count)
+    plain, moved = estimate(path), estimate(path, overrides=on_the_host(count))
     each = 3 * 2 * 1024 * 768 * 16              # gate, up and down of a layer, F16
     assert moved.total == plain.total
     assert moved.host - plain.host == each * min(count, 4)
@@ -123,9 +129,9 @@ def test_a_layer_on_the_host_counts_once(tmp_path: Path) -> None:
     path = moe_file(tmp_path)
     header = llmstack.local_header(str(path))
     three = llmstack.LoadOptions(gpu_layers=3)  # the last two layers and the output
-    both = three._replace(cpu_moe=3)
+    both = three._replace(overrides=on_the_host(3))
     hosts = [llmstack.estimate_memory(header, 4096, load).host for load in (three, both)]
-    assert hosts[1] - hosts[0] == header.experts[2]
+    assert hosts[1] - hosts[0] == sum(size for name, size in header.tensors.items() if "blk.2.ffn_" in name and "exps" in name)
 
 
 def test_llama_cpp_keeps_what_is_counted(real_data: Path, tmp_path: Path) -> None:
@@ -138,14 +144,14 @@ def test_llama_cpp_keeps_what_is_counted(real_data: Path, tmp_path: Path) -> Non
     moved: dict[str, int] = {}
     for name, mib in re.findall(r"tensor (\S+) \(([0-9]+) MiB [^)]*\) buffer type overridden to CPU", said):
         moved[name] = int(mib) << 20
-    assert sum(moved.values()) == estimate(path, cpu_moe=3).host - estimate(path).host
+    assert sum(moved.values()) == estimate(path, overrides=on_the_host(3)).host - estimate(path).host
 
 
 def test_known_models_have_experts_by_their_dimensions() -> None:
     header = gguf_models.header_of("Qwen3-Coder-30B-A3B-Instruct-Q6_K")
     assert header is not None
-    share = sum(header.experts.values()) / header.tensor_bytes
-    assert len(header.experts) == 48
+    share = sum(header.tensors.values()) / header.tensor_bytes
+    assert len(header.tensors) == 48
     assert 0.9 < share < 1
 
 
@@ -153,7 +159,7 @@ def test_the_parts_are_what_is_needed(places: llmstack.Places, tmp_path: Path, m
                                       capsys: pytest.CaptureFixture[str]) -> None:
     write_ini("[a]", "role = agent", f"path = {moe_file(tmp_path)}", "ctx_size = 8k", "n_cpu_moe = 2")
     for machine in (CARD, llmstack.Machine(24.0, "one memory", True)):
-        monkeypatch.setattr(llmstack, "this_machine", lambda config, ours_gb=0.0, found=machine: found)
+        monkeypatch.setattr(llmstack, "this_machine", lambda config, found=machine: found)
         assert llmstack.main(["fit", "--json"]) == 0
         row, = json.loads(capsys.readouterr().out)["tiers"]
         assert sum(row["memory"].values()) / 1e9 == pytest.approx(row["need_gb"] + row["host_gb"])

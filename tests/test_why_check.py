@@ -17,6 +17,7 @@ from tests.test_engine import OpenStage, Stage, message_of, open_stage, stage
 
 __all__ = ["OpenStage", "open_stage", "stage"]  # fixtures
 
+CHECK = llmstack.load_extra("check")
 GOLDEN = Path(__file__).parent / "golden"
 LADDER = """
 [code-fast]
@@ -170,14 +171,14 @@ FOUND: dict[str, Any] = {
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_check_at_a_terminal_s_width(width: int) -> None:
-    lines = llmstack.render_check(FOUND, width, plain, False)
+    lines = CHECK.render_check(FOUND, width, plain, False, llmstack)
     shown = "\n".join(lines) + "\n"
     assert shown == (GOLDEN / f"check-{width}.txt").read_text(encoding="utf-8")
     assert [line for line in lines if len(line) > width] == []
 
 
 def test_check_of_a_tier_says_where_its_files_come_from() -> None:
-    lines = llmstack.render_check({**FOUND, "tiers": FOUND["tiers"][:1]}, 200, plain, True)
+    lines = CHECK.render_check({**FOUND, "tiers": FOUND["tiers"][:1]}, 200, plain, True, llmstack)
     assert "current   https://hub.example/owner/repo fast-Q4_K_M.gguf, changed 2026-05-04" in lines
     assert "next      https://hub.example/owner/repo fast-Q6_K.gguf, changed 2026-05-04" in lines
 
@@ -249,7 +250,7 @@ def test_a_long_command_is_a_line_rewritten_in_place(monkeypatch: pytest.MonkeyP
     looks = itertools.count()
     monkeypatch.setattr(llmstack, "_ends_within",
                         lambda process, seconds: next(looks) > 1 and ends(process, 60))
-    assert llmstack._run_with_progress("a step", [sys.executable, "-c", "input"], said.append) is None
+    assert llmstack.run_with_progress("a step", [sys.executable, "-c", "input"], said.append) is None
     assert re.search(r"\r  a step: \d+ s", written.getvalue())
     assert len(said) == 1
     assert said[0].startswith("  a step: done in ")
