@@ -185,6 +185,7 @@ MAX_PROBE_S = 60
 RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 # How long a silent upstream goes before its client is looked at again.
 PATIENCE_MS = 50
+ACCEPT_S = 1.0                     # between two looks whether a server is to end
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
 # So much of a stream is held back to see whether it begins with an error.
@@ -821,14 +822,10 @@ def _is_user_turn(content: object) -> bool:
 
 def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
     """The `word:` trigger that a user's message begins with, or ""."""
-    words = user_text[:4096].split(None, 1)
-    if not words:
+    begins = user_text[:4096].lstrip().lower()
+    if begins.startswith("[") or not begins.startswith(tuple(triggers)):
         return ""
-    word = words[0].lower()
-    for trigger in triggers:
-        if not trigger.startswith("[") and word.startswith(trigger):
-            return trigger
-    return ""
+    return next((trigger for trigger in triggers if begins.startswith(trigger)), "")
 
 
 def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
@@ -880,7 +877,7 @@ _OUTPUT_KEYS = frozenset(
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
-_COUNTED_KEYS = (*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS)
+_COUNTED_KEYS = frozenset({*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS})
 
 
 def _output_tokens_asked(body: Mapping[str, Any]) -> int:
@@ -913,8 +910,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in _COUNTED_KEYS:
-        if key not in body:
+    for key in body:
+        if key not in _COUNTED_KEYS:
             continue
         if key in _SYSTEM_KEYS:
             systems.append(body[key])
@@ -996,10 +993,10 @@ def class_tokens(texts: Sequence[str]) -> int:
 RUNGS: Dict[str, Tuple[str, str]] = {
     "fim": ("fast", "infill belongs to the fast tier"),
     "trigger": ("ultra", "{trigger} asks for the top tier"),
-    "high": ("ultra", "{tokens} tokens <= {high}: top tier"),
-    "mid": ("agent", "{tokens} tokens <= {mid}: heavy local coder"),
-    "floor": ("agent", "{tokens} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
-    "long": ("fast", "{tokens} tokens > {mid}: stepping down to the long window"),
+    "high": ("ultra", "{tokens:,} tokens <= {high:,}: top tier"),
+    "mid": ("agent", "{tokens:,} tokens <= {mid:,}: heavy local coder"),
+    "floor": ("agent", "{tokens:,} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
+    "long": ("fast", "{tokens:,} tokens > {mid:,}: stepping down to the long window"),
 }
 
 
@@ -1123,6 +1120,9 @@ class Leaving(NamedTuple):
         return text
 
 
+STAYS = Leaving()                               # what most requests do
+
+
 def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int) -> float:
     """Seconds that a prompt takes longer on a new tier than on the old one; 0.0: not known."""
     new_s = new.turn_s(tokens, new_held)
@@ -1169,6 +1169,7 @@ class Decision(NamedTuple):
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
     stays: str = ""                             # why this tier goes on instead of the rung's
+    held: bool = True                           # by a tier at least
 
     @property
     def tokens(self) -> int:
@@ -1178,8 +1179,8 @@ class Decision(NamedTuple):
         role, words = RUNGS[self.rung]
         routing, facts = self.config.routing, self.facts
         reason = words.format(
-            trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns,
-            high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}",
+            trigger=facts.trigger, tokens=facts.tokens, turns=facts.turns,
+            high=routing.high_fidelity_ceiling, mid=routing.mid_fidelity_ceiling,
             floor=routing.multi_turn)
         if self.preference[0].role != role:
             reason += f" (no {role} tier here)"
@@ -1194,8 +1195,8 @@ class Decision(NamedTuple):
         best, chosen = self.preference[0], self.chain[0]
         if self.stays:
             return f"{reason}; stays on {self.tier}, {self.stays}"
-        need = tokens_needed(self.facts, chosen)
-        if need > chosen.ctx_size:
+        if not self.held:
+            need = tokens_needed(self.facts, chosen)
             return (f"{reason}; no tier holds {need:,} tokens,"
                     f" {chosen.name} has the largest context")
         if chosen is not best:
@@ -1252,12 +1253,14 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
-    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
+    tokens = facts.full_tokens
+    holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
     chain = _to_try(holds, down, barred)
     if not chain:
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order,
+                    held=bool(holds))
 
 
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
@@ -4744,6 +4747,7 @@ class Request(NamedTuple):
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
     length: int
+    words: FrozenSet[bytes] = frozenset()       # of its Connection headers, in lower case
 
     def header(self, name: bytes) -> str:
         return self.fields.get(name, b"").decode("latin-1")
@@ -4806,16 +4810,10 @@ def _split_header(line: bytes) -> Header:
     return name.lower(), value.strip(b" \t"), line
 
 
-# A client says most of its lines with each of its requests. Only short ones: they stay in memory.
-KNOWN_LINE_BYTES = 256
+# A client says most of its lines with each of its requests. Only of short heads: they stay in
+# memory.
+KNOWN_HEAD_BYTES = 2048
 _known_header = functools.lru_cache(maxsize=256)(_split_header)
-
-
-def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError."""
-    if len(line) > KNOWN_LINE_BYTES:
-        return _split_header(line)
-    return _known_header(line)
 
 
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
@@ -4870,7 +4868,8 @@ def parse_request_head(head: bytes) -> Request:
     """
     try:
         first, *lines = _split_head(head)
-        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+        parse = _known_header if len(head) <= KNOWN_HEAD_BYTES else _split_header
+        headers = tuple(map(parse, lines[:MAX_HEADERS]))
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
     method, target, minor = _parse_request_line(first)
@@ -4885,17 +4884,19 @@ def parse_request_head(head: bytes) -> Request:
     length = _request_length(fields, minor)
     if minor == 1 and b"host" not in fields:
         raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect not in (b"", b"100-continue"):
+    expect = fields.get(b"expect", b"")
+    if expect and expect.lower() != b"100-continue":
         raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers)
+    words: FrozenSet[bytes] = frozenset()
+    if b"connection" in fields:
+        words = _connection_words(headers)
     stays = minor == 1 or b"keep-alive" in words
     return Request(
-        method, target, minor, tuple(headers),
+        method, target, minor, headers,
         keep_alive=stays and b"close" not in words,
         upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
         expects=minor == 1 and expect != b"",
-        fields=fields, length=length,
+        fields=fields, length=length, words=words,
     )
 
 
@@ -4932,7 +4933,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
         raise ValueError("no HTTP status line")
     minor, code, reason = match.groups()
     status = int(code)
-    headers = [_parse_header(line) for line in lines]
+    headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
     coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
     length = _response_length(headers)
@@ -5081,7 +5082,7 @@ class ChunkFraming:
             self._state = _DONE
             return
         _refuse_controls(line)
-        _parse_header(line)
+        _split_header(line)
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"more than {MAX_HEADERS} trailers")
@@ -5248,13 +5249,14 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
     Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects). `origins` and
     `hosts` are patterns of those that may ask all the same.
     """
-    host, origin = request.header(b"host"), request.header(b"origin")
+    host = request.header(b"host")
     if loopback and host and not is_loopback(host):
         name = host.lower().partition(":")[0]
         if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
             return (f"Host {host!r} is not this machine; use 127.0.0.1,"
                     " or name it in allowed_hosts of models.ini")
-    if origin:
+    if b"origin" in request.fields:
+        origin = request.header(b"origin")
         place = origin.split("://", 1)[-1]
         if any(origin_matches(origin, pattern) for pattern in origins):
             return ""
@@ -5402,35 +5404,32 @@ def client_named(fields: Mapping[bytes, bytes]) -> str:
     return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
 
 
-def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
-    """What tells a conversation from others: its client's name for it, else how it begins."""
+def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Tuple[str, str]:
+    """What tells a conversation from others, and its own requests from side requests.
+
+    The first is its client's name for it, else how it begins; the second has the user's first
+    message, too. Texts are hashed, anew in each process. "" where there is no conversation.
+    """
+    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
+    first: Optional[str] = None
+    for message in _messages(body):
+        text = _plain_text(message.get("content"))
+        begins.append(text)
+        if message.get("role") == "user":
+            first = text
+            break
+    named = body.get("prompt_cache_key") or body.get("session_id")
     for name in _SESSION_HEADERS:
         if fields.get(name):
-            return fields[name].decode("latin-1")[:200]
-    named = body.get("prompt_cache_key") or body.get("session_id")
-    if isinstance(named, str) and named:
-        return named[:200]
-    import zlib
-    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
-    for message in _messages(body):
-        begins.append(_plain_text(message.get("content")))
-        if message.get("role") == "user":
+            named = fields[name].decode("latin-1")
             break
-    text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
-    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
-
-
-def thread_key(conversation: str, body: Mapping[str, Any]) -> str:
-    """Tells a session's own conversation from side requests under the same name.
-
-    By the user's first message, hashed anew in each process; "" where there is no conversation.
-    """
-    if not conversation:
-        return ""
-    for message in _messages(body):
-        if message.get("role") == "user":
-            return f"{conversation}/{hash(_plain_text(message.get('content'))):x}"
-    return ""
+    key = named[:200] if isinstance(named, str) else ""
+    if not key:
+        text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+        key = f"{hash(text):x}" if text else ""
+    if not key or first is None:
+        return key, ""
+    return key, f"{key}/{hash(first):x}"
 
 
 Segments = Tuple[int, ...]                      # digest and characters, in turn
@@ -8188,13 +8187,14 @@ class Client:
             if may_skip and buffer.startswith(b"\r\n"):
                 del buffer[:2]
                 may_skip = False
-            if not buffer and self.served:
+            if buffer:
+                end = head_end(buffer, searched)
+                if end >= 0:
+                    self._buffer = bytes(buffer[end + 4:])
+                    return bytes(buffer[:end])
+                searched = len(buffer)
+            elif self.served:
                 self.asking_since = 0.0
-            end = head_end(buffer, searched)
-            if end >= 0:
-                self._buffer = bytes(buffer[end + 4:])
-                return bytes(buffer[:end])
-            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -8624,16 +8624,13 @@ class Outcome(NamedTuple):
     """How a relay ended.
 
     state: done | broken (in the middle) | rejected (not passed on) | unreachable | failed (a load).
-
-    `said` is the beginning of the answer (of a stream the first event) and its last bytes:
-    what it counts stands there.
     """
 
     state: str
     status: int = 0
     detail: str = ""
     retry_after_s: float = 0.0
-    said: bytes = b""
+    counts: Counts = NOTHING_COUNTED            # what the answer says of its tokens
     first_byte_s: float = 0.0                   # from the sending of the request
     # Of a hosted answer, in dollars, where LiteLLM says it.
     cost: float = 0.0
@@ -8825,11 +8822,11 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
              b"Host: " + upstream.authority]
-    drop = drop | _DROPPED
+    drop = drop.union(_DROPPED, request.words)
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += end_to_end(request.headers, drop)
+    lines += [line for name, _, line in request.headers if name not in drop]
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
@@ -8947,6 +8944,10 @@ class _Answer:
             return payload
         framed = chunk(payload) if payload else b""
         return framed + b"0\r\n\r\n" if last else framed
+
+    def counts(self) -> Counts:
+        """Of its tokens; they stand at its beginning (of a stream in its first event) or end."""
+        return tokens_said(self.first + b"\n" + self.tail)
 
     def why_broken(self, at_close: bool = False) -> str:
         """Why an answer that ended is broken all the same, "" when it is whole.
@@ -9163,7 +9164,7 @@ class _Relay:
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
-        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+        return Outcome("done", response.status, "", 0.0, answer.counts(),
                        self._first_byte_s, _cost(response))
 
     def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
@@ -9192,15 +9193,12 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    is passed on. `body` gets the head in front, and is emptied once an answer goes on.
     Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
     body.insert(0, head)
-    try:
-        return _Relay(client, request, body, terms).run(upstream)
-    finally:
-        del body[:1]
+    return _Relay(client, request, body, terms).run(upstream)
 
 
 def _cost(response: Response) -> float:
@@ -9286,7 +9284,7 @@ class Server:
         self._lock = threading.Lock()
         self._clients: Set[Client] = set()      # whose threads run
         self._refused: List[Client] = []        # told why, and closed a little later
-        self._stopping = threading.Event()
+        self._stopping = False
         self._used = True                       # since memory was returned: the start, a client
         self._returned = time.monotonic()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -9304,14 +9302,26 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
-        due = time.monotonic() + every_s
-        while not self._stopping.is_set():
-            self._accept(due - time.monotonic())
-            if time.monotonic() >= due:
-                due = time.monotonic() + every_s
-                self._close_refused()
-                self._return_memory()
-                self._app.every_second()
+        accepting = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        accepting.start()
+        accepting.join(every_s)
+        while accepting.is_alive():
+            self._close_refused()
+            self._return_memory()
+            self._app.every_second()
+            accepting.join(every_s)
+
+    def _accept_all(self) -> None:
+        """Accept until shutdown(), on the core of the connections' threads; they inherit it.
+
+        On another, it waits there for the interpreter's lock between two clients, as each thread
+        does that begins on one core and moves: until 64 streams that begin together all have their
+        first event, that takes 2.3 times the processor time, and they wait twice as long.
+        """
+        stay_on_core(self._core)
+        self._socket.settimeout(ACCEPT_S)
+        while not self._stopping:
+            self._accept()
 
     def _return_memory(self) -> None:
         if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
@@ -9322,21 +9332,24 @@ class Server:
         return len(self._clients)
 
     def shutdown(self) -> None:
-        """Make serve_forever() return; for other threads."""
-        self._stopping.set()
+        """Make serve_forever() return; for other threads, and signals."""
+        self._stopping = True                   # no Event: a signal may come while that is locked
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)     # on Linux, accept() returns at once
+        except OSError:
+            pass
 
     def server_close(self) -> None:
         self._socket.close()
         self._close_refused()
 
-    def _accept(self, wait_s: float) -> None:
+    def _accept(self) -> None:
         try:
-            self._socket.settimeout(max(wait_s, 0.001))
             sock, _ = self._socket.accept()
         except _LAPSED:
             return
         except OSError:                         # no descriptor is free, or it has been closed
-            self._stopping.wait(0.05)
+            time.sleep(0.05)
             return
         try:
             client = Client(sock, self._head_timeout_s)
@@ -9374,7 +9387,6 @@ class Server:
         return True
 
     def _serve(self, client: Client) -> None:
-        stay_on_core(self._core)
         try:
             serve_connection(client, self._app)
         finally:
@@ -9391,11 +9403,14 @@ class Server:
         client.half_close()
         self._refused.append(client)
         if len(self._refused) > self._most // 4:
-            self._refused.pop(0).close()
+            self._close_refused(1)
 
-    def _close_refused(self) -> None:
-        while self._refused:
-            self._refused.pop().close()
+    def _close_refused(self, most: int = MAX_CONNECTIONS) -> None:
+        """Close so many of those that were refused, the first first."""
+        with self._lock:
+            closing, self._refused = self._refused[:most], self._refused[most:]
+        for client in closing:
+            client.close()
 
 
 def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
@@ -9449,7 +9464,7 @@ class Lease:
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
         if self.bay is not None and outcome.state == "done":
-            self.bay.note(self._target, self._body, tokens_said(outcome.said))
+            self.bay.note(self._target, self._body, outcome.counts)
 
     def end(self) -> None:
         """Give the place back; once, whatever has happened."""
@@ -9849,9 +9864,9 @@ class Recorder:
                 pass
 
 
-def record_row(facts: Facts, path: str, tier: str, counts: Counts,
-               outcome: Outcome) -> Dict[str, Any]:
+def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
+    counts = outcome.counts
     row: Dict[str, Any] = {
         "time": round(time.time(), 3),
         "conversation": "",                     # replay reads no further than the reason
@@ -9946,11 +9961,12 @@ class Counters:
         tier = row["tier"]
         with self._lock:
             self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
-            self._add("llmstack_fallbacks_total", (), len(row.get("fallbacks", ())))
+            if "fallbacks" in row:
+                self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
             for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
                 if row[key]:
                     self._add("llmstack_tokens_total", (tier, kind), row[key])
-            if row.get("cost"):
+            if "cost" in row:
                 self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
             self._observe("llmstack_wait_seconds", row["wait_s"])
             if row["ended"] in ("done", "broken"):
@@ -10000,7 +10016,7 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
-        self._salt = os.urandom(16)
+        self._salt = os.urandom(16).hex()
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -10012,11 +10028,9 @@ class Events:
 
     def name_of(self, conversation: str) -> str:
         """What a conversation is called: a hash of its key that nobody can look up."""
-        import hashlib
         if not conversation:
             return ""
-        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        return digest.hexdigest()[:12]
+        return f"{hash(self._salt + conversation) % 2**48:012x}"
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -10461,6 +10475,9 @@ class Conversation(NamedTuple):
     segments: Segments = ()                     # of the prompt answered last
 
 
+NEW_CONVERSATION = Conversation()
+
+
 class Conversations:
     """The last conversations, by key, the oldest forgotten first."""
 
@@ -10471,7 +10488,7 @@ class Conversations:
 
     def get(self, key: str) -> Conversation:
         with self._lock:
-            found: Conversation = self._known.get(key, Conversation())
+            found: Conversation = self._known.get(key, NEW_CONVERSATION)
             return found
 
     def learn(self, key: str, estimate: int, truth: int) -> None:
@@ -10487,7 +10504,7 @@ class Conversations:
 
     def _keep(self, key: str, **fields: Any) -> None:
         with self._lock:
-            known: Conversation = self._known.pop(key, Conversation())
+            known: Conversation = self._known.pop(key, NEW_CONVERSATION)
             self._known[key] = known._replace(**fields)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
@@ -10502,6 +10519,7 @@ class Snapshot(NamedTuple):
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
     asked: Config                               # as it was read: `config` has the contexts served
     served: Mapping[str, int]                   # by tier, tokens
+    names: Tuple[str, ...]                      # patterns for this machine's own
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -10510,12 +10528,16 @@ _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+
+_JUDGED_HERE = frozenset({b"origin"})           # what is behind would refuse it
+
+
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
     """A client's request and its target as a host gets them: no credentials but the host's own.
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
-    drop = _OF_THE_CLIENT | _connection_words(request.headers)
+    drop = _OF_THE_CLIENT | request.words
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
@@ -10528,9 +10550,8 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     Errors: HttpError 400, 408, 413, 415; ClientGone.
     """
     body = client.read_body(request)
-    coding = request.header(b"content-encoding")
     if b"content-encoding" in request.fields:
-        body = decoded_body(coding, body)
+        body = decoded_body(request.header(b"content-encoding"), body)
         others = tuple(h for h in request.headers if h[0] != b"content-encoding")
         request = request._replace(headers=others)
     if body.startswith(b"\xef\xbb\xbf{"):
@@ -10566,7 +10587,11 @@ def _as_json(request: Request) -> Request:
 
 
 class Asked:
-    """An inference request, read. Its body goes once an answer has begun."""
+    """An inference request, read, and how far it is. Its body goes once an answer has begun."""
+
+    tier = ""                                   # that is asked now
+    lease: Optional[Lease] = None               # its place there
+    wait_s = 0.0                                # until its models were ready, of all tiers tried
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
                  values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
@@ -10582,10 +10607,10 @@ class Asked:
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
-        self.conversation = conversation_key(request.fields, values)
-        self.thread = thread_key(self.conversation, values)
+        self.conversation, self.thread = conversation_keys(request.fields, values)
+        self.known = NEW_CONVERSATION           # by the answers to its earlier turns
         self.segments: Segments = ()            # of its prompt, once its model is at work
-        self.leaving = Leaving()
+        self.leaving = STAYS
 
     def look_at_prompt(self) -> bytes:
         """Take the prompt's digests while its model is at work; no header comes of it."""
@@ -10607,6 +10632,21 @@ class Asked:
         self.body = b""
         self.values = {}
 
+    def row(self, number: int) -> Dict[str, Any]:
+        """Its row of /llmstack/requests. Nothing of its text is in it."""
+        lease, stage, share = self.lease, "", 0.0
+        if lease is not None:
+            stage = lease.stage()
+        if not stage and not self.body:         # let go of when the answer begins
+            stage = "writing"
+        if not stage:
+            stage = "reading the prompt"
+            share = lease.prompt_read() if lease is not None else 0.0
+        seconds = round(time.monotonic() - self.began_s, 1)
+        return {"id": number, "model": str(self.model or "auto"),
+                "tier": self.tier, "path": self.path, "stream": self.stream,
+                "stage": stage + percent_words(share), "since_s": seconds}
+
 
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
@@ -10617,42 +10657,12 @@ def unknown_model(config: Config, model: object) -> HttpError:
                           f" {', '.join(names)}", "not_found")
 
 
-class Ongoing:
-    """An inference request that is under way, for who looks on."""
-
-    def __init__(self, number: int, client: Client, asked: Asked) -> None:
-        self.number, self._client, self.asked = number, client, asked
-        self.tier = ""
-        self.lease: Optional[Lease] = None
-        self.wait_s = 0.0                       # until its models were ready, of all tiers tried
-
-    def stop(self) -> None:
-        """End it, as if its client had left."""
-        self._client.give_way()
-
-    def row(self) -> Dict[str, Any]:
-        """Its row of /llmstack/requests. Nothing of its text is in it."""
-        asked, lease = self.asked, self.lease
-        stage, share = "", 0.0
-        if lease is not None:
-            stage = lease.stage()
-        if not stage and not asked.body:        # let go of when the answer begins
-            stage = "writing"
-        if not stage:
-            stage = "reading the prompt"
-            share = lease.prompt_read() if lease is not None else 0.0
-        seconds = round(time.monotonic() - asked.began_s, 1)
-        return {"id": self.number, "model": str(asked.model or "auto"),
-                "tier": self.tier, "path": asked.path, "stream": asked.stream,
-                "stage": stage + percent_words(share), "since_s": seconds}
-
-
 class Ladder:
     """The way of one `auto` request down the tiers, as they fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  learn: Callable[[int], None]) -> None:
-        self._decision, self._snapshot, self._breaker = decision, snapshot, breaker
+        self.decision, self._snapshot, self._breaker = decision, snapshot, breaker
         self._learn = learn
         self._left = list(decision.chain)
         self._tried: Set[str] = set()
@@ -10688,7 +10698,7 @@ class Ladder:
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        decision = self._decision
+        decision = self.decision
         down = {*decision.down, *self._snapshot.barred}
         order = [t for t in decision.preference if t.name not in self._tried]
         holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
@@ -10758,9 +10768,11 @@ class RouterApp(App):
         self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
         self._record = self._given.record
-        self._ongoing: Dict[int, Ongoing] = {}
+        self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
+        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
+        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
@@ -10769,8 +10781,6 @@ class RouterApp(App):
         self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
-        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
-        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
 
     @property
     def config(self) -> Config:
@@ -10814,7 +10824,8 @@ class RouterApp(App):
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys(tier.names, route))
         barred = {**self._given.unserved(config), **missing}
-        return Snapshot(config, routes, hosts, barred, asked, served)
+        names = (*config.allowed_hosts, *self._own_names)
+        return Snapshot(config, routes, hosts, barred, asked, served, names)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -10860,16 +10871,15 @@ class RouterApp(App):
         path, mark, query = request.target.partition("?")
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
-        config = self.config
-        check_caller(client, request, self._given.loopback, config.allowed_origins,
-                     (*config.allowed_hosts, *self._own_names))
+        now = self._snapshot
+        check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
             return
         if path == "/" and request.method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
+        drop = _JUDGED_HERE
         if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
@@ -10935,7 +10945,7 @@ class RouterApp(App):
             ongoing = self._ongoing.get(int(name))
             if ongoing is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            ongoing.stop()
+            ongoing[0].give_way()               # it ends as if its client had left
             client.reply(200, b'{"ok": true}')
             return
         tier = self.config.by_name(name)
@@ -11100,10 +11110,10 @@ class RouterApp(App):
     def _under_way(self) -> List[Dict[str, Any]]:
         """The requests, with their beginning instead of their age: a row that stays is no news."""
         rows = []
-        for ongoing in list(self._ongoing.values()):
-            row = ongoing.row()
+        for number, (_, asked) in list(self._ongoing.items()):
+            row = asked.row(number)
             del row["since_s"]
-            row["began"] = round(ongoing.asked.began_s + self.events.epoch)
+            row["began"] = round(asked.began_s + self.events.epoch)
             rows.append(row)
         return rows
 
@@ -11167,16 +11177,17 @@ class RouterApp(App):
     # ---- inference
 
     def _infer(self, client: Client, asked: Asked) -> None:
-        ongoing = Ongoing(next(self._number), client, asked)
-        self._ongoing[ongoing.number] = ongoing
+        number = next(self._number)
+        asked.known = self._conversations.get(asked.thread)
+        self._ongoing[number] = client, asked
         try:
-            self._answer_asked(client, asked, ongoing)
+            self._answer_asked(client, asked)
         except ClientGone:
-            if ongoing.tier:
-                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
+            if asked.tier:
+                self.events.counters.add("llmstack_requests_total", asked.tier, "", "left")
             raise
         finally:
-            del self._ongoing[ongoing.number]
+            del self._ongoing[number]
 
     @staticmethod
     def _read_asked(client: Client, request: Request, path: str, target: str,
@@ -11190,12 +11201,12 @@ class RouterApp(App):
             request = uncompressed(request)
         return Asked(request, path, target, body, values, drop)
 
-    def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+    def _answer_asked(self, client: Client, asked: Asked) -> None:
         name = self._resolve(asked.request, asked.model, asked.drop, asked.path)
         if name == "auto":
-            self._ask_ladder(client, asked, ongoing)
+            self._ask_ladder(client, asked)
         elif name:
-            self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
+            self._ask_named(client, asked, self._snapshot.routes[name])
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
             self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
@@ -11229,36 +11240,33 @@ class RouterApp(App):
 
     def requests(self) -> List[Dict[str, Any]]:
         """What is under way, the oldest first."""
-        return [ongoing.row() for ongoing in list(self._ongoing.values())]
+        return [asked.row(number) for number, (_, asked) in list(self._ongoing.items())]
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route,
-                   ongoing: Optional[Ongoing] = None) -> None:
+    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
         facts: List[Facts] = []
-        if ongoing is not None and asked.path in STREAM_ENDS:
+        if asked.path in STREAM_ENDS:
             try:
                 facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
             except RecursionError:
                 pass
         looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(client, asked, route, ongoing, headers=looks)
+        outcome = self._ask(client, asked, route, headers=looks)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
         for counted in facts:
-            assert ongoing is not None
-            counts = tokens_said(outcome.said)
-            self._note(ongoing, record_row(counted, asked.path, name, counts, outcome), ())
+            self._note(asked, record_row(counted, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
-        known = self._conversations.get(asked.thread)
+        known = asked.known
         tokens = known.held.get(known.tier, 0)
         if not tokens or known.tier == decision.tier or decision.rung == "fim":
-            return Leaving()
+            return STAYS
         needed = decision.facts.full_tokens
         old, new = (self.behind.pace(name, needed) for name in (known.tier, decision.tier))
         held = min(known.held.get(decision.tier, 0), needed)
@@ -11267,7 +11275,7 @@ class RouterApp(App):
 
     def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
         """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, now, tier = self._conversations.get(asked.thread), asked.segments, row["tier"]
+        known, now, tier = asked.known, asked.segments, row["tier"]
         if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
             share, where = same_beginning(known.segments, now)
             row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
@@ -11278,14 +11286,13 @@ class RouterApp(App):
         if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
             self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
 
-    def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
-        asked = ongoing.asked
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
         row.update(conversation=self.events.name_of(asked.conversation),
-                   wait_s=round(ongoing.wait_s, 3),
-                   total_s=round(total_s, 3), stream=asked.stream)
+                   wait_s=round(asked.wait_s, 3), total_s=round(total_s, 3),
+                   stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -11295,7 +11302,7 @@ class RouterApp(App):
             self._record.add(row)
         self.events.add(row)
 
-    def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         config = now.config
@@ -11304,8 +11311,8 @@ class RouterApp(App):
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
-        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if facts.most_tokens + reserve > config.smallest_context:
+        most, reserve = facts.most_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if most + reserve > config.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -11323,54 +11330,53 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        reason = ""
         if config.patience_s and facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
             ladder.prefer(idle)
             asked.patience_s = config.patience_s if idle else 0.0
-        reason = decision.reason
 
         def headers() -> bytes:
             """Made while the model is at work, as is what the answer's counts are compared with."""
-            nonlocal estimate, texts
-            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+            nonlocal estimate, reason, texts
+            if not estimate and most >= WORTH_LEARNING_TOKENS:
                 estimate = class_tokens(texts)
             texts = ()
+            reason = reason or decision.reason
             asked.look_at_prompt()
             lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
             return lines + leaving_header(asked.leaving, ladder.tier.name)
 
         while True:
             route = ladder.route
-            outcome = self._try(client, ladder, headers, reason, ongoing)
+            outcome = self._try(client, ladder, headers)
             if not ladder.settle(outcome):
                 break
             asked.patience_s = 0.0
-        name = ladder.tier.name
+        name, reason = ladder.tier.name, reason or decision.reason
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
         self._finish(client, outcome, f"auto -> {name}", route, headers)
-        counts = tokens_said(outcome.said)
         if outcome.state == "done":
-            learn(counts.prompt)
-        row = record_row(facts, asked.path, name, counts, outcome)
+            learn(outcome.counts.prompt)
+        row = record_row(facts, asked.path, name, outcome)
         if loop:                                # before the reason: replay reads no further
             row["loop"] = True
         row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
-        self._note(ongoing, row, ladder.fallbacks)
+        self._note(asked, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
         rows = dict_of(self.behind.watched().get("models"))
-        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        busy = {asked.tier for _, asked in list(self._ongoing.values())}
         idle = [tier for tier in chain if tier.name not in busy
                 and dict_of(rows.get(tier.name)).get("state") == "loaded"]
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
-             ongoing: Ongoing) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes]) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
         route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
@@ -11378,14 +11384,14 @@ class RouterApp(App):
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ongoing, ladder.judge, headers)
+            return self._ask(client, asked, route, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {reason};"
+            self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
+    def _ask(self, client: Client, asked: Asked, route: Route,
              judge: Optional[Callable[[int, str], bool]] = None,
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
@@ -11395,8 +11401,7 @@ class RouterApp(App):
             name = name or route.tier.name
         pieces = asked.body_for(route, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
-        if ongoing is not None:
-            ongoing.tier, ongoing.lease = route.tier.name, lease
+        asked.tier, asked.lease = route.tier.name, lease
         first_byte_s = 0.0
         if route.host is not None:
             request, target = host_request(request, route, target)
@@ -11411,8 +11416,7 @@ class RouterApp(App):
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
-            if ongoing is not None:
-                ongoing.wait_s += waiting.ready_s
+            asked.wait_s += waiting.ready_s
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
@@ -12198,11 +12202,12 @@ class Drafts:
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        tells = row["ended"] == "done" and row.get("output") and row.get("per_s")
+        if row["ended"] != "done" or not row.get("output") or not row.get("per_s"):
+            return
         with self._lock:
             identity, drafts = self._running.get(row["tier"], ("", False))
             found = self._found(identity)
-            if not (tells and identity) or found.settled:
+            if not identity or found.settled:
                 return
             found = found.learn(drafts, row)
             self._rows.pop(identity, None)
@@ -12776,6 +12781,7 @@ class Speeds:
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
+    READ_NAMES = tuple(f"read{step or ''}" for step in READ_STEPS)
     MOST = 64                                   # models, builds and flags
 
     def __init__(self, data: str) -> None:
@@ -12814,14 +12820,16 @@ class Speeds:
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
-        names = [f"read{step or ''}" for step in cls.READ_STEPS]
-        own = sum(tokens >= step for step in cls.READ_STEPS) - 1
-        return [*names[own::-1], *names[own + 1:]]
+        own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
+        return [*cls.READ_NAMES[own::-1], *cls.READ_NAMES[own + 1:]]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        found = (self.get(identity, name) for name in self._read_names(max(tokens, 0)))
-        return next((per_s for per_s in found if per_s), 0.0)
+        for name in self._read_names(max(tokens, 0)):
+            per_s = self.get(identity, name)
+            if per_s:
+                return per_s
+        return 0.0
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
@@ -13099,9 +13107,9 @@ class Bay:
             self._asked += 1
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
-        known = self._parking.speeds.reading(self.identity, 0)
-        worth = self._parking.worth(self.identity, body_bytes // 2)
-        return worth or not known or bool(self._restored)
+        if self._restored or not self._parking.speeds.reading(self.identity, 0):
+            return True
+        return self._parking.worth(self.identity, body_bytes // 2)
 
     def settle(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
@@ -13132,8 +13140,10 @@ class Bay:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
+        if not body:
+            return
         worth = parking.worth(identity, counts.prompt)
-        if not body or not (worth or restored):
+        if not (worth or restored):
             return
         values = parse_json_object(body)
         for parked in restored:
@@ -13474,8 +13484,10 @@ class Engine:
         return known
 
     def find(self, name: str) -> Optional[Model]:
+        if name in self.models:
+            return self.models[name]
         tier = self.config.by_name(name)
-        if self._proxy and (name == PROXY or name in self._proxy.tier.aliases):
+        if self._proxy and name in self._proxy.tier.aliases:
             return self._proxy
         return self.models.get(tier.name) if tier else None
 
@@ -13595,7 +13607,8 @@ class Engine:
         with self._changed:
             model.in_flight -= 1
             model.last_used = time.monotonic()
-            self._changed.notify_all()
+            if self._tickets:
+                self._changed.notify_all()
 
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
