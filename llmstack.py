@@ -16888,9 +16888,37 @@ def load_extra(name: str) -> Any:
     return module
 
 
+class Result(NamedTuple):
+    """What a command has found: one value for programs, the lines that say it to people."""
+
+    found: Any
+    lines: Sequence[str]
+    code: int = 0
+    is_json: bool = False
+    notes: Sequence[str] = ()                   # warnings that follow the lines
+    problem: Optional[UserError] = None         # raised once all else is shown
+
+
+def show(result: Result) -> int:
+    """Print a result, the one place that does; its exit code. Errors: UserError, its problem."""
+    lines, notes = result.lines, result.notes
+    if result.is_json:
+        lines, notes = [as_json(result.found)], ()
+    for line in lines:
+        say(line)
+    for note in notes:
+        warn(note)
+    if result.problem is not None:
+        raise result.problem
+    return result.code
+
+
 def run_extra(name: str, argv: Sequence[str]) -> int:
-    """Run a command of extras/. Errors: UserError."""
-    return int(load_extra(name).main(argv, sys.modules[__name__]))
+    """Run a command of extras/, whose main() returns a Result or a code. Errors: UserError."""
+    result = load_extra(name).main(argv, sys.modules[__name__])
+    if isinstance(result, Result):
+        return show(result)
+    return int(result)
 
 
 def _warn_unserved(places: Places, config: Config,
@@ -17121,15 +17149,9 @@ def _cmd_status(args: Any) -> int:
         # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
-    lines = _status_lines(rows, places, config)
-    if args.json:
-        lines = [as_json(rows)]
-    for line in lines:
-        say(line)
     # Its problems come last, where they are read.
-    if broken:
-        raise broken
-    return int(not rows["running"])
+    return show(Result(rows, _status_lines(rows, places, config), int(not rows["running"]),
+                       args.json, problem=broken))
 
 
 def _shell_in_use(env: Mapping[str, str]) -> str:

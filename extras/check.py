@@ -586,31 +586,32 @@ def render_check(found: Mapping[str, Any], width: int, colour: Callable[[str, st
     return shown + todo
 
 
-def say_profiles(rows: Sequence[ProfileFile], llmstack: Any) -> None:
+def render_profiles(rows: Sequence[ProfileFile], llmstack: Any) -> List[str]:
+    """The files of the profiles as people read them."""
+    lines = []
     for row in rows:
         mark = llmstack.paint("as said", "32")
         if row.problem:
             mark = llmstack.paint("differs", "31")
         words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
-        llmstack.say(f"{words}  (profile {', '.join(row.profiles)})")
+        lines.append(f"{words}  (profile {', '.join(row.profiles)})")
         if row.problem:
-            llmstack.say(f"         {llmstack.visible(row.problem)}")
+            lines.append(f"         {llmstack.visible(row.problem)}")
+    return lines
 
 
 # ---- the command
 
 
-def run_profiles(is_json: bool, llmstack: Any) -> int:
+def run_profiles(is_json: bool, llmstack: Any) -> Any:
     """`check --profiles`. Errors: UserError where the hub cannot be asked."""
     rows = check_profiles(os.environ, llmstack)
-    if is_json:
-        llmstack.say(llmstack.as_json([row._asdict() for row in rows]))
-    else:
-        say_profiles(rows, llmstack)
-    return int(any(row.problem for row in rows))
+    found = [row._asdict() for row in rows]
+    code = int(any(row.problem for row in rows))
+    return llmstack.Result(found, render_profiles(rows, llmstack), code, is_json)
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("check", __doc__)
     parser.add_argument("tiers", metavar="TIER", nargs="*",
                         help="these only, and where their files come from")
@@ -625,12 +626,6 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     llmstack.refuse_external(places)
     config = llmstack.planned_config(places, llmstack.warn)
     found = check_stack(places, config, os.environ, args.offline, args.tiers, llmstack)
-    if args.json:
-        llmstack.say(llmstack.as_json(found))
-        return int(not found["ok"])
     width = llmstack.output_columns()
-    for line in render_check(found, width, llmstack.paint, bool(args.tiers), llmstack):
-        llmstack.say(line)
-    for note in found["notes"]:
-        llmstack.warn(note)
-    return int(not found["ok"])
+    lines = render_check(found, width, llmstack.paint, bool(args.tiers), llmstack)
+    return llmstack.Result(found, lines, int(not found["ok"]), args.json, found["notes"])
